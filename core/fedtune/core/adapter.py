@@ -1,0 +1,192 @@
+"""The adapter as both sides see it: one flat float32 vector, and the layout that gives every number its place.
+
+Per adapted layer of the base model: ΔW = s · B · A with A (`lora_a`) in R^{R x d_in}, B (`lora_b`) in R^{d_out x R}
+and s = alpha / sqrt(R), the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023), the same for every rank tier.
+
+The vector holds all `lora_a` factors first, module after module and row-major, then all `lora_b` factors. A round that
+trains one factor therefore reads, sends and aggregates one contiguous half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedtune.core.errors import ModelError
+from fedtune.core.seeds import generator
+
+Vector = npt.NDArray[np.float32]
+Factors = Literal["a", "b", "ab"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A linear layer of the base model that carries a pair of factors.
+
+    Args:
+        name: its dotted path in the base model, e.g. "model.layers.0.self_attn.q_proj".
+        d_in: input features.
+        d_out: output features.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Which modules carry factors, of what rank, and where each factor lies in the flat vector."""
+
+    modules: tuple[AdaptedModule, ...]
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ModelError("the adapter has no module to adapt")
+        if self.rank < 1:
+            raise ModelError(f"the adapter's rank is {self.rank}; expected at least 1")
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / sqrt(R)."""
+        return self.alpha / math.sqrt(self.rank)
+
+    @cached_property
+    def size_a(self) -> int:
+        """Parameters in all `lora_a` factors."""
+        return self.rank * sum(module.d_in for module in self.modules)
+
+    @cached_property
+    def size_b(self) -> int:
+        """Parameters in all `lora_b` factors."""
+        return self.rank * sum(module.d_out for module in self.modules)
+
+    @property
+    def size(self) -> int:
+        """Parameters in the whole adapter: the flat vector's length."""
+        return self.size_a + self.size_b
+
+    def segment(self, factors: Factors) -> slice:
+        """Where the named factors lie in the flat vector."""
+        match factors:
+            case "a":
+                return slice(0, self.size_a)
+            case "b":
+                return slice(self.size_a, self.size)
+            case "ab":
+                return slice(0, self.size)
+
+    def views(self, vector: Vector) -> dict[str, tuple[Vector, Vector]]:
+        """Names the parts of a flat vector.
+
+        Args:
+            vector: float32, shape (size,).
+
+        Returns:
+            Module name -> (lora_a of shape (R, d_in), lora_b of shape (d_out, R)), both views into `vector`.
+        """
+        self.check(vector)
+        views = {}
+        start_a, start_b = 0, self.size_a
+        for module in self.modules:
+            stop_a, stop_b = start_a + self.rank * module.d_in, start_b + module.d_out * self.rank
+            lora_a = vector[start_a:stop_a].reshape(self.rank, module.d_in)
+            lora_b = vector[start_b:stop_b].reshape(module.d_out, self.rank)
+            views[module.name] = (lora_a, lora_b)
+            start_a, start_b = stop_a, stop_b
+        return views
+
+    def initial(self, seed: int) -> Vector:
+        """The adapter a job starts from: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0."""
+        vector = np.zeros(self.size, dtype=np.float32)
+        random = generator(seed, "adapter-init")
+        for module in self.modules:
+            bound = 1.0 / math.sqrt(module.d_in)
+            lora_a, _ = self.views(vector)[module.name]
+            lora_a[:] = random.uniform(-bound, bound, size=lora_a.shape)
+        return vector
+
+    def check(self, vector: Vector) -> None:
+        """Raises ModelError unless the vector has this layout's length and type."""
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            raise ModelError(
+                f"the adapter vector is {vector.dtype} of shape {vector.shape}; expected float32, ({self.size},)"
+            )
+
+
+def adapter_digest(vector: Vector) -> str:
+    """SHA-256 of the vector's little-endian bytes, in hexadecimal: equal exactly when every bit is."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
+
+
+def save_adapter(directory: Path, layout: AdapterLayout, vector: Vector, base: str) -> None:
+    """Writes an adapter as peft does, so that `peft.PeftModel.from_pretrained(model, directory)` loads it.
+
+    Args:
+        directory: made if it is not there; files in it are replaced.
+        base: what `base_model_name_or_path` shall say.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (lora_a, lora_b) in layout.views(vector).items():
+        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = lora_a
+        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = lora_b
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": layout.rank,
+        "lora_alpha": layout.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": True,
+        "bias": "none",
+        "target_modules": [module.name for module in layout.modules],
+    }
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(directory: Path, layout: AdapterLayout) -> Vector:
+    """Reads an adapter in peft's format into a flat vector.
+
+    Raises:
+        ModelError: the files are missing or broken, or names or shapes differ from the layout (all at once).
+    """
+    path = directory / ADAPTER_WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a readable adapter: {error}") from error
+    vector = np.zeros(layout.size, dtype=np.float32)
+    problems = []
+    for name, factors in layout.views(vector).items():
+        for letter, place in zip("AB", factors, strict=True):
+            key = f"{_PEFT_PREFIX}{name}.lora_{letter}.weight"
+            tensor = tensors.pop(key, None)
+            if tensor is None:
+                problems.append(f"{key} is missing")
+            elif tensor.shape != place.shape:
+                problems.append(f"{key} has shape {tensor.shape}; expected {place.shape}")
+            else:
+                place[:] = tensor
+    problems += [f"{key} is not part of the adapter" for key in sorted(tensors)]
+    if problems:
+        raise ModelError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
+    return vector

@@ -1,0 +1,81 @@
+"""One error tree: every error says what was wrong, where, and what was expected, and whose fault it was.
+
+FedtuneError                exit status 1
+├── InputError              exit status 2: the person at the keyboard can mend it
+│   ├── JobError            the job file; carries every problem found, not the first
+│   ├── DataError           a data file; names file and line
+│   ├── ModelError          a base model or an adapter that does not fit it
+│   ├── RunDirectoryError   a run directory that is in the way, incomplete or not one
+│   └── MissingExtraError   a command whose packages are not installed; prints the pip line
+├── RunError                the run could not go on; what was acknowledged is on disk
+├── UpdateError             one client's update is refused; the round goes on without it
+└── PeerError               bytes from the other side are malformed, oversized or out of order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class FedtuneError(Exception):
+    """Base of all errors that fedtune raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(FedtuneError):
+    """The input was wrong; the message says where and what was expected."""
+
+    exit_status = 2
+
+
+class JobError(InputError):
+    """The job cannot be run as written.
+
+    Args:
+        problems: one sentence each, all that were found.
+        source: the file they were found in, or None for a job made in code.
+    """
+
+    def __init__(self, problems: Sequence[str], source: Path | None = None) -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        where = str(source) if source else "job"
+        super().__init__("\n".join(f"{where}: {problem}" for problem in self.problems))
+
+
+class DataError(InputError):
+    """A data file cannot be used; `line` counts from 1 and is None when the whole file is meant."""
+
+    def __init__(self, path: Path, problem: str, line: int | None = None) -> None:
+        self.path = path
+        self.line = line
+        super().__init__(f"{path}:{line}: {problem}" if line is not None else f"{path}: {problem}")
+
+
+class ModelError(InputError):
+    """A base model cannot be loaded, or an adapter does not fit it."""
+
+
+class RunDirectoryError(InputError):
+    """A run directory exists already, is incomplete, or is not a run directory."""
+
+
+class MissingExtraError(InputError):
+    """A command needs packages of an extra that is not installed."""
+
+    def __init__(self, command: str, extra: str, missing: str) -> None:
+        super().__init__(f"{command} needs the package {missing}. Install it with: pip install 'fedtune[{extra}]'")
+
+
+class RunError(FedtuneError):
+    """The run could not go on."""
+
+
+class UpdateError(FedtuneError):
+    """One client's update is refused, with the reason; the round goes on without that client."""
+
+
+class PeerError(FedtuneError):
+    """The other side sent bytes that are malformed, oversized or out of order."""

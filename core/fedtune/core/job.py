@@ -1,0 +1,305 @@
+"""The job file: what shall be trained, on what, by whom and how. One file for simulation and live alike.
+
+    job = load_job(Path("job.toml"), overrides=["federation.rounds=40"])
+
+Every key has a default. Unknown keys, wrong types, values out of bounds and contradictions are all reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedtune.core.errors import JobError
+
+DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
+DEFAULT_LOCAL_STEPS = 20
+MAX_JOB_BYTES = 1 << 20
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0)]
+_PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSettings:
+    """[model]: the frozen base that every adapter is trained against.
+
+    Args:
+        base: a Hugging Face directory or hub id, or "demo" for the bundled model.
+        quantization: what the reference base's linear weights are: "nf4" (QLoRA) or "none".
+    """
+
+    base: Annotated[str, Field(min_length=1)] = DEMO
+    quantization: Literal["nf4", "none"] = "nf4"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AdapterSettings:
+    """[adapter]: the low-rank factors, ΔW = alpha / sqrt(rank) · B · A.
+
+    Args:
+        rank: R, the largest rank that any device trains.
+        target_modules: "all-linear", or the endings of the names of the modules to adapt.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: _PositiveFloat = 32.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSettings:
+    """[data]: where examples come from and how they are split among simulated clients.
+
+    Args:
+        train: a file or glob pattern, relative to the job file, or "demo" for the bundled households.
+        partition: "by-file" (one client a file), "iid", "dirichlet:ALPHA", "dirichlet:ALPHA:FIELD", "by-field:FIELD".
+        clients: how many clients "iid", "dirichlet" and the demo make; the other partitions follow from the data.
+        examples_per_client: how many examples each of the demo's households has.
+        evaluation: a file of held-out examples for the server, "demo", or "" for none.
+        holdout: share of each client's examples that it keeps back for its own evaluation.
+        sequence_length: tokens; longer prompts lose their beginning, longer completions drop the example.
+        skip_bad: count broken lines and go on instead of stopping at the first file with one.
+    """
+
+    train: Annotated[str, Field(min_length=1)] = DEMO
+    partition: Annotated[str, Field(pattern=r"^(by-file|iid|dirichlet:[0-9]*\.?[0-9]+(:[^:]+)?|by-field:[^:]+)$")] = (
+        "by-file"
+    )
+    clients: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    examples_per_client: Annotated[int, Field(ge=2, le=1_000_000)] = 200
+    evaluation: str = DEMO
+    holdout: _Share = 0.1
+    sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingSettings:
+    """[training]: what one client does with the adapter it receives.
+
+    Args:
+        local_steps: optimizer steps a round; 20 where neither this nor `local_epochs` is set.
+        local_epochs: passes over the client's examples a round, instead of `local_steps`.
+        batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
+        learning_rate: of AdamW, made afresh every round, in round 1.
+        schedule: how the learning rate goes on over the job's rounds; the server sends each round's value.
+        precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
+        weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
+        seed: every random stream of the job follows from it.
+    """
+
+    local_steps: _Positive | None = None
+    local_epochs: _PositiveFloat | None = None
+    batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
+    learning_rate: _PositiveFloat = 2e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_gradient_norm: _PositiveFloat = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    weights: Literal["auto", "packed", "dequantized"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FederationSettings:
+    """[federation]: the rounds.
+
+    Args:
+        clients_per_round: a count, or a share of the population between 0 and 1.
+        minimum_clients: fewer survivors than this and the round changes nothing.
+        deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
+        aggregation: how client updates become one (fedtune.strategies.aggregators).
+        weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
+        weight_cap: examples or tokens above which a client's weight grows no more.
+        evaluate_every: rounds between evaluations on the server; 0 for only before and after.
+        evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
+        evaluation_clients: how many clients evaluate at most.
+    """
+
+    rounds: _Positive = 20
+    clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
+    minimum_clients: _Positive = 1
+    deadline: Literal["auto"] | _PositiveFloat = "auto"
+    aggregation: Literal["alternating", "fedavg"] = "alternating"
+    weight: Literal["examples", "tokens", "uniform"] = "examples"
+    weight_cap: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
+    evaluate_every: _Count = 1
+    evaluate_clients_every: _Count = 0
+    evaluation_clients: _Positive = 100
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SimulationSettings:
+    """[simulation]: how `fedtune simulate` runs, and the faults it injects.
+
+    Args:
+        backend: "local" trains in this process; "ray" spreads clients over a pool of `workers` Ray actors.
+        workers: Ray actors, each with one base model; the local backend has one.
+        threads: torch threads of each worker; 0 shares the cores among them.
+        dropout: probability that a client of the cohort vanishes in a round.
+        failing: probability that a client of the cohort raises an exception in a round.
+        slow: probability that a client of the cohort sleeps `slow_seconds` before it answers.
+    """
+
+    backend: Literal["local", "ray"] = "local"
+    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    failing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    slow: Annotated[float, Field(ge=0, le=1)] = 0.0
+    slow_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Job:
+    """Everything that determines a run; the same job gives the same adapter."""
+
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    simulation: SimulationSettings = SimulationSettings()
+
+
+def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job file and applies `section.key=value` overrides to it.
+
+    Args:
+        path: a TOML file, or None for the defaults, which are the bundled demo.
+        overrides: each "section.key=value"; the value is TOML, or a bare string where it is not.
+
+    Raises:
+        JobError: with every problem found; relative paths are resolved against the job file's folder.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            if path.stat().st_size > MAX_JOB_BYTES:
+                raise JobError([f"larger than {MAX_JOB_BYTES} bytes; expected a job file"], path)
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise JobError([f"cannot be read: {error.strerror}"], path) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise JobError([f"not TOML: {error}"], path) from error
+    problems = [problem for override in overrides if (problem := _apply(table, override))]
+    job, invalid = _validate(table)
+    problems += invalid + _contradictions(job)
+    if problems:
+        raise JobError(problems, path)
+    return _resolve_paths(job, path.parent if path else Path.cwd())
+
+
+def dump_job(job: Job) -> str:
+    """The job as TOML that `load_job` reads back to an equal job."""
+    sections = {
+        section: {key: value for key, value in settings.items() if value is not None}
+        for section, settings in dataclasses.asdict(job).items()
+    }
+    return tomli_w.dumps(sections)
+
+
+def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
+    """The job, with the default in place of every key that is wrong, and a sentence about each of those."""
+    # Through JSON, where strict types still let a table stand for a nested dataclass. TOML's dates have no place there.
+    text = json.dumps(table, default=lambda value: {type(value).__name__: str(value)})
+    try:
+        return TypeAdapter(Job).validate_json(text), []
+    except ValidationError as error:
+        reasons: dict[tuple[str, ...], list[str]] = {}
+        for detail in error.errors():
+            # A key with several allowed types fails once for each; its reasons become one sentence.
+            reasons.setdefault(tuple(map(str, detail["loc"][:2])), []).append(_sentence(detail))
+    job, further = _validate(_without(json.loads(text), list(reasons)))
+    return job, [f"{'.'.join(key)}: {' or '.join(dict.fromkeys(texts))}" for key, texts in reasons.items()] + further
+
+
+def _without(table: dict[str, Any], keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    for section, *key in keys:
+        if key and isinstance(table.get(section), dict):
+            table[section].pop(key[0], None)
+        else:
+            table.pop(section, None)
+    return table
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    section = detail["loc"][0] if detail["loc"] else ""
+    if detail["type"] == "unexpected_keyword_argument":
+        known = _known_keys(str(section) if len(detail["loc"]) > 1 else None)
+        return f"unknown key; expected one of {', '.join(known)}"
+    message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
+    return f"expected {message}, got {detail['input']!r}"
+
+
+def _known_keys(section: str | None) -> list[str]:
+    sections = {field.name: field.default for field in dataclasses.fields(Job)}
+    if section is None:
+        return list(sections)
+    settings = sections.get(section)
+    return [field.name for field in dataclasses.fields(settings)] if settings is not None else []  # type: ignore[arg-type]
+
+
+def _contradictions(job: Job) -> list[str]:
+    problems = []
+    if job.training.local_steps is not None and job.training.local_epochs is not None:
+        problems.append("training.local_steps and training.local_epochs are both set; expected one of them")
+    if job.training.batch_tokens < job.data.sequence_length:
+        problems.append(
+            f"training.batch_tokens is {job.training.batch_tokens}, less than one sequence "
+            f"(data.sequence_length = {job.data.sequence_length})"
+        )
+    if job.data.train == DEMO and job.data.partition != "by-file":
+        problems.append(f'data.partition is "{job.data.partition}", but the demo\'s households are clients already')
+    wanted = job.federation.clients_per_round
+    if isinstance(wanted, int) and job.federation.minimum_clients > wanted:
+        problems.append(
+            f"federation.minimum_clients is {job.federation.minimum_clients}, "
+            f"more than federation.clients_per_round = {wanted}"
+        )
+    if job.simulation.backend == "local" and job.simulation.workers > 1:
+        problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
+    if job.model.quantization == "none" and job.training.weights == "packed":
+        problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
+    return problems
+
+
+def _apply(table: dict[str, Any], override: str) -> str | None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        return f'--set {override}: expected section.key=value, e.g. "federation.rounds=40"'
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    settings = table.setdefault(section, {})
+    if not isinstance(settings, dict):
+        return f"--set {override}: [{section}] is not a table in the job file"
+    settings[key] = value
+    return None
+
+
+def _resolve_paths(job: Job, folder: Path) -> Job:
+    def resolve(path: str) -> str:
+        return path if path in ("", DEMO) else str((folder / path).absolute())
+
+    base = folder / job.model.base
+    model = dataclasses.replace(job.model, base=str(base.absolute())) if base.is_dir() else job.model
+    if job.model.base == DEMO:
+        model = job.model
+    data = dataclasses.replace(job.data, train=resolve(job.data.train), evaluation=resolve(job.data.evaluation))
+    return dataclasses.replace(job, model=model, data=data)

@@ -1,0 +1,179 @@
+"""What server and clients say to each other: typed payloads <-> bytes, every size bounded.
+
+One payload is one msgpack array, tagged with its kind, and travels as one byte array whatever carries it:
+
+    data = encode(TrainRequest(...))
+    request = decode(data, TrainRequest)
+
+A request is the same for the whole cohort: what differs between clients (their seed, their data) they derive themselves
+from the names in it, so a server serialises once, and one digest can bind what everybody received.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from fedtune.core.adapter import Factors, Vector
+from fedtune.core.errors import PeerError, UpdateError
+
+PROTOCOL_VERSION = 1
+MAX_PAYLOAD_BYTES = 1 << 30
+MAX_TEXT = 4096
+MAX_COUNT = 1 << 40
+HEADER_BYTES = 64 << 10  # every field beside the vector fits in this
+
+_Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+_Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+_Bytes = Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+_Loss = Annotated[float, Meta(ge=0, le=1e6)]  # bounded, so that no client can make a mean overflow
+
+
+class Payload(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that travels."""
+
+
+class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Which frozen base the adapter belongs to, and how the adapter sits on it; the same all through a job."""
+
+    name: _Text
+    digest: _Digest
+    quantization: Literal["nf4", "none"]
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Annotated[float, Meta(gt=0)]
+    target_modules: Annotated[tuple[_Text, ...], Meta(max_length=4096)]
+    sequence_length: Annotated[int, Meta(ge=8, le=1 << 20)]
+
+
+class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """What a client does with the adapter it receives; either `local_steps` or `local_epochs` is set."""
+
+    factors: Factors
+    local_steps: Annotated[int, Meta(ge=0, le=1 << 20)]
+    local_epochs: Annotated[float, Meta(ge=0, le=1e6)]
+    batch_tokens: Annotated[int, Meta(ge=8, le=1 << 24)]
+    learning_rate: Annotated[float, Meta(gt=0)]
+    weight_decay: Annotated[float, Meta(ge=0)]
+    max_gradient_norm: Annotated[float, Meta(gt=0)]
+    gradient_checkpointing: bool
+    holdout: Annotated[float, Meta(ge=0, lt=1)]
+
+
+class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Train this adapter; `adapter` is the whole vector and `adapter_digest` the SHA-256 of what it decodes to."""
+
+    version: int
+    job_seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    round: _Count
+    base: Base
+    work: LocalWork
+    adapter_digest: _Digest
+    adapter: _Bytes
+
+
+class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Trained minus received, over the segment of the factors that the request named, and what it took."""
+
+    round: _Count
+    examples: _Count
+    tokens: _Count
+    steps: _Count
+    loss: _Loss
+    seconds: Annotated[float, Meta(ge=0)]
+    update: _Bytes
+
+
+class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Evaluate this adapter on the examples the client keeps back."""
+
+    version: int
+    job_seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    round: _Count
+    base: Base
+    holdout: Annotated[float, Meta(ge=0, lt=1)]
+    adapter_digest: _Digest
+    adapter: _Bytes
+
+
+class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """A client's evaluation: sums a server can add up are `loss` and `exact_match` times their counts."""
+
+    round: _Count
+    examples: _Count
+    tokens: _Count
+    loss: _Loss
+    exact_match: Annotated[float, Meta(ge=0, le=1)]
+
+
+P = TypeVar("P", bound=Payload)
+
+
+def encode(payload: Payload) -> bytes:
+    """The payload as bytes; equal payloads give equal bytes."""
+    return msgspec.msgpack.encode(payload)
+
+
+def decode(data: bytes | memoryview, kind: type[P], limit: int = MAX_PAYLOAD_BYTES) -> P:
+    """Reads a payload of one kind.
+
+    Args:
+        data: what came from the other side.
+        kind: the only kind that is accepted here.
+        limit: most bytes accepted; a caller that knows the adapter's size says less than the default.
+
+    Raises:
+        PeerError: too large, truncated, of another kind, a field missing, unknown, of a wrong type or out of bounds, or
+            of another protocol version.
+    """
+    if len(data) > limit:
+        raise PeerError(f"{kind.__name__}: {len(data)} bytes; at most {limit} are accepted")
+    try:
+        payload = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerError(f"{kind.__name__}: {error}") from error
+    version = getattr(payload, "version", PROTOCOL_VERSION)
+    if version != PROTOCOL_VERSION:
+        raise PeerError(
+            f"{kind.__name__}: protocol version {version}; this side speaks {PROTOCOL_VERSION}. "
+            "Install the same fedtune version on server and clients"
+        )
+    if not _finite(payload):
+        raise PeerError(f"{kind.__name__}: a number in it is not finite")
+    return payload
+
+
+def _finite(payload: Payload) -> bool:
+    return all(
+        _finite(value) if isinstance(value, Payload) else not isinstance(value, float) or math.isfinite(value)
+        for value in msgspec.structs.astuple(payload)
+    )
+
+
+def vector_to_bytes(vector: Vector) -> bytes:
+    """float32 values, little-endian, 4 bytes each.
+
+    Raises:
+        UpdateError: a value is not finite; such a vector is never sent.
+    """
+    if not np.isfinite(vector).all():
+        raise UpdateError("the vector holds NaN or Inf; it is not sent")
+    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
+
+
+def vector_from_bytes(data: bytes, size: int) -> Vector:
+    """Reads what `vector_to_bytes` wrote.
+
+    Raises:
+        PeerError: not exactly `size` values, or one of them not finite.
+    """
+    if len(data) != 4 * size:
+        raise PeerError(f"a vector of {len(data)} bytes; expected {4 * size} for {size} float32 values")
+    vector = np.frombuffer(data, dtype="<f4").astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise PeerError("a vector with NaN or Inf; expected finite values")
+    return vector

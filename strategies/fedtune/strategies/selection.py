@@ -1,0 +1,38 @@
+"""Which clients a round asks: the cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedtune.core.seeds import generator
+
+
+class Selection(Protocol):
+    """A way to choose the cohort."""
+
+    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
+        """The names of the clients of this round, in a fixed order, out of those that can be reached now."""
+
+
+@dataclass(frozen=True)
+class UniformSelection:
+    """Without replacement, every client alike; the same seed, round and population give the same cohort.
+
+    Args:
+        wanted: a count, or a share of the population.
+        seed: the job's.
+    """
+
+    wanted: int | float
+    seed: int
+
+    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
+        """min(wanted, population) names in the population's order of names."""
+        names = sorted(population)
+        count = max(1, round(self.wanted * len(names))) if isinstance(self.wanted, float) else self.wanted
+        if count >= len(names):
+            return names
+        chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
+        return [names[index] for index in sorted(chosen)]

@@ -1,0 +1,245 @@
+"""Federated training of one adapter as a Flower Strategy, usable in anyone's ServerApp:
+
+    strategy = AdapterStrategy(federation)
+    result = strategy.start(grid, strategy.initial_arrays(), num_rounds=20)
+
+fedtune's own server takes it round by round, state in and state out, so that it can save what each round acknowledged:
+
+    for state, record in strategy.rounds(grid, state, last_round=20, evaluate=evaluate): ...
+
+What a round is stands in `fedtune.strategies.round`; here it meets Flower's grid and messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.errors import PeerError
+from fedtune.core.job import Job
+from fedtune.core.messages import Base
+from fedtune.core.records import Evaluation, RoundRecord
+from fedtune.strategies.aggregators import aggregator_named
+from fedtune.strategies.envelope import seal, unseal
+from fedtune.strategies.replies import stream_replies
+from fedtune.strategies.round import (
+    EvaluationRound,
+    Federation,
+    Observer,
+    TrainingRound,
+    clients_evaluate,
+    pooled,
+)
+from fedtune.strategies.selection import UniformSelection
+
+ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
+
+Evaluate = Callable[[int, Vector], Evaluation | None]
+Roster = Callable[[Grid], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """Everything that one round hands to the next.
+
+    Args:
+        round: rounds completed.
+        adapter: float32, the layout's size.
+    """
+
+    round: int
+    adapter: Vector
+
+
+def federation_from_job(job: Job, base: Base, layout: AdapterLayout) -> Federation:
+    """The federation that a job file describes."""
+    return Federation(
+        job,
+        base,
+        layout,
+        aggregator_named(job.federation.aggregation),
+        UniformSelection(job.federation.clients_per_round, job.training.seed),
+    )
+
+
+def roster_by_node_id(grid: Grid) -> dict[str, int]:
+    """Names clients after their Flower node, where nothing better is known."""
+    return {str(node_id): node_id for node_id in grid.get_node_ids()}
+
+
+class AdapterStrategy(Strategy):
+    """Federated training of one adapter.
+
+    Args:
+        federation: what stays the same all through the job.
+        roster: client name -> Flower node, of the clients that can be reached now.
+        observe: called with every client's record as it becomes known.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        roster: Roster = roster_by_node_id,
+        observe: Observer = lambda _: None,
+    ) -> None:
+        self.federation = federation
+        self.roster = roster
+        self.observe = observe
+        self._training: TrainingRound | None = None
+        self._evaluation: EvaluationRound | None = None
+        self._names: dict[int, str] = {}
+
+    def initial_state(self) -> FederationState:
+        """Before round 1: A at random from the job's seed, B = 0."""
+        return FederationState(0, self.federation.layout.initial(self.federation.job.training.seed))
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The initial state as Flower's `start` takes it."""
+        return _to_arrays(self.initial_state().adapter)
+
+    def rounds(
+        self, grid: Grid, state: FederationState, last_round: int, evaluate: Evaluate | None = None
+    ) -> Iterator[tuple[FederationState, RoundRecord]]:
+        """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends."""
+        for number in range(state.round + 1, last_round + 1):
+            roster = self.roster(grid)
+            training = TrainingRound.open(self.federation, number, state.adapter, sorted(roster), self.observe)
+            self._exchange(grid, training, roster, MessageType.TRAIN)
+            adapter, record = training.close()
+            if clients_evaluate(self.federation.job, number):
+                evaluation = EvaluationRound.open(self.federation, number, adapter, sorted(roster))
+                self._exchange(grid, evaluation, roster, MessageType.EVALUATE)
+                record = replace(record, client_evaluations=evaluation.close())
+            if evaluate is not None:
+                record = replace(record, eval=evaluate(number, adapter))
+            state = FederationState(number, adapter)
+            yield state, record
+
+    def _exchange(
+        self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int], message_type: str
+    ) -> None:
+        deadline = self.federation.job.federation.deadline
+        messages = _requests(round_, roster, message_type)
+        names = {node_id: name for name, node_id in roster.items()}
+        _collect(round_, stream_replies(grid, messages, None if deadline == "auto" else deadline), names)
+
+    # -- Flower's interface, for a ServerApp that drives the rounds itself -------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One request, the same for the whole cohort; `config` is not read, the job says it all."""
+        del config
+        roster = self.roster(grid)
+        adapter = _from_arrays(arrays, self.federation.layout)
+        self._training = TrainingRound.open(self.federation, server_round, adapter, sorted(roster), self.observe)
+        self._names = {node_id: name for name, node_id in roster.items()}
+        return _requests(self._training, roster, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Takes the replies in as they come; nothing where too few survived."""
+        if self._training is None or self._training.number != server_round:
+            raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
+        _collect(self._training, replies, self._names)
+        adapter, record = self._training.close()
+        if record.aborted:
+            return None, None
+        return _to_arrays(adapter), _train_metrics(record)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A request to every client that can be reached, in the rounds in which the job wants clients to evaluate."""
+        del config
+        self._evaluation = None
+        if not clients_evaluate(self.federation.job, server_round):
+            return []
+        roster = self.roster(grid)
+        adapter = _from_arrays(arrays, self.federation.layout)
+        self._evaluation = EvaluationRound.open(self.federation, server_round, adapter, sorted(roster))
+        self._names = {node_id: name for name, node_id in roster.items()}
+        return _requests(self._evaluation, roster, MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """All clients' scores as one."""
+        if self._evaluation is None or self._evaluation.number != server_round:
+            return None
+        _collect(self._evaluation, replies, self._names)
+        score = pooled(self._evaluation.close())
+        return _evaluate_metrics(score) if score else None
+
+    def summary(self) -> None:
+        """Nothing beside what fedtune's own output says."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's whole loop on top of `rounds`, which streams replies instead of holding them all.
+
+        `timeout` and the configs are not read: the job's deadline and settings hold.
+        """
+        del timeout, train_config, evaluate_config
+        result = Result()
+        if evaluate_fn and (metrics := evaluate_fn(0, initial_arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = metrics
+        state = FederationState(0, _from_arrays(initial_arrays, self.federation.layout))
+        for after, record in self.rounds(grid, state, num_rounds):
+            result.arrays = _to_arrays(after.adapter)
+            if not record.aborted:
+                result.train_metrics_clientapp[record.round] = _train_metrics(record)
+            if score := pooled(record.client_evaluations):
+                result.evaluate_metrics_clientapp[record.round] = _evaluate_metrics(score)
+            if evaluate_fn and (metrics := evaluate_fn(record.round, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[record.round] = metrics
+        return result
+
+
+def _requests(round_: TrainingRound | EvaluationRound, roster: dict[str, int], message_type: str) -> Sequence[Message]:
+    content = seal(round_.request)  # shared by all messages: a cohort costs one adapter, not one each
+    return [Message(content, roster[name], message_type, group_id=str(round_.number)) for name in round_.cohort]
+
+
+def _collect(round_: TrainingRound | EvaluationRound, replies: Iterable[Message], names: dict[int, str]) -> None:
+    for reply in replies:
+        name = names.get(reply.metadata.src_node_id)
+        if name is None:
+            continue
+        try:
+            payload = unseal(reply)
+        except PeerError as error:
+            round_.give_up(name, str(error))
+        else:
+            round_.take_in(name, payload)
+
+
+def _train_metrics(record: RoundRecord) -> MetricRecord:
+    return MetricRecord({"train-loss": record.train_loss or 0.0, "survivors": len(record.survivors)})
+
+
+def _evaluate_metrics(score: Evaluation) -> MetricRecord:
+    return MetricRecord({"loss": score.loss, "exact-match": score.exact_match, "num-examples": score.examples})
+
+
+def _to_arrays(adapter: Vector) -> ArrayRecord:
+    return ArrayRecord({ADAPTER: Array(np.ascontiguousarray(adapter))})
+
+
+def _from_arrays(arrays: ArrayRecord, layout: AdapterLayout) -> Vector:
+    vector = arrays[ADAPTER].numpy()
+    layout.check(vector)
+    return vector

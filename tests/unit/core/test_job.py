@@ -1,0 +1,107 @@
+"""The job file: defaults, overrides, and every mistake reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.errors import JobError
+from fedtune.core.job import Job, dump_job, load_job
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_a_file_the_job_is_the_demo() -> None:
+    assert load_job(None) == Job()
+
+
+def test_overrides_reach_their_section_and_keep_their_type(tmp_path: Path) -> None:
+    path = write(tmp_path, "[federation]\nrounds = 3\n")
+    overrides = ["federation.rounds=7", "training.learning_rate=1e-4", "model.base=org/model", "data.skip_bad=true"]
+    job = load_job(path, overrides)
+    assert (job.federation.rounds, job.training.learning_rate, job.model.base) == (7, 1e-4, "org/model")
+    assert job.data.skip_bad is True
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        colour = "red"
+        [model]
+        bass = "demo"
+        [federation]
+        rounds = "many"
+        clients_per_round = 1.5
+        [training]
+        local_steps = 3
+        local_epochs = 1
+        [adapter]
+        rank = 0
+        """,
+    )
+    with pytest.raises(JobError) as caught:
+        load_job(path, ["nonsense"])
+    text = str(caught.value)
+    for part in (
+        "colour",
+        "model.bass: unknown key; expected one of base, quantization",
+        "federation.rounds",
+        "federation.clients_per_round",
+        "adapter.rank",
+        "training.local_steps and training.local_epochs are both set",
+        "--set nonsense: expected section.key=value",
+    ):
+        assert part in text
+    assert all(line.startswith(str(path)) for line in text.splitlines())
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.batch_tokens=64", "less than one sequence"),
+        ("data.partition=iid", "households are clients already"),
+        ("federation.minimum_clients=11", "more than federation.clients_per_round"),
+        ("simulation.workers=2", 'needs simulation.backend = "ray"'),
+        ("data.partition=by-colour", "data.partition"),
+        ("training.learning_rate=nan", "training.learning_rate"),
+        ("simulation.dropout=1.5", "simulation.dropout"),
+        ("training.seed=-1", "training.seed"),
+        ("federation=3", "expected section.key=value"),
+    ],
+)
+def test_contradictions_and_impossible_values_are_refused(override: str, complaint: str) -> None:
+    with pytest.raises(JobError, match=complaint):
+        load_job(None, [override])
+
+
+@pytest.mark.parametrize("text", ["[model", "\x00", "[model]\nbase = 1979-05-27\n", "model = 3\n"])
+def test_what_is_not_a_job_file_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(JobError, match=r"job\.toml: "):
+        load_job(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="cannot be read: No such file"):
+        load_job(tmp_path / "none.toml")
+
+
+def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    path = write(tmp_path, '[model]\nbase = "base"\n[data]\ntrain = "clients/*.jsonl"\nevaluation = "eval.jsonl"\n')
+    job = load_job(path)
+    assert job.model.base == str(tmp_path / "base")
+    assert job.data.train == str(tmp_path / "clients/*.jsonl")
+    assert job.data.evaluation == str(tmp_path / "eval.jsonl")
+
+
+def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
+    job = load_job(None, ["federation.clients_per_round=0.25", "training.local_epochs=2", "federation.deadline=60"])
+    assert load_job(write(tmp_path, dump_job(job))) == job

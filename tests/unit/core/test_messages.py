@@ -1,0 +1,96 @@
+"""Payloads: what was sent is what is read, and nothing else is read."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.messages import (
+    PROTOCOL_VERSION,
+    Base,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    decode,
+    encode,
+    vector_from_bytes,
+    vector_to_bytes,
+)
+
+BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 256)
+REPLY = TrainReply(round=3, examples=10, tokens=100, steps=20, loss=1.5, seconds=0.5, update=b"\x00" * 8)
+
+
+def evaluate_request(**changes: object) -> EvaluateRequest:
+    fields: dict[str, object] = {
+        "version": PROTOCOL_VERSION,
+        "job_seed": 0,
+        "round": 1,
+        "base": BASE,
+        "holdout": 0.1,
+        "adapter_digest": "f" * 64,
+        "adapter": b"",
+    }
+    return EvaluateRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_payload_reads_back_equal() -> None:
+    assert decode(encode(REPLY), TrainReply) == REPLY
+    assert decode(encode(evaluate_request()), EvaluateRequest) == evaluate_request()
+
+
+def test_another_protocol_version_is_refused_with_advice() -> None:
+    with pytest.raises(PeerError, match="protocol version 99; this side speaks 1. Install the same fedtune"):
+        decode(encode(evaluate_request(version=99)), EvaluateRequest)
+
+
+def test_another_kind_of_payload_is_refused() -> None:
+    with pytest.raises(PeerError, match="TrainReply"):
+        decode(encode(EvaluateReply(1, 1, 1, 0.5, 0.5)), TrainReply)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_at_any_depth(value: float) -> None:
+    with pytest.raises(PeerError):
+        decode(encode(TrainReply(3, 10, 100, 20, value, 0.5, b"")), TrainReply)
+    with pytest.raises(PeerError):
+        base = Base("demo", "0" * 64, "nf4", 16, value, ("all-linear",), 256)
+        decode(encode(evaluate_request(base=base)), EvaluateRequest)
+
+
+@given(cut=st.integers(0, len(encode(REPLY)) - 1))
+def test_a_truncated_payload_is_refused(cut: int) -> None:
+    with pytest.raises(PeerError):
+        decode(encode(REPLY)[:cut], TrainReply)
+
+
+@given(data=st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused_and_never_crash(data: bytes) -> None:
+    with pytest.raises(PeerError):
+        decode(data, TrainReply)
+
+
+def test_a_payload_over_the_limit_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(PeerError, match="at most 10 are accepted"):
+        decode(encode(REPLY), TrainReply, limit=10)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=50))
+def test_a_vector_travels_bit_for_bit(values: list[float]) -> None:
+    vector = np.array(values, dtype=np.float32)
+    assert vector_from_bytes(vector_to_bytes(vector), len(values)).tobytes() == vector.tobytes()
+
+
+def test_a_vector_that_is_not_finite_is_neither_sent_nor_taken() -> None:
+    bad = np.array([1.0, np.nan], dtype=np.float32)
+    with pytest.raises(UpdateError, match="NaN or Inf"):
+        vector_to_bytes(bad)
+    with pytest.raises(PeerError, match="NaN or Inf"):
+        vector_from_bytes(bad.tobytes(), 2)
+    with pytest.raises(PeerError, match="expected 12"):
+        vector_from_bytes(bad.tobytes(), 3)
