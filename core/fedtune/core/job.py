@@ -55,7 +55,7 @@ class AdapterSettings:
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: _PositiveFloat = 32.0
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -74,6 +74,6 @@ def test_a_broken_adapter_file_is_refused_with_its_path(tmp_path: Path, content:
 
 def test_a_vector_of_the_wrong_size_or_type_is_refused() -> None:
     with pytest.raises(ModelError, match="expected float32"):
-        LAYOUT.views(np.zeros(LAYOUT.size, dtype=np.float64))  # type: ignore[arg-type]
+        LAYOUT.views(np.zeros(LAYOUT.size, dtype=np.float64))
     with pytest.raises(ModelError, match="expected float32"):
         LAYOUT.views(np.zeros(LAYOUT.size - 1, dtype=np.float32))

@@ -45,7 +45,7 @@ def test_a_payload_reads_back_equal() -> None:
 
 
 def test_another_protocol_version_is_refused_with_advice() -> None:
-    with pytest.raises(PeerError, match="protocol version 99; this side speaks 1. Install the same fedtune"):
+    with pytest.raises(PeerError, match=r"protocol version 99; this side speaks 1\. Install the same fedtune"):
         decode(encode(evaluate_request(version=99)), EvaluateRequest)
 
 
@@ -58,8 +58,8 @@ def test_another_kind_of_payload_is_refused() -> None:
 def test_numbers_that_are_not_finite_are_refused_at_any_depth(value: float) -> None:
     with pytest.raises(PeerError):
         decode(encode(TrainReply(3, 10, 100, 20, value, 0.5, b"")), TrainReply)
+    base = Base("demo", "0" * 64, "nf4", 16, value, ("all-linear",), 256)
     with pytest.raises(PeerError):
-        base = Base("demo", "0" * 64, "nf4", 16, value, ("all-linear",), 256)
         decode(encode(evaluate_request(base=base)), EvaluateRequest)
 
 

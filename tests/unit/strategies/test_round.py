@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -40,12 +42,11 @@ def federation(*overrides: str) -> Federation:
     return federation_from_job(load_job(None, overrides), BASE, LAYOUT)
 
 
-def reply(round_: TrainingRound, value: float, examples: int = 10, **changes: object) -> bytes:
+def reply(round_: TrainingRound, value: float, examples: int = 10, **changes: Any) -> bytes:
     segment = LAYOUT.segment(round_.factors)
     update = np.full(segment.stop - segment.start, value, dtype=np.float32).tobytes()
     answer = TrainReply(round_.number, examples, 5 * examples, 20, 1.0, 0.1, update)
-    fields = {name: getattr(answer, name) for name in answer.__struct_fields__} | changes
-    return encode(TrainReply(**fields))  # type: ignore[arg-type]
+    return encode(msgspec.structs.replace(answer, **changes))
 
 
 def opened(number: int = 1, *overrides: str) -> TrainingRound:
@@ -101,7 +102,7 @@ def test_alternating_rounds_change_one_factor_and_fedavg_both() -> None:
         ({"loss": float("inf")}, "TrainReply"),
     ],
 )
-def test_a_reply_that_cannot_be_used_costs_only_that_client(changes: dict[str, object], reason: str) -> None:
+def test_a_reply_that_cannot_be_used_costs_only_that_client(changes: dict[str, Any], reason: str) -> None:
     round_ = opened()
     round_.take_in("ann", reply(round_, 1.0))
     round_.take_in("bob", reply(round_, 1.0, **changes))
@@ -188,7 +189,8 @@ def test_an_evaluation_round_keeps_scores_and_marks_the_silent() -> None:
     assert [part.evaluation is not None for part in parts] == [True, True, False]
     score = pooled(parts)
     assert score is not None
-    assert (score.loss, score.exact_match, score.examples) == (pytest.approx(1.75), pytest.approx(0.875), 40)
+    assert (score.loss, score.exact_match) == pytest.approx((1.75, 0.875))
+    assert score.examples == 40
     assert pooled([]) is None
 
 

@@ -1,0 +1,40 @@
+# Every target sets up what it needs: a virtual environment in .venv with pinned packages. Set-up is skipped while
+# pyproject.toml and constraints.txt are unchanged.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint format bench-simulation table clean
+
+demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
+	$(BIN)/fedtune simulate
+
+test: $(READY)  ## Run the tests: under ten minutes on two cores.
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY)  ## Run the tests that take longer.
+	$(BIN)/pytest -m slow
+
+lint: $(READY)  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Bring the code into its style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower's LLM example.
+	$(BIN)/python benchmarks/simulation/run.py
+
+table: $(READY)  ## Measure the README's table: about half an hour on two cores.
+	$(BIN)/python benchmarks/demo/run.py
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:  ## Remove the virtual environment and caches.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,138 @@
+"""A device that stays warm: one base model in memory, whoever's data it trains on.
+
+On an edge device that is one client; in a simulation a thousand clients take turns on one device and one base model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedtune.client.training import LocalTask, train_locally
+from fedtune.core.adapter import Vector, adapter_digest
+from fedtune.core.errors import ModelError, PeerError, UpdateError
+from fedtune.core.messages import (
+    Base,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+    vector_from_bytes,
+    vector_to_bytes,
+)
+from fedtune.core.seeds import derive_seed
+from fedtune.model.evaluation import evaluate
+from fedtune.model.examples import Example, hold_out
+from fedtune.model.lora import AdaptedModel
+
+CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this are read and tokenised again
+
+OpenModel = Callable[[Base], AdaptedModel]
+LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class _Split:
+    training: list[Example]
+    held_out: list[Example]
+
+
+class Device:
+    """Answers training and evaluation requests, one at a time.
+
+    Args:
+        open_model: loads and adapts the base model that a request names; called once for each.
+        load_examples: (client, model, sequence length) -> that client's examples.
+    """
+
+    def __init__(self, open_model: OpenModel, load_examples: LoadExamples) -> None:
+        self._open_model = open_model
+        self._load_examples = load_examples
+        self._model: tuple[Base, AdaptedModel] | None = None
+        self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def train(self, client: str, request: TrainRequest) -> TrainReply:
+        """Trains the received adapter on the client's examples.
+
+        Raises:
+            PeerError: the request is not what its digests say.
+            ModelError: this device has another base model.
+            UpdateError: training gave nothing that may be sent.
+        """
+        with self._lock:
+            model = self._model_for(request.base)
+            received = _received(model, request.adapter, request.adapter_digest)
+            split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
+            work = request.work
+            if (work.local_steps > 0) == (work.local_epochs > 0):
+                raise PeerError("a request with both or neither of local steps and local epochs")
+            task = LocalTask(
+                seed=derive_seed(request.job_seed, "train", request.round, client),
+                learning_rate=work.learning_rate,
+                factors=work.factors,
+                local_steps=work.local_steps or None,
+                local_epochs=work.local_epochs or None,
+                batch_tokens=work.batch_tokens,
+                weight_decay=work.weight_decay,
+                max_gradient_norm=work.max_gradient_norm,
+                gradient_checkpointing=work.gradient_checkpointing,
+            )
+            result = train_locally(model, split.training, received, task)
+        return TrainReply(
+            round=request.round,
+            examples=result.examples,
+            tokens=result.target_tokens,
+            steps=result.steps,
+            loss=result.loss,
+            seconds=result.seconds,
+            update=vector_to_bytes(result.update),
+        )
+
+    def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
+        """Scores the received adapter on the examples that the client keeps back.
+
+        Raises:
+            PeerError, ModelError: as `train`.
+            UpdateError: the client keeps nothing back.
+        """
+        with self._lock:
+            model = self._model_for(request.base)
+            received = _received(model, request.adapter, request.adapter_digest)
+            held_out = self._split(client, model, request.base, request.holdout, request.job_seed).held_out
+            if not held_out:
+                raise UpdateError("the client keeps no examples back to evaluate on")
+            model.load(received)
+            score = evaluate(model, held_out)
+        return EvaluateReply(request.round, score.examples, score.tokens, score.loss, score.exact_match)
+
+    def _model_for(self, base: Base) -> AdaptedModel:
+        if self._model is None or self._model[0] != base:
+            self._model = None  # free the old one before the new one is loaded
+            model = self._open_model(base)
+            if model.base.digest != base.digest:
+                raise ModelError(
+                    f"this device's base model {model.base.name} has digest {model.base.digest[:16]}…; "
+                    f"the job is for {base.digest[:16]}…"
+                )
+            self._model = (base, model)
+        return self._model[1]
+
+    def _split(self, client: str, model: AdaptedModel, base: Base, share: float, seed: int) -> _Split:
+        key = (client, base, share, seed)
+        if key not in self._splits:
+            examples = self._load_examples(client, model, base.sequence_length)
+            self._splits[key] = _Split(*hold_out(examples, share, derive_seed(seed, "holdout", client)))
+            while len(self._splits) > CACHED_CLIENTS:
+                self._splits.popitem(last=False)
+        self._splits.move_to_end(key)
+        return self._splits[key]
+
+
+def _received(model: AdaptedModel, data: bytes, digest: str) -> Vector:
+    vector = vector_from_bytes(data, model.layout.size)
+    if adapter_digest(vector) != digest:
+        raise PeerError("the adapter that arrived is not the one the request was made for (digest differs)")
+    return vector

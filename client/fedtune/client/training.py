@@ -1,0 +1,183 @@
+"""One client's local training: swap the adapter in, take the steps, hand back what changed.
+
+    result = train_locally(model, examples, received, LocalTask(seed=..., learning_rate=2e-3, local_steps=20))
+
+The base model stays loaded; a call costs one copy of the adapter and a fresh AdamW state. Nothing but the arguments
+decides the result: the same call gives the same bits, whoever was trained on the same model before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.core.adapter import Factors, Vector
+from fedtune.core.errors import UpdateError
+from fedtune.core.job import DEFAULT_LOCAL_STEPS
+from fedtune.model.batches import collate, split, steps_of_epoch
+from fedtune.model.examples import Example
+from fedtune.model.lora import AdaptedModel
+from fedtune.model.loss import completion_loss
+
+_MAX_SKIPPED_STEPS = 16  # in a row; fp16's loss scale starts at 2**16 and halves with each
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What a client is asked to do in one round.
+
+    Args:
+        seed: of the order of the examples and of dropout; derive it from job seed, round and client.
+        learning_rate: this round's.
+        factors: which factors are trained; the others stay as received.
+        local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
+        local_epochs: passes over the examples, instead.
+        batch_tokens: tokens an optimizer step, padding included.
+        micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
+        weight_decay: of AdamW.
+        max_gradient_norm: longer gradients are scaled down to it.
+        gradient_checkpointing: compute activations twice rather than keep them.
+    """
+
+    seed: int
+    learning_rate: float
+    factors: Factors = "ab"
+    local_steps: int | None = None
+    local_epochs: float | None = None
+    batch_tokens: int = 2048
+    micro_batch_tokens: int | None = None
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What a client's training came to.
+
+    Args:
+        update: trained minus received, float32, the segment of the trained factors.
+        examples: how many examples the client trains on: a weight for aggregation.
+        target_tokens: tokens that the loss counts in those examples: another.
+        loss: mean over the target tokens of all steps, each before its own step.
+        steps: optimizer steps taken.
+        tokens: tokens computed, padding included.
+        seconds: from receiving to result.
+    """
+
+    update: Vector
+    examples: int
+    target_tokens: int
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+    """Trains the received adapter on the client's examples.
+
+    Args:
+        received: the whole adapter, float32, (layout.size,).
+
+    Raises:
+        UpdateError: there are no examples, or a loss, a gradient or the update is not finite.
+    """
+    start = time.perf_counter()
+    if not examples:
+        raise UpdateError("the client has no examples to train on")
+    if not np.isfinite(received).all():
+        raise UpdateError("the received adapter is not finite")
+    segment = model.layout.segment(task.factors)
+    model.load(received)
+    model.train_factors(task.factors)
+    trained = nn.Parameter(model.parameters[segment])
+    trained.grad = model.gradient[segment]
+    optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
+    loss, counted, computed, steps, skipped = 0.0, 0, 0, 0, 0
+    with _training(model, task):
+        for step in _steps(examples, task):
+            trained.grad.zero_()
+            step_loss, step_counted, step_computed = _accumulate(model, step, task, scaler)
+            if not math.isfinite(step_loss):
+                raise UpdateError(f"the loss is {step_loss} at local step {steps + 1}")
+            scaler.unscale_(optimizer)
+            norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped > (_MAX_SKIPPED_STEPS if scaler.is_enabled() else 0):
+                raise UpdateError(f"the gradient's norm is {norm} at local step {steps + 1}")
+            scaler.step(optimizer)
+            scaler.update()
+            loss, counted, computed, steps = (
+                loss + step_loss,
+                counted + step_counted,
+                computed + step_computed,
+                steps + 1,
+            )
+    update = trained.detach().cpu().numpy() - received[segment]
+    if not np.isfinite(update).all():
+        raise UpdateError(f"the update is not finite after {steps} local steps")
+    return LocalResult(
+        update=update,
+        examples=len(examples),
+        target_tokens=sum(example.target_tokens for example in examples),
+        loss=loss / counted,
+        steps=steps,
+        tokens=computed,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
+    """The examples of each optimizer step, epoch after epoch in new order, until the task is done."""
+    done = epoch = 0
+    limit = task.local_steps or DEFAULT_LOCAL_STEPS
+    while done < limit:
+        steps = steps_of_epoch(examples, task.batch_tokens, task.seed, epoch)
+        if task.local_epochs is not None:
+            limit = max(1, round(task.local_epochs * len(steps)))
+        yield from steps[: limit - done]
+        done += len(steps)
+        epoch += 1
+
+
+def _accumulate(
+    model: AdaptedModel, step: list[Example], task: LocalTask, scaler: torch.amp.GradScaler
+) -> tuple[float, int, int]:
+    """Adds the gradient of one step's mean loss; returns the summed loss, its target tokens and the tokens computed."""
+    targets = sum(example.target_tokens for example in step)
+    losses = []
+    computed = 0
+    for part in split(step, task.micro_batch_tokens or task.batch_tokens):
+        batch = collate(part, model.base.device)
+        loss = completion_loss(model.readout, batch)
+        scaler.scale(loss / targets).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        computed += batch.ids.numel()
+    return float(torch.stack(losses).sum()), targets, computed
+
+
+@contextmanager
+def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
+    """Training mode with its own random stream for dropout, and evaluation mode again after."""
+    network = model.base.network
+    model.readout  # noqa: B018  # its self-check wants evaluation mode
+    devices = [model.base.device] if model.base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(task.seed)
+        network.train()
+        if task.gradient_checkpointing:
+            network.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            network.activation_checkpointing_disable()
+            network.eval()

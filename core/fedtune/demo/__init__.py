@@ -1,0 +1,23 @@
+"""The bundled demo: a small base model, and households whose devices it cannot speak to yet.
+
+`python -m fedtune.demo.pretrain` makes the base; everything else needs no more than the standard library.
+"""
+
+from pathlib import Path
+
+from fedtune.demo.households import Household, Row, make_evaluation, make_households, write_federation
+from fedtune.demo.skills import SEPARATOR, format_prompt
+
+BASE_DIRECTORY = Path(__file__).parent / "base"
+"""A transformers directory with model and tokenizer; `model.base = "demo"` means this one."""
+
+__all__ = [
+    "BASE_DIRECTORY",
+    "SEPARATOR",
+    "Household",
+    "Row",
+    "format_prompt",
+    "make_evaluation",
+    "make_households",
+    "write_federation",
+]

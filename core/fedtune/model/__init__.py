@@ -1,0 +1,4 @@
+"""What devices and server compute with: the quantized base, its adapter, examples, loss and evaluation.
+
+Nothing is exported here, so that what needs no torch (records, partition) costs no import of it.
+"""

@@ -1,0 +1,221 @@
+"""From records to what a model trains on: cleaned, tokenised, with the prompt masked.
+
+    examples, report = prepare(records, base.tokenizer, sequence_length=256)
+
+Prompt and completion are tokenised apart, so that no token straddles the border, and joined:
+
+    [BOS] prompt completion EOS         BOS where the tokenizer puts one; the loss counts completion and EOS only
+
+The last message of a conversation is its completion; the tokenizer's chat template renders the rest as the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.errors import DataError, ModelError
+from fedtune.core.seeds import generator
+from fedtune.model.records import Message, Record, read_records
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A tokenised record.
+
+    Args:
+        ids: int32, (tokens,).
+        first_target: index of the first token that the loss counts, at least 1; all after it count too.
+    """
+
+    ids: npt.NDArray[np.int32]
+    first_target: int
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens the loss counts."""
+        return len(self.ids) - self.first_target
+
+
+@dataclass(frozen=True)
+class CleaningReport:
+    """What became of the records of a data set.
+
+    Args:
+        read: lines that were read, bad ones included.
+        bad: lines that were no record and were skipped.
+        empty: records without anything to learn.
+        duplicate: records equal to an earlier one.
+        too_long: records whose completion alone is over the sequence length.
+        truncated: examples that lost the beginning of their prompt.
+        kept: examples.
+    """
+
+    read: int = 0
+    bad: int = 0
+    empty: int = 0
+    duplicate: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    kept: int = 0
+
+    def __add__(self, other: CleaningReport) -> CleaningReport:
+        return CleaningReport(
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)}
+        )
+
+    def __str__(self) -> str:
+        counts = dataclasses.asdict(self)
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "nothing"
+
+
+def load_examples(
+    path: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, *, skip_bad: bool = False
+) -> tuple[list[Example], CleaningReport]:
+    """`read_records` and `prepare` of one file.
+
+    Raises:
+        DataError: as `read_records` does, and where no record is usable.
+    """
+    records, bad = read_records(path, skip_bad=skip_bad)
+    try:
+        examples, report = prepare(records, tokenizer, sequence_length)
+    except ModelError as error:
+        raise DataError(path, str(error)) from error
+    report += CleaningReport(read=bad, bad=bad)
+    if not examples:
+        raise DataError(path, f"no usable example ({report}); at most {sequence_length} tokens were allowed")
+    return examples, report
+
+
+def prepare(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> tuple[list[Example], CleaningReport]:
+    """Cleans and tokenises records.
+
+    Text is brought to Unicode's NFC. A prompt over the sequence length loses its beginning; a completion never loses
+    anything: one that does not fit drops its record.
+
+    Args:
+        sequence_length: tokens an example may have.
+
+    Raises:
+        ModelError: there are conversations, but the tokenizer has no chat template.
+    """
+    cleaned, report = _clean(records)
+    prompts, completions = render(cleaned, tokenizer)
+    prompt_ids, completion_ids = _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer)
+    start = start_tokens(tokenizer)
+    end = _end_token(tokenizer)
+    examples = []
+    too_long = truncated = 0
+    for record, prompt, completion in zip(cleaned, prompt_ids, completion_ids, strict=True):
+        # A template writes its own start and end of a turn; nothing after the end would ever be generated.
+        front = [] if record.messages else start
+        target = [*completion[: completion.index(end)], end] if end in completion else [*completion, end]
+        room = sequence_length - len(front) - len(target)
+        context = [*front, *(prompt[-room:] if room > 0 else [])]
+        if room < 0 or (prompt and not context):
+            too_long += 1
+            continue
+        truncated += len(prompt) > room
+        examples.append(Example(np.array(context + target, dtype=np.int32), max(len(context), 1)))
+    return examples, dataclasses.replace(report, too_long=too_long, truncated=truncated, kept=len(examples))
+
+
+def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Splits off a client's evaluation examples, the same ones for the same seed.
+
+    Args:
+        share: of the examples; above 0 it keeps back at least one, as long as one is left to train on.
+
+    Returns:
+        Training examples and held-out examples, both in their old order.
+    """
+    count = min(max(round(share * len(examples)), 1), len(examples) - 1) if share > 0 and examples else 0
+    held = set(generator(seed, "holdout").permutation(len(examples))[:count].tolist())
+    training = [example for index, example in enumerate(examples) if index not in held]
+    return training, [examples[index] for index in sorted(held)]
+
+
+def render(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Prompts and completions as the model sees them: conversations go through the tokenizer's chat template.
+
+    Raises:
+        ModelError: there are conversations, but the tokenizer has no chat template, or it refuses them.
+    """
+    if any(record.messages for record in records) and not tokenizer.chat_template:
+        raise ModelError(
+            'the data holds {"messages"}, but the base model\'s tokenizer has no chat template; '
+            'expected {"prompt", "completion"} or {"text"}'
+        )
+    prompts, completions = [], []
+    for record in records:
+        prompt, completion = _converse(record, tokenizer) if record.messages else (record.prompt, record.completion)
+        prompts.append(prompt)
+        completions.append(completion)
+    return prompts, completions
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if the tokenizer puts it in front of a text, otherwise nothing."""
+    first = list(tokenizer("a")["input_ids"])[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
+    seen: set[tuple[str, str, tuple[Message, ...]]] = set()
+    kept = []
+    empty = duplicate = 0
+    for record in records:
+        normal = Record(
+            completion=_nfc(record.completion),
+            prompt=_nfc(record.prompt),
+            messages=tuple(Message(turn.role, _nfc(turn.content)) for turn in record.messages),
+        )
+        identity = (normal.prompt, normal.completion, normal.messages)
+        if not normal.completion.strip():
+            empty += 1
+        elif identity in seen:
+            duplicate += 1
+        else:
+            seen.add(identity)
+            kept.append(normal)
+    return kept, CleaningReport(read=len(records), empty=empty, duplicate=duplicate)
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _converse(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    before = [{"role": turn.role, "content": turn.content} for turn in record.messages]
+    whole = [*before, {"role": "assistant", "content": record.completion}]
+    try:
+        prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(whole, tokenize=False))
+    except Exception as error:  # a template is a program of the model's author and raises what it likes
+        raise ModelError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+    # Some templates open the assistant's turn otherwise when they prompt for it (an empty thought, say).
+    return prompt, text[len(prompt) :] if text.startswith(prompt) else record.completion
+
+
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ModelError("the tokenizer has no end-of-sequence token; completions could never end")
+    return end

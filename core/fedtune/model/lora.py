@@ -1,0 +1,174 @@
+"""Low-rank adapters on a frozen base: one flat float32 tensor that every factor of every layer is a view of.
+
+    model = adapt(base, job.adapter)
+    model.load(vector)          # swaps the adapter: one copy
+    vector = model.vector()
+
+Per adapted layer with input x of shape (n, d_in):
+
+    y = x Wᵀ + s (x Aᵀ) Bᵀ          s = alpha / sqrt(R), A: (R, d_in), B: (d_out, R)
+
+LoRA (Hu et al. 2021) with the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023); the same function, to rounding,
+as peft's `LoraConfig(use_rslora=True)` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.adapter import AdaptedModule, AdapterLayout, Factors, Vector
+from fedtune.core.errors import ModelError
+from fedtune.core.job import AdapterSettings
+from fedtune.model.base import BaseModel, linear_modules
+from fedtune.model.loss import Readout
+
+_LISTED_ENDINGS = 20  # how many existing names an error lists
+
+
+class AdaptedModel:
+    """A base model with one adapter attached, whose values are swapped in place.
+
+    Args:
+        base: not to be adapted a second time.
+        layout: where each factor lies in the vector.
+    """
+
+    def __init__(self, base: BaseModel, layout: AdapterLayout) -> None:
+        self.base = base
+        self.layout = layout
+        self.parameters = torch.zeros(layout.size, dtype=torch.float32, device=base.device)
+        self.gradient = torch.zeros_like(self.parameters)
+        values, gradients = _views(layout, self.parameters), _views(layout, self.gradient)
+        self._layers = []
+        for module in layout.modules:
+            parent, _, leaf = module.name.rpartition(".")
+            owner = base.network.get_submodule(parent)
+            layer = AdaptedLinear(getattr(owner, leaf), *values[module.name], layout.scaling)
+            layer.lora_a.grad, layer.lora_b.grad = gradients[module.name]
+            setattr(owner, leaf, layer)
+            self._layers.append(layer)
+        self.train_factors("ab")
+
+    @cached_property
+    def readout(self) -> Readout:
+        """From tokens to logits, as this architecture does it."""
+        return Readout(self.base)
+
+    def load(self, vector: Vector) -> None:
+        """Takes the adapter's values from a flat vector, float32, (layout.size,)."""
+        self.layout.check(vector)
+        self.parameters.copy_(torch.from_numpy(vector))
+
+    def vector(self) -> Vector:
+        """A copy of the adapter's values, float32, (layout.size,)."""
+        copy: Vector = self.parameters.detach().to("cpu", copy=True).numpy()
+        return copy
+
+    def train_factors(self, factors: Factors) -> None:
+        """Lets gradients flow to the named factors only; `gradient` accumulates them."""
+        for layer in self._layers:
+            layer.lora_a.requires_grad_("a" in factors)
+            layer.lora_b.requires_grad_("b" in factors)
+
+
+def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
+    """Attaches an adapter, all zeros, to the base model.
+
+    Raises:
+        ModelError: a target matches no linear layer; the message lists the names that exist.
+    """
+    return AdaptedModel(base, adapter_layout(base, settings))
+
+
+def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:
+    """The layout that `adapt` would attach; see there."""
+    linear = [
+        AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
+    ]
+    if settings.target_modules != "all-linear":
+        linear = _matching(linear, settings.target_modules)
+    return AdapterLayout(tuple(linear), settings.rank, settings.alpha)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer plus its low-rank term, in the dtype of the input; the factors stay float32."""
+
+    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_a = nn.Parameter(lora_a)
+        self.lora_b = nn.Parameter(lora_b)
+        self.scaling = scaling
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d_in) -> (..., d_out)."""
+        inputs = (self.base(x), x, self.lora_a, self.lora_b, self.scaling)
+        return cast(Tensor, _LowRankSum.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+class _LowRankSum(torch.autograd.Function):
+    """y = base + s (x Aᵀ) Bᵀ, and with G = ∂L/∂y and H = s G B:
+
+        ∂L/∂x = H A (and what flows through base),   ∂L/∂A = Hᵀ x,   ∂L/∂B = s Gᵀ (x Aᵀ)
+
+    One function instead of six recorded operations: the sum is formed by the product itself, the thin x Aᵀ is the only
+    activation kept besides x, and a frozen factor costs nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        thin = rows @ a.T
+        ctx.save_for_backward(rows, thin, a, b)
+        ctx.scaling = scaling
+        return torch.addmm(base.reshape(-1, base.shape[-1]), thin, b.T, alpha=scaling).view(base.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, thin, a, b = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        to_x = to_a = to_b = None
+        if needs_x or needs_a:
+            thin_gradient = (flat @ b).mul_(ctx.scaling)
+        if needs_x:
+            to_x = (thin_gradient @ a).view(*gradient.shape[:-1], a.shape[1])
+        if needs_a:
+            to_a = (thin_gradient.T @ rows).float()
+        if needs_b:
+            to_b = (flat.T @ thin).float().mul_(ctx.scaling)
+        return gradient, to_x, to_a, to_b, None
+
+
+def _views(layout: AdapterLayout, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """`AdapterLayout.views` of a tensor."""
+    views = {}
+    start_a, start_b = 0, layout.size_a
+    for module in layout.modules:
+        lora_a = flat[start_a : start_a + layout.rank * module.d_in].view(layout.rank, module.d_in)
+        lora_b = flat[start_b : start_b + module.d_out * layout.rank].view(module.d_out, layout.rank)
+        views[module.name] = (lora_a, lora_b)
+        start_a, start_b = start_a + lora_a.numel(), start_b + lora_b.numel()
+    return views
+
+
+def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:
+    def ends(name: str, ending: str) -> bool:
+        return name == ending or name.endswith(f".{ending}")
+
+    unmatched = [ending for ending in endings if not any(ends(module.name, ending) for module in linear)]
+    if unmatched:
+        existing = list(dict.fromkeys(module.name.rpartition(".")[2] for module in linear))
+        more = f" and {len(existing) - _LISTED_ENDINGS} more" if len(existing) > _LISTED_ENDINGS else ""
+        raise ModelError(
+            f"adapter.target_modules: {', '.join(unmatched)} matches no linear layer of the base model; "
+            f"it has {', '.join(existing[:_LISTED_ENDINGS])}{more}"
+        )
+    return [module for module in linear if any(ends(module.name, ending) for ending in endings)]

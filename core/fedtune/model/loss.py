@@ -1,0 +1,116 @@
+"""Cross-entropy on the target tokens alone, in chunks, so that a large vocabulary's logits never exist all at once.
+
+    L = Σ_t  logsumexp(z_t) - z_t[target_t],     z_t = readout(hidden state before token t), float32
+
+The head is frozen, so the gradient by the hidden states is all that the backward pass wants of it; it is computed chunk
+by chunk in the forward pass, and a chunk's logits are dropped before the next. Peak memory: one chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.model.base import BaseModel
+from fedtune.model.batches import Batch
+
+MAX_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
+_CHECKED_TOKENS = 8
+_AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
+
+
+class Readout:
+    """From token ids to logits at chosen positions, as the architecture computes them.
+
+    The last hidden state goes through the head and the scaling or soft cap that some architectures put behind it. An
+    architecture that does more is found out by comparing a few logits, and its own full logits are used instead.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._network = base.network
+        self._head = base.head
+        config = base.network.config.get_text_config()
+        # Cohere multiplies, Granite divides, Gemma caps.
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._vocabulary = int(config.vocab_size)
+        self.split = True
+        self.split = self._agrees(base.device)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The states before the batch's targets, (targets, d); with gradient where it is enabled."""
+        states = self._states(batch.ids)
+        return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, d) -> float32 logits (n, vocabulary)."""
+        if not self.split:
+            return hidden.float()
+        logits = cast(Tensor, self._head(hidden)).float()
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    @property
+    def chunk(self) -> int:
+        """How many positions' logits are computed at once."""
+        return max(1, MAX_CHUNK_LOGITS // self._vocabulary)
+
+    def _states(self, ids: Tensor) -> Tensor:
+        if self.split:
+            return cast(Tensor, self._network.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        return cast(Tensor, self._network(input_ids=ids, use_cache=False).logits)
+
+    @torch.no_grad()
+    def _agrees(self, device: torch.device) -> bool:
+        ids = torch.arange(_CHECKED_TOKENS, device=device)[None] % self._vocabulary
+        whole = self._network(input_ids=ids, use_cache=False).logits.float()
+        try:
+            split = self.logits(self._states(ids))
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        return split.shape == whole.shape and bool((split - whole).abs().max() <= _AGREEMENT * whole.abs().max())
+
+
+def completion_loss(readout: Readout, batch: Batch) -> Tensor:
+    """The summed cross-entropy of a batch's targets: float32, (), differentiable."""
+    hidden = readout.hidden(batch)
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, readout))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def score(readout: Readout, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Per target: its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
+    losses, right = [], []
+    for rows, targets in _chunks(readout, readout.hidden(batch), batch.targets):
+        logits = readout.logits(rows)
+        losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
+        right.append(logits.argmax(dim=1) == targets)
+    return torch.cat(losses), torch.cat(right)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, readout: Readout) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for rows, wanted in _chunks(readout, hidden, targets):
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                loss = nn.functional.cross_entropy(readout.logits(leaf), wanted, reduction="sum")
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (by_hidden,) = ctx.saved_tensors
+        return (by_hidden * gradient).to(by_hidden.dtype), None, None
+
+
+def _chunks(readout: Readout, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, readout.chunk), torch.split(targets, readout.chunk), strict=True)

@@ -1,0 +1,243 @@
+"""NF4 with double quantization: the values that every device computes with, whatever its hardware.
+
+A weight W of n numbers is cut into blocks of 64, row-major. Per block k, with scale c_k = max |W|:
+
+    q_i = index of the NF4 level nearest to W_i / c_k             4 bits a number
+    u_k = index of the 8-bit level nearest to (c_k - m) / t_g     8 bits a block
+    Ŵ_i = level[q_i] · (map[u_k] · t_g + m)                       in float32, then rounded to the arithmetic's dtype
+
+with m the mean of all c and t_g = max |c - m| over a group of 256 blocks: 4.127 bits a number. QLoRA (Dettmers et al.
+2023, section 3); the 8-bit levels are those of 8-bit Optimizers via Block-wise Quantization (Dettmers et al. 2022). The
+byte layout is that of bitsandbytes.
+
+Quantization is done here and on the CPU, always, so that a base has the same values on every machine; bitsandbytes,
+where it works, multiplies with them faster than torch can.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.errors import ModelError
+
+RECIPE = "nf4, blocks of 64, scales in 8 bits in groups of 256, all linear layers but the head"
+BLOCK = 64
+GROUP = 256
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_SMALLEST_SCALE = 1e-38  # keeps a block of zeros from dividing by zero
+_EXPONENTS = 7  # decades of the 8-bit map
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized matrix.
+
+    Args:
+        codes: uint8, (ceil(n / 2),): two NF4 codes a byte, the first in the upper half.
+        scale_codes: uint8, (blocks,).
+        scale_steps: float32, (groups,): t_g.
+        scale_mean: float32, (): m.
+        shape: (d_out, d_in).
+    """
+
+    codes: Tensor
+    scale_codes: Tensor
+    scale_steps: Tensor
+    scale_mean: Tensor
+    shape: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on a device."""
+        return PackedWeight(
+            self.codes.to(device),
+            self.scale_codes.to(device),
+            self.scale_steps.to(device),
+            self.scale_mean.to(device),
+            self.shape,
+        )
+
+
+def quantize(weight: Tensor) -> PackedWeight:
+    """Packs a matrix of shape (d_out, d_in) and any float dtype, on the CPU.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    d_out, d_in = weight.shape
+    blocks = _cut(weight.detach().cpu().float().reshape(-1), BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    if not bool(torch.isfinite(scales).all()):
+        raise ModelError("the base model has a weight that is not finite")
+    codes = _nearest(blocks / scales.clamp(min=_SMALLEST_SCALE)[:, None], _levels())
+    codes = codes.reshape(-1)[: d_out * d_in]
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    # In float64: a float32 mean would depend on how many threads share the sum.
+    mean = torch.tensor(np.mean(scales.numpy(), dtype=np.float64), dtype=torch.float32)
+    groups = _cut(scales - mean, GROUP)
+    steps = groups.abs().amax(dim=1)
+    scale_codes = _nearest(groups / steps.clamp(min=_SMALLEST_SCALE)[:, None], scale_map())
+    return PackedWeight(
+        codes=codes[::2] << 4 | codes[1::2],
+        scale_codes=scale_codes.reshape(-1)[: scales.numel()],
+        scale_steps=steps,
+        scale_mean=mean,
+        shape=(d_out, d_in),
+    )
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Ŵ, of shape (d_out, d_in), on the device of the codes: torch alone, bit for bit what bitsandbytes gives."""
+    device = packed.codes.device
+    count = math.prod(packed.shape)
+    levels, scale_levels = _levels().to(device), scale_map().to(device)
+    steps = packed.scale_steps.repeat_interleave(GROUP)[: packed.scale_codes.numel()]
+    scales = scale_levels[packed.scale_codes.int()] * steps + packed.scale_mean
+    codes = torch.stack([packed.codes >> 4, packed.codes & 0xF], dim=1).reshape(-1)[:count]
+    blocks = _cut(levels[codes.int()], BLOCK) * scales[:, None]
+    return blocks.reshape(-1)[:count].to(dtype).reshape(packed.shape)
+
+
+class PackedLinear(nn.Linear):
+    """y = x Ŵᵀ + bias with Ŵ kept in NF4 and unpacked for each product, forward and backward.
+
+    An `nn.Linear` in everything but where its weight lives: `weight` is None.
+    """
+
+    codes: Tensor
+    scale_codes: Tensor
+    scale_steps: Tensor
+    scale_mean: Tensor
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
+        self.register_buffer("codes", weight.codes, persistent=False)
+        self.register_buffer("scale_codes", weight.scale_codes, persistent=False)
+        self.register_buffer("scale_steps", weight.scale_steps, persistent=False)
+        self.register_buffer("scale_mean", weight.scale_mean, persistent=False)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, on this layer's device."""
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(self.codes, self.scale_codes, self.scale_steps, self.scale_mean, shape)
+
+    def dense(self) -> Tensor:
+        """Ŵ in the dtype of the arithmetic."""
+        # Where blocks run on from row to row, bitsandbytes 0.50.2 gives wrong values on CPUs: for (64, 96), say.
+        if self.in_features % BLOCK == 0 and bitsandbytes_works(self.codes.device.type):
+            return _bitsandbytes_dequantize(self.packed, self.dtype)
+        return dequantize(self.packed, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d_in) -> (..., d_out)."""
+        return cast(Tensor, _UnpackedProduct.apply(x, self))  # type: ignore[no-untyped-call]
+
+
+class _UnpackedProduct(torch.autograd.Function):
+    """Unpacks once forward and once backward, so that autograd never holds a dense weight in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dense(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dense(), None
+
+
+@functools.cache
+def scale_map() -> Tensor:
+    """The 256 levels of a scale: float32, sorted.
+
+    Seven decades below 1, each with evenly spaced levels of either sign, 2^6 in the uppermost and half as many in each
+    decade below; and 0 and 1.
+    """
+    levels = [0.0, 1.0]
+    for decade in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        magnitudes = (10 ** (decade - _EXPONENTS + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += magnitudes + [-magnitude for magnitude in magnitudes]
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+@functools.cache
+def bitsandbytes_works(device_type: str) -> bool:
+    """Whether bitsandbytes unpacks a small matrix on this kind of device to the very values that torch does.
+
+    Its wheels can import and then fail at the first call (bitsandbytes issue 1930), hence a real one.
+    """
+    weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK).sin().reshape(-1, 2 * BLOCK)
+    packed = quantize(weight).to(device_type)
+    try:
+        return all(
+            torch.equal(_bitsandbytes_dequantize(packed, dtype), dequantize(packed, dtype))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
+    except Exception:  # whatever a broken native library raises: the torch path is right, only slower
+        return False
+
+
+def _bitsandbytes_dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    operations = _bitsandbytes_operations()
+    device = packed.codes.device
+    scales = operations.dequantize_blockwise(
+        packed.scale_codes, packed.scale_steps, scale_map().to(device), GROUP, torch.float32
+    )
+    scales += packed.scale_mean
+    dense: Tensor = operations.dequantize_4bit(packed.codes[:, None], scales, BLOCK, "nf4", packed.shape, dtype)
+    return dense
+
+
+@functools.cache
+def _bitsandbytes_operations() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional packages that we do not use
+    import bitsandbytes  # noqa: F401  # registers its operations with torch
+
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
+def _levels() -> Tensor:
+    return torch.tensor(LEVELS, dtype=torch.float32)
+
+
+def _cut(values: Tensor, size: int) -> Tensor:
+    """Shape (n,) -> (ceil(n / size), size), the last row filled up with zeros."""
+    missing = -values.numel() % size
+    return nn.functional.pad(values, (0, missing)).reshape(-1, size)
+
+
+def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)

@@ -1,0 +1,180 @@
+"""Data files as a person writes them: JSONL, CSV or Parquet -> records, every bad line named by file and number.
+
+One object a line (or row):
+
+    {"prompt": "...", "completion": "..."}                  loss on the completion
+    {"messages": [{"role": "user", "content": "..."}, ...]} loss on the last message, which the assistant says
+    {"text": "..."}                                         loss on everything
+
+Further keys are kept as text, for partitions that go by a field.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import DataError
+
+MAX_LINE_BYTES = 4 << 20
+EXPECTED = 'expected {"prompt", "completion"}, {"messages"} or {"text"}'
+_CONTENT_KEYS = frozenset({"prompt", "completion", "messages", "text"})
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a data file.
+
+    Args:
+        completion: what the model shall learn to say.
+        prompt: what it is given; empty for plain text.
+        messages: the turns before the completion; empty where there is no conversation.
+        fields: the line's other scalar values, as text.
+    """
+
+    completion: str
+    prompt: str = ""
+    messages: tuple[Message, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Record], int]:
+    """Reads a data file; its format follows from its ending: .csv, .parquet, and JSONL for any other.
+
+    Args:
+        skip_bad: count bad lines instead of stopping at the first.
+
+    Returns:
+        The records, and how many lines were bad.
+
+    Raises:
+        DataError: missing, unreadable, empty, or a bad line.
+    """
+    lines = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_lines)
+    records: list[Record] = []
+    bad = 0
+    try:
+        for line, value in lines(path):
+            try:
+                if isinstance(value, _BadLineError):
+                    raise value
+                records.append(_record(value))
+            except _BadLineError as error:
+                if not skip_bad:
+                    raise DataError(path, str(error), line) from None
+                bad += 1
+    except OSError as error:
+        raise DataError(path, f"cannot be read: {error.strerror}; expected a data file") from error
+    if not records and not bad:
+        raise DataError(path, "is empty; expected one object a line")
+    return records, bad
+
+
+class _BadLineError(Exception):
+    """Why one line is not a record."""
+
+
+def _record(value: object) -> Record:
+    if not isinstance(value, dict):
+        raise _BadLineError(f"is {type(value).__name__}, not an object; {EXPECTED}")
+    fields = {
+        key: str(scalar)
+        for key, scalar in value.items()
+        if key not in _CONTENT_KEYS and isinstance(scalar, str | int | float | bool)
+    }
+    if "messages" in value and value["messages"] is not None:
+        *turns, last = _messages(value["messages"])
+        return Record(last.content, messages=tuple(turns), fields=fields)
+    if "completion" in value:
+        return Record(_text(value, "completion"), prompt=_text(value, "prompt"), fields=fields)
+    if "text" in value:
+        return Record(_text(value, "text"), fields=fields)
+    raise _BadLineError(f"has the keys {', '.join(map(str, value)) or '(none)'}; {EXPECTED}")
+
+
+def _messages(value: object) -> list[Message]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise _BadLineError('"messages" is not a list of two or more turns')
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise _BadLineError('"messages" has a turn that is not {"role", "content"}')
+        turns.append(Message(_text(turn, "role"), _text(turn, "content")))
+    if turns[-1].role != "assistant":
+        raise _BadLineError(f'the last message is by "{turns[-1].role}"; expected "assistant"')
+    return turns
+
+
+def _text(value: Mapping[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str):
+        found = "missing" if text is None else type(text).__name__
+        raise _BadLineError(f'"{key}" is {found}; expected text')
+    return text
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                yield number, _BadLineError(f"is longer than {MAX_LINE_BYTES} bytes")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+            elif line.strip():
+                yield number, _parse(line)
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _BadLineError(f"is not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return _BadLineError(f"is not JSON: {error.msg} at column {error.colno}; {EXPECTED}")
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+        return _BadLineError(f"is not JSON: {type(error).__name__}; {EXPECTED}")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        while True:
+            try:
+                row: dict[Any, Any] = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(path, f"is not CSV: {error}", reader.line_num) from error
+            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(path, "Parquet files need pyarrow. Install it with: pip install pyarrow") from error
+    if not path.is_file():
+        raise DataError(path, "cannot be read: no such file; expected a data file")
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise DataError(path, f"is not Parquet: {error}") from error

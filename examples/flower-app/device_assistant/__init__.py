@@ -1,0 +1,1 @@
+"""fedtune's demo as a stock Flower app."""

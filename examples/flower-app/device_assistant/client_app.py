@@ -1,0 +1,5 @@
+"""The clients' side: `flwr run` finds `app` here."""
+
+from fedtune.server.simulation.flower import flower_client_app
+
+app = flower_client_app()

@@ -1,0 +1,159 @@
+"""The `fedtune` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.core.errors import FedtuneError
+from fedtune.server.display import Display, Silent, Terminal, error_console
+
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+
+app = typer.Typer(
+    name="fedtune",
+    help="Federated QLoRA fine-tuning of language models, from cloud to edge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be given again."),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
+
+
+@app.command()
+def simulate(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB.toml]", help="The job file; without one, the bundled demo.")
+    ] = None,
+    overrides: _Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The run directory; by default runs/JOB-NUMBER.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Run a whole federation on this machine.
+
+    Without a job file it runs the bundled demo: ten households teach a small language model to operate devices it has
+    never heard of. Examples:
+
+        fedtune simulate
+
+        fedtune simulate job.toml --out runs/first
+
+        fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
+    """
+    from fedtune.core.job import load_job
+    from fedtune.server.simulation.simulate import simulate as run
+
+    resolved = load_job(job, overrides or [])
+    directory = out or _next_run_directory(job.stem if job else "demo")
+    with _running(directory, quiet or as_json) as display:
+        summary = run(resolved, directory, display, force=force)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+
+
+@app.command()
+def resume(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted run.")],
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Go on with an interrupted run; the result is the same, bit for bit, as if nothing had happened."""
+    from fedtune.server.simulation.simulate import resume as run
+
+    with _running(run_directory, quiet or as_json) as display:
+        summary = run(run_directory, display)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option("--compare", metavar="RUN_DIR", help="Lay another run beside it; may be given again."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where --compare writes; by default RUN_DIR/comparison.html.")
+    ] = None,
+) -> None:
+    """Write a run's HTML report anew, or lay runs side by side."""
+    from fedtune.server.report import write_comparison, write_report
+
+    if compare:
+        print(write_comparison([run_directory, *compare], out or run_directory / "comparison.html"))
+    else:
+        print(write_report(run_directory))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("fedtune"))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Federated QLoRA fine-tuning of language models, from cloud to edge."""
+    del version
+
+
+def main() -> None:
+    """Runs the command line: exit status 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted."""
+    # Before torch is loaded: threads that spin while they wait bring a busy machine to its knees.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        app()
+    except FedtuneError as error:
+        error_console().print(str(error), markup=False, style="red" if sys.stderr.isatty() else None)
+        sys.exit(error.exit_status)
+
+
+@contextmanager
+def _running(directory: Path, silent: bool) -> Iterator[Display]:
+    """A display for a run, and what to say when Ctrl-C ends it."""
+    with nullcontext(Silent()) if silent else Terminal() as display:
+        try:
+            yield display
+        except KeyboardInterrupt:
+            begun = (directory / "job.toml").is_file()
+            advice = f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing was begun"
+            error_console().print(f"interrupted; {advice}", markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _next_run_directory(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The server's own held-out examples, and the model that scores adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from fedtune.core.adapter import Vector
+from fedtune.core.errors import DataError
+from fedtune.core.job import DataSettings
+from fedtune.core.records import Evaluation
+from fedtune.model.evaluation import answer, evaluate
+from fedtune.model.examples import Example, prepare
+from fedtune.model.lora import AdaptedModel
+from fedtune.model.population import evaluation_records
+from fedtune.server.run import SHOWN_PROMPTS, ShownPrompt
+
+
+class ModelEvaluator:
+    """Scores adapters on a job's `data.evaluation`.
+
+    Args:
+        model: its adapter is swapped; nobody else may use it meanwhile.
+        data: where the examples come from.
+    """
+
+    def __init__(self, model: AdaptedModel, data: DataSettings) -> None:
+        self._model = model
+        self._records = evaluation_records(data)
+        self._examples: Sequence[Example] = ()
+        if self._records:
+            self._examples, report = prepare(self._records, model.base.tokenizer, data.sequence_length)
+            if not self._examples:
+                raise DataError(Path(data.evaluation), f"no usable example ({report})")
+
+    @cached_property
+    def shown(self) -> Sequence[ShownPrompt]:
+        """The first prompts that differ, spread over the file."""
+        prompted = [record for record in self._records if record.prompt]
+        step = max(1, len(prompted) // SHOWN_PROMPTS)
+        return [ShownPrompt(record.prompt, record.completion) for record in prompted[::step][:SHOWN_PROMPTS]]
+
+    def evaluate(self, adapter: Vector) -> Evaluation | None:
+        """Scores an adapter; None where the job has no evaluation data."""
+        if not self._examples:
+            return None
+        self._model.load(adapter)
+        return evaluate(self._model, self._examples)
+
+    def answer(self, adapter: Vector) -> list[str]:
+        """What the shown prompts are answered with."""
+        if not self.shown:
+            return []
+        self._model.load(adapter)
+        return answer(self._model, [shown.prompt for shown in self.shown])

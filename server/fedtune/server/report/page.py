@@ -1,0 +1,193 @@
+"""Fills the templates: one run's report, or several runs side by side.
+
+A page loads nothing and runs nothing; its content security policy says so to the browser too, in case a text that came
+from a client should ever slip through the escaping.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import InputError, MissingExtraError, RunError
+from fedtune.core.records import Evaluation
+from fedtune.server.display import format_bytes, format_seconds
+from fedtune.server.files import write_text
+from fedtune.server.report.comparison import comparison_plots
+from fedtune.server.report.plots import run_plots
+from fedtune.server.report.reading import Run, clean, clean_line, read_run
+from fedtune.server.run_directory import REPORT
+
+LISTED_DROPOUTS = 100
+LISTED_REASONS = 6
+REASON_LENGTH = 200
+LABEL_LENGTH = 28
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A headline number: what it is, the number, and a few words on it."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.html into a run directory; a run that is not finished gets one too.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+        RunDirectoryError: it is not a run directory, or a file in it is not what a run writes.
+        RunError: the report cannot be written.
+    """
+    _require_packages()
+    data = read_run(run)
+    reasons = Counter(clean_line(reason, REASON_LENGTH) for _, _, reason in data.dropouts)
+    return _write(
+        run / REPORT,
+        "report.html.j2",
+        title=data.name,
+        run=data,
+        planned=data.settings.get("federation.rounds"),
+        facts=headline(data),
+        plots=run_plots(data),
+        aborted=[line for line in data.rounds if line.aborted is not None],
+        asked=sum(len(line.clients) for line in data.rounds),
+        dropped=reasons.total(),
+        reasons=reasons.most_common(LISTED_REASONS),
+        dropouts=list(data.dropouts)[-LISTED_DROPOUTS:],
+    )
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+    """Writes a page with several runs side by side: numbers, lines, and the settings in which they differ.
+
+    Args:
+        runs: two run directories or more.
+        out: the file to write; an older one is replaced.
+
+    Returns:
+        `out`.
+
+    Raises:
+        As `write_report`; and InputError with fewer than two runs.
+    """
+    _require_packages()
+    if len(runs) < 2:
+        raise InputError(f"a comparison needs two run directories or more; got {len(runs)}")
+    data = [read_run(path) for path in runs]
+    # The number tells runs of the same name apart.
+    labels = [f"{place} {clean_line(run.name, LABEL_LENGTH)}" for place, run in enumerate(data, 1)]
+    facts = [{fact.label: fact for fact in headline(run)} for run in data]
+    return _write(
+        out,
+        "comparison.html.j2",
+        title=f"{len(data)} runs",
+        labels=labels,
+        facts=facts,
+        rows=list(dict.fromkeys(label for run in facts for label in run)),
+        plots=comparison_plots(data, labels),
+        differences=_differences(data),
+    )
+
+
+def headline(run: Run) -> list[Fact]:
+    """The numbers that people ask for first."""
+    aborted = sum(line.aborted is not None for line in run.rounds)
+    facts = [
+        *_quality(run),
+        _bytes(run),
+        Fact("Time", format_seconds(run.seconds), f"{_count(len(run.rounds), 'round')}, {aborted} aborted"),
+    ]
+    if run.summary is not None:
+        summary = run.summary
+        facts += [
+            Fact("Peak memory", f"{summary.peak_rss_mb:,.0f} MB", "all processes on the server's side"),
+            Fact("Adapter", f"{summary.adapter_parameters:,}", "parameters trained; the base model is frozen"),
+            Fact("Clients", f"{summary.clients:,}", _lost(run)),
+        ]
+    return facts
+
+
+def _quality(run: Run) -> list[Fact]:
+    before = run.summary.eval_before if run.summary else None
+    last = run.evaluations[-1] if run.evaluations else None
+    facts = []
+    if last is not None:
+        number, after = last
+        note = f"{'before → ' if before else ''}after {_count(number, 'round')}; {after.examples:,} examples"
+        facts.append(Fact("Exact match", _change(before, after, lambda score: f"{score.exact_match:.1%}"), note))
+        facts.append(
+            Fact("Loss", _change(before, after, lambda score: f"{score.loss:.4g}"), "evaluation, nats a token")
+        )
+    elif trained := [line for line in run.rounds if line.train_loss is not None]:
+        first, end = trained[0], trained[-1]
+        note = f"training, round {first.round} → {end.round}; no evaluation data"
+        facts.append(Fact("Loss", f"{first.train_loss:.4g} → {end.train_loss:.4g}", note))
+    if (line := run.held_out) is not None and (score := line.held_out) is not None:
+        scored = sum(part.eval is not None for part in line.client_evaluations)
+        note = f"exact match over {_count(scored, 'client')}, round {line.round}"
+        facts.append(Fact("On clients' held-out data", f"{score.exact_match:.1%}", note))
+    return facts
+
+
+def _change(before: Evaluation | None, after: Evaluation, show: Any) -> str:
+    return f"{show(before)} → {show(after)}" if before and before is not after else str(show(after))
+
+
+def _bytes(run: Run) -> Fact:
+    moved = run.moved
+    if run.summary is None or not moved:
+        return Fact("Bytes moved", format_bytes(moved), "both ways, all clients")
+    baseline = run.summary.fp32_fedavg_bytes
+    note = f"fp32 FedAvg: {format_bytes(baseline)}, {baseline / moved:.2g} times as much"
+    return Fact("Bytes moved", format_bytes(moved), note)
+
+
+def _lost(run: Run) -> str:
+    asked, lost = sum(len(line.clients) for line in run.rounds), sum(1 for _ in run.dropouts)
+    return f"asked {asked:,} times in all; {lost:,} dropped out"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    rows = [(key, [str(run.settings.get(key, ABSENT)) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _write(path: Path, template: str, **values: Any) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"prose": clean, "line": clean_line, "bytes": format_bytes}
+    page = environment.get_template(template).render(absent=ABSENT, **values)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise RunError(f"{path}: the report cannot be written: {error.strerror}") from error
+    return path
+
+
+def _require_packages() -> None:
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingExtraError("fedtune report", "server", package)

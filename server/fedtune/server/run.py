@@ -1,0 +1,192 @@
+"""A run from its first evaluation to its summary, on any Flower grid: in a simulation, or live.
+
+What happens between rounds is here: evaluation, acknowledgement on disk, the display. What a round is, is in
+`fedtune.strategies`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.serverapp import Grid
+
+from fedtune.core.adapter import Vector, adapter_digest
+from fedtune.core.errors import RunDirectoryError
+from fedtune.core.records import ClientEvaluation, Evaluation
+from fedtune.server.display import Display, describe
+from fedtune.server.process import versions
+from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
+from fedtune.strategies.round import Federation, pooled
+from fedtune.strategies.strategy import AdapterStrategy, FederationState, Roster
+
+SHOWN_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the summary states beside the rounds.
+
+    Args:
+        peak_rss_mb: peak memory of all processes of the run, in MB.
+        records: what became of the clients' records, where this machine knows: read, kept, truncated and so on.
+    """
+
+    peak_rss_mb: float
+    records: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt answered before and after training, for people to look at."""
+
+    prompt: str
+    expected: str
+
+
+class Evaluator(Protocol):
+    """The server's own examples, and the model to score an adapter on them."""
+
+    @property
+    def shown(self) -> Sequence[ShownPrompt]:
+        """Prompts to show; none where the job has no evaluation data."""
+
+    def evaluate(self, adapter: Vector) -> Evaluation | None:
+        """Scores an adapter; None where the job has no evaluation data."""
+
+    def answer(self, adapter: Vector) -> list[str]:
+        """Answers the shown prompts under an adapter."""
+
+
+def run_rounds(
+    federation: Federation,
+    directory: RunDirectory,
+    grid: Grid,
+    roster: Roster,
+    evaluator: Evaluator,
+    display: Display,
+    facts: Callable[[], Facts],
+) -> dict[str, Any]:
+    """Runs or goes on with a job until its last round, and writes everything that a run leaves.
+
+    Args:
+        facts: asked at the end.
+
+    Returns:
+        The summary, as in summary.json.
+    """
+    job = federation.job
+    started = time.monotonic()
+    strategy = AdapterStrategy(federation, roster, display.client)
+    checkpoint = directory.restore() or _begin(directory, federation, evaluator, strategy.initial_state())
+    if checkpoint.base_digest != federation.base.digest:
+        raise RunDirectoryError(
+            f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "
+            f"now {federation.base.digest[:16]}…)"
+        )
+    spent_before = checkpoint.seconds
+    display.note(f"before training: {describe(checkpoint.eval_before)}")
+    population = len(roster(grid))
+    wanted = job.federation.clients_per_round
+    cohort = min(population, wanted if isinstance(wanted, int) else max(1, round(wanted * population)))
+    display.begin(checkpoint.state.round, job.federation.rounds, cohort)
+
+    def evaluate(number: int, adapter: Vector) -> Evaluation | None:
+        every = job.federation.evaluate_every
+        due = number == job.federation.rounds or (every > 0 and number % every == 0)
+        return evaluator.evaluate(adapter) if due else None
+
+    for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
+        checkpoint = Checkpoint(
+            state,
+            checkpoint.base_digest,
+            spent_before + time.monotonic() - started,
+            checkpoint.eval_before,
+            checkpoint.answers_before,
+        )
+        directory.acknowledge(checkpoint, record)
+        display.round(record)
+    summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
+    display.end(summary)
+    return summary
+
+
+def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator, state: FederationState) -> Checkpoint:
+    checkpoint = Checkpoint(
+        state,
+        federation.base.digest,
+        0.0,
+        evaluator.evaluate(state.adapter),
+        tuple(evaluator.answer(state.adapter)),
+    )
+    directory.acknowledge(checkpoint, None)
+    return checkpoint
+
+
+def _finish(
+    federation: Federation,
+    directory: RunDirectory,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    population: int,
+    facts: Facts,
+) -> dict[str, Any]:
+    adapter_path = directory.save_adapter(federation.layout, checkpoint.state, federation.base.name)
+    rounds = directory.rounds()
+    last = rounds[-1]
+    up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
+    baseline = fp32_fedavg_bytes(federation.layout.size, rounds)
+    answers = evaluator.answer(checkpoint.state.adapter)
+    summary: dict[str, Any] = {
+        "status": "finished",
+        "rounds": checkpoint.state.round,
+        "clients": population,
+        "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
+        "eval_after": last["eval"],
+        "client_evaluation": _pooled_json(last["client_evaluations"]),
+        "bytes": {"up": up, "down": down, "total": up + down},
+        "fp32_fedavg_bytes": baseline,
+        "traffic_ratio": baseline / (up + down) if up + down else 0.0,
+        "adapter_parameters": federation.layout.size,
+        "seconds": round(checkpoint.seconds, 3),
+        "peak_rss_mb": round(facts.peak_rss_mb, 1),
+        "records": dict(facts.records),
+        "versions": versions(),
+        "base_digest": federation.base.digest,
+        "adapter_digest": adapter_digest(checkpoint.state.adapter),
+        "answers": [
+            {"prompt": shown.prompt, "expected": shown.expected, "before": before, "after": after}
+            for shown, before, after in zip(evaluator.shown, checkpoint.answers_before, answers, strict=True)
+        ],
+        "paths": {
+            "adapter": str(adapter_path),
+            "rounds": str(directory.path / "rounds.jsonl"),
+            "report": str(directory.path / REPORT),
+        },
+    }
+    directory.write_summary(summary)
+    from fedtune.server.report import (
+        write_report,  # plotting libraries take a second to load: not before there is a plot
+    )
+
+    write_report(directory.path)
+    return summary
+
+
+def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:
+    """What the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to everyone in the
+    cohort and up from every survivor."""
+    messages = sum(len(line["cohort"]) + len(line["survivors"]) for line in rounds)
+    return 4 * adapter_size * messages
+
+
+def _pooled_json(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    evaluations = [
+        ClientEvaluation(part["id"], Evaluation(**{k: v for k, v in part["eval"].items() if k != "perplexity"}))
+        for part in parts
+        if part["eval"]
+    ]
+    score = pooled(evaluations)
+    return score.to_json() if score else None

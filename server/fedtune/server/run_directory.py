@@ -1,0 +1,226 @@
+"""The run directory: everything a run leaves, readable without fedtune, whole after a crash at any instant.
+
+    job.toml              the job as resolved, with the base model's digest
+    rounds.jsonl          one object a round, appended and fsynced
+    checkpoints/NNNNNN/   the state after round N: enough to go on bit for bit
+    adapter/              in PEFT format
+    summary.json          the last word
+    report.html           self-contained
+
+A round is acknowledged when its checkpoint appears. Its line in rounds.jsonl is written just before; a line beyond the
+newest checkpoint belongs to a round that a crash cut off, and is taken away when the run goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedtune.core.adapter import AdapterLayout, adapter_digest, save_adapter
+from fedtune.core.errors import RunDirectoryError, RunError
+from fedtune.core.job import Job, dump_job, load_job
+from fedtune.core.records import Evaluation, RoundRecord
+from fedtune.server.files import append_line, new_directory, storage, write_json, write_text
+from fedtune.strategies.strategy import FederationState
+
+JOB = "job.toml"
+ROUNDS = "rounds.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+KEPT_CHECKPOINTS = 2
+_LOCK = ".lock"
+_STATE = "state.json"
+_TENSORS = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Args:
+        state: of the federation, after `state.round` rounds.
+        base_digest: of the base model that the adapter belongs to.
+        seconds: spent on the run so far, over all its processes.
+        eval_before: evaluation of the untrained adapter, where the job has evaluation data.
+        answers_before: the display prompts' answers before training.
+    """
+
+    state: FederationState
+    base_digest: str
+    seconds: float
+    eval_before: Evaluation | None
+    answers_before: tuple[str, ...] = ()
+
+
+class RunDirectory:
+    """One run's directory, locked for this process until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = (path / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunDirectoryError(f"{path}: another process works on this run") from error
+
+    @classmethod
+    def create(cls, path: Path, job: Job, base_digest: str, force: bool = False) -> RunDirectory:
+        """Makes the directory of a new run.
+
+        Args:
+            force: an earlier run's directory is emptied first; anything else in the way is still refused.
+
+        Raises:
+            RunDirectoryError: something is in the way.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            is_run = (path / JOB).is_file() or (path / _LOCK).is_file()
+            if not force or not is_run:
+                advice = "choose another --out, or replace it with --force" if is_run else "it is not a run directory"
+                raise RunDirectoryError(f"{path}: exists already; {advice}")
+            cls(path).close()  # refuses while a process still works on it
+            shutil.rmtree(path)
+        with storage(path):
+            path.mkdir(parents=True, exist_ok=True)
+            directory = cls(path)
+            (path / CHECKPOINTS).mkdir()
+            write_text(path / JOB, f"# base_digest = {base_digest}\n\n{dump_job(job)}")
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Opens an existing run.
+
+        Raises:
+            RunDirectoryError: it is not a run directory, or another process works on it.
+        """
+        if not (path / JOB).is_file():
+            raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
+        return cls(path)
+
+    def close(self) -> None:
+        """Lets other processes have the run."""
+        self._lock.close()
+
+    def job(self) -> Job:
+        """The job as it was resolved when the run began."""
+        return load_job(self.path / JOB)
+
+    def acknowledge(self, checkpoint: Checkpoint, record: RoundRecord | None) -> None:
+        """Makes a round's outcome permanent; `record` is None for the state before round 1."""
+        state = checkpoint.state
+        with storage(self.path):
+            if record is not None:
+                append_line(self.path / ROUNDS, json.dumps(record.to_json(), allow_nan=False))
+            with new_directory(self._checkpoint_path(state.round)) as directory:
+                save_file({"adapter": state.adapter}, directory / _TENSORS)
+                write_json(
+                    directory / _STATE,
+                    {
+                        "round": state.round,
+                        "adapter_digest": adapter_digest(state.adapter),
+                        "base_digest": checkpoint.base_digest,
+                        "seconds": checkpoint.seconds,
+                        "eval_before": asdict(checkpoint.eval_before) if checkpoint.eval_before else None,
+                        "answers_before": list(checkpoint.answers_before),
+                    },
+                )
+            for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(self._checkpoint_path(old))
+
+    def restore(self) -> Checkpoint | None:
+        """The newest whole checkpoint, with rounds.jsonl cut back to it; None where the run has none yet.
+
+        Raises:
+            RunError: there are checkpoints, but none is whole.
+        """
+        numbers = self._checkpoints()
+        for number in reversed(numbers):
+            checkpoint = self._load(number)
+            if checkpoint is not None:
+                lines = [json.dumps(line, allow_nan=False) for line in self.rounds() if line["round"] <= number]
+                with storage(self.path):
+                    write_text(self.path / ROUNDS, "".join(line + "\n" for line in lines))
+                return checkpoint
+        if numbers:
+            raise RunError(f"{self.path / CHECKPOINTS}: no checkpoint is whole; the run cannot go on")
+        return None
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The objects of rounds.jsonl; a last line that a crash cut off is left out."""
+        return read_rounds(self.path)
+
+    def save_adapter(self, layout: AdapterLayout, state: FederationState, base: str) -> Path:
+        """Writes adapter/ in PEFT format."""
+        with storage(self.path), new_directory(self.path / ADAPTER) as directory:
+            save_adapter(directory, layout, state.adapter, base)
+        return self.path / ADAPTER
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        with storage(self.path):
+            write_json(self.path / SUMMARY, summary)
+
+    def _checkpoint_path(self, number: int) -> Path:
+        return self.path / CHECKPOINTS / f"{number:06d}"
+
+    def _checkpoints(self) -> list[int]:
+        return sorted(int(path.name) for path in (self.path / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit())
+
+    def _load(self, number: int) -> Checkpoint | None:
+        directory = self._checkpoint_path(number)
+        try:
+            text = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+            adapter = load_file(directory / _TENSORS)["adapter"].astype(np.float32, copy=False)
+            if adapter_digest(adapter) != text["adapter_digest"] or text["round"] != number:
+                return None
+            return Checkpoint(
+                FederationState(number, adapter),
+                text["base_digest"],
+                float(text["seconds"]),
+                Evaluation(**text["eval_before"]) if text["eval_before"] else None,
+                tuple(text["answers_before"]),
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+
+
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """The objects of a run's rounds.jsonl, without needing the run's lock."""
+    try:
+        text = (path / ROUNDS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    lines = text.split("\n")[:-1]  # what follows the last line break is empty, or was cut off by a crash
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{path / ROUNDS}: not one JSON object a line: {error}") from error
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's summary.json.
+
+    Raises:
+        RunDirectoryError: there is none, or it cannot be read.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: no {SUMMARY}; the run has not finished. Go on with: fedtune resume {path}"
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunDirectoryError(f"{path / SUMMARY}: cannot be read: {error}") from error
+    return summary

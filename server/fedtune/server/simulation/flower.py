@@ -1,0 +1,91 @@
+"""fedtune's ServerApp and ClientApp for stock Flower: `flwr run`, its simulation engine, or anyone's SuperLink.
+
+    # server_app.py                                          # client_app.py
+    from fedtune.server.simulation.flower import ...         from fedtune.server.simulation.flower import ...
+    app = flower_server_app()                                app = flower_client_app()
+
+The run configuration says what to run: `job` (a job file, "" for the demo), `set` (overrides as on the command line,
+separated by spaces) and `out` (the run directory). See examples/flower-app.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.core.job import Job, load_job
+from fedtune.server.display import Terminal
+from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.process import peak_rss_mb
+from fedtune.server.run import Facts, run_rounds
+from fedtune.server.run_directory import RunDirectory
+from fedtune.server.simulation.workshop import Workshop
+from fedtune.strategies.strategy import federation_from_job, roster_by_node_id
+
+
+def flower_server_app() -> ServerApp:
+    """A ServerApp that runs the job of its run configuration."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        job = _job(context)
+        workshop = Workshop(job)
+        directory = RunDirectory.create(Path(str(context.run_config["out"])), job, workshop.base.digest)
+        try:
+            with Terminal() as display:
+                run_rounds(
+                    federation_from_job(job, workshop.base, workshop.model.layout),
+                    directory,
+                    grid,
+                    roster_by_node_id,
+                    ModelEvaluator(workshop.model, job.data),
+                    display,
+                    lambda: Facts(peak_rss_mb(), {}),
+                )
+        finally:
+            directory.close()
+
+    return app
+
+
+def flower_client_app() -> ClientApp:
+    """A ClientApp that stands for the client that its node's partition names."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    return app
+
+
+def _answer(message: Message, context: Context) -> Message:
+    job = _job(context)
+    names = _workshop(job).population.names
+    context.node_config["client"] = names[int(context.node_config["partition-id"]) % len(names)]
+    return _client_app(job)(message, context)
+
+
+def _job(context: Context) -> Job:
+    path = str(context.run_config.get("job", ""))
+    return load_job(Path(path) if path else None, str(context.run_config.get("set", "")).split())
+
+
+# A process that Flower keeps for several messages loads the base once.
+@functools.lru_cache(maxsize=1)
+def _workshop(job: Job) -> Workshop:
+    return Workshop(job)
+
+
+@functools.lru_cache(maxsize=1)
+def _client_app(job: Job) -> ClientApp:
+    return _workshop(job).client_app()

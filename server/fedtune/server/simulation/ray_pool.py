@@ -1,0 +1,99 @@
+"""The `ray` backend: a pool of Ray actors, each with one base model, that simulated clients take turns on.
+
+For several processes, GPUs or machines. Ray is Flower's optional companion; it is not Flower's Ray engine, which hands
+out one message a node per 0.1 s and makes the model anew for every message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from flwr.app import Message
+
+from fedtune.core.errors import MissingExtraError
+from fedtune.core.job import Job
+from fedtune.server.process import peak_rss_mb
+from fedtune.server.simulation.grid import WorkerReport, take_task_identity
+from fedtune.server.simulation.local import answer
+from fedtune.server.simulation.wire import WireMessage, to_wire
+from fedtune.server.simulation.workshop import Workshop
+
+RESTARTS_PER_WORKER = 3
+
+
+class RayExecutor:
+    """Spreads clients over `job.simulation.workers` actors.
+
+    Args:
+        job: every actor builds its own ClientApp from it.
+        clients: node id -> name of the client it stands for.
+    """
+
+    def __init__(self, job: Job, clients: Mapping[int, str]) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingExtraError('simulation.backend = "ray"', "simulation", "ray") from error
+        self._ray = ray
+        self._clients = clients
+        workers = job.simulation.workers
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+        actor: Any = ray.remote(_Worker).options(
+            num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
+        )
+        self._actors: list[Any] = [actor.remote(job) for _ in range(workers)]
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for handle in self._actors:
+            self._idle.put(handle)
+        # One thread an actor: a thread only waits for its actor, and borrows whichever is idle.
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ray-worker")
+
+    def submit(self, message: Message) -> Future[WireMessage]:
+        """Queues the message for the next idle actor."""
+        return self._threads.submit(self._run, message)
+
+    def workers(self) -> Sequence[WorkerReport]:
+        """One report an actor."""
+        reports: list[WorkerReport] = self._ray.get([handle.report.remote() for handle in self._actors])
+        return reports
+
+    def close(self) -> None:
+        """Ends the actors and Ray."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._ray.shutdown()
+
+    def _run(self, message: Message) -> WireMessage:
+        node_id = message.metadata.dst_node_id
+        handle = self._idle.get()
+        try:
+            reply: WireMessage = self._ray.get(handle.answer.remote(to_wire(message), node_id, self._clients[node_id]))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        finally:
+            self._idle.put(handle)
+        return reply
+
+
+class _Worker:
+    """What runs inside an actor."""
+
+    def __init__(self, job: Job) -> None:
+        take_task_identity()
+        self._workshop = Workshop(job)
+        self._app = self._workshop.client_app()
+
+    def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:
+        """Lets the named client answer one message."""
+        return answer(self._app, wire, node_id, client)
+
+    def report(self) -> WorkerReport:
+        """What this actor has to say."""
+        return WorkerReport(peak_rss_mb(), self._workshop.cleaning)

@@ -1,0 +1,102 @@
+"""`fedtune simulate` and `fedtune resume`: a job, a grid in this process, and a run directory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.core.job import Job
+from fedtune.model.examples import CleaningReport
+from fedtune.server.display import Display
+from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.process import peak_rss_mb
+from fedtune.server.run import Facts, run_rounds
+from fedtune.server.run_directory import RunDirectory
+from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
+from fedtune.server.simulation.local import LocalExecutor
+from fedtune.server.simulation.workshop import Workshop
+from fedtune.strategies.strategy import federation_from_job
+
+FIRST_NODE_ID = 1000
+
+
+def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
+    """Runs a job from its beginning in a new run directory.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        InputError: the job, its data or its model cannot be used, or the directory is in the way; nothing was written.
+        RunError: the run could not go on; it can be resumed.
+    """
+    workshop = _open(job, display)
+    directory = RunDirectory.create(path, job, workshop.base.digest, force)
+    try:
+        return _run(workshop, directory, display)
+    finally:
+        directory.close()
+
+
+def resume(path: Path, display: Display) -> dict[str, Any]:
+    """Goes on with an interrupted run; the result is the same, bit for bit, as an undisturbed run's."""
+    directory = RunDirectory.open(path)
+    try:
+        return _run(_open(directory.job(), display), directory, display)
+    finally:
+        directory.close()
+
+
+def _open(job: Job, display: Display) -> Workshop:
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    workshop = Workshop(job)
+    clients = len(workshop.population.names)
+    model = workshop.model
+    display.note(
+        f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
+        f"adapter of {model.layout.size:,} parameters, {clients} clients"
+    )
+    return workshop
+
+
+def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[str, Any]:
+    job = workshop.job
+    clients = {FIRST_NODE_ID + index: name for index, name in enumerate(workshop.population.names)}
+    nodes = {name: node_id for node_id, name in clients.items()}
+    executor = _executor(workshop, clients)
+    evaluator = ModelEvaluator(workshop.model, job.data)
+    federation = federation_from_job(job, workshop.base, workshop.model.layout)
+    summary: dict[str, Any] = {}
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context
+        summary.update(
+            run_rounds(federation, directory, grid, lambda _: nodes, evaluator, display, lambda: _facts(executor))
+        )
+
+    try:
+        server_app(InProcessGrid(executor, list(clients)), Context(RUN_ID, 0, {}, RecordDict(), {}))
+    finally:
+        executor.close()
+    return summary
+
+
+def _facts(executor: Executor) -> Facts:
+    reports = executor.workers()
+    records = sum((report.cleaning for report in reports), CleaningReport())
+    return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records))
+
+
+def _executor(workshop: Workshop, clients: dict[int, str]) -> Executor:
+    if workshop.job.simulation.backend == "ray":
+        from fedtune.server.simulation.ray_pool import RayExecutor
+
+        return RayExecutor(workshop.job, clients)
+    return LocalExecutor(workshop, clients)

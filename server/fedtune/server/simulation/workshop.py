@@ -1,0 +1,80 @@
+"""What every process of a simulation builds from the job: the base model once, the population, and the ClientApp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from flwr.clientapp import ClientApp
+
+from fedtune.client.app import client_app
+from fedtune.client.device import Device
+from fedtune.core.errors import DataError
+from fedtune.core.job import Job
+from fedtune.core.messages import Base
+from fedtune.model.base import load_base
+from fedtune.model.examples import CleaningReport, Example, prepare
+from fedtune.model.lora import AdaptedModel, adapt
+from fedtune.model.population import Population
+from fedtune.server.simulation.faults import fault_mod
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """One process's share of a simulation; what it holds is made when first asked for, and then stays."""
+
+    job: Job
+    _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
+
+    @property
+    def cleaning(self) -> CleaningReport:
+        """What became of the records of the clients whose turn has come."""
+        return sum(self._cleaning.values(), CleaningReport())
+
+    @cached_property
+    def model(self) -> AdaptedModel:
+        """The adapted base model, loaded once a process."""
+        if threads := self.job.simulation.threads:
+            torch.set_num_threads(threads)
+        training = self.job.training
+        base = load_base(self.job.model, weights=training.weights, precision=training.precision)
+        return adapt(base, self.job.adapter)
+
+    @cached_property
+    def population(self) -> Population:
+        """The clients that the job's data makes."""
+        return Population(self.job.data, self.job.training.seed)
+
+    @cached_property
+    def base(self) -> Base:
+        """What requests say about the base model."""
+        job = self.job
+        targets = job.adapter.target_modules
+        return Base(
+            name=job.model.base,
+            digest=self.model.base.digest,
+            quantization=job.model.quantization,
+            rank=job.adapter.rank,
+            alpha=job.adapter.alpha,
+            target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+            sequence_length=job.data.sequence_length,
+        )
+
+    def client_app(self) -> ClientApp:
+        """A ClientApp that stands for every client, with the faults that the job injects."""
+        simulation = self.job.simulation
+        faulty = simulation.dropout or simulation.failing or simulation.slow
+        mods = [fault_mod(simulation, self.job.training.seed)] if faulty else []
+        return client_app(Device(lambda _: self.model, self.examples), mods)
+
+    def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
+        """One client's examples, cleaned and tokenised."""
+        records = self.population.records(client)
+        examples, report = prepare(records, model.base.tokenizer, sequence_length)
+        self._cleaning[client] = report
+        if not examples:
+            source = self.population.source(client)
+            raise DataError(source, f"no usable example ({report}); at most {sequence_length} tokens were allowed")
+        return examples

@@ -1,0 +1,198 @@
+"""Local training: it learns, it is exact to the bit, and what is not finite never leaves the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedtune.client import training
+from fedtune.client.training import LocalResult, LocalTask, train_locally
+from fedtune.core.errors import UpdateError
+from fedtune.core.job import AdapterSettings, ModelSettings
+from fedtune.model.base import load_base
+from fedtune.model.batches import collate, steps_of_epoch
+from fedtune.model.evaluation import evaluate
+from fedtune.model.examples import Example, prepare
+from fedtune.model.lora import AdaptedModel, adapt
+from fedtune.model.loss import completion_loss
+from fedtune.model.records import Record
+
+MakeModel = Callable[..., Path]
+TASK = LocalTask(seed=5, learning_rate=5e-3, local_steps=4, batch_tokens=128)
+
+
+def load_adapted(directory: Path, precision: Any = "fp32", weights: Any = "dequantized") -> AdaptedModel:
+    base = load_base(ModelSettings(str(directory)), precision=precision, weights=weights)
+    return adapt(base, AdapterSettings(rank=4))
+
+
+def examples_of(model: AdaptedModel, thing: str, count: int = 24) -> list[Example]:
+    records = [Record(f" {thing} {room}", prompt=f"turn on the {thing} in room {room}") for room in range(count)]
+    return prepare(records, model.base.tokenizer, 64)[0]
+
+
+def start_of(model: AdaptedModel) -> Any:
+    vector = model.layout.initial(0)
+    vector[model.layout.segment("b")] = np.random.default_rng(0).standard_normal(model.layout.size_b) * 0.02
+    return vector
+
+
+def test_training_lowers_the_loss(make_model: MakeModel, architecture: str) -> None:
+    model = load_adapted(make_model(architecture), weights="packed")
+    examples, received = examples_of(model, "lamp"), model.layout.initial(0)
+    model.load(received)
+    before = evaluate(model, examples)
+    result = train_locally(model, examples, received, dataclasses.replace(TASK, local_steps=15))
+    model.load(received + result.update)
+    assert evaluate(model, examples).loss < before.loss - 0.2
+    assert result.steps == 15
+    assert result.examples == len(examples)
+    assert result.target_tokens == sum(example.target_tokens for example in examples)
+    assert result.loss < before.loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_result_is_the_same_bits_whoever_was_trained_between(make_model: MakeModel, precision: str) -> None:
+    model = load_adapted(make_model("llama"), precision)
+    received = start_of(model)
+    lamp, fan = examples_of(model, "lamp"), examples_of(model, "fan", 9)
+    first = train_locally(model, lamp, received, TASK)
+    train_locally(model, fan, model.layout.initial(9), dataclasses.replace(TASK, factors="b", seed=8))
+    evaluate(model, fan)
+    again = train_locally(model, lamp, received, TASK)
+    assert np.array_equal(first.update, again.update)
+    assert first.loss == again.loss
+    other = train_locally(model, lamp, received, dataclasses.replace(TASK, seed=6))
+    assert not np.array_equal(first.update, other.update)
+
+
+def test_dropout_follows_from_the_seed_and_disturbs_no_other_random_stream(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama", attention_dropout=0.2))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    torch.manual_seed(1)
+    first = train_locally(model, examples, received, TASK)
+    assert torch.initial_seed() == 1
+    torch.manual_seed(2)
+    again = train_locally(model, examples, received, TASK)
+    assert np.array_equal(first.update, again.update)
+
+
+def test_the_loop_is_adamw_on_the_mean_loss_with_clipping(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    task = dataclasses.replace(TASK, local_steps=3, weight_decay=0.1, max_gradient_norm=0.05)
+    result = train_locally(model, examples, received, task)
+
+    model.load(received)
+    model.train_factors("ab")
+    adapter = nn.Parameter(model.parameters)
+    optimizer = torch.optim.AdamW([adapter], lr=task.learning_rate, weight_decay=0.1, foreach=False)
+    losses, tokens = 0.0, 0
+    for step in steps_of_epoch(examples, task.batch_tokens, task.seed, 0)[:3]:
+        model.gradient.zero_()
+        batch = collate(step, model.base.device)
+        loss = completion_loss(model.readout, batch)
+        torch.autograd.backward(loss / len(batch.targets))
+        losses, tokens = losses + float(loss.detach()), tokens + len(batch.targets)
+        adapter.grad = model.gradient * min(1.0, 0.05 / float(model.gradient.norm()))
+        optimizer.step()
+    np.testing.assert_allclose(result.update, model.vector() - received, rtol=1e-3, atol=1e-6)
+    assert result.loss == pytest.approx(losses / tokens)
+
+
+@pytest.mark.parametrize("factors", ["a", "b"])
+def test_only_the_asked_factors_move(make_model: MakeModel, factors: Any) -> None:
+    model = load_adapted(make_model("llama"))
+    received = start_of(model)
+    result = train_locally(model, examples_of(model, "lamp"), received, dataclasses.replace(TASK, factors=factors))
+    segment = model.layout.segment(factors)
+    assert result.update.shape == received[segment].shape
+    assert np.abs(result.update).max() > 0
+    moved = model.vector()
+    assert np.array_equal(moved[segment] - received[segment], result.update)
+    moved[segment] = received[segment]
+    assert np.array_equal(moved, received)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_step(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    task = dataclasses.replace(TASK, batch_tokens=512)
+    whole = train_locally(model, examples, received, task)
+    parts = train_locally(model, examples, received, dataclasses.replace(task, micro_batch_tokens=64))
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+    np.testing.assert_allclose(parts.update, whole.update, rtol=1e-2, atol=task.learning_rate * 0.02)
+
+
+def test_checkpointing_computes_the_same_update(make_model: MakeModel, architecture: str) -> None:
+    model = load_adapted(make_model(architecture))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    kept = train_locally(model, examples, received, TASK)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = next(module for module in model.base.network.modules() if hasattr(module, "lora_a"))
+    hook.register_forward_pre_hook(count)
+    twice = train_locally(model, examples, received, dataclasses.replace(TASK, gradient_checkpointing=True))
+    assert calls == 2 * TASK.local_steps  # type: ignore[operator]
+    np.testing.assert_allclose(twice.update, kept.update, rtol=1e-3, atol=1e-6)
+
+
+def test_fp16_scales_its_loss(make_model: MakeModel) -> None:
+    directory = make_model("llama")
+    updates = []
+    for precision in ("fp32", "fp16"):
+        model = load_adapted(directory, precision)
+        updates.append(train_locally(model, examples_of(model, "lamp"), start_of(model), TASK).update)
+    cosine = float(np.dot(updates[0], updates[1]) / np.linalg.norm(updates[0]) / np.linalg.norm(updates[1]))
+    assert cosine > 0.95
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (2.5, 8), (0.01, 1)])
+def test_epochs_are_passes_over_the_examples(make_model: MakeModel, epochs: float, steps: int) -> None:
+    model = load_adapted(make_model("llama"))
+    examples = examples_of(model, "lamp")
+    assert len(steps_of_epoch(examples, TASK.batch_tokens, TASK.seed, 0)) == 3
+    task = dataclasses.replace(TASK, local_steps=None, local_epochs=epochs)
+    assert train_locally(model, examples, start_of(model), task).steps == steps
+
+
+def exploding_loss(readout: Any, batch: Any) -> torch.Tensor:
+    loss = completion_loss(readout, batch)
+    loss.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def refused(model: AdaptedModel, examples: Sequence[Example], received: Any, task: LocalTask = TASK) -> str:
+    with pytest.raises(UpdateError) as raised:
+        train_locally(model, examples, received, task)
+    return str(raised.value)
+
+
+def test_what_is_not_finite_is_refused_with_a_reason(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    assert refused(model, [], received) == "the client has no examples to train on"
+    assert "received adapter is not finite" in refused(model, examples, np.full_like(received, np.nan))
+    huge = dataclasses.replace(TASK, learning_rate=1e38)
+    assert "at local step 2" in refused(model, examples, received, huge)
+    infinite = dataclasses.replace(TASK, learning_rate=1e39, local_steps=1)
+    assert "update is not finite after 1 local steps" in refused(model, examples, received, infinite)
+    monkeypatch.setattr(training, "completion_loss", lambda *inputs: completion_loss(*inputs) * math.nan)
+    assert refused(model, examples, received) == "the loss is nan at local step 1"
+    monkeypatch.setattr(training, "completion_loss", exploding_loss)
+    assert "the gradient's norm is" in refused(model, examples, received)
+    monkeypatch.undo()
+    result: LocalResult = train_locally(model, examples, received, TASK)
+    assert np.isfinite(result.update).all()

@@ -1,0 +1,76 @@
+"""Steps hold every example once an epoch, within the budget, in an order that follows from the seed."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import torch
+from hypothesis import given
+
+from fedtune.model.batches import LENGTH_STEP, Batch, collate, split, steps_of_epoch
+from fedtune.model.examples import Example
+
+CPU = torch.device("cpu")
+
+
+def make(lengths: list[int]) -> list[Example]:
+    return [
+        Example(np.arange(1, length + 1, dtype=np.int32) + 100 * number, 1 + length // 2)
+        for number, length in enumerate(lengths)
+    ]
+
+
+def padded_tokens(examples: list[Example]) -> int:
+    return collate(examples, CPU).ids.numel()
+
+
+lengths = st.lists(st.integers(2, 70), min_size=1, max_size=60)
+
+
+@given(lengths=lengths, budget=st.integers(8, 400), seed=st.integers(0, 99), epoch=st.integers(0, 3))
+def test_an_epoch_holds_every_example_once_within_the_budget(
+    lengths: list[int], budget: int, seed: int, epoch: int
+) -> None:
+    examples = make(lengths)
+    steps = steps_of_epoch(examples, budget, seed, epoch)
+    assert sorted(id(example) for step in steps for example in step) == sorted(map(id, examples))
+    assert all(len(step) == 1 or padded_tokens(step) <= budget for step in steps)
+    again = steps_of_epoch(examples, budget, seed, epoch)
+    assert [list(map(id, step)) for step in again] == [list(map(id, step)) for step in steps]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    examples = make([9] * 40)
+    orders = [
+        [id(example) for step in steps_of_epoch(examples, 64, seed, epoch) for example in step]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_examples_of_like_length_share_a_step_so_little_is_padding() -> None:
+    random = np.random.default_rng(0)
+    examples = make(random.integers(4, 250, 500).tolist())
+    real = sum(len(example.ids) for example in examples)
+    padded = sum(padded_tokens(step) for step in steps_of_epoch(examples, 2048, 0, 0))
+    assert real / padded > 0.9
+
+
+@given(lengths=lengths, budget=st.integers(8, 400))
+def test_micro_batches_are_runs_of_the_step(lengths: list[int], budget: int) -> None:
+    step = sorted(make(lengths), key=lambda example: len(example.ids))
+    parts = split(step, budget)
+    assert [id(example) for part in parts for example in part] == list(map(id, step))
+    assert all(len(part) == 1 or padded_tokens(part) <= budget for part in parts)
+
+
+@given(lengths=lengths)
+def test_a_batch_points_from_the_token_before_to_each_target(lengths: list[int]) -> None:
+    examples = make(lengths)
+    batch: Batch = collate(examples, CPU)
+    assert batch.ids.shape[1] % LENGTH_STEP == 0
+    flat = batch.ids.reshape(-1)
+    expected = [(row, token) for row, e in enumerate(examples) for token in e.ids[e.first_target :].tolist()]
+    assert list(zip(batch.owners.tolist(), batch.targets.tolist(), strict=True)) == expected
+    before = [token for e in examples for token in e.ids[e.first_target - 1 : -1].tolist()]
+    assert flat[batch.positions].tolist() == before

@@ -1,0 +1,127 @@
+"""Completion-only cross-entropy, in chunks, is the plain one, on every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedtune.core.job import AdapterSettings, ModelSettings
+from fedtune.model import loss as loss_module
+from fedtune.model.base import load_base
+from fedtune.model.batches import collate
+from fedtune.model.examples import Example
+from fedtune.model.lora import AdaptedModel, adapt
+from fedtune.model.loss import Readout, completion_loss, score
+
+MakeModel = Callable[..., Path]
+# Architectures with something between head and logits, and one whose split the readout cannot know.
+CAPPED: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"final_logit_softcapping": 0.05}),
+    ("cohere", {"logit_scale": 0.3}),
+    ("granite", {"logits_scaling": 7.0}),
+]
+
+
+def load_adapted(directory: Path, precision: Any = "fp32") -> AdaptedModel:
+    model = adapt(load_base(ModelSettings(str(directory)), precision=precision), AdapterSettings(rank=4))
+    model.load((np.random.default_rng(0).standard_normal(model.layout.size) * 0.05).astype(np.float32))
+    return model
+
+
+def examples() -> list[Example]:
+    random = np.random.default_rng(1)
+    return [
+        Example(random.integers(3, 250, length).astype(np.int32), first)
+        for length, first in ((9, 4), (17, 1), (12, 11), (30, 10))
+    ]
+
+
+def plain_loss(network: nn.Module) -> torch.Tensor:
+    """Σ over examples of the cross-entropy of their target tokens, one example at a time, without padding."""
+    total = torch.zeros(())
+    for example in examples():
+        ids = torch.from_numpy(example.ids.astype(np.int64))
+        logits = network(input_ids=ids[None]).logits[0].float()
+        first = example.first_target
+        total = total + nn.functional.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum")
+    return total
+
+
+def loss_and_gradient(model: AdaptedModel, compute: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    model.gradient.zero_()
+    loss = compute()
+    torch.autograd.backward(loss)
+    return float(loss.detach()), model.gradient.clone()
+
+
+@pytest.mark.parametrize("chunk_logits", [1 << 24, 2000, 1])
+def test_padded_chunked_loss_and_gradient_are_the_plain_ones(
+    make_model: MakeModel, architecture: str, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
+    model = load_adapted(make_model(architecture))
+    assert model.readout.split
+    batch = collate(examples(), torch.device("cpu"))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(model.readout, batch))
+    expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(model.base.network))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "settings"), CAPPED, ids=[name for name, _ in CAPPED])
+def test_scaled_and_capped_logits_are_read_out_as_the_model_does(
+    make_model: MakeModel, architecture: str, settings: dict[str, Any]
+) -> None:
+    model = load_adapted(make_model(architecture, **settings))
+    assert model.readout.split
+    batch = collate(examples(), torch.device("cpu"))
+    expected = float(plain_loss(model.base.network).detach())
+    assert float(completion_loss(model.readout, batch).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    network = model.base.network
+    forward = network.forward
+
+    def shifted(*arguments: Any, **options: Any) -> Any:
+        output = forward(*arguments, **options)
+        output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+    network.forward = shifted
+    readout = Readout(model.base)
+    assert not readout.split
+    batch = collate(examples(), torch.device("cpu"))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(readout, batch))
+    expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(network))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_are_per_target(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    batch = collate(examples(), torch.device("cpu"))
+    losses, right = score(model.readout, batch)
+    assert losses.shape == right.shape == batch.targets.shape
+    assert float(losses.sum()) == pytest.approx(float(plain_loss(model.base.network).detach()), rel=1e-5)
+
+
+def test_logits_of_no_more_than_a_chunk_exist_at_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 2000)
+    model = load_adapted(make_model("llama"))
+    rows: list[int] = []
+    model.base.head.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
+    batch = collate(examples(), torch.device("cpu"))
+    model.readout  # noqa: B018  # checks itself on full logits first
+    rows.clear()
+    torch.autograd.backward(completion_loss(model.readout, batch))
+    assert len(rows) > 1
+    assert max(rows) <= 2000 // len(model.base.tokenizer)
+    assert sum(rows) == len(batch.targets)

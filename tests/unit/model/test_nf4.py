@@ -1,0 +1,111 @@
+"""NF4: the values are bitsandbytes's, with it or without."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from fedtune.core.errors import ModelError
+from fedtune.model import nf4
+from fedtune.model.nf4 import BLOCK, PackedLinear, dequantize, quantize
+
+WHOLE_BLOCKS = [(1, 64), (64, 64), (192, 256), (7, 128), (130, 1024)]
+ODD_SHAPES = [(64, 96), (3, 5), (130, 70), (1, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+@pytest.mark.parametrize("shape", WHOLE_BLOCKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_unpacks_to_the_bits_that_bitsandbytes_unpacks_to(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed = quantize(weights(shape))
+    assert torch.equal(dequantize(packed, dtype), nf4._bitsandbytes_dequantize(packed, dtype))
+
+
+@pytest.mark.parametrize("shape", [*WHOLE_BLOCKS[1:], (64, 96)])
+def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
+    weight = weights(shape)
+    codes, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    packed = quantize(weight)
+    assert torch.equal(packed.codes, codes.reshape(-1))
+    # One level apart where a scale lies midway: the sums that the mean is made of are rounded otherwise.
+    assert (packed.scale_codes.int() - state.absmax.int()).abs().max() <= 1
+    assert torch.equal(nf4.scale_map(), bnb.create_dynamic_map())  # type: ignore[no-untyped-call]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 200),
+    magnitude=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_no_value_moves_by_more_than_half_a_gap_and_the_scale_s_error(
+    rows: int, columns: int, magnitude: float, seed: int
+) -> None:
+    weight = weights((rows, columns), seed) * magnitude
+    error = (dequantize(quantize(weight), torch.float32) - weight).abs().max()
+    widest_gap = max(b - a for a, b in zip(nf4.LEVELS, nf4.LEVELS[1:], strict=False))
+    scales = nf4._cut(weight.reshape(-1), BLOCK).abs().amax(dim=1)
+    scale_error = (scales - scales.mean()).abs().max() * 0.01  # a step of the 8-bit map
+    assert error <= widest_gap / 2 * scales.max() + scale_error + 1e-6 * magnitude
+
+
+@pytest.mark.parametrize("shape", WHOLE_BLOCKS + ODD_SHAPES)
+@pytest.mark.parametrize("with_bitsandbytes", [True, False])
+def test_a_packed_layer_computes_what_the_dense_layer_does(
+    shape: tuple[int, int], with_bitsandbytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_bitsandbytes:
+        monkeypatch.setattr(nf4, "bitsandbytes_works", lambda _: False)
+    packed, bias = quantize(weights(shape)), torch.linspace(-1, 1, shape[0])
+    layer = PackedLinear(packed, bias, torch.float32)
+    dense = nn.Linear(shape[1], shape[0])
+    dense.weight.data, dense.bias.data = dequantize(packed, torch.float32), bias
+    outputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for module in (layer, dense):
+        x = weights((5, shape[1]), seed=1).requires_grad_()
+        y = module(x)
+        outputs.append(y.detach())
+        gradients += torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_bitsandbytes_that_fails_at_its_first_call_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("undefined symbol")
+
+    monkeypatch.setattr(nf4, "_bitsandbytes_dequantize", broken)
+    assert not nf4.bitsandbytes_works.__wrapped__("cpu")
+
+
+def test_bitsandbytes_that_computes_other_values_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "_bitsandbytes_dequantize", lambda packed, dtype: dequantize(packed, dtype) + 1)
+    assert not nf4.bitsandbytes_works.__wrapped__("cpu")
+
+
+def test_bitsandbytes_works_here() -> None:
+    assert nf4.bitsandbytes_works("cpu")
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    weight = weights((4, 64))
+    weight[2, 3] = torch.inf
+    with pytest.raises(ModelError, match="not finite"):
+        quantize(weight)
+
+
+def test_a_number_takes_a_little_more_than_four_bits() -> None:
+    packed = quantize(weights((512, 1024)))
+    tensors = (packed.codes, packed.scale_codes, packed.scale_steps, packed.scale_mean)
+    bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert bits / (512 * 1024) == pytest.approx(4.127, abs=1e-3)

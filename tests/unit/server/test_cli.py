@@ -1,0 +1,103 @@
+"""The command line: help that teaches, mistakes in one line, exit status 0, 1, 2 or 130."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.core.errors import RunError
+from fedtune.server import cli
+from fedtune.server.simulation import simulate as module
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize("command", [[], ["simulate"], ["resume"], ["report"]])
+def test_every_command_explains_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert run(monkeypatch, *command, "--help") == 0
+    assert "Usage: " in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch() -> None:
+    import subprocess
+
+    code = "import sys; from fedtune.server import cli; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["simulate", "none.toml"], "none.toml: cannot be read"),
+        (["simulate", "--set", "federation.rounds=many"], "federation.rounds: expected a valid integer"),
+        (["simulate", "--set", "model.base=/nowhere"], "/nowhere: not a directory"),
+        (["simulate", "--set", "data.train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
+        (["resume", "/nowhere"], "/nowhere: not a run directory"),
+        (["report", "/nowhere"], "/nowhere: not a run directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_a_failed_run_is_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(module, "simulate", fail)
+    assert run(monkeypatch, "simulate", "--out", str(tmp_path / "run")) == 1
+    assert capsys.readouterr().err == "the disk is full\n"
+
+
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupt(job: object, directory: Path, *arguments: Any, **named: Any) -> None:
+        directory.mkdir()
+        (directory / "job.toml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "simulate", interrupt)
+    assert run(monkeypatch, "simulate", "--out", str(tmp_path / "run")) == 130
+    assert f"go on with: fedtune resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_json_is_all_that_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "simulate", lambda *arguments, **named: {"status": "finished"})
+    assert run(monkeypatch, "simulate", "--json", "--out", str(tmp_path / "run")) == 0
+    assert json.loads(capsys.readouterr().out) == {"status": "finished"}
+
+
+def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen: list[Path] = []
+    monkeypatch.setattr(module, "simulate", lambda job, directory, *arguments, **named: chosen.append(directory))
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    run(monkeypatch, "simulate", "--quiet")
+    assert chosen == [Path("runs/demo-2")]

@@ -1,0 +1,88 @@
+"""What a person sees: plain lines when piped, a table and answers at the end."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
+from fedtune.server.display import Terminal, format_bytes, format_seconds, print_summary
+
+SUMMARY = {
+    "rounds": 2,
+    "clients": 3,
+    "eval_before": Evaluation(4.0, 0.0, 10, 100).to_json(),
+    "eval_after": Evaluation(0.1, 0.9, 10, 100).to_json(),
+    "client_evaluation": None,
+    "bytes": {"total": 1_000_000},
+    "fp32_fedavg_bytes": 40_000_000,
+    "traffic_ratio": 40.0,
+    "seconds": 65.0,
+    "peak_rss_mb": 512.3,
+    "records": {"read": 100, "kept": 97, "duplicate": 2, "too_long": 1, "bad": 0},
+    "answers": [{"prompt": "[bold]oven on\x1b[2J", "before": "?", "after": "x" * 500, "expected": "{}"}],
+    "paths": {"adapter": "runs/demo-1/adapter"},
+}
+
+
+def printed(live: bool = False) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, width=100, force_terminal=live, highlight=False), stream
+
+
+def test_the_summary_says_what_changed_and_what_it_cost() -> None:
+    console, stream = printed()
+    print_summary(console, SUMMARY)
+    text = stream.getvalue()
+    for part in (
+        "0.0%",
+        "90.0%",
+        "40.0 MB",
+        "1.0 MB",
+        "40.0x",
+        "1:05",
+        "512 MB",
+        "2 duplicate, 1 too long",
+        "runs/demo-1",
+    ):
+        assert part in text
+    assert "[bold]oven on" in text, "what people wrote is not markup"
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_piped_run_prints_a_line_a_round_and_why_clients_dropped() -> None:
+    console, stream = printed()
+    clients = (ClientRecord("ann", bytes_up=10), ClientRecord("bob", dropped="[red]gone"))
+    with Terminal(console) as display:
+        display.begin(0, 2, 2)
+        for client in clients:
+            display.client(client)
+        display.round(RoundRecord(1, 1.0, "b", 1e-3, clients, 0.5, eval=Evaluation(0.4, 0.25, 8, 80)))
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("round 1/2  loss 0.500  exact match 25.0%  1 of 2 clients dropped  10 B moved")
+    assert lines[1] == "  client bob dropped: [red]gone"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    console, stream = printed(live=True)
+    with Terminal(console) as display:
+        display.begin(1, 4, 2)
+        display.client(ClientRecord("ann"))
+        display.client(ClientRecord("bob", dropped="gone"))
+        display.round(RoundRecord(2, 1.0, "b", 1e-3, (), None, aborted="nobody"))
+    assert "round 2/4" in stream.getvalue()
+    assert "client bob dropped: gone" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.2 kB"), (5e6, "5.0 MB"), (7e12, "7.0 TB")]
+)
+def test_bytes_are_readable(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (3725, "1:02:05")])
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,0 +1,129 @@
+"""The in-process grid: Flower's Grid by Flower's own serialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedtune.core.errors import PeerError
+from fedtune.core.job import SimulationSettings
+from fedtune.server.simulation.faults import fault_mod
+from fedtune.server.simulation.grid import InProcessGrid, WorkerReport
+from fedtune.server.simulation.local import answer
+from fedtune.server.simulation.wire import WireMessage, from_wire, to_wire
+from fedtune.strategies.envelope import seal, unseal
+from fedtune.strategies.replies import stream_replies
+
+
+class Echo:
+    """An executor whose clients send back what they got, reversed."""
+
+    def __init__(self, app: ClientApp, threads: int) -> None:
+        self._app = app
+        self._threads = ThreadPoolExecutor(threads)
+
+    def submit(self, message: Message) -> Future[WireMessage]:
+        node_id = message.metadata.dst_node_id
+        return self._threads.submit(lambda: answer(self._app, to_wire(message), node_id, str(node_id)))
+
+    def workers(self) -> Sequence[WorkerReport]:
+        return []
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def echo_app(mods: Sequence[object] = ()) -> ClientApp:
+    app = ClientApp(mods=list(mods))  # type: ignore[arg-type]
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["client"] == "13":
+            raise ValueError("thirteen")
+        return Message(seal(unseal(message)[::-1]), reply_to=message)
+
+    return app
+
+
+@pytest.fixture
+def grid() -> Iterator[InProcessGrid]:
+    executor = Echo(echo_app(), threads=3)
+    yield InProcessGrid(executor, [11, 12, 13])
+    executor.close()
+
+
+def messages(grid: InProcessGrid, nodes: Sequence[int], payload: bytes = b"abc") -> list[Message]:
+    return [grid.create_message(seal(payload), "train", node, "1") for node in nodes]
+
+
+def test_every_message_gets_one_reply_from_its_node(grid: InProcessGrid) -> None:
+    replies = list(stream_replies(grid, messages(grid, [11, 12]), deadline=None))
+    assert sorted(reply.metadata.src_node_id for reply in replies) == [11, 12]
+    assert [unseal(reply) for reply in replies] == [b"cba", b"cba"]
+
+
+def test_a_client_that_raises_is_an_error_reply_and_not_a_crash(grid: InProcessGrid) -> None:
+    (reply,) = grid.send_and_receive(messages(grid, [13]))
+    assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    with pytest.raises(PeerError, match="no answer: ValueError: thirteen"):
+        unseal(reply)
+
+
+def test_a_reply_is_pulled_once(grid: InProcessGrid) -> None:
+    ids = list(grid.push_messages(messages(grid, [11])))
+    replies: list[Message] = []
+    while not replies:
+        replies = list(grid.pull_messages(ids))
+    assert list(grid.pull_messages(ids)) == []
+    assert list(grid.pull_messages(["never-sent"])) == []
+
+
+def test_a_message_crosses_the_wire_unchanged_and_unshared(grid: InProcessGrid) -> None:
+    (message,) = messages(grid, [11], payload=bytes(range(256)))
+    copy = from_wire(to_wire(message))
+    assert unseal(copy) == bytes(range(256))
+    assert copy.metadata.dst_node_id == 11
+    assert copy.content is not message.content
+
+
+@pytest.mark.parametrize("content", [RecordDict(), seal(b"x")])
+def test_an_envelope_with_anything_else_in_it_is_refused(grid: InProcessGrid, content: RecordDict) -> None:
+    message = grid.create_message(content, "train", 11, "1")
+    if content:
+        message.content["more"] = seal(b"y")["fedtune"]
+    with pytest.raises(PeerError, match="expected one array record"):
+        unseal(message)
+
+
+def test_an_empty_payload_is_a_payload(grid: InProcessGrid) -> None:
+    assert unseal(grid.create_message(seal(b""), "train", 11, "1")) == b""
+
+
+def test_injected_faults_follow_from_the_seed_and_spare_evaluation() -> None:
+    def outcomes(seed: int, kind: str = "train") -> list[str]:
+        settings = SimulationSettings(dropout=0.4, failing=0.4)
+        executor = Echo(_both(fault_mod(settings, seed)), threads=1)
+        grid = InProcessGrid(executor, range(20))
+        replies = grid.send_and_receive([grid.create_message(seal(b""), kind, node, "1") for node in range(20)])
+        executor.close()
+        return [str(reply.error.reason).split(":")[0] if reply.has_error() else "answered" for reply in replies]
+
+    assert outcomes(0) == outcomes(0) != outcomes(1)
+    assert set(outcomes(0)) == {"VanishedError", "InjectedError", "answered"}
+    assert set(outcomes(0, "evaluate")) == {"answered"}
+
+
+def _both(mod: object) -> ClientApp:
+    app = echo_app([mod])
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        del context
+        return Message(seal(b""), reply_to=message)
+
+    return app
