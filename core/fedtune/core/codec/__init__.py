@@ -1,0 +1,39 @@
+"""Update <-> bytes: a chain of small parts, each with its inverse, used in the clear and under masks.
+
+`SparseCodec` and `ExactCodec` are for the clear, `MaskableCodec` is what secure aggregation adds up; `Residual` keeps
+what was not sent, and `downlink` carries the adapter to the devices.
+"""
+
+from fedtune.core.codec.clip_range import ClipRange, initial_clip
+from fedtune.core.codec.downlink import apply, check_digest, digest, encode_catch_up, encode_delta, encode_refresh
+from fedtune.core.codec.exact import ExactCodec
+from fedtune.core.codec.maskable import MaskableCodec, RingMean, RingUpdate, RoundContext
+from fedtune.core.codec.packing import pack, packed_size, unpack
+from fedtune.core.codec.residual import Residual
+from fedtune.core.codec.ring import Ring
+from fedtune.core.codec.selection import select_largest, select_public
+from fedtune.core.codec.sparse import SparseCodec
+
+__all__ = [
+    "ClipRange",
+    "ExactCodec",
+    "MaskableCodec",
+    "Residual",
+    "Ring",
+    "RingMean",
+    "RingUpdate",
+    "RoundContext",
+    "SparseCodec",
+    "apply",
+    "check_digest",
+    "digest",
+    "encode_catch_up",
+    "encode_delta",
+    "encode_refresh",
+    "initial_clip",
+    "pack",
+    "packed_size",
+    "select_largest",
+    "select_public",
+    "unpack",
+]

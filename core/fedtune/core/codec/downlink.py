@@ -1,0 +1,151 @@
+"""What the server sends down: changes of the adapter, such that every device holds the same bits.
+
+The server keeps two vectors per factor: `target`, the adapter as it would have it, and `held`, the adapter as the
+devices have it. A *delta* carries the difference, coarsely; the server applies it to its own `held` as every device
+does, so `target - held`, what has not come across yet, is the server's residual and needs no state of its own.
+
+    data = encode_delta(held, target, bits)
+    held = apply(held, data)                          # on the server, and on every device
+
+`apply` is one product and one sum per coordinate, each a single IEEE operation: x86 and ARM agree. Steps are powers
+of two, so `held` stays on a binary grid, and the difference of any two versions is a vector of whole numbers. A
+device that missed rounds or is new gets exactly that, a *catch-up*, and then holds what all others hold. A *refresh*
+replaces everything at 8 bits, for everybody at once: after a change of basis, or to put a first adapter on a grid.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from math import frexp, ldexp, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.clipping import check_update
+from fedtune.core.codec.entropy import encode_levels
+from fedtune.core.codec.exact import ExactCodec, exact_size, exact_values
+from fedtune.core.codec.quantization import MAX_LEVEL, MIN_STEP, nearest_levels, relative_step
+from fedtune.core.codec.sparse import decode_values, encode_step, max_levels_size
+from fedtune.core.codec.wire import Kind, frame, unframe
+from fedtune.core.errors import PeerError
+
+REFRESH_BITS = 8
+GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on the grid are exact in float32
+
+_KINDS = frozenset({Kind.DELTA, Kind.WHOLE, Kind.EXACT})
+
+
+def encode_delta(held: NDArray[np.float32], target: NDArray[np.float32], bits: int) -> bytes:
+    """The change from `held` towards `target`, in steps near 6/(2^bits - 1) of its root mean square.
+
+    Args:
+        held: what the devices hold; float32, shape (count,).
+        target: what they should hold; float32, same shape.
+        bits: 2 to 8.
+
+    Raises:
+        UpdateError: the difference holds NaN, infinity or an absurd magnitude.
+    """
+    change = _difference(target, held)
+    finest = ldexp(max(_largest(held), _largest(target)), -GRID_BITS)
+    return _encode(Kind.DELTA, change, _step(change, bits, finest))
+
+
+def encode_refresh(target: NDArray[np.float32]) -> bytes:
+    """All of `target` at 8 bits. It replaces what a device holds, so it must go to everybody.
+
+    Raises:
+        UpdateError: the target holds NaN, infinity or an absurd magnitude.
+    """
+    return _encode(Kind.WHOLE, target, _step(target, REFRESH_BITS, ldexp(_largest(target), -GRID_BITS)))
+
+
+def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> bytes:
+    """What takes a device from the version `old` to `held`, bit for bit.
+
+    From zeros it is the whole adapter, for a new device. Where the difference is not on a grid it is sent as float32.
+
+    Raises:
+        UpdateError: either holds NaN, infinity or an absurd magnitude.
+    """
+    change = _difference(held, old)
+    check_update(change)
+    step = _grid(change)
+    if _largest(change) <= step * MAX_LEVEL:
+        data = _encode(Kind.DELTA, change, step)
+        if np.array_equal(apply(old, data).view(np.uint32), held.view(np.uint32)):
+            return data
+    return ExactCodec().encode(held)
+
+
+def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.float32]:
+    """What a device holds after the payload: held + δ·levels, or δ·levels, or float32 values; finite.
+
+    Raises:
+        PeerError: with the reason, if the payload is not well-formed or leads to values that are not finite.
+    """
+    kind, body = unframe(data, _KINDS, held.size, max_body_size(held.size))
+    if kind == Kind.EXACT:
+        return exact_values(body, held.size)
+    values = decode_values(body, held.size)
+    if kind == Kind.DELTA:
+        with np.errstate(over="ignore"):  # said below, with a reason
+            values += held
+    if not np.isfinite(values).all():
+        raise PeerError("payload: it leads to NaN or infinity")
+    return values
+
+
+def digest(held: NDArray[np.float32]) -> bytes:
+    """SHA-256 of the values as little-endian float32: equal if and only if two devices hold the same bits."""
+    return sha256(held.astype("<f4", copy=False).tobytes()).digest()
+
+
+def check_digest(held: NDArray[np.float32], expected: bytes) -> None:
+    """Refuse to train from an adapter that is not the cohort's.
+
+    Raises:
+        PeerError: the digests differ; a catch-up from zeros mends it.
+    """
+    actual = digest(held)
+    if actual != expected:
+        raise PeerError(
+            f"this device holds an adapter with digest {actual.hex()[:16]}, the round is for {expected.hex()[:16]}"
+        )
+
+
+def max_body_size(count: int) -> int:
+    """The most bytes a body has, of whichever kind."""
+    return max(exact_size(count), max_levels_size(count))
+
+
+def _encode(kind: Kind, values: NDArray[np.float32], step: float) -> bytes:
+    short = np.float32(step)
+    return frame(kind, values.size, encode_step(short) + encode_levels(nearest_levels(values, short)))
+
+
+def _difference(new: NDArray[np.float32], old: NDArray[np.float32]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore", invalid="ignore"):  # refused with a reason by the check of every update
+        return new - old
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))
+
+
+def _step(values: NDArray[np.float32], bits: int, finest: float) -> float:
+    """The power of two nearest in ratio to `relative_step` of these values, or to the finest step allowed."""
+    deviation = check_update(values) / sqrt(max(values.size, 1))
+    mantissa, exponent = frexp(max(float(relative_step(deviation, bits)), finest))
+    return ldexp(1.0, exponent if mantissa > sqrt(0.5) else exponent - 1)
+
+
+def _grid(values: NDArray[np.float32]) -> float:
+    """The largest power of two that all values are multiples of, at least MIN_STEP."""
+    present = values[values != 0]
+    if not present.size:
+        return MIN_STEP
+    mantissas, exponents = np.frexp(present)
+    digits = np.ldexp(mantissas, 24).astype(np.int32)
+    lowest = np.frexp((digits & -digits).astype(np.float32))[1] - 1
+    return max(ldexp(1.0, int((exponents - 24 + lowest).min())), MIN_STEP)

@@ -1,0 +1,173 @@
+"""Whole numbers that are mostly zero <-> bytes: the entropy coder of everything that travels in the clear.
+
+A level vector is coded in pieces of up to PIECE levels, and within a piece in blocks of BLOCK neighbours. Trained
+changes are uneven: some modules move, others rest. So every block first says how lively it is, its *class*, the bit
+length of Σ|level|. Blocks of class 0 are all zero and cost nothing more; the magnitudes of each other class share one
+probability table, counted over the piece and sent along. A range coder (`constriction`) spends -log2(p) bits on each
+magnitude. That includes saying *where* the non-zero levels are: with one class it equals the entropy of their gaps,
+and with several it is less. Signs, and the low bits of magnitudes from DIRECT on, are as good as random and are
+written as they are.
+
+    piece     = table of the classes, one table per class present but 0, number of range-coded words (4 bytes), words,
+                one sign bit per non-zero level (1 is negative), low bits packed octave by octave
+    table     = number of symbols (1 byte), one weight code per symbol (1 byte each)
+    magnitude = symbol m for m < DIRECT, else symbol DIRECT + k and 4 + k low bits for 2^(4+k) <= m < 2^(5+k)
+
+A weight code c means 0 for c = 0 and otherwise (16 + c mod 16)·2^(c div 16): whole numbers within 3% of the counts,
+so both sides build the same model from the same table whatever their arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import constriction  # type: ignore[import-untyped]
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.packing import pack, packed_size, unpack
+from fedtune.core.codec.quantization import MAX_LEVEL
+from fedtune.core.codec.wire import Reader
+from fedtune.core.errors import PeerError
+
+PIECE = 1 << 18
+BLOCK = 128
+DIRECT = 16
+
+_DIRECT_BITS = DIRECT.bit_length() - 1
+_MAX_SYMBOLS = DIRECT + MAX_LEVEL.bit_length() - _DIRECT_BITS
+_MAX_CLASSES = (BLOCK * MAX_LEVEL).bit_length() + 1
+_CODES = np.arange(256)
+_WEIGHTS = np.where(_CODES == 0, 0, (16 + _CODES % 16) << (_CODES // 16)).astype(np.int64)
+
+
+def encode_levels(levels: NDArray[np.int32]) -> bytes:
+    """The coded form of levels within ±MAX_LEVEL, shape (count,)."""
+    return b"".join(_encode_piece(levels[start : start + PIECE]) for start in range(0, levels.size, PIECE))
+
+
+def decode_levels(body: Reader, count: int) -> NDArray[np.int32]:
+    """The inverse of `encode_levels`; leaves the reader behind the last piece.
+
+    Raises:
+        PeerError: the bytes are not the coded form of `count` levels.
+    """
+    levels = np.empty(count, dtype=np.int32)
+    for start in range(0, count, PIECE):
+        piece = levels[start : start + PIECE]
+        piece[:] = _decode_piece(body, piece.size)
+    return levels
+
+
+def max_coded_size(count: int) -> int:
+    """More bytes than any honest coded form of `count` levels has."""
+    pieces = -(-count // PIECE)
+    tables = (1 + _MAX_CLASSES) + _MAX_CLASSES * (1 + _MAX_SYMBOLS)
+    return 8 * count + pieces * (tables + 64)
+
+
+def _encode_piece(levels: NDArray[np.int32]) -> bytes:
+    magnitudes = np.zeros((-(-levels.size // BLOCK), BLOCK), dtype=np.int32)
+    np.abs(levels, out=magnitudes.reshape(-1)[: levels.size])
+    classes = _bit_length(magnitudes.sum(axis=1, dtype=np.int64))
+    symbols, low_bits = _split(magnitudes)
+
+    coder = constriction.stream.queue.RangeEncoder()
+    tables = [_encode_table(classes)]
+    coder.encode(classes, _model(tables[0]))
+    for lively in _lively(tables[0]):
+        chosen = symbols[classes == lively].reshape(-1)
+        table = _encode_table(chosen)
+        tables.append(table)
+        coder.encode(chosen, _model(table))
+    words: NDArray[np.uint32] = coder.get_compressed().astype("<u4")
+
+    signs = np.packbits(levels[levels != 0] < 0, bitorder="little")
+    head = b"".join(bytes([len(table)]) + table.tobytes() for table in tables)
+    return head + len(words).to_bytes(4, "little") + words.tobytes() + signs.tobytes() + low_bits
+
+
+def _decode_piece(body: Reader, count: int) -> NDArray[np.int32]:
+    blocks = -(-count // BLOCK)
+    table = _take_table(body, _MAX_CLASSES)
+    tables = {lively: _take_table(body, _MAX_SYMBOLS) for lively in _lively(table)}
+    words = np.frombuffer(body.take(4 * body.take_number(4, "the word count"), "the coded words"), dtype="<u4")
+    magnitudes = np.zeros((blocks, BLOCK), dtype=np.int32)
+    try:
+        coder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
+        classes = coder.decode(_model(table), blocks)
+        for lively, symbols in tables.items():
+            chosen = classes == lively
+            decoded = coder.decode(_model(symbols), int(np.count_nonzero(chosen)) * BLOCK)
+            magnitudes[chosen] = decoded.reshape(-1, BLOCK)
+        if not coder.maybe_exhausted():
+            raise PeerError("payload: more coded words than its levels take")
+    except (AssertionError, ValueError) as error:
+        raise PeerError(f"payload: its coded words do not decode ({error})") from error
+    levels, padding = magnitudes.reshape(-1)[:count], magnitudes.reshape(-1)[count:]
+    present = np.flatnonzero(levels)
+    signs = np.frombuffer(body.take(packed_size(present.size, 1), "the signs"), dtype=np.uint8)
+    negative = present[np.unpackbits(signs, count=present.size, bitorder="little").astype(np.bool_)]
+    _add_low_bits(levels, body)
+    if padding.any() or int(levels.max(initial=0)) > MAX_LEVEL:
+        raise PeerError(f"payload: it decodes to levels beyond {MAX_LEVEL} or beyond its {count} coordinates")
+    levels[negative] *= -1
+    return levels
+
+
+def _bit_length(numbers: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.frexp(numbers.astype(np.float64))[1].astype(np.int32)
+
+
+def _split(magnitudes: NDArray[np.int32]) -> tuple[NDArray[np.int32], bytes]:
+    """Symbols in place of magnitudes (the array is reused), and the packed low bits."""
+    flat = magnitudes.reshape(-1)
+    large = np.flatnonzero(flat >= DIRECT)
+    values = flat[large]
+    octaves = _bit_length(values) - 1 - _DIRECT_BITS
+    flat[large] = DIRECT + octaves
+    packed = []
+    for octave in range(int(octaves.max(initial=-1)) + 1):
+        bits = _DIRECT_BITS + octave
+        packed.append(pack((values[octaves == octave] - (1 << bits)).astype(np.uint32), bits))
+    return magnitudes, b"".join(packed)
+
+
+def _add_low_bits(flat: NDArray[np.int32], body: Reader) -> None:
+    """Magnitudes in place of symbols: the inverse of `_split`."""
+    large = np.flatnonzero(flat >= DIRECT)
+    octaves = flat[large] - DIRECT
+    for octave in range(int(octaves.max(initial=-1)) + 1):
+        bits = _DIRECT_BITS + octave
+        chosen = large[octaves == octave]
+        low = unpack(body.take(packed_size(chosen.size, bits), "the low bits"), bits, chosen.size)
+        flat[chosen] = (1 << bits) + low.astype(np.int32)
+
+
+def _encode_table(symbols: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Weight codes of the symbols 0 to the largest one; a symbol that occurs never gets weight 0."""
+    counts = np.bincount(symbols)
+    scaled = counts * (int(_WEIGHTS[-1]) / int(counts.max()))
+    codes = np.maximum(np.searchsorted(_WEIGHTS, scaled, side="right") - 1, 1)
+    return np.where(counts > 0, codes, 0).astype(np.uint8)
+
+
+def _take_table(body: Reader, most: int) -> NDArray[np.uint8]:
+    symbols = body.take_number(1, "the size of a table")
+    if not 1 <= symbols <= most:
+        raise PeerError(f"payload: a table of {symbols} symbols, expected 1 to {most}")
+    table = np.frombuffer(body.take(symbols, "a table"), dtype=np.uint8)
+    if not table.any():
+        raise PeerError("payload: a table without any weight")
+    return table
+
+
+def _lively(table: NDArray[np.uint8]) -> list[int]:
+    """The classes that occur and whose blocks are not all zero."""
+    return [int(present) for present in np.flatnonzero(table) if present > 0]
+
+
+def _model(table: NDArray[np.uint8]) -> Any:
+    """The coder's model of a table. It wants at least two symbols; one that never occurs costs next to nothing."""
+    weights = _WEIGHTS[table].astype(np.float64)
+    return constriction.stream.model.Categorical(np.append(weights, 0.0), perfect=False)

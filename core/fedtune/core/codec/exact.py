@@ -1,0 +1,51 @@
+"""The codec that loses nothing: float32 as it is. Preset `none`, and the fallback where exactness is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.clipping import finite_norm
+from fedtune.core.codec.wire import Kind, frame, unframe
+from fedtune.core.errors import PeerError
+
+
+class ExactCodec:
+    """Update <-> bytes, four bytes a coordinate, bit for bit."""
+
+    def encode(self, update: NDArray[np.float32]) -> bytes:
+        """The payload of a flat float32 update.
+
+        Raises:
+            UpdateError: the update holds NaN or infinity.
+        """
+        finite_norm(update)
+        return frame(Kind.EXACT, update.size, update.astype("<f4", copy=False).tobytes())
+
+    def decode(self, data: bytes | memoryview, count: int) -> NDArray[np.float32]:
+        """The update that `data` carries; float32, shape (count,), finite.
+
+        Raises:
+            PeerError: with the reason, if the payload is not a well-formed one for `count` coordinates.
+        """
+        _, body = unframe(data, frozenset({Kind.EXACT}), count, exact_size(count))
+        return exact_values(body, count)
+
+
+def exact_values(body: memoryview, count: int) -> NDArray[np.float32]:
+    """The vector in the body of an exact payload.
+
+    Raises:
+        PeerError: the body has another size, or holds NaN or infinity.
+    """
+    if len(body) != exact_size(count):
+        raise PeerError(f"payload: {count} exact coordinates take {exact_size(count)} bytes, got {len(body)}")
+    values = np.frombuffer(body, dtype="<f4").astype(np.float32)
+    if not np.isfinite(values).all():
+        raise PeerError("payload: it decodes to NaN or infinity")
+    return values
+
+
+def exact_size(count: int) -> int:
+    """The bytes of an exact body."""
+    return 4 * count

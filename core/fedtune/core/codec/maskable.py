@@ -1,0 +1,165 @@
+"""The codec for updates under masks: every step is linear and public, so words may be added before they are decoded.
+
+    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, lanes
+    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
+    server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
+
+A usage loop, in the clear, for one segment:
+
+    context = RoundContext(seed, select_public(count, density, job_seed, turn), clip.clip, n_max=len(cohort))
+    total = codec.zero(context)
+    for update, weight, private_seed in cohort:
+        total = codec.add(total, codec.encode(update, weight, private_seed, context), context)
+    mean = codec.decode_sum(total, len(cohort), context)
+    clip = clip.adapt(mean.mean_norm)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.clip_range import NORM_BOUND
+from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, check_update, clip_factor, finite_norm
+from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
+from fedtune.core.codec.ring import LANE_ONE, Ring, lane_sum, norm_word, weight_word
+from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
+from fedtune.core.errors import PeerError, UpdateError
+
+WEIGHT_LANE, NORM_LANE = range(2)
+LANES = 2
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a segment's cohort agrees on for one round; all of it is public.
+
+    Args:
+        seed: the segment's public seed of this round: `derive_seed(job seed, "codec", round, segment)`.
+        selection: which coordinates travel; bool, shape (count,).
+        clip: c > 0, the norm to which each selected update is clipped.
+        n_max: the most clients that are ever added in this ring.
+
+    Raises:
+        PeerError: the clip is no norm that an update could have; a device has it from the server.
+    """
+
+    seed: int
+    selection: NDArray[np.bool_]
+    clip: float
+    n_max: int
+
+    def __post_init__(self) -> None:
+        if not MIN_CLIP <= self.clip <= MAX_NORM:
+            raise PeerError(f"a clip lies in {MIN_CLIP} to {MAX_NORM:.3g}, got {self.clip}")
+
+    @property
+    def selected(self) -> int:
+        return int(np.count_nonzero(self.selection))
+
+
+@dataclass(frozen=True)
+class RingUpdate:
+    """One contribution, or a sum of some: what secure aggregation masks and adds.
+
+    Args:
+        words: uint32, shape (word_count,), below 2^ℓ; a lone contribution's are at most L.
+        lanes: uint32, shape (LANES,), modulo 2^32: in units of 2^-16, the weight, and the norm over 4c.
+    """
+
+    words: NDArray[np.uint32]
+    lanes: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class RingMean:
+    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm."""
+
+    update: NDArray[np.float32]
+    total_weight: float
+    mean_norm: float
+
+
+@dataclass(frozen=True)
+class MaskableCodec:
+    """Update -> ring words; sum of words -> mean update.
+
+    Args:
+        bits: b, 1 to 8.
+    """
+
+    bits: int
+
+    def ring(self, context: RoundContext) -> Ring:
+        """The ring that the context's sums live in; JobError if there is none."""
+        return Ring(self.bits, context.n_max)
+
+    def word_count(self, context: RoundContext) -> int:
+        """How many words a contribution has: the selected coordinates and the rotation's padding."""
+        return rotated_size(context.selected)
+
+    def encode(
+        self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
+    ) -> RingUpdate:
+        """One client's contribution.
+
+        Args:
+            update: the client update with its residual added; float32, shape (count,).
+            weight: w in (0, 1], rounded to a multiple of 2^-16 first, so that Σw sums what was really used.
+            private_seed: for the rounding; another one for every client, segment and round.
+            context: what the cohort agreed on.
+
+        Raises:
+            UpdateError: the update is of another size, or holds NaN, infinity or an absurd magnitude.
+            JobError: there is no ring for these bits and n_max.
+        """
+        self.ring(context)
+        check_update(update)
+        if update.size != context.selection.size:
+            raise UpdateError(f"this segment has {context.selection.size} coordinates, the update has {update.size}")
+        fixed_weight = weight_word(weight)
+        norm = finite_norm(update[context.selection])
+        factor = np.float32(fixed_weight / LANE_ONE * clip_factor(norm, context.clip))
+        rotated = rotate(update[context.selection] * factor, context.seed)
+        words = quantize(rotated, self._bound(context), self.bits, private_seed)
+        return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
+
+    def zero(self, context: RoundContext) -> RingUpdate:
+        """The empty sum."""
+        return RingUpdate(np.zeros(self.word_count(context), dtype=np.uint32), np.zeros(LANES, dtype=np.uint32))
+
+    def add(self, left: RingUpdate, right: RingUpdate, context: RoundContext) -> RingUpdate:
+        """The sum in the ring; addition of lanes wraps at 2^32 as their type does."""
+        return RingUpdate(self.ring(context).add(left.words, right.words), left.lanes + right.lanes)
+
+    def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> RingMean:
+        """The mean of the `survivors` contributions in `total`.
+
+        Raises:
+            RunError: there are no survivors or more than n_max.
+            PeerError: the sum is of another size, or no sum of that many contributions.
+        """
+        expected = self.word_count(context)
+        if total.words.shape != (expected,) or total.lanes.shape != (LANES,):
+            raise PeerError(
+                f"a masked sum of {expected} words and {LANES} lanes is expected, "
+                f"got {total.words.size} and {total.lanes.size}"
+            )
+        self.ring(context).check_sum(total.words, survivors)
+        weight = lane_sum(int(total.lanes[WEIGHT_LANE]), survivors)
+        norms = lane_sum(int(total.lanes[NORM_LANE]), survivors)
+        if not weight:
+            raise PeerError(f"the weights of {survivors} clients sum to nothing")
+        mean = np.zeros(context.selection.size, dtype=np.float32)
+        rotated = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
+        mean[context.selection] = unrotate(rotated, context.selected, context.seed) / np.float32(weight)
+        return RingMean(mean, weight, NORM_BOUND * context.clip * norms / survivors)
+
+    def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:
+        """What one contribution adds to the mean, as this client's update: the residual is the update minus this."""
+        return self.decode_sum(contribution, 1, context).update
+
+    def _bound(self, context: RoundContext) -> float:
+        return public_range(context.clip, self.word_count(context), self.bits, context.n_max)

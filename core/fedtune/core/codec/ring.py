@@ -1,0 +1,107 @@
+"""The ring Z/2^ℓ in which masked updates are added, and the proof that honest sums cannot wrap around in it.
+
+A client contributes one word u per coordinate, 0 <= u <= L with L = 2^b - 1. At most n_max clients are added, so
+
+    Σu <= n_max·L < 2^ℓ    with    ℓ = ceil(log2(n_max·L + 1)),
+
+hence the sum in the ring *is* the sum. Beside the words of a segment travel two whole numbers, its *lanes*: the
+client's weight and its update's norm, in fixed point. They are added modulo 2^32 and have the same proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.errors import JobError, PeerError, RunError
+
+MIN_QUANTIZER_BITS = 1
+MAX_QUANTIZER_BITS = 8
+LANE_BITS = 32
+LANE_ONE = 1 << 16  # fixed-point 1.0; what a lane carries lies in [0, 1]
+MAX_COHORT = (1 << LANE_BITS) // LANE_ONE - 1  # a sum of this many ones still fits the lane
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The ring for sums of up to `n_max` words of `bits` bits.
+
+    Raises:
+        JobError: bits or n_max are out of range; within it, 24 bits are enough.
+    """
+
+    bits: int
+    n_max: int
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not MIN_QUANTIZER_BITS <= self.bits <= MAX_QUANTIZER_BITS:
+            problems.append(f"bits lie in {MIN_QUANTIZER_BITS} to {MAX_QUANTIZER_BITS}, got {self.bits}")
+        elif not 1 <= self.n_max <= MAX_COHORT:
+            problems.append(f"a ring is for 1 to {MAX_COHORT} clients, got {self.n_max}")
+        if problems:
+            raise JobError(problems)
+
+    @property
+    def levels(self) -> int:
+        """L = 2^b - 1, the largest word a client contributes."""
+        return (1 << self.bits) - 1
+
+    @property
+    def width(self) -> int:
+        """ℓ = ceil(log2(n_max·L + 1)), the bits of a word on the wire."""
+        return (self.n_max * self.levels).bit_length()
+
+    def admit(self, cohort: int) -> None:
+        """Refuse a cohort that could make a sum wrap around.
+
+        Raises:
+            JobError: the cohort has more than n_max clients.
+        """
+        if cohort > self.n_max:
+            raise JobError([f"a cohort of {cohort} clients could overflow a ring that was made for {self.n_max}"])
+
+    def add(self, left: NDArray[np.uint32], right: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """(left + right) mod 2^ℓ, elementwise."""
+        return (left + right) & np.uint32((1 << self.width) - 1)
+
+    def check_sum(self, words: NDArray[np.uint32], survivors: int) -> None:
+        """Refuse what cannot be a sum of `survivors` honest contributions.
+
+        Raises:
+            RunError: there are no survivors, or more than n_max.
+            PeerError: a word exceeds survivors·L: masks did not cancel, or somebody contributed out of range.
+        """
+        if not 1 <= survivors <= self.n_max:
+            raise RunError(f"a sum has 1 to {self.n_max} survivors in this ring, got {survivors}")
+        largest = int(words.max(initial=0))
+        if largest > survivors * self.levels:
+            raise PeerError(
+                f"a sum of {survivors} contributions is at most {survivors * self.levels} per word, got {largest}: "
+                "the masks did not cancel or a contribution was out of range"
+            )
+
+
+def weight_word(weight: float) -> int:
+    """The fixed-point form of a weight in (0, 1], at least 1."""
+    if not 0 < weight <= 1:
+        raise ValueError(f"an aggregation weight lies in (0, 1], got {weight}")
+    return max(1, round(weight * LANE_ONE))
+
+
+def norm_word(norm: float, most: float) -> int:
+    """The fixed-point form of norm/most, at most 1."""
+    return round(min(norm / most, 1.0) * LANE_ONE)
+
+
+def lane_sum(word: int, survivors: int) -> float:
+    """The number that a summed lane means: the sum of `survivors` numbers in [0, 1].
+
+    Raises:
+        PeerError: no such numbers have this sum.
+    """
+    if word > survivors * LANE_ONE:
+        raise PeerError(f"a lane of {survivors} clients sums to at most {survivors * LANE_ONE}, got {word}")
+    return word / LANE_ONE

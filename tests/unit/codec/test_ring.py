@@ -1,0 +1,117 @@
+"""The overflow proof, held against extreme inputs."""
+
+from __future__ import annotations
+
+from math import ceil, log2
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from fedtune.core.codec.quantization import dequantize_sum, quantize
+from fedtune.core.codec.ring import LANE_ONE, MAX_COHORT, Ring, lane_sum, norm_word, weight_word
+from fedtune.core.errors import JobError, PeerError, RunError
+
+EXTREMES = np.array([3.4e38, -3.4e38, 1.0, -1.0, 1.0000001, 0.99999994, 0.0, -0.0, 1e-45], dtype=np.float32)
+
+
+@given(st.integers(1, 8), st.integers(1, MAX_COHORT))
+def test_the_width_is_the_smallest_that_holds_the_largest_sum(bits: int, n_max: int) -> None:
+    ring = Ring(bits, n_max)
+    assert ring.width == ceil(log2(n_max * (2**bits - 1) + 1))
+    assert n_max * ring.levels < 2**ring.width
+    assert ring.width <= 32
+
+
+@given(st.integers(1, 8), st.integers(0, 1 << 62))
+def test_no_word_exceeds_the_levels_whatever_the_input(bits: int, seed: int) -> None:
+    values = np.tile(EXTREMES, 500)
+    with np.errstate(over="ignore"):
+        words = quantize(values, 1.0, bits, seed)
+    assert words.max() <= 2**bits - 1
+
+
+@pytest.mark.parametrize(("bits", "n_max"), [(4, 17), (1, 1), (8, 257), (4, 1000), (2, 21845)])
+def test_sums_of_the_largest_words_do_not_wrap_at_n_max(bits: int, n_max: int) -> None:
+    ring = Ring(bits, n_max)
+    largest = np.full(3, ring.levels, dtype=np.uint32)
+    total = np.zeros(3, dtype=np.uint32)
+    for _ in range(n_max):
+        total = ring.add(total, largest)
+    assert total.tolist() == [n_max * ring.levels] * 3
+    ring.check_sum(total, n_max)
+    assert dequantize_sum(total, 1.0, bits, n_max).tolist() == pytest.approx([n_max] * 3)
+
+
+def test_one_client_more_than_n_max_is_refused() -> None:
+    ring = Ring(4, 17)
+    ring.admit(17)
+    with pytest.raises(JobError, match="18 clients could overflow a ring that was made for 17"):
+        ring.admit(18)
+    with pytest.raises(RunError, match="18"):
+        ring.check_sum(np.zeros(1, dtype=np.uint32), 18)
+
+
+def test_one_client_more_would_indeed_wrap_in_a_full_ring() -> None:
+    ring = Ring(4, 17)  # 17·15 = 255: eight bits, all used
+    full = np.array([17 * 15], dtype=np.uint32)
+    assert ring.add(full, np.array([15], dtype=np.uint32))[0] < full[0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "n_max", "reason"), [(0, 1, "bits"), (9, 1, "bits"), (4, 0, "clients"), (4, 1 << 16, "clients")]
+)
+def test_a_ring_out_of_range_is_refused(bits: int, n_max: int, reason: str) -> None:
+    with pytest.raises(JobError, match=reason):
+        Ring(bits, n_max)
+
+
+def test_a_sum_that_no_honest_clients_have_is_refused() -> None:
+    with pytest.raises(PeerError, match="at most 45 per word, got 46"):
+        Ring(4, 10).check_sum(np.array([45, 46], dtype=np.uint32), 3)
+    with pytest.raises(RunError, match="got 0"):
+        Ring(4, 10).check_sum(np.zeros(1, dtype=np.uint32), 0)
+
+
+@given(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=20))
+def test_summed_weights_are_the_weights_that_were_used(weights: list[float]) -> None:
+    words = [weight_word(weight) for weight in weights]
+    assert lane_sum(sum(words), len(words)) == sum(words) / LANE_ONE
+    assert all(abs(word / LANE_ONE - weight) <= 1 / LANE_ONE for word, weight in zip(words, weights, strict=True))
+
+
+def test_the_weight_lane_cannot_wrap_at_the_largest_cohort() -> None:
+    assert MAX_COHORT * weight_word(1.0) < 2**32
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1.5, float("nan")])
+def test_a_weight_out_of_range_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        weight_word(weight)
+
+
+def test_an_impossible_sum_in_a_lane_is_refused() -> None:
+    with pytest.raises(PeerError, match="a lane of 2 clients"):
+        lane_sum(2 * LANE_ONE + 1, 2)
+
+
+@given(st.floats(0, 1e30), st.floats(1e-12, 1e30))
+def test_the_norm_lane_cannot_wrap_at_the_largest_cohort_whatever_the_norm(norm: float, most: float) -> None:
+    assert 0 <= MAX_COHORT * norm_word(norm, most) < 2**32
+
+
+@given(npst.arrays(np.float32, 50, elements=st.floats(-1, 1, width=32)), st.integers(1, 8))
+def test_quantization_is_off_by_less_than_a_step(values: np.ndarray, bits: int) -> None:
+    step = 2 / (2**bits - 1)
+    decoded = dequantize_sum(quantize(values, 1.0, bits, 3), 1.0, bits, 1)
+    assert float(np.abs(decoded - values).max()) <= step * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_quantization_is_unbiased(bits: int) -> None:
+    values = np.full(200_000, 0.3, dtype=np.float32)
+    decoded = dequantize_sum(quantize(values, 1.0, bits, 3), 1.0, bits, 1)
+    standard_error = 1 / (2**bits - 1) / values.size**0.5
+    assert float(decoded.mean(dtype=np.float64)) == pytest.approx(0.3, abs=5 * standard_error)
