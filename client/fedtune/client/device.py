@@ -10,19 +10,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedtune.client.training import LocalTask, train_locally
-from fedtune.core.adapter import Vector, adapter_digest
+import numpy as np
+
+from fedtune.client.store import ClientStore
+from fedtune.client.training import LocalResult, LocalTask, train_locally
+from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.codec import Residual
+from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
-from fedtune.core.messages import (
-    Base,
-    EvaluateReply,
-    EvaluateRequest,
-    TrainReply,
-    TrainRequest,
-    vector_from_bytes,
-    vector_to_bytes,
-)
+from fedtune.core.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
+from fedtune.core.uplink import encode_factor, factor_terms, uplink_weight
 from fedtune.model.evaluation import evaluate
 from fedtune.model.examples import Example, hold_out
 from fedtune.model.lora import AdaptedModel
@@ -45,11 +43,14 @@ class Device:
     Args:
         open_model: loads and adapts the base model that a request names; called once for each.
         load_examples: (client, model, sequence length) -> that client's examples.
+        store: what clients remember between rounds.
     """
 
-    def __init__(self, open_model: OpenModel, load_examples: LoadExamples) -> None:
+    def __init__(self, open_model: OpenModel, load_examples: LoadExamples, store: ClientStore) -> None:
         self._open_model = open_model
         self._load_examples = load_examples
+        self._store = store
+        self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._model: tuple[Base, AdaptedModel] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
         self._lock = threading.Lock()
@@ -64,7 +65,7 @@ class Device:
         """
         with self._lock:
             model = self._model_for(request.base)
-            received = _received(model, request.adapter, request.adapter_digest)
+            received = self._receive(model, request.adapter, request.job_seed)
             split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
             work = request.work
             if (work.local_steps > 0) == (work.local_epochs > 0):
@@ -81,6 +82,7 @@ class Device:
                 gradient_checkpointing=work.gradient_checkpointing,
             )
             result = train_locally(model, split.training, received, task)
+            payloads = self._encode(client, model.layout, request, result)
         return TrainReply(
             round=request.round,
             examples=result.examples,
@@ -88,7 +90,7 @@ class Device:
             steps=result.steps,
             loss=result.loss,
             seconds=result.seconds,
-            update=vector_to_bytes(result.update),
+            update=payloads,
         )
 
     def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
@@ -100,13 +102,48 @@ class Device:
         """
         with self._lock:
             model = self._model_for(request.base)
-            received = _received(model, request.adapter, request.adapter_digest)
+            received = self._receive(model, request.adapter, request.job_seed)
             held_out = self._split(client, model, request.base, request.holdout, request.job_seed).held_out
             if not held_out:
                 raise UpdateError("the client keeps no examples back to evaluate on")
             model.load(received)
             score = evaluate(model, held_out)
         return EvaluateReply(request.round, score.examples, score.tokens, score.loss, score.exact_match)
+
+    def _receive(self, model: AdaptedModel, adapter: Downlink, seed: int) -> Vector:
+        layout = model.layout
+        if adapter.digest == self._held[0]:
+            return self._held[1]
+        basis = layout.initial(seed) if adapter.basis == FIRST else self._store.adapter(adapter.basis, layout.size)
+        if basis is None:
+            raise PeerError(f"this device no longer holds the adapter {adapter.basis[:16]}…; it needs the whole one")
+        held = receive(layout, basis, adapter)
+        self._store.keep_adapter(adapter.digest, held)
+        self._held = (adapter.digest, held)
+        return held
+
+    def _encode(
+        self, client: str, layout: AdapterLayout, request: TrainRequest, result: LocalResult
+    ) -> tuple[bytes, ...]:
+        """One payload a trained factor; what they do not carry is kept for the next time."""
+        uplink, seed, number = request.uplink, request.job_seed, request.round
+        weight = uplink_weight(uplink, result.examples, result.target_tokens)
+        start = layout.segment(request.work.factors).start
+        payloads = []
+        for terms in factor_terms(uplink, layout, request.work.factors, seed, number):
+            segment = layout.segment(terms.factor)
+            update = result.update[segment.start - start : segment.stop - start]
+            everything = np.arange(terms.count)
+            residual = Residual.empty(terms.count)
+            if uplink.error_feedback:
+                residual = self._store.residual(client, terms.factor, terms.count, number)
+            update = residual.compensate(update, everything)
+            private_seed = derive_seed(seed, "dither", number, client, terms.factor)
+            payload, sent = encode_factor(update, terms, private_seed, weight / uplink.weight_cap)
+            if uplink.error_feedback:
+                self._store.keep_residual(client, terms.factor, number, residual.carry(update - sent, everything))
+            payloads.append(payload)
+        return tuple(payloads)
 
     def _model_for(self, base: Base) -> AdaptedModel:
         if self._model is None or self._model[0] != base:
@@ -129,10 +166,3 @@ class Device:
                 self._splits.popitem(last=False)
         self._splits.move_to_end(key)
         return self._splits[key]
-
-
-def _received(model: AdaptedModel, data: bytes, digest: str) -> Vector:
-    vector = vector_from_bytes(data, model.layout.size)
-    if adapter_digest(vector) != digest:
-        raise PeerError("the adapter that arrived is not the one the request was made for (digest differs)")
-    return vector

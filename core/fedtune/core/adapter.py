@@ -26,7 +26,11 @@ from fedtune.core.errors import ModelError
 from fedtune.core.seeds import generator
 
 Vector = npt.NDArray[np.float32]
+Factor = Literal["a", "b"]
 Factors = Literal["a", "b", "ab"]
+FACTORS: tuple[Factor, ...] = ("a", "b")
+
+INITIAL_GRID_BITS = 10
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -113,14 +117,25 @@ class AdapterLayout:
         return views
 
     def initial(self, seed: int) -> Vector:
-        """The adapter a job starts from: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0."""
+        """The adapter a job starts from: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0.
+
+        A is rounded to a binary grid of 2^-INITIAL_GRID_BITS of its range, as all that travels down is, so that any
+        later version differs from it by whole numbers of steps.
+        """
         vector = np.zeros(self.size, dtype=np.float32)
         random = generator(seed, "adapter-init")
         for module in self.modules:
             bound = 1.0 / math.sqrt(module.d_in)
             lora_a, _ = self.views(vector)[module.name]
-            lora_a[:] = random.uniform(-bound, bound, size=lora_a.shape)
+            step = 2.0 ** (math.floor(math.log2(bound)) - INITIAL_GRID_BITS)
+            steps = np.rint(random.uniform(-bound, bound, size=lora_a.shape) / step)
+            lora_a[:] = steps * step + 0.0  # which turns -0 into 0: adding a change of nothing would, too
         return vector
+
+    def halves(self, vector: Vector) -> tuple[Vector, Vector]:
+        """All `lora_a` and all `lora_b` values, both views into `vector`."""
+        self.check(vector)
+        return vector[: self.size_a], vector[self.size_a :]
 
     def check(self, vector: Vector) -> None:
         """Raises ModelError unless the vector has this layout's length and type."""
@@ -128,6 +143,11 @@ class AdapterLayout:
             raise ModelError(
                 f"the adapter vector is {vector.dtype} of shape {vector.shape}; expected float32, ({self.size},)"
             )
+
+
+def factor_letters(factors: Factors) -> list[Factor]:
+    """The factors one by one, in the order of the flat vector."""
+    return [factor for factor in FACTORS if factor in factors]
 
 
 def adapter_digest(vector: Vector) -> str:

@@ -142,6 +142,28 @@ class FederationSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class CompressionSettings:
+    """[compression]: how few bytes an adapter update is.
+
+    Args:
+        preset: "none" (float32, exact), "balanced" or "extreme"; it fills in every key that is not set.
+        form: "sparse" sends each client's largest values, entropy-coded; "ring" sends words that can be added before
+            they are decoded, which is what secure aggregation masks.
+        bits: how fine a value is sent up: steps of 6 / (2^bits - 1) of the values' root mean square.
+        density: the share of a factor's values that a client sends in a round.
+        error_feedback: whether a client keeps what it did not send and adds it to its next update.
+        downlink_bits: how fine the adapter's change is sent down.
+    """
+
+    preset: Literal["none", "balanced", "extreme"] = "balanced"
+    form: Literal["sparse", "ring"] = "sparse"
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    error_feedback: bool | None = None
+    downlink_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SimulationSettings:
     """[simulation]: how `fedtune simulate` runs, and the faults it injects.
 
@@ -172,6 +194,7 @@ class Job:
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
+    compression: CompressionSettings = CompressionSettings()
     simulation: SimulationSettings = SimulationSettings()
 
 

@@ -15,11 +15,10 @@ import math
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
-from fedtune.core.adapter import Factors, Vector
-from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.adapter import Factors
+from fedtune.core.errors import PeerError
 
 PROTOCOL_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 30
@@ -64,20 +63,48 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
     holdout: Annotated[float, Meta(ge=0, lt=1)]
 
 
+class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """How updates travel up; `turns` and `clips` have one entry a trained factor, see `fedtune.core.uplink`."""
+
+    form: Literal["exact", "sparse", "ring"]
+    bits: Annotated[int, Meta(ge=1, le=8)]
+    density: Annotated[float, Meta(gt=0, le=1)]
+    error_feedback: bool
+    weight: Literal["examples", "tokens", "uniform"]
+    weight_cap: Annotated[int, Meta(ge=1, le=1 << 20)]
+    n_max: Annotated[int, Meta(ge=1, le=65_535)]
+    turns: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
+    clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
+
+
+class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """An adapter, as what changes in one that the device holds.
+
+    Args:
+        basis: digest of the adapter that `parts` change; "" is the one every job starts from, which follows from seed.
+        digest: of the adapter that results; another result is refused.
+        parts: one payload of `fedtune.core.codec.downlink` for `lora_a`, one for `lora_b`.
+    """
+
+    basis: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+    digest: _Digest
+    parts: tuple[_Bytes, _Bytes]
+
+
 class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Train this adapter; `adapter` is the whole vector and `adapter_digest` the SHA-256 of what it decodes to."""
+    """Train this adapter, and send back what changed."""
 
     version: int
     job_seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     round: _Count
     base: Base
     work: LocalWork
-    adapter_digest: _Digest
-    adapter: _Bytes
+    uplink: Uplink
+    adapter: Downlink
 
 
 class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Trained minus received, over the segment of the factors that the request named, and what it took."""
+    """Trained minus received, one payload for each factor that was trained, and what it took."""
 
     round: _Count
     examples: _Count
@@ -85,7 +112,7 @@ class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown
     steps: _Count
     loss: _Loss
     seconds: Annotated[float, Meta(ge=0)]
-    update: _Bytes
+    update: Annotated[tuple[_Bytes, ...], Meta(min_length=1, max_length=2)]
 
 
 class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -96,8 +123,7 @@ class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_un
     round: _Count
     base: Base
     holdout: Annotated[float, Meta(ge=0, lt=1)]
-    adapter_digest: _Digest
-    adapter: _Bytes
+    adapter: Downlink
 
 
 class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -152,28 +178,3 @@ def _finite(payload: Payload) -> bool:
         _finite(value) if isinstance(value, Payload) else not isinstance(value, float) or math.isfinite(value)
         for value in msgspec.structs.astuple(payload)
     )
-
-
-def vector_to_bytes(vector: Vector) -> bytes:
-    """float32 values, little-endian, 4 bytes each.
-
-    Raises:
-        UpdateError: a value is not finite; such a vector is never sent.
-    """
-    if not np.isfinite(vector).all():
-        raise UpdateError("the vector holds NaN or Inf; it is not sent")
-    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
-
-
-def vector_from_bytes(data: bytes, size: int) -> Vector:
-    """Reads what `vector_to_bytes` wrote.
-
-    Raises:
-        PeerError: not exactly `size` values, or one of them not finite.
-    """
-    if len(data) != 4 * size:
-        raise PeerError(f"a vector of {len(data)} bytes; expected {4 * size} for {size} float32 values")
-    vector = np.frombuffer(data, dtype="<f4").astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise PeerError("a vector with NaN or Inf; expected finite values")
-    return vector

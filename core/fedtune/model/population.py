@@ -78,7 +78,9 @@ def evaluation_records(data: DataSettings) -> list[Record]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+    # Not Path.glob, which refuses the absolute patterns that a job's paths are resolved to.
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    paths = [Path(match) for match in matches if Path(match).is_file()]
     if not paths:
         raise DataError(Path(pattern), "no such file; expected a data file, or a pattern that matches some")
     return paths

@@ -19,8 +19,8 @@ from fedtune.core.records import ClientEvaluation, Evaluation
 from fedtune.server.display import Display, describe
 from fedtune.server.process import versions
 from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
-from fedtune.strategies.round import Federation, pooled
-from fedtune.strategies.strategy import AdapterStrategy, FederationState, Roster
+from fedtune.strategies.round import Federation, FederationState, initial_state, pooled
+from fedtune.strategies.strategy import AdapterStrategy, Roster
 
 SHOWN_PROMPTS = 3
 
@@ -80,7 +80,7 @@ def run_rounds(
     job = federation.job
     started = time.monotonic()
     strategy = AdapterStrategy(federation, roster, display.client)
-    checkpoint = directory.restore() or _begin(directory, federation, evaluator, strategy.initial_state())
+    checkpoint = directory.restore() or _begin(directory, federation, evaluator, initial_state(federation))
     if checkpoint.base_digest != federation.base.digest:
         raise RunDirectoryError(
             f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "

@@ -29,13 +29,14 @@ from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job import Job, dump_job, load_job
 from fedtune.core.records import Evaluation, RoundRecord
 from fedtune.server.files import append_line, new_directory, storage, write_json, write_text
-from fedtune.strategies.strategy import FederationState
+from fedtune.strategies.round import FederationState
 
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 ADAPTER = "adapter"
+CLIENTS = "clients"  # of a simulation: what its clients remember between rounds
 CHECKPOINTS = "checkpoints"
 KEPT_CHECKPOINTS = 2
 _LOCK = ".lock"
@@ -124,12 +125,14 @@ class RunDirectory:
             if record is not None:
                 append_line(self.path / ROUNDS, json.dumps(record.to_json(), allow_nan=False))
             with new_directory(self._checkpoint_path(state.round)) as directory:
-                save_file({"adapter": state.adapter}, directory / _TENSORS)
+                save_file({"adapter": state.adapter, "held": state.held}, directory / _TENSORS)
                 write_json(
                     directory / _STATE,
                     {
                         "round": state.round,
                         "adapter_digest": adapter_digest(state.adapter),
+                        "held_digest": adapter_digest(state.held),
+                        "clips": state.clips,
                         "base_digest": checkpoint.base_digest,
                         "seconds": checkpoint.seconds,
                         "eval_before": asdict(checkpoint.eval_before) if checkpoint.eval_before else None,
@@ -182,11 +185,13 @@ class RunDirectory:
         directory = self._checkpoint_path(number)
         try:
             text = json.loads((directory / _STATE).read_text(encoding="utf-8"))
-            adapter = load_file(directory / _TENSORS)["adapter"].astype(np.float32, copy=False)
-            if adapter_digest(adapter) != text["adapter_digest"] or text["round"] != number:
+            tensors = load_file(directory / _TENSORS)
+            adapter, held = (tensors[name].astype(np.float32, copy=False) for name in ("adapter", "held"))
+            digests = (adapter_digest(adapter), adapter_digest(held))
+            if digests != (text["adapter_digest"], text["held_digest"]) or text["round"] != number:
                 return None
             return Checkpoint(
-                FederationState(number, adapter),
+                FederationState(number, adapter, held, text["clips"]),
                 text["base_digest"],
                 float(text["seconds"]),
                 Evaluation(**text["eval_before"]) if text["eval_before"] else None,

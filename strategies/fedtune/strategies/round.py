@@ -1,9 +1,9 @@
-"""One round without any I/O: what to ask, whom, what came back, and the adapter and record that follow.
+"""One round without any I/O: what to ask, whom, what came back, and the state and record that follow.
 
-    round_ = TrainingRound.open(federation, number, adapter, population)
-    for name in round_.cohort: send round_.request to name
+    round_ = TrainingRound.open(federation, state, population, broadcast)
+    for name in round_.cohort: send round_.requests.payload(name) to name
     round_.take_in(name, payload)   or   round_.give_up(name, reason)     # each once, in any order
-    adapter, record = round_.close()
+    state, record = round_.close()
 
 Clients that were neither taken in nor given up when the round closes did not answer in time.
 """
@@ -15,26 +15,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.core.adapter import AdapterLayout, Factors, Vector, adapter_digest
+from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, factor_letters
+from fedtune.core.codec import initial_clip
+from fedtune.core.codec.downlink import max_body_size
+from fedtune.core.downlink import advance
 from fedtune.core.errors import PeerError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.messages import (
     HEADER_BYTES,
     PROTOCOL_VERSION,
     Base,
+    Downlink,
     EvaluateReply,
     EvaluateRequest,
     LocalWork,
+    Payload,
     TrainReply,
     TrainRequest,
+    Uplink,
     decode,
     encode,
-    vector_from_bytes,
-    vector_to_bytes,
 )
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
 from fedtune.core.seeds import generator
-from fedtune.strategies.aggregators import Accumulator, Aggregator
+from fedtune.core.uplink import Compression, FactorTerms, factor_terms, uplink_weight
+from fedtune.strategies.aggregators import Aggregator
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.reduction import ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.selection import Selection
 
 LATE = "no answer before the deadline"
@@ -61,18 +68,60 @@ class Federation:
     selection: Selection
 
 
+class Requests:
+    """The payloads of a round: one for each version of the adapter that clients come from, shared by those who do.
+
+    Args:
+        broadcast: what is known of the versions that clients hold.
+        held: the version that everybody shall hold.
+        write: puts an adapter into this round's request.
+    """
+
+    def __init__(self, broadcast: Broadcast, held: Vector, write: Callable[[Downlink], Payload]) -> None:
+        self.broadcast = broadcast
+        self._held = held
+        self._write = write
+        self._basis: dict[str, str] = {}
+        self._payloads: dict[str, bytes] = {}
+
+    def payload(self, name: str) -> bytes:
+        """The bytes that go to one client, the same whenever asked."""
+        basis = self._basis.setdefault(name, self.broadcast.basis(name))
+        if basis not in self._payloads:
+            self._payloads[basis] = encode(self._write(self.broadcast.write(basis, self._held)))
+        return self._payloads[basis]
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """Everything that one round hands to the next.
+
+    Args:
+        round: rounds completed.
+        adapter: the server's own, the result so far; float32, the layout's size.
+        held: the adapter as devices hold it: `adapter`, as far as it has come across.
+        clips: factor -> norm to which updates of it are clipped in a ring.
+    """
+
+    round: int
+    adapter: Vector
+    held: Vector
+    clips: Clips
+
+
 @dataclass
 class TrainingRound:
     """A round of training under way; `open` makes it."""
 
     federation: Federation
-    number: int
-    adapter: Vector
+    state: FederationState
     cohort: tuple[str, ...]
     factors: Factors
     learning_rate: float
-    request: bytes
-    accumulator: Accumulator
+    uplink: Uplink
+    terms: tuple[FactorTerms, ...]
+    requests: Requests
+    reduction: Reduction
     observe: Observer
     started: float = field(default_factory=time.monotonic)
     records: dict[str, ClientRecord] = field(default_factory=dict)
@@ -81,79 +130,92 @@ class TrainingRound:
     def open(
         cls,
         federation: Federation,
-        number: int,
-        adapter: Vector,
+        state: FederationState,
         population: Sequence[str],
+        broadcast: Broadcast,
         observe: Observer = lambda _: None,
     ) -> TrainingRound:
-        """Chooses the cohort and writes its request.
+        """Chooses the cohort of the round after `state` and writes its requests.
 
         Args:
-            number: of the round, from 1.
-            adapter: float32, the layout's size; it is not changed.
             population: names of the clients that can be reached now.
+            broadcast: what is known of the versions that clients hold.
             observe: called with each client's record as it becomes known.
         """
+        job, layout, number = federation.job, federation.layout, state.round + 1
         factors = federation.aggregator.factors(number)
-        learning_rate = scheduled_learning_rate(federation.job, number)
-        request = TrainRequest(
-            version=PROTOCOL_VERSION,
-            job_seed=federation.job.training.seed,
-            round=number,
-            base=federation.base,
-            work=_local_work(federation.job, factors, learning_rate),
-            adapter_digest=adapter_digest(adapter),
-            adapter=vector_to_bytes(adapter),
-        )
-        return cls(
-            federation,
-            number,
-            adapter,
-            tuple(federation.selection.cohort(number, population)),
-            factors,
-            learning_rate,
-            encode(request),
-            federation.aggregator.accumulator(federation.layout, factors),
-            observe,
-        )
+        learning_rate = scheduled_learning_rate(job, number)
+        cohort = tuple(federation.selection.cohort(number, population))
+        uplink = _uplink(federation, state, factors, len(cohort))
+        terms = factor_terms(uplink, layout, factors, job.training.seed, number)
+
+        def request(adapter: Downlink) -> TrainRequest:
+            return TrainRequest(
+                version=PROTOCOL_VERSION,
+                job_seed=job.training.seed,
+                round=number,
+                base=federation.base,
+                work=_local_work(job, factors, learning_rate),
+                uplink=uplink,
+                adapter=adapter,
+            )
+
+        reduction: Reduction
+        if uplink.form == "ring":
+            reduction = RingReduction(terms)
+        else:
+            reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
+        requests = Requests(broadcast, state.held, request)
+        return cls(federation, state, cohort, factors, learning_rate, uplink, terms, requests, reduction, observe)
+
+    @property
+    def number(self) -> int:
+        """Rounds count from 1."""
+        return self.state.round + 1
 
     def take_in(self, name: str, payload: bytes) -> None:
         """Adds one client's reply to the aggregate, or writes down why not; a second reply is ignored."""
         if name not in self.cohort or name in self.records:
             return
         record = self._blank(name, len(payload))
-        segment = self.federation.layout.segment(self.factors)
-        size = segment.stop - segment.start
         try:
-            reply = decode(payload, TrainReply, limit=4 * size + HEADER_BYTES)
+            limit = sum(max_body_size(terms.count) for terms in self.terms) + HEADER_BYTES
+            reply = decode(payload, TrainReply, limit)
             record = replace(
                 record, examples=reply.examples, tokens=reply.tokens, loss=reply.loss, seconds=reply.seconds
             )
             if reply.round != self.number:
                 raise PeerError(f"an update for round {reply.round}; expected round {self.number}")
-            self.accumulator.add(vector_from_bytes(reply.update, size), _weight(self.federation.job, reply))
+            if reply.examples < 1:
+                raise PeerError("an update that was trained on no examples")
+            if len(reply.update) != len(self.terms):
+                raise PeerError(f"{len(reply.update)} payloads; expected one for each of the factors {self.factors}")
+            self.reduction.take(reply.update, uplink_weight(self.uplink, reply.examples, reply.tokens))
         except (PeerError, UpdateError) as error:
+            self.requests.broadcast.lost(name)
             record = replace(record, dropped=str(error))
+        else:
+            self.requests.broadcast.sent(name, self.state.held)
         self._settle(record)
 
     def give_up(self, name: str, reason: str) -> None:
         """Writes down that a client sends nothing in this round."""
         if name in self.cohort and name not in self.records:
+            self.requests.broadcast.lost(name)
             self._settle(replace(self._blank(name, 0), dropped=reason))
 
-    def close(self) -> tuple[Vector, RoundRecord]:
-        """The adapter after this round, the same as before it where too few survived, and the round's record."""
+    def close(self) -> tuple[FederationState, RoundRecord]:
+        """The state after this round and its record; with too few survivors only the round's number changes."""
         for name in self.cohort:
             self.give_up(name, LATE)
         clients = tuple(self.records[name] for name in self.cohort)
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
-        adapter, aborted = self.adapter, None
+        state, aborted = replace(self.state, round=self.number), None
         if len(survivors) < least:
             aborted = f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
         else:
-            adapter = self.adapter.copy()
-            adapter[self.federation.layout.segment(self.factors)] += self.accumulator.finish()
+            state = self._after()
         record = RoundRecord(
             round=self.number,
             seconds=time.monotonic() - self.started,
@@ -163,7 +225,16 @@ class TrainingRound:
             train_loss=_mean_loss(survivors),
             aborted=aborted,
         )
-        return adapter, record
+        return state, record
+
+    def _after(self) -> FederationState:
+        layout = self.federation.layout
+        aggregate, clips = self.reduction.finish()
+        adapter = self.state.adapter.copy()
+        adapter[layout.segment(self.factors)] += aggregate
+        bits = Compression.of(self.federation.job.compression).downlink_bits
+        held = advance(layout, self.state.held, adapter, self.factors, bits)
+        return FederationState(self.number, adapter, held, self.state.clips | clips)
 
     def _blank(self, name: str, bytes_up: int) -> ClientRecord:
         return ClientRecord(
@@ -171,7 +242,7 @@ class TrainingRound:
             rank=self.federation.layout.rank,
             answered=time.monotonic() - self.started,
             bytes_up=bytes_up,
-            bytes_down=len(self.request),
+            bytes_down=len(self.requests.payload(name)),
         )
 
     def _settle(self, record: ClientRecord) -> None:
@@ -185,28 +256,33 @@ class EvaluationRound:
 
     number: int
     cohort: tuple[str, ...]
-    request: bytes
+    held: Vector
+    requests: Requests
     evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, federation: Federation, number: int, adapter: Vector, population: Sequence[str]) -> EvaluationRound:
+    def open(
+        cls, federation: Federation, state: FederationState, population: Sequence[str], broadcast: Broadcast
+    ) -> EvaluationRound:
         """Asks every client, or a random `federation.evaluation_clients` of them where there are more."""
         job = federation.job
         names = sorted(population)
         most = job.federation.evaluation_clients
         if len(names) > most:
-            chosen = generator(job.training.seed, "evaluators", number).choice(len(names), most, replace=False)
+            chosen = generator(job.training.seed, "evaluators", state.round).choice(len(names), most, replace=False)
             names = [names[index] for index in sorted(chosen)]
-        request = EvaluateRequest(
-            version=PROTOCOL_VERSION,
-            job_seed=job.training.seed,
-            round=number,
-            base=federation.base,
-            holdout=job.data.holdout,
-            adapter_digest=adapter_digest(adapter),
-            adapter=vector_to_bytes(adapter),
-        )
-        return cls(number, tuple(names), encode(request))
+
+        def request(adapter: Downlink) -> EvaluateRequest:
+            return EvaluateRequest(
+                version=PROTOCOL_VERSION,
+                job_seed=job.training.seed,
+                round=state.round,
+                base=federation.base,
+                holdout=job.data.holdout,
+                adapter=adapter,
+            )
+
+        return cls(state.round, tuple(names), state.held, Requests(broadcast, state.held, request))
 
     def take_in(self, name: str, payload: bytes) -> None:
         """Keeps one client's score; one that cannot be read is kept as none."""
@@ -219,17 +295,35 @@ class EvaluationRound:
                 score = Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
         except PeerError:
             pass  # shown without a score; an evaluation changes nothing that a round depends on
-        self.evaluations[name] = ClientEvaluation(name, score, len(payload), len(self.request))
+        size = len(self.requests.payload(name))
+        self.requests.broadcast.sent(name, self.held)
+        self.evaluations[name] = ClientEvaluation(name, score, len(payload), size)
 
-    def give_up(self, name: str, reason: str) -> None:  # noqa: ARG002 - an absent score says it
-        """Writes down that a client has no score."""
-        self.evaluations.setdefault(name, ClientEvaluation(name, None, 0, len(self.request)))
+    def give_up(self, name: str, reason: str) -> None:
+        """Writes down that a client has no score; why is not kept."""
+        del reason
+        if name in self.cohort and name not in self.evaluations:
+            size = len(self.requests.payload(name))
+            self.requests.broadcast.lost(name)
+            self.evaluations[name] = ClientEvaluation(name, None, 0, size)
 
     def close(self) -> tuple[ClientEvaluation, ...]:
         """One entry a client asked, in the order of names."""
         for name in self.cohort:
             self.give_up(name, LATE)
         return tuple(self.evaluations[name] for name in self.cohort)
+
+
+def initial_state(federation: Federation) -> FederationState:
+    """Before round 1: A at random from the job's seed, B = 0, and clips that follow from the job alone."""
+    job, layout = federation.job, federation.layout
+    adapter = layout.initial(job.training.seed)
+    steps = job.training.local_steps or DEFAULT_LOCAL_STEPS
+    clips: Clips = {
+        letter: initial_clip(job.training.learning_rate, steps, half.size).clip
+        for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
+    }
+    return FederationState(0, adapter, adapter, clips)
 
 
 def clients_evaluate(job: Job, number: int) -> bool:
@@ -281,14 +375,22 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
     )
 
 
-def _weight(job: Job, reply: TrainReply) -> int:
-    match job.federation.weight:
-        case "examples":
-            return min(reply.examples, job.federation.weight_cap)
-        case "tokens":
-            return min(reply.tokens, job.federation.weight_cap)
-        case "uniform":
-            return 1
+def _uplink(federation: Federation, state: FederationState, factors: Factors, cohort: int) -> Uplink:
+    job = federation.job
+    compression = Compression.of(job.compression)
+    letters = factor_letters(factors)
+    earlier = [federation.aggregator.factors(number) for number in range(1, state.round + 1)]
+    return Uplink(
+        form=compression.form,
+        bits=compression.bits,
+        density=compression.density,
+        error_feedback=compression.error_feedback,
+        weight=job.federation.weight,
+        weight_cap=job.federation.weight_cap,
+        n_max=max(cohort, 1),
+        turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
+        clips=tuple(state.clips[letter] for letter in letters),
+    )
 
 
 def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:

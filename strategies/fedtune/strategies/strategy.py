@@ -13,27 +13,32 @@ What a round is stands in `fedtune.strategies.round`; here it meets Flower's gri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.downlink import advance
 from fedtune.core.errors import PeerError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
 from fedtune.core.records import Evaluation, RoundRecord
+from fedtune.core.uplink import Compression
 from fedtune.strategies.aggregators import aggregator_named
+from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.envelope import seal, unseal
 from fedtune.strategies.replies import stream_replies
 from fedtune.strategies.round import (
     EvaluationRound,
     Federation,
+    FederationState,
     Observer,
     TrainingRound,
     clients_evaluate,
+    initial_state,
     pooled,
 )
 from fedtune.strategies.selection import UniformSelection
@@ -42,19 +47,6 @@ ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface 
 
 Evaluate = Callable[[int, Vector], Evaluation | None]
 Roster = Callable[[Grid], dict[str, int]]
-
-
-@dataclass(frozen=True)
-class FederationState:
-    """Everything that one round hands to the next.
-
-    Args:
-        round: rounds completed.
-        adapter: float32, the layout's size.
-    """
-
-    round: int
-    adapter: Vector
 
 
 def federation_from_job(job: Job, base: Base, layout: AdapterLayout) -> Federation:
@@ -91,17 +83,16 @@ class AdapterStrategy(Strategy):
         self.federation = federation
         self.roster = roster
         self.observe = observe
+        job, layout = federation.job, federation.layout
+        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
+        self._state = initial_state(federation)
         self._training: TrainingRound | None = None
         self._evaluation: EvaluationRound | None = None
         self._names: dict[int, str] = {}
 
-    def initial_state(self) -> FederationState:
-        """Before round 1: A at random from the job's seed, B = 0."""
-        return FederationState(0, self.federation.layout.initial(self.federation.job.training.seed))
-
     def initial_arrays(self) -> ArrayRecord:
-        """The initial state as Flower's `start` takes it."""
-        return _to_arrays(self.initial_state().adapter)
+        """The adapter before round 1, as Flower's `start` takes it."""
+        return _to_arrays(initial_state(self.federation).adapter)
 
     def rounds(
         self, grid: Grid, state: FederationState, last_round: int, evaluate: Evaluate | None = None
@@ -109,16 +100,15 @@ class AdapterStrategy(Strategy):
         """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends."""
         for number in range(state.round + 1, last_round + 1):
             roster = self.roster(grid)
-            training = TrainingRound.open(self.federation, number, state.adapter, sorted(roster), self.observe)
+            training = TrainingRound.open(self.federation, state, sorted(roster), self._broadcast, self.observe)
             self._exchange(grid, training, roster, MessageType.TRAIN)
-            adapter, record = training.close()
+            state, record = training.close()
             if clients_evaluate(self.federation.job, number):
-                evaluation = EvaluationRound.open(self.federation, number, adapter, sorted(roster))
+                evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
                 self._exchange(grid, evaluation, roster, MessageType.EVALUATE)
                 record = replace(record, client_evaluations=evaluation.close())
             if evaluate is not None:
-                record = replace(record, eval=evaluate(number, adapter))
-            state = FederationState(number, adapter)
+                record = replace(record, eval=evaluate(number, state.adapter))
             yield state, record
 
     def _exchange(
@@ -137,8 +127,8 @@ class AdapterStrategy(Strategy):
         """One request, the same for the whole cohort; `config` is not read, the job says it all."""
         del config
         roster = self.roster(grid)
-        adapter = _from_arrays(arrays, self.federation.layout)
-        self._training = TrainingRound.open(self.federation, server_round, adapter, sorted(roster), self.observe)
+        state = replace(self._take_over(arrays), round=server_round - 1)
+        self._training = TrainingRound.open(self.federation, state, sorted(roster), self._broadcast, self.observe)
         self._names = {node_id: name for name, node_id in roster.items()}
         return _requests(self._training, roster, MessageType.TRAIN)
 
@@ -149,10 +139,10 @@ class AdapterStrategy(Strategy):
         if self._training is None or self._training.number != server_round:
             raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
         _collect(self._training, replies, self._names)
-        adapter, record = self._training.close()
+        self._state, record = self._training.close()
         if record.aborted:
             return None, None
-        return _to_arrays(adapter), _train_metrics(record)
+        return _to_arrays(self._state.adapter), _train_metrics(record)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -163,8 +153,8 @@ class AdapterStrategy(Strategy):
         if not clients_evaluate(self.federation.job, server_round):
             return []
         roster = self.roster(grid)
-        adapter = _from_arrays(arrays, self.federation.layout)
-        self._evaluation = EvaluationRound.open(self.federation, server_round, adapter, sorted(roster))
+        state = replace(self._take_over(arrays), round=server_round)
+        self._evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
         self._names = {node_id: name for name, node_id in roster.items()}
         return _requests(self._evaluation, roster, MessageType.EVALUATE)
 
@@ -197,7 +187,7 @@ class AdapterStrategy(Strategy):
         result = Result()
         if evaluate_fn and (metrics := evaluate_fn(0, initial_arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
-        state = FederationState(0, _from_arrays(initial_arrays, self.federation.layout))
+        state = self._take_over(initial_arrays)
         for after, record in self.rounds(grid, state, num_rounds):
             result.arrays = _to_arrays(after.adapter)
             if not record.aborted:
@@ -208,10 +198,25 @@ class AdapterStrategy(Strategy):
                 result.evaluate_metrics_serverapp[record.round] = metrics
         return result
 
+    def _take_over(self, arrays: ArrayRecord) -> FederationState:
+        """The state so far, with whatever adapter the ServerApp hands in as the one that devices shall have."""
+        adapter = _from_arrays(arrays, self.federation.layout)
+        if np.array_equal(adapter, self._state.adapter):
+            return self._state
+        bits = Compression.of(self.federation.job.compression).downlink_bits
+        held = advance(self.federation.layout, self._state.held, adapter, "ab", bits)
+        return replace(self._state, adapter=adapter, held=held)
+
 
 def _requests(round_: TrainingRound | EvaluationRound, roster: dict[str, int], message_type: str) -> Sequence[Message]:
-    content = seal(round_.request)  # shared by all messages: a cohort costs one adapter, not one each
-    return [Message(content, roster[name], message_type, group_id=str(round_.number)) for name in round_.cohort]
+    contents: dict[bytes, RecordDict] = {}  # clients that come from the same version share one, however many they are
+    messages = []
+    for name in round_.cohort:
+        payload = round_.requests.payload(name)
+        if payload not in contents:
+            contents[payload] = seal(payload)
+        messages.append(Message(contents[payload], roster[name], message_type, group_id=str(round_.number)))
+    return messages
 
 
 def _collect(round_: TrainingRound | EvaluationRound, replies: Iterable[Message], names: dict[int, str]) -> None:

@@ -9,8 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, adapter_digest
-from fedtune.core.job import Job, load_job
+from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.codec import ExactCodec
+from fedtune.core.codec.wire import Kind, frame
+from fedtune.core.downlink import receive
+from fedtune.core.job import load_job
 from fedtune.core.messages import (
     Base,
     EvaluateReply,
@@ -19,15 +22,16 @@ from fedtune.core.messages import (
     TrainRequest,
     decode,
     encode,
-    vector_from_bytes,
 )
 from fedtune.core.records import ClientRecord
+from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.round import (
     LATE,
     EvaluationRound,
     Federation,
     TrainingRound,
     clients_evaluate,
+    initial_state,
     pooled,
     scheduled_learning_rate,
 )
@@ -39,27 +43,35 @@ NAMES = ["ann", "bob", "cid"]
 
 
 def federation(*overrides: str) -> Federation:
-    return federation_from_job(load_job(None, overrides), BASE, LAYOUT)
+    return federation_from_job(load_job(None, ["compression.preset=none", *overrides]), BASE, LAYOUT)
+
+
+def payload(value: float, count: int = 6) -> bytes:
+    """An exact payload, of values that the codec itself would refuse to send."""
+    return frame(Kind.EXACT, count, np.full(count, value, dtype="<f4").tobytes())
 
 
 def reply(round_: TrainingRound, value: float, examples: int = 10, **changes: Any) -> bytes:
-    segment = LAYOUT.segment(round_.factors)
-    update = np.full(segment.stop - segment.start, value, dtype=np.float32).tobytes()
+    update = tuple(ExactCodec().encode(np.full(terms.count, value, dtype=np.float32)) for terms in round_.terms)
     answer = TrainReply(round_.number, examples, 5 * examples, 20, 1.0, 0.1, update)
     return encode(msgspec.structs.replace(answer, **changes))
 
 
+def broadcast(exact: bool = True) -> Broadcast:
+    return Broadcast(LAYOUT, LAYOUT.initial(0), exact)
+
+
 def opened(number: int = 1, *overrides: str) -> TrainingRound:
-    adapter = LAYOUT.initial(0)
-    return TrainingRound.open(federation(*overrides), number, adapter, NAMES)
+    fed = federation(*overrides)
+    return TrainingRound.open(fed, replace(initial_state(fed), round=number - 1), NAMES, broadcast())
 
 
 def test_the_request_carries_the_adapter_and_its_digest() -> None:
     round_ = opened()
-    request = decode(round_.request, TrainRequest)
-    received = vector_from_bytes(request.adapter, LAYOUT.size)
-    assert received.tobytes() == round_.adapter.tobytes()
-    assert request.adapter_digest == adapter_digest(received)
+    request = decode(round_.requests.payload("ann"), TrainRequest)
+    received = receive(LAYOUT, LAYOUT.initial(0), request.adapter)
+    assert received.tobytes() == round_.state.held.tobytes()
+    assert request.adapter.digest == adapter_digest(received)
     assert (request.round, request.work.local_steps, request.work.factors) == (1, 20, "b")
 
 
@@ -67,10 +79,11 @@ def test_the_aggregate_is_the_weighted_mean_of_the_updates() -> None:
     round_ = opened()
     for name, value, examples in (("ann", 1.0, 10), ("bob", 4.0, 20), ("cid", 0.0, 0)):
         round_.take_in(name, reply(round_, value, examples))
-    adapter, record = round_.close()
-    changed = adapter[LAYOUT.segment("b")] - round_.adapter[LAYOUT.segment("b")]
+    after, record = round_.close()
+    adapter = after.adapter
+    changed = adapter[LAYOUT.segment("b")] - round_.state.adapter[LAYOUT.segment("b")]
     assert changed == pytest.approx(3.0)
-    assert (adapter[LAYOUT.segment("a")] == round_.adapter[LAYOUT.segment("a")]).all()
+    assert (adapter[LAYOUT.segment("a")] == round_.state.adapter[LAYOUT.segment("a")]).all()
     assert [client.dropped is None for client in record.clients] == [True, True, False]
     assert record.train_loss == pytest.approx(1.0)
 
@@ -81,7 +94,7 @@ def test_order_of_arrival_changes_nothing() -> None:
         round_ = opened()
         for name in order:
             round_.take_in(name, reply(round_, 0.1 * (1 + NAMES.index(name)), 3 + NAMES.index(name)))
-        results.append(round_.close()[0].tobytes())
+        results.append(round_.close()[0].adapter.tobytes())
     assert results[0] == results[1]
 
 
@@ -94,10 +107,11 @@ def test_alternating_rounds_change_one_factor_and_fedavg_both() -> None:
     ("changes", "reason"),
     [
         ({"round": 7}, "an update for round 7; expected round 1"),
-        ({"update": b"\x00" * 8}, "a vector of 8 bytes"),
-        ({"update": np.full(6, np.nan, dtype="<f4").tobytes()}, "NaN or Inf"),
-        ({"update": np.full(6, 1e9, dtype="<f4").tobytes()}, "a value of 1000000000.0"),
-        ({"update": b"\x00" * 100_000}, "at most"),
+        ({"update": (b"\x00" * 8,)}, "payload: truncated"),
+        ({"update": (payload(np.nan),)}, "NaN or infinity"),
+        ({"update": (payload(1e9),)}, "a value of 1000000000.0"),
+        ({"update": (b"\x00" * 100_000,)}, "at most"),
+        ({"update": (payload(1.0), payload(1.0))}, "2 payloads; expected one for each"),
         ({"examples": -1}, "TrainReply"),
         ({"loss": float("inf")}, "TrainReply"),
     ],
@@ -107,7 +121,8 @@ def test_a_reply_that_cannot_be_used_costs_only_that_client(changes: dict[str, A
     round_.take_in("ann", reply(round_, 1.0))
     round_.take_in("bob", reply(round_, 1.0, **changes))
     round_.take_in("cid", b"\x00garbage")
-    adapter, record = round_.close()
+    after, record = round_.close()
+    adapter = after.adapter
     assert adapter[LAYOUT.segment("b")] == pytest.approx(1.0)
     assert record.clients[0].dropped is None
     assert reason in (record.clients[1].dropped or "")
@@ -119,7 +134,8 @@ def test_a_second_reply_and_a_stranger_are_ignored() -> None:
     round_.take_in("ann", reply(round_, 1.0))
     round_.take_in("ann", reply(round_, 9.0))
     round_.take_in("eve", reply(round_, 9.0))
-    adapter, record = round_.close()
+    after, record = round_.close()
+    adapter = after.adapter
     assert adapter[LAYOUT.segment("b")] == pytest.approx(1.0)
     assert [client.id for client in record.clients] == NAMES
 
@@ -128,8 +144,9 @@ def test_too_few_survivors_leave_the_adapter_as_it_was() -> None:
     round_ = opened(1, "federation.minimum_clients=2")
     round_.take_in("ann", reply(round_, 1.0))
     round_.give_up("bob", "gone")
-    adapter, record = round_.close()
-    assert adapter.tobytes() == round_.adapter.tobytes()
+    after, record = round_.close()
+    adapter = after.adapter
+    assert adapter.tobytes() == round_.state.adapter.tobytes()
     assert record.aborted == "1 of 3 clients survived; at least 2 must"
     assert [client.dropped for client in record.clients] == [None, "gone", LATE]
 
@@ -138,12 +155,12 @@ def test_a_client_cannot_weigh_more_than_the_cap() -> None:
     round_ = opened(1, "federation.weight_cap=10")
     round_.take_in("ann", reply(round_, 1.0, examples=10))
     round_.take_in("bob", reply(round_, 3.0, examples=10**9))
-    assert round_.close()[0][LAYOUT.segment("b")] == pytest.approx(2.0)
+    assert round_.close()[0].adapter[LAYOUT.segment("b")] == pytest.approx(2.0)
 
 
 def test_every_client_is_observed_once() -> None:
     seen: list[ClientRecord] = []
-    round_ = TrainingRound.open(federation(), 1, LAYOUT.initial(0), NAMES, seen.append)
+    round_ = TrainingRound.open(federation(), initial_state(federation()), NAMES, broadcast(), seen.append)
     round_.take_in("bob", reply(round_, 1.0))
     round_.give_up("ann", "gone")
     round_.close()
@@ -152,18 +169,19 @@ def test_every_client_is_observed_once() -> None:
 
 def test_bytes_are_those_of_the_payloads() -> None:
     round_ = opened()
-    payload = reply(round_, 1.0)
-    round_.take_in("ann", payload)
+    data = reply(round_, 1.0)
+    round_.take_in("ann", data)
     _, record = round_.close()
-    assert record.bytes_up == len(payload)
-    assert record.bytes_down == 3 * len(round_.request)
+    assert record.bytes_up == len(data)
+    assert record.bytes_down == 3 * len(round_.requests.payload("ann"))
 
 
 def test_the_cohort_follows_from_seed_and_round() -> None:
     names = [f"client-{index}" for index in range(50)]
 
     def cohort(number: int, *overrides: str) -> tuple[str, ...]:
-        return TrainingRound.open(federation(*overrides), number, LAYOUT.initial(0), names).cohort
+        fed = federation(*overrides)
+        return TrainingRound.open(fed, replace(initial_state(fed), round=number - 1), names, broadcast()).cohort
 
     assert cohort(1) == cohort(1)
     assert cohort(1) != cohort(2)
@@ -180,8 +198,8 @@ def test_clients_evaluate_after_the_last_round_and_as_often_as_the_job_says() ->
 
 
 def test_an_evaluation_round_keeps_scores_and_marks_the_silent() -> None:
-    round_ = EvaluationRound.open(federation(), 4, LAYOUT.initial(0), NAMES)
-    assert decode(round_.request, EvaluateRequest).round == 4
+    round_ = EvaluationRound.open(federation(), replace(initial_state(federation()), round=4), NAMES, broadcast())
+    assert decode(round_.requests.payload("ann"), EvaluateRequest).round == 4
     round_.take_in("ann", encode(EvaluateReply(4, 10, 100, 1.0, 0.5)))
     round_.take_in("bob", encode(EvaluateReply(4, 30, 300, 2.0, 1.0)))
     round_.take_in("cid", b"garbage")
@@ -203,20 +221,17 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, last: float) -> N
     assert rates == sorted(rates, reverse=True)
 
 
-def test_a_round_does_not_touch_the_adapter_it_was_given() -> None:
-    adapter: Vector = LAYOUT.initial(0)
-    before = adapter.copy()
-    round_ = TrainingRound.open(federation(), 1, adapter, NAMES)
+def test_a_round_does_not_touch_the_state_it_was_given() -> None:
+    round_ = opened()
+    before = round_.state.adapter.copy()
     round_.take_in("ann", reply(round_, 1.0))
     round_.close()
-    assert adapter.tobytes() == before.tobytes()
+    assert round_.state.adapter.tobytes() == before.tobytes()
 
 
 def test_uniform_and_token_weights_are_choices() -> None:
-    job = Job()
     for weight, expected in (("uniform", 2.0), ("tokens", 2.5), ("examples", 2.5)):
-        chosen = replace(federation(), job=replace(job, federation=replace(job.federation, weight=weight)))  # type: ignore[arg-type]
-        round_ = TrainingRound.open(chosen, 1, LAYOUT.initial(0), NAMES)
+        round_ = opened(1, f"federation.weight={weight}")
         round_.take_in("ann", reply(round_, 1.0, examples=1))
         round_.take_in("bob", reply(round_, 3.0, examples=3))
-        assert round_.close()[0][LAYOUT.segment("b")] == pytest.approx(expected)
+        assert round_.close()[0].adapter[LAYOUT.segment("b")] == pytest.approx(expected)

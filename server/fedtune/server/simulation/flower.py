@@ -22,7 +22,7 @@ from fedtune.server.display import Terminal
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import RunDirectory
+from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.strategy import federation_from_job, roster_by_node_id
 
@@ -34,8 +34,9 @@ def flower_server_app() -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         job = _job(context)
-        workshop = Workshop(job)
-        directory = RunDirectory.create(Path(str(context.run_config["out"])), job, workshop.base.digest)
+        path = Path(str(context.run_config["out"]))
+        workshop = Workshop(job, path / CLIENTS)
+        directory = RunDirectory.create(path, job, workshop.base.digest)
         try:
             with Terminal() as display:
                 run_rounds(
@@ -70,9 +71,10 @@ def flower_client_app() -> ClientApp:
 
 def _answer(message: Message, context: Context) -> Message:
     job = _job(context)
-    names = _workshop(job).population.names
+    folder = Path(str(context.run_config["out"])) / CLIENTS
+    names = _workshop(job, folder).population.names
     context.node_config["client"] = names[int(context.node_config["partition-id"]) % len(names)]
-    return _client_app(job)(message, context)
+    return _client_app(job, folder)(message, context)
 
 
 def _job(context: Context) -> Job:
@@ -82,10 +84,10 @@ def _job(context: Context) -> Job:
 
 # A process that Flower keeps for several messages loads the base once.
 @functools.lru_cache(maxsize=1)
-def _workshop(job: Job) -> Workshop:
-    return Workshop(job)
+def _workshop(job: Job, folder: Path) -> Workshop:
+    return Workshop(job, folder)
 
 
 @functools.lru_cache(maxsize=1)
-def _client_app(job: Job) -> ClientApp:
-    return _workshop(job).client_app()
+def _client_app(job: Job, folder: Path) -> ClientApp:
+    return _workshop(job, folder).client_app()

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,18 +31,18 @@ class RayExecutor:
     """Spreads clients over `job.simulation.workers` actors.
 
     Args:
-        job: every actor builds its own ClientApp from it.
+        workshop: every actor makes its own of the same job and folder.
         clients: node id -> name of the client it stands for.
     """
 
-    def __init__(self, job: Job, clients: Mapping[int, str]) -> None:
+    def __init__(self, workshop: Workshop, clients: Mapping[int, str]) -> None:
         try:
             import ray
         except ImportError as error:
             raise MissingExtraError('simulation.backend = "ray"', "simulation", "ray") from error
         self._ray = ray
         self._clients = clients
-        workers = job.simulation.workers
+        job, workers = workshop.job, workshop.job.simulation.workers
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not ray.is_initialized():
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -49,7 +50,7 @@ class RayExecutor:
         actor: Any = ray.remote(_Worker).options(
             num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
         )
-        self._actors: list[Any] = [actor.remote(job) for _ in range(workers)]
+        self._actors: list[Any] = [actor.remote(job, workshop.folder) for _ in range(workers)]
         self._idle: SimpleQueue[Any] = SimpleQueue()
         for handle in self._actors:
             self._idle.put(handle)
@@ -85,9 +86,9 @@ class RayExecutor:
 class _Worker:
     """What runs inside an actor."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, folder: Path) -> None:
         take_task_identity()
-        self._workshop = Workshop(job)
+        self._workshop = Workshop(job, folder)
         self._app = self._workshop.client_app()
 
     def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:

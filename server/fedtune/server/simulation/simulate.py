@@ -16,7 +16,7 @@ from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import RunDirectory
+from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
 from fedtune.server.simulation.workshop import Workshop
@@ -35,7 +35,7 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
         InputError: the job, its data or its model cannot be used, or the directory is in the way; nothing was written.
         RunError: the run could not go on; it can be resumed.
     """
-    workshop = _open(job, display)
+    workshop = _open(job, path, display)
     directory = RunDirectory.create(path, job, workshop.base.digest, force)
     try:
         return _run(workshop, directory, display)
@@ -47,14 +47,14 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
     """Goes on with an interrupted run; the result is the same, bit for bit, as an undisturbed run's."""
     directory = RunDirectory.open(path)
     try:
-        return _run(_open(directory.job(), display), directory, display)
+        return _run(_open(directory.job(), path, display), directory, display)
     finally:
         directory.close()
 
 
-def _open(job: Job, display: Display) -> Workshop:
+def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    workshop = Workshop(job)
+    workshop = Workshop(job, path / CLIENTS)
     clients = len(workshop.population.names)
     model = workshop.model
     display.note(
@@ -98,5 +98,5 @@ def _executor(workshop: Workshop, clients: dict[int, str]) -> Executor:
     if workshop.job.simulation.backend == "ray":
         from fedtune.server.simulation.ray_pool import RayExecutor
 
-        return RayExecutor(workshop.job, clients)
+        return RayExecutor(workshop, clients)
     return LocalExecutor(workshop, clients)

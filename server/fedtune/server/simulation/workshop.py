@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from flwr.clientapp import ClientApp
 
 from fedtune.client.app import client_app
 from fedtune.client.device import Device
+from fedtune.client.store import ClientStore
 from fedtune.core.errors import DataError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
@@ -23,9 +25,14 @@ from fedtune.server.simulation.faults import fault_mod
 
 @dataclass(frozen=True)
 class Workshop:
-    """One process's share of a simulation; what it holds is made when first asked for, and then stays."""
+    """One process's share of a simulation; what it holds is made when first asked for, and then stays.
+
+    Args:
+        folder: where clients keep what they remember between rounds; the processes of a simulation share it.
+    """
 
     job: Job
+    folder: Path
     _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
 
     @property
@@ -67,7 +74,7 @@ class Workshop:
         simulation = self.job.simulation
         faulty = simulation.dropout or simulation.failing or simulation.slow
         mods = [fault_mod(simulation, self.job.training.seed)] if faulty else []
-        return client_app(Device(lambda _: self.model, self.examples), mods)
+        return client_app(Device(lambda _: self.model, self.examples, ClientStore(self.folder)), mods)
 
     def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""

@@ -1,0 +1,214 @@
+"""How one client's update travels up: one payload a factor, by the codec the job asks for, in the clear or in a ring.
+
+    payload, sent = encode_factor(x, terms, private_seed, weight)        # on the client; x - sent is its residual
+    vector = decode_factor(payload, terms)                               # on the server, forms "exact" and "sparse"
+    total = add_ring(total, payload, terms)                              # on the server, form "ring"
+    mean = ring_mean(total, survivors, terms)
+
+`FactorTerms` is what server and clients agree on for one factor in one round; all of it is public.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedtune.core.adapter import AdapterLayout, Factor, Factors, Vector, factor_letters
+from fedtune.core.codec import ExactCodec, MaskableCodec, RingMean, RingUpdate, RoundContext, SparseCodec
+from fedtune.core.codec.maskable import LANES
+from fedtune.core.codec.packing import pack, packed_size, unpack
+from fedtune.core.codec.selection import select_public
+from fedtune.core.codec.wire import Kind, frame, unframe
+from fedtune.core.errors import PeerError
+from fedtune.core.job import CompressionSettings
+from fedtune.core.messages import Uplink
+from fedtune.core.seeds import derive_seed
+
+Form = Literal["exact", "sparse", "ring"]
+
+_LANE_BYTES = 4 * LANES
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A job's [compression] with its preset filled in.
+
+    Args:
+        form: "exact" is float32; see `CompressionSettings` for the others and for the numbers.
+    """
+
+    form: Form
+    bits: int
+    density: float
+    error_feedback: bool
+    downlink_bits: int | None
+
+    @classmethod
+    def of(cls, settings: CompressionSettings) -> Compression:
+        """The numbers that a job's settings mean.
+
+        A ring spends about as many bytes on a value as it has bits, and a value's place costs nothing; in the clear
+        both the place and the value are entropy-coded, so fewer, finer values are the better bargain there.
+        """
+        if settings.preset == "none":
+            return cls("exact", 8, 1.0, False, None)
+        bits, density = {
+            ("balanced", "sparse"): (4, 0.1),
+            ("balanced", "ring"): (4, 0.25),
+            ("extreme", "sparse"): (3, 0.03),
+            ("extreme", "ring"): (2, 0.125),
+        }[settings.preset, settings.form]
+        return cls(
+            settings.form,
+            settings.bits or bits,
+            settings.density or density,
+            settings.error_feedback if settings.error_feedback is not None else True,
+            settings.downlink_bits or 4,
+        )
+
+
+@dataclass(frozen=True)
+class FactorTerms:
+    """What a cohort agrees on for one factor in one round.
+
+    Args:
+        form, bits, density: as in `Compression`.
+        count: coordinates of the factor.
+        seed: the job's.
+        round: number of the round.
+        turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
+        clip: norm to which a selected update is clipped; ring only.
+        n_max: most clients that are ever added; ring only.
+    """
+
+    form: Form
+    bits: int
+    density: float
+    count: int
+    seed: int
+    round: int
+    factor: Factor
+    turn: int
+    clip: float
+    n_max: int
+
+    def context(self) -> RoundContext:
+        """The ring codec's view of these terms."""
+        places = derive_seed(self.seed, "selection", self.factor)
+        return RoundContext(
+            seed=derive_seed(self.seed, "codec", self.round, self.factor),
+            selection=select_public(self.count, self.density, places, self.turn),
+            clip=self.clip,
+            n_max=self.n_max,
+        )
+
+
+def factor_terms(
+    uplink: Uplink, layout: AdapterLayout, factors: Factors, seed: int, round_number: int
+) -> tuple[FactorTerms, ...]:
+    """The terms of every factor that a round trains, in the order in which their payloads travel.
+
+    Raises:
+        PeerError: the uplink does not have one turn and one clip for each of them.
+    """
+    if not len(factors) == len(uplink.turns) == len(uplink.clips):
+        raise PeerError(f"{len(uplink.turns)} turns and {len(uplink.clips)} clips for the factors {factors}")
+    terms = []
+    for letter, turn, clip in zip(factor_letters(factors), uplink.turns, uplink.clips, strict=True):
+        segment = layout.segment(letter)
+        terms.append(
+            FactorTerms(
+                uplink.form,
+                uplink.bits,
+                uplink.density,
+                segment.stop - segment.start,
+                seed,
+                round_number,
+                letter,
+                turn,
+                clip,
+                uplink.n_max,
+            )
+        )
+    return tuple(terms)
+
+
+def uplink_weight(uplink: Uplink, examples: int, tokens: int) -> int:
+    """A client's aggregation weight, 1 to `weight_cap`: its examples, its target tokens, or the cap for all alike."""
+    match uplink.weight:
+        case "examples":
+            return max(1, min(examples, uplink.weight_cap))
+        case "tokens":
+            return max(1, min(tokens, uplink.weight_cap))
+        case "uniform":
+            return uplink.weight_cap
+
+
+def encode_factor(update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+    """A client's payload for one factor, and what of the update it carries.
+
+    Args:
+        update: float32, (count,), the residual added.
+        private_seed: of the ring's stochastic rounding; another for every client, round and factor.
+        weight: in (0, 1]; only a ring carries it inside.
+
+    Raises:
+        UpdateError: the update holds NaN, infinity or an absurd magnitude.
+    """
+    match terms.form:
+        case "exact":
+            return ExactCodec().encode(update), update
+        case "sparse":
+            codec = SparseCodec(terms.density, terms.bits)
+            payload = codec.encode(update)
+            return payload, codec.decode(payload, terms.count)
+        case "ring":
+            ring_codec, context = MaskableCodec(terms.bits), terms.context()
+            contribution = ring_codec.encode(update, weight, private_seed, context)
+            width = ring_codec.ring(context).width
+            body = pack(contribution.words, width) + contribution.lanes.astype("<u4").tobytes()
+            sent = ring_codec.transmitted(contribution, context)
+            return frame(Kind.RING, terms.count, body), sent
+
+
+def decode_factor(payload: bytes, terms: FactorTerms) -> Vector:
+    """The update that an "exact" or "sparse" payload carries; float32, (count,), finite.
+
+    Raises:
+        PeerError: malformed, with the reason.
+    """
+    if terms.form == "exact":
+        return ExactCodec().decode(payload, terms.count)
+    return SparseCodec(terms.density, terms.bits).decode(payload, terms.count)
+
+
+def ring_zero(terms: FactorTerms) -> RingUpdate:
+    """The empty sum."""
+    return MaskableCodec(terms.bits).zero(terms.context())
+
+
+def add_ring(total: RingUpdate, payload: bytes, terms: FactorTerms) -> RingUpdate:
+    """Adds one client's "ring" payload to a sum.
+
+    Raises:
+        PeerError: malformed, with the reason.
+    """
+    codec, context = MaskableCodec(terms.bits), terms.context()
+    width, words = codec.ring(context).width, codec.word_count(context)
+    size = packed_size(words, width)
+    _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _LANE_BYTES)
+    if len(body) != size + _LANE_BYTES:
+        raise PeerError(f"payload: {words} words of {width} bits and lanes take {size + _LANE_BYTES} bytes")
+    contribution = RingUpdate(
+        unpack(body[:size], width, words).astype(np.uint32, copy=False),
+        np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
+    )
+    codec.decode_sum(contribution, 1, context)  # refuses what no single client can have sent
+    return codec.add(total, contribution, context)
+
+
+def ring_mean(total: RingUpdate, survivors: int, terms: FactorTerms) -> RingMean:
+    """The weighted mean of the summed contributions."""
+    return MaskableCodec(terms.bits).decode_sum(total, survivors, terms.context())

@@ -1,0 +1,76 @@
+"""From arriving payloads to one aggregate, streaming: decoded one by one, or added in a ring and decoded once.
+
+Both have the same calls, so that a round does not care which one it has:
+
+    reduction.take(payloads, weight)          # refuses with an error and stays unchanged where it cannot
+    aggregate, clips = reduction.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fedtune.core.adapter import Vector
+from fedtune.core.codec import ClipRange
+from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
+from fedtune.strategies.aggregators import Accumulator
+
+Clips = dict[str, float]
+
+
+class Reduction(Protocol):
+    """The reduction of one round, under way."""
+
+    def take(self, payloads: Sequence[bytes], weight: int) -> None:
+        """Adds one client's payloads, one a trained factor.
+
+        Raises:
+            PeerError, UpdateError: they cannot be added; nothing was.
+        """
+
+    def finish(self) -> tuple[Vector, Clips]:
+        """The aggregate over the round's segment, float32, and the clips for the next round of each trained factor."""
+
+
+class ClearReduction:
+    """Decodes every update and hands it to an accumulator."""
+
+    def __init__(self, accumulator: Accumulator, terms: Sequence[FactorTerms]) -> None:
+        self._accumulator = accumulator
+        self._terms = terms
+
+    def take(self, payloads: Sequence[bytes], weight: int) -> None:
+        parts = [decode_factor(data, terms) for data, terms in zip(payloads, self._terms, strict=True)]
+        self._accumulator.add(np.concatenate(parts), weight)
+
+    def finish(self) -> tuple[Vector, Clips]:
+        return self._accumulator.finish(), {}
+
+
+class RingReduction:
+    """Adds words in a ring; no single update is decoded. The weights travel inside."""
+
+    def __init__(self, terms: Sequence[FactorTerms]) -> None:
+        self._terms = terms
+        self._totals = [ring_zero(each) for each in terms]
+        self._survivors = 0
+
+    def take(self, payloads: Sequence[bytes], weight: int) -> None:
+        del weight
+        parts = zip(self._totals, payloads, self._terms, strict=True)
+        self._totals = [add_ring(total, data, terms) for total, data, terms in parts]
+        self._survivors += 1
+
+    def finish(self) -> tuple[Vector, Clips]:
+        if not self._survivors:
+            return np.zeros(sum(terms.count for terms in self._terms), dtype=np.float32), {}
+        sums = zip(self._totals, self._terms, strict=True)
+        means = [ring_mean(total, self._survivors, terms) for total, terms in sums]
+        clips: Clips = {
+            terms.factor: ClipRange(terms.clip).adapt(mean.mean_norm).clip
+            for mean, terms in zip(means, self._terms, strict=True)
+        }
+        return np.concatenate([mean.update for mean in means]), clips
