@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fedtune.model.examples import Example
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.loss import completion_loss
 
-_MAX_SKIPPED_STEPS = 16  # in a row; fp16's loss scale starts at 2**16 and halves with each
+_MAX_SKIPPED_STEPS = 16  # in a row: fp16's loss scale starts at 2**16 and halves with each, down to 1
 
 
 @dataclass(frozen=True)
@@ -102,38 +103,39 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     trained.grad = model.gradient[segment]
     optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
-    loss, counted, computed, steps, skipped = 0.0, 0, 0, 0, 0
+    done: list[_Step] = []
+    skipped = 0
     with _training(model, task):
         for step in _steps(examples, task):
             trained.grad.zero_()
-            step_loss, step_counted, step_computed = _accumulate(model, step, task, scaler)
-            if not math.isfinite(step_loss):
-                raise UpdateError(f"the loss is {step_loss} at local step {steps + 1}")
+            done.append(_accumulate(model, step, task, scaler))
             scaler.unscale_(optimizer)
             norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
+            if not math.isfinite(done[-1].loss):
+                raise UpdateError(f"the loss is {done[-1].loss} at local step {len(done)}")
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if skipped > (_MAX_SKIPPED_STEPS if scaler.is_enabled() else 0):
-                raise UpdateError(f"the gradient's norm is {norm} at local step {steps + 1}")
+                raise UpdateError(f"the gradient's norm is {norm} at local step {len(done)}")
             scaler.step(optimizer)
             scaler.update()
-            loss, counted, computed, steps = (
-                loss + step_loss,
-                counted + step_counted,
-                computed + step_computed,
-                steps + 1,
-            )
     update = trained.detach().cpu().numpy() - received[segment]
     if not np.isfinite(update).all():
-        raise UpdateError(f"the update is not finite after {steps} local steps")
+        raise UpdateError(f"the update is not finite after {len(done)} local steps")
     return LocalResult(
         update=update,
         examples=len(examples),
         target_tokens=sum(example.target_tokens for example in examples),
-        loss=loss / counted,
-        steps=steps,
-        tokens=computed,
+        loss=sum(step.loss for step in done) / sum(step.targets for step in done),
+        steps=len(done),
+        tokens=sum(step.tokens for step in done),
         seconds=time.perf_counter() - start,
     )
+
+
+class _Step(NamedTuple):
+    loss: float  # summed over the targets
+    targets: int
+    tokens: int
 
 
 def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
@@ -149,20 +151,17 @@ def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Exampl
         epoch += 1
 
 
-def _accumulate(
-    model: AdaptedModel, step: list[Example], task: LocalTask, scaler: torch.amp.GradScaler
-) -> tuple[float, int, int]:
-    """Adds the gradient of one step's mean loss; returns the summed loss, its target tokens and the tokens computed."""
-    targets = sum(example.target_tokens for example in step)
-    losses = []
-    computed = 0
-    for part in split(step, task.micro_batch_tokens or task.batch_tokens):
+def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, scaler: torch.amp.GradScaler) -> _Step:
+    """Adds up the gradient of one step's mean loss, micro-batch by micro-batch."""
+    targets = sum(example.target_tokens for example in examples)
+    loss, tokens = torch.zeros((), device=model.base.device), 0
+    for part in split(examples, task.micro_batch_tokens or task.batch_tokens):
         batch = collate(part, model.base.device)
-        loss = completion_loss(model.readout, batch)
-        scaler.scale(loss / targets).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        computed += batch.ids.numel()
-    return float(torch.stack(losses).sum()), targets, computed
+        part_loss = completion_loss(model.readout, batch)
+        torch.autograd.backward(scaler.scale(part_loss / targets))
+        loss += part_loss.detach()
+        tokens += batch.ids.numel()
+    return _Step(float(loss), targets, tokens)
 
 
 @contextmanager

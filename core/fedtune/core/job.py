@@ -133,7 +133,7 @@ class FederationSettings:
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
-    aggregation: Literal["alternating", "fedavg"] = "alternating"
+    aggregation: Literal["fedavg", "alternating"] = "fedavg"
     weight: Literal["examples", "tokens", "uniform"] = "examples"
     weight_cap: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     evaluate_every: _Count = 1

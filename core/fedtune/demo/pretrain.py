@@ -35,7 +35,7 @@ MLP_WIDTH = 768
 BATCH_DOCUMENTS = 32
 BUCKET_BATCHES = 8
 """Documents are drawn for this many batches at once and sorted by length, so that batches carry little padding."""
-STEPS = 4_000
+STEPS = 3_000
 WARMUP_STEPS = 100
 REPORT_STEPS = 100
 MATRIX_LEARNING_RATE = 5e-3

@@ -66,11 +66,6 @@ class BaseModel:
         return cast(torch.device, self.network.device)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and unpacked weights."""
-        return DTYPES[self.precision]
-
-    @property
     def head(self) -> nn.Module:
         """The layer from the last hidden state to the logits."""
         return cast(nn.Module, self.network.get_output_embeddings())
@@ -104,16 +99,16 @@ def load_base(
         network = _load_network(source, config, precision, device)
     digest = _digest(network, settings.quantization)
     _straighten(network)
+    dtype, linear = DTYPES[precision], dict(linear_modules(network))
     held: Weights = "dequantized"
     if settings.quantization == "nf4":
-        linear = dict(linear_modules(network))
-        dense_bytes = sum(module.weight.numel() for module in linear.values()) * DTYPES[precision].itemsize
+        dense_bytes = sum(module.weight.numel() for module in linear.values()) * dtype.itemsize
         if weights == "packed" or (weights == "auto" and dense_bytes > DENSE_SHARE * _free_bytes(device)):
             held = "packed"
         for name, module in linear.items():
-            _quantize_in_place(network, name, module, held, DTYPES[precision])
+            _quantize_in_place(network, name, module, held, dtype)
     for parameter in network.parameters():  # and no buffer: rotary frequencies and scales of scales stay float32
-        parameter.data = parameter.data.to(DTYPES[precision])
+        parameter.data = parameter.data.to(dtype)
     network.to(device)
     return BaseModel(network.eval().requires_grad_(False), tokenizer, digest, settings.base, precision, held)
 

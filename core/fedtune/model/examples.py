@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,10 @@ class CleaningReport:
         bad: lines that were no record and were skipped.
         empty: records without anything to learn.
         duplicate: records equal to an earlier one.
-        too_long: records whose completion alone is over the sequence length.
+        too_long: records whose completion leaves no room for any of the prompt.
         truncated: examples that lost the beginning of their prompt.
-        kept: examples.
+        continued: examples that go on with a text over the sequence length.
+        kept: examples; read = bad + empty + duplicate + too_long + kept - continued.
     """
 
     read: int = 0
@@ -64,6 +66,7 @@ class CleaningReport:
     duplicate: int = 0
     too_long: int = 0
     truncated: int = 0
+    continued: int = 0
     kept: int = 0
 
     def __add__(self, other: CleaningReport) -> CleaningReport:
@@ -101,7 +104,7 @@ def prepare(
     """Cleans and tokenises records.
 
     Text is brought to Unicode's NFC. A prompt over the sequence length loses its beginning; a completion never loses
-    anything: one that does not fit drops its record.
+    anything: one that does not fit drops its record. Plain text, which has no prompt, is cut into several examples.
 
     Args:
         sequence_length: tokens an example may have.
@@ -111,23 +114,28 @@ def prepare(
     """
     cleaned, report = _clean(records)
     prompts, completions = render(cleaned, tokenizer)
-    prompt_ids, completion_ids = _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer)
-    start = start_tokens(tokenizer)
-    end = _end_token(tokenizer)
-    examples = []
-    too_long = truncated = 0
-    for record, prompt, completion in zip(cleaned, prompt_ids, completion_ids, strict=True):
-        # A template writes its own start and end of a turn; nothing after the end would ever be generated.
-        front = [] if record.messages else start
+    start, end = start_tokens(tokenizer), _end_token(tokenizer)
+    examples: list[Example] = []
+    counts: Counter[str] = Counter()
+    for record, prompt, completion in zip(
+        cleaned, _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer), strict=True
+    ):
+        front = [] if record.messages else start  # a template writes its own
+        # A template also writes what follows the end of a turn; nothing after the end would ever be generated.
         target = [*completion[: completion.index(end)], end] if end in completion else [*completion, end]
-        room = sequence_length - len(front) - len(target)
-        context = [*front, *(prompt[-room:] if room > 0 else [])]
-        if room < 0 or (prompt and not context):
-            too_long += 1
-            continue
-        truncated += len(prompt) > room
-        examples.append(Example(np.array(context + target, dtype=np.int32), max(len(context), 1)))
-    return examples, dataclasses.replace(report, too_long=too_long, truncated=truncated, kept=len(examples))
+        if prompt:
+            room = sequence_length - len(front) - len(target)
+            if room < 1:
+                counts["too_long"] += 1
+                continue
+            pieces = [_example([*front, *prompt[-room:]], target)]
+            counts["truncated"] += len(prompt) > room
+        else:
+            pieces = _pieces(front, target, sequence_length)
+            counts["empty"] += not pieces
+            counts["continued"] += max(len(pieces) - 1, 0)
+        examples += pieces
+    return examples, report + CleaningReport(kept=len(examples), **counts)
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -168,6 +176,16 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] if the tokenizer puts it in front of a text, otherwise nothing."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def _example(context: list[int], target: list[int]) -> Example:
+    return Example(np.array(context + target, dtype=np.int32), max(len(context), 1))
+
+
+def _pieces(front: list[int], text: list[int], sequence_length: int) -> list[Example]:
+    step = sequence_length - len(front)
+    pieces = [_example(front, text[first : first + step]) for first in range(0, len(text), step)]
+    return [piece for piece in pieces if piece.target_tokens > 0]
 
 
 def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:

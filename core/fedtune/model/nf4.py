@@ -146,6 +146,11 @@ class PackedLinear(nn.Linear):
         self.register_buffer("scale_mean", weight.scale_mean, persistent=False)
 
     @property
+    def qweight(self) -> Tensor:
+        """Where peft looks for the device of a quantized layer."""
+        return self.codes
+
+    @property
     def packed(self) -> PackedWeight:
         """The weight, on this layer's device."""
         shape = (self.out_features, self.in_features)

@@ -19,7 +19,7 @@ from fedtune.core.errors import UpdateError
 from fedtune.core.job import AdapterSettings, ModelSettings
 from fedtune.model.base import load_base
 from fedtune.model.batches import collate, steps_of_epoch
-from fedtune.model.evaluation import evaluate
+from fedtune.model.evaluation import answer, evaluate
 from fedtune.model.examples import Example, prepare
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.loss import completion_loss
@@ -108,6 +108,17 @@ def test_the_loop_is_adamw_on_the_mean_loss_with_clipping(make_model: MakeModel)
     assert result.loss == pytest.approx(losses / tokens)
 
 
+def test_training_and_answering_say_nothing_on_the_terminal(
+    make_model: MakeModel, architecture: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load_adapted(make_model(architecture))
+    task = dataclasses.replace(TASK, gradient_checkpointing=True)
+    train_locally(model, examples_of(model, "lamp"), start_of(model), task)
+    answer(model, ["turn on the lamp", "fan"], max_new_tokens=4)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
 @pytest.mark.parametrize("factors", ["a", "b"])
 def test_only_the_asked_factors_move(make_model: MakeModel, factors: Any) -> None:
     model = load_adapted(make_model("llama"))
@@ -142,7 +153,7 @@ def test_checkpointing_computes_the_same_update(make_model: MakeModel, architect
         nonlocal calls
         calls += 1
 
-    hook = next(module for module in model.base.network.modules() if hasattr(module, "lora_a"))
+    hook = next(module for module in model.base.network.modules() if hasattr(module, "lora_A"))
     hook.register_forward_pre_hook(count)
     twice = train_locally(model, examples, received, dataclasses.replace(TASK, gradient_checkpointing=True))
     assert calls == 2 * TASK.local_steps  # type: ignore[operator]

@@ -109,23 +109,42 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_completion_drops_its_examp
     assert (none, report) == ([], CleaningReport(read=1, too_long=1))
 
 
+def test_a_long_text_is_cut_into_examples_that_lose_nothing(tokenizer: Tokenizer) -> None:
+    text = "turn on the lamp in room 7 " * 9
+    examples, report = prepare([Record(text)], tokenizer, 16)
+    assert [token for example in examples for token in example.ids] == [*tokenizer(text)["input_ids"], END]
+    assert report == CleaningReport(read=1, continued=len(examples) - 1, kept=len(examples))
+    assert {example.first_target for example in examples} == {1}
+
+
+def test_a_completion_ends_at_its_first_end(tokenizer: Tokenizer) -> None:
+    [example], _ = prepare([Record(" on</s> and on", prompt="turn")], tokenizer, 64)
+    assert decoded(tokenizer, example) == ("turn", " on</s>")
+    assert prepare([Record("</s>")], tokenizer, 64) == ([], CleaningReport(read=1, empty=1))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), length=st.integers(8, 40))
 def test_every_example_fits_and_every_record_is_counted(tokenizer: Tokenizer, data: st.DataObject, length: int) -> None:
     text = st.text(alphabet="onlamp 7\u00e9\u0301", max_size=60)
     records = [Record(c, prompt=p) for c, p in data.draw(st.lists(st.tuples(text, text), max_size=12))]
     examples, report = prepare(records, tokenizer, length)
-    assert report.read == len(records) == report.empty + report.duplicate + report.too_long + report.kept
+    assert (
+        report.read
+        == len(records)
+        == report.empty + report.duplicate + report.too_long + report.kept - report.continued
+    )
     for example in examples:
         assert 2 <= len(example.ids) <= length
         assert 1 <= example.first_target < len(example.ids)
-        assert example.ids[-1] == END
         assert END not in example.ids[:-1]
+    assert sum(example.ids[-1] == END for example in examples) >= report.kept - report.continued
 
 
 def test_a_file_without_a_usable_example_says_what_became_of_its_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text('{"text": ""}\n{"text": "turn on the lamp in room 7 please"}\nbroken\n')
+    long = "turn on the lamp in room 7 please"
+    path.write_text(f'{{"text": ""}}\n{{"prompt": "a", "completion": "{long}"}}\nbroken\n')
     with pytest.raises(DataError, match=r"no usable example \(3 read, 1 bad, 1 empty, 1 too long\); at most 8 tokens"):
         load_examples(path, tokenizer, 8, skip_bad=True)
 
