@@ -1,0 +1,36 @@
+"""Secure aggregation, sans I/O: the server learns the sum over the survivors of a round and nothing else.
+
+`ClientSession` and `ServerSession` take messages and return messages through five exchanges; docs/secure-aggregation.md
+states the threat model, the protocol byte by byte, and what is not promised.
+"""
+
+from fedtune.core.secagg.client import ClientSession
+from fedtune.core.secagg.config import Policy, round_config
+from fedtune.core.secagg.errors import ClientFaultError, RoundAbortedError, ServerFaultError
+from fedtune.core.secagg.graph import Thresholds, choose_thresholds
+from fedtune.core.secagg.identity import FileRoundLog, Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
+from fedtune.core.secagg.messages import Member, RoundConfig, Segment
+from fedtune.core.secagg.server import SecureSum, ServerSession, Stage
+
+__all__ = [
+    "ClientFaultError",
+    "ClientSession",
+    "FileRoundLog",
+    "Identity",
+    "Member",
+    "MemoryRoundLog",
+    "Policy",
+    "Roster",
+    "RoundAbortedError",
+    "RoundConfig",
+    "RoundLog",
+    "RoundMark",
+    "SecureSum",
+    "Segment",
+    "ServerFaultError",
+    "ServerSession",
+    "Stage",
+    "Thresholds",
+    "choose_thresholds",
+    "round_config",
+]

@@ -1,0 +1,138 @@
+"""The round's configuration: made by the server, checked by all, measured by each client against its own policy."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedtune.core.errors import JobError
+from fedtune.core.secagg.graph import Thresholds, choose_thresholds, problems
+from fedtune.core.secagg.identity import RoundMark
+from fedtune.core.secagg.messages import Member, RoundConfig, Segment, increasing
+from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a client insists on, whatever the server says.
+
+    Attributes:
+        max_corrupt: the part of the cohort that may collude with the server, γ.
+        min_survivors: the fewest clients the client agrees to be summed with, itself included.
+        min_tier_survivors: the same within every tier; segments of one tier are summed over that tier alone.
+    """
+
+    max_corrupt: float = 0.1
+    min_survivors: int = 3
+    min_tier_survivors: int = 3
+
+
+def round_config(
+    *,
+    job: str,
+    mark: RoundMark,
+    base_digest: str,
+    adapter_digest: str,
+    cohort: Sequence[Member],
+    segments: Sequence[Segment],
+    max_corrupt: float,
+    max_dropout: float,
+    context: bytes = b"",
+    min_tier_survivors: int = 3,
+    random: Random = os.urandom,
+) -> RoundConfig:
+    """A configuration with the thresholds that `max_corrupt` and `max_dropout` ask for.
+
+    Raises:
+        JobError: such a round cannot be safe, or the cohort and the segments contradict each other.
+    """
+    thresholds = choose_thresholds(len(cohort), max_corrupt, max_dropout)
+    config = RoundConfig(
+        job=job,
+        round=mark.round,
+        attempt=mark.attempt,
+        nonce=random(DIGEST_BYTES),
+        base_digest=base_digest,
+        adapter_digest=adapter_digest,
+        context=context,
+        cohort=tuple(cohort),
+        tier_minimums=(min_tier_survivors,) * (1 + max((member.tier for member in cohort), default=0)),
+        segments=tuple(segments),
+        degree=thresholds.degree,
+        threshold=thresholds.threshold,
+        quorum=thresholds.quorum,
+        minimum=thresholds.minimum,
+    )
+    found = config_problems(config)
+    if not found and (missing := shortfall(config, range(len(cohort)))):
+        found = [f"cohort: {missing}"]
+    if found:
+        raise JobError(found)
+    return config
+
+
+def thresholds_of(config: RoundConfig) -> Thresholds:
+    return Thresholds(len(config.cohort), config.degree, config.threshold, config.quorum, config.minimum)
+
+
+def config_problems(config: RoundConfig) -> list[str]:
+    """What makes a configuration contradict itself, whoever wrote it; empty when nothing does."""
+    n = len(config.cohort)
+    found = []
+    repeated = [client for client, times in Counter(member.client for member in config.cohort).items() if times > 1]
+    if repeated:
+        found.append(f"cohort: {repeated[0]} is invited twice")
+    tiers = len(config.tier_minimums)
+    if any(member.tier >= tiers for member in config.cohort):
+        found.append(f"cohort: a tier is not below the number of tiers, {tiers}")
+    if len({segment.name for segment in config.segments}) != len(config.segments):
+        found.append("segments: two have the same name")
+    for segment in config.segments:
+        if not increasing(segment.tiers) or segment.tiers[-1] >= tiers:
+            found.append(f"segment {segment.name}: tiers must be increasing and below {tiers}")
+            continue
+        carriers = len(segment_seats(config, segment))
+        if carriers * segment.limit >= 1 << segment.bits:
+            found.append(f"segment {segment.name}: {carriers} words up to {segment.limit} overflow {segment.bits} bits")
+    if not 1 <= config.degree < n:
+        found.append(f"degree {config.degree} is not in 1 to {n - 1}")
+    for name, value in (("threshold", config.threshold), ("quorum", config.quorum), ("minimum", config.minimum)):
+        if not 1 <= value <= n:
+            found.append(f"{name} {value} is not in 1 to {n}")
+    return found
+
+
+def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
+    """Where a configuration asks a client for less care than its own policy; empty when nowhere."""
+    found = problems(thresholds_of(config), policy.max_corrupt)
+    if config.minimum < policy.min_survivors:
+        found.append(f"a minimum of {config.minimum} survivors is below this client's {policy.min_survivors}")
+    lowest = min(config.tier_minimums)
+    if lowest < policy.min_tier_survivors:
+        found.append(f"a tier minimum of {lowest} survivors is below this client's {policy.min_tier_survivors}")
+    return found
+
+
+def shortfall(config: RoundConfig, seats: Iterable[int]) -> str | None:
+    """Why these clients are too few to be summed: fewer than the minimum, or a tier below its own; None if enough."""
+    present = list(seats)
+    if len(present) < config.minimum:
+        return f"{len(present)} clients, expected at least {config.minimum}"
+    by_tier = Counter(config.cohort[seat].tier for seat in present)
+    for tier in sorted({member.tier for member in config.cohort}):
+        if by_tier[tier] < config.tier_minimums[tier]:
+            return f"{by_tier[tier]} clients in tier {tier}, expected at least {config.tier_minimums[tier]}"
+    return None
+
+
+def segment_seats(config: RoundConfig, segment: Segment) -> frozenset[int]:
+    """The seats whose tier carries the segment."""
+    return frozenset(seat for seat, member in enumerate(config.cohort) if member.tier in segment.tiers)
+
+
+def segments_of(config: RoundConfig, seat: int) -> list[int]:
+    """The indices of the segments that the client at this seat contributes to."""
+    tier = config.cohort[seat].tier
+    return [index for index, segment in enumerate(config.segments) if tier in segment.tiers]

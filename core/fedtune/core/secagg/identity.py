@@ -1,0 +1,214 @@
+"""Who is who across rounds: a device's long-lived key, the roster it pins, and the memory of the last round it served.
+
+A roster is what the whole protocol stands on: it must reach a device from whoever enrols the fleet, not from the server
+of the round. Whoever writes rosters can enrol clients that do not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedtune.core.errors import InputError
+from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
+
+MAX_ROSTER_BYTES = 16 << 20
+MAX_LOG_BYTES = 1 << 20
+MAX_NAME = 128
+
+
+class Identity:
+    """An Ed25519 key that says which device is speaking [RFC 8032]. Made once, kept on the device."""
+
+    def __init__(self, private: bytes) -> None:
+        self._private = Secret(private)
+        self.public = Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+    @classmethod
+    def generate(cls, random: Random = os.urandom) -> Identity:
+        return cls(random(KEY_BYTES))
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """Reads a key that `save` wrote.
+
+        Raises:
+            InputError: no such file, others may read it, or it does not hold a key.
+        """
+        try:
+            if path.stat().st_mode & 0o077:
+                raise InputError(f"{path}: an identity key must be readable by its owner only; run: chmod 600 {path}")
+            with path.open("rb") as file:
+                private = bytes.fromhex(file.read(2 * KEY_BYTES + 2).decode("ascii").strip())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot read an identity key: {_reason(error)}") from None
+        if len(private) != KEY_BYTES:
+            raise InputError(f"{path}: an identity key has {2 * KEY_BYTES} hexadecimal digits")
+        return cls(private)
+
+    def save(self, path: Path) -> None:
+        """Writes the key as one line of hexadecimal digits, readable by the owner only, atomically."""
+        _write_atomically(path, self._private.value.hex() + "\n")
+
+    def sign(self, statement: bytes) -> bytes:
+        """The signature over a statement; statements are made by `framed`, whose label is the domain tag."""
+        return Ed25519PrivateKey.from_private_bytes(self._private.value).sign(statement)
+
+    def __repr__(self) -> str:
+        return f"Identity(public={self.public.hex()})"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The public identity key of every enrolled device, by client name.
+
+    Raises:
+        InputError: a name or key is malformed, or two clients have one key: one device would count as two.
+    """
+
+    keys: Mapping[str, bytes] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        seen: dict[bytes, str] = {}
+        for client, key in self.keys.items():
+            if not 0 < len(client) <= MAX_NAME:
+                raise InputError(f"roster: a client's name has 1 to {MAX_NAME} characters, got {len(client)}")
+            if len(key) != KEY_BYTES:
+                raise InputError(f"roster: the key of {client} has {len(key)} bytes, expected {KEY_BYTES}")
+            if key in seen:
+                raise InputError(f"roster: {seen[key]} and {client} have the same key")
+            seen[key] = client
+
+    def verify(self, client: str, statement: bytes, signature: bytes) -> bool:
+        """Whether this client, as pinned here, signed the statement; False for a client that is not pinned."""
+        key = self.keys.get(client)
+        if key is None:
+            return False
+        try:
+            Ed25519PublicKey.from_public_bytes(key).verify(signature, statement)
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+    @property
+    def digest(self) -> bytes:
+        """One hash for the whole roster, for people to compare over another channel."""
+        return digest("roster", *(part for name in sorted(self.keys) for part in (name.encode(), self.keys[name])))
+
+    @classmethod
+    def load(cls, path: Path) -> Roster:
+        """Reads a JSON object of client name to key in hexadecimal digits.
+
+        Raises:
+            InputError: no such file, too large, or not such an object.
+        """
+        content = _read_json(path, MAX_ROSTER_BYTES, "roster")
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content.values()):
+            raise InputError(f"{path}: a roster is one JSON object of client name to key")
+        try:
+            return cls({client: bytes.fromhex(key) for client, key in content.items()})
+        except ValueError as error:
+            raise InputError(f"{path}: cannot read a roster: {error}") from None
+
+    def save(self, path: Path) -> None:
+        keys = {client: self.keys[client].hex() for client in sorted(self.keys)}
+        _write_atomically(path, json.dumps(keys, indent=1) + "\n")
+
+
+class RoundMark(NamedTuple):
+    """Which attempt at which round; later ones compare greater."""
+
+    round: int
+    attempt: int
+
+
+class RoundLog(Protocol):
+    """Remembers the last round a client took part in, job by job, across restarts."""
+
+    def last(self, job: str) -> RoundMark | None:
+        """The last mark recorded for the job."""
+
+    def record(self, job: str, mark: RoundMark) -> None:
+        """Remembers the mark; must be on disk, where there is one, before it returns."""
+
+
+class MemoryRoundLog:
+    """A round log for clients that live as long as their process: simulation and tests."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, RoundMark] = {}
+
+    def last(self, job: str) -> RoundMark | None:
+        return self._marks.get(job)
+
+    def record(self, job: str, mark: RoundMark) -> None:
+        self._marks[job] = mark
+
+
+class FileRoundLog:
+    """A round log in one JSON file, replaced atomically; a crash leaves the old or the new one.
+
+    A file that cannot be read is an error, never an empty log: forgetting a round is what an attacker wants.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def last(self, job: str) -> RoundMark | None:
+        return self._read().get(job)
+
+    def record(self, job: str, mark: RoundMark) -> None:
+        _write_atomically(self._path, json.dumps({**self._read(), job: mark}) + "\n")
+
+    def _read(self) -> dict[str, RoundMark]:
+        if not self._path.exists():
+            return {}
+        content = _read_json(self._path, MAX_LOG_BYTES, "round log")
+        if not isinstance(content, dict) or not all(map(_is_mark, content.values())):
+            raise InputError(f"{self._path}: a round log is one JSON object of job to [round, attempt]")
+        return {job: RoundMark(*mark) for job, mark in content.items()}
+
+
+def _is_mark(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+
+
+def _read_json(path: Path, limit: int, what: str) -> object:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise InputError(f"{path}: a {what} has at most {limit} bytes")
+        return json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot read a {what}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or "unknown reason") if isinstance(error, OSError) else "its content is malformed"
+
+
+def _write_atomically(path: Path, content: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,94 @@
+"""What has been agreed in a round so far, and every statement, key and graph that is bound to it.
+
+Both sides build a transcript out of the configuration and the key list. If two clients were shown anything different,
+their transcripts differ, and then signatures fail, boxes do not open and masks do not cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedtune.core.secagg.config import segment_seats
+from fedtune.core.secagg.graph import Graph
+from fedtune.core.secagg.messages import KeyEntry, RoundConfig, encode
+from fedtune.core.secagg.primitives import Agreement, derive, digest, framed
+
+
+def config_digest(config: RoundConfig) -> bytes:
+    """H(cfg) = SHA-256(F("config", cfg as it travels))."""
+    return digest("config", encode(config))
+
+
+def advertisement_statement(config: bytes, seat: int, share_key: bytes, mask_key: bytes) -> bytes:
+    """What a client signs in exchange 0: F("advertise", H(cfg), seat, share key, mask key)."""
+    return framed("advertise", config, seat, share_key, mask_key)
+
+
+def commitment(seed: bytes, config: bytes, seat: int) -> bytes:
+    """A client's commitment to its self-mask seed: HKDF(b, salt = H(cfg), info = F("commitment", seat)).
+
+    Lets the server notice a wrong share before it spoils the sum; it hides b, which has 255 bits of entropy.
+    """
+    return derive(seed, config, "commitment", seat)
+
+
+def mask_agreement(seed: bytes) -> Agreement:
+    """The X25519 key behind a mask key: HKDF(σ, no salt, info = F("mask key")). Whoever has σ can check it."""
+    return Agreement(derive(seed, b"", "mask key"))
+
+
+class Transcript:
+    """A configuration with its key list.
+
+    Attributes:
+        config: the configuration.
+        config_digest: H(cfg).
+        keys: the key list by seat; its seats are U1.
+        digest: H(keys) = SHA-256(F("keys", H(cfg), seat_1, share key_1, mask key_1, signature_1, ...)).
+        salt: H(keys) ‖ H(cfg), the salt of every key that is derived from here on.
+    """
+
+    def __init__(self, config: RoundConfig, config_digest: bytes, entries: Iterable[KeyEntry]) -> None:
+        self.config = config
+        self.config_digest = config_digest
+        self.keys = {entry.seat: entry for entry in entries}
+        parts = [part for e in self.keys.values() for part in (e.seat, e.share_key, e.mask_key, e.signature)]
+        self.digest = digest("keys", config_digest, *parts)
+        self.salt = self.digest + config_digest
+        self._sharing = Graph(range(len(config.cohort)), config.degree, digest("share graph", self.digest))
+        self._masking = self._mask_graphs()
+
+    def holders(self, seat: int) -> frozenset[int]:
+        """The seats in U1 that hold shares of this one's secrets; the relation is symmetric."""
+        return self._sharing.holders(seat) & self.keys.keys()
+
+    def partners(self, seat: int, segment: int) -> frozenset[int]:
+        """The seats in U1 that mask this segment together with this one; the relation is symmetric."""
+        return self._masking[segment].neighbours(seat) & self.keys.keys()
+
+    def box_key(self, shared: bytes, sender: int, receiver: int) -> bytes:
+        """The key of the one box from sender to receiver: HKDF(DH, salt, info = F("box", sender, receiver))."""
+        return derive(shared, self.salt, "box", sender, receiver)
+
+    def box_associated(self, sender: int, receiver: int) -> bytes:
+        """What a box authenticates besides its content: F("box", H(cfg), H(keys), sender, receiver)."""
+        return framed("box", self.config_digest, self.digest, sender, receiver)
+
+    def vote_statement(self, sharers: Iterable[int], survivors: Iterable[int]) -> bytes:
+        """What a client signs in exchange 3: F("vote", H(cfg), H(keys), U2, U3), each set as joined seats."""
+        return framed("vote", self.config_digest, self.digest, _joined(sharers), _joined(survivors))
+
+    def _mask_graphs(self) -> list[Graph]:
+        """One graph a segment, over the clients that carry it; segments of the same tiers have the same one."""
+        by_tiers: dict[tuple[int, ...], Graph] = {}
+        graphs = []
+        for segment in self.config.segments:
+            if segment.tiers not in by_tiers:
+                seed = digest("mask graph", self.digest, *segment.tiers)
+                by_tiers[segment.tiers] = Graph(segment_seats(self.config, segment), self.config.degree, seed)
+            graphs.append(by_tiers[segment.tiers])
+        return graphs
+
+
+def _joined(seats: Iterable[int]) -> bytes:
+    return b"".join(seat.to_bytes(4, "big") for seat in sorted(seats))

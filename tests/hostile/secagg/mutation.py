@@ -1,0 +1,288 @@
+"""Does every check of secure aggregation have a test that fails without it?
+
+Each mutant takes one check out of a copy of the package and runs the attacks, then the unit tests, then the fuzzers
+against the copy. A mutant that no test notices is a check nobody would miss: the program then exits with status 1.
+
+    python tests/hostile/secagg/mutation.py                  # all of them, as a Markdown table
+    python tests/hostile/secagg/mutation.py --only quorum    # those with a word in their name
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = Path("fedtune/core/secagg")
+SUITES = (
+    "tests/hostile/secagg/test_lying_server.py",
+    "tests/hostile/secagg/test_hostile_clients.py",
+    "tests/unit/secagg",
+    "tests/hostile/secagg/test_fuzz.py",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A check, and the edit that removes it: `old` occurs exactly once in `file`."""
+
+    check: str
+    file: str
+    old: str
+    new: str
+
+
+UNCHANGED = Mutant("none", "__init__.py", "__all__ = [", "__all__ = [")
+MUTANTS = (
+    # what a client asks of a configuration
+    Mutant(
+        "configuration contradicts itself", "client.py", "config_problems(config) or policy_problems", "policy_problems"
+    ),
+    Mutant("ring cannot overflow", "config.py", "carriers * segment.limit >= 1 << segment.bits", "False"),
+    Mutant("client invited twice", "config.py", "if repeated:", "if False:"),
+    Mutant("client's own policy", "client.py", " or policy_problems(config, self.policy)", ""),
+    Mutant("threshold against both shares", "graph.py", "if t < majority(n, colluding):", "if False:"),
+    Mutant("quorum is a majority of the honest", "graph.py", "if q < majority(n, colluding):", "if False:"),
+    Mutant("minimum at least the quorum", "graph.py", "if thresholds.minimum < q:", "if False:"),
+    Mutant(
+        "complete graph for small cohorts",
+        "graph.py",
+        "if n <= COMPLETE_UP_TO:\n        return [",
+        "if False:\n        return [",
+    ),
+    Mutant("sparse threshold", "graph.py", "if 2 * t <= k + worst:", "if False:"),
+    Mutant(
+        "sparse graph stays connected", "graph.py", "if not _stays_connected(n, k, min(", "if False and (n, k, min("
+    ),
+    Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
+    Mutant("policy's minimum of a tier", "config.py", "if lowest < policy.min_tier_survivors:", "if False:"),
+    Mutant("strangers in the cohort", "client.py", "        if strangers:", "        if False:"),
+    Mutant("own invitation", "client.py", "if not seats or self.roster", "if self.roster"),
+    Mutant(
+        "own pinned identity",
+        "client.py",
+        "if not seats or self.roster.keys[self.client] != self.identity.public:",
+        "if not seats:",
+    ),
+    Mutant("base and adapter digests", "client.py", "            if theirs != ours:", "            if False:"),
+    Mutant("round served before", "client.py", "if last is not None and mark <= last:", "if False:"),
+    Mutant(
+        "round remembered",
+        "client.py",
+        "        self.log.record(config.job, RoundMark(config.round, config.attempt))\n",
+        "",
+    ),
+    Mutant(
+        "round closed once revealed",
+        "client.py",
+        "        self.log.record(state.transcript.config.job, RoundMark(state.transcript.config.round, MAX_COUNTER))\n",
+        "",
+    ),
+    # what a client asks of the key list
+    Mutant("own entry in the key list", "client.py", "if state.entry not in keys.entries:", "if False:"),
+    Mutant("keys unique", "client.py", "entry.mask_key)}) != 2 * len(seats):", "entry.mask_key)}) < 0:"),
+    Mutant("keys of small order", "client.py", "if is_weak(entry.share_key) or is_weak(entry.mask_key):", "if False:"),
+    Mutant(
+        "signatures over keys",
+        "client.py",
+        "if not self.roster.verify(client, statement, entry.signature):",
+        "if False:",
+    ),
+    Mutant("enough advertisers", "client.py", '        _check_enough(state.config, advertisers, "advertisers")\n', ""),
+    # what a client asks of the boxes
+    Mutant("enough sharers", "client.py", '        _check_enough(config, sharers, "sharers")\n', ""),
+    Mutant("number of boxes", "client.py", "if len(delivery.boxes) != BOX_BYTES * len(senders):", "if False:"),
+    Mutant(
+        "tag of a box", "client.py", "    if opened is None:", "    if opened is None and not (opened := bytes(64)):"
+    ),
+    Mutant(
+        "direction of a box",
+        "transcript.py",
+        '"box", sender, receiver)\n\n    def box_associated',
+        '"box")\n\n    def box_associated',
+    ),
+    Mutant(
+        "boxes bound to the key list",
+        "transcript.py",
+        "self.salt = self.digest + config_digest",
+        "self.salt = config_digest",
+    ),
+    Mutant("update within the limit", "client.py", "if given.size and int(given.max()) > segment.limit:", "if False:"),
+    # what a client asks of the survivor set and the votes
+    Mutant(
+        "enough survivors", "client.py", '        _check_enough(state.transcript.config, survivors, "survivors")\n', ""
+    ),
+    Mutant("a tier's own minimum", "config.py", "if by_tier[tier] < config.tier_minimums[tier]:", "if False:"),
+    Mutant("sets within the set before", "client.py", "if not found <= frozenset(within):", "if False:"),
+    Mutant("sets increasing", "client.py", "if not increasing(seats):", "if False:"),
+    Mutant("client in every set", "client.py", "if own is not None and own not in found:", "if False:"),
+    Mutant("votes reach the quorum", "client.py", "if len(voters) < config.quorum:", "if False:"),
+    Mutant(
+        "votes are signed",
+        "client.py",
+        "verify(config.cohort[voter].client, statement, signature):",
+        "verify and False:",
+    ),
+    Mutant(
+        "number of signatures", "client.py", "if len(quorum.signatures) != SIGNATURE_BYTES * len(voters):", "if False:"
+    ),
+    Mutant("vote covers U2", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(survivors)"),
+    Mutant("vote covers U3", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(sharers)"),
+    Mutant("domain tags", "primitives.py", "(label.encode(), *parts)", "(b'', *parts)"),
+    # what a client never does
+    Mutant(
+        "order of exchanges",
+        "client.py",
+        "if not isinstance(state, expected):",
+        "if isinstance(state, Idle) != (expected is Idle):",
+    ),
+    Mutant(
+        "reveals once",
+        "client.py",
+        "        self._move(Ended())\n        return encode(Reveal",
+        "        return encode(Reveal",
+    ),
+    Mutant(
+        "one share an owner, of the right kind",
+        "client.py",
+        "(of_self if owner in state.survivors else of_mask)",
+        "of_self",
+    ),
+    Mutant("secrets wiped", "client.py", "                secret.wipe()", "                pass"),
+    Mutant("self mask keyed by b", "masks.py", "derive(seed, context, ", "derive(bytes(32), context, "),
+    Mutant(
+        "pairwise mask keyed by the pair's secret",
+        "masks.py",
+        "derive(shared, context, ",
+        "derive(bytes(32), context, ",
+    ),
+    Mutant(
+        "mask keys bound to the round", "transcript.py", "self.salt = self.digest + config_digest", 'self.salt = b""'
+    ),
+    Mutant(
+        "client: messages of one round",
+        "client.py",
+        'if agreed and getattr(decoded, "config", None) != agreed[1]:',
+        "if False:",
+    ),
+    # what everybody asks of bytes
+    Mutant("size before reading", "messages.py", "if len(data) > limit:", "if False:"),
+    Mutant("one byte form", "messages.py", "if encode(message) != data:", "if False:"),
+    Mutant("field elements", "shamir.py", "if len(data) != ELEMENT_BYTES or element >= PRIME:", "if False:"),
+    # what the server asks of its clients
+    Mutant(
+        "server: asked at all",
+        "server.py",
+        "if exchange is None or seat is None or seat not in self._asked:",
+        "if exchange is None or seat is None:",
+    ),
+    Mutant("server: answered once", "server.py", "if seat in self._answered:", "if False:"),
+    Mutant(
+        "server: messages of one round",
+        "server.py",
+        'if getattr(message, "config", None) != self._digest:',
+        "if False:",
+    ),
+    Mutant(
+        "server: signatures over keys",
+        "server.py",
+        'statement, message.signature):\n            return "its keys',
+        'statement, message.signature) and False:\n            return "its keys',
+    ),
+    Mutant("server: keys unique", "server.py", "if len(keys) < 2 or keys & self._keys_in_use:", "if False:"),
+    Mutant("server: keys of small order", "server.py", "if any(is_weak(key) for key in keys):", "if False:"),
+    Mutant("server: number of boxes", "server.py", "if len(message.boxes) != BOX_BYTES * len(receivers):", "if False:"),
+    Mutant("server: number of segments", "server.py", "if len(message.segments) != len(indices):", "if False:"),
+    Mutant("server: size of segments", "server.py", "            if len(data) != size:", "            if False:"),
+    Mutant(
+        "server: votes are signed",
+        "server.py",
+        'message.signature):\n            return "its vote',
+        'message.signature) and False:\n            return "its vote',
+    ),
+    Mutant(
+        "server: number of shares",
+        "server.py",
+        "if len(message.shares) != shamir.ELEMENT_BYTES * len(owners):",
+        "if False:",
+    ),
+    Mutant(
+        "server: recovered secrets checked",
+        "server.py",
+        "            if not self._is_seed_of(owner, seed):",
+        "            if False:",
+    ),
+    Mutant(
+        "server: σ against the mask key",
+        "server.py",
+        "return mask_agreement(seed).public == self._agreed.keys[owner].mask_key",
+        "return True",
+    ),
+    Mutant(
+        "server: b against its commitment",
+        "server.py",
+        "return commitment(seed, self._digest, owner) == self._commitments[owner]",
+        "return True",
+    ),
+    Mutant("server: enough clients", "server.py", "        if missing:\n", "        if False:\n"),
+    Mutant("server: enough votes", "server.py", "if len(self._votes) < self.config.quorum:", "if False:"),
+    Mutant("server: enough share holders", "server.py", "if left < self.config.threshold:", "if False:"),
+    # what is kept on a device
+    Mutant("one key for each client", "identity.py", "if key in seen:", "if False:"),
+    Mutant("identity private to its owner", "identity.py", "if path.stat().st_mode & 0o077:", "if False:"),
+    Mutant("spoilt round log", "identity.py", "not all(map(_is_mark, content.values())):", "False:"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the mutants whose check contains this")
+    chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant.check]
+    if broken := first_failure(UNCHANGED):
+        raise SystemExit(f"the tests fail without any mutant: {broken}")
+    print("| check removed | caught by |\n|---|---|")
+    missed = 0
+    for mutant in chosen:
+        caught = first_failure(mutant)
+        missed += caught is None
+        print(f"| {mutant.check} | {caught or '**nothing**'} |", flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} removed checks are noticed.")
+    return 1 if missed else 0
+
+
+def first_failure(mutant: Mutant) -> str | None:
+    """The first test that fails on the mutant, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "core"
+        shutil.copytree(ROOT / "core", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        path = copy / PACKAGE / mutant.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.check}: {mutant.old!r} occurs {source.count(mutant.old)} times in {mutant.file}")
+        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        for suite in SUITES:
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", suite, "-x", "-q", "--no-header", "-p", "no:cacheprovider"],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_STORAGE_DIRECTORY": folder},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            failure = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", run.stdout, flags=re.MULTILINE)
+            if failure:
+                return failure[1].replace("_", " ").removeprefix("test ")
+            if run.returncode:
+                raise SystemExit(f"{mutant.check}: the tests did not run\n{run.stdout}{run.stderr}")
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""Random damage to every message of both sides: nothing but the named refusals is raised, and the sum stays exact."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.core.secagg import ClientFaultError, RoundAbortedError, Segment, ServerFaultError, Stage
+from fedtune.core.secagg.rehearsal import Rehearsal, plain_sum, random_updates
+
+SEGMENTS = (Segment("v", 5, 8, 15, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_damaged_and_misplaced_requests_never_disturb_a_client(data: st.DataObject) -> None:
+    """Before each good request every client gets bad ones: damaged, empty, of earlier exchanges, or for others."""
+    rehearsal = Rehearsal.prepare([0] * 4, SEGMENTS)
+    updates = random_updates(rehearsal.server.config)
+    history: list[bytes] = []
+    requests = rehearsal.server.open()
+    while requests:
+        for client, request in requests.items():
+            session = rehearsal.clients[client]
+            for _ in range(data.draw(st.integers(0, 2))):
+                bad = data.draw(damaged(request) | st.sampled_from([*history, b""]))
+                if bad == request or rehearsal.server.stage is Stage.ADVERTISE:
+                    continue  # another configuration may well be a good one
+                before = session.state
+                with contextlib.suppress(ServerFaultError):
+                    rehearsal.answer(client, bad, updates)
+                    raise AssertionError(f"{bad.hex()} was taken for {request.hex()}")
+                assert session.state is before
+        history += set(requests.values())
+        requests = rehearsal.exchange(requests, updates)
+    result = rehearsal.server.result
+    assert np.array_equal(result.sums["v"], plain_sum(updates, "v", result.survivors))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_damaged_configurations_are_taken_whole_or_refused(data: st.DataObject) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, SEGMENTS)
+    request = rehearsal.server.open()["client-0"]
+    bad = data.draw(damaged(request) | st.binary(max_size=200))
+    session = rehearsal.clients["client-0"]
+    before = session.state
+    try:
+        rehearsal.answer("client-0", bad, {})
+    except ServerFaultError:
+        assert session.state is before
+        assert session.log.last("rehearsal") is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_damaged_answers_never_crash_the_server_and_never_spoil_the_sum_of_others(data: st.DataObject) -> None:
+    """client-0 sends one damaged answer: it may be left out for it, or the round may end without a sum."""
+    rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
+    updates = random_updates(rehearsal.server.config)
+    first = data.draw(st.sampled_from([Stage.ADVERTISE, Stage.SHARE, Stage.VOTE, Stage.UNMASK]))
+    requests = rehearsal.until(first, updates)
+    silent: set[str] = set()
+    with contextlib.suppress(RoundAbortedError, ServerFaultError):  # the latter where a box of it does not open
+        while requests:
+            if "client-0" in requests and "client-0" not in silent and rehearsal.server.stage is not Stage.MASK:
+                answer = rehearsal.answer("client-0", requests["client-0"], updates)
+                with contextlib.suppress(ClientFaultError):
+                    rehearsal.server.receive("client-0", data.draw(damaged(answer)))
+                silent = {"client-0"}
+                requests.pop("client-0")
+            requests = rehearsal.exchange(requests, updates, silent)
+        result = rehearsal.server.result
+        assert np.array_equal(result.sums["v"], plain_sum(updates, "v", result.survivors))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_damaged_masked_inputs_are_taken_whole_or_leave_no_trace(data: st.DataObject) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, SEGMENTS)
+    updates = random_updates(rehearsal.server.config)
+    requests = rehearsal.until(Stage.MASK, updates)
+    answer = rehearsal.answer("client-0", requests.pop("client-0"), updates)
+    try:
+        rehearsal.server.receive("client-0", data.draw(damaged(answer)))
+    except ClientFaultError:
+        rehearsal.server.receive("client-0", answer)
+        while requests:
+            requests = rehearsal.exchange(requests, updates)
+        assert np.array_equal(rehearsal.server.result.sums["v"], plain_sum(updates, "v", updates))
+
+
+@st.composite
+def damaged(draw: st.DrawFn, message: bytes) -> bytes:
+    """A message with some bytes replaced, cut out, doubled or inserted."""
+    spoilt = bytearray(message)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, max(0, len(spoilt) - 1)))
+        stop = min(len(spoilt), start + draw(st.sampled_from([1, 1, 2, 16, 80])))
+        piece: Any = draw(st.sampled_from(["flip", "cut", "double", "insert"]))
+        if piece == "flip" and spoilt:
+            spoilt[start] ^= draw(st.integers(1, 255))
+        elif piece == "cut":
+            del spoilt[start:stop]
+        elif piece == "double":
+            spoilt[start:start] = spoilt[start:stop]
+        else:
+            spoilt[start:start] = draw(st.binary(min_size=1, max_size=8))
+    return bytes(spoilt)

@@ -1,0 +1,288 @@
+"""Attacks by clients on the server: each is refused and named, and the sum over the others stays exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedtune.core.secagg import ClientFaultError, Identity, RoundAbortedError, Segment, ServerFaultError, Stage
+from fedtune.core.secagg.messages import (
+    BOX_BYTES,
+    Advertisement,
+    Boxes,
+    MaskedInput,
+    Message,
+    Reveal,
+    Vote,
+    decode,
+    encode,
+)
+from fedtune.core.secagg.primitives import Agreement
+from fedtune.core.secagg.rehearsal import Rehearsal, plain_sum, random_updates
+from fedtune.core.secagg.transcript import advertisement_statement
+
+SEGMENTS = (Segment("v", 16, 13, 1000, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
+STAGES = (Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.VOTE, Stage.UNMASK)
+KINDS = dict(zip(STAGES, ("Advertisement", "Boxes", "MaskedInput", "Vote", "Reveal"), strict=True))
+ANY_SIZE = 1 << 24
+
+
+class Stand:
+    """Five clients up to one exchange, where client-0 turns hostile."""
+
+    def __init__(self, stage: Stage, gone: tuple[int, ...] = ()) -> None:
+        self.rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
+        self.server = self.rehearsal.server
+        self.updates = random_updates(self.server.config)
+        self.requests = self.rehearsal.until(stage, self.updates, {Stage.MASK: {f"client-{seat}" for seat in gone}})
+
+    def honest(self, kind: type[Any], client: str = "client-0") -> Any:
+        """What the client would have answered."""
+        return decode(self.rehearsal.answer(client, self.requests[client], self.updates), kind, ANY_SIZE)
+
+    def refuses(self, reply: bytes | Message, reason: str) -> None:
+        """The server refuses an answer of client-0, names it, still waits for it, and goes on without it."""
+        waiting = self.server.waiting
+        with pytest.raises(ClientFaultError, match=reason) as refusal:
+            self.server.receive("client-0", reply if isinstance(reply, bytes) else encode(reply))
+        assert refusal.value.client == "client-0"
+        assert self.server.waiting == waiting
+        self.finish_without_client_0()
+
+    def finish_without_client_0(self) -> None:
+        requests = self.requests
+        while requests:
+            requests = self.rehearsal.exchange(requests, self.updates, {"client-0"})
+        result = self.server.result
+        for segment in ("v", "weight"):
+            assert np.array_equal(result.sums[segment], plain_sum(self.updates, segment, result.survivors))
+
+
+def changed(message: Any, **fields: Any) -> Any:
+    return msgspec.structs.replace(message, **fields)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("spoil", ["empty", "cut", "longer", "huge", "text", "other kind"])
+def test_malformed_and_oversized_answers_are_refused_in_every_exchange(stage: Stage, spoil: str) -> None:
+    stand = Stand(stage)
+    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    other = Vote(bytes(32), bytes(64)) if stage is not Stage.VOTE else Reveal(bytes(32), b"")
+    spoilt = {
+        "empty": b"",
+        "cut": reply[: len(reply) // 2],
+        "longer": reply + b"\x00",
+        "huge": bytes(1 << 20),
+        "text": b'["Vote", "..."]',
+        "other kind": encode(other),
+    }[spoil]
+    stand.refuses(spoilt, "expected at most" if spoil == "huge" else KINDS[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_answer_is_refused_in_every_exchange(stage: Stage) -> None:
+    stand = Stand(stage)
+    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    stand.server.receive("client-0", reply)
+    with pytest.raises(ClientFaultError, match="has answered already"):
+        stand.server.receive("client-0", reply)
+    for client in stand.server.waiting:
+        stand.server.receive(client, stand.rehearsal.answer(client, stand.requests[client], stand.updates))
+    requests = stand.server.advance()
+    while requests:
+        requests = stand.rehearsal.exchange(requests, stand.updates)
+    result = stand.server.result
+    assert np.array_equal(result.sums["v"], plain_sum(stand.updates, "v", result.survivors))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_answer_that_comes_after_its_exchange_is_refused(stage: Stage) -> None:
+    stand = Stand(stage)
+    late = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    stand.requests = stand.rehearsal.exchange(stand.requests, stand.updates, {"client-0"})
+    with pytest.raises(ClientFaultError, match="nothing is asked of it"):
+        stand.server.receive("client-0", late)
+    stand.finish_without_client_0()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_answer_of_another_round_is_refused_in_every_exchange(stage: Stage) -> None:
+    stand, other = Stand(stage), Stand(stage)
+    replayed = other.rehearsal.answer("client-0", other.requests["client-0"], other.updates)
+    stand.refuses(replayed, "belongs to another round")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_answer_from_somebody_who_was_not_asked_is_refused(stage: Stage) -> None:
+    stand = Stand(stage)
+    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    with pytest.raises(ClientFaultError, match="nothing is asked of it"):
+        stand.server.receive("stranger", reply)
+    stand.finish_without_client_0()
+
+
+def test_nothing_is_taken_before_the_round_is_opened_or_after_it_ended() -> None:
+    rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
+    with pytest.raises(ClientFaultError, match="nothing is asked of it at new"):
+        rehearsal.server.receive("client-0", b"")
+    rehearsal.run(random_updates(rehearsal.server.config))
+    with pytest.raises(ClientFaultError, match="nothing is asked of it at done"):
+        rehearsal.server.receive("client-0", b"")
+    for step in (rehearsal.server.open, rehearsal.server.advance):
+        with pytest.raises(RoundAbortedError, match="done"):
+            step()
+
+
+def test_there_is_no_sum_before_the_last_exchange() -> None:
+    stand = Stand(Stage.UNMASK)
+    with pytest.raises(RoundAbortedError, match="there is no sum at unmask"):
+        _ = stand.server.result
+
+
+def test_keys_that_are_not_signed_by_the_pinned_identity_are_refused() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    honest = stand.honest(Advertisement)
+    statement = advertisement_statement(honest.config, 0, honest.share_key, honest.mask_key)
+    stand.refuses(changed(honest, signature=Identity.generate().sign(statement)), "not signed by its pinned identity")
+
+
+def test_keys_copied_from_another_client_are_refused() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    theirs = stand.honest(Advertisement, "client-1")
+    stand.server.receive("client-1", encode(theirs))
+    stand.requests.pop("client-1")
+    copied = stand.rehearsal.clients["client-0"].identity.sign(
+        advertisement_statement(theirs.config, 0, theirs.mask_key, theirs.share_key)
+    )
+    stand.refuses(Advertisement(theirs.config, theirs.mask_key, theirs.share_key, copied), "in use already")
+
+
+@pytest.mark.parametrize(
+    ("share_key", "mask_key", "reason"),
+    [
+        (bytes(32), Agreement(b"\x05" * 32).public, "weak"),
+        (Agreement(b"\x05" * 32).public, bytes(32), "weak"),
+        (Agreement(b"\x05" * 32).public, Agreement(b"\x05" * 32).public, "in use already"),
+    ],
+)
+def test_weak_and_repeated_keys_are_refused(share_key: bytes, mask_key: bytes, reason: str) -> None:
+    stand = Stand(Stage.ADVERTISE)
+    config = stand.honest(Advertisement).config
+    identity = stand.rehearsal.clients["client-0"].identity
+    signature = identity.sign(advertisement_statement(config, 0, share_key, mask_key))
+    stand.refuses(Advertisement(config, share_key, mask_key, signature), reason)
+
+
+@pytest.mark.parametrize("size", [0, BOX_BYTES * 3, BOX_BYTES * 4 + 1, BOX_BYTES * 5])
+def test_another_number_of_boxes_than_there_are_holders_is_refused(size: int) -> None:
+    stand = Stand(Stage.SHARE)
+    stand.refuses(changed(stand.honest(Boxes), boxes=bytes(size)), f"{size} bytes of boxes, expected 80")
+
+
+@pytest.mark.parametrize(
+    ("segments", "reason"),
+    [
+        ((), "0 segments, expected 2"),
+        ((bytes(26),), "1 segments, expected 2"),
+        ((bytes(26), bytes(4), bytes(4)), "3 segments, expected 2"),
+        ((bytes(25), bytes(4)), "segment v: 25 bytes, expected 26"),
+        ((bytes(26), bytes(5)), "segment weight: 5 bytes, expected 4"),
+    ],
+)
+def test_a_masked_input_of_another_size_is_refused_and_leaves_no_trace(
+    segments: tuple[bytes, ...], reason: str
+) -> None:
+    stand = Stand(Stage.MASK)
+    stand.refuses(MaskedInput(stand.honest(MaskedInput).config, segments), reason)
+
+
+def test_a_masked_input_whose_second_segment_is_wrong_leaves_no_trace_of_the_first() -> None:
+    stand = Stand(Stage.MASK)
+    honest = stand.honest(MaskedInput)
+    stand.refuses(changed(honest, segments=(honest.segments[0], b"")), "segment weight: 0 bytes")
+
+
+def test_a_vote_for_other_survivors_is_refused() -> None:
+    stand = Stand(Stage.VOTE)
+    honest = stand.honest(Vote)
+    transcript = stand.rehearsal.clients["client-0"].state.transcript  # type: ignore[attr-defined]
+    other = stand.rehearsal.clients["client-0"].identity.sign(transcript.vote_statement(range(5), range(4)))
+    stand.refuses(changed(honest, signature=other), "not for these survivors")
+
+
+def test_a_vote_signed_by_somebody_else_is_refused() -> None:
+    stand = Stand(Stage.VOTE)
+    theirs = stand.honest(Vote, "client-1")
+    stand.requests.pop("client-1")
+    stand.refuses(theirs, "not signed by its pinned identity")
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [
+        (b"", "0 bytes of shares, expected 32 for each of 5"),
+        (bytes(32 * 4), "128 bytes of shares"),
+        (bytes(32 * 6), "192 bytes of shares|expected at most"),
+        (b"\xff" * 32 * 5, "not an element of the field"),
+    ],
+)
+def test_shares_of_another_number_or_out_of_the_field_are_refused(shares: bytes, reason: str) -> None:
+    stand = Stand(Stage.UNMASK)
+    stand.refuses(changed(stand.honest(Reveal), shares=shares), reason)
+
+
+def test_wrong_shares_never_spoil_the_sum_and_their_sender_is_named() -> None:
+    stand = Stand(Stage.UNMASK)
+    stand.server.receive("client-0", encode(changed(stand.honest(Reveal), shares=bytes(32 * 5))))
+    for client in stand.server.waiting:
+        stand.server.receive(client, encode(stand.honest(Reveal, client)))
+    stand.server.advance()
+    assert stand.server.result.liars == ("client-0",)
+    assert np.array_equal(stand.server.result.sums["v"], plain_sum(stand.updates, "v", stand.server.result.survivors))
+
+
+def test_more_wrong_shares_than_can_be_corrected_abort_the_round_instead_of_giving_a_wrong_sum() -> None:
+    stand = Stand(Stage.UNMASK, gone=(4,))
+    stand.server.receive("client-0", encode(changed(stand.honest(Reveal), shares=bytes(32 * 5))))
+    for client in stand.server.waiting:
+        stand.server.receive(client, encode(stand.honest(Reveal, client)))
+    with pytest.raises(RoundAbortedError, match="the shares of client-0 do not fit together"):
+        stand.server.advance()
+    assert stand.server.stage is Stage.ABORTED
+
+
+def test_a_wrong_share_of_a_dropout_alone_is_noticed_too() -> None:
+    stand = Stand(Stage.UNMASK, gone=(4,))
+    honest = stand.honest(Reveal)
+    stand.server.receive("client-0", encode(changed(honest, shares=honest.shares[: 4 * 32] + bytes(32))))
+    for client in stand.server.waiting:
+        stand.server.receive(client, encode(stand.honest(Reveal, client)))
+    with pytest.raises(RoundAbortedError, match="the shares of client-4 do not fit together"):
+        stand.server.advance()
+
+
+def test_a_client_that_deals_boxes_nobody_can_open_is_found_by_its_receivers() -> None:
+    stand = Stand(Stage.SHARE)
+    honest = stand.honest(Boxes)
+    stand.server.receive("client-0", encode(changed(honest, boxes=bytes(len(honest.boxes)))))
+    for client in stand.server.waiting:
+        stand.server.receive(client, encode(stand.honest(Boxes, client)))
+    requests = stand.server.advance()
+    with pytest.raises(ServerFaultError, match="was changed on its way or is not from it") as refusal:
+        stand.rehearsal.answer("client-1", requests["client-1"], stand.updates)
+    assert refusal.value.suspect == "client-0"
+
+
+def test_a_commitment_to_another_seed_aborts_the_round_and_names_its_owner() -> None:
+    stand = Stand(Stage.SHARE)
+    stand.server.receive("client-0", encode(changed(stand.honest(Boxes), commitment=bytes(32))))
+    for client in stand.server.waiting:
+        stand.server.receive(client, encode(stand.honest(Boxes, client)))
+    requests = stand.server.advance()
+    while stand.server.stage is not Stage.UNMASK:
+        requests = stand.rehearsal.exchange(requests, stand.updates)
+    with pytest.raises(RoundAbortedError, match="the shares of client-0 do not fit together"):
+        stand.rehearsal.exchange(requests, stand.updates)

@@ -1,0 +1,618 @@
+"""Attacks by the server on its clients: each is refused, with a reason, and the client goes on as if nothing had come.
+
+Five honest clients, client-0 ... client-4, with n_min = 4 and t = q = 3, unless a test says otherwise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedtune.core.secagg import (
+    ClientFaultError,
+    ClientSession,
+    FileRoundLog,
+    Identity,
+    Member,
+    Policy,
+    Roster,
+    RoundConfig,
+    RoundMark,
+    Segment,
+    ServerFaultError,
+    Stage,
+)
+from fedtune.core.secagg.client import Ended
+from fedtune.core.secagg.masking import unmask_sums
+from fedtune.core.secagg.masks import word_type
+from fedtune.core.secagg.messages import (
+    BOX_BYTES,
+    Advertisement,
+    Delivery,
+    KeyEntry,
+    KeyList,
+    MaskedInput,
+    Message,
+    Quorum,
+    Reveal,
+    Survivors,
+    Vote,
+    decode,
+    encode,
+    pieces,
+)
+from fedtune.core.secagg.primitives import Agreement
+from fedtune.core.secagg.rehearsal import LENIENT, Rehearsal, enrol, plain_sum, random_updates
+from fedtune.core.secagg.shamir import Combiner, to_bytes, to_element
+from fedtune.core.secagg.transcript import Transcript, advertisement_statement, config_digest
+
+SEGMENTS = (Segment("v", 16, 16, 1000, (0,)),)
+ANY_SIZE = 1 << 24
+
+
+class Stand:
+    """An honest cohort up to one exchange, and the victim's next request for a test to tamper with."""
+
+    def __init__(self, stage: Stage, clients: int = 5, gone: tuple[int, ...] = ()) -> None:
+        self.rehearsal = Rehearsal.prepare([0] * clients, SEGMENTS)
+        self.config = self.rehearsal.server.config
+        self.updates = random_updates(self.config)
+        silent = {Stage.MASK: {f"client-{seat}" for seat in gone}}
+        self.requests = self.rehearsal.until(stage, self.updates, silent)
+        self.victim = self.rehearsal.clients["client-0"]
+
+    def read(self, kind: type[Any], client: str = "client-0") -> Any:
+        """The honest request to one client."""
+        return decode(self.requests[client], kind, ANY_SIZE)
+
+    def refuses(self, message: Message, reason: str) -> None:
+        """The victim refuses a message, its state is untouched, and the round still gives the exact sum."""
+        before, secrets = self.victim.state, list(self.victim.state.secrets())
+        with pytest.raises(ServerFaultError, match=reason):
+            self.rehearsal.answer("client-0", encode(message), self.updates)
+        assert self.victim.state is before
+        assert not any(secret.wiped for secret in secrets)
+        requests = self.requests
+        while requests:
+            requests = self.rehearsal.exchange(requests, self.updates)
+        result = self.rehearsal.server.result
+        assert np.array_equal(result.sums["v"], plain_sum(self.updates, "v", result.survivors))
+
+
+def changed(message: Any, **fields: Any) -> Any:
+    return msgspec.structs.replace(message, **fields)
+
+
+# Exchange 0: configurations
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"minimum": 2, "quorum": 2, "threshold": 2}, "quorum 2 of 5"),
+        ({"quorum": 2}, "quorum 2 of 5"),
+        ({"threshold": 2}, "threshold 2 of 5"),
+        ({"minimum": 2}, "minimum of 2"),
+        ({"threshold": 6}, "threshold 6 is not in 1 to 5"),
+        ({"degree": 2}, "needs the complete graph"),
+        ({"degree": 5}, "degree 5 is not in 1 to 4"),
+        ({"tier_minimums": (0,)}, "tier minimum of 0"),
+        ({"segments": (Segment("v", 16, 12, 1000, (0,)),)}, "overflow 12 bits"),
+        ({"segments": (Segment("v", 16, 16, 1000, (1,)),)}, "tiers must be"),
+        ({"segments": SEGMENTS * 2}, "same name"),
+        ({"adapter_digest": "2" * 64}, "adapter 2222"),
+        ({"base_digest": "2" * 64}, "base 2222"),
+        ({"cohort": tuple(Member(f"client-{i}", 0) for i in (0, 1, 1, 2, 3))}, "invited twice"),
+        ({"cohort": (*(Member(f"client-{i}", 0) for i in range(4)), Member("sybil", 0))}, "sybil is not in"),
+        ({"cohort": (*(Member(f"client-{i}", 0) for i in range(4)), Member("client-4", 1))}, "a tier is not below"),
+    ],
+)
+def test_a_configuration_that_takes_less_care_or_contradicts_itself_is_refused(
+    fields: dict[str, object], reason: str
+) -> None:
+    stand = Stand(Stage.ADVERTISE)
+    stand.refuses(changed(stand.config, **fields), reason)
+
+
+def test_a_configuration_below_the_clients_own_minimum_is_refused() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    session = fresh_session(stand, policy=Policy(0.1, min_survivors=5, min_tier_survivors=1))
+    with pytest.raises(ServerFaultError, match="minimum of 4 survivors is below this client's 5"):
+        advertise(session, stand.config)
+
+
+def test_more_collusion_than_the_server_admits_needs_a_higher_threshold() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    session = fresh_session(stand, policy=Policy(max_corrupt=0.4, min_survivors=2, min_tier_survivors=1))
+    with pytest.raises(ServerFaultError, match="threshold 3 of 5 is below 4"):
+        advertise(session, stand.config)
+
+
+def test_a_cohort_without_this_client_is_refused() -> None:
+    stand = Stand(Stage.ADVERTISE, clients=6)
+    others = changed(stand.config, cohort=tuple(stand.config.cohort[1:]), degree=4, threshold=3, quorum=3, minimum=4)
+    stand.refuses(others, "client-0 is not invited")
+
+
+def test_a_roster_that_pins_another_key_for_this_client_is_refused() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    session = fresh_session(stand, identity=Identity.generate())
+    with pytest.raises(ServerFaultError, match="pinned under another key"):
+        advertise(session, stand.config)
+
+
+@pytest.mark.parametrize("mark", [RoundMark(1, 0), RoundMark(0, 9), RoundMark(1, 1)])
+def test_a_round_that_was_served_or_is_older_is_refused_even_after_a_restart(tmp_path: Path, mark: RoundMark) -> None:
+    stand = Stand(Stage.ADVERTISE)
+    log = tmp_path / "rounds.json"
+    served = changed(stand.config, round=1, attempt=1)
+    advertise(fresh_session(stand, log=FileRoundLog(log)), served)
+    restarted = fresh_session(stand, log=FileRoundLog(log))
+    with pytest.raises(ServerFaultError, match="is not after"):
+        advertise(restarted, changed(stand.config, round=mark.round, attempt=mark.attempt, nonce=bytes(32)))
+    advertise(restarted, changed(stand.config, round=1, attempt=2))
+
+
+def test_a_round_is_remembered_before_the_first_byte_is_answered(tmp_path: Path) -> None:
+    stand = Stand(Stage.ADVERTISE)
+    unwritable = FileRoundLog(tmp_path / "missing" / "rounds.json")
+    session = fresh_session(stand, log=unwritable)
+    with pytest.raises(OSError, match="missing"):
+        advertise(session, stand.config)
+
+
+def test_a_round_whose_sum_was_revealed_is_never_summed_a_second_time(tmp_path: Path) -> None:
+    """Two sums of the same updates, one of them without client-4, would show what client-4 sent."""
+    stand = Stand(Stage.ADVERTISE)
+    logs = {f"client-{i}": FileRoundLog(tmp_path / f"{i}.json") for i in range(5)}
+    identities = {name: session.identity for name, session in stand.rehearsal.clients.items()}
+    Rehearsal.start(stand.config, identities, stand.victim.roster, logs).run(stand.updates)
+    session = fresh_session(stand, log=logs["client-0"])
+    with pytest.raises(ServerFaultError, match="is not after"):
+        advertise(session, changed(stand.config, attempt=7, nonce=bytes(32)))
+    advertise(session, changed(stand.config, round=2, nonce=bytes(32)))
+
+
+# Exchange 1: keys
+
+
+def test_keys_swapped_between_two_clients_are_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    a, b = keys.entries[1], keys.entries[2]
+    swapped = changed(a, share_key=b.share_key), changed(b, share_key=a.share_key)
+    stand.refuses(changed(keys, entries=(keys.entries[0], *swapped, *keys.entries[3:])), "did not sign")
+
+
+@pytest.mark.parametrize("field", ["share_key", "mask_key"])
+def test_keys_of_the_servers_own_are_refused(field: str) -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    forged = changed(keys.entries[3], **{field: Agreement(b"\x01" * 32).public})
+    stand.refuses(changed(keys, entries=(*keys.entries[:3], forged, *keys.entries[4:])), "did not sign")
+
+
+def test_keys_signed_by_somebody_else_are_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    stand.refuses(
+        changed(keys, entries=(*keys.entries[:4], signed_entry(stand, 4, Identity.generate()))),
+        "client-4 did not sign",
+    )
+
+
+def test_keys_of_another_round_are_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    earlier = msgspec.structs.replace(stand.config, nonce=bytes(32))
+    replayed = signed_entry(stand, 4, stand.rehearsal.clients["client-4"].identity, earlier)
+    stand.refuses(changed(keys, entries=(*keys.entries[:4], replayed)), "client-4 did not sign")
+
+
+def test_one_clients_keys_listed_a_second_time_under_another_seat_are_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    stand.refuses(changed(keys, entries=(*keys.entries[:4], changed(keys.entries[3], seat=4))), "a key occurs twice")
+
+
+def test_two_keys_shared_by_two_clients_that_both_signed_are_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    colluder = stand.rehearsal.clients["client-4"].identity
+    copied = signed_entry(stand, 4, colluder, mask_key=keys.entries[3].mask_key)
+    stand.refuses(changed(keys, entries=(*keys.entries[:4], copied)), "a key occurs twice")
+
+
+@pytest.mark.parametrize("field", ["share_key", "mask_key"])
+@pytest.mark.parametrize("weak", [bytes(32), b"\x01" + bytes(31), (2**255 - 20).to_bytes(32, "little")])
+def test_keys_of_small_order_are_refused(field: str, weak: bytes) -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    colluder = stand.rehearsal.clients["client-4"].identity
+    entry = signed_entry(stand, 4, colluder, share_key=weak) if field == "share_key" else None
+    entry = entry or signed_entry(stand, 4, colluder, mask_key=weak)
+    stand.refuses(changed(keys, entries=(*keys.entries[:4], entry)), "is weak")
+
+
+def test_an_own_entry_that_was_replaced_is_refused_even_with_a_good_signature() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    stand.refuses(
+        changed(keys, entries=(signed_entry(stand, 0, stand.victim.identity), *keys.entries[1:])), "own entry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ((0, 1, 2), "3 clients, expected at least 4"),
+        ((1, 2, 3, 4), "this client is not among them"),
+        ((0, 1, 2, 2, 3), "strictly increasing"),
+        ((1, 0, 2, 3), "strictly increasing"),
+    ],
+)
+def test_a_key_list_that_is_too_short_or_out_of_order_is_refused(chosen: tuple[int, ...], reason: str) -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    stand.refuses(changed(keys, entries=tuple(keys.entries[seat] for seat in chosen)), reason)
+
+
+def test_a_seat_that_was_not_invited_is_refused() -> None:
+    stand = Stand(Stage.SHARE)
+    keys = stand.read(KeyList)
+    stand.refuses(changed(keys, entries=(*keys.entries[:4], changed(keys.entries[4], seat=7))), "cannot be there")
+
+
+# Exchange 2: boxes
+
+
+@pytest.mark.parametrize("position", [0, 40, BOX_BYTES - 1])
+def test_a_box_with_one_bit_changed_is_refused(position: int) -> None:
+    stand = Stand(Stage.MASK)
+    delivery = stand.read(Delivery)
+    boxes = bytearray(delivery.boxes)
+    boxes[2 * BOX_BYTES + position] ^= 1
+    stand.refuses(changed(delivery, boxes=bytes(boxes)), "the one from client-3 was changed")
+
+
+def test_boxes_routed_to_the_wrong_place_are_refused() -> None:
+    stand = Stand(Stage.MASK)
+    delivery = stand.read(Delivery)
+    first, second, *rest = pieces(delivery.boxes, BOX_BYTES)
+    stand.refuses(changed(delivery, boxes=b"".join([second, first, *rest])), "from client-1 was changed")
+
+
+def test_a_box_for_another_receiver_is_refused() -> None:
+    stand = Stand(Stage.MASK)
+    delivery = stand.read(Delivery)
+    theirs = pieces(stand.read(Delivery, "client-1").boxes, BOX_BYTES)  # from client-0, -2, -3, -4
+    ours = pieces(delivery.boxes, BOX_BYTES)  # from client-1, -2, -3, -4
+    stand.refuses(changed(delivery, boxes=b"".join([ours[0], theirs[1], *ours[2:]])), "from client-2 was changed")
+
+
+def test_a_clients_own_box_sent_back_to_it_is_refused() -> None:
+    stand = Stand(Stage.MASK)
+    delivery = stand.read(Delivery)
+    own = pieces(stand.read(Delivery, "client-1").boxes, BOX_BYTES)[0]  # client-0's box for client-1
+    stand.refuses(changed(delivery, boxes=own + delivery.boxes[BOX_BYTES:]), "from client-1 was changed")
+
+
+def test_boxes_of_another_round_are_refused() -> None:
+    stand, earlier = Stand(Stage.MASK), Stand(Stage.MASK)
+    stand.refuses(changed(stand.read(Delivery), boxes=earlier.read(Delivery).boxes), "was changed")
+
+
+@pytest.mark.parametrize("size", [0, BOX_BYTES * 3, BOX_BYTES * 4 - 1, BOX_BYTES * 5])
+def test_another_number_of_boxes_than_there_are_senders_is_refused(size: int) -> None:
+    stand = Stand(Stage.MASK)
+    stand.refuses(changed(stand.read(Delivery), boxes=bytes(size)), f"boxes: {size} bytes")
+
+
+@pytest.mark.parametrize(
+    ("sharers", "reason"),
+    [
+        ((0, 1, 2), "3 clients, expected at least 4"),
+        ((1, 2, 3, 4), "this client is not among them"),
+        ((0, 1, 2, 3, 3), "strictly increasing"),
+        ((0, 1, 2, 3, 4, 5), "cannot be there"),
+    ],
+)
+def test_a_set_of_sharers_that_is_too_small_or_not_a_part_of_the_key_list_is_refused(
+    sharers: tuple[int, ...], reason: str
+) -> None:
+    stand = Stand(Stage.MASK)
+    boxes = stand.read(Delivery).boxes[: BOX_BYTES * (len(sharers) - 1)]
+    stand.refuses(Delivery(config_digest(stand.config), sharers, boxes), reason)
+
+
+# Exchange 3: survivors
+
+
+@pytest.mark.parametrize(
+    ("survivors", "reason"),
+    [
+        ((0, 1, 2), "3 clients, expected at least 4"),
+        ((1, 2, 3, 4), "this client is not among them"),
+        ((0, 1, 1, 2, 3), "strictly increasing"),
+        ((0, 1, 2, 3, 5), "cannot be there"),
+    ],
+)
+def test_a_set_of_survivors_that_is_too_small_or_not_a_part_of_the_sharers_is_refused(
+    survivors: tuple[int, ...], reason: str
+) -> None:
+    stand = Stand(Stage.VOTE)
+    stand.refuses(Survivors(config_digest(stand.config), survivors), reason)
+
+
+def test_a_survivor_that_never_shared_is_refused() -> None:
+    rehearsal = Rehearsal.prepare([0] * 6, SEGMENTS)
+    updates = random_updates(rehearsal.server.config)
+    rehearsal.until(Stage.VOTE, updates, {Stage.SHARE: {"client-5"}})
+    with pytest.raises(ServerFaultError, match="cannot be there"):
+        rehearsal.clients["client-0"].vote(encode(Survivors(config_digest(rehearsal.server.config), tuple(range(6)))))
+
+
+def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
+    """Six clients, two in tier 1, which wants both: without one of them the other would stand alone."""
+    segments = (Segment("v", 4, 16, 1000, (0,)), Segment("w", 4, 16, 1000, (1,)))
+    config = changed(Rehearsal.prepare([0, 0, 0, 0, 1, 1], segments).server.config, tier_minimums=(1, 2))
+    identities, roster = enrol(member.client for member in config.cohort)
+    updates = random_updates(config)
+    for stage, kind in ((Stage.SHARE, KeyList), (Stage.MASK, Delivery), (Stage.VOTE, Survivors)):
+        rehearsal = Rehearsal.start(config, identities, roster)
+        honest: Any = decode(rehearsal.until(stage, updates)["client-0"], kind, ANY_SIZE)
+        without_last = {
+            KeyList: lambda m: changed(m, entries=m.entries[:5]),
+            Delivery: lambda m: changed(m, sharers=m.sharers[:5], boxes=m.boxes[: 4 * BOX_BYTES]),
+            Survivors: lambda m: changed(m, survivors=m.survivors[:5]),
+        }
+        with pytest.raises(ServerFaultError, match="1 clients in tier 1, expected at least 2"):
+            rehearsal.answer("client-0", encode(without_last[kind](honest)), updates)
+
+
+def test_a_client_never_votes_for_a_second_set_of_survivors() -> None:
+    stand = Stand(Stage.VOTE)
+    stand.victim.vote(stand.requests["client-0"])
+    for survivors in ((0, 1, 2, 3), (0, 1, 2, 3, 4)):
+        with pytest.raises(ServerFaultError, match="out of order"):
+            stand.victim.vote(encode(Survivors(config_digest(stand.config), survivors)))
+
+
+# Exchange 4: votes
+
+
+def test_fewer_votes_than_the_quorum_are_refused() -> None:
+    stand = Stand(Stage.UNMASK)
+    quorum = stand.read(Quorum)
+    stand.refuses(changed(quorum, voters=quorum.voters[:2], signatures=quorum.signatures[:128]), "votes: 2, expected")
+
+
+def test_one_vote_counted_twice_is_refused() -> None:
+    stand = Stand(Stage.UNMASK)
+    quorum = stand.read(Quorum)
+    once = quorum.signatures[:64]
+    stand.refuses(changed(quorum, voters=(0, 0, 0), signatures=once * 3), "strictly increasing")
+
+
+def test_one_vote_under_several_names_is_refused() -> None:
+    stand = Stand(Stage.UNMASK)
+    quorum = stand.read(Quorum)
+    stand.refuses(changed(quorum, voters=(0, 1, 2), signatures=quorum.signatures[:64] * 3), "client-1 did not sign")
+
+
+def test_a_forged_vote_is_refused() -> None:
+    stand = Stand(Stage.UNMASK)
+    quorum = stand.read(Quorum)
+    stand.refuses(changed(quorum, signatures=quorum.signatures[:-64] + bytes(64)), "client-2 did not sign")
+
+
+def test_a_vote_by_somebody_who_did_not_survive_is_refused() -> None:
+    stand = Stand(Stage.UNMASK, gone=(4,))
+    quorum = stand.read(Quorum)
+    stand.refuses(changed(quorum, voters=(*quorum.voters[:2], 4)), "cannot be there")
+
+
+@pytest.mark.parametrize("size", [0, 64 * 3 - 1, 64 * 4])
+def test_another_number_of_signatures_than_voters_is_refused(size: int) -> None:
+    stand = Stand(Stage.UNMASK)
+    stand.refuses(changed(stand.read(Quorum), signatures=bytes(size)), f"{size} bytes of signatures")
+
+
+def test_an_advertisement_does_not_pass_for_a_vote() -> None:
+    stand = Stand(Stage.UNMASK)
+    quorum = stand.read(Quorum)
+    entries = [advertised_entry(stand, seat) for seat in quorum.voters]
+    stand.refuses(changed(quorum, signatures=b"".join(entry.signature for entry in entries)), "did not sign")
+
+
+def test_two_views_of_the_survivors_never_both_find_a_quorum() -> None:
+    """Half of the clients are told that client-3 dropped out, the others that client-4 did."""
+    stand = Stand(Stage.VOTE, clients=6)
+    digest, clients = config_digest(stand.config), stand.rehearsal.clients
+    views = {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4), 2: (0, 1, 2, 3, 4), 3: (0, 1, 2, 3, 5), 5: (0, 1, 2, 3, 5)}
+    votes = {
+        seat: decode(clients[f"client-{seat}"].vote(encode(Survivors(digest, view))), Vote, ANY_SIZE).signature
+        for seat, view in views.items()
+    }
+    assert stand.config.quorum == 4
+    for view in set(views.values()):
+        voters = [seat for seat in sorted(votes) if seat in view][:4]
+        both = encode(Quorum(digest, tuple(voters), b"".join(votes[seat] for seat in voters)))
+        for seat in (seat for seat in voters if views[seat] == view):
+            with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
+                clients[f"client-{seat}"].unmask(both)
+
+
+def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
+    """All are told the same survivors, but the victim was told that one client fewer had shared."""
+    rehearsal = Rehearsal.prepare([0] * 6, SEGMENTS)
+    config, updates = rehearsal.server.config, random_updates(rehearsal.server.config)
+    requests = rehearsal.until(Stage.MASK, updates)
+    honest = decode(requests["client-0"], Delivery, ANY_SIZE)
+    narrowed = Delivery(honest.config, honest.sharers[:5], honest.boxes[: 4 * BOX_BYTES])
+    rehearsal.clients["client-0"].mask(encode(narrowed), updates["client-0"])
+    votes = []
+    for seat in range(5):
+        if seat:
+            rehearsal.clients[f"client-{seat}"].mask(requests[f"client-{seat}"], updates[f"client-{seat}"])
+        told = encode(Survivors(config_digest(config), tuple(range(5))))
+        votes.append(decode(rehearsal.clients[f"client-{seat}"].vote(told), Vote, ANY_SIZE).signature)
+    quorum = Quorum(config_digest(config), (1, 2, 3, 4), b"".join(votes[1:]))
+    with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
+        rehearsal.clients["client-0"].unmask(encode(quorum))
+
+
+# Both shares, replays, different worlds
+
+
+def test_a_client_reveals_once_and_then_nothing_more() -> None:
+    stand = Stand(Stage.UNMASK, gone=(4,))
+    secrets = list(stand.victim.state.secrets())
+    stand.victim.unmask(stand.requests["client-0"])
+    assert isinstance(stand.victim.state, Ended)
+    assert all(secret.wiped for secret in secrets)
+    everybody_dropped = Survivors(config_digest(stand.config), (0, 1, 2, 3, 4))
+    for step, message in (
+        (stand.victim.unmask, stand.requests["client-0"]),
+        (stand.victim.vote, encode(everybody_dropped)),
+    ):
+        with pytest.raises(ServerFaultError, match="this client is ended"):
+            step(message)
+
+
+def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_the_other() -> None:
+    stand = Stand(Stage.SHARE)
+    states = {seat: stand.rehearsal.clients[f"client-{seat}"].state for seat in range(5)}
+    b = {seat: state.self_seed.value for seat, state in states.items()}  # type: ignore[attr-defined]
+    sigma = {seat: state.mask_seed.value for seat, state in states.items()}  # type: ignore[attr-defined]
+    requests = stand.requests
+    while stand.rehearsal.server.stage is not Stage.UNMASK:
+        silent = {"client-4"} if stand.rehearsal.server.stage is Stage.MASK else set()
+        requests = stand.rehearsal.exchange(requests, stand.updates, silent)
+    revealed = [
+        decode(stand.rehearsal.answer(c, r, stand.updates), Reveal, ANY_SIZE).shares for c, r in requests.items()
+    ]
+    for owner in range(5):
+        shares = [to_element(pieces(each, 32)[owner]) for each in revealed]
+        secret = to_bytes(Combiner([1, 2, 3]).combine(shares[:3]))
+        assert secret == (sigma if owner == 4 else b)[owner]
+        assert secret != (b if owner == 4 else sigma)[owner]
+        assert all(len(each) == 5 * 32 for each in revealed)  # one share an owner, not two
+
+
+def test_the_masked_input_of_a_recovered_dropout_stays_hidden_behind_its_self_mask() -> None:
+    """The server keeps a late masked input back, has its owner's σ recovered, and takes off every pairwise mask."""
+    stand = Stand(Stage.SHARE)
+    sigma = stand.rehearsal.clients["client-4"].state.mask_seed.value  # type: ignore[attr-defined]
+    entries = decode(stand.requests["client-0"], KeyList, ANY_SIZE).entries
+    requests = stand.rehearsal.exchange(stand.requests, stand.updates)
+    late = decode(stand.rehearsal.answer("client-4", requests["client-4"], stand.updates), MaskedInput, ANY_SIZE)
+    requests = stand.rehearsal.exchange(requests, stand.updates, {"client-4"})
+    with pytest.raises(ClientFaultError, match="nothing is asked of it"):
+        stand.rehearsal.server.receive("client-4", encode(late))
+    words = {0: np.frombuffer(late.segments[0], word_type(16)).copy()}
+    transcript = Transcript(stand.config, config_digest(stand.config), entries)
+    alone = words[0].copy()
+    unmask_sums({0: alone}, transcript, frozenset(range(4)), {4: sigma})
+    pairwise = words[0] - alone
+    plain = stand.updates["client-4"]["v"]
+    assert pairwise.any()
+    for exposed in (words[0] - pairwise, words[0] + pairwise):  # one of the two has the sign that client-4 gave them
+        assert np.count_nonzero(exposed == plain) < 3
+
+
+@pytest.mark.parametrize("stage", [Stage.SHARE, Stage.MASK, Stage.VOTE, Stage.UNMASK])
+def test_a_message_of_another_round_is_refused_in_every_exchange(stage: Stage) -> None:
+    stand, other = Stand(stage), Stand(stage)
+    before = stand.victim.state
+    with pytest.raises(ServerFaultError, match="belongs to another round"):
+        stand.rehearsal.answer("client-0", other.requests["client-0"], stand.updates)
+    assert stand.victim.state is before
+
+
+def test_clients_that_were_shown_different_adapters_do_not_recognise_each_others_keys() -> None:
+    stand = Stand(Stage.ADVERTISE)
+    configs = {0: stand.config, **{seat: changed(stand.config, adapter_digest="3" * 64) for seat in range(1, 5)}}
+    entries = []
+    for seat, config in configs.items():
+        session = stand.rehearsal.clients[f"client-{seat}"]
+        answer = decode(advertise(session, config), Advertisement, ANY_SIZE)
+        entries.append(KeyEntry(seat, answer.share_key, answer.mask_key, answer.signature))
+    with pytest.raises(ServerFaultError, match="client-1 did not sign"):
+        stand.victim.share(encode(KeyList(config_digest(stand.config), tuple(entries))))
+
+
+def test_clients_that_were_shown_different_keys_cannot_open_each_others_boxes() -> None:
+    """Two key lists, both well signed, differ in whether client-5 advertised."""
+    stand = Stand(Stage.SHARE, clients=6)
+    keys = stand.read(KeyList)
+    without = encode(changed(keys, entries=keys.entries[:5]))
+    for seat in range(1, 6):
+        stand.rehearsal.server.receive(
+            f"client-{seat}", stand.rehearsal.answer(f"client-{seat}", stand.requests[f"client-{seat}"], stand.updates)
+        )
+    stand.victim.share(without)
+    requests = stand.rehearsal.server.advance()
+    honest = decode(requests["client-1"], Delivery, ANY_SIZE)
+    told = Delivery(honest.config, (0, 1, 2, 3, 4), honest.boxes[: 4 * BOX_BYTES])
+    with pytest.raises(ServerFaultError, match="from client-1 was changed"):
+        stand.victim.mask(encode(told), stand.updates["client-0"])
+
+
+def test_a_refusal_never_shows_a_secret() -> None:
+    for stage, kind in (
+        (Stage.SHARE, KeyList),
+        (Stage.MASK, Delivery),
+        (Stage.VOTE, Survivors),
+        (Stage.UNMASK, Quorum),
+    ):
+        stand = Stand(stage)
+        secrets = [secret.value for secret in stand.victim.state.secrets()]
+        for spoilt in (
+            b"",
+            bytes(100),
+            stand.requests["client-0"][:-1],
+            encode(changed(stand.read(kind), config=bytes(32))),
+        ):
+            with pytest.raises(ServerFaultError) as refusal:
+                stand.rehearsal.answer("client-0", spoilt, stand.updates)
+            shown = f"{refusal.value!r} {refusal.value.__cause__!r}"
+            assert not any(secret.hex() in shown or repr(secret)[2:-1] in shown for secret in secrets)
+
+
+def fresh_session(
+    stand: Stand, identity: Identity | None = None, policy: Policy = LENIENT, log: FileRoundLog | None = None
+) -> ClientSession:
+    """Another session of client-0, as after a restart."""
+    old = stand.victim
+    return ClientSession("client-0", identity or old.identity, Roster(old.roster.keys), policy, log or old.log)
+
+
+def advertise(session: ClientSession, config: RoundConfig) -> bytes:
+    """Exchange 0 with a client that holds whatever the configuration says."""
+    return session.advertise(encode(config), base_digest=config.base_digest, adapter_digest=config.adapter_digest)
+
+
+def signed_entry(
+    stand: Stand,
+    seat: int,
+    signer: Identity,
+    config: RoundConfig | None = None,
+    share_key: bytes | None = None,
+    mask_key: bytes | None = None,
+) -> KeyEntry:
+    """Keys of the server's choice with a signature over them."""
+    share_key, mask_key = share_key or Agreement(b"\x02" * 32).public, mask_key or Agreement(b"\x03" * 32).public
+    statement = advertisement_statement(config_digest(config or stand.config), seat, share_key, mask_key)
+    return KeyEntry(seat, share_key, mask_key, signer.sign(statement))
+
+
+def advertised_entry(stand: Stand, seat: int) -> KeyEntry:
+    """The entry of a client in the key list that everybody agreed on."""
+    state: Any = stand.victim.state
+    entry: KeyEntry = state.transcript.keys[seat]
+    return entry
