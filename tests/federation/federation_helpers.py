@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fedtune.core.job import Job, load_job
+from fedtune.server.display import Silent
 
 SMALL = (
     "data.clients=4",
@@ -24,3 +26,13 @@ Simulate = Callable[..., dict[str, Any]]
 
 def small_job(*overrides: str) -> Job:
     return load_job(None, [*SMALL, *overrides])
+
+
+def begin_or_resume(path: Path, overrides: tuple[str, ...]) -> None:
+    """What a process does that a test kills; here, where a child process can import it from."""
+    from fedtune.server.simulation.simulate import resume, simulate
+
+    if (path / "job.toml").is_file():
+        resume(path, Silent())
+    else:
+        simulate(small_job(*overrides), path, Silent(), force=True)

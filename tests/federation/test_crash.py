@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from federation_helpers import Simulate, small_job
+from federation_helpers import Simulate, begin_or_resume, small_job
 
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.server.display import Silent
@@ -23,14 +23,6 @@ OVERRIDES = ("federation.rounds=12", "federation.evaluate_every=4", "simulation.
 KILLS = 10
 
 
-def _work(path: Path) -> None:
-    """What a killed process was doing: begins the run, or goes on with it."""
-    if (path / "job.toml").is_file():
-        resume(path, Silent())
-    else:
-        run(small_job(*OVERRIDES), path, Silent(), force=True)
-
-
 def test_ten_kills_at_random_instants_change_nothing(simulate: Simulate, tmp_path: Path) -> None:
     undisturbed = simulate(*OVERRIDES, name="undisturbed")
     # Children are forked from a server that has imported everything, so that kills hit the run and not its imports.
@@ -40,7 +32,7 @@ def test_ten_kills_at_random_instants_change_nothing(simulate: Simulate, tmp_pat
     random_source = random.Random(0)
     reached = []
     for _ in range(KILLS):
-        process = processes.Process(target=_work, args=(path,))
+        process = processes.Process(target=begin_or_resume, args=(path, OVERRIDES))
         process.start()
         time.sleep(random_source.uniform(0.5, 3.0))
         assert process.pid is not None
@@ -80,7 +72,8 @@ def test_a_round_that_was_written_but_not_acknowledged_is_done_again(half_done: 
         file.write(json.dumps({"round": 3, "bytes": {"up": 10**12, "down": 0}}) + "\n" + '{"round": 4, "cut o')
     summary = resume(half_done, Silent())
     assert [line["round"] for line in read_rounds(half_done)] == [1, 2, 3, 4]
-    assert summary["bytes"]["total"] == simulate(name="whole")["bytes"]["total"]
+    assert summary["adapter_digest"] == simulate(name="whole")["adapter_digest"]
+    assert summary["bytes"]["total"] < 10**12
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(half_done: Path, simulate: Simulate) -> None:

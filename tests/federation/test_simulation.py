@@ -47,7 +47,7 @@ def test_training_lowers_the_loss(simulate: Simulate) -> None:
 
 @pytest.mark.parametrize("aggregation", ["alternating", "fedavg"])
 def test_alternating_moves_half_of_what_fedavg_sends_up(simulate: Simulate, aggregation: str, tmp_path: Path) -> None:
-    summary = simulate(f"federation.aggregation={aggregation}")
+    summary = simulate(f"federation.aggregation={aggregation}", "compression.preset=none")
     up = read_rounds(tmp_path / "run")[0]["bytes"]["up_per_client"]
     share = up / (4 * summary["adapter_parameters"])
     assert share == pytest.approx(1.0 if aggregation == "fedavg" else 0.5, abs=0.15)
@@ -188,7 +188,7 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
     from fedtune.server.simulation.workshop import Workshop
 
     job = small_job()
-    ours = Workshop(job).model
+    ours = Workshop(job, tmp_path / "clients").model
     ours.load(load_adapter(tmp_path / "run" / "adapter", ours.layout))
     examples, _ = prepare(evaluation_records(job.data)[:40], ours.base.tokenizer, job.data.sequence_length)
     assert evaluate(ours, examples).loss == pytest.approx(theirs, rel=1e-3)

@@ -94,7 +94,7 @@ class TrainingSettings:
         local_epochs: passes over the client's examples a round, instead of `local_steps`.
         batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
         learning_rate: of AdamW, made afresh every round, in round 1.
-        schedule: how the learning rate goes on over the job's rounds; the server sends each round's value.
+        schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
         precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
         weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
         seed: every random stream of the job follows from it.
@@ -104,7 +104,7 @@ class TrainingSettings:
     local_epochs: _PositiveFloat | None = None
     batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
     learning_rate: _PositiveFloat = 2e-3
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_gradient_norm: _PositiveFloat = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -170,7 +170,8 @@ class SimulationSettings:
     Args:
         backend: "local" trains in this process; "ray" spreads clients over a pool of `workers` Ray actors.
         workers: Ray actors, each with one base model; the local backend has one.
-        threads: torch threads of each worker; 0 shares the cores among them.
+        threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
+            on how many cores a machine has, and because small models gain little from more; workers do better there.
         dropout: probability that a client of the cohort vanishes in a round.
         failing: probability that a client of the cohort raises an exception in a round.
         slow: probability that a client of the cohort sleeps `slow_seconds` before it answers.
@@ -178,7 +179,7 @@ class SimulationSettings:
 
     backend: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(ge=1, le=4096)] = 1
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    threads: Annotated[int, Field(ge=0, le=4096)] = 1
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     failing: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0

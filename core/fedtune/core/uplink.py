@@ -65,7 +65,7 @@ class Compression:
             settings.bits or bits,
             settings.density or density,
             settings.error_feedback if settings.error_feedback is not None else True,
-            settings.downlink_bits or 4,
+            settings.downlink_bits or 2,
         )
 
 

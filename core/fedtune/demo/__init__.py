@@ -11,8 +11,12 @@ from fedtune.demo.skills import SEPARATOR, format_prompt
 BASE_DIRECTORY = Path(__file__).parent / "base"
 """A transformers directory with model and tokenizer; `model.base = "demo"` means this one."""
 
+JOB = Path(__file__).parent / "job.toml"
+"""The job that `fedtune simulate` runs where it is given none."""
+
 __all__ = [
     "BASE_DIRECTORY",
+    "JOB",
     "SEPARATOR",
     "Household",
     "Row",

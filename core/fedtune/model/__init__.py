@@ -2,3 +2,7 @@
 
 Nothing is exported here, so that what needs no torch (records, partition) costs no import of it.
 """
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional packages that nothing here uses

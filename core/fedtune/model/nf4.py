@@ -17,7 +17,6 @@ where it works, multiplies with them faster than torch can.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -226,7 +225,6 @@ def _bitsandbytes_dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor
 
 @functools.cache
 def _bitsandbytes_operations() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional packages that we do not use
     import bitsandbytes  # noqa: F401  # registers its operations with torch
 
     return torch.ops.bitsandbytes

@@ -59,9 +59,10 @@ def simulate(
         fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
     """
     from fedtune.core.job import load_job
+    from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
-    resolved = load_job(job, overrides or [])
+    resolved = load_job(job or JOB, overrides or [])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:
         summary = run(resolved, directory, display, force=force)

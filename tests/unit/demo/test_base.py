@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from fedtune.demo import BASE_DIRECTORY, make_evaluation, make_households
 from fedtune.demo.corpus import Document, public_call
-from fedtune.demo.pretrain import evaluate
+from fedtune.demo.pretrain import build_model, evaluate, save, train
 from fedtune.demo.tokenizer import build_tokenizer
 
 MEGABYTE = 2**20
@@ -91,3 +92,17 @@ def test_teacher_forced_exact_match_is_what_greedy_decoding_gives(
             sequence.append(int(model(input_ids=torch.tensor([sequence])).logits[0, -1].argmax()))
         greedy = sequence[-len(target) :] == target
         assert bool(evaluate(model, tokenizer, [document])[1]) is greedy
+
+
+def test_pretraining_gives_the_same_files_from_the_same_seed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for name in ("once", "again"):
+        fresh = build_model(tokenizer, seed=3)
+        train(fresh, tokenizer, steps=2, seed=3)
+        save(fresh, tokenizer, tmp_path / name)
+    once, again = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("once", "again"))
+    assert once == again
+    assert {name for name in once if name != "README.md"} == {
+        file.name for file in BASE_DIRECTORY.iterdir() if file.name != "README.md"
+    }

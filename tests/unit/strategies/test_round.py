@@ -40,10 +40,11 @@ from fedtune.strategies.strategy import federation_from_job
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
 NAMES = ["ann", "bob", "cid"]
+PLAIN = ("compression.preset=none", "federation.aggregation=alternating")
 
 
 def federation(*overrides: str) -> Federation:
-    return federation_from_job(load_job(None, ["compression.preset=none", *overrides]), BASE, LAYOUT)
+    return federation_from_job(load_job(None, [*PLAIN, *overrides]), BASE, LAYOUT)
 
 
 def payload(value: float, count: int = 6) -> bytes:

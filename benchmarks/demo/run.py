@@ -1,0 +1,245 @@
+"""How close does the demo's federation come to centralised LoRA on everybody's data, and at how many bytes?
+
+Five rows, each run by `fedtune simulate` itself on the same base, seeds, schedule and evaluation set:
+
+    base                    the untrained adapter
+    client alone            one household trains on its own rows only; the mean over all households
+    federated, fp32 FedAvg  A and B, float32, in the clear
+    federated               the job as it stands (job.toml)
+    centralised             one trainer on the pooled rows: the federation's cohort rolled into one
+
+The work is matched by optimizer steps of the same batch (training.batch_tokens). With R rounds, cohorts of K out of N
+clients and S local steps, a federation takes R·K·S client steps in all. The centralised trainer takes R stages of K·S
+steps, as many steps on as many samples; a household alone takes R stages of round(K·S / N) steps, its share of them. As
+in a federated round, each stage starts AdamW afresh at the learning rate of its round, so that schedules agree.
+
+    python benchmarks/demo/run.py                                     # job.toml: about half an hour on two idle cores
+    python benchmarks/demo/run.py --set federation.rounds=2 --set training.local_steps=3 --runs /tmp/tiny
+
+Every row is a run directory under --runs: a second call goes on where the first one was stopped, and repeats nothing
+but rows whose job or base model has changed since. Seconds are those of the rounds, evaluation left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.core.errors import FedtuneError
+from fedtune.core.job import DEFAULT_LOCAL_STEPS, DEMO, CompressionSettings, Job, SimulationSettings, dump_job, load_job
+from fedtune.demo import write_federation
+from fedtune.model.base import load_base
+from fedtune.server.display import Terminal
+from fedtune.server.process import versions
+from fedtune.server.run_directory import JOB, SUMMARY, read_rounds, read_summary
+from fedtune.server.simulation.simulate import resume, simulate
+
+HERE = Path(__file__).parent
+READING = (
+    "Bytes are payload bytes of one client-round, counted where messages are written. Every row is scored on the same "
+    "evaluation set of all skills; a household alone has only ever seen those of its own few devices."
+)
+COLUMNS = ("", "exact match", "of centralised", "loss", "bytes up", "bytes down", "seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        bytes_up: payload bytes of one client-round; None where nothing is sent in rounds.
+        seconds: of training.
+    """
+
+    exact_match: float
+    loss: float
+    bytes_up: float | None = None
+    bytes_down: float | None = None
+    seconds: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", type=Path, default=HERE / "job.toml")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where rows are kept to go on with")
+    parser.add_argument("--dry", action="store_true", help="print the table, but leave RESULTS.md as it is")
+    options = parser.parse_args()
+    try:
+        job = load_job(options.job, options.overrides)
+        _check(parser, job)
+        table = format_table(measure(job, options.runs))
+    except FedtuneError as error:
+        parser.exit(error.exit_status, f"{error}\n")
+    print(f"\n{table}")
+    if not options.dry:
+        write_results(table, job)
+
+
+def measure(job: Job, runs: Path) -> dict[str, Row]:
+    """Trains whatever is not trained yet; row name -> row."""
+    households, pooled = _write_data(job, runs)
+    base_digest = load_base(job.model).digest
+
+    def trained(name: str, wanted: Job) -> Path:
+        _train(name, wanted, runs / name, base_digest)
+        return runs / name
+
+    federated = trained("federated", job)
+    fedavg = trained("federated-fp32-fedavg", fp32_fedavg(job))
+    alone = [trained(f"alone-{path.stem}", alone_job(job, path)) for path in households]
+    centralised = trained("centralised", centralised_job(job, pooled))
+    before = read_summary(federated)["eval_before"]
+    return {
+        "base": Row(before["exact_match"], before["loss"]),
+        f"client alone (mean of {len(alone)})": mean_row([_local_row(path) for path in alone]),
+        "federated, fp32 FedAvg": _federated_row(fedavg),
+        "federated": _federated_row(federated),
+        "centralised": _local_row(centralised),
+    }
+
+
+def fp32_fedavg(job: Job) -> Job:
+    """The same federation, with nothing between a client's float32 A and B and the mean."""
+    return replace(
+        job,
+        federation=replace(job.federation, aggregation="fedavg"),
+        compression=CompressionSettings(preset="none"),
+    )
+
+
+def alone_job(job: Job, household: Path) -> Job:
+    """One client on its own rows, with its share of the federation's steps."""
+    share = max(1, round(_cohort(job) * _local_steps(job) / job.data.clients))
+    return _single_trainer(job, household, share)
+
+
+def centralised_job(job: Job, pooled: Path) -> Job:
+    """One trainer on everybody's rows, with all of the federation's steps."""
+    return _single_trainer(job, pooled, _cohort(job) * _local_steps(job))
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """The mean of rows that send nothing."""
+    return Row(
+        statistics.fmean(row.exact_match for row in rows),
+        statistics.fmean(row.loss for row in rows),
+        seconds=statistics.fmean(row.seconds or 0.0 for row in rows),
+    )
+
+
+def format_table(rows: dict[str, Row]) -> str:
+    """The rows in Markdown."""
+    goal = rows["centralised"].exact_match
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for name, row in rows.items():
+        lines.append(
+            [
+                name,
+                f"{row.exact_match:.1%}",
+                f"{row.exact_match / goal:.1%}" if goal else "",
+                f"{row.loss:.4f}",
+                *("" if number is None else f"{number:,.0f}" for number in (row.bytes_up, row.bytes_down, row.seconds)),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_results(table: str, job: Job) -> None:
+    """Keeps the table beside this program."""
+    stated = ", ".join(f"{package} {version}" for package, version in versions().items())
+    command = shlex.join(["python", "benchmarks/demo/run.py", *sys.argv[1:]])
+    machine = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
+    text = [
+        "# The demo: federated against alone and centralised",
+        f"`{command}` on {datetime.date.today():%Y-%m-%d}: {machine}; {stated}.",
+        table,
+        READING,
+        (__doc__ or "").partition("\n\n")[2].strip(),
+        f"The job, with its defaults:\n\n```toml\n{dump_job(job)}```",
+    ]
+    (HERE / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+class _Progress(Terminal):
+    """Rounds as they pass, without every run's own table at its end."""
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self.note(f"after training: exact match {summary['eval_after']['exact_match']:.1%}")
+
+
+def _check(parser: argparse.ArgumentParser, job: Job) -> None:
+    if job.data.train != DEMO or job.data.evaluation != DEMO:
+        parser.error("data.train and data.evaluation must be the demo's: households are what the rows differ in")
+    if job.training.local_epochs is not None:
+        parser.error("training.local_epochs: the rows are matched by local steps; set training.local_steps")
+
+
+def _write_data(job: Job, runs: Path) -> tuple[list[Path], Path]:
+    """The demo's households as files: one each, and one with all of them."""
+    clients, examples, seed = job.data.clients, job.data.examples_per_client, job.training.seed
+    folder = runs / f"data-{clients}x{examples}-seed-{seed}"
+    write_federation(folder, clients, seed, examples)
+    households = sorted((folder / "clients").glob("*.jsonl"))
+    pooled = folder / "pooled.jsonl"
+    pooled.write_text("".join(path.read_text(encoding="utf-8") for path in households), encoding="utf-8")
+    return households, pooled
+
+
+def _single_trainer(job: Job, data: Path, local_steps: int) -> Job:
+    plain = fp32_fedavg(job)
+    return replace(
+        plain,
+        data=replace(job.data, train=str(data.absolute())),
+        training=replace(job.training, local_steps=local_steps),
+        federation=replace(plain.federation, clients_per_round=1, minimum_clients=1),
+        simulation=SimulationSettings(threads=job.simulation.threads),
+    )
+
+
+def _train(name: str, job: Job, path: Path, base_digest: str) -> None:
+    """Leaves a finished run of the job at the path; what an earlier call did is kept if it was this very job."""
+    file = path / JOB
+    same = file.is_file() and base_digest in file.read_text(encoding="utf-8") and load_job(file) == job
+    if same and (path / SUMMARY).is_file():
+        return
+    with _Progress() as display:
+        display.note(f"\n{name}")
+        if same:
+            resume(path, display)
+        else:
+            simulate(job, path, display, force=True)
+
+
+def _federated_row(path: Path) -> Row:
+    rounds = read_rounds(path)
+    up, down = (statistics.fmean(line["bytes"][f"{way}_per_client"] for line in rounds) for way in ("up", "down"))
+    return replace(_local_row(path), bytes_up=up, bytes_down=down)
+
+
+def _local_row(path: Path) -> Row:
+    after = read_summary(path)["eval_after"]
+    return Row(after["exact_match"], after["loss"], seconds=sum(line["seconds"] for line in read_rounds(path)))
+
+
+def _cohort(job: Job) -> int:
+    wanted, population = job.federation.clients_per_round, job.data.clients
+    return min(population, wanted) if isinstance(wanted, int) else max(1, round(wanted * population))
+
+
+def _local_steps(job: Job) -> int:
+    return job.training.local_steps or DEFAULT_LOCAL_STEPS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The sentence about machine, versions, date and command that a table of measurements is worthless without."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from fedtune.server.process import versions
+
+CPU_FACTS = Path("/proc/cpuinfo")
+_GIB = 1 << 30
+
+
+def machine_facts(program: str, arguments: Sequence[str]) -> str:
+    """Markdown: command line, date, processor, memory and versions."""
+    stated = ", ".join(f"{package} {version}" for package, version in versions().items())
+    return (
+        f"`{shlex.join(['python', program, *arguments])}` on {datetime.date.today():%Y-%m-%d}: "
+        f"{os.cpu_count()} cores of {_processor()}, {psutil.virtual_memory().total / _GIB:.0f} GiB; {stated}."
+    )
+
+
+def _processor() -> str:
+    lines = CPU_FACTS.read_text(encoding="utf-8").splitlines() if CPU_FACTS.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

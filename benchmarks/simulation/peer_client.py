@@ -1,0 +1,135 @@
+"""The peer's ClientApp: load, quantize, wrap, train, forget, in every single call.
+
+Written after the pattern of Flower's published app for language models (examples/flowertune-llm in adap/flower), with
+transformers' own Trainer. Where the pattern has a choice that only costs time on a model this small (gradient
+checkpointing) or needs a GPU (8-bit paged Adam), the peer is spared it. Ray's workers import this file by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
+from workload import ALPHA, BATCH_EXAMPLES, EXAMPLES_PER_CLIENT, LEARNING_RATE, RANK, SEED
+
+from fedtune.demo import BASE_DIRECTORY, Household, make_households
+from fedtune.model.base import best_precision
+
+IGNORED = -100  # the label of a token that the loss does not count
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Trains the received adapter on the households of this node's partition."""
+    model = open_model()
+    set_peft_model_state_dict(model, message.content.array_records["arrays"].to_torch_state_dict())
+    local_steps = message.content.config_records["config"]["local-steps"]
+    assert isinstance(local_steps, int)
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIRECTORY)
+    household = _households(int(context.node_config["num-partitions"]))[int(context.node_config["partition-id"])]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=local_steps,
+                per_device_train_batch_size=BATCH_EXAMPLES,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                optim="adamw_torch_fused",
+                use_cpu=True,
+                bf16=_half_precision() == torch.bfloat16,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=_tokenise(household, tokenizer),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        )
+        result = trainer.train()
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(get_peft_model_state_dict(model)),
+            "metrics": MetricRecord({"train_loss": result.training_loss, "num-examples": len(household.rows)}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def initial_arrays() -> ArrayRecord:
+    """What the server begins with: a freshly wrapped model's A and B."""
+    return ArrayRecord(get_peft_model_state_dict(open_model()))
+
+
+def open_model() -> PeftModel:
+    """The demo's base, quantized on load to the same NF4 recipe as fedtune's, with the same adapter attached."""
+    log: Any = transformers.logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_half_precision(),
+    )
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        BASE_DIRECTORY, quantization_config=quantization, dtype=_half_precision()
+    )
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    adapter = LoraConfig(
+        r=RANK, lora_alpha=int(ALPHA), use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(base, adapter)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _half_precision() -> torch.dtype:
+    """What fedtune would choose on this processor: bf16 where it multiplies it natively."""
+    return torch.bfloat16 if best_precision(torch.device("cpu")) == "bf16" else torch.float32
+
+
+# The published app, too, keeps its data set for the life of a worker process, and tokenises a partition in every call.
+@lru_cache(maxsize=1)
+def _households(clients: int) -> list[Household]:
+    return make_households(clients, SEED, EXAMPLES_PER_CLIENT)
+
+
+def _tokenise(household: Household, tokenizer: Any) -> list[dict[str, list[int]]]:
+    examples = []
+    for row in household.rows:
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        examples.append(
+            {
+                "input_ids": prompt + answer,
+                "attention_mask": [1] * len(prompt + answer),
+                "labels": [IGNORED] * len(prompt) + answer,
+            }
+        )
+    return examples
