@@ -22,7 +22,7 @@ from torch import nn
 from fedtune.core.adapter import Factors, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS
-from fedtune.model.batches import collate, split, steps_of_epoch
+from fedtune.model.batches import collate, micro_batches, steps_of_epoch
 from fedtune.model.examples import Example
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.loss import completion_loss
@@ -155,7 +155,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
     """Adds up the gradient of one step's mean loss, micro-batch by micro-batch."""
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
-    for part in split(examples, task.micro_batch_tokens or task.batch_tokens):
+    for part in micro_batches(examples, task.micro_batch_tokens or task.batch_tokens):
         batch = collate(part, model.base.device)
         part_loss = completion_loss(model.readout, batch)
         torch.autograd.backward(scaler.scale(part_loss / targets))

@@ -1,7 +1,7 @@
-"""Which examples share an optimizer step: of like length, up to a budget of tokens, in an order bound to a seed.
+"""Which examples share an optimizer step: a random sample up to a budget of tokens, bound to a seed.
 
-A step's examples are cut into micro-batches where memory is short; the loss of each is divided by the target tokens of
-the whole step, so the gradient is the same however the step was cut.
+A step's examples are cut into micro-batches of like length where memory is short; the loss of each is divided by the
+target tokens of the whole step, so the gradient is the same however the step was cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from fedtune.core.seeds import generator
 from fedtune.model.examples import Example
 
 LENGTH_STEP = 8  # padded lengths are multiples of it: few distinct shapes, so kernels are prepared once
-_WINDOW = 4096  # examples that are sorted by length together: enough for full buckets, few enough to stay shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,33 +37,38 @@ class Batch:
 
 
 def steps_of_epoch(examples: Sequence[Example], budget: int, seed: int, epoch: int) -> list[list[Example]]:
-    """Deals all examples into steps of at most `budget` tokens, padding included.
+    """Deals all examples at random into steps of at most `budget` tokens, padding included.
 
-    An example longer than the budget is a step of its own.
+    A step is a random sample. To fill steps with examples of like length saves padding and costs learning, because
+    length tells what an example is about: on the demo, loss after 20 such steps was about a fifth higher. An example
+    longer than the budget is a step of its own.
     """
-    random = generator(seed, "batches", epoch)
-    order = random.permutation(len(examples))
-    steps = []
-    for start in range(0, len(order), _WINDOW):
-        window = sorted((examples[index] for index in order[start : start + _WINDOW]), key=_padded_length)
-        steps += split(window, budget)
-    return [steps[index] for index in random.permutation(len(steps))]
+    order = generator(seed, "batches", epoch).permutation(len(examples))
+    return split([examples[index] for index in order], budget)
+
+
+def micro_batches(step: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Cuts a step into batches of like length, each of at most `budget` tokens, padding included."""
+    return split(sorted(step, key=_padded_length), budget)
 
 
 def split(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Cuts examples sorted by length into runs of at most `budget` tokens, padding included."""
+    """Cuts examples, in their order, into runs of at most `budget` tokens, padding included."""
     runs: list[list[Example]] = []
+    longest = 0
     for example in examples:
-        if runs and (len(runs[-1]) + 1) * _padded_length(example) <= budget:
+        longest = max(longest, _padded_length(example))
+        if runs and (len(runs[-1]) + 1) * longest <= budget:
             runs[-1].append(example)
         else:
             runs.append([example])
+            longest = _padded_length(example)
     return runs
 
 
 def in_order_of_length(examples: Sequence[Example], budget: int, device: torch.device) -> Iterator[Batch]:
     """All examples in batches with little padding, for evaluation."""
-    for run in split(sorted(examples, key=_padded_length), budget):
+    for run in micro_batches(examples, budget):
         yield collate(run, device)
 
 

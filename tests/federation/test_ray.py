@@ -1,0 +1,29 @@
+"""The `ray` backend gives what the local one gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation_helpers import Simulate, small_job
+
+from fedtune.core.adapter import load_adapter
+from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.workshop import Workshop
+
+pytest.importorskip("ray")
+
+
+def test_a_pool_of_workers_trains_the_same_adapter(simulate: Simulate, tmp_path: Path) -> None:
+    faults = ("simulation.dropout=0.2", "simulation.failing=0.2", "federation.rounds=3")
+    local = simulate(*faults, name="local")
+    spread = simulate(*faults, "simulation.backend=ray", "simulation.workers=2", name="ray")
+    layout = Workshop(small_job(), tmp_path).model.layout
+    adapters = [load_adapter(tmp_path / name / "adapter", layout) for name in ("local", "ray")]
+    np.testing.assert_allclose(adapters[0], adapters[1], rtol=1e-4, atol=1e-6)
+    assert spread["eval_after"]["loss"] == pytest.approx(local["eval_after"]["loss"], rel=1e-4)
+    assert spread["records"] == local["records"]
+    reasons = [[client["dropped"] for line in read_rounds(tmp_path / name) for client in line["clients"]]
+               for name in ("local", "ray")]  # fmt: skip
+    assert reasons[0] == reasons[1]
