@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from fedtune.model.batches import LENGTH_STEP, Batch, collate, split, steps_of_epoch
+from fedtune.model.batches import LENGTH_STEP, Batch, collate, micro_batches, steps_of_epoch
 from fedtune.model.examples import Example
 
 CPU = torch.device("cpu")
@@ -48,19 +48,24 @@ def test_epochs_and_seeds_differ() -> None:
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_examples_of_like_length_share_a_step_so_little_is_padding() -> None:
-    random = np.random.default_rng(0)
-    examples = make(random.integers(4, 250, 500).tolist())
-    real = sum(len(example.ids) for example in examples)
-    padded = sum(padded_tokens(step) for step in steps_of_epoch(examples, 2048, 0, 0))
+def test_a_step_is_a_random_sample_and_not_one_of_like_length() -> None:
+    examples = make([10] * 200 + [60] * 200)
+    mixed = [len({len(example.ids) for example in step}) for step in steps_of_epoch(examples, 512, 0, 0)]
+    assert sum(count == 2 for count in mixed) > 0.8 * len(mixed)
+
+
+def test_examples_of_like_length_share_a_micro_batch_so_little_is_padding() -> None:
+    step = make(np.random.default_rng(0).integers(4, 250, 500).tolist())
+    real = sum(len(example.ids) for example in step)
+    padded = sum(padded_tokens(part) for part in micro_batches(step, 2048))
     assert real / padded > 0.9
 
 
 @given(lengths=lengths, budget=st.integers(8, 400))
-def test_micro_batches_are_runs_of_the_step(lengths: list[int], budget: int) -> None:
-    step = sorted(make(lengths), key=lambda example: len(example.ids))
-    parts = split(step, budget)
-    assert [id(example) for part in parts for example in part] == list(map(id, step))
+def test_micro_batches_hold_the_whole_step_within_the_budget(lengths: list[int], budget: int) -> None:
+    step = make(lengths)
+    parts = micro_batches(step, budget)
+    assert sorted(id(example) for part in parts for example in part) == sorted(map(id, step))
     assert all(len(part) == 1 or padded_tokens(part) <= budget for part in parts)
 
 
