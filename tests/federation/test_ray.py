@@ -15,6 +15,7 @@ from fedtune.server.simulation.workshop import Workshop
 pytest.importorskip("ray")
 
 
+@pytest.mark.slow
 def test_a_pool_of_workers_trains_the_same_adapter(simulate: Simulate, tmp_path: Path) -> None:
     faults = ("simulation.dropout=0.2", "simulation.failing=0.2", "federation.rounds=3")
     local = simulate(*faults, name="local")

@@ -29,11 +29,11 @@ class WorkerReport:
 
     Args:
         peak_rss_mb: peak memory beside that of this process.
-        cleaning: what became of the records of the clients whose turn came there.
+        cleaning: what became of the records of each client whose turn came there.
     """
 
     peak_rss_mb: float
-    cleaning: CleaningReport
+    cleaning: dict[str, CleaningReport]
 
 
 class Executor(Protocol):

@@ -90,7 +90,8 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
 
 def _facts(executor: Executor) -> Facts:
     reports = executor.workers()
-    records = sum((report.cleaning for report in reports), CleaningReport())
+    cleaning = {client: part for report in reports for client, part in report.cleaning.items()}
+    records = sum(cleaning.values(), CleaningReport())
     return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records))
 
 

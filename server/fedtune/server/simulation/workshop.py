@@ -36,9 +36,9 @@ class Workshop:
     _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
 
     @property
-    def cleaning(self) -> CleaningReport:
-        """What became of the records of the clients whose turn has come."""
-        return sum(self._cleaning.values(), CleaningReport())
+    def cleaning(self) -> dict[str, CleaningReport]:
+        """What became of the records of each client whose turn has come."""
+        return dict(self._cleaning)
 
     @cached_property
     def model(self) -> AdaptedModel:
