@@ -28,7 +28,7 @@ format: $(READY)  ## Bring the code into its style.
 bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower's LLM example.
 	$(BIN)/python benchmarks/simulation/run.py
 
-table: $(READY)  ## Measure the README's table: about half an hour on two cores.
+table: $(READY)  ## Measure the README's table: about ten minutes on two cores.
 	$(BIN)/python benchmarks/demo/run.py
 
 $(READY): pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ clients and S local steps, a federation takes R·K·S client steps in all. The c
 steps, as many steps on as many samples; a household alone takes R stages of round(K·S / N) steps, its share of them. As
 in a federated round, each stage starts AdamW afresh at the learning rate of its round, so that schedules agree.
 
-    python benchmarks/demo/run.py                                     # job.toml: about half an hour on two idle cores
+    python benchmarks/demo/run.py                                     # job.toml: about ten minutes on two idle cores
     python benchmarks/demo/run.py --set federation.rounds=2 --set training.local_steps=3 --runs /tmp/tiny
 
 Every row is a run directory under --runs: a second call goes on where the first one was stopped, and repeats nothing
