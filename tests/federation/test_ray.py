@@ -16,6 +16,8 @@ pytest.importorskip("ray")
 
 
 @pytest.mark.slow
+# Ray leaves its processes and log files to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_a_pool_of_workers_trains_the_same_adapter(simulate: Simulate, tmp_path: Path) -> None:
     faults = ("simulation.dropout=0.2", "simulation.failing=0.2", "federation.rounds=3")
     local = simulate(*faults, name="local")
