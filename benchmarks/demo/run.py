@@ -11,7 +11,7 @@ Five rows, each run by `fedtune simulate` itself on the same base, seeds, schedu
 The work is matched by optimizer steps of the same batch (training.batch_tokens). With R rounds, cohorts of K out of N
 clients and S local steps, a federation takes R·K·S client steps in all. The centralised trainer takes R stages of K·S
 steps, as many steps on as many samples; a household alone takes R stages of round(K·S / N) steps, its share of them. As
-in a federated round, each stage starts AdamW afresh at the learning rate of its round, so that schedules agree.
+in a federated round, each stage starts AdamW afresh, on the same schedule at SOLO_RATE times the learning rate.
 
     python benchmarks/demo/run.py                                     # job.toml: about ten minutes on two idle cores
     python benchmarks/demo/run.py --set federation.rounds=2 --set training.local_steps=3 --runs /tmp/tiny

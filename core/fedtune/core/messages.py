@@ -5,8 +5,8 @@ One payload is one msgpack array, tagged with its kind, and travels as one byte 
     data = encode(TrainRequest(...))
     request = decode(data, TrainRequest)
 
-A request is the same for the whole cohort: what differs between clients (their seed, their data) they derive themselves
-from the names in it, so a server serialises once, and one digest can bind what everybody received.
+A request is the same for all clients that come from the same version of the adapter: what else differs between them
+(their seed, their data) they derive themselves from their names, so a server serialises once for each version.
 """
 
 from __future__ import annotations

@@ -20,10 +20,6 @@ from fedtune.core.adapter import AdapterLayout, Factors, Vector
 class Accumulator(Protocol):
     """The reduction of one round, under way."""
 
-    @property
-    def weight(self) -> int:
-        """Sum of the weights added so far."""
-
     def add(self, update: Vector, weight: int) -> None:
         """Takes one client's update in; raises UpdateError and stays unchanged where it cannot be."""
 

@@ -55,10 +55,6 @@ class _WeightedMean:
         segment = layout.segment(factors)
         self._sum = ExactSum(segment.stop - segment.start)
 
-    @property
-    def weight(self) -> int:
-        return self._sum.weight
-
     def add(self, update: Vector, weight: int) -> None:
         self._sum.add(update, weight)
 
