@@ -15,10 +15,20 @@ SMALL = (
     "federation.rounds=4",
     "federation.clients_per_round=3",
     "federation.evaluate_every=2",
+    "secure_aggregation.enabled=false",
     "training.local_steps=2",
     "training.batch_tokens=256",
     "training.precision=fp32",
     "simulation.threads=1",
+)
+
+SECURE = (
+    "secure_aggregation.enabled=true",
+    "data.clients=6",
+    "federation.clients_per_round=5",
+    "federation.rounds=2",
+    "data.evaluation=",
+    "training.local_steps=1",
 )
 
 Simulate = Callable[..., dict[str, Any]]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from federation_helpers import Simulate, begin_or_resume, small_job
+from federation_helpers import SECURE, Simulate, begin_or_resume, small_job
 
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.server.display import Silent
@@ -19,7 +19,7 @@ from fedtune.server.run_directory import RunDirectory, read_rounds, read_summary
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
 
-OVERRIDES = ("federation.rounds=12", "federation.evaluate_every=4", "simulation.dropout=0.2")
+OVERRIDES = (*SECURE, "federation.rounds=12", "simulation.dropout=0.1")
 KILLS = 10
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from federation_helpers import Simulate, small_job
 
-from fedtune.core.errors import DataError, ModelError, RunDirectoryError
+from fedtune.core.errors import DataError, ModelError, RunDirectoryError, RunError
 from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_rounds, read_summary
 from fedtune.server.simulation.simulate import simulate as run
@@ -64,8 +64,10 @@ def test_clients_that_vanish_or_raise_are_written_down_and_the_run_goes_on(simul
 
 
 def test_a_round_with_too_few_survivors_changes_nothing(simulate: Simulate, tmp_path: Path) -> None:
-    summary = simulate("simulation.dropout=1.0", "federation.rounds=2")
-    lines = read_rounds(tmp_path / "run")
+    with pytest.raises(RunError, match=r"none of 2 rounds came to a result.*6 times a client dropped out: .*vanished"):
+        simulate("simulation.dropout=1.0", "federation.rounds=2")
+    lines, summary = read_rounds(tmp_path / "run"), read_summary(tmp_path / "run")
+    assert summary["status"] == "failed"
     assert all(line["aborted"] == "0 of 3 clients survived; at least 1 must" for line in lines)
     assert summary["eval_after"]["loss"] == summary["eval_before"]["loss"]
     assert summary["bytes"]["up"] > 0  # the last evaluation by clients still happens

@@ -33,6 +33,8 @@ FOREIGN = {
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies.aggregators": ("flwr",),
     "fedtune.strategies.round": ("flwr",),
+    "fedtune.strategies.collection": ("flwr",),
+    "fedtune.strategies.secure": ("flwr",),
     "fedtune.strategies.exact_sum": ("flwr",),
     "fedtune.strategies.selection": ("flwr",),
 }

@@ -14,13 +14,13 @@ import numpy as np
 
 from fedtune.client.store import ClientStore
 from fedtune.client.training import LocalResult, LocalTask, train_locally
-from fedtune.core.adapter import AdapterLayout, Vector
-from fedtune.core.codec import Residual
+from fedtune.core.adapter import Factor, Vector, adapter_digest
+from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
-from fedtune.core.uplink import encode_factor, factor_terms, uplink_weight
+from fedtune.core.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
 from fedtune.model.evaluation import evaluate
 from fedtune.model.examples import Example, hold_out
 from fedtune.model.lora import AdaptedModel
@@ -29,6 +29,35 @@ CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this
 
 OpenModel = Callable[[Base], AdaptedModel]
 LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A trained update, ready to be masked.
+
+    Args:
+        terms: the codec's, one for each trained factor.
+        parts: words and lanes, one for each.
+        loss: mean training loss, nats.
+        request: what was asked.
+        unsent: what the parts do not carry, one for each.
+    """
+
+    terms: tuple[FactorTerms, ...]
+    parts: tuple[RingUpdate, ...]
+    loss: float
+    request: TrainRequest
+    unsent: tuple[Vector, ...]
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    """One factor's update on its way into a codec; see `fedtune.core.uplink.encode_factor`."""
+
+    terms: FactorTerms
+    update: Vector
+    private_seed: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -64,25 +93,12 @@ class Device:
             UpdateError: training gave nothing that may be sent.
         """
         with self._lock:
-            model = self._model_for(request.base)
-            received = self._receive(model, request.adapter, request.job_seed)
-            split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
-            work = request.work
-            if (work.local_steps > 0) == (work.local_epochs > 0):
-                raise PeerError("a request with both or neither of local steps and local epochs")
-            task = LocalTask(
-                seed=derive_seed(request.job_seed, "train", request.round, client),
-                learning_rate=work.learning_rate,
-                factors=work.factors,
-                local_steps=work.local_steps or None,
-                local_epochs=work.local_epochs or None,
-                batch_tokens=work.batch_tokens,
-                weight_decay=work.weight_decay,
-                max_gradient_norm=work.max_gradient_norm,
-                gradient_checkpointing=work.gradient_checkpointing,
-            )
-            result = train_locally(model, split.training, received, task)
-            payloads = self._encode(client, model.layout, request, result)
+            result, outgoing = self._train(client, request)
+            payloads = []
+            for each in outgoing:
+                payload, sent = encode_factor(each.update, each.terms, each.private_seed, each.weight)
+                self._keep_residual(client, request, each.terms.factor, each.update - sent)
+                payloads.append(payload)
         return TrainReply(
             round=request.round,
             examples=result.examples,
@@ -90,8 +106,39 @@ class Device:
             steps=result.steps,
             loss=result.loss,
             seconds=result.seconds,
-            update=payloads,
+            update=tuple(payloads),
         )
+
+    def contribute(self, client: str, request: TrainRequest) -> Contribution:
+        """As `train`, but as words that can be masked; the residuals stay as they are until `keep_residuals`."""
+        with self._lock:
+            result, outgoing = self._train(client, request)
+            parts, unsent = [], []
+            for each in outgoing:
+                part, sent = ring_contribution(each.update, each.terms, each.private_seed, each.weight)
+                parts.append(part)
+                unsent.append(each.update - sent)
+        return Contribution(tuple(each.terms for each in outgoing), tuple(parts), result.loss, request, tuple(unsent))
+
+    def keep_residuals(self, client: str, contribution: Contribution) -> None:
+        """Remembers what a contribution did not carry; call it when the contribution is certain to count."""
+        for terms, unsent in zip(contribution.terms, contribution.unsent, strict=True):
+            self._keep_residual(client, contribution.request, terms.factor, unsent)
+
+    def hold(self, request: TrainRequest) -> str:
+        """Takes a request's adapter in; gives the digest of what this device holds then.
+
+        Raises:
+            PeerError, ModelError: as `train`.
+        """
+        with self._lock:
+            return adapter_digest(self._receive(self._model_for(request.base), request.adapter, request.job_seed))
+
+    def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
+        """The codec's terms for each factor that a request trains; errors are those of `hold`."""
+        with self._lock:
+            layout = self._model_for(request.base).layout
+        return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
 
     def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
         """Scores the received adapter on the examples that the client keeps back.
@@ -122,28 +169,30 @@ class Device:
         self._held = (adapter.digest, held)
         return held
 
-    def _encode(
-        self, client: str, layout: AdapterLayout, request: TrainRequest, result: LocalResult
-    ) -> tuple[bytes, ...]:
-        """One payload a trained factor; what they do not carry is kept for the next time."""
-        uplink, seed, number = request.uplink, request.job_seed, request.round
-        weight = uplink_weight(uplink, result.examples, result.target_tokens)
+    def _train(self, client: str, request: TrainRequest) -> tuple[LocalResult, list[_Outgoing]]:
+        """Trains, and gives for each trained factor the update with what earlier ones did not carry added."""
+        model = self._model_for(request.base)
+        received = self._receive(model, request.adapter, request.job_seed)
+        split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
+        result = train_locally(model, split.training, received, _local_task(client, request))
+        layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
+        weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
         start = layout.segment(request.work.factors).start
-        payloads = []
+        outgoing = []
         for terms in factor_terms(uplink, layout, request.work.factors, seed, number):
             segment = layout.segment(terms.factor)
-            update = result.update[segment.start - start : segment.stop - start]
-            everything = np.arange(terms.count)
             residual = Residual.empty(terms.count)
             if uplink.error_feedback:
                 residual = self._store.residual(client, terms.factor, terms.count, number)
-            update = residual.compensate(update, everything)
+            trained = result.update[segment.start - start : segment.stop - start]
+            update = residual.compensate(trained, np.arange(terms.count))
             private_seed = derive_seed(seed, "dither", number, client, terms.factor)
-            payload, sent = encode_factor(update, terms, private_seed, weight / uplink.weight_cap)
-            if uplink.error_feedback:
-                self._store.keep_residual(client, terms.factor, number, residual.carry(update - sent, everything))
-            payloads.append(payload)
-        return tuple(payloads)
+            outgoing.append(_Outgoing(terms, update, private_seed, weight))
+        return result, outgoing
+
+    def _keep_residual(self, client: str, request: TrainRequest, factor: Factor, unsent: Vector) -> None:
+        if request.uplink.error_feedback:
+            self._store.keep_residual(client, factor, request.round, Residual(unsent))
 
     def _model_for(self, base: Base) -> AdaptedModel:
         if self._model is None or self._model[0] != base:
@@ -166,3 +215,20 @@ class Device:
                 self._splits.popitem(last=False)
         self._splits.move_to_end(key)
         return self._splits[key]
+
+
+def _local_task(client: str, request: TrainRequest) -> LocalTask:
+    work = request.work
+    if (work.local_steps > 0) == (work.local_epochs > 0):
+        raise PeerError("a request with both or neither of local steps and local epochs")
+    return LocalTask(
+        seed=derive_seed(request.job_seed, "train", request.round, client),
+        learning_rate=work.learning_rate,
+        factors=work.factors,
+        local_steps=work.local_steps or None,
+        local_epochs=work.local_epochs or None,
+        batch_tokens=work.batch_tokens,
+        weight_decay=work.weight_decay,
+        max_gradient_norm=work.max_gradient_norm,
+        gradient_checkpointing=work.gradient_checkpointing,
+    )

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedtune.core.errors import JobError
+from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 DEFAULT_LOCAL_STEPS = 20
@@ -148,7 +149,7 @@ class CompressionSettings:
     Args:
         preset: "none" (float32, exact), "balanced" or "extreme"; it fills in every key that is not set.
         form: "sparse" sends each client's largest values, entropy-coded; "ring" sends words that can be added before
-            they are decoded, which is what secure aggregation masks.
+            they are decoded, which is what secure aggregation masks; "auto" takes the one that fits.
         bits: how fine a value is sent up: steps of 6 / (2^bits - 1) of the values' root mean square.
         density: the share of a factor's values that a client sends in a round.
         error_feedback: whether a client keeps what it did not send and adds it to its next update.
@@ -156,11 +157,26 @@ class CompressionSettings:
     """
 
     preset: Literal["none", "balanced", "extreme"] = "balanced"
-    form: Literal["sparse", "ring"] = "sparse"
+    form: Literal["auto", "sparse", "ring"] = "auto"
     bits: Annotated[int, Field(ge=1, le=8)] | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     error_feedback: bool | None = None
     downlink_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SecureAggregationSettings:
+    """[secure_aggregation]: the server learns the sum over a round's survivors and nothing of any one of them.
+
+    Args:
+        enabled: whether updates are masked; they then travel in a ring (compression.form).
+        max_dropout: the share of a cohort that may vanish at any step before a round has no sum.
+        max_corrupt: the share of a cohort that may collude with a lying server.
+    """
+
+    enabled: bool = True
+    max_dropout: _Share = 0.3
+    max_corrupt: _Share = 0.1
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -172,7 +188,8 @@ class SimulationSettings:
         workers: Ray actors, each with one base model; the local backend has one.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
-        dropout: probability that a client of the cohort vanishes in a round.
+        dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
+            round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
         slow: probability that a client of the cohort sleeps `slow_seconds` before it answers.
     """
@@ -196,6 +213,7 @@ class Job:
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
     compression: CompressionSettings = CompressionSettings()
+    secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     simulation: SimulationSettings = SimulationSettings()
 
 
@@ -298,7 +316,39 @@ def _contradictions(job: Job) -> list[str]:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
+    return problems + _insecure(job)
+
+
+def _insecure(job: Job) -> list[str]:
+    """Why secure aggregation cannot do what the job asks of it; empty when it can, or is off."""
+    secure, wanted = job.secure_aggregation, job.federation.clients_per_round
+    if not secure.enabled:
+        return []
+    problems = []
+    off = "or set secure_aggregation.enabled = false"
+    if job.compression.preset == "none":
+        problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
+    elif job.compression.form == "sparse":
+        problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
+    if isinstance(wanted, int):
+        problems += secure_cohort_problems(job, wanted)
     return problems
+
+
+def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
+    """Why a cohort of this size cannot be summed securely as the job asks; empty when it can."""
+    secure = job.secure_aggregation
+    try:
+        minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
+    except JobError as error:
+        return [f"secure_aggregation: {problem}" for problem in error.problems]
+    if minimum < MIN_SURVIVORS:
+        problem = (
+            f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "
+            f"least {MIN_SURVIVORS}. Raise federation.clients_per_round or lower secure_aggregation.max_dropout"
+        )
+        return [problem]
+    return []
 
 
 def _apply(table: dict[str, Any], override: str) -> str | None:

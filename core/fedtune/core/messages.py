@@ -11,6 +11,7 @@ A request is the same for all clients that come from the same version of the ada
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Annotated, Literal, TypeVar
 
@@ -137,6 +138,12 @@ class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
 
 
 P = TypeVar("P", bound=Payload)
+
+
+def terms_digest(request: TrainRequest) -> bytes:
+    """One hash over all that a request asks, but for the way the adapter travels, which differs between clients."""
+    common = (request.version, request.job_seed, request.round, request.base, request.work, request.uplink)
+    return hashlib.sha256(msgspec.msgpack.encode(common)).digest()
 
 
 def encode(payload: Payload) -> bytes:

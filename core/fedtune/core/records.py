@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtune.core.ledger import Ledger
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -41,7 +43,10 @@ class ClientRecord:
     Args:
         dropped: why its update is not part of the aggregate; None for a survivor.
         seconds: of local training, as the client says.
-        answered: seconds from the round's start until its reply was there.
+        answered: seconds from the round's start until its update was there.
+        traffic: what travelled between it and the server for its update.
+
+    Under secure aggregation the server does not learn a client's examples, tokens, loss or seconds.
     """
 
     id: str
@@ -52,9 +57,14 @@ class ClientRecord:
     loss: float | None = None
     seconds: float = 0.0
     answered: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
+    traffic: Ledger = field(default_factory=Ledger)
     dropped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that stands in rounds.jsonl."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        bytes_ = {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
+        return values | bytes_ | {"traffic": self.traffic.to_json()}
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,24 @@ class ClientEvaluation:
 
     id: str
     evaluation: Evaluation | None
-    bytes_up: int = 0
-    bytes_down: int = 0
+    traffic: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class SecureRecord:
+    """What the server saw of a round under secure aggregation, beside who took part and sizes.
+
+    Args:
+        summed: clients in the sum; 0 where there is none.
+        minimum: fewer survivors than this and there would have been no sum.
+        threshold: how many clients had to agree to open it.
+        liars: survivors that revealed a wrong share; the sum is right in spite of them.
+    """
+
+    summed: int
+    minimum: int
+    threshold: int
+    liars: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,7 @@ class RoundRecord:
     aborted: str | None = None
     eval: Evaluation | None = None
     client_evaluations: tuple[ClientEvaluation, ...] = field(default=())
+    secure: SecureRecord | None = None
 
     @property
     def survivors(self) -> tuple[ClientRecord, ...]:
@@ -87,18 +114,17 @@ class RoundRecord:
         return tuple(client for client in self.clients if client.dropped is None)
 
     @property
-    def bytes_up(self) -> int:
-        """Payload bytes from all clients to the server, evaluations included."""
-        return sum(c.bytes_up for c in self.clients) + sum(e.bytes_up for e in self.client_evaluations)
-
-    @property
-    def bytes_down(self) -> int:
-        """Payload bytes from the server to all clients, evaluations included."""
-        return sum(c.bytes_down for c in self.clients) + sum(e.bytes_down for e in self.client_evaluations)
+    def traffic(self) -> Ledger:
+        """What travelled between the server and all clients, evaluations included."""
+        training = (client.traffic for client in self.clients)
+        evaluation = (part.traffic for part in self.client_evaluations)
+        return sum((*training, *evaluation), Ledger())
 
     def to_json(self) -> dict[str, Any]:
         """The object that goes into rounds.jsonl."""
-        survivors = self.survivors
+        survivors, traffic = self.survivors, self.traffic
+        up = sum(client.traffic.bytes_up for client in survivors)
+        down = sum(client.traffic.bytes_down for client in self.clients)
         return {
             "round": self.round,
             "seconds": round(self.seconds, 3),
@@ -110,17 +136,21 @@ class RoundRecord:
             "aborted": self.aborted,
             "eval": self.eval.to_json() if self.eval else None,
             "bytes": {
-                "up": self.bytes_up,
-                "down": self.bytes_down,
-                "up_per_client": round(sum(c.bytes_up for c in survivors) / len(survivors)) if survivors else 0,
-                "down_per_client": round(sum(c.bytes_down for c in self.clients) / len(self.clients))
-                if self.clients
-                else 0,
-                "secagg": 0,
+                "up": traffic.bytes_up,
+                "down": traffic.bytes_down,
+                "up_per_client": round(up / len(survivors)) if survivors else 0,
+                "down_per_client": round(down / len(self.clients)) if self.clients else 0,
+                "secagg": traffic.protocol_bytes,
             },
-            "clients": [dataclasses.asdict(client) for client in self.clients],
+            "traffic": traffic.to_json(),
+            "secure": dataclasses.asdict(self.secure) if self.secure else None,
+            "clients": [client.to_json() for client in self.clients],
             "client_evaluations": [
-                {"id": part.id, "eval": part.evaluation.to_json() if part.evaluation else None}
+                {
+                    "id": part.id,
+                    "eval": part.evaluation.to_json() if part.evaluation else None,
+                    "traffic": part.traffic.to_json(),
+                }
                 for part in self.client_evaluations
             ],
         }

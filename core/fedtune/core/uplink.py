@@ -22,7 +22,7 @@ from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.selection import select_public
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
-from fedtune.core.job import CompressionSettings
+from fedtune.core.job import Job
 from fedtune.core.messages import Uplink
 from fedtune.core.seeds import derive_seed
 
@@ -46,22 +46,26 @@ class Compression:
     downlink_bits: int | None
 
     @classmethod
-    def of(cls, settings: CompressionSettings) -> Compression:
-        """The numbers that a job's settings mean.
+    def of(cls, job: Job) -> Compression:
+        """The numbers that a job's settings mean; secure aggregation needs a ring.
 
         A ring spends about as many bytes on a value as it has bits, and a value's place costs nothing; in the clear
         both the place and the value are entropy-coded, so fewer, finer values are the better bargain there.
         """
+        settings = job.compression
         if settings.preset == "none":
             return cls("exact", 8, 1.0, False, None)
+        form = settings.form
+        if form == "auto":
+            form = "ring" if job.secure_aggregation.enabled else "sparse"
         bits, density = {
             ("balanced", "sparse"): (4, 0.1),
-            ("balanced", "ring"): (4, 0.25),
+            ("balanced", "ring"): (3, 0.28),
             ("extreme", "sparse"): (3, 0.03),
             ("extreme", "ring"): (2, 0.125),
-        }[settings.preset, settings.form]
+        }[settings.preset, form]
         return cls(
-            settings.form,
+            form,
             settings.bits or bits,
             settings.density or density,
             settings.error_feedback if settings.error_feedback is not None else True,
@@ -165,12 +169,19 @@ def encode_factor(update: Vector, terms: FactorTerms, private_seed: int, weight:
             payload = codec.encode(update)
             return payload, codec.decode(payload, terms.count)
         case "ring":
-            ring_codec, context = MaskableCodec(terms.bits), terms.context()
-            contribution = ring_codec.encode(update, weight, private_seed, context)
-            width = ring_codec.ring(context).width
+            contribution, sent = ring_contribution(update, terms, private_seed, weight)
+            width = MaskableCodec(terms.bits).ring(terms.context()).width
             body = pack(contribution.words, width) + contribution.lanes.astype("<u4").tobytes()
-            sent = ring_codec.transmitted(contribution, context)
             return frame(Kind.RING, terms.count, body), sent
+
+
+def ring_contribution(
+    update: Vector, terms: FactorTerms, private_seed: int, weight: float
+) -> tuple[RingUpdate, Vector]:
+    """A client's words and lanes for one factor in a ring, and what of the update they carry; see `encode_factor`."""
+    codec, context = MaskableCodec(terms.bits), terms.context()
+    contribution = codec.encode(update, weight, private_seed, context)
+    return contribution, codec.transmitted(contribution, context)
 
 
 def decode_factor(payload: bytes, terms: FactorTerms) -> Vector:

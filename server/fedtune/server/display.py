@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedtune.core.ledger import PURPOSES
 from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
 
 
@@ -94,7 +95,6 @@ class Terminal:
     def client(self, record: ClientRecord) -> None:
         """Moves the bar."""
         self._answered += 1
-        self._bytes += record.bytes_up + record.bytes_down
         if self._live:
             self._refresh()
         if record.dropped and self._live:
@@ -105,6 +105,7 @@ class Terminal:
     def round(self, record: RoundRecord) -> None:
         """Shows the round's numbers."""
         self._round, self._answered = record.round, 0
+        self._bytes += record.traffic.bytes_up + record.traffic.bytes_down
         parts = [f"loss {record.train_loss:.3f}" if record.train_loss is not None else "no survivor"]
         if record.eval is not None:
             parts.append(f"exact match {record.eval.exact_match:.1%}")
@@ -165,6 +166,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_row("records kept", f"{records['read']:,} read", f"{records['kept']:,}")
         table.caption = losses
     console.print(table)
+    console.print(_traffic_table(summary["traffic"]))
+    console.print(what_the_server_saw(summary["secure_aggregation"]), markup=False)
     for example in summary["answers"]:
         console.print()
         for label in ("prompt", "before", "after", "expected"):
@@ -173,6 +176,32 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print()
     for label, path in summary["paths"].items():
         console.print(f"{label:8} {path}", markup=False, soft_wrap=True)
+
+
+def _traffic_table(traffic: dict[str, Any]) -> Table:
+    table = Table(title="what travelled", title_justify="left")
+    table.add_column("for")
+    table.add_column("down", justify="right")
+    table.add_column("up", justify="right")
+    for purpose in PURPOSES:
+        entries = [traffic[way].get(purpose) for way in ("down", "up")]
+        if any(entries):
+            table.add_row(purpose, *(format_bytes(entry["bytes"]) if entry else "" for entry in entries))
+    return table
+
+
+def what_the_server_saw(secure: dict[str, Any]) -> str:
+    """In plain words, for whoever must answer for it."""
+    if not secure["enabled"]:
+        return "The server saw every client's update, training loss and example count: secure aggregation was off."
+    if not secure["sums"]:
+        return "The server saw no update and no sum: no round of secure aggregation came to its end."
+    scores = ", and each client's score on its own held-out data" if secure["evaluations_shown"] else ""
+    return (
+        f"The server saw {secure['sums']} sums, each over {secure['summed_least']} clients or more (under "
+        f"{secure['minimum']} there would have been none; {secure['threshold']} had to agree to open one), who took "
+        f"part, and sizes{scores}. It saw no single client's update, training loss or example count."
+    )
 
 
 def format_bytes(count: float) -> str:

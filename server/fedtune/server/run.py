@@ -7,6 +7,7 @@ What happens between rounds is here: evaluation, acknowledgement on disk, the di
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,15 +15,19 @@ from typing import Any, Protocol
 from flwr.serverapp import Grid
 
 from fedtune.core.adapter import Vector, adapter_digest
-from fedtune.core.errors import RunDirectoryError
+from fedtune.core.errors import RunDirectoryError, RunError
+from fedtune.core.job import Job
+from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientEvaluation, Evaluation
 from fedtune.server.display import Display, describe
 from fedtune.server.process import versions
 from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
 from fedtune.strategies.round import Federation, FederationState, initial_state, pooled
-from fedtune.strategies.strategy import AdapterStrategy, Roster
+from fedtune.strategies.selection import cohort_size
+from fedtune.strategies.strategy import AdapterStrategy
 
 SHOWN_PROMPTS = 3
+FINISHED, FAILED = "finished", "failed"
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,9 @@ class Evaluator(Protocol):
 
 
 def run_rounds(
-    federation: Federation,
+    strategy: AdapterStrategy,
     directory: RunDirectory,
     grid: Grid,
-    roster: Roster,
     evaluator: Evaluator,
     display: Display,
     facts: Callable[[], Facts],
@@ -76,10 +80,13 @@ def run_rounds(
 
     Returns:
         The summary, as in summary.json.
+
+    Raises:
+        RunError: no round came to a result; everything is written all the same.
     """
+    federation = strategy.federation
     job = federation.job
     started = time.monotonic()
-    strategy = AdapterStrategy(federation, roster, display.client)
     checkpoint = directory.restore() or _begin(directory, federation, evaluator, initial_state(federation))
     if checkpoint.base_digest != federation.base.digest:
         raise RunDirectoryError(
@@ -88,9 +95,8 @@ def run_rounds(
         )
     spent_before = checkpoint.seconds
     display.note(f"before training: {describe(checkpoint.eval_before)}")
-    population = len(roster(grid))
-    wanted = job.federation.clients_per_round
-    cohort = min(population, wanted if isinstance(wanted, int) else max(1, round(wanted * population)))
+    population = len(strategy.roster(grid))
+    cohort = cohort_size(job.federation.clients_per_round, population)
     display.begin(checkpoint.state.round, job.federation.rounds, cohort)
 
     def evaluate(number: int, adapter: Vector) -> Evaluation | None:
@@ -110,6 +116,8 @@ def run_rounds(
         display.round(record)
     summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
     display.end(summary)
+    if summary["status"] == FAILED:
+        raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
     return summary
 
 
@@ -140,13 +148,15 @@ def _finish(
     baseline = fp32_fedavg_bytes(federation.layout.size, rounds)
     answers = evaluator.answer(checkpoint.state.adapter)
     summary: dict[str, Any] = {
-        "status": "finished",
+        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
         "rounds": checkpoint.state.round,
         "clients": population,
         "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
         "eval_after": last["eval"],
         "client_evaluation": _pooled_json(last["client_evaluations"]),
         "bytes": {"up": up, "down": down, "total": up + down},
+        "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
+        "secure_aggregation": secure_summary(federation.job, rounds),
         "fp32_fedavg_bytes": baseline,
         "traffic_ratio": baseline / (up + down) if up + down else 0.0,
         "adapter_parameters": federation.layout.size,
@@ -175,11 +185,34 @@ def _finish(
     return summary
 
 
+def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
+    reasons = Counter(client["dropped"] for line in rounds for client in line["clients"] if client["dropped"])
+    often = "".join(f"; {count} times a client dropped out: {reason}" for reason, count in reasons.most_common(1))
+    last = rounds[-1]["aborted"]
+    return f"none of {len(rounds)} rounds came to a result, the adapter is as it was. The last: {last}{often}"
+
+
 def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:
     """What the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to everyone in the
     cohort and up from every survivor."""
     messages = sum(len(line["cohort"]) + len(line["survivors"]) for line in rounds)
     return 4 * adapter_size * messages
+
+
+def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What secure aggregation hid in this run: how many clients were in its sums, and what would have opened one."""
+    settings = job.secure_aggregation
+    sums = [line["secure"] for line in rounds if line["secure"]]
+    return {
+        "enabled": settings.enabled,
+        "max_dropout": settings.max_dropout,
+        "max_corrupt": settings.max_corrupt,
+        "sums": len(sums),
+        "summed_least": min((each["summed"] for each in sums), default=0),
+        "minimum": min((each["minimum"] for each in sums), default=0),
+        "threshold": min((each["threshold"] for each in sums), default=0),
+        "evaluations_shown": any(line["client_evaluations"] for line in rounds),
+    }
 
 
 def _pooled_json(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from fedtune.core.adapter import Vector
-from fedtune.core.codec import ClipRange
+from fedtune.core.codec import ClipRange, RingUpdate
 from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
 from fedtune.strategies.aggregators import Accumulator
 
@@ -67,10 +67,17 @@ class RingReduction:
     def finish(self) -> tuple[Vector, Clips]:
         if not self._survivors:
             return np.zeros(sum(terms.count for terms in self._terms), dtype=np.float32), {}
-        sums = zip(self._totals, self._terms, strict=True)
-        means = [ring_mean(total, self._survivors, terms) for total, terms in sums]
-        clips: Clips = {
-            terms.factor: ClipRange(terms.clip).adapt(mean.mean_norm).clip
-            for mean, terms in zip(means, self._terms, strict=True)
-        }
-        return np.concatenate([mean.update for mean in means]), clips
+        return finish_ring(self._totals, self._survivors, self._terms)
+
+
+def finish_ring(totals: Sequence[RingUpdate], survivors: int, terms: Sequence[FactorTerms]) -> tuple[Vector, Clips]:
+    """What summed contributions come to, one total for each of the terms; see `Reduction.finish`.
+
+    Raises:
+        PeerError, RunError: they are no sums of that many contributions.
+    """
+    means = [ring_mean(total, survivors, each) for total, each in zip(totals, terms, strict=True)]
+    clips: Clips = {
+        each.factor: ClipRange(each.clip).adapt(mean.mean_norm).clip for mean, each in zip(means, terms, strict=True)
+    }
+    return np.concatenate([mean.update for mean in means]), clips

@@ -1,26 +1,29 @@
 """One round without any I/O: what to ask, whom, what came back, and the state and record that follow.
 
     round_ = TrainingRound.open(federation, state, population, broadcast)
-    for name in round_.cohort: send round_.requests.payload(name) to name
-    round_.take_in(name, payload)   or   round_.give_up(name, reason)     # each once, in any order
+    for exchange in round_.exchanges():                                   # one in the clear, five in secret
+        for name, parts in exchange.requests.items(): send parts to name
+        round_.take_in(name, payload)   or   round_.give_up(name, reason)     # each once, in any order
     state, record = round_.close()
 
-Clients that were neither taken in nor given up when the round closes did not answer in time.
+Clients that were neither taken in nor given up when an exchange ends did not answer in time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, factor_letters
+from fedtune.core.actions import EVALUATE
+from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip
-from fedtune.core.codec.downlink import max_body_size
-from fedtune.core.downlink import advance
-from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.downlink import FIRST, advance
+from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.ledger import Ledger
 from fedtune.core.messages import (
     HEADER_BYTES,
     PROTOCOL_VERSION,
@@ -30,21 +33,25 @@ from fedtune.core.messages import (
     EvaluateRequest,
     LocalWork,
     Payload,
-    TrainReply,
     TrainRequest,
     Uplink,
     decode,
     encode,
 )
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
+from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.seeds import generator
-from fedtune.core.uplink import Compression, FactorTerms, factor_terms, uplink_weight
+from fedtune.core.uplink import Compression, FactorTerms, factor_terms
 from fedtune.strategies.aggregators import Aggregator
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.collection import ClearCollection, Collected, Collection
+from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.reduction import ClearReduction, Clips, Reduction, RingReduction
+from fedtune.strategies.secure import SecureAggregation, SecureCollection
 from fedtune.strategies.selection import Selection
 
 LATE = "no answer before the deadline"
+ABORTED = "the round was aborted"
 
 Observer = Callable[[ClientRecord], None]
 
@@ -109,22 +116,39 @@ class FederationState:
     clips: Clips
 
 
-@dataclass
 class TrainingRound:
-    """A round of training under way; `open` makes it."""
+    """A round of training under way; `open` makes it.
 
-    federation: Federation
-    state: FederationState
-    cohort: tuple[str, ...]
-    factors: Factors
-    learning_rate: float
-    uplink: Uplink
-    terms: tuple[FactorTerms, ...]
-    requests: Requests
-    reduction: Reduction
-    observe: Observer
-    started: float = field(default_factory=time.monotonic)
-    records: dict[str, ClientRecord] = field(default_factory=dict)
+    Args:
+        collection: how the cohort's updates become one.
+        observe: called with each client's record as its update comes in or is given up.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        state: FederationState,
+        factors: Factors,
+        terms: tuple[FactorTerms, ...],
+        requests: Requests,
+        cohort: tuple[str, ...],
+        collection: Collection,
+        observe: Observer = lambda _: None,
+    ) -> None:
+        self.federation = federation
+        self.state = state
+        self.factors = factors
+        self.terms = terms
+        self.requests = requests
+        self.cohort = cohort
+        self._collection = collection
+        self._observe = observe
+        self._started = time.monotonic()
+        self._records = {name: ClientRecord(name, rank=federation.layout.rank) for name in cohort}
+        self._settled: set[str] = set()  # whose update is in, or will not come
+        self._exchange: Exchange | None = None
+        self._waiting: set[str] = set()
+        self._aborted: str | None = None
 
     @classmethod
     def open(
@@ -134,6 +158,7 @@ class TrainingRound:
         population: Sequence[str],
         broadcast: Broadcast,
         observe: Observer = lambda _: None,
+        secure: SecureAggregation | None = None,
     ) -> TrainingRound:
         """Chooses the cohort of the round after `state` and writes its requests.
 
@@ -141,10 +166,10 @@ class TrainingRound:
             population: names of the clients that can be reached now.
             broadcast: what is known of the versions that clients hold.
             observe: called with each client's record as it becomes known.
+            secure: what secure aggregation needs; without it updates are collected in the clear.
         """
         job, layout, number = federation.job, federation.layout, state.round + 1
         factors = federation.aggregator.factors(number)
-        learning_rate = scheduled_learning_rate(job, number)
         cohort = tuple(federation.selection.cohort(number, population))
         uplink = _uplink(federation, state, factors, len(cohort))
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
@@ -155,99 +180,119 @@ class TrainingRound:
                 job_seed=job.training.seed,
                 round=number,
                 base=federation.base,
-                work=_local_work(job, factors, learning_rate),
+                work=_local_work(job, factors, scheduled_learning_rate(job, number)),
                 uplink=uplink,
                 adapter=adapter,
             )
 
-        reduction: Reduction
-        if uplink.form == "ring":
-            reduction = RingReduction(terms)
-        else:
-            reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
         requests = Requests(broadcast, state.held, request)
-        return cls(federation, state, cohort, factors, learning_rate, uplink, terms, requests, reduction, observe)
+        payloads = {name: requests.payload(name) for name in cohort}
+        collection: Collection
+        if secure is not None:
+            nobodys = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # how it travels differs between clients
+            collection = SecureCollection(secure, job, federation.base, request(nobodys), terms, payloads)
+        else:
+            reduction: Reduction
+            if uplink.form == "ring":
+                reduction = RingReduction(terms)
+            else:
+                reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
+            collection = ClearCollection(number, uplink, terms, reduction, payloads)
+        return cls(federation, state, factors, terms, requests, cohort, collection, observe)
 
     @property
     def number(self) -> int:
         """Rounds count from 1."""
         return self.state.round + 1
 
-    def take_in(self, name: str, payload: bytes) -> None:
-        """Adds one client's reply to the aggregate, or writes down why not; a second reply is ignored."""
-        if name not in self.cohort or name in self.records:
-            return
-        record = self._blank(name, len(payload))
+    def exchanges(self) -> Iterator[Exchange]:
+        """What to ask, one exchange after the other; who has not answered when the next one is fetched is late."""
         try:
-            limit = sum(max_body_size(terms.count) for terms in self.terms) + HEADER_BYTES
-            reply = decode(payload, TrainReply, limit)
-            record = replace(
-                record, examples=reply.examples, tokens=reply.tokens, loss=reply.loss, seconds=reply.seconds
-            )
-            if reply.round != self.number:
-                raise PeerError(f"an update for round {reply.round}; expected round {self.number}")
-            if reply.examples < 1:
-                raise PeerError("an update that was trained on no examples")
-            if len(reply.update) != len(self.terms):
-                raise PeerError(f"{len(reply.update)} payloads; expected one for each of the factors {self.factors}")
-            self.reduction.take(reply.update, uplink_weight(self.uplink, reply.examples, reply.tokens))
+            for exchange in self._collection.exchanges():
+                self._exchange, self._waiting = exchange, set(exchange.requests)
+                for name, parts in exchange.requests.items():
+                    for purpose, part in zip(exchange.down, parts, strict=True):
+                        self._count(name, self._records[name].traffic.sent(purpose, len(part)))
+                yield exchange
+                for name in sorted(self._waiting):
+                    self.give_up(name, LATE)
+        except (RoundAbortedError, JobError) as error:
+            self._aborted = str(error)
+
+    def take_in(self, name: str, payload: bytes) -> None:
+        """Takes one client's answer to the exchange, or writes down why not; a second answer is ignored."""
+        if self._exchange is None or name not in self._waiting:
+            return
+        exchange = self._exchange
+        self._count(name, self._records[name].traffic.received(exchange.up, len(payload)))
+        try:
+            facts = self._collection.take(name, payload)
         except (PeerError, UpdateError) as error:
-            self.requests.broadcast.lost(name)
-            record = replace(record, dropped=str(error))
-        else:
+            self.give_up(name, str(error))
+            return
+        self._waiting.discard(name)
+        if exchange.carries_adapter:
             self.requests.broadcast.sent(name, self.state.held)
-        self._settle(record)
+        if facts is not None:
+            self._settle(name, examples=facts.examples, tokens=facts.tokens, loss=facts.loss, seconds=facts.seconds)
 
     def give_up(self, name: str, reason: str) -> None:
-        """Writes down that a client sends nothing in this round."""
-        if name in self.cohort and name not in self.records:
+        """Writes down that a client does not answer; an update of it that is in already stays in."""
+        if self._exchange is None or name not in self._waiting:
+            return
+        self._waiting.discard(name)
+        if self._exchange.carries_adapter:
             self.requests.broadcast.lost(name)
-            self._settle(replace(self._blank(name, 0), dropped=reason))
+        if name not in self._settled:
+            self._settle(name, dropped=reason)
 
     def close(self) -> tuple[FederationState, RoundRecord]:
-        """The state after this round and its record; with too few survivors only the round's number changes."""
+        """The state after this round and its record; where it came to nothing only the round's number changes."""
         for name in self.cohort:
             self.give_up(name, LATE)
-        clients = tuple(self.records[name] for name in self.cohort)
+            if name not in self._settled:
+                self._settle(name, dropped=ABORTED)
+        clients = tuple(self._records[name] for name in self.cohort)
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
-        state, aborted = replace(self.state, round=self.number), None
-        if len(survivors) < least:
+        state, collected, aborted = replace(self.state, round=self.number), None, self._aborted
+        if aborted is None and len(survivors) < least:
             aborted = f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
-        else:
-            state = self._after()
+        if aborted is None:
+            try:
+                collected = self._collection.finish(survivors)
+            except (PeerError, RunError) as error:
+                aborted = str(error)
+        if collected is not None:
+            state = self._after(collected)
         record = RoundRecord(
             round=self.number,
-            seconds=time.monotonic() - self.started,
+            seconds=time.monotonic() - self._started,
             factors=self.factors,
-            learning_rate=self.learning_rate,
+            learning_rate=scheduled_learning_rate(self.federation.job, self.number),
             clients=clients,
-            train_loss=_mean_loss(survivors),
+            train_loss=collected.train_loss if collected else None,
             aborted=aborted,
+            secure=collected.secure if collected else None,
         )
         return state, record
 
-    def _after(self) -> FederationState:
+    def _after(self, collected: Collected) -> FederationState:
         layout = self.federation.layout
-        aggregate, clips = self.reduction.finish()
         adapter = self.state.adapter.copy()
-        adapter[layout.segment(self.factors)] += aggregate
-        bits = Compression.of(self.federation.job.compression).downlink_bits
+        adapter[layout.segment(self.factors)] += collected.aggregate
+        bits = Compression.of(self.federation.job).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | clips)
+        return FederationState(self.number, adapter, held, self.state.clips | collected.clips)
 
-    def _blank(self, name: str, bytes_up: int) -> ClientRecord:
-        return ClientRecord(
-            name,
-            rank=self.federation.layout.rank,
-            answered=time.monotonic() - self.started,
-            bytes_up=bytes_up,
-            bytes_down=len(self.requests.payload(name)),
-        )
+    def _count(self, name: str, traffic: Ledger) -> None:
+        self._records[name] = replace(self._records[name], traffic=traffic)
 
-    def _settle(self, record: ClientRecord) -> None:
-        self.records[record.id] = record
-        self.observe(record)
+    def _settle(self, name: str, **known: Any) -> None:
+        self._settled.add(name)
+        answered = time.monotonic() - self._started
+        self._records[name] = replace(self._records[name], answered=answered, **known)
+        self._observe(self._records[name])
 
 
 @dataclass
@@ -284,34 +329,43 @@ class EvaluationRound:
 
         return cls(state.round, tuple(names), state.held, Requests(broadcast, state.held, request))
 
+    def exchanges(self) -> Iterator[Exchange]:
+        """The one exchange."""
+        requests = {name: (self.requests.payload(name),) for name in self.cohort}
+        yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation")
+
     def take_in(self, name: str, payload: bytes) -> None:
         """Keeps one client's score; one that cannot be read is kept as none."""
         if name not in self.cohort or name in self.evaluations:
             return
-        score = None
-        try:
-            reply = decode(payload, EvaluateReply, limit=HEADER_BYTES)
-            if reply.round == self.number and reply.examples:
-                score = Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
-        except PeerError:
-            pass  # shown without a score; an evaluation changes nothing that a round depends on
-        size = len(self.requests.payload(name))
         self.requests.broadcast.sent(name, self.held)
-        self.evaluations[name] = ClientEvaluation(name, score, len(payload), size)
+        traffic = self._asked(name).received("evaluation", len(payload))
+        self.evaluations[name] = ClientEvaluation(name, self._score(payload), traffic)
 
     def give_up(self, name: str, reason: str) -> None:
         """Writes down that a client has no score; why is not kept."""
         del reason
         if name in self.cohort and name not in self.evaluations:
-            size = len(self.requests.payload(name))
             self.requests.broadcast.lost(name)
-            self.evaluations[name] = ClientEvaluation(name, None, 0, size)
+            self.evaluations[name] = ClientEvaluation(name, None, self._asked(name))
 
     def close(self) -> tuple[ClientEvaluation, ...]:
         """One entry a client asked, in the order of names."""
         for name in self.cohort:
             self.give_up(name, LATE)
         return tuple(self.evaluations[name] for name in self.cohort)
+
+    def _asked(self, name: str) -> Ledger:
+        return Ledger().sent("evaluation", len(self.requests.payload(name)))
+
+    def _score(self, payload: bytes) -> Evaluation | None:
+        try:
+            reply = decode(payload, EvaluateReply, limit=HEADER_BYTES)
+        except PeerError:
+            return None  # shown without a score; an evaluation changes nothing that a round depends on
+        if reply.round != self.number or not reply.examples:
+            return None
+        return Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
 
 
 def initial_state(federation: Federation) -> FederationState:
@@ -377,7 +431,7 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
 
 def _uplink(federation: Federation, state: FederationState, factors: Factors, cohort: int) -> Uplink:
     job = federation.job
-    compression = Compression.of(job.compression)
+    compression = Compression.of(job)
     letters = factor_letters(factors)
     earlier = [federation.aggregator.factors(number) for number in range(1, state.round + 1)]
     return Uplink(
@@ -391,10 +445,3 @@ def _uplink(federation: Federation, state: FederationState, factors: Factors, co
         turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
     )
-
-
-def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:
-    tokens = sum(client.tokens for client in survivors)
-    if not tokens:
-        return None
-    return sum((client.loss or 0.0) * client.tokens for client in survivors) / tokens

@@ -16,6 +16,12 @@ class Selection(Protocol):
         """The names of the clients of this round, in a fixed order, out of those that can be reached now."""
 
 
+def cohort_size(wanted: int | float, population: int) -> int:
+    """How many clients a round asks: a count, or a share of the population, but never more than there are."""
+    count = max(1, round(wanted * population)) if isinstance(wanted, float) else wanted
+    return min(count, population)
+
+
 @dataclass(frozen=True)
 class UniformSelection:
     """Without replacement, every client alike; the same seed, round and population give the same cohort.
@@ -31,8 +37,8 @@ class UniformSelection:
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         """min(wanted, population) names in the population's order of names."""
         names = sorted(population)
-        count = max(1, round(self.wanted * len(names))) if isinstance(self.wanted, float) else self.wanted
-        if count >= len(names):
+        count = cohort_size(self.wanted, len(names))
+        if count == len(names):
             return names
         chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
         return [names[index] for index in sorted(chosen)]

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.core.adapter import AdapterLayout, Vector
 from fedtune.core.downlink import advance
-from fedtune.core.errors import PeerError
+from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
 from fedtune.core.records import Evaluation, RoundRecord
@@ -30,6 +30,7 @@ from fedtune.core.uplink import Compression
 from fedtune.strategies.aggregators import aggregator_named
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.envelope import seal, unseal
+from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.replies import stream_replies
 from fedtune.strategies.round import (
     EvaluationRound,
@@ -41,9 +42,12 @@ from fedtune.strategies.round import (
     initial_state,
     pooled,
 )
+from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import UniformSelection
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
+
+_SECURE_MISMATCH = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
 
 Evaluate = Callable[[int, Vector], Evaluation | None]
 Roster = Callable[[Grid], dict[str, int]]
@@ -72,6 +76,10 @@ class AdapterStrategy(Strategy):
         federation: what stays the same all through the job.
         roster: client name -> Flower node, of the clients that can be reached now.
         observe: called with every client's record as it becomes known.
+        secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
+
+    Raises:
+        JobError: the job wants secure aggregation, and there is nothing to do it with.
     """
 
     def __init__(
@@ -79,10 +87,14 @@ class AdapterStrategy(Strategy):
         federation: Federation,
         roster: Roster = roster_by_node_id,
         observe: Observer = lambda _: None,
+        secure: SecureAggregation | None = None,
     ) -> None:
+        if federation.job.secure_aggregation.enabled != (secure is not None):
+            raise JobError([_SECURE_MISMATCH])
         self.federation = federation
         self.roster = roster
         self.observe = observe
+        self.secure = secure
         job, layout = federation.job, federation.layout
         self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
         self._state = initial_state(federation)
@@ -100,37 +112,49 @@ class AdapterStrategy(Strategy):
         """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends."""
         for number in range(state.round + 1, last_round + 1):
             roster = self.roster(grid)
-            training = TrainingRound.open(self.federation, state, sorted(roster), self._broadcast, self.observe)
-            self._exchange(grid, training, roster, MessageType.TRAIN)
+            training = self._open(state, self._trainable(roster))
+            self._run(grid, training, roster)
             state, record = training.close()
             if clients_evaluate(self.federation.job, number):
                 evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
-                self._exchange(grid, evaluation, roster, MessageType.EVALUATE)
+                self._run(grid, evaluation, roster)
                 record = replace(record, client_evaluations=evaluation.close())
             if evaluate is not None:
                 record = replace(record, eval=evaluate(number, state.adapter))
             yield state, record
 
-    def _exchange(
-        self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int], message_type: str
-    ) -> None:
+    def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
+        return TrainingRound.open(self.federation, state, population, self._broadcast, self.observe, self.secure)
+
+    def _trainable(self, roster: dict[str, int]) -> list[str]:
+        """Who can be asked to train: under secure aggregation only those whose identity the others know."""
+        return sorted(name for name in roster if self.secure is None or name in self.secure.identities.keys)
+
+    def _run(self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int]) -> None:
         deadline = self.federation.job.federation.deadline
-        messages = _requests(round_, roster, message_type)
         names = {node_id: name for name, node_id in roster.items()}
-        _collect(round_, stream_replies(grid, messages, None if deadline == "auto" else deadline), names)
+        for exchange in round_.exchanges():
+            messages = _messages(exchange, roster, round_.number)
+            _collect(round_, stream_replies(grid, messages, None if deadline == "auto" else deadline), names)
 
     # -- Flower's interface, for a ServerApp that drives the rounds itself -------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One request, the same for the whole cohort; `config` is not read, the job says it all."""
+        """One request, the same for the whole cohort; `config` is not read, the job says it all.
+
+        Raises:
+            JobError: secure aggregation takes five exchanges a round, and this call has place for one.
+        """
         del config
+        if self.secure is not None:
+            raise JobError(["secure aggregation needs AdapterStrategy.start or .rounds to drive the rounds"])
         roster = self.roster(grid)
         state = replace(self._take_over(arrays), round=server_round - 1)
-        self._training = TrainingRound.open(self.federation, state, sorted(roster), self._broadcast, self.observe)
+        self._training = self._open(state, sorted(roster))
         self._names = {node_id: name for name, node_id in roster.items()}
-        return _requests(self._training, roster, MessageType.TRAIN)
+        return _messages(next(self._training.exchanges()), roster, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -156,7 +180,7 @@ class AdapterStrategy(Strategy):
         state = replace(self._take_over(arrays), round=server_round)
         self._evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
         self._names = {node_id: name for name, node_id in roster.items()}
-        return _requests(self._evaluation, roster, MessageType.EVALUATE)
+        return _messages(next(self._evaluation.exchanges()), roster, server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """All clients' scores as one."""
@@ -203,19 +227,18 @@ class AdapterStrategy(Strategy):
         adapter = _from_arrays(arrays, self.federation.layout)
         if np.array_equal(adapter, self._state.adapter):
             return self._state
-        bits = Compression.of(self.federation.job.compression).downlink_bits
+        bits = Compression.of(self.federation.job).downlink_bits
         held = advance(self.federation.layout, self._state.held, adapter, "ab", bits)
         return replace(self._state, adapter=adapter, held=held)
 
 
-def _requests(round_: TrainingRound | EvaluationRound, roster: dict[str, int], message_type: str) -> Sequence[Message]:
-    contents: dict[bytes, RecordDict] = {}  # clients that come from the same version share one, however many they are
+def _messages(exchange: Exchange, roster: dict[str, int], number: int) -> Sequence[Message]:
+    contents: dict[tuple[bytes, ...], RecordDict] = {}  # who is asked the same shares one, however many they are
     messages = []
-    for name in round_.cohort:
-        payload = round_.requests.payload(name)
-        if payload not in contents:
-            contents[payload] = seal(payload)
-        messages.append(Message(contents[payload], roster[name], message_type, group_id=str(round_.number)))
+    for name, parts in exchange.requests.items():
+        if parts not in contents:
+            contents[parts] = seal(*parts)
+        messages.append(Message(contents[parts], roster[name], exchange.message_type, group_id=str(number)))
     return messages
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from fedtune.core.job import Job, dump_job
+from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
+from fedtune.server.run import secure_summary
 
 ADAPTER_PARAMETERS = 220_000
+SENT = Ledger().sent("adapter", ADAPTER_PARAMETERS)
 EVALUATED = 200
 
 MakeRun = Callable[..., Path]
@@ -102,16 +105,17 @@ def _round(
                     loss=reported_loss(name, loss),
                     seconds=seconds,
                     answered=clock,
-                    bytes_up=ADAPTER_PARAMETERS // 2,
-                    bytes_down=ADAPTER_PARAMETERS,
+                    traffic=SENT.received("update", ADAPTER_PARAMETERS // 2),
                 )
             )
         else:
-            records.append(ClientRecord(name, answered=clock, bytes_down=ADAPTER_PARAMETERS, dropped=reason))
+            records.append(ClientRecord(name, answered=clock, traffic=SENT, dropped=reason))
     losses = [record.loss for record in records if record.loss is not None]
     held_out = [
         ClientEvaluation(
-            name, Evaluation(0.5, min(max(0.9 * progress + chance.gauss(0, 0.07), 0), 1), 20, 240), 90, 1000
+            name,
+            Evaluation(0.5, min(max(0.9 * progress + chance.gauss(0, 0.07), 0), 1), 20, 240),
+            Ledger().received("evaluation", 90).sent("evaluation", 1000),
         )
         for name in asked
     ]
@@ -141,6 +145,8 @@ def _summary(
         "eval_after": lines[-1]["eval"] if lines else None,
         "client_evaluation": None,
         "bytes": {"up": up, "down": down, "total": up + down},
+        "traffic": sum((Ledger.from_json(line["traffic"]) for line in lines), Ledger()).to_json(),
+        "secure_aggregation": secure_summary(Job(), lines),
         "fp32_fedavg_bytes": baseline,
         "traffic_ratio": baseline / (up + down),
         "adapter_parameters": ADAPTER_PARAMETERS,

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
 from fedtune.server.display import Terminal, format_bytes, format_seconds, print_summary
 
@@ -19,6 +20,15 @@ SUMMARY = {
     "bytes": {"total": 1_000_000},
     "fp32_fedavg_bytes": 40_000_000,
     "traffic_ratio": 40.0,
+    "traffic": Ledger().sent("adapter", 600_000).received("update", 400_000).to_json(),
+    "secure_aggregation": {
+        "enabled": True,
+        "sums": 2,
+        "summed_least": 3,
+        "minimum": 3,
+        "threshold": 2,
+        "evaluations_shown": True,
+    },
     "seconds": 65.0,
     "peak_rss_mb": 512.3,
     "records": {"read": 100, "kept": 97, "duplicate": 2, "too_long": 1, "bad": 0},
@@ -42,6 +52,9 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
         "40.0 MB",
         "1.0 MB",
         "40.0x",
+        "600.0 kB",
+        "adapter",
+        "The server saw 2 sums, each over 3 clients",
         "1:05",
         "512 MB",
         "2 duplicate, 1 too long",
@@ -54,7 +67,7 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
 
 def test_a_piped_run_prints_a_line_a_round_and_why_clients_dropped() -> None:
     console, stream = printed()
-    clients = (ClientRecord("ann", bytes_up=10), ClientRecord("bob", dropped="[red]gone"))
+    clients = (ClientRecord("ann", traffic=Ledger().received("update", 10)), ClientRecord("bob", dropped="[red]gone"))
     with Terminal(console) as display:
         display.begin(0, 2, 2)
         for client in clients:

@@ -16,7 +16,7 @@ from fedtune.server.simulation.faults import fault_mod
 from fedtune.server.simulation.grid import InProcessGrid, WorkerReport
 from fedtune.server.simulation.local import answer
 from fedtune.server.simulation.wire import WireMessage, from_wire, to_wire
-from fedtune.strategies.envelope import seal, unseal
+from fedtune.strategies.envelope import seal, unseal, unseal_parts
 from fedtune.strategies.replies import stream_replies
 
 
@@ -96,7 +96,14 @@ def test_an_envelope_with_anything_else_in_it_is_refused(grid: InProcessGrid, co
     message = grid.create_message(content, "train", 11, "1")
     if content:
         message.content["more"] = seal(b"y")["fedtune"]
-    with pytest.raises(PeerError, match="expected one array record"):
+    with pytest.raises(PeerError, match="expected one named fedtune of 1 arrays"):
+        unseal(message)
+
+
+def test_a_message_has_two_parts_where_its_reader_expects_two(grid: InProcessGrid) -> None:
+    message = grid.create_message(seal(b"for you", b"for all"), "query.open", 11, "1")
+    assert unseal_parts(from_wire(to_wire(message)), 2) == (b"for you", b"for all")
+    with pytest.raises(PeerError, match="expected one named fedtune of 1 arrays"):
         unseal(message)
 
 
@@ -107,7 +114,7 @@ def test_an_empty_payload_is_a_payload(grid: InProcessGrid) -> None:
 def test_injected_faults_follow_from_the_seed_and_spare_evaluation() -> None:
     def outcomes(seed: int, kind: str = "train") -> list[str]:
         settings = SimulationSettings(dropout=0.4, failing=0.4)
-        executor = Echo(_both(fault_mod(settings, seed)), threads=1)
+        executor = Echo(_both(fault_mod(settings, seed, secure=False)), threads=1)
         grid = InProcessGrid(executor, range(20))
         replies = grid.send_and_receive([grid.create_message(seal(b""), kind, node, "1") for node in range(20)])
         executor.close()

@@ -155,8 +155,10 @@ def test_an_adapter_that_is_not_the_one_meant_is_refused() -> None:
 
 
 def test_presets_fill_in_what_the_job_leaves_open() -> None:
-    assert Compression.of(load_job(None).compression).form == "sparse"
-    assert Compression.of(load_job(None, ["compression.preset=none"]).compression).form == "exact"
-    ring = Compression.of(load_job(None, ["compression.form=ring", "compression.bits=6"]).compression)
-    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.25)
-    assert Compression.of(load_job(None, ["compression.error_feedback=false"]).compression).error_feedback is False
+    clear = "secure_aggregation.enabled=false"
+    assert Compression.of(load_job(None)).form == "ring"
+    assert Compression.of(load_job(None, [clear])).form == "sparse"
+    assert Compression.of(load_job(None, [clear, "compression.preset=none"])).form == "exact"
+    ring = Compression.of(load_job(None, [clear, "compression.form=ring", "compression.bits=6"]))
+    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.28)
+    assert Compression.of(load_job(None, ["compression.error_feedback=false"])).error_feedback is False

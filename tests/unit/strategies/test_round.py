@@ -40,7 +40,7 @@ from fedtune.strategies.strategy import federation_from_job
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
 NAMES = ["ann", "bob", "cid"]
-PLAIN = ("compression.preset=none", "federation.aggregation=alternating")
+PLAIN = ("secure_aggregation.enabled=false", "compression.preset=none", "federation.aggregation=alternating")
 
 
 def federation(*overrides: str) -> Federation:
@@ -64,7 +64,13 @@ def broadcast(exact: bool = True) -> Broadcast:
 
 def opened(number: int = 1, *overrides: str) -> TrainingRound:
     fed = federation(*overrides)
-    return TrainingRound.open(fed, replace(initial_state(fed), round=number - 1), NAMES, broadcast())
+    return asked(TrainingRound.open(fed, replace(initial_state(fed), round=number - 1), NAMES, broadcast()))
+
+
+def asked(round_: TrainingRound) -> TrainingRound:
+    """The round, its one exchange begun."""
+    next(round_.exchanges())
+    return round_
 
 
 def test_the_request_carries_the_adapter_and_its_digest() -> None:
@@ -161,7 +167,7 @@ def test_a_client_cannot_weigh_more_than_the_cap() -> None:
 
 def test_every_client_is_observed_once() -> None:
     seen: list[ClientRecord] = []
-    round_ = TrainingRound.open(federation(), initial_state(federation()), NAMES, broadcast(), seen.append)
+    round_ = asked(TrainingRound.open(federation(), initial_state(federation()), NAMES, broadcast(), seen.append))
     round_.take_in("bob", reply(round_, 1.0))
     round_.give_up("ann", "gone")
     round_.close()
@@ -173,8 +179,8 @@ def test_bytes_are_those_of_the_payloads() -> None:
     data = reply(round_, 1.0)
     round_.take_in("ann", data)
     _, record = round_.close()
-    assert record.bytes_up == len(data)
-    assert record.bytes_down == 3 * len(round_.requests.payload("ann"))
+    assert record.traffic.bytes_up == len(data)
+    assert record.traffic.bytes_down == 3 * len(round_.requests.payload("ann"))
 
 
 def test_the_cohort_follows_from_seed_and_round() -> None:

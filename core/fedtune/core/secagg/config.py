@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.core.errors import JobError
-from fedtune.core.secagg.graph import Thresholds, choose_thresholds, problems
+from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, problems
 from fedtune.core.secagg.identity import RoundMark
 from fedtune.core.secagg.messages import Member, RoundConfig, Segment, increasing
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
@@ -25,8 +25,8 @@ class Policy:
     """
 
     max_corrupt: float = 0.1
-    min_survivors: int = 3
-    min_tier_survivors: int = 3
+    min_survivors: int = MIN_SURVIVORS
+    min_tier_survivors: int = MIN_SURVIVORS
 
 
 def round_config(
@@ -40,7 +40,7 @@ def round_config(
     max_corrupt: float,
     max_dropout: float,
     context: bytes = b"",
-    min_tier_survivors: int = 3,
+    min_tier_survivors: int = MIN_SURVIVORS,
     random: Random = os.urandom,
 ) -> RoundConfig:
     """A configuration with the thresholds that `max_corrupt` and `max_dropout` ask for.

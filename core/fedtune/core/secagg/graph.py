@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedtune.core.errors import JobError
 
 COMPLETE_UP_TO = 200
+MIN_SURVIVORS = 3  # fewest clients that anybody should agree to be summed with, themselves included
 SECURITY_BITS = 40  # a cohort is unsafe with probability at most 2^-40 ...
 ABORT_BITS = 20  # ... and cannot be unmasked, although few enough dropped out, with probability at most 2^-20
 

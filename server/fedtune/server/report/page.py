@@ -15,7 +15,7 @@ from typing import Any
 
 from fedtune.core.errors import InputError, MissingExtraError, RunError
 from fedtune.core.records import Evaluation
-from fedtune.server.display import format_bytes, format_seconds
+from fedtune.server.display import format_bytes, format_seconds, what_the_server_saw
 from fedtune.server.files import write_text
 from fedtune.server.report.comparison import comparison_plots
 from fedtune.server.report.plots import run_plots
@@ -59,6 +59,7 @@ def write_report(run: Path) -> Path:
         run=data,
         planned=data.settings.get("federation.rounds"),
         facts=headline(data),
+        saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
         plots=run_plots(data),
         aborted=[line for line in data.rounds if line.aborted is not None],
         asked=sum(len(line.clients) for line in data.rounds),

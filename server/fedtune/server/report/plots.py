@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.core.records import ClientRecord
 from fedtune.server.report.canvas import (
     BLUE,
     GREEN,
@@ -24,7 +23,7 @@ from fedtune.server.report.canvas import (
     round_axis,
     share_axis,
 )
-from fedtune.server.report.reading import Round, Run, clean_line, names
+from fedtune.server.report.reading import Client, Round, Run, clean_line, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -308,7 +307,7 @@ def _lanes(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) ->
         axes.set_ylabel("clients")
 
 
-def _in_lanes(line: Round, named: dict[str, int] | None) -> list[tuple[int, ClientRecord]]:
+def _in_lanes(line: Round, named: dict[str, int] | None) -> list[tuple[int, Client]]:
     if named is not None:
         return [(named[client.id], client) for client in line.clients]
     ordered = sorted(line.clients, key=lambda client: client.answered if client.answered is not None else math.inf)

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from fedtune.core.errors import RunDirectoryError
-from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation
+from fedtune.core.records import ClientEvaluation, Evaluation
 from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, read_rounds, read_summary
 from fedtune.strategies.round import pooled
 
@@ -34,6 +34,25 @@ class Traffic(msgspec.Struct, frozen=True):
 
     up: _Count
     down: _Count
+
+
+class Client(msgspec.Struct, frozen=True):
+    """What a report reads of one client in one round; see `fedtune.core.records.ClientRecord`."""
+
+    id: str
+    loss: float | None
+    seconds: _Duration
+    answered: _Duration | None
+    dropped: str | None
+
+
+class Sum(msgspec.Struct, frozen=True):
+    """What the server saw of a round under secure aggregation; see `fedtune.core.records.SecureRecord`."""
+
+    summed: _Count
+    minimum: _Count
+    threshold: _Count
+    liars: tuple[str, ...]
 
 
 class HeldOut(msgspec.Struct, frozen=True):
@@ -52,11 +71,12 @@ class Round(msgspec.Struct, frozen=True):
     aborted: str | None
     eval: Evaluation | None
     traffic: Traffic = msgspec.field(name="bytes")
-    clients: tuple[ClientRecord, ...]
+    clients: tuple[Client, ...]
     client_evaluations: tuple[HeldOut, ...]
+    secure: Sum | None
 
     @property
-    def survivors(self) -> list[ClientRecord]:
+    def survivors(self) -> list[Client]:
         """The clients whose update is part of the aggregate."""
         return [client for client in self.clients if client.dropped is None]
 
@@ -75,11 +95,20 @@ class Answer(msgspec.Struct, frozen=True):
     after: str
 
 
+class Entry(msgspec.Struct, frozen=True):
+    """How many messages travelled for a purpose, and their bytes together."""
+
+    messages: _Count
+    bytes: _Count
+
+
 class Summary(msgspec.Struct, frozen=True):
     """What a report reads of summary.json."""
 
     clients: _Count
     eval_before: Evaluation | None
+    traffic: dict[str, dict[str, Entry]]
+    secure_aggregation: dict[str, Any]
     fp32_fedavg_bytes: _Count
     adapter_parameters: _Count
     seconds: _Duration
@@ -120,7 +149,7 @@ class Run:
         return next((line for line in reversed(self.rounds) if line.held_out), None)
 
     @property
-    def dropouts(self) -> Iterator[tuple[Round, ClientRecord, str]]:
+    def dropouts(self) -> Iterator[tuple[Round, Client, str]]:
         """Every client that a round lost, and why."""
         for line in self.rounds:
             for client in line.clients:

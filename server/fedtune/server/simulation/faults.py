@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import Context, Message
 
+from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.job import SimulationSettings
 from fedtune.core.seeds import generator
 
@@ -24,16 +25,24 @@ class InjectedError(RuntimeError):
     """An injected failure inside a client."""
 
 
-def fault_mod(settings: SimulationSettings, seed: int) -> Callable[[Message, Context, Call], Message]:
-    """A mod that lets clients of a training round fail with the probabilities that the job states."""
+def fault_mod(settings: SimulationSettings, seed: int, secure: bool) -> Callable[[Message, Context, Call], Message]:
+    """A mod that lets clients of a training round fail with the probabilities that the job states.
+
+    Args:
+        secure: whether a round takes several exchanges; who vanishes then does so before any one of them, drawn evenly.
+    """
+    exchanges = SECURE_EXCHANGES if secure else (TRAIN,)
 
     def inject(message: Message, context: Context, call_next: Call) -> Message:
-        if message.metadata.message_type != MessageType.TRAIN:
+        kind = message.metadata.message_type
+        if kind not in exchanges:
             return call_next(message, context)
         random = generator(seed, "faults", message.metadata.group_id, message.metadata.dst_node_id)
         vanishes, fails, dawdles = random.random(3) < (settings.dropout, settings.failing, settings.slow)
-        if vanishes:
+        if vanishes and exchanges.index(kind) >= random.integers(len(exchanges)):
             raise VanishedError("the client vanished (simulation.dropout)")
+        if kind != TRAIN:
+            return call_next(message, context)
         if fails:
             raise InjectedError("the client failed (simulation.failing)")
         if dawdles:

@@ -5,7 +5,8 @@
     app = flower_server_app()                                app = flower_client_app()
 
 The run configuration says what to run: `job` (a job file, "" for the demo), `set` (overrides as on the command line,
-separated by spaces) and `out` (the run directory). See examples/flower-app.
+separated by spaces) and `out` (the run directory). See examples/flower-app. Flower's engine makes its clients anew for
+every message, so they cannot go through a secure round's five: the job must say secure_aggregation.enabled = false.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.strategy import federation_from_job, roster_by_node_id
+from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
 
 
 def flower_server_app() -> ServerApp:
@@ -39,15 +40,10 @@ def flower_server_app() -> ServerApp:
         directory = RunDirectory.create(path, job, workshop.base.digest)
         try:
             with Terminal() as display:
-                run_rounds(
-                    federation_from_job(job, workshop.base, workshop.model.layout),
-                    directory,
-                    grid,
-                    roster_by_node_id,
-                    ModelEvaluator(workshop.model, job.data),
-                    display,
-                    lambda: Facts(peak_rss_mb(), {}),
-                )
+                federation = federation_from_job(job, workshop.base, workshop.model.layout)
+                strategy = AdapterStrategy(federation, observe=display.client)
+                evaluator = ModelEvaluator(workshop.model, job.data)
+                run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
 

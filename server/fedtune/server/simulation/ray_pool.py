@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from flwr.app import Message
@@ -51,15 +50,14 @@ class RayExecutor:
             num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
         )
         self._actors: list[Any] = [actor.remote(job, workshop.folder) for _ in range(workers)]
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-        for handle in self._actors:
-            self._idle.put(handle)
-        # One thread an actor: a thread only waits for its actor, and borrows whichever is idle.
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ray-worker")
+        # One thread an actor, which only waits for it. A client stays with its actor: its secrets of a secure round
+        # live there from one exchange to the next.
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
 
     def submit(self, message: Message) -> Future[WireMessage]:
-        """Queues the message for the next idle actor."""
-        return self._threads.submit(self._run, message)
+        """Queues the message for its client's actor."""
+        worker = message.metadata.dst_node_id % len(self._actors)
+        return self._threads[worker].submit(self._run, worker, message)
 
     def workers(self) -> Sequence[WorkerReport]:
         """One report an actor."""
@@ -68,18 +66,17 @@ class RayExecutor:
 
     def close(self) -> None:
         """Ends the actors and Ray."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)
         self._ray.shutdown()
 
-    def _run(self, message: Message) -> WireMessage:
+    def _run(self, worker: int, message: Message) -> WireMessage:
         node_id = message.metadata.dst_node_id
-        handle = self._idle.get()
+        actor = self._actors[worker]
         try:
-            reply: WireMessage = self._ray.get(handle.answer.remote(to_wire(message), node_id, self._clients[node_id]))
+            reply: WireMessage = self._ray.get(actor.answer.remote(to_wire(message), node_id, self._clients[node_id]))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        finally:
-            self._idle.put(handle)
         return reply
 
 

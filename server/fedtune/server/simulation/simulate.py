@@ -10,7 +10,8 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.core.job import Job
+from fedtune.core.errors import JobError
+from fedtune.core.job import Job, secure_cohort_problems
 from fedtune.model.examples import CleaningReport
 from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
@@ -20,9 +21,12 @@ from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
 from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.strategy import federation_from_job
+from fedtune.strategies.secure import SecureAggregation
+from fedtune.strategies.selection import cohort_size
+from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
 
 FIRST_NODE_ID = 1000
+SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
 
 
 def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -56,6 +60,10 @@ def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     workshop = Workshop(job, path / CLIENTS)
     clients = len(workshop.population.names)
+    if job.secure_aggregation.enabled and (
+        problems := secure_cohort_problems(job, cohort_size(job.federation.clients_per_round, clients))
+    ):
+        raise JobError(problems)
     model = workshop.model
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
@@ -71,15 +79,15 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     executor = _executor(workshop, clients)
     evaluator = ModelEvaluator(workshop.model, job.data)
     federation = federation_from_job(job, workshop.base, workshop.model.layout)
+    secure = SecureAggregation(SIMULATION, workshop.enrolment.roster) if job.secure_aggregation.enabled else None
+    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure)
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        summary.update(
-            run_rounds(federation, directory, grid, lambda _: nodes, evaluator, display, lambda: _facts(executor))
-        )
+        summary.update(run_rounds(strategy, directory, grid, evaluator, display, lambda: _facts(executor)))
 
     try:
         server_app(InProcessGrid(executor, list(clients)), Context(RUN_ID, 0, {}, RecordDict(), {}))

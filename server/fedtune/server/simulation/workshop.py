@@ -20,6 +20,7 @@ from fedtune.model.base import load_base
 from fedtune.model.examples import CleaningReport, Example, prepare
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.population import Population
+from fedtune.server.simulation.enrolment import Enrolment
 from fedtune.server.simulation.faults import fault_mod
 
 
@@ -69,12 +70,19 @@ class Workshop:
             sequence_length=job.data.sequence_length,
         )
 
+    @cached_property
+    def enrolment(self) -> Enrolment:
+        """The clients' identities."""
+        return Enrolment.rehearse(self.population.names, self.job)
+
     def client_app(self) -> ClientApp:
         """A ClientApp that stands for every client, with the faults that the job injects."""
         simulation = self.job.simulation
         faulty = simulation.dropout or simulation.failing or simulation.slow
-        mods = [fault_mod(simulation, self.job.training.seed)] if faulty else []
-        return client_app(Device(lambda _: self.model, self.examples, ClientStore(self.folder)), mods)
+        secure = self.job.secure_aggregation
+        mods = [fault_mod(simulation, self.job.training.seed, secure.enabled)] if faulty else []
+        device = Device(lambda _: self.model, self.examples, ClientStore(self.folder))
+        return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
 
     def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""

@@ -1,0 +1,115 @@
+"""How a round gets one aggregate out of its cohort: which exchanges it takes, and what they sum to.
+
+`ClearCollection` asks once and reads every update, or adds it in a ring; `fedtune.strategies.secure` asks five times
+and sees only the sum. A round does not care which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedtune.core.actions import TRAIN
+from fedtune.core.adapter import Vector
+from fedtune.core.codec.downlink import max_body_size
+from fedtune.core.errors import PeerError
+from fedtune.core.messages import HEADER_BYTES, TrainReply, Uplink, decode
+from fedtune.core.records import ClientRecord, SecureRecord
+from fedtune.core.uplink import FactorTerms, uplink_weight
+from fedtune.strategies.exchange import ClientFacts, Exchange
+from fedtune.strategies.reduction import Clips, Reduction
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a round gives.
+
+    Args:
+        aggregate: over the segment of the round's factors, float32.
+        clips: for the next round that trains each factor; empty where nothing is clipped.
+        train_loss: mean over the survivors, weighted by target tokens where they are known.
+        secure: what the server saw, under secure aggregation.
+    """
+
+    aggregate: Vector
+    clips: Clips
+    train_loss: float | None
+    secure: SecureRecord | None = None
+
+
+class Collection(Protocol):
+    """The collection of one round's updates, under way."""
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """What to ask, one exchange after the other; the next one may depend on the answers to the last.
+
+        Raises:
+            RoundAbortedError, JobError: the round cannot go on.
+        """
+
+    def take(self, name: str, payload: bytes) -> ClientFacts | None:
+        """Takes a client's answer: its facts if its update is in now, None if there is more to come.
+
+        Raises:
+            PeerError, UpdateError: the answer cannot be used; nothing has changed.
+        """
+
+    def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
+        """What the survivors' updates come to.
+
+        Raises:
+            PeerError, RunError: to nothing that can be used.
+        """
+
+
+class ClearCollection:
+    """One exchange; every update goes to a reduction as it arrives.
+
+    Args:
+        number: of the round.
+        requests: client -> its request.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        uplink: Uplink,
+        terms: Sequence[FactorTerms],
+        reduction: Reduction,
+        requests: Mapping[str, bytes],
+    ) -> None:
+        self._number = number
+        self._uplink = uplink
+        self._terms = terms
+        self._reduction = reduction
+        self._requests = requests
+
+    def exchanges(self) -> Iterator[Exchange]:
+        requests = {name: (payload,) for name, payload in self._requests.items()}
+        yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
+
+    def take(self, name: str, payload: bytes) -> ClientFacts:
+        del name
+        limit = sum(max_body_size(terms.count) for terms in self._terms) + HEADER_BYTES
+        reply = decode(payload, TrainReply, limit)
+        if reply.round != self._number:
+            raise PeerError(f"an update for round {reply.round}; expected round {self._number}")
+        if reply.examples < 1:
+            raise PeerError("an update that was trained on no examples")
+        if len(reply.update) != len(self._terms):
+            factors = ", ".join(terms.factor for terms in self._terms)
+            raise PeerError(f"{len(reply.update)} payloads; expected one for each of the factors {factors}")
+        self._reduction.take(reply.update, uplink_weight(self._uplink, reply.examples, reply.tokens))
+        return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
+
+    def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
+        aggregate, clips = self._reduction.finish()
+        return Collected(aggregate, clips, _mean_loss(survivors))
+
+
+def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:
+    tokens = sum(client.tokens for client in survivors)
+    if not tokens:
+        return None
+    return sum((client.loss or 0.0) * client.tokens for client in survivors) / tokens

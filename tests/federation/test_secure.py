@@ -1,0 +1,183 @@
+"""Federations under secure aggregation: the same adapter as in the clear, whoever vanishes, and nothing else to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation_helpers import SECURE, Simulate, small_job
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.core.actions import SECURE_EXCHANGES
+from fedtune.core.errors import JobError
+from fedtune.core.messages import TrainReply, decode
+from fedtune.core.secagg.messages import MaskedInput
+from fedtune.core.secagg.messages import decode as decode_message
+from fedtune.server.display import Silent
+from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation import local
+from fedtune.server.simulation.simulate import simulate as run
+from fedtune.server.simulation.wire import from_wire, to_wire
+from fedtune.server.simulation.workshop import Workshop
+from fedtune.strategies.envelope import unseal
+
+CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
+Drop = Callable[[Message, Context], bool]
+
+
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Drop], None]:
+    """losing(drop): from now on messages for which drop(message, context) holds are never answered."""
+
+    def install(drop: Drop) -> None:
+        original = Workshop.client_app
+
+        def client_app(self: Workshop) -> ClientApp:
+            app = original(self)
+
+            def answer(message: Message, context: Context) -> Message:
+                if drop(message, context):
+                    raise ConnectionError("gone")
+                return app(message, context)
+
+            return answer  # type: ignore[return-value]
+
+        monkeypatch.setattr(Workshop, "client_app", client_app)
+
+    return install
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "alternating"])
+def test_the_adapter_is_the_one_that_the_same_sum_in_the_clear_gives(simulate: Simulate, aggregation: str) -> None:
+    chosen = f"federation.aggregation={aggregation}"
+    secret, clear = simulate(*SECURE, chosen, name="secret"), simulate(*CLEAR_RING, chosen, name="clear")
+    assert secret["adapter_digest"] == clear["adapter_digest"]
+    assert secret["secure_aggregation"]["sums"] == 2
+    assert secret["secure_aggregation"]["summed_least"] == 5
+
+
+@pytest.mark.parametrize("exchange", SECURE_EXCHANGES)
+def test_a_client_may_vanish_before_any_exchange(
+    simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path, exchange: str
+) -> None:
+    def drop(message: Message, context: Context) -> bool:
+        return message.metadata.message_type == exchange and context.node_config["client"] == "001"
+
+    one_round = ("federation.rounds=1", "data.clients=5", "data.holdout=0")
+    losing(drop)
+    secret = simulate(*SECURE, *one_round, name="secret")
+    line = read_rounds(tmp_path / "secret")[0]
+    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
+    assert ("001" in line["survivors"]) is counted
+    assert line["secure"]["summed"] == len(line["survivors"]) == (5 if counted else 4)
+    losing(lambda message, context: not counted and context.node_config["client"] == "001")
+    clear = simulate(*CLEAR_RING, *one_round, name="clear")
+    assert secret["adapter_digest"] == clear["adapter_digest"]
+
+
+def test_a_round_that_loses_too_many_aborts_and_the_next_one_runs(
+    simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path
+) -> None:
+    def drop(message: Message, context: Context) -> bool:
+        return message.metadata.group_id == "2" and message.metadata.message_type == SECURE_EXCHANGES[4]
+
+    losing(drop)
+    summary = simulate(*SECURE, "federation.rounds=3")
+    first, second, third = read_rounds(tmp_path / "run")
+    assert first["secure"]
+    assert third["secure"]
+    assert second["secure"] is None
+    assert "revealed their shares" in second["aborted"]
+    assert second["train_loss"] is None
+    assert summary["secure_aggregation"]["sums"] == 2
+
+
+def test_random_dropout_up_to_the_limit_still_gives_an_adapter(simulate: Simulate, tmp_path: Path) -> None:
+    simulate(
+        *SECURE, "data.clients=10", "federation.clients_per_round=10", "simulation.dropout=0.15", "federation.rounds=5"
+    )
+    lines = read_rounds(tmp_path / "run")
+    assert any(line["secure"] and line["secure"]["summed"] < 10 for line in lines)
+
+
+def test_the_server_gets_nothing_of_a_client_but_words_that_look_random(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers: list[bytes] = []
+
+    def listening(message: Message) -> Any:
+        wire = to_wire(message)
+        if message.has_content() and message.metadata.reply_to_message_id and message.metadata.message_type == "train":
+            answers.append(unseal(from_wire(wire)))
+        return wire
+
+    monkeypatch.setattr(local, "to_wire", listening)
+    simulate(*SECURE, "federation.rounds=1", "data.holdout=0")
+    assert len(answers) == 5
+    for answer in answers:
+        with pytest.raises(Exception, match="TrainReply"):
+            decode(answer, TrainReply)
+        masked = decode_message(answer, MaskedInput, len(answer))
+        for segment in masked.segments:
+            if len(segment) > 1000:
+                ones = sum(byte.bit_count() for byte in segment) / (8 * len(segment))
+                assert abs(ones - 0.5) < 0.02
+    (line,) = read_rounds(tmp_path / "run")
+    assert all(client["loss"] is None and client["examples"] == 0 for client in line["clients"])
+    assert line["train_loss"] > 0
+
+
+def test_the_ledger_tells_what_every_byte_was_for(simulate: Simulate, tmp_path: Path) -> None:
+    summary = simulate(*SECURE)
+    lines = read_rounds(tmp_path / "run")
+    traffic = summary["traffic"]
+    assert set(traffic["up"]) == {"update", "keys", "shares", "votes", "unmasking", "evaluation"}
+    assert set(traffic["down"]) == {"adapter", "keys", "shares", "votes", "unmasking", "evaluation"}
+    assert sum(entry["bytes"] for entry in traffic["up"].values()) == summary["bytes"]["up"]
+    assert sum(entry["bytes"] for entry in traffic["down"].values()) == summary["bytes"]["down"]
+    assert traffic["up"]["update"]["messages"] == 2 * 5
+    for line in lines:
+        assert 0 < line["bytes"]["secagg"] < line["bytes"]["up"] + line["bytes"]["down"]
+        assert sum(client["bytes_up"] for client in line["clients"]) <= line["bytes"]["up"]
+
+
+def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, simulate: Simulate) -> None:
+    from fedtune.server.simulation.grid import InProcessGrid
+    from fedtune.server.simulation.local import LocalExecutor
+    from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+
+    workshop = Workshop(small_job(*SECURE), tmp_path / "clients")
+    executor = LocalExecutor(workshop, {1000 + index: f"00{index}" for index in range(6)})
+    lying = small_job(*SECURE, "secure_aggregation.enabled=false", "compression.form=sparse")
+    strategy = AdapterStrategy(
+        federation_from_job(lying, workshop.base, workshop.model.layout),
+        lambda _: {f"00{index}": 1000 + index for index in range(6)},
+    )
+    grid = InProcessGrid(executor, range(1000, 1006))
+    from fedtune.strategies.round import initial_state
+
+    (_, record), *_ = strategy.rounds(grid, initial_state(strategy.federation), 1)
+    executor.close()
+    assert not record.survivors
+    assert all("no secure round is open" in (client.dropped or "") for client in record.clients)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("compression.preset=none",), "float32 values cannot be masked"),
+        (("compression.form=sparse",), "only a ring can be masked"),
+        (("federation.clients_per_round=2",), "a sum hides an update among at least 3"),
+        (("secure_aggregation.max_dropout=0.6",), "cannot stand max_corrupt = 0.1 and max_dropout = 0.6"),
+        (("data.clients=2", "federation.clients_per_round=0.9"), "of 2 clients a round"),
+    ],
+)
+def test_what_cannot_be_secure_is_told_before_anything_is_written(
+    tmp_path: Path, overrides: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(JobError, match=complaint):
+        run(small_job(*SECURE, *overrides), tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
