@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +11,10 @@ from typing import Annotated
 
 import typer
 
+from fedtune.client import commands as client_commands
+from fedtune.core.environment import prepare_environment
 from fedtune.core.errors import FedtuneError
+from fedtune.server import commands as server_commands
 from fedtune.server.display import Display, Silent, Terminal, error_console
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(server_commands.app, name="server")
+app.add_typer(client_commands.app, name="client")
 
 _Set = Annotated[
     list[str] | None,
@@ -125,10 +129,7 @@ def common(
 
 def main() -> None:
     """Runs the command line: exit status 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted."""
-    # Before torch is loaded: threads that spin while they wait bring a busy machine to its knees.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    prepare_environment()
     try:
         app()
     except FedtuneError as error:

@@ -1,0 +1,129 @@
+"""`fedtune client ...`: the device side. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.core.errors import InputError, MissingExtraError
+
+app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
+
+STOP_SECONDS = 60.0
+PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
+
+_Home = Annotated[
+    Path | None,
+    typer.Option("--home", envvar="FEDTUNE_CLIENT_HOME", help="The device's folder; by default ~/.fedtune/client."),
+]
+
+
+@app.command()
+def join(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="What `fedtune server enroll` wrote for this device.")
+    ],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="This device's examples; they stay here.")],
+    base: Annotated[
+        list[Path] | None,
+        typer.Option("--base", metavar="DIR", help="A base model's directory on this device; may be given again."),
+    ] = None,
+    home: _Home = None,
+) -> None:
+    """Make this machine the device that the bundle is for."""
+    from fedtune.client.live.home import ClientHome, default_home
+    from fedtune.core.enrolment import Bundle
+
+    made = ClientHome.join(home or default_home(), Bundle.load(bundle), data, tuple(base or ()))
+    roster = made.roster
+    print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
+    print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
+    print(f"now remove {bundle}, which holds the same keys; then: fedtune client start")
+
+
+@app.command()
+def start(home: _Home = None) -> None:
+    """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
+    from fedtune.core.environment import limit_pieces
+
+    limit_pieces(PIECE_BYTES)
+    device = _open(home)
+    try:
+        from fedtune.client.live.service import Service
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
+
+    with device.lock:
+        Service(device, lambda line: print(line, flush=True)).run()
+
+
+@app.command()
+def stop(home: _Home = None) -> None:
+    """End the running device process; keys and memory stay."""
+    process = _open(home).lock.stop_holder(STOP_SECONDS)
+    print(f"stopped process {process}" if process else "it was not running")
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    home: _Home = None,
+) -> None:
+    """Show whether this device runs, what it does and its last problem; exit status 0 if it runs, 1 if not."""
+    from fedtune.core.private import read_json
+
+    device = _open(home)
+    holder = device.lock.holder()
+    found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    path = device.path / "status.json"
+    if path.exists():
+        with suppress(InputError):  # half a status is no status; the lock says whether the device runs
+            found |= read_json(path, "the status")
+    found["running"] = holder is not None
+    if holder is None:
+        found["state"] = "stopped"
+    elif found.get("pid") != holder:
+        found["state"] = "starting"
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    if not found["running"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def leave(home: _Home = None) -> None:
+    """Stop, and remove this device's keys and everything it remembers; the data file stays."""
+    device = _open(home)
+    if process := device.lock.stop_holder(STOP_SECONDS):
+        print(f"stopped process {process}")
+    name = device.config.name
+    device.leave()
+    print(f"removed {device.path}; on the server: fedtune server revoke {name}")
+
+
+def _print(found: dict[str, Any]) -> None:
+    state = found["state"]
+    if state == "waiting" and found.get("next_try"):
+        state += f" to try again in {max(0.0, found['next_try'] - time.time()):.1f} s, after {found['trying']} failures"
+    elif found.get("task"):
+        state += f" ({found['task']})"
+    print(f"device {found['name']} of {found['server']}: {state}")
+    if found.get("contact"):
+        print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
+    if found.get("clock_error"):
+        print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
+    if found.get("problem"):
+        print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
+
+
+def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs
+    from fedtune.client.live.home import ClientHome, default_home
+
+    return ClientHome(home or default_home())

@@ -1,0 +1,389 @@
+"""The one process of a device: it asks the server for work, does it with the base model it holds, and answers.
+
+It opens no port, runs nothing but what is installed, and comes back by itself from whatever happens to it or the
+network. A message is written down before it is taken from the server and crossed out when its answer is there; a
+process that finds one written down says that it was interrupted, so that no round waits for what will never come.
+
+Threads: the main one works; the heart beats in another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from fedtune.client.app import client_app
+from fedtune.client.device import Device
+from fedtune.client.live.fleet import (
+    FleetLink,
+    IncompatibleError,
+    NotAdmittedError,
+    RunOverError,
+    Task,
+    UnknownDeviceError,
+    UnreachableError,
+    error_reply,
+    identify,
+    interrupted,
+)
+from fedtune.client.live.home import ClientHome, JobMemory
+from fedtune.core.enrolment import SignedRoster
+from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError, PeerError, UpdateError
+from fedtune.core.greeting import ACTION, MAX_GREETING_BYTES, PROTOCOL_VERSION, Greeting, GreetingReply
+from fedtune.core.job import DEMO, AdapterSettings, ModelSettings
+from fedtune.core.messages import Base, decode, encode
+from fedtune.core.private import write_private
+from fedtune.model.base import load_base
+from fedtune.model.examples import Example, load_examples
+from fedtune.model.lora import AdaptedModel, adapt
+from fedtune.strategies.envelope import seal, unseal
+
+POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, at most while a round is near, at most otherwise
+POLL_GROWTH = 1.2
+NEAR_SECONDS = 120.0  # a round counts as near for as long after the last message
+BEAT_SECONDS = 8.0
+BACKOFF_SECONDS = (0.5, 30.0)  # first and longest pause after a failure; a pause is between half of it and all of it
+ANSWER_SECONDS = 900.0  # how long an answer is worth bringing
+STATUS_SECONDS = 1.0
+
+State = Literal["starting", "connected", "working", "answering", "waiting", "stopped"]
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json.
+
+    Args:
+        state: "waiting" is between two tries to reach the server.
+        trying: how often in a row the server could not be reached.
+        next_try: when it will be tried again, seconds since 1970.
+        contact: when the server last answered, seconds since 1970.
+        clock_error: seconds by which this device's clock is ahead of the server's, where it had to be corrected.
+        problem: the last one, and when.
+    """
+
+    pid: int
+    name: str
+    server: str
+    state: State = "starting"
+    task: str = ""
+    trying: int = 0
+    next_try: float | None = None
+    contact: float | None = None
+    answered: int = 0
+    clock_error: float = 0.0
+    problem: str = ""
+    problem_time: float | None = None
+    written: float = 0.0
+
+
+class Backoff:
+    """Pauses that double up to a limit, with jitter, so that a fleet does not come back all at once."""
+
+    def __init__(self, draw: Callable[[], float] = random.random) -> None:
+        self._draw = draw
+        self.failures = 0
+
+    def next(self) -> float:
+        """The pause after one more failure: between half and all of min(longest, first · 2^failures)."""
+        first, longest = BACKOFF_SECONDS
+        pause: float = min(longest, first * 2.0 ** min(self.failures, 16))
+        self.failures += 1
+        return pause * (0.5 + 0.5 * self._draw())
+
+    def reset(self) -> None:
+        """It worked."""
+        self.failures = 0
+
+
+class Service:
+    """One device's process.
+
+    Args:
+        home: whose lock this process holds.
+        show: what people see, line by line.
+    """
+
+    def __init__(self, home: ClientHome, show: Callable[[str], None]) -> None:
+        self._home, self._show = home, show
+        config = home.config
+        self._bases = tuple(map(Path, config.bases))
+        self._data = Path(config.data)
+        self._status = Status(os.getpid(), config.name, config.server)
+        self._status_lock = threading.Lock()
+        self._memory = JobMemory(home.path / "jobs")
+        self._app = client_app(Device(self._open_model, self._load_examples, self._memory))
+        self._backoff = Backoff()
+        self._ending = threading.Event()
+        self._counted_out = threading.Event()
+        self._link = FleetLink(config.server, home.authority, home.node_key)
+
+    def run(self) -> None:
+        """Serves until SIGTERM or Ctrl-C."""
+        beats = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        with _stopping():
+            try:
+                _ = self._home.roster  # damaged files are told now, not in a round
+                beats.start()
+                self._show(f"{self._home.config.name}: connecting to {self._home.config.server}")
+                while True:
+                    self._live()
+            except Stopped:
+                self._show("stopped")
+            finally:
+                self._ending.set()
+                if self._link.node_id:
+                    self._link.deactivate(self._link.node_id)
+                    self._forget_node()
+                self._link.close()
+                self._tell(state="stopped", task="")
+
+    def _live(self) -> None:
+        """From one connection to its loss."""
+        try:
+            self._connect()
+            self._serve()
+        except (UnknownDeviceError, NotAdmittedError, UnreachableError, PeerError) as error:
+            self._pause(error)
+        except RunOverError:
+            pass
+        except IncompatibleError as error:
+            self._backoff.failures = max(self._backoff.failures, 6)  # it takes a person
+            self._pause(error)
+
+    def _connect(self) -> None:
+        before = self._node_before()
+        if before and not self._link.node_id:
+            self._link.deactivate(before)  # a crash left us counted as online; only our own folder says so
+        self._link.activate()
+        self._counted_out.clear()
+        write_private(self._home.path / "node", f"{self._link.node_id}\n")
+        self._backoff.reset()
+        if self._link.clock_error and self._link.clock_error != self._status.clock_error:
+            self._show(f"this device's clock is {self._link.clock_error:+.0f} s off; going by the server's")
+        if self._status.state != "connected":
+            self._show("connected")
+        self._tell(state="connected", trying=0, next_try=None, contact=time.time(), clock_error=self._link.clock_error)
+        self._own_up()
+
+    def _serve(self) -> None:
+        shortest, near, longest = POLL_SECONDS
+        pause, last = shortest, time.monotonic()
+        while not self._counted_out.is_set():
+            task = self._link.pull()
+            if self._backoff.failures:
+                self._backoff.reset()
+                self._tell(state="connected", trying=0, next_try=None)
+            if task is not None:
+                self._work(task)
+                pause, last = shortest, time.monotonic()
+                continue
+            time.sleep(pause)
+            pause = min(pause * POLL_GROWTH, near if time.monotonic() - last < NEAR_SECONDS else longest)
+            if time.time() - (self._status.contact or 0.0) > STATUS_SECONDS:
+                self._tell(contact=time.time())
+        raise UnreachableError("the server no longer counts this device in")
+
+    # -- one message --------------------------------------------------------------------------------------------------
+
+    def _work(self, task: Task) -> None:
+        head = task.head.metadata
+        kind = f"{head.message_type} {head.group_id}".strip()
+        note = self._home.path / "working"
+        write_private(note, task.proto)
+        self._tell(state="working", task=kind, contact=time.time())
+        identify(task.head, self._link.node_id)
+        began = time.monotonic()
+        try:
+            try:
+                reply = self._reply(self._link.fetch(task))
+            except PeerError as error:
+                reply = error_reply(task.head, str(error))
+            self._bring(reply, time.monotonic() - began)
+        except RunOverError:
+            self._show(f"{kind}: the server no longer waits for it")
+        except Stopped:
+            self._link_answer_quietly(error_reply(task.head, "the device was stopped"))
+            note.unlink(missing_ok=True)
+            raise
+        note.unlink(missing_ok=True)
+        self._tell(state="connected", task="", answered=self._status.answered + 1, contact=time.time())
+
+    def _reply(self, message: Message) -> Message:
+        """The answer of the installed app, or an error that says why there is none; never what the data says."""
+        kind = message.metadata.message_type
+        context = Context(
+            message.metadata.run_id, self._link.node_id, {"client": self._home.config.name}, RecordDict(), {}
+        )
+        try:
+            if kind == ACTION:
+                return self._greet(message)
+            return self._app(message, context)
+        except (PeerError, UpdateError) as error:
+            problem, reason = str(error), str(error)
+        except (ModelError, DataError, InputError) as error:
+            problem, reason = str(error), f"{type(error).__name__}: the device's own status says more"
+        except OSError as error:
+            problem = f"{error.strerror} ({error.filename or 'unknown file'})"
+            reason = f"the device cannot write or read its files: {error.strerror}"
+        except Exception as error:  # torch and Flower raise what they like; a message never ends the process
+            cause = error.__cause__ or error
+            problem, reason = f"{type(cause).__name__}: {cause}", f"{type(cause).__name__} on the device"
+        self._problem(f"{kind}: {problem}")
+        return error_reply(message, reason)
+
+    def _bring(self, reply: Message, seconds: float) -> None:
+        self._tell(state="answering")
+        end = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                self._link.answer(reply, seconds)
+                self._backoff.reset()
+                return
+            except UnknownDeviceError:
+                raise RunOverError("the server began anew") from None
+            except UnreachableError as error:
+                if time.monotonic() > end:
+                    raise
+                self._pause(error)
+                self._tell(state="answering")
+
+    def _greet(self, message: Message) -> Message:
+        greeting = decode(unseal(message), Greeting, limit=MAX_GREETING_BYTES)
+        self._home.renew_roster(SignedRoster.from_bytes(greeting.roster))
+        self._memory.begin(greeting.job)
+        answer = GreetingReply(
+            PROTOCOL_VERSION,
+            version("fedtune"),
+            self._home.roster.version,
+            os.cpu_count() or 0,
+            psutil.virtual_memory().total >> 20,
+            torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        )
+        return Message(seal(encode(answer)), reply_to=message)
+
+    def _own_up(self) -> None:
+        """Tells the server of a message that an earlier process took and never answered."""
+        note = self._home.path / "working"
+        if not note.exists():
+            return
+        try:
+            request = interrupted(note.read_bytes())
+            identify(request, request.metadata.dst_node_id)
+            if request.metadata.dst_node_id == self._link.node_id:
+                self._link.answer(error_reply(request, "the device was interrupted while it worked on this"), 0.0)
+        except (RunOverError, PeerError, OSError):
+            pass  # nobody waits for it any more
+        note.unlink(missing_ok=True)
+
+    def _link_answer_quietly(self, reply: Message) -> None:
+        with suppress(FedtuneError):
+            self._link.answer(reply, 0.0)
+
+    # -- what the app needs -------------------------------------------------------------------------------------------
+
+    def _open_model(self, base: Base) -> AdaptedModel:
+        """The model of the digest that the server names, from this device's directories, never the server's path."""
+        targets = base.target_modules
+        settings = AdapterSettings(base.rank, base.alpha, "all-linear" if targets == ("all-linear",) else targets)
+        found = []
+        for source in [DEMO] if base.name == DEMO else map(str, self._bases):
+            model = load_base(ModelSettings(source, base.quantization))
+            if model.digest == base.digest:
+                return adapt(model, settings)
+            found.append(f"{source} (digest {model.digest[:16]}…)")
+        raise ModelError(
+            f"the job is for the base model {base.name} with digest {base.digest[:16]}…; this device has "
+            f"{', '.join(found) or 'none'}. Join with --base DIR for the directory that holds it"
+        )
+
+    def _load_examples(self, client: str, model: AdaptedModel, sequence_length: int) -> list[Example]:
+        del client  # there is but one here
+        examples, report = load_examples(self._data, model.base.tokenizer, sequence_length, skip_bad=True)
+        self._show(f"data: {report}")
+        return examples
+
+    # -- the heart, and what is told ----------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        while not self._ending.wait(BEAT_SECONDS * random.uniform(0.9, 1.0)):
+            if not self._link.node_id:
+                continue
+            try:
+                if not self._link.beat():
+                    self._counted_out.set()
+            except UnknownDeviceError:
+                self._counted_out.set()
+            except FedtuneError:
+                continue  # the main thread notices by itself, and says so
+
+    def _pause(self, error: FedtuneError) -> None:
+        pause = self._backoff.next()
+        if str(error) != self._status.problem or self._backoff.failures == 1:
+            self._show(f"{error}; trying again")
+        self._tell(
+            state="waiting",
+            trying=self._backoff.failures,
+            next_try=time.time() + pause,
+            problem=str(error),
+            problem_time=time.time(),
+        )
+        time.sleep(pause)
+
+    def _problem(self, text: str) -> None:
+        self._show(text)
+        self._tell(problem=text[:1000], problem_time=time.time())
+
+    def _tell(self, **changes: Any) -> None:
+        with self._status_lock:
+            self._status = replace(self._status, **changes, written=time.time())
+            with suppress(OSError):  # a full disk must not stop what can go on without it
+                write_private(self._home.path / "status.json", json.dumps(asdict(self._status), indent=1) + "\n")
+
+    def _node_before(self) -> int:
+        try:
+            return int((self._home.path / "node").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _forget_node(self) -> None:
+        (self._home.path / "node").unlink(missing_ok=True)
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Raises Stopped in the main thread on SIGTERM and SIGINT; a second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped
+
+    before: dict[signal.Signals, Callable[..., object] | int | None] = {
+        each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,482 @@
+"""All that the server uses of Flower's internals (flwr 1.41); `tests/live/test_flower_contract.py` holds it to account.
+
+app = link_app(database, secret)                    the SuperLink's API, in the process that listens
+link = Link(address, authority, control_key)        the server's own calls to it
+grid = link.open_run()                              a Flower grid for one run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.common.serde import fab_to_proto, message_to_proto, run_from_proto
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    AcquireTaskResponse,
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.core.errors import RunError
+from fedtune.server.live.guard import CONTROL_HEADER, App
+
+HEARTBEAT_SECONDS = 15.0
+SHORTEST_PATIENCE = 120.0
+PATIENCE = 5.0  # times as long as half of the devices took, others may take
+_READY_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+# A Flower app without any code: what a run is called. Devices never ask for it, and the server runs what is installed.
+_APP = b"""
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "fedtune"
+version = "1.0.0"
+description = ""
+dependencies = []
+[tool.flwr.app]
+publisher = "fedtune"
+[tool.flwr.app.components]
+serverapp = "fedtune.none:app"
+clientapp = "fedtune.none:app"
+[tool.flwr.app.config]
+"""
+
+T = TypeVar("T")
+
+
+class LinkLostError(RunError):
+    """The SuperLink does not answer, or no longer knows the run; the run goes on from its last round in a new one."""
+
+
+def link_app(database: Path, secret: str) -> App:
+    """The SuperLink's ASGI application, with signed device requests and its state in one SQLite file."""
+    os.environ["FLWR_DATABASE"] = str(database)
+    from flwr.superlink.main import create_app
+
+    app = create_app()
+    app.state.enable_supernode_auth = True
+    app.state.superexec_auth_secret = secret.encode()
+    return app
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """A registered device as the SuperLink sees it."""
+
+    node_id: int
+    public_key: bytes
+    online: bool
+    online_until: float
+    ever_online: bool
+
+
+class Link:
+    """The server's own calls to its SuperLink.
+
+    Args:
+        address: HOST:PORT of the private socket.
+        authority: of the server's certificate, PEM.
+        control_key: what the guard wants to see.
+        report: told of what should not have happened.
+    """
+
+    def __init__(self, address: str, authority: bytes, control_key: str, report: Callable[[str], None]) -> None:
+        self._address, self._authority, self._key, self._report = address, authority, control_key, report
+        version = RuntimeVersionHttpInterceptor("fedtune-server")
+        control = _ControlInterceptor(control_key)
+        secret = SuperExecAuthHttpInterceptor(master_secret=control_key.encode(), protected_methods={_ACQUIRE})
+        self._control = ControlHttpClient.from_server_address(address, False, authority, [version, control])
+        self._runtime = RuntimeHttpClient.from_server_address(address, False, authority, [version, control, secret])
+        self._acquiring = threading.Lock()
+        self._fab = build_fab_from_files({"pyproject.toml": _APP})[0]
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        self._control.close()
+        self._runtime.close()
+
+    def wait_until_ready(self, alive: Callable[[], bool]) -> None:
+        """Waits for the listening process.
+
+        Raises:
+            RunError: it ended, or did not answer in time.
+        """
+        end = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < end and alive():
+            try:
+                self.nodes()
+                return
+            except LinkLostError:
+                time.sleep(_POLL_SECONDS)
+        raise RunError("the server's listening process did not start; its output says why")
+
+    def nodes(self) -> list[NodeState]:
+        """Every registered device."""
+        found = _called(self._control.ListNodes, ListNodesRequest()).nodes_info
+        return [
+            NodeState(
+                node.node_id,
+                node.public_key,
+                node.status == NodeStatus.ONLINE and node.online_until > time.time(),
+                node.online_until,
+                bool(node.last_activated_at),
+            )
+            for node in found
+            if node.status != NodeStatus.UNREGISTERED
+        ]
+
+    def register(self, name: str, public_key: bytes) -> None:
+        """Lets a device in."""
+        _called(self._control.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name))
+
+    def unregister(self, node_id: int) -> None:
+        """Shuts a device out, from its next request on."""
+        _called(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+
+    def open_run(self, longest_answer: float) -> RunGrid:
+        """Begins a Flower run of our own and takes its task.
+
+        Args:
+            longest_answer: seconds after which a device is given up, see `RunGrid`.
+        """
+        with self._acquiring:
+            fab = Fab(hashlib.sha256(self._fab).hexdigest(), self._fab, {})
+            started = _called(self._control.StartRun, StartRunRequest(fab=fab_to_proto(fab)))
+            while True:
+                acquired = self._acquire()
+                if acquired is None:
+                    raise LinkLostError("the SuperLink did not hand out the task of a run that it has just begun")
+                if acquired.task.run_id == started.run_id:
+                    break
+                self._refuse(acquired)
+        return RunGrid(self._runtime_client(acquired.token), longest_answer)
+
+    def refuse_foreign_runs(self) -> None:
+        """Ends every run that somebody else began, unread."""
+        with self._acquiring:
+            while acquired := self._acquire():
+                self._refuse(acquired)
+
+    def _acquire(self) -> AcquireTaskResponse | None:
+        types = [TaskType.SERVER_APP, TaskType.SIMULATION, TaskType.AGENT_APP]
+        acquired = _called(self._runtime.AcquireTask, AcquireTaskRequest(supported_task_types=types))
+        return acquired if acquired.token else None
+
+    def _refuse(self, acquired: AcquireTaskResponse) -> None:
+        task = acquired.task
+        self._report(f"refused foreign run {task.run_id} (app {task.fab_hash[:16]}…): nothing of it was run")
+        client = self._runtime_client(acquired.token)
+        try:
+            refusal = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="this server runs its own app only")
+            _called(client.PushTaskOutput, refusal)
+        finally:
+            client.close()
+
+    def _runtime_client(self, token: str) -> RuntimeHttpClient:
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor("fedtune-server"),
+            _ControlInterceptor(self._key),
+            RuntimeTokenHttpInterceptor(token),
+        ]
+        return RuntimeHttpClient.from_server_address(self._address, False, self._authority, interceptors)
+
+
+@dataclass
+class _Sent:
+    """A message that waits for its reply, and the batch it went out with."""
+
+    head: Message
+    batch: _Batch
+
+
+@dataclass
+class _Batch:
+    """Messages that went out together, and how long they may take.
+
+    As long as fewer than half have answered, everyone may take `longest`; from then on PATIENCE times as long as that
+    half took, for a device whose message was lost on the way never answers.
+    """
+
+    size: int
+    longest: float
+    sent: float = field(default_factory=time.monotonic)
+    answered: int = 0
+    half: float | None = None
+
+    def answer(self) -> None:
+        self.answered += 1
+        if self.half is None and 2 * self.answered >= self.size:
+            self.half = time.monotonic() - self.sent
+
+    def over(self) -> bool:
+        if self.size == 1 or self.half is None:
+            limit = self.longest
+        else:
+            limit = min(self.longest, max(SHORTEST_PATIENCE, PATIENCE * self.half))
+        return time.monotonic() - self.sent > limit
+
+
+@dataclass
+class _Arriving:
+    """A reply that is known, but not all of whose pieces have been uploaded yet."""
+
+    proto: MessageProto
+    missing: list[str]
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+
+class RunGrid(Grid):
+    """A Flower grid over the SuperLink's runtime API; it never waits for anything, and a slow upload delays no other.
+
+    Use as a context manager: it keeps the run's task alive, and ends it.
+
+    Args:
+        client: with the run's token.
+        longest_answer: seconds that a device may take where nothing better is known.
+    """
+
+    def __init__(self, client: RuntimeHttpClient, longest_answer: float) -> None:
+        self._client = client
+        self._longest = longest_answer
+        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._sent: dict[str, _Sent] = {}
+        self._arriving: dict[str, _Arriving] = {}
+        self._lost = threading.Event()
+        self._done = threading.Event()
+        task = _called(client.PullTaskInput, PullTaskInputRequest())
+        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+        TaskIdentity.node_id = task.context.node_id
+        self._run: Run = run_from_proto(task.run)
+        self._beat = threading.Thread(target=self._keep_alive, daemon=True, name="task-heartbeat")
+
+    def __enter__(self) -> RunGrid:
+        self._beat.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._done.set()
+        self._beat.join(timeout=1.0)
+        status = SubStatus.COMPLETED if kind is None else SubStatus.FAILED
+        details = "" if kind is None else kind.__name__
+        try:
+            _called(self._client.PushTaskOutput, PushTaskOutputRequest(sub_status=status, details=details))
+        except LinkLostError:
+            pass  # it is over there anyway
+        finally:
+            self._client.close()
+
+    def set_run(self, run: Run) -> None:
+        """A grid has its run from the beginning."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        """Flower's old way to make a message."""
+        raise NotImplementedError("make a flwr.app.Message instead")
+
+    def get_node_ids(self) -> list[int]:
+        """Devices that are online."""
+        return [node.node_id for node in self._call(self._client.GetNodes, GetNodesRequest()).nodes]
+
+    def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
+        """Sends messages; the ids of those that could be sent, "" for the others."""
+        messages = list(messages)
+        if not messages:
+            return []
+        objects: dict[str, Any] = {}
+        heads, trees = [], []
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                heads.append(remove_content_from_message(message))
+                objects.update(get_all_nested_objects(message))
+                trees.append(get_object_tree(message))
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(head) for head in heads], message_object_trees=trees
+            )
+            pushed = self._call(self._client.PushMessages, request)
+            push = make_push_object_fn_protobuf(
+                lambda piece: self._call(self._client.PushObject, piece),
+                self._node,
+                self._run.run_id,
+                pushed.session_id,
+            )
+            push_objects(objects, push, object_ids_to_push=set(pushed.objects_to_push))
+        batch = _Batch(len(messages), self._longest)
+        for message_id, head in zip(pushed.message_ids, heads, strict=True):
+            if message_id:
+                self._sent[message_id] = _Sent(head, batch)
+        return list(pushed.message_ids)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to these messages that have arrived whole, or can no longer arrive: those carry an error."""
+        asked = [message_id for message_id in message_ids if message_id in self._sent]
+        unknown = [message_id for message_id in asked if message_id not in self._arriving]
+        if unknown:
+            found = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=unknown))
+            for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                asked_by = proto.metadata.reply_to_message_id
+                if asked_by in self._sent:
+                    self._arriving[asked_by] = _Arriving(proto, _object_ids(tree))
+        replies = []
+        for message_id in asked:
+            sent = self._sent[message_id]
+            reply = self._take(message_id, sent)
+            if reply is None and sent.batch.over():
+                reply = _failed(sent.head, "no answer, though the device is online")
+            if reply is not None:
+                sent.batch.answer()
+                del self._sent[message_id]
+                self._arriving.pop(message_id, None)
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Sends, and waits for all replies or until the time is over."""
+        end = None if timeout is None else time.monotonic() + timeout
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        replies: list[Message] = []
+        while waiting and (end is None or time.monotonic() < end):
+            arrived = self.pull_messages(waiting)
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                time.sleep(_POLL_SECONDS)
+        return replies
+
+    def _take(self, message_id: str, sent: _Sent) -> Message | None:
+        arriving = self._arriving.get(message_id)
+        if arriving is None:
+            return None
+        while arriving.missing:
+            piece = self._call(
+                self._client.PullObject,
+                PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=arriving.missing[-1]),
+            )
+            if not piece.object_found:
+                return _failed(sent.head, "the device stopped in the middle of its upload")
+            if not piece.object_available:
+                return None
+            arriving.contents[arriving.missing.pop()] = piece.object_content
+        object_id = arriving.proto.metadata.message_id
+        confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run.run_id, message_object_id=object_id)
+        self._call(self._client.ConfirmMessageReceived, confirm)
+        try:
+            reply = inflate_object_from_contents(object_id, arriving.contents)
+        except Exception as error:  # whatever a device sent, this process goes on
+            return _failed(sent.head, f"the reply cannot be read: {type(error).__name__}")
+        if not isinstance(reply, Message):
+            return _failed(sent.head, "the reply is not a message")
+        if reply.has_error():
+            return _failed(sent.head, reply.error.reason or "unknown reason", reply.error.code)
+        if (
+            reply.metadata.src_node_id != sent.head.metadata.dst_node_id
+            or reply.metadata.reply_to_message_id != message_id
+        ):
+            return _failed(sent.head, "the reply is somebody else's")
+        reply.metadata.__dict__["_message_id"] = object_id
+        return reply
+
+    def _keep_alive(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            try:
+                if not _called(self._client.SendTaskHeartbeat, SendTaskHeartbeatRequest()).success:
+                    self._lost.set()
+            except LinkLostError:
+                self._lost.set()
+
+    def _call(self, call: Callable[[Any], T], request: Any) -> T:
+        if self._lost.is_set():
+            raise LinkLostError("the SuperLink no longer knows the run")
+        return _called(call, request)
+
+
+class _ControlInterceptor:
+    """Shows the control key to the guard."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[CONTROL_HEADER] = self._key
+        return call_next(context)
+
+
+def _called(call: Callable[[Any], T], request: Any) -> T:
+    try:
+        return call(request)
+    except httpx.HTTPStatusError as error:
+        text = error.response.text[:200]
+        raise LinkLostError(f"the SuperLink answered {error.response.status_code}: {text}") from error
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise LinkLostError(f"the SuperLink does not answer: {error or type(error).__name__}") from error
+
+
+def _object_ids(tree: ObjectTree) -> list[str]:
+    return [part.object_id for part in iterate_object_tree(tree)]
+
+
+def _failed(head: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
+    """An error as the device that was asked would have sent it."""
+    asked = head.metadata
+    metadata = Metadata(
+        run_id=asked.run_id,
+        message_id="",
+        src_node_id=asked.dst_node_id,
+        dst_node_id=asked.src_node_id,
+        reply_to_message_id=asked.message_id,
+        group_id=asked.group_id,
+        created_at=time.time(),
+        ttl=0,
+        message_type=asked.message_type,
+    )
+    return make_message(metadata=metadata, error=Error(code, reason[:500]))

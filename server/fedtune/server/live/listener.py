@@ -1,0 +1,58 @@
+"""The process that listens: the guarded SuperLink on two sockets that `fedtune server start` opened.
+
+    python -m fedtune.server.live.listener HOME PUBLIC_FD PRIVATE_FD
+
+It ends when its standard input does, which is when the process that started it has gone, however it went.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from fedtune.core.private import read_bounded
+from fedtune.server.live.flower import link_app
+from fedtune.server.live.guard import Guard
+
+MAX_CONNECTIONS = 20_000
+KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands anew
+
+
+def main() -> None:
+    """Serves until standard input ends or SIGTERM comes."""
+    import uvicorn
+
+    home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    key = read_bounded(home / "control.key", "the control key").decode()
+    name = private.getsockname()
+    guard = Guard(link_app(home / "link.db", key), (name[0], name[1]), key)
+    config = uvicorn.Config(
+        guard,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=True,  # by which a device learns that its clock is wrong
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=str(home / "server.pem"),
+        ssl_keyfile=str(home / "server.key"),
+    )
+    server = uvicorn.Server(config)
+
+    def follow_parent() -> None:
+        sys.stdin.buffer.read()
+        server.should_exit = True
+
+    threading.Thread(target=follow_parent, daemon=True, name="parent").start()
+    server.run(sockets=[public, private])
+
+
+if __name__ == "__main__":
+    main()
