@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import fab_to_proto, message_to_proto, run_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
@@ -57,9 +58,10 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from fedtune.core.errors import RunError
-from fedtune.server.live.guard import CONTROL_HEADER, App
+from fedtune.server.live.guard import CONTROL_HEADER, App, Receive, Scope, Send, answer
 
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
@@ -67,6 +69,7 @@ PATIENCE = 5.0  # times as long as half of the devices took, others may take
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 # A Flower app without any code: what a run is called. Devices never ask for it, and the server runs what is installed.
 _APP = b"""
@@ -101,7 +104,39 @@ def link_app(database: Path, secret: str) -> App:
     app = create_app()
     app.state.enable_supernode_auth = True
     app.state.superexec_auth_secret = secret.encode()
-    return app
+    return _own_replies_only(app)
+
+
+def _own_replies_only(app: App) -> App:
+    """Flower checks who sends a reply, but not that the reply speaks in the sender's name: here it must."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != _PUSH_MESSAGES:
+            await app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:  # the guard has bounded it
+            event = await receive()
+            if event["type"] != "http.request":
+                return
+            body, more = body + event.get("body", b""), event.get("more_body", False)
+        request = PushMessagesRequest()
+        try:
+            request.ParseFromString(body)
+            own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+        except DecodeError:
+            own = False
+        if not own or len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            await answer(send, 400)
+            return
+        events: Iterator[MutableMapping[str, Any]] = iter([{"type": "http.request", "body": body}])
+
+        async def replay() -> MutableMapping[str, Any]:
+            return next(events, None) or await receive()
+
+        await app(scope, replay, send)
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -123,10 +158,20 @@ class Link:
         authority: of the server's certificate, PEM.
         control_key: what the guard wants to see.
         report: told of what should not have happened.
+        alive: whether the process that listens still runs; without it a call would wait for an answer until its time
+            is over, for this process holds the sockets open.
     """
 
-    def __init__(self, address: str, authority: bytes, control_key: str, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        authority: bytes,
+        control_key: str,
+        report: Callable[[str], None],
+        alive: Callable[[], bool],
+    ) -> None:
         self._address, self._authority, self._key, self._report = address, authority, control_key, report
+        self._alive = alive
         version = RuntimeVersionHttpInterceptor("fedtune-server")
         control = _ControlInterceptor(control_key)
         secret = SuperExecAuthHttpInterceptor(master_secret=control_key.encode(), protected_methods={_ACQUIRE})
@@ -140,14 +185,14 @@ class Link:
         self._control.close()
         self._runtime.close()
 
-    def wait_until_ready(self, alive: Callable[[], bool]) -> None:
+    def wait_until_ready(self) -> None:
         """Waits for the listening process.
 
         Raises:
             RunError: it ended, or did not answer in time.
         """
         end = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < end and alive():
+        while time.monotonic() < end and self._alive():
             try:
                 self.nodes()
                 return
@@ -157,7 +202,7 @@ class Link:
 
     def nodes(self) -> list[NodeState]:
         """Every registered device."""
-        found = _called(self._control.ListNodes, ListNodesRequest()).nodes_info
+        found = self._call(self._control.ListNodes, ListNodesRequest()).nodes_info
         return [
             NodeState(
                 node.node_id,
@@ -172,11 +217,11 @@ class Link:
 
     def register(self, name: str, public_key: bytes) -> None:
         """Lets a device in."""
-        _called(self._control.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name))
+        self._call(self._control.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name))
 
     def unregister(self, node_id: int) -> None:
         """Shuts a device out, from its next request on."""
-        _called(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+        self._call(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
     def open_run(self, longest_answer: float) -> RunGrid:
         """Begins a Flower run of our own and takes its task.
@@ -186,7 +231,7 @@ class Link:
         """
         with self._acquiring:
             fab = Fab(hashlib.sha256(self._fab).hexdigest(), self._fab, {})
-            started = _called(self._control.StartRun, StartRunRequest(fab=fab_to_proto(fab)))
+            started = self._call(self._control.StartRun, StartRunRequest(fab=fab_to_proto(fab)))
             while True:
                 acquired = self._acquire()
                 if acquired is None:
@@ -194,7 +239,7 @@ class Link:
                 if acquired.task.run_id == started.run_id:
                     break
                 self._refuse(acquired)
-        return RunGrid(self._runtime_client(acquired.token), longest_answer)
+        return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive)
 
     def refuse_foreign_runs(self) -> None:
         """Ends every run that somebody else began, unread."""
@@ -202,9 +247,12 @@ class Link:
             while acquired := self._acquire():
                 self._refuse(acquired)
 
+    def _call(self, call: Callable[[Any], T], request: Any) -> T:
+        return _called(call, request, self._alive)
+
     def _acquire(self) -> AcquireTaskResponse | None:
         types = [TaskType.SERVER_APP, TaskType.SIMULATION, TaskType.AGENT_APP]
-        acquired = _called(self._runtime.AcquireTask, AcquireTaskRequest(supported_task_types=types))
+        acquired = self._call(self._runtime.AcquireTask, AcquireTaskRequest(supported_task_types=types))
         return acquired if acquired.token else None
 
     def _refuse(self, acquired: AcquireTaskResponse) -> None:
@@ -213,7 +261,7 @@ class Link:
         client = self._runtime_client(acquired.token)
         try:
             refusal = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="this server runs its own app only")
-            _called(client.PushTaskOutput, refusal)
+            self._call(client.PushTaskOutput, refusal)
         finally:
             client.close()
 
@@ -244,7 +292,7 @@ class _Batch:
 
     size: int
     longest: float
-    sent: float = field(default_factory=time.monotonic)
+    sent: float = field(default_factory=lambda: time.monotonic())
     answered: int = 0
     half: float | None = None
 
@@ -278,17 +326,19 @@ class RunGrid(Grid):
     Args:
         client: with the run's token.
         longest_answer: seconds that a device may take where nothing better is known.
+        alive: as for `Link`.
     """
 
-    def __init__(self, client: RuntimeHttpClient, longest_answer: float) -> None:
+    def __init__(self, client: RuntimeHttpClient, longest_answer: float, alive: Callable[[], bool]) -> None:
         self._client = client
+        self._alive = alive
         self._longest = longest_answer
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._sent: dict[str, _Sent] = {}
         self._arriving: dict[str, _Arriving] = {}
         self._lost = threading.Event()
         self._done = threading.Event()
-        task = _called(client.PullTaskInput, PullTaskInputRequest())
+        task = _called(client.PullTaskInput, PullTaskInputRequest(), alive)
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
         TaskIdentity.node_id = task.context.node_id
         self._run: Run = run_from_proto(task.run)
@@ -304,7 +354,8 @@ class RunGrid(Grid):
         status = SubStatus.COMPLETED if kind is None else SubStatus.FAILED
         details = "" if kind is None else kind.__name__
         try:
-            _called(self._client.PushTaskOutput, PushTaskOutputRequest(sub_status=status, details=details))
+            output = PushTaskOutputRequest(sub_status=status, details=details)
+            _called(self._client.PushTaskOutput, output, self._alive)
         except LinkLostError:
             pass  # it is over there anyway
         finally:
@@ -429,7 +480,7 @@ class RunGrid(Grid):
     def _keep_alive(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
             try:
-                if not _called(self._client.SendTaskHeartbeat, SendTaskHeartbeatRequest()).success:
+                if not _called(self._client.SendTaskHeartbeat, SendTaskHeartbeatRequest(), self._alive).success:
                     self._lost.set()
             except LinkLostError:
                 self._lost.set()
@@ -437,7 +488,7 @@ class RunGrid(Grid):
     def _call(self, call: Callable[[Any], T], request: Any) -> T:
         if self._lost.is_set():
             raise LinkLostError("the SuperLink no longer knows the run")
-        return _called(call, request)
+        return _called(call, request, self._alive)
 
 
 class _ControlInterceptor:
@@ -451,7 +502,9 @@ class _ControlInterceptor:
         return call_next(context)
 
 
-def _called(call: Callable[[Any], T], request: Any) -> T:
+def _called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) -> T:
+    if not alive():
+        raise LinkLostError("the listening process has ended")
     try:
         return call(request)
     except httpx.HTTPStatusError as error:

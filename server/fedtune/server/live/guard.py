@@ -66,7 +66,7 @@ class Guard:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
-            await _answer(send, refusal)
+            await answer(send, refusal)
             return
         # On time over, the server closes the connection without an answer.
         await asyncio.wait_for(self._app(scope, receive, send), REQUEST_SECONDS)
@@ -86,7 +86,8 @@ class Guard:
         return _TOO_LARGE if len(length) > 10 or int(length) > MAX_BODY_BYTES else None
 
 
-async def _answer(send: Send, status: int) -> None:
+async def answer(send: Send, status: int) -> None:
+    """Answers with nothing but a status."""
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

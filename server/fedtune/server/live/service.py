@@ -222,8 +222,8 @@ class Service:
     def _listen(self) -> None:
         self._registered.clear()
         key = self._listener.start()
-        link = Link(f"{LOOPBACK}:{self._listener.private_port}", self._home.authority, key, self._board.problem)
-        link.wait_until_ready(lambda: self._listener.alive)
+        link = self._listener.link(key, self._board.problem)
+        link.wait_until_ready()
         self._greeted.clear()
         self._refused.clear()
         self._link = link
@@ -334,6 +334,17 @@ class Listener:
         """Of the private socket."""
         assert self._private is not None
         return int(self._private.getsockname()[1])
+
+    def link(self, key: str, report: Callable[[str], None]) -> Link:
+        """This process's line to the child that `start` began and gave the key for."""
+        process = self._process
+        return Link(
+            f"{LOOPBACK}:{self.private_port}",
+            self._home.authority,
+            key,
+            report,
+            lambda: process is not None and process.poll() is None,
+        )
 
     @property
     def alive(self) -> bool:

@@ -1,0 +1,255 @@
+"""The attacker at the door: everything that reaches the public port and is not a known device doing its work."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import ssl
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from door import Door, listening
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.fab import Fab
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
+from fedtune.client.live.fleet import FleetLink, NotAdmittedError, UnknownDeviceError, UnreachableError, UntrustedError
+from fedtune.core.enrolment import load_node_key, make_node_key
+from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.server.live.pki import make_authority, make_server_certificate
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    yield from listening(tmp_path_factory.mktemp("door"))
+
+
+OUTSIDE = [
+    "/v1/control/list-runs",
+    "/v1/control/start-run",
+    "/v1/control/register-node",
+    "/v1/control/unregister-node",
+    "/v1/runtime/acquire-task",
+    "/v1/runtime/get-nodes",
+    "/v1/runtime/push-messages",
+    "/v1/fleet/register-node",
+    "/v1/fleet/unregister-node",
+    "/v1/fleet/get-fab",
+    "/v1/fleet/get-run",
+    "/health",
+    "/docs",
+    "/openapi.json",
+    "/",
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_nothing_but_device_calls_exists_for_the_outside(door: Door, path: str) -> None:
+    assert door.post(path).status_code == 404
+    assert door.post(path).content == b""
+    # Nor does the control key open anything there: it counts on the private socket only.
+    assert door.post(path, **{CONTROL_HEADER: door.key}).status_code == 404
+
+
+TRICKS = [
+    "/v1/fleet/../control/list-runs",
+    "/v1/fleet/%2e%2e/control/list-runs",
+    "/v1/fleet/..%2fcontrol/list-runs",
+    "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
+    "/v1/fleet/pull-messages/../../control/list-runs",
+    "//v1/control/list-runs",
+    "/v1/fleet/pull-messages/",
+    "/v1/fleet/pull-messages%00",
+    "/V1/FLEET/PULL-MESSAGES",
+    "https://localhost/v1/control/list-runs",
+    "/v1/fleet/x?/../../control/list-runs",
+    "/v1/control/list-runs#/v1/fleet/pull-messages",
+]
+
+
+@pytest.mark.parametrize("target", TRICKS)
+@pytest.mark.parametrize("extra", ["", "x-forwarded-for: 127.0.0.1\r\nx-forwarded-prefix: /v1/fleet\r\n"])
+def test_paths_that_play_tricks_lead_nowhere(door: Door, target: str, extra: str) -> None:
+    head = f"POST {target} HTTP/1.1\r\nhost: localhost:{door.listener.private_port}\r\n{extra}"
+    request = f"{head}content-type: application/protobuf\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    answer = door.raw(request.encode())
+    assert answer.split()[1:2] in ([b"404"], [b"400"]), answer[:200]
+    assert b"run" not in answer.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE"])
+def test_other_methods_lead_nowhere(door: Door, method: str) -> None:
+    answer = door.raw(f"{method} /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    assert answer.split()[1:2] in ([b"404"], [b"400"])
+
+
+def test_a_websocket_is_refused(door: Door) -> None:
+    upgrade = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    answer = door.raw(b"GET /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
+    assert b" 101 " not in answer.split(b"\r\n")[0]
+
+
+def test_a_body_is_measured_before_it_is_read(door: Door) -> None:
+    head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\n"
+    too_large = door.raw(head + f"content-length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+    assert too_large.split()[1] == b"413"
+    absurd = door.raw(head + b"content-length: 99999999999999999999\r\n\r\n")
+    assert absurd.split()[1] in (b"413", b"400")
+    assert door.raw(head + b"connection: close\r\n\r\n").split()[1] == b"411"
+    chunked = door.raw(head + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+    assert chunked.split()[1] == b"411"
+
+
+def test_garbage_in_a_device_call_is_refused_and_harms_nothing(door: Door) -> None:
+    for path in sorted(DEVICE_CALLS):
+        assert 400 <= door.post(path, body=b"\xff" * 1000).status_code < 600
+    assert door.newcomer().activate() > 0
+
+
+@pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/health", "/docs"])
+def test_the_private_socket_wants_the_control_key_from_local_users_too(door: Door, path: str) -> None:
+    assert door.post(path, server=door.private).status_code == 404
+    assert door.post(path, server=door.private, **{CONTROL_HEADER: "0" * 64}).status_code == 404
+    with pytest.raises(UnreachableError, match="not a fedtune server"):
+        door.device("bob", door.private).activate()
+
+
+def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(door: Door, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    code = f"import pathlib\npathlib.Path({str(trap)!r}).write_text('run')\nimport flwr.serverapp\n"
+    files = {
+        "pyproject.toml": (
+            b'[project]\nname = "evil"\nversion = "1.0.0"\ndescription = ""\ndependencies = []\n'
+            b'[tool.flwr.app]\npublisher = "eve"\n'
+            b'[tool.flwr.app.components]\nserverapp = "evil:app"\nclientapp = "evil:app"\n'
+        ),
+        "evil.py": code.encode(),
+    }
+    app = build_fab_from_files(files)[0]
+    # Eve has got hold of the control key, so this is the last line of defence.
+    control = door.link._control
+    fab = fab_to_proto(Fab("", app, {}))
+    run_id = control.StartRun(StartRunRequest(fab=fab)).run_id
+    door.link.refuse_foreign_runs()
+    run = control.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+    assert (run.status.status, run.status.sub_status) == ("finished", "failed")
+    assert any("refused foreign run" in report for report in door.reports)
+    # And while we begin a run of our own: hers does not come in between.
+    control.StartRun(StartRunRequest(fab=fab))
+    with door.link.open_run(60.0) as grid:
+        assert grid.run.fab_id == "fedtune/fedtune"
+    assert not trap.exists()
+
+
+def signed(key: ec.EllipticCurvePrivateKey, moment: datetime.datetime | None = None) -> dict[str, str]:
+    timestamp = (moment or datetime.datetime.now(datetime.UTC)).isoformat()
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, timestamp.encode())).decode(),
+    }
+
+
+def test_a_request_without_a_signature_is_refused(door: Door) -> None:
+    for path in sorted(DEVICE_CALLS):
+        assert door.post(path).status_code in (401, 400), path  # 400: it does not even say who it is from
+
+
+def test_a_key_that_was_never_enrolled_does_not_get_in(door: Door) -> None:
+    stranger = FleetLink(door.public, door.home.authority, make_node_key())
+    door.lines.append(stranger)
+    with pytest.raises((NotAdmittedError, UnknownDeviceError)):
+        stranger.activate()
+
+
+def test_a_device_cannot_speak_as_another(door: Door) -> None:
+    ada, eve = door.device("ada"), load_node_key(door.bundles["eve"].node_key)
+    node_id = ada.activate()
+    request = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
+    assert door.post("/v1/fleet/pull-messages", body=request, **signed(eve)).status_code == 401
+    claim = ActivateNodeRequest(
+        public_key=public_key_to_bytes(load_node_key(door.bundles["bob"].node_key).public_key()),
+        heartbeat_interval=30,
+    ).SerializeToString()
+    assert door.post("/v1/fleet/activate-node", body=claim, **signed(eve)).status_code == 401
+
+
+def test_an_old_signature_is_refused(door: Door) -> None:
+    eve = load_node_key(door.bundles["eve"].node_key)
+    claim = ActivateNodeRequest(public_key=public_key_to_bytes(eve.public_key()), heartbeat_interval=30)
+    old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
+    body = claim.SerializeToString()
+    assert door.post("/v1/fleet/activate-node", body=body, **signed(eve, old)).status_code == 401
+    garbled = signed(eve) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
+    assert door.post("/v1/fleet/activate-node", body=body, **garbled).status_code == 401
+
+
+def test_a_wrong_clock_is_corrected_by_the_servers(door: Door) -> None:
+    device = door.newcomer()
+    device._signer.ahead = -3600.0  # as if this machine's clock were an hour ahead
+    device.activate()
+    assert abs(device.clock_error) < 2.0
+    device.deactivate(device.node_id)
+
+
+def test_a_revoked_device_is_cut_off_at_its_next_request(door: Door) -> None:
+    device = door.newcomer()
+    node_id = device.activate()
+    assert device.pull() is None
+    door.link.unregister(node_id)
+    with pytest.raises(UnknownDeviceError, match="revoked"):
+        device.pull()
+    with pytest.raises(UnknownDeviceError):
+        device.beat()
+    with pytest.raises((NotAdmittedError, UnknownDeviceError)):
+        device.activate()
+
+
+def test_a_device_trusts_its_own_authority_only(door: Door) -> None:
+    device = FleetLink(door.public, make_authority().certificate, door.bundles["ada"].node_key)
+    door.lines.append(device)
+    with pytest.raises(UntrustedError, match="certificate"):
+        device.activate()
+
+
+def test_a_server_under_another_name_is_not_trusted(door: Door) -> None:
+    device = FleetLink(f"127.1:{door.listener.port}", door.home.authority, door.bundles["ada"].node_key)
+    door.lines.append(device)
+    with pytest.raises(UntrustedError, match=r"certificate"):
+        device.activate()
+
+
+def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
+    """A TLS server with the fleet's own authority, whose certificate ran out yesterday."""
+    authority = make_authority()
+    expired = make_server_certificate(authority, ["localhost"], days=-1)
+    (tmp_path / "pem").write_bytes(expired.certificate)
+    (tmp_path / "key").write_bytes(expired.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            try:
+                with listener.accept()[0] as line:
+                    context.wrap_socket(line, server_side=True)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        device = FleetLink(f"localhost:{listener.getsockname()[1]}", authority.certificate, make_node_key())
+        with pytest.raises(UntrustedError, match="expired"):
+            device.activate()
+        device.close()
+        thread.join(5)

@@ -1,0 +1,30 @@
+"""Fixtures of live fleets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_helpers import Fleet, MakeFleet
+
+from fedtune.core.environment import prepare_environment
+
+prepare_environment()
+
+
+@pytest.fixture
+def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
+    """make_fleet(devices=2, ...): a fleet whose processes end with the test."""
+    fleets: list[Fleet] = []
+
+    def make(devices: int, **settings: Any) -> Fleet:
+        folder = tmp_path / f"fleet-{len(fleets)}"
+        folder.mkdir()
+        fleets.append(Fleet(folder, devices, **settings))
+        return fleets[-1]
+
+    yield make
+    for fleet in fleets:
+        fleet.close()

@@ -1,0 +1,94 @@
+"""A listening server without the rest, for tests that knock at its door: it loads no model, so it starts in seconds."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from fedtune.client.live.fleet import FleetLink
+from fedtune.core.enrolment import Bundle, make_node_key
+from fedtune.server.live.devices import Devices, enroll
+from fedtune.server.live.flower import Link
+from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.service import Listener
+
+PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+FLOWER = {"flwr-package-name": "flwr", "flwr-package-version": "1.41.0", "flwr-component-name": "SuperNode"}
+
+
+@dataclass
+class Door:
+    """A listening server as it is in production, and the keys of two devices."""
+
+    home: ServerHome
+    listener: Listener
+    link: Link
+    key: str
+    bundles: dict[str, Bundle]
+    reports: list[str]
+    lines: list[FleetLink] = field(default_factory=list)
+
+    def newcomer(self) -> FleetLink:
+        """A device that nobody has seen before."""
+        node_key = make_node_key()
+        link = FleetLink(self.public, self.home.authority, node_key)
+        self.lines.append(link)
+        self.link.register("newcomer", link._signer.public)
+        return link
+
+    @property
+    def public(self) -> str:
+        return f"localhost:{self.listener.port}"
+
+    @property
+    def private(self) -> str:
+        return f"localhost:{self.listener.private_port}"
+
+    def device(self, name: str, server: str | None = None) -> FleetLink:
+        bundle = self.bundles[name]
+        link = FleetLink(server or self.public, bundle.authority.encode(), bundle.node_key)
+        self.lines.append(link)
+        return link
+
+    def post(self, path: str, *, server: str | None = None, body: bytes = b"", **headers: str) -> httpx.Response:
+        context = ssl.create_default_context(cadata=self.home.authority.decode())
+        with httpx.Client(verify=context) as client:
+            url = f"https://{server or self.public}{path}"
+            return client.post(url, content=body, headers=PROTOBUF | FLOWER | headers)
+
+    def raw(self, request: bytes, port: int | None = None) -> bytes:
+        """What the server answers to exactly these bytes."""
+        context = ssl.create_default_context(cadata=self.home.authority.decode())
+        with (
+            socket.create_connection(("127.0.0.1", port or self.listener.port), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as line,
+        ):
+            line.sendall(request)
+            answer = b""
+            with suppress(OSError):
+                while data := line.recv(65536):
+                    answer += data
+            return answer
+
+
+def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Door]:
+    home = ServerHome.create(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 0), hosts or [])
+    bundles = {name: enroll(home, name, folder / f"{name}.bundle") for name in ("ada", "bob", "eve")}
+    reports: list[str] = []
+    with Listener(home) as listener:
+        key = listener.start()
+        link = listener.link(key, reports.append)
+        link.wait_until_ready()
+        for name, public_key in Devices.load(home).node_keys.items():
+            link.register(name, public_key)
+        door = Door(home, listener, link, key, bundles, reports)
+        yield door
+        for line in door.lines:
+            line.close()
+        link.close()

@@ -1,0 +1,256 @@
+"""Fleets of real processes for tests: a server, devices, and a network between them that can be cut and slowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.demo import write_federation
+from fedtune.server.live.devices import enroll
+from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.run_directory import read_rounds
+
+PATIENCE_SECONDS = 120.0
+SMALL = ("federation.rounds=2", "training.local_steps=2", "training.batch_tokens=256", "federation.evaluate_every=0")
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def eventually(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS, what: str = "it did not happen") -> Any:
+    """The first true value of the condition."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(what)
+
+
+class Process:
+    """A `fedtune` command that keeps running, with what it prints."""
+
+    def __init__(self, *arguments: str, log: Path) -> None:
+        self.log = log
+        self._output = log.open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fedtune.server.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait(10)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
+        """Asks it to end; its exit status."""
+        if self.running:
+            self._process.send_signal(number)
+        try:
+            return self._process.wait(seconds)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._output.close()
+
+
+class Fleet:
+    """A server's folder, devices' folders, and their processes.
+
+    Args:
+        folder: where everything goes.
+        devices: how many are enrolled and joined.
+        examples: each device has.
+    """
+
+    def __init__(self, folder: Path, devices: int, examples: int = 20, config: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.proxy: Proxy | None = None
+        settings: dict[str, Any] = {"wait_seconds": 60.0} | (config or {})
+        address = settings.pop("address", f"localhost:{self.port}")
+        self.home = ServerHome.create(
+            folder / "server", ServerConfig(address=address, listen="127.0.0.1", port=self.port, **settings), []
+        )
+        write_federation(folder / "data", devices, 0, examples, 12)
+        self.names = [path.stem for path in sorted((folder / "data" / "clients").glob("*.jsonl"))]
+        self.server: Process | None = None
+        self.devices: dict[str, Process] = {}
+        for name in self.names:
+            enroll(self.home, name, folder / f"{name}.bundle")
+
+    def client_home(self, name: str) -> Path:
+        return self.folder / f"device-{name}"
+
+    def join(self, *names: str) -> None:
+        """Makes device folders, with the newest roster their bundles have."""
+        from fedtune.client.live.home import ClientHome
+        from fedtune.core.enrolment import Bundle
+
+        for name in names or self.names:
+            data = self.folder / "data" / "clients" / f"{name}.jsonl"
+            ClientHome.join(self.client_home(name), Bundle.load(self.folder / f"{name}.bundle"), data, ())
+
+    def start_server(self) -> Process:
+        self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")
+        return self.server
+
+    def start_device(self, name: str) -> Process:
+        process = Process(
+            "client", "start", "--home", str(self.client_home(name)), log=self.folder / f"device-{name}.log"
+        )
+        self.devices[name] = process
+        return process
+
+    def start_devices(self) -> None:
+        for name in self.names:
+            self.start_device(name)
+
+    def submit(self, *overrides: str, name: str = "job") -> Path:
+        """Submits a small job; its run directory."""
+        from fedtune.core.job import load_job
+        from fedtune.demo import JOB
+        from fedtune.server.live.jobs import Jobs
+
+        jobs = Jobs(self.home)
+        return jobs.run_path(jobs.submit(load_job(JOB, [*SMALL, *overrides]), name))
+
+    def status(self) -> dict[str, Any]:
+        from fedtune.server.live.board import read_status
+
+        return read_status(self.home)
+
+    def device_status(self, name: str) -> dict[str, Any]:
+        path = self.client_home(name) / "status.json"
+        try:
+            value: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return value
+
+    def finished(self, run: Path, seconds: float = PATIENCE_SECONDS) -> list[dict[str, Any]]:
+        """Waits for a run's end; its rounds."""
+
+        def done() -> bool:
+            assert run.name not in self.status()["failed"], self.status()["failed"]
+            return run.name in self.status()["finished"]
+
+        eventually(done, seconds, f"{run.name} did not finish:\n{self.logs()}")
+        return read_rounds(run)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in self.folder.glob("*.log"))
+
+    def close(self) -> None:
+        for process in [*self.devices.values(), *([self.server] if self.server else [])]:
+            process.stop()
+        if self.proxy:
+            self.proxy.close()
+
+
+class Proxy:
+    """A TCP proxy between devices and their server: it can cut every connection, and limit its speed.
+
+    Args:
+        target: port of the server on this machine.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.bytes_per_second: float | None = None
+        self._cut = threading.Event()
+        self._closed = threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
+        self._pairs: list[socket.socket] = []
+        self._budget = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Ends every connection, and takes no new one."""
+        self._cut.set()
+        for end in self._pairs:
+            _shut(end)
+
+    def mend(self) -> None:
+        """Takes connections again."""
+        self._cut.clear()
+
+    def close(self) -> None:
+        self._closed.set()
+        self.cut()
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                near, _ = self._socket.accept()
+            except OSError:
+                return
+            if self._cut.is_set():
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target), timeout=10)
+            except OSError:
+                near.close()
+                continue
+            self._pairs += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while not self._cut.is_set():
+                ready, _, _ = select.select([source], [], [], 0.5)
+                if not ready:
+                    continue
+                data = source.recv(4096)
+                if not data:
+                    break
+                if self.bytes_per_second:
+                    with self._budget:  # one link for all connections, as behind a modem
+                        time.sleep(len(data) / self.bytes_per_second)
+                sink.sendall(data)
+        except (OSError, ValueError):
+            pass
+        finally:
+            _shut(source)
+            _shut(sink)
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+MakeFleet = Callable[..., Fleet]

@@ -1,0 +1,70 @@
+"""A whole live federation, in real processes: what a user does, from init to an adapter in the run directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+from live_helpers import Fleet, MakeFleet, eventually
+
+
+def children(fleet: Fleet) -> list[int]:
+    """Processes that work in the fleet's folder and are not in the fleet's books."""
+    known = {process.pid for process in [*fleet.devices.values(), *([fleet.server] if fleet.server else [])]}
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(fleet.folder) in part for part in process.info["cmdline"] or []) and process.pid not in known:
+            found.append(process.pid)
+    return found
+
+
+def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    fleet.join()
+    run = fleet.submit()  # before the server runs: it waits in the queue
+    server = fleet.start_server()
+    fleet.start_devices()
+    rounds = fleet.finished(run)
+    assert [line["survivors"] for line in rounds] == [fleet.names, fleet.names]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "summary.json").is_file()
+    status = fleet.status()
+    assert status["state"] == "running"
+    assert {device["state"] for device in status["devices"].values()} == {"online"}
+    assert {device["rounds"] for device in status["devices"].values()} == {2}
+    # The devices have learnt of each other: their bundles knew fewer.
+    from fedtune.client.live.home import ClientHome
+
+    assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {2}
+
+    # A second process for the same device is refused, and so is a second server.
+    again = _fedtune("client", "start", "--home", str(fleet.client_home(fleet.names[0])))
+    assert (again.returncode, "serves it already" in again.stderr) == (2, True)
+    again = _fedtune("server", "start", "--home", str(fleet.home.path))
+    assert (again.returncode, "serves it already" in again.stderr) == (2, True)
+
+    stopped = _fedtune("server", "stop", "--home", str(fleet.home.path))
+    assert (stopped.returncode, str(server.pid) in stopped.stdout) == (0, True)
+    assert server.stop() == 0
+    waiting = eventually(lambda: _waiting(fleet), what="the device did not notice")
+    assert "trying again" in fleet.devices[fleet.names[0]].text
+    assert waiting["trying"] >= 1
+    left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
+    assert left.returncode == 0
+    assert not fleet.client_home(fleet.names[0]).exists()
+    assert fleet.devices[fleet.names[1]].stop() == 0
+    eventually(lambda: not children(fleet), 10, f"still running: {children(fleet)}")
+    assert not list(fleet.home.path.glob("link.db*"))
+    assert not (fleet.home.path / "control.key").exists()
+
+
+def _waiting(fleet: Fleet) -> dict[str, object] | None:
+    status = fleet.device_status(fleet.names[0])
+    return status if status.get("state") == "waiting" else None
+
+
+def _fedtune(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedtune.server.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd)
