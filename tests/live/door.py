@@ -87,6 +87,7 @@ def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Door]:
         link.wait_until_ready()
         for name, public_key in Devices.load(home).node_keys.items():
             link.register(name, public_key)
+        listener.open()
         door = Door(home, listener, link, key, bundles, reports)
         yield door
         for line in door.lines:

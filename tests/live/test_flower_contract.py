@@ -178,6 +178,9 @@ def check_kill_and_restart(door: Door, listener: Listener) -> None:
     key = listener.start()
     link = listener.link(key, door.reports.append)
     link.wait_until_ready()
+    with pytest.raises(UnreachableError, match="503"):
+        device.pull()  # nobody is let in before everybody is known
+    listener.open()
     with pytest.raises(UnknownDeviceError):
         device.pull()  # the new process knows nobody
     link.register("newcomer", device._signer.public)

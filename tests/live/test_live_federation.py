@@ -21,13 +21,14 @@ def children(fleet: Fleet) -> list[int]:
 
 
 def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(2)
+    fleet = make_fleet(3)
     fleet.join()
     run = fleet.submit()  # before the server runs: it waits in the queue
     server = fleet.start_server()
     fleet.start_devices()
     rounds = fleet.finished(run)
     assert [line["survivors"] for line in rounds] == [fleet.names, fleet.names]
+    assert [line["secure"]["summed"] for line in rounds] == [3, 3]  # the server saw sums of three, and nothing else
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert (run / "summary.json").is_file()
     status = fleet.status()
@@ -37,7 +38,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     # The devices have learnt of each other: their bundles knew fewer.
     from fedtune.client.live.home import ClientHome
 
-    assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {2}
+    assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {3}
 
     # A second process for the same device is refused, and so is a second server.
     again = _fedtune("client", "start", "--home", str(fleet.client_home(fleet.names[0])))
@@ -54,7 +55,8 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
     assert left.returncode == 0
     assert not fleet.client_home(fleet.names[0]).exists()
-    assert fleet.devices[fleet.names[1]].stop() == 0
+    for name in fleet.names[1:]:
+        assert fleet.devices[name].stop() == 0
     eventually(lambda: not children(fleet), 10, f"still running: {children(fleet)}")
     assert not list(fleet.home.path.glob("link.db*"))
     assert not (fleet.home.path / "control.key").exists()

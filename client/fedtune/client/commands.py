@@ -33,13 +33,18 @@ def join(
         list[Path] | None,
         typer.Option("--base", metavar="DIR", help="A base model's directory on this device; may be given again."),
     ] = None,
+    allow_clear: Annotated[
+        bool,
+        typer.Option("--allow-clear", help="Also take part in jobs whose server sees this device's own updates."),
+    ] = False,
     home: _Home = None,
 ) -> None:
     """Make this machine the device that the bundle is for."""
     from fedtune.client.live.home import ClientHome, default_home
     from fedtune.core.enrolment import Bundle
 
-    made = ClientHome.join(home or default_home(), Bundle.load(bundle), data, tuple(base or ()))
+    folder, bases = home or default_home(), tuple(base or ())
+    made = ClientHome.join(folder, Bundle.load(bundle), data, bases, allow_clear=allow_clear)
     roster = made.roster
     print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
     print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")

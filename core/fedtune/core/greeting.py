@@ -27,12 +27,14 @@ class Greeting(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
         software: the server's fedtune version, for people.
         job: what the server calls the job that comes next, the same across restarts; devices keep what they remember
             of a job under it.
+        secure: whether updates will be masked; a device that wants that does not take part otherwise.
         roster: the newest signed roster, as `SignedRoster.to_bytes` wrote it.
     """
 
     version: int
     software: _Short
     job: Annotated[str, Meta(min_length=1, max_length=200)]
+    secure: bool
     roster: Annotated[bytes, Meta(max_length=16 << 20)]
 
 

@@ -39,6 +39,7 @@ class DeviceConfig:
     Args:
         bases: model directories of this device; a job's base is found among them by its digest.
         fleet_key: public key that rosters are signed with, in hexadecimal digits.
+        allow_clear: whether the device takes part in jobs that do not mask updates.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DeviceConfig:
     data: str
     bases: tuple[str, ...]
     fleet_key: str
+    allow_clear: bool = False
 
 
 def default_home() -> Path:
@@ -68,7 +70,9 @@ class ClientHome:
         self.config = _read_config(path / _DEVICE)
 
     @classmethod
-    def join(cls, path: Path, bundle: Bundle, data: Path, bases: tuple[Path, ...]) -> ClientHome:
+    def join(
+        cls, path: Path, bundle: Bundle, data: Path, bases: tuple[Path, ...] = (), *, allow_clear: bool = False
+    ) -> ClientHome:
         """Makes a device's folder out of a bundle.
 
         Raises:
@@ -91,6 +95,7 @@ class ClientHome:
             str(data.absolute()),
             tuple(str(base.absolute()) for base in bases),
             bundle.fleet_key.hex(),
+            allow_clear,
         )
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: now it is a device
         return cls(path)
@@ -185,9 +190,18 @@ class JobMemory(ClientStore):
         newest = max(self._jobs(), key=lambda path: path.stat().st_mtime, default=self._root / "none")
         super().__init__(newest)
 
-    def begin(self, job: str) -> None:
+    @property
+    def secure(self) -> bool:
+        """Whether the job masks updates."""
+        return not (self._folder / "clear").exists()
+
+    def begin(self, job: str, secure: bool) -> None:
         """Turns to a job, new or known."""
         self._folder = private_folder(self._root / hashlib.sha256(job.encode()).hexdigest()[:24])
+        if secure:
+            (self._folder / "clear").unlink(missing_ok=True)
+        else:
+            (self._folder / "clear").touch()
         os.utime(self._folder)
         for old in sorted(self._jobs(), key=lambda path: path.stat().st_mtime)[:-KEPT_JOBS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -200,13 +214,13 @@ def _read_config(path: Path) -> DeviceConfig:
     content = read_json(path, "the device", 1 << 16)
     texts = ("name", "server", "data", "fleet_key")
     try:
-        if set(content) != {*texts, "bases"} or not all(isinstance(content[key], str) for key in texts):
+        if set(content) != {*texts, "bases", "allow_clear"} or not all(isinstance(content[key], str) for key in texts):
             raise ValueError
         bases = tuple(map(str, content["bases"]))
         bytes.fromhex(content["fleet_key"])
-        return DeviceConfig(
-            check_name(content["name"]), check_address(content["server"]), content["data"], bases, content["fleet_key"]
-        )
+        name, server = check_name(content["name"]), check_address(content["server"])
+        allow_clear = content["allow_clear"] is True
+        return DeviceConfig(name, server, content["data"], bases, content["fleet_key"], allow_clear)
     except (TypeError, ValueError):
         raise InputError(f"{path}: damaged; leave and join anew") from None
     except InputError as error:

@@ -42,12 +42,14 @@ from fedtune.client.live.fleet import (
     interrupted,
 )
 from fedtune.client.live.home import ClientHome, JobMemory
+from fedtune.client.secure import Credentials
 from fedtune.core.enrolment import SignedRoster
 from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.greeting import ACTION, MAX_GREETING_BYTES, PROTOCOL_VERSION, Greeting, GreetingReply
 from fedtune.core.job import DEMO, AdapterSettings, ModelSettings
 from fedtune.core.messages import Base, decode, encode
 from fedtune.core.private import write_private
+from fedtune.core.secagg import Policy
 from fedtune.model.base import load_base
 from fedtune.model.examples import Example, load_examples
 from fedtune.model.lora import AdaptedModel, adapt
@@ -131,7 +133,9 @@ class Service:
         self._status = Status(os.getpid(), config.name, config.server)
         self._status_lock = threading.Lock()
         self._memory = JobMemory(home.path / "jobs")
-        self._app = client_app(Device(self._open_model, self._load_examples, self._memory))
+        device = Device(self._open_model, self._load_examples, self._memory)
+        self._secure_app = client_app(device, credentials=self._credentials)
+        self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
         self._backoff = Backoff()
         self._ending = threading.Event()
         self._counted_out = threading.Event()
@@ -237,7 +241,8 @@ class Service:
         try:
             if kind == ACTION:
                 return self._greet(message)
-            return self._app(message, context)
+            app = self._secure_app if self._memory.secure else self._clear_app
+            return app(message, context)
         except (PeerError, UpdateError) as error:
             problem, reason = str(error), str(error)
         except (ModelError, DataError, InputError) as error:
@@ -270,7 +275,11 @@ class Service:
     def _greet(self, message: Message) -> Message:
         greeting = decode(unseal(message), Greeting, limit=MAX_GREETING_BYTES)
         self._home.renew_roster(SignedRoster.from_bytes(greeting.roster))
-        self._memory.begin(greeting.job)
+        if not (greeting.secure or self._home.config.allow_clear):
+            raise UpdateError(
+                "this device takes part in secure aggregation only; its owner may join with --allow-clear"
+            )
+        self._memory.begin(greeting.job, greeting.secure)
         answer = GreetingReply(
             PROTOCOL_VERSION,
             version("fedtune"),
@@ -298,6 +307,11 @@ class Service:
     def _link_answer_quietly(self, reply: Message) -> None:
         with suppress(FedtuneError):
             self._link.answer(reply, 0.0)
+
+    def _credentials(self, client: str) -> Credentials:
+        del client  # there is but one here
+        home = self._home
+        return Credentials(home.identity, home.roster.roster, Policy(), home.round_log)
 
     # -- what the app needs -------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ DEVICE_CALLS = frozenset(
     )
 )
 
-_NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE = 404, 411, 413
+_NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _COME_BACK = 404, 411, 413, 503
 
 
 class Guard:
@@ -55,6 +55,11 @@ class Guard:
         self._app = app
         self._private = private
         self._control_key = control_key.encode()
+        self._open = False
+
+    def open(self) -> None:
+        """Lets devices in; before, they are told to come back."""
+        self._open = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets the request through to the application, or answers it with nothing but a status."""
@@ -83,7 +88,9 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if b"transfer-encoding" in headers or not length.isdigit():
             return _LENGTH_REQUIRED
-        return _TOO_LARGE if len(length) > 10 or int(length) > MAX_BODY_BYTES else None
+        if len(length) > 10 or int(length) > MAX_BODY_BYTES:
+            return _TOO_LARGE
+        return None if self._open else _COME_BACK
 
 
 async def answer(send: Send, status: int) -> None:

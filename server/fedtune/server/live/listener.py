@@ -2,7 +2,8 @@
 
     python -m fedtune.server.live.listener HOME PUBLIC_FD PRIVATE_FD
 
-It ends when its standard input does, which is when the process that started it has gone, however it went.
+Devices are let in when `OPEN` comes on standard input: then the SuperLink knows who is enrolled. The process ends when
+standard input does, which is when the process that started it has gone, however it went.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fedtune.core.private import read_bounded
 from fedtune.server.live.flower import link_app
 from fedtune.server.live.guard import Guard
 
+OPEN = b"open\n"
 MAX_CONNECTIONS = 20_000
 KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands anew
 
@@ -26,7 +28,7 @@ def main() -> None:
     import uvicorn
 
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
     key = read_bounded(home / "control.key", "the control key").decode()
     name = private.getsockname()
     guard = Guard(link_app(home / "link.db", key), (name[0], name[1]), key)
@@ -47,7 +49,9 @@ def main() -> None:
     server = uvicorn.Server(config)
 
     def follow_parent() -> None:
-        sys.stdin.buffer.read()
+        while line := sys.stdin.buffer.readline():
+            if line == OPEN:
+                guard.open()
         server.should_exit = True
 
     threading.Thread(target=follow_parent, daemon=True, name="parent").start()

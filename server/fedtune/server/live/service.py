@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from types import FrameType
 
@@ -25,9 +26,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.core.enrolment import SignedRoster
-from fedtune.core.errors import FedtuneError, InputError, PeerError
+from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
 from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply
-from fedtune.core.job import Job
+from fedtune.core.job import Job, secure_cohort_problems
 from fedtune.core.messages import HEADER_BYTES, decode, encode
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.base import describe_base, open_model
@@ -35,19 +36,23 @@ from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.live.board import Board, JobStatus
 from fedtune.server.live.devices import Devices, changed
-from fedtune.server.live.flower import Link, NodeState, RunGrid
+from fedtune.server.live.flower import Link, LinkLostError, NodeState, RunGrid
 from fedtune.server.live.home import ServerHome
+from fedtune.server.live.listener import OPEN
 from fedtune.server.live.jobs import Jobs, QueuedJob
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import RunDirectory
+from fedtune.server.run_directory import SUMMARY, RunDirectory
 from fedtune.strategies.envelope import seal, unseal
-from fedtune.strategies.strategy import federation_from_job
+from fedtune.strategies.secure import SecureAggregation
+from fedtune.strategies.selection import cohort_size
+from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
 
 LOOPBACK = "127.0.0.1"
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
 GREETING_SECONDS = 30.0
+MAX_LEAST = 1000  # devices that a round may need
 REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
@@ -57,6 +62,14 @@ _BACKLOG = 1024
 
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
+
+
+@dataclass(frozen=True)
+class _CurrentJob:
+    """What devices are told of the job."""
+
+    id: str
+    secure: bool
 
 
 class Service:
@@ -73,7 +86,7 @@ class Service:
         self._board = Board(home.path / "status.json", home.config.address, display)
         self._devices = Devices.load(home)
         self._devices_seen = -1
-        self._job_id = ""
+        self._job = _CurrentJob("", True)
         self._greeted: dict[int, int] = {}
         self._refused: dict[int, float] = {}
         self._model: tuple[Job, AdaptedModel] | None = None
@@ -131,6 +144,13 @@ class Service:
         except InputError as error:
             self._board.problem(f"job {job.name} failed: {error}")
             self._jobs.fail(job, str(error))
+        except LinkLostError:
+            raise
+        except RunError as error:
+            if not (self._jobs.run_path(job) / SUMMARY).is_file():
+                raise  # a full disk, say: it goes on when that is mended
+            self._board.problem(f"job {job.name} failed: {error}")
+            self._jobs.fail(job, str(error))
         finally:
             self._board.job = None
 
@@ -148,13 +168,14 @@ class Service:
             evaluator = ModelEvaluator(model, job.data)
             self._board.working(state="waiting for devices")
             self._greeted.clear()  # a greeting also says which job is next
-            self._job_id = queued.path.stem
+            self._job = _CurrentJob(queued.path.stem, job.secure_aggregation.enabled)
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 federation = federation_from_job(job, base, model.layout)
-                roster = _Attendance(self, grid, job)
-                run_rounds(
-                    federation, directory, grid, roster, evaluator, self._board, lambda: Facts(peak_rss_mb(), {})
-                )
+                identities = self._devices.roster.roster
+                secure = SecureAggregation(self._job.id, identities) if job.secure_aggregation.enabled else None
+                attendance = _Attendance(self, grid, job, set(identities.keys))
+                strategy = AdapterStrategy(federation, attendance, self._board.client, secure)
+                run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
         self._jobs.finish(queued)
@@ -185,7 +206,9 @@ class Service:
         return {name: node_id for name, node_id in online.items() if self._greeted.get(node_id, -1) >= newest.version}
 
     def _greet(self, grid: Grid, nodes: dict[str, int], roster: SignedRoster) -> None:
-        greeting = seal(encode(Greeting(PROTOCOL_VERSION, version("fedtune"), self._job_id, roster.to_bytes())))
+        greeting = seal(
+            encode(Greeting(PROTOCOL_VERSION, version("fedtune"), self._job.id, self._job.secure, roster.to_bytes()))
+        )
         messages = [Message(greeting, node_id, ACTION, group_id="greeting") for node_id in nodes.values()]
         names = {node_id: name for name, node_id in nodes.items()}
         for reply in grid.send_and_receive(messages, timeout=GREETING_SECONDS):
@@ -203,10 +226,6 @@ class Service:
             if answer.accelerator:
                 hardware += f", {answer.accelerator}"
             self._board.device(name, software=answer.software, hardware=hardware, state="online")
-
-    def enrolled(self) -> int:
-        """How many devices are enrolled."""
-        return len(self._devices.node_keys)
 
     @property
     def wait_seconds(self) -> float:
@@ -228,6 +247,7 @@ class Service:
         self._refused.clear()
         self._link = link
         self._register()
+        self._listener.open()
         self._registered.set()
 
     def _keep(self) -> None:
@@ -279,25 +299,37 @@ class Service:
 
 
 class _Attendance:
-    """Who takes part in a run, asked before every round: at first it waits for everyone, later for enough."""
+    """Who takes part in a run, asked before every round: at first it waits for everyone, later for enough.
 
-    def __init__(self, service: Service, grid: RunGrid, job: Job) -> None:
-        self._service, self._grid = service, grid
-        self._least = job.federation.minimum_clients
+    Args:
+        known: the devices that the others know; one that is enrolled while a job runs takes part in the next.
+    """
+
+    def __init__(self, service: Service, grid: RunGrid, job: Job, known: set[str]) -> None:
+        self._service, self._grid, self._job, self._known = service, grid, job, known
         self._until = time.monotonic() + service.wait_seconds
 
     def __call__(self, grid: Grid) -> dict[str, int]:
         del grid  # it is the one this was made with
         while True:
-            present = self._service.present(self._grid)
-            enrolled = self._service.enrolled()
-            everyone = len(present) == enrolled or time.monotonic() >= self._until
-            if len(present) >= self._least and everyone:
+            present = {name: node for name, node in self._service.present(self._grid).items() if name in self._known}
+            everyone = len(present) == len(self._known) or time.monotonic() >= self._until
+            if everyone and self._enough(len(present)):
                 self._service.missing("training")
                 return present
-            wanted = self._least if time.monotonic() >= self._until else enrolled
-            self._service.missing(f"waiting for devices: {len(present)} of {max(wanted, self._least)} are there")
+            least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
+            wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
+            self._service.missing(f"waiting for devices: {len(present)} of {wanted} are there")
             time.sleep(POLL_SECONDS)
+
+    def _enough(self, present: int) -> bool:
+        """Whether a round with so many devices can come to anything."""
+        settings = self._job.federation
+        if present < settings.minimum_clients:
+            return False
+        if not self._job.secure_aggregation.enabled:
+            return True
+        return not secure_cohort_problems(self._job, cohort_size(settings.clients_per_round, present))
 
 
 class Listener:
@@ -373,6 +405,14 @@ class Listener:
             umask=0o077,
         )
         return key
+
+    def open(self) -> None:
+        """Lets devices in, who were told to come back until now: the SuperLink knows them."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has just died, which is noticed elsewhere
+            self._process.stdin.write(OPEN)
+            self._process.stdin.flush()
 
     def stop(self) -> None:
         """Ends the child process."""

@@ -16,10 +16,10 @@ from fedtune.client.store import ClientStore
 from fedtune.core.errors import DataError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
-from fedtune.model.base import load_base
 from fedtune.model.examples import CleaningReport, Example, prepare
-from fedtune.model.lora import AdaptedModel, adapt
+from fedtune.model.lora import AdaptedModel
 from fedtune.model.population import Population
+from fedtune.server.base import describe_base, open_model
 from fedtune.server.simulation.enrolment import Enrolment
 from fedtune.server.simulation.faults import fault_mod
 
@@ -46,9 +46,7 @@ class Workshop:
         """The adapted base model, loaded once a process."""
         if threads := self.job.simulation.threads:
             torch.set_num_threads(threads)
-        training = self.job.training
-        base = load_base(self.job.model, weights=training.weights, precision=training.precision)
-        return adapt(base, self.job.adapter)
+        return open_model(self.job)
 
     @cached_property
     def population(self) -> Population:
@@ -58,17 +56,7 @@ class Workshop:
     @cached_property
     def base(self) -> Base:
         """What requests say about the base model."""
-        job = self.job
-        targets = job.adapter.target_modules
-        return Base(
-            name=job.model.base,
-            digest=self.model.base.digest,
-            quantization=job.model.quantization,
-            rank=job.adapter.rank,
-            alpha=job.adapter.alpha,
-            target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
-            sequence_length=job.data.sequence_length,
-        )
+        return describe_base(self.job, self.model.base.digest)
 
     @cached_property
     def enrolment(self) -> Enrolment:
