@@ -1,7 +1,7 @@
 """The codec for updates under masks: every step is linear and public, so words may be added before they are decoded.
 
-    client    x = update[selection];  y = H·D·clip_c(w·x)/√d;   u = quantize(y, ±R) in 0..L      -> words, lanes
-    sum       Σu in Z/2^ℓ, Σw and Σmin(‖w·x‖, 4c) in Z/2^32                                        (secure aggregation)
+    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, lanes
+    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
     server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
 
 A usage loop, in the clear, for one segment:
@@ -39,7 +39,7 @@ class RoundContext:
     Args:
         seed: the segment's public seed of this round: `derive_seed(job seed, "codec", round, segment)`.
         selection: which coordinates travel; bool, shape (count,).
-        clip: c > 0, the norm to which each selected and weighted update is clipped.
+        clip: c > 0, the norm to which each selected update is clipped.
         n_max: the most clients that are ever added in this ring.
 
     Raises:
@@ -75,7 +75,7 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class RingMean:
-    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm of w·x."""
+    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm."""
 
     update: NDArray[np.float32]
     total_weight: float
@@ -120,9 +120,7 @@ class MaskableCodec:
         if update.size != context.selection.size:
             raise UpdateError(f"this segment has {context.selection.size} coordinates, the update has {update.size}")
         fixed_weight = weight_word(weight)
-        # The weight goes first: what the quantizer's range must hold is the weighted update. Were the range made for
-        # w = 1, a cohort whose examples are a sixth of the cap would quantize with two or three bits fewer.
-        norm = fixed_weight / LANE_ONE * finite_norm(update[context.selection])
+        norm = finite_norm(update[context.selection])
         factor = np.float32(fixed_weight / LANE_ONE * clip_factor(norm, context.clip))
         rotated = rotate(update[context.selection] * factor, context.seed)
         words = quantize(rotated, self._bound(context), self.bits, private_seed)
