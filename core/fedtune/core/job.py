@@ -153,6 +153,7 @@ class CompressionSettings:
         density: the share of a factor's values that a client sends in a round.
         error_feedback: whether a client keeps what it did not send and adds it to its next update.
         downlink_bits: how fine the adapter's change is sent down.
+        rotation: whether a randomized Hadamard transform spreads the values before they are rounded; "ring" only.
     """
 
     preset: Literal["none", "balanced", "extreme"] = "balanced"
@@ -161,6 +162,7 @@ class CompressionSettings:
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     error_feedback: bool | None = None
     downlink_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    rotation: bool | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -294,6 +296,11 @@ def _contradictions(job: Job) -> list[str]:
             f"federation.minimum_clients is {job.federation.minimum_clients}, "
             f"more than federation.clients_per_round = {wanted}"
         )
+    if job.compression.form == "sparse":
+        if job.compression.rotation is not None:
+            problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
+        if job.compression.bits == 1:
+            problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
     if job.simulation.backend == "local" and job.simulation.workers > 1:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":

@@ -44,6 +44,7 @@ class Compression:
     density: float
     error_feedback: bool
     downlink_bits: int | None
+    rotation: bool = True
 
     @classmethod
     def of(cls, settings: CompressionSettings) -> Compression:
@@ -66,6 +67,7 @@ class Compression:
             settings.density or density,
             settings.error_feedback if settings.error_feedback is not None else True,
             settings.downlink_bits or 2,
+            settings.rotation if settings.rotation is not None else True,
         )
 
 
@@ -81,6 +83,7 @@ class FactorTerms:
         turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
         clip: norm to which a selected update is clipped; ring only.
         n_max: most clients that are ever added; ring only.
+        rotation: as in `Compression`; ring only.
     """
 
     form: Form
@@ -93,6 +96,7 @@ class FactorTerms:
     turn: int
     clip: float
     n_max: int
+    rotation: bool = True
 
     def context(self) -> RoundContext:
         """The ring codec's view of these terms."""
@@ -102,6 +106,7 @@ class FactorTerms:
             selection=select_public(self.count, self.density, places, self.turn),
             clip=self.clip,
             n_max=self.n_max,
+            rotation=self.rotation,
         )
 
 
@@ -130,6 +135,7 @@ def factor_terms(
                 turn,
                 clip,
                 uplink.n_max,
+                uplink.rotation,
             )
         )
     return tuple(terms)

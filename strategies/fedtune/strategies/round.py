@@ -390,6 +390,7 @@ def _uplink(federation: Federation, state: FederationState, factors: Factors, co
         n_max=max(cohort, 1),
         turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
+        rotation=compression.rotation,
     )
 
 

@@ -69,6 +69,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("data.partition=iid", "households are clients already"),
         ("federation.minimum_clients=11", "more than federation.clients_per_round"),
         ("simulation.workers=2", 'needs simulation.backend = "ray"'),
+        ("compression.rotation=false", 'only compression.form = "ring" rotates'),
+        ("compression.bits=1", 'form = "sparse" takes 2 to 8'),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("simulation.dropout=1.5", "simulation.dropout"),
