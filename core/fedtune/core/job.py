@@ -123,7 +123,8 @@ class FederationSettings:
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
         weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
-        weight_cap: examples or tokens above which a client's weight grows no more.
+        weight_cap: examples or tokens above which a client's weight grows no more; a ring's cap is lower where the
+            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.weight_cap).
         evaluate_every: rounds between evaluations on the server; 0 for only before and after.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
         evaluation_clients: how many clients evaluate at most.

@@ -84,6 +84,7 @@ class FactorTerms:
         clip: norm to which a selected update is clipped; ring only.
         n_max: most clients that are ever added; ring only.
         rotation: as in `Compression`; ring only.
+        weight_cap: the weight, in examples or tokens, that counts as one; ring only.
     """
 
     form: Form
@@ -97,6 +98,7 @@ class FactorTerms:
     clip: float
     n_max: int
     rotation: bool = True
+    weight_cap: int = 1
 
     def context(self) -> RoundContext:
         """The ring codec's view of these terms."""
@@ -136,6 +138,7 @@ def factor_terms(
                 clip,
                 uplink.n_max,
                 uplink.rotation,
+                uplink.weight_cap,
             )
         )
     return tuple(terms)

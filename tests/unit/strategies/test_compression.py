@@ -16,7 +16,7 @@ from fedtune.core.messages import Downlink, Uplink
 from fedtune.core.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
 from fedtune.strategies.aggregators import FedAvg
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.reduction import ClearReduction, RingReduction
+from fedtune.strategies.reduction import WEIGHT, ClearReduction, RingReduction
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
 SEED = 3
@@ -25,7 +25,7 @@ SEED = 3
 def terms(form: Form, factor: str = "b", density: float = 0.5, n_max: int = 8, rotation: bool = True) -> FactorTerms:
     segment = LAYOUT.segment(factor)  # type: ignore[arg-type]
     count = segment.stop - segment.start
-    return FactorTerms(form, 4, density, count, SEED, 1, factor, 0, 1.0, n_max, rotation)  # type: ignore[arg-type]
+    return FactorTerms(form, 4, density, count, SEED, 1, factor, 0, 1.0, n_max, rotation, 100)  # type: ignore[arg-type]
 
 
 def random_update(count: int, seed: int = 0) -> Vector:
@@ -64,7 +64,8 @@ def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool
         sent.append(carried)
     aggregate, clips = reduction.finish()
     assert aggregate == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-5)
-    assert clips.keys() == {"b"}
+    assert clips.keys() == {"b", WEIGHT}
+    assert clips[WEIGHT] == pytest.approx(1.25 * 100 * np.mean(weights), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["exact", "sparse", "ring"])
