@@ -124,7 +124,8 @@ class FederationSettings:
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
         weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
-        weight_cap: examples or tokens above which a client's weight grows no more.
+        weight_cap: examples or tokens above which a client's weight grows no more; a ring's cap is lower where the
+            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.weight_cap).
         evaluate_every: rounds between evaluations on the server; 0 for only before and after.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
         evaluation_clients: how many clients evaluate at most.
@@ -154,6 +155,7 @@ class CompressionSettings:
         density: the share of a factor's values that a client sends in a round.
         error_feedback: whether a client keeps what it did not send and adds it to its next update.
         downlink_bits: how fine the adapter's change is sent down.
+        rotation: whether a randomized Hadamard transform spreads the values before they are rounded; "ring" only.
     """
 
     preset: Literal["none", "balanced", "extreme"] = "balanced"
@@ -162,6 +164,7 @@ class CompressionSettings:
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     error_feedback: bool | None = None
     downlink_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    rotation: bool | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -215,6 +218,13 @@ class Job:
     compression: CompressionSettings = CompressionSettings()
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     simulation: SimulationSettings = SimulationSettings()
+
+    @property
+    def compression_form(self) -> Literal["sparse", "ring"]:
+        """compression.form, with "auto" decided."""
+        if self.compression.form != "auto":
+            return self.compression.form
+        return "ring" if self.secure_aggregation.enabled else "sparse"
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
@@ -312,6 +322,11 @@ def _contradictions(job: Job) -> list[str]:
             f"federation.minimum_clients is {job.federation.minimum_clients}, "
             f"more than federation.clients_per_round = {wanted}"
         )
+    if job.compression_form == "sparse":
+        if job.compression.rotation is not None:
+            problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
+        if job.compression.bits == 1:
+            problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
     if job.simulation.backend == "local" and job.simulation.workers > 1:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":

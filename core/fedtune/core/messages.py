@@ -76,6 +76,7 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     n_max: Annotated[int, Meta(ge=1, le=65_535)]
     turns: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
+    rotation: bool
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

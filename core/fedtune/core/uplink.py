@@ -44,6 +44,7 @@ class Compression:
     density: float
     error_feedback: bool
     downlink_bits: int | None
+    rotation: bool = True
 
     @classmethod
     def of(cls, job: Job) -> Compression:
@@ -55,12 +56,10 @@ class Compression:
         settings = job.compression
         if settings.preset == "none":
             return cls("exact", 8, 1.0, False, None)
-        form = settings.form
-        if form == "auto":
-            form = "ring" if job.secure_aggregation.enabled else "sparse"
+        form = job.compression_form
         bits, density = {
             ("balanced", "sparse"): (4, 0.1),
-            ("balanced", "ring"): (3, 0.28),
+            ("balanced", "ring"): (2, 0.4),
             ("extreme", "sparse"): (3, 0.03),
             ("extreme", "ring"): (2, 0.125),
         }[settings.preset, form]
@@ -70,6 +69,7 @@ class Compression:
             settings.density or density,
             settings.error_feedback if settings.error_feedback is not None else True,
             settings.downlink_bits or 2,
+            settings.rotation if settings.rotation is not None else True,
         )
 
 
@@ -85,6 +85,8 @@ class FactorTerms:
         turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
         clip: norm to which a selected update is clipped; ring only.
         n_max: most clients that are ever added; ring only.
+        rotation: as in `Compression`; ring only.
+        weight_cap: the weight, in examples or tokens, that counts as one; ring only.
     """
 
     form: Form
@@ -97,6 +99,8 @@ class FactorTerms:
     turn: int
     clip: float
     n_max: int
+    rotation: bool = True
+    weight_cap: int = 1
 
     def context(self) -> RoundContext:
         """The ring codec's view of these terms."""
@@ -106,6 +110,7 @@ class FactorTerms:
             selection=select_public(self.count, self.density, places, self.turn),
             clip=self.clip,
             n_max=self.n_max,
+            rotation=self.rotation,
         )
 
 
@@ -134,6 +139,8 @@ def factor_terms(
                 turn,
                 clip,
                 uplink.n_max,
+                uplink.rotation,
+                uplink.weight_cap,
             )
         )
     return tuple(terms)

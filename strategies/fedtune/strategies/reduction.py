@@ -14,11 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from fedtune.core.adapter import Vector
-from fedtune.core.codec import ClipRange, RingUpdate
+from fedtune.core.codec import ClipRange, RingUpdate, next_weight_cap
 from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
 from fedtune.strategies.aggregators import Accumulator
 
 Clips = dict[str, float]
+WEIGHT = "weight"  # the place of the weight cap among a ring's clips
 
 
 class Reduction(Protocol):
@@ -32,7 +33,8 @@ class Reduction(Protocol):
         """
 
     def finish(self) -> tuple[Vector, Clips]:
-        """The aggregate over the round's segment, float32, and the clips for the next round of each trained factor."""
+        """The aggregate over the round's segment, float32, and a ring's clips for the next round: of each trained
+        factor, and of weights."""
 
 
 class ClearReduction:
@@ -80,4 +82,6 @@ def finish_ring(totals: Sequence[RingUpdate], survivors: int, terms: Sequence[Fa
     clips: Clips = {
         each.factor: ClipRange(each.clip).adapt(mean.mean_norm).clip for mean, each in zip(means, terms, strict=True)
     }
+    mean_share = means[0].total_weight / survivors  # a client's weight is the same for all its factors
+    clips[WEIGHT] = next_weight_cap(mean_share * terms[0].weight_cap)
     return np.concatenate([mean.update for mean in means]), clips

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
-from fedtune.core.codec import initial_clip
+from fedtune.core.codec import initial_clip, weight_cap
 from fedtune.core.downlink import FIRST, advance
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
@@ -46,7 +46,7 @@ from fedtune.strategies.aggregators import Aggregator
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Exchange
-from fedtune.strategies.reduction import ClearReduction, Clips, Reduction, RingReduction
+from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.secure import SecureAggregation, SecureCollection
 from fedtune.strategies.selection import Selection
 
@@ -107,7 +107,7 @@ class FederationState:
         round: rounds completed.
         adapter: the server's own, the result so far; float32, the layout's size.
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
-        clips: factor -> norm to which updates of it are clipped in a ring.
+        clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
     """
 
     round: int
@@ -377,7 +377,7 @@ def initial_state(federation: Federation) -> FederationState:
         letter: initial_clip(job.training.learning_rate, steps, half.size).clip
         for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
     }
-    return FederationState(0, adapter, adapter, clips)
+    return FederationState(0, adapter, adapter, clips | {WEIGHT: weight_cap.FIRST[job.federation.weight]})
 
 
 def clients_evaluate(job: Job, number: int) -> bool:
@@ -432,7 +432,7 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
 def _uplink(federation: Federation, state: FederationState, factors: Factors, cohort: int) -> Uplink:
     job = federation.job
     compression = Compression.of(job)
-    letters = factor_letters(factors)
+    cap, letters = job.federation.weight_cap, factor_letters(factors)
     earlier = [federation.aggregator.factors(number) for number in range(1, state.round + 1)]
     return Uplink(
         form=compression.form,
@@ -440,8 +440,9 @@ def _uplink(federation: Federation, state: FederationState, factors: Factors, co
         density=compression.density,
         error_feedback=compression.error_feedback,
         weight=job.federation.weight,
-        weight_cap=job.federation.weight_cap,
+        weight_cap=min(cap, round(state.clips[WEIGHT])) if compression.form == "ring" else cap,
         n_max=max(cohort, 1),
         turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
+        rotation=compression.rotation,
     )

@@ -18,8 +18,10 @@ BITS = st.integers(1, 8)
 COUNTS = st.sampled_from([0, 1, 2, 3, 31, 33, 64, 100, 257, 1000, 1025, 2100])
 
 
-def context_of(count: int, density: float = 1.0, clip: float = 1.0, n_max: int = 20) -> RoundContext:
-    return RoundContext(5, select_public(count, density, seed=5, turn=count), clip, n_max)
+def context_of(
+    count: int, density: float = 1.0, clip: float = 1.0, n_max: int = 20, rotation: bool = True
+) -> RoundContext:
+    return RoundContext(5, select_public(count, density, seed=5, turn=count), clip, n_max, rotation)
 
 
 def vector_of(count: int, seed: int, scale: float = 0.05) -> np.ndarray:
@@ -77,7 +79,9 @@ def reference_encode(
     norm = sqrt(fsum(value * value for value in values))
     clip_factor = 1.0 if norm <= context.clip else context.clip / norm
     factor = f32(max(1, round(weight * 65536)) / 65536 * clip_factor)
-    rotated = reference_rotate([f32(value * factor) for value in values], context.seed)
+    rotated = [f32(value * factor) for value in values]
+    if context.rotation:
+        rotated = reference_rotate(rotated, context.seed)
     levels = 2**bits - 1
     bound = max(1.0, sqrt(log(context.n_max * levels**2)) - 0.5) * context.clip / sqrt(max(len(rotated), 1))
     scale, middle = f32(levels * 65536 / (2 * bound)), f32(levels * 65536 / 2)
@@ -91,30 +95,38 @@ def reference_encode(
 
 
 @settings(deadline=None, max_examples=60)
-@given(COUNTS, BITS, st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([0.01, 1.0, 1e6]), st.integers(0, 1 << 30))
+@given(
+    COUNTS,
+    BITS,
+    st.sampled_from([0.1, 0.5, 1.0]),
+    st.sampled_from([0.01, 1.0, 1e6]),
+    st.booleans(),
+    st.integers(0, 1 << 30),
+)
 def test_words_agree_bit_for_bit_with_the_slow_reference(
-    count: int, bits: int, density: float, clip: float, seed: int
+    count: int, bits: int, density: float, clip: float, rotation: bool, seed: int
 ) -> None:
-    context = context_of(count, density, clip)
+    context = context_of(count, density, clip, rotation=rotation)
     update = vector_of(count, seed)
     private_seed = seed
     words = MaskableCodec(bits).encode(update, 0.7, private_seed, context).words
     assert words.tolist() == reference_encode(update.tolist(), 0.7, private_seed, context, bits)
 
 
-def test_words_agree_with_the_reference_where_a_vector_spans_many_pieces() -> None:
-    context = context_of(70_000)
+@pytest.mark.parametrize("rotation", [True, False])
+def test_words_agree_with_the_reference_where_a_vector_spans_many_pieces(rotation: bool) -> None:
+    context = context_of(70_000, rotation=rotation)
     update = vector_of(70_000, 1)
     words = MaskableCodec(4).encode(update, 1.0, 11, context).words
     assert words.tolist() == reference_encode(update.tolist(), 1.0, 11, context, 4)
 
 
 @settings(deadline=None)
-@given(COUNTS, BITS, st.lists(st.floats(0.01, 1.0), min_size=1, max_size=20), st.integers(0, 1 << 30))
+@given(COUNTS, BITS, st.lists(st.floats(0.01, 1.0), min_size=1, max_size=20), st.booleans(), st.integers(0, 1 << 30))
 def test_the_sum_in_the_ring_is_the_plain_sum_and_decodes_to_the_sum_of_what_each_client_sent(
-    count: int, bits: int, weights: list[float], seed: int
+    count: int, bits: int, weights: list[float], rotation: bool, seed: int
 ) -> None:
-    codec, context = MaskableCodec(bits), context_of(count, 0.5)
+    codec, context = MaskableCodec(bits), context_of(count, 0.5, rotation=rotation)
     contributions = [
         codec.encode(vector_of(count, seed + client), weight, client, context) for client, weight in enumerate(weights)
     ]
@@ -145,6 +157,17 @@ def test_the_mean_is_close_to_the_true_weighted_mean() -> None:
     truth = np.average(updates, axis=0, weights=weights)
     assert np.linalg.norm(mean.update - truth) < 0.05 * np.linalg.norm(truth)
     assert mean.mean_norm == pytest.approx(np.mean([np.linalg.norm(update) for update in updates]), rel=1e-3)
+
+
+def test_without_rotation_nothing_is_padded_and_one_large_value_is_cut_at_the_range() -> None:
+    codec, update = MaskableCodec(4), np.zeros(1000, dtype=np.float32)
+    update[500] = 1.0
+    plain, rotated = (context_of(1000, rotation=rotation) for rotation in (False, True))
+    assert codec.word_count(plain) == 1000 < codec.word_count(rotated)
+    sent = [codec.transmitted(codec.encode(update, 1.0, 11, context), context) for context in (plain, rotated)]
+    bound = (sqrt(log(20 * 15**2)) - 0.5) / sqrt(1000)
+    assert np.abs(sent[0]).max() == pytest.approx(bound)
+    assert sent[1][500] == pytest.approx(1.0, abs=0.2)
 
 
 def test_an_update_beyond_the_clip_is_shortened_to_it_and_its_norm_counts_as_at_most_four_clips() -> None:

@@ -4,6 +4,8 @@
     sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
     server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
 
+A context may leave the rotation out; H·D/√d is the identity then, and nothing is padded.
+
 A usage loop, in the clear, for one segment:
 
     context = RoundContext(seed, select_public(count, density, job_seed, turn), clip.clip, n_max=len(cohort))
@@ -41,6 +43,8 @@ class RoundContext:
         selection: which coordinates travel; bool, shape (count,).
         clip: c > 0, the norm to which each selected update is clipped.
         n_max: the most clients that are ever added in this ring.
+        rotation: whether values are rotated before they are rounded. Without, the few that are large are clipped at
+            ±R, and only a residual brings the rest across.
 
     Raises:
         PeerError: the clip is no norm that an update could have; a device has it from the server.
@@ -50,6 +54,7 @@ class RoundContext:
     selection: NDArray[np.bool_]
     clip: float
     n_max: int
+    rotation: bool = True
 
     def __post_init__(self) -> None:
         if not MIN_CLIP <= self.clip <= MAX_NORM:
@@ -97,8 +102,8 @@ class MaskableCodec:
         return Ring(self.bits, context.n_max)
 
     def word_count(self, context: RoundContext) -> int:
-        """How many words a contribution has: the selected coordinates and the rotation's padding."""
-        return rotated_size(context.selected)
+        """How many words a contribution has: the selected coordinates and the rotation's padding, if there is one."""
+        return rotated_size(context.selected) if context.rotation else context.selected
 
     def encode(
         self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
@@ -122,8 +127,10 @@ class MaskableCodec:
         fixed_weight = weight_word(weight)
         norm = finite_norm(update[context.selection])
         factor = np.float32(fixed_weight / LANE_ONE * clip_factor(norm, context.clip))
-        rotated = rotate(update[context.selection] * factor, context.seed)
-        words = quantize(rotated, self._bound(context), self.bits, private_seed)
+        values = update[context.selection] * factor
+        if context.rotation:
+            values = rotate(values, context.seed)
+        words = quantize(values, self._bound(context), self.bits, private_seed)
         return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 
     def zero(self, context: RoundContext) -> RingUpdate:
@@ -153,8 +160,10 @@ class MaskableCodec:
         if not weight:
             raise PeerError(f"the weights of {survivors} clients sum to nothing")
         mean = np.zeros(context.selection.size, dtype=np.float32)
-        rotated = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
-        mean[context.selection] = unrotate(rotated, context.selected, context.seed) / np.float32(weight)
+        values = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
+        if context.rotation:
+            values = unrotate(values, context.selected, context.seed)
+        mean[context.selection] = values / np.float32(weight)
         return RingMean(mean, weight, NORM_BOUND * context.clip * norms / survivors)
 
     def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:
