@@ -160,7 +160,7 @@ def test_presets_fill_in_what_the_job_leaves_open() -> None:
     assert Compression.of(load_job(None).compression).form == "sparse"
     assert Compression.of(load_job(None, ["compression.preset=none"]).compression).form == "exact"
     ring = Compression.of(load_job(None, ["compression.form=ring", "compression.bits=6"]).compression)
-    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.25)
+    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.4)
     assert Compression.of(load_job(None, ["compression.error_feedback=false"]).compression).error_feedback is False
 
 
