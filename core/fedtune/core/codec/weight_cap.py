@@ -8,7 +8,8 @@ feedback, which takes a client's own rounding errors in, does not settle at all.
 starts low, where all weigh the same, and rises by a quarter a round for as long as all reach it. Clients of similar
 size then weigh what they have; one that has many times more than the rest counts as little more than the rest.
 
-What is revealed is the sum that the mean update is divided by anyway.
+All it takes is the sum that the mean update is divided by anyway. Under caps that differ from round to round, these
+sums say a little more about a cohort, namely how unequal it is.
 """
 
 from __future__ import annotations
