@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedtune.client.store import ClientStore
 from fedtune.client.training import LocalResult, LocalTask, train_locally
 from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.alignment import align_update
 from fedtune.core.codec import Residual
 from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
@@ -79,9 +80,14 @@ class Device:
                 batch_tokens=work.batch_tokens,
                 weight_decay=work.weight_decay,
                 max_gradient_norm=work.max_gradient_norm,
+                proximal=work.proximal,
                 gradient_checkpointing=work.gradient_checkpointing,
             )
+            if work.align and work.factors != "ab":
+                raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
             result = train_locally(model, split.training, received, task)
+            if work.align:
+                result = replace(result, update=align_update(model.layout, received, result.update))
             payloads = self._encode(client, model.layout, request, result)
         return TrainReply(
             round=request.round,

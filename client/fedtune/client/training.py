@@ -44,6 +44,7 @@ class LocalTask:
         micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
         weight_decay: of AdamW.
         max_gradient_norm: longer gradients are scaled down to it.
+        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
         gradient_checkpointing: compute activations twice rather than keep them.
     """
 
@@ -56,6 +57,7 @@ class LocalTask:
     micro_batch_tokens: int | None = None
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
+    proximal: float = 0.0
     gradient_checkpointing: bool = False
 
 
@@ -101,6 +103,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     model.train_factors(task.factors)
     trained = nn.Parameter(model.parameters[segment])
     trained.grad = model.gradient[segment]
+    anchor = trained.detach().clone() if task.proximal else None
     optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
     done: list[_Step] = []
@@ -110,6 +113,8 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
             trained.grad.zero_()
             done.append(_accumulate(model, step, task, scaler))
             scaler.unscale_(optimizer)
+            if anchor is not None:
+                trained.grad.add_(trained.detach() - anchor, alpha=task.proximal)
             norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
             if not math.isfinite(done[-1].loss):
                 raise UpdateError(f"the loss is {done[-1].loss} at local step {len(done)}")

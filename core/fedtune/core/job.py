@@ -95,6 +95,7 @@ class TrainingSettings:
         batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
         learning_rate: of AdamW, made afresh every round, in round 1.
         schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
+        proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
         precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
         weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
         seed: every random stream of the job follows from it.
@@ -107,6 +108,7 @@ class TrainingSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_gradient_norm: _PositiveFloat = 1.0
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     weights: Literal["auto", "packed", "dequantized"] = "auto"
     gradient_checkpointing: bool = False
@@ -122,6 +124,11 @@ class FederationSettings:
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
+        server_optimizer: what the server makes of the aggregate (fedtune.strategies.server_optimizers).
+        server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
+        robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
+        robust_share: of the clients, how many may be hostile: cut off at either end, or left out.
+        clip_norm: in the clear, the length to which longer updates are scaled down.
         weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
         weight_cap: examples or tokens above which a client's weight grows no more.
         evaluate_every: rounds between evaluations on the server; 0 for only before and after.
@@ -133,7 +140,12 @@ class FederationSettings:
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
-    aggregation: Literal["fedavg", "alternating"] = "fedavg"
+    aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
+    server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
+    server_learning_rate: _PositiveFloat | None = None
+    robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
+    robust_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    clip_norm: _PositiveFloat | None = None
     weight: Literal["examples", "tokens", "uniform"] = "examples"
     weight_cap: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     evaluate_every: _Count = 1
@@ -236,6 +248,42 @@ def dump_job(job: Job) -> str:
     return tomli_w.dumps(sections)
 
 
+def hides_updates(job: Job) -> bool:
+    """Whether the server sees only sums: nothing that looks at single updates can work then."""
+    return job.compression.preset != "none" and job.compression.form == "ring"
+
+
+def aggregation_problems(job: Job) -> list[str]:
+    """What in [federation] contradicts itself, or needs to see what the server is not shown."""
+    federation = job.federation
+    method = f'federation.aggregation is "{federation.aggregation}"'
+    averages_products = federation.aggregation in ("flexlora", "flora")
+    problems = []
+    if hides_updates(job):
+        hidden = "but updates travel as words that only their sum can be decoded from"
+        if averages_products:
+            problems.append(f"{method}, which multiplies each client's factors, {hidden}")
+        if federation.robust != "none":
+            problems.append(f'federation.robust is "{federation.robust}", which compares single updates, {hidden}')
+        if federation.clip_norm is not None:
+            problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
+    elif averages_products and job.compression.preset != "none":
+        problems.append(
+            f'{method}, which changes the basis of both factors every round; expected compression.preset = "none", '
+            "since residuals and coarse changes belong to one basis"
+        )
+    if averages_products and federation.server_optimizer != "none":
+        problems.append(
+            f'{method}, which changes the basis every round; expected federation.server_optimizer = "none", '
+            "whose state belongs to one basis"
+        )
+    if averages_products and federation.robust != "none":
+        problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.server_learning_rate is not None and federation.server_optimizer == "none":
+        problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
+    return problems
+
+
 def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
     """The job, with the default in place of every key that is wrong, and a sentence about each of those."""
     # Through JSON, where strict types still let a table stand for a nested dataclass. TOML's dates have no place there.
@@ -298,7 +346,7 @@ def _contradictions(job: Job) -> list[str]:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems
+    return problems + aggregation_problems(job)
 
 
 def _apply(table: dict[str, Any], override: str) -> str | None:

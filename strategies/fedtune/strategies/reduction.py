@@ -16,7 +16,7 @@ import numpy as np
 from fedtune.core.adapter import Vector
 from fedtune.core.codec import ClipRange
 from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
-from fedtune.strategies.aggregators import Accumulator
+from fedtune.strategies.aggregators import NOTHING, Accumulator, State
 
 Clips = dict[str, float]
 
@@ -34,6 +34,10 @@ class Reduction(Protocol):
     def finish(self) -> tuple[Vector, Clips]:
         """The aggregate over the round's segment, float32, and the clips for the next round of each trained factor."""
 
+    @property
+    def state(self) -> State:
+        """What the aggregator leaves to the next round; read after `finish`."""
+
 
 class ClearReduction:
     """Decodes every update and hands it to an accumulator."""
@@ -49,9 +53,15 @@ class ClearReduction:
     def finish(self) -> tuple[Vector, Clips]:
         return self._accumulator.finish(), {}
 
+    @property
+    def state(self) -> State:
+        return self._accumulator.state
+
 
 class RingReduction:
     """Adds words in a ring; no single update is decoded. The weights travel inside."""
+
+    state: State = NOTHING
 
     def __init__(self, terms: Sequence[FactorTerms]) -> None:
         self._terms = terms

@@ -39,10 +39,11 @@ from fedtune.core.messages import (
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
 from fedtune.core.seeds import generator
 from fedtune.core.uplink import Compression, FactorTerms, factor_terms, uplink_weight
-from fedtune.strategies.aggregators import Aggregator
+from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.reduction import ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.selection import Selection
+from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
 
 LATE = "no answer before the deadline"
 
@@ -59,6 +60,7 @@ class Federation:
         layout: the adapter's.
         aggregator: what a round trains, and how updates become one.
         selection: who is asked.
+        optimizer: what the server makes of the aggregate.
     """
 
     job: Job
@@ -66,6 +68,7 @@ class Federation:
     layout: AdapterLayout
     aggregator: Aggregator
     selection: Selection
+    optimizer: ServerOptimizer = field(default_factory=Plain)
 
 
 class Requests:
@@ -101,12 +104,14 @@ class FederationState:
         adapter: the server's own, the result so far; float32, the layout's size.
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
         clips: factor -> norm to which updates of it are clipped in a ring.
+        server: what aggregator and server optimizer keep, by name; float32 vectors.
     """
 
     round: int
     adapter: Vector
     held: Vector
     clips: Clips
+    server: State = field(default_factory=lambda: NOTHING)
 
 
 @dataclass
@@ -155,7 +160,7 @@ class TrainingRound:
                 job_seed=job.training.seed,
                 round=number,
                 base=federation.base,
-                work=_local_work(job, factors, learning_rate),
+                work=_local_work(job, factors, learning_rate, align=isinstance(federation.aggregator, FedRot)),
                 uplink=uplink,
                 adapter=adapter,
             )
@@ -164,7 +169,9 @@ class TrainingRound:
         if uplink.form == "ring":
             reduction = RingReduction(terms)
         else:
-            reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
+            reduction = ClearReduction(
+                federation.aggregator.accumulator(layout, factors, state.adapter, state.server), terms
+            )
         requests = Requests(broadcast, state.held, request)
         return cls(federation, state, cohort, factors, learning_rate, uplink, terms, requests, reduction, observe)
 
@@ -231,10 +238,16 @@ class TrainingRound:
         layout = self.federation.layout
         aggregate, clips = self.reduction.finish()
         adapter = self.state.adapter.copy()
-        adapter[layout.segment(self.factors)] += aggregate
+        server: State = {**self.state.server, **self.reduction.state}
+        start = layout.segment(self.factors).start
+        for letter in factor_letters(self.factors):
+            segment = layout.segment(letter)
+            part = aggregate[segment.start - start : segment.stop - start]
+            step, server = self.federation.optimizer.step(letter, part, server)
+            adapter[segment] += step
         bits = Compression.of(self.federation.job.compression).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | clips)
+        return FederationState(self.number, adapter, held, self.state.clips | clips, server)
 
     def _blank(self, name: str, bytes_up: int) -> ClientRecord:
         return ClientRecord(
@@ -359,7 +372,7 @@ def scheduled_learning_rate(job: Job, number: int) -> float:
     return job.training.learning_rate * factor
 
 
-def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
+def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -> LocalWork:
     training = job.training
     epochs = training.local_epochs
     return LocalWork(
@@ -372,6 +385,8 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
         max_gradient_norm=training.max_gradient_norm,
         gradient_checkpointing=training.gradient_checkpointing,
         holdout=job.data.holdout,
+        proximal=training.proximal,
+        align=align,
     )
 
 

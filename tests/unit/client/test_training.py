@@ -207,3 +207,18 @@ def test_what_is_not_finite_is_refused_with_a_reason(make_model: MakeModel, monk
     monkeypatch.undo()
     result: LocalResult = train_locally(model, examples, received, TASK)
     assert np.isfinite(result.update).all()
+
+
+def test_a_proximal_term_pulls_towards_what_was_received(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    task = dataclasses.replace(TASK, local_steps=10)
+    free = train_locally(model, examples, received, task).update
+    first = dataclasses.replace(task, local_steps=1)
+    held = train_locally(model, examples, received, dataclasses.replace(task, proximal=100.0)).update
+    assert np.linalg.norm(held) < 0.5 * np.linalg.norm(free)
+    # Nothing has moved yet in the first step, so there is nothing to pull back.
+    assert np.array_equal(
+        train_locally(model, examples, received, first).update,
+        train_locally(model, examples, received, dataclasses.replace(first, proximal=100.0)).update,
+    )
