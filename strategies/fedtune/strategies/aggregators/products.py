@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
 from fedtune.core.errors import UpdateError
+from fedtune.core.rebalance import FRESH_ROW
 from fedtune.strategies.aggregators.base import NOTHING, Accumulator, State
 from fedtune.strategies.exact_sum import MAX_VALUE
 
 RESIDUAL = "flora.residual"
-FRESH_ROW = 3.0**-0.5  # the norm of a row of A as a job starts it: U(±1/sqrt(d)), d of them
 _NEGLIGIBLE = 1e-9  # of the largest singular value
 
 Matrix = npt.NDArray[np.float64]
