@@ -85,13 +85,14 @@ class Adaptive:
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
         """η·m / (√v + τ)."""
         first, second = f"{MOMENTUM}.{factor}", f"{SECOND_MOMENT}.{factor}"
-        before = state.get(second, np.full_like(aggregate, self.floor**2))
+        before: Vector = state.get(second, np.full_like(aggregate, self.floor**2))
         square, fresh = np.square(aggregate), np.float32(1.0 - self.beta_second)
+        moment: Vector
         match self.second:
             case "adam":
-                moment = np.float32(self.beta_second) * before + fresh * square
+                moment = (np.float32(self.beta_second) * before + fresh * square).astype(np.float32)
             case "yogi":
-                moment = before - fresh * square * np.sign(before - square)
+                moment = (before - fresh * square * np.sign(before - square)).astype(np.float32)
             case "adagrad":
                 moment = before + square
         beta = np.float32(self.beta)

@@ -91,7 +91,7 @@ def deviation(name: str) -> float:
             got = got + residual[place : place + got.size].reshape(got.shape)
             place += got.size
         square += float(np.square(wanted[module] - got).sum())
-    return square**0.5
+    return float(square**0.5)
 
 
 @pytest.mark.parametrize("name", ["alternating", "ffa", "flora"])
@@ -109,7 +109,7 @@ def test_linear_aggregators_are_the_weighted_mean_of_what_is_trained(name: str) 
     aggregator = aggregator_named(name)
     segment = LAYOUT.segment(aggregator.factors(1))
     adapter, updates, weights = cohort(aggregator.factors(1))
-    wanted = sum(w * u.astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)  # type: ignore[operator]
+    wanted = sum(w * u.astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
     before, after, state = aggregate(aggregator)
     np.testing.assert_allclose(after[segment] - before[segment], wanted, atol=1e-6)
     assert state == {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.adapter import Factor
-from fedtune.strategies.server_optimizers import Adaptive, Momentum, Plain, server_optimizer_named
+from fedtune.strategies.server_optimizers import Adaptive, Momentum, Plain, State, server_optimizer_named
 
 ROUNDS = 6
 
@@ -41,10 +41,10 @@ def reference(name: str, rate: float, values: list[float]) -> list[float]:
 @pytest.mark.parametrize(("name", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01), ("adagrad", 0.01)])
 def test_each_follows_its_equations(name: str, rate: float) -> None:
     optimizer = server_optimizer_named(name)
-    state = {}
+    state: State = {}
     steps = []
     for delta in deltas():
-        step, state = optimizer.step("b", delta, state)  # type: ignore[assignment]
+        step, state = optimizer.step("b", delta, state)
         steps.append(step)
     for place in range(5):
         wanted = reference(name, rate, [float(delta[place]) for delta in deltas()])

@@ -42,7 +42,8 @@ class CoordinateMedian:
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
         """Coordinate by coordinate."""
         del weights, selecting
-        return np.median(updates, axis=0).astype(np.float32)
+        median: Vector = np.median(updates, axis=0).astype(np.float32)
+        return median
 
 
 @dataclass(frozen=True)
