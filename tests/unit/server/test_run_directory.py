@@ -15,7 +15,7 @@ from fedtune.strategies.round import FederationState
 
 def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     adapter = np.arange(6, dtype=np.float32)
-    server: dict[str, Vector] = {"optimizer.m.b": adapter / 7, "flora.residual": adapter * 3}
+    server: dict[str, Vector] = {"optimizer.m.b": (adapter / 7).astype(np.float32), "flora.residual": adapter * 3}
     directory = RunDirectory.create(tmp_path / "run", load_job(None), "0" * 64)
     state = FederationState(1, adapter, adapter + 1, {"a": 1.0}, server)
     directory.acknowledge(Checkpoint(state, "0" * 64, 1.0, None), None)

@@ -42,8 +42,7 @@ class CoordinateMedian:
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
         """Coordinate by coordinate."""
         del weights, selecting
-        median: Vector = np.median(updates, axis=0).astype(np.float32)
-        return median
+        return np.asarray(np.median(updates, axis=0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
