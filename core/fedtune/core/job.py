@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from fedtune.core.errors import JobError
 
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
+BUNDLED = "bundled"  # the fleet that comes with fedtune
 DEFAULT_LOCAL_STEPS = 20
 MAX_JOB_BYTES = 1 << 20
 
@@ -121,6 +122,7 @@ class FederationSettings:
 
     Args:
         clients_per_round: a count, or a share of the population between 0 and 1.
+        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time.
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
@@ -138,6 +140,7 @@ class FederationSettings:
 
     rounds: _Positive = 20
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
+    selection: Literal["uniform", "deadline"] = "uniform"
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
     aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
@@ -184,6 +187,7 @@ class SimulationSettings:
         workers: Ray actors, each with one base model; the local backend has one.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
+        fleet: a file of kinds of device (fedtune.core.fleet), "bundled", or "" for devices that are all alike.
         dropout: probability that a client of the cohort vanishes in a round.
         failing: probability that a client of the cohort raises an exception in a round.
         slow: probability that a client of the cohort sleeps `slow_seconds` before it answers.
@@ -192,6 +196,7 @@ class SimulationSettings:
     backend: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(ge=1, le=4096)] = 1
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
+    fleet: str = ""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     failing: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -342,6 +347,8 @@ def _contradictions(job: Job) -> list[str]:
             f"federation.minimum_clients is {job.federation.minimum_clients}, "
             f"more than federation.clients_per_round = {wanted}"
         )
+    if job.federation.selection != "uniform" and not job.simulation.fleet:
+        problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
     if job.simulation.backend == "local" and job.simulation.workers > 1:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":
@@ -374,4 +381,6 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
     if job.model.base == DEMO:
         model = job.model
     data = dataclasses.replace(job.data, train=resolve(job.data.train), evaluation=resolve(job.data.evaluation))
-    return dataclasses.replace(job, model=model, data=data)
+    fleet = job.simulation.fleet
+    simulation = job.simulation if fleet == BUNDLED else dataclasses.replace(job.simulation, fleet=resolve(fleet))
+    return dataclasses.replace(job, model=model, data=data, simulation=simulation)

@@ -44,6 +44,9 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The run directory; by default runs/JOB-NUMBER.")
     ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option("--fleet", metavar="FILE", help="Kinds of device, modelled on a virtual clock.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -63,7 +66,8 @@ def simulate(
     from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
-    resolved = load_job(job or JOB, overrides or [])
+    kinds = [f"simulation.fleet={json.dumps(str(fleet.absolute()))}"] if fleet else []
+    resolved = load_job(job or JOB, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:
         summary = run(resolved, directory, display, force=force)

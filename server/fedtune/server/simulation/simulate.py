@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.core.job import Job
+from fedtune.core.fleet import load_fleet
+from fedtune.core.job import BUNDLED, Job
+from fedtune.demo import FLEET
 from fedtune.model.examples import CleaningReport
-from fedtune.server.display import Display
+from fedtune.model.shape import shape_of
+from fedtune.server.display import Display, format_seconds
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, RunDirectory
+from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet, read_virtual
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
 from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.strategy import federation_from_job
 
 FIRST_NODE_ID = 1000
+VIRTUAL = "virtual.jsonl"  # one object a round, where a fleet is simulated
 
 
 def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -71,6 +76,13 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     executor = _executor(workshop, clients)
     evaluator = ModelEvaluator(workshop.model, job.data)
     federation = federation_from_job(job, workshop.base, workshop.model.layout)
+    grid = InProcessGrid(executor, list(clients))
+    if job.simulation.fleet:
+        devices = SimulatedFleet(job, load_fleet(_fleet_path(job)), list(nodes), shape_of(job.model))
+        for refusal in devices.refusals.values():
+            display.note(f"sits out: {refusal}")
+        federation = replace(federation, selection=devices.selection(federation.selection))
+        grid = FleetGrid(executor, list(clients), clients, devices, directory.path / VIRTUAL)
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
@@ -82,10 +94,17 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
         )
 
     try:
-        server_app(InProcessGrid(executor, list(clients)), Context(RUN_ID, 0, {}, RecordDict(), {}))
+        server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), {}))
     finally:
         executor.close()
+    if job.simulation.fleet:
+        seconds = [line["seconds"] for line in read_virtual(directory.path / VIRTUAL)]
+        display.note(f"virtual  {format_seconds(sum(seconds))} in {len(seconds)} rounds of the fleet")
     return summary
+
+
+def _fleet_path(job: Job) -> Path:
+    return FLEET if job.simulation.fleet == BUNDLED else Path(job.simulation.fleet)
 
 
 def _facts(executor: Executor) -> Facts:
