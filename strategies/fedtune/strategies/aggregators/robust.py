@@ -42,7 +42,8 @@ class CoordinateMedian:
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
         """Coordinate by coordinate."""
         del weights, selecting
-        return np.asarray(np.median(updates, axis=0), dtype=np.float32)
+        median: Vector = np.median(updates, axis=0).astype(np.float32)
+        return median
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class TrimmedMean:
         count = len(updates)
         cut = min(int(self.share * count), (count - 1) // 2)
         kept = np.sort(updates, axis=0)[cut : count - cut]
-        return kept.mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean: Vector = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return mean
 
 
 @dataclass(frozen=True)
