@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtune.client.plan.enforcement import train_within_memory
 from fedtune.client.store import ClientStore
-from fedtune.client.training import LocalResult, LocalTask, train_locally
+from fedtune.client.training import LocalResult, LocalTask
 from fedtune.core.adapter import AdapterLayout, Vector
 from fedtune.core.alignment import align_update
 from fedtune.core.codec import Residual
@@ -85,7 +86,7 @@ class Device:
             )
             if work.align and work.factors != "ab":
                 raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
-            result = train_locally(model, split.training, received, task)
+            result = train_within_memory(model, split.training, received, task)
             if work.align:
                 result = replace(result, update=align_update(model.layout, received, result.update))
             payloads = self._encode(client, model.layout, request, result)
