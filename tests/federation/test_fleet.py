@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fedtune.core.errors import JobError
 from fedtune.core.job import load_job
 from fedtune.demo import JOB
 from fedtune.server.display import Silent
@@ -65,3 +68,12 @@ def test_only_what_is_in_time_counts_and_a_run_repeats(tmp_path: Path) -> None:
     assert any(part["seconds"] is None for part in parts)
     dropped = [client["dropped"] for real in rounds for client in real["clients"] if client["dropped"]]
     assert any("vanished" in reason for reason in dropped)
+
+
+def test_a_mistake_in_the_fleet_file_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(FLEET.replace("count = 5", "count = 0"))
+    job = load_job(JOB, [*SMALL, f"simulation.fleet={path}"])
+    with pytest.raises(JobError, match=r"kind 1 \(quick\): count: expected greater than or equal to 1, got 0"):
+        simulate(job, tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()

@@ -59,6 +59,8 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
 
 def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    if job.simulation.fleet:
+        load_fleet(_fleet_path(job))  # a mistake in it is told before anything is written
     workshop = Workshop(job, path / CLIENTS)
     clients = len(workshop.population.names)
     model = workshop.model
