@@ -27,6 +27,7 @@ ALLOWED = {
     ),
     "fedtune.server": ("fedtune.core", "fedtune.demo", "fedtune.model", "fedtune.strategies", "fedtune.server"),
     "fedtune.server.simulation": ("fedtune",),
+    "fedtune.server.cli": ("fedtune",),  # the one command stands in front of both sides
 }
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "flwr", "ray"),

@@ -16,7 +16,7 @@ import numpy as np
 from fedtune.core.adapter import Vector
 from fedtune.core.codec import ClipRange, RingUpdate, next_weight_cap
 from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
-from fedtune.strategies.aggregators import Accumulator
+from fedtune.strategies.aggregators import NOTHING, Accumulator, State
 
 Clips = dict[str, float]
 WEIGHT = "weight"  # the place of the weight cap among a ring's clips
@@ -36,6 +36,10 @@ class Reduction(Protocol):
         """The aggregate over the round's segment, float32, and a ring's clips for the next round: of each trained
         factor, and of weights."""
 
+    @property
+    def state(self) -> State:
+        """What the aggregator leaves to the next round; read after `finish`."""
+
 
 class ClearReduction:
     """Decodes every update and hands it to an accumulator."""
@@ -51,9 +55,15 @@ class ClearReduction:
     def finish(self) -> tuple[Vector, Clips]:
         return self._accumulator.finish(), {}
 
+    @property
+    def state(self) -> State:
+        return self._accumulator.state
+
 
 class RingReduction:
     """Adds words in a ring; no single update is decoded. The weights travel inside."""
+
+    state: State = NOTHING
 
     def __init__(self, terms: Sequence[FactorTerms]) -> None:
         self._terms = terms

@@ -42,13 +42,14 @@ from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, Rou
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.seeds import generator
 from fedtune.core.uplink import Compression, FactorTerms, factor_terms
-from fedtune.strategies.aggregators import Aggregator
+from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.secure import SecureAggregation, SecureCollection
 from fedtune.strategies.selection import Selection
+from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
 
 LATE = "no answer before the deadline"
 ABORTED = "the round was aborted"
@@ -66,6 +67,7 @@ class Federation:
         layout: the adapter's.
         aggregator: what a round trains, and how updates become one.
         selection: who is asked.
+        optimizer: what the server makes of the aggregate.
     """
 
     job: Job
@@ -73,6 +75,7 @@ class Federation:
     layout: AdapterLayout
     aggregator: Aggregator
     selection: Selection
+    optimizer: ServerOptimizer = field(default_factory=Plain)
 
 
 class Requests:
@@ -108,12 +111,14 @@ class FederationState:
         adapter: the server's own, the result so far; float32, the layout's size.
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
         clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
+        server: what aggregator and server optimizer keep, by name; float32 vectors.
     """
 
     round: int
     adapter: Vector
     held: Vector
     clips: Clips
+    server: State = field(default_factory=lambda: NOTHING)
 
 
 class TrainingRound:
@@ -170,6 +175,7 @@ class TrainingRound:
         """
         job, layout, number = federation.job, federation.layout, state.round + 1
         factors = federation.aggregator.factors(number)
+        learning_rate = scheduled_learning_rate(job, number)
         cohort = tuple(federation.selection.cohort(number, population))
         uplink = _uplink(federation, state, factors, len(cohort))
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
@@ -180,7 +186,7 @@ class TrainingRound:
                 job_seed=job.training.seed,
                 round=number,
                 base=federation.base,
-                work=_local_work(job, factors, scheduled_learning_rate(job, number)),
+                work=_local_work(job, factors, learning_rate, align=isinstance(federation.aggregator, FedRot)),
                 uplink=uplink,
                 adapter=adapter,
             )
@@ -196,7 +202,8 @@ class TrainingRound:
             if uplink.form == "ring":
                 reduction = RingReduction(terms)
             else:
-                reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
+                accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server)
+                reduction = ClearReduction(accumulator, terms)
             collection = ClearCollection(number, uplink, terms, reduction, payloads)
         return cls(federation, state, factors, terms, requests, cohort, collection, observe)
 
@@ -280,10 +287,16 @@ class TrainingRound:
     def _after(self, collected: Collected) -> FederationState:
         layout = self.federation.layout
         adapter = self.state.adapter.copy()
-        adapter[layout.segment(self.factors)] += collected.aggregate
+        server: State = {**self.state.server, **collected.state}
+        start = layout.segment(self.factors).start
+        for letter in factor_letters(self.factors):
+            segment = layout.segment(letter)
+            part = collected.aggregate[segment.start - start : segment.stop - start]
+            step, server = self.federation.optimizer.step(letter, part, server)
+            adapter[segment] += step
         bits = Compression.of(self.federation.job).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | collected.clips)
+        return FederationState(self.number, adapter, held, self.state.clips | collected.clips, server)
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)
@@ -413,7 +426,7 @@ def scheduled_learning_rate(job: Job, number: int) -> float:
     return job.training.learning_rate * factor
 
 
-def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
+def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -> LocalWork:
     training = job.training
     epochs = training.local_epochs
     return LocalWork(
@@ -426,6 +439,8 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
         max_gradient_norm=training.max_gradient_norm,
         gradient_checkpointing=training.gradient_checkpointing,
         holdout=job.data.holdout,
+        proximal=training.proximal,
+        align=align,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ def model() -> AdaptedModel:
     return adapt(load_base(job.model), job.adapter)
 
 
-def shown(model: AdaptedModel, path: Path, *rows: dict[str, object]) -> list[str]:
+def shown(model: AdaptedModel, path: Path, *rows: Any) -> list[str]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluator = ModelEvaluator(model, replace(DataSettings(), evaluation=str(path)))
     answers = evaluator.answer(model.layout.initial(0))

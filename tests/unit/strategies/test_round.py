@@ -254,3 +254,23 @@ def test_uniform_and_token_weights_are_choices() -> None:
         round_.take_in("ann", reply(round_, 1.0, examples=1))
         round_.take_in("bob", reply(round_, 3.0, examples=3))
         assert round_.close()[0].adapter[LAYOUT.segment("b")] == pytest.approx(expected)
+
+
+def test_a_server_optimizers_state_goes_from_round_to_round() -> None:
+    fed = federation("federation.server_optimizer=momentum", "federation.aggregation=ffa")
+    state = initial_state(fed)
+    for number, moved in ((1, 1.0), (2, 1.9), (3, 2.71)):
+        round_ = asked(TrainingRound.open(fed, state, NAMES, broadcast()))
+        round_.take_in("ann", reply(round_, 1.0))
+        before = state.adapter[LAYOUT.segment("b")]
+        state, _ = round_.close()
+        assert state.round == number
+        assert state.adapter[LAYOUT.segment("b")] - before == pytest.approx(moved)
+    assert set(state.server) == {"optimizer.m.b"}
+
+
+def test_only_fedrot_asks_clients_to_turn_their_factors() -> None:
+    for name, turned in (("fedavg", False), ("fedrot", True)):
+        request = decode(opened(1, f"federation.aggregation={name}").requests.payload("ann"), TrainRequest)
+        assert request.work.align is turned
+    assert decode(opened(1, "training.proximal=0.5").requests.payload("ann"), TrainRequest).work.proximal == 0.5
