@@ -187,6 +187,17 @@ class SimulationSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ExportSettings:
+    """[export]: what a finished run is turned into for inference.
+
+    Args:
+        formats: ONNX models to write, each gated against the merged model; none by default.
+    """
+
+    formats: tuple[Literal["int4", "int8", "fp16", "fp32"], ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Job:
     """Everything that determines a run; the same job gives the same adapter."""
 
@@ -197,6 +208,7 @@ class Job:
     federation: FederationSettings = FederationSettings()
     compression: CompressionSettings = CompressionSettings()
     simulation: SimulationSettings = SimulationSettings()
+    export: ExportSettings = ExportSettings()
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:

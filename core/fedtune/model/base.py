@@ -92,7 +92,7 @@ def load_base(
     precision = best_precision(device) if precision == "auto" else precision
     if settings.quantization == "none" and weights == "packed":
         raise ModelError("packed weights were asked for, but the base model's quantization is none")
-    with _quiet():
+    with quiet():
         source = _source(settings.base)
         config = _load_config(source)
         tokenizer = _load_tokenizer(source)
@@ -246,7 +246,7 @@ AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the loading libraries' progress bars and advice off the user's terminal."""
     log: Any = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

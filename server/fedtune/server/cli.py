@@ -14,6 +14,7 @@ import typer
 
 from fedtune.core.errors import FedtuneError
 from fedtune.server.display import Display, Silent, Terminal, error_console
+from fedtune.server.export.command import export
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -103,6 +104,9 @@ def report(
         print(write_comparison([run_directory, *compare], out or run_directory / "comparison.html"))
     else:
         print(write_report(run_directory))
+
+
+app.command()(export)
 
 
 def _print_version(wanted: bool) -> None:
