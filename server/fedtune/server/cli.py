@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fedtune.client.inference.command import chat, serve
 from fedtune.core.errors import FedtuneError
 from fedtune.server.display import Display, Silent, Terminal, error_console
 from fedtune.server.export.command import export
@@ -106,7 +107,8 @@ def report(
         print(write_report(run_directory))
 
 
-app.command()(export)
+for command in (export, serve, chat):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

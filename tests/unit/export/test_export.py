@@ -19,9 +19,9 @@ from fedtune.core.exported import manifest_digest, verify
 from fedtune.core.job import load_job
 from fedtune.server import cli
 from fedtune.server.display import Silent
-from fedtune.server.export import ExportOptions, export_adapter, export_run
 from fedtune.server.export import run as module
 from fedtune.server.export.builder import Build, Recipe, build
+from fedtune.server.export.run import ExportOptions, export_adapter, export_run
 
 LENIENT = ExportOptions(max_drop=100.0)  # random weights have nothing to lose
 MakeRun = Callable[..., Path]

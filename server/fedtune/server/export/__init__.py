@@ -1,8 +1,4 @@
-"""From a finished run to models that devices can serve: adapter merged, ONNX written, and proved equal.
+"""From a finished run to models that devices can serve: adapter merged, ONNX written, and proved equal (`run.py`).
 
-export_run(Path("runs/first"), ["int4"], Path("runs/first/onnx"), display)
+Nothing is exported here, so that the command line can name `fedtune export` without loading torch.
 """
-
-from fedtune.server.export.run import Exported, ExportOptions, export_adapter, export_run
-
-__all__ = ["ExportOptions", "Exported", "export_adapter", "export_run"]

@@ -50,7 +50,7 @@ def export(
         fedtune export runs/demo-2 --adapter-only --out models/adapters
     """
     try:
-        from fedtune.server.export import ExportOptions, export_adapter, export_run
+        from fedtune.server.export.run import ExportOptions, export_adapter, export_run
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune export", "export", error.name or "onnxruntime") from error
 
