@@ -1,4 +1,4 @@
-"""The house stays in order: core <- strategies <- server, core <- model <- client; only simulation sees both sides."""
+"""The house stays in order: core <- strategies <- server, core <- model <- client; simulation sees both sides."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ ALLOWED = {
 }
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "flwr", "ray"),
+    "fedtune.client.inference": ("torch", "transformers", "peft", "flwr", "ray"),
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies.aggregators": ("flwr",),
     "fedtune.strategies.round": ("flwr",),

@@ -224,6 +224,17 @@ class SimulationSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ExportSettings:
+    """[export]: what a finished run is turned into for inference.
+
+    Args:
+        formats: ONNX models to write, each gated against the merged model; none by default.
+    """
+
+    formats: tuple[Literal["int4", "int8", "fp16", "fp32"], ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Job:
     """Everything that determines a run; the same job gives the same adapter."""
 
@@ -235,6 +246,7 @@ class Job:
     compression: CompressionSettings = CompressionSettings()
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     simulation: SimulationSettings = SimulationSettings()
+    export: ExportSettings = ExportSettings()
 
     @property
     def compression_form(self) -> Literal["sparse", "ring"]:

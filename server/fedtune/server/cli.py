@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedtune.client.inference.command import chat, serve
 from fedtune.core.errors import FedtuneError
 from fedtune.server.display import Display, Silent, Terminal, error_console
+from fedtune.server.export.command import export
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -156,6 +158,10 @@ def plan(
         print(json.dumps(outcome.to_json(), indent=2))
     else:
         print_plan(Console(highlight=False), outcome)
+
+
+for command in (export, serve, chat):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,6 +21,7 @@ from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, RunDirectory
+from fedtune.server.simulation.edge import check_export, export_and_answer
 from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet, read_virtual
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
@@ -47,22 +48,28 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
     workshop = _open(job, path, display)
     directory = RunDirectory.create(path, job, workshop.base.digest, force)
     try:
-        return _run(workshop, directory, display)
+        summary = _run(workshop, directory, display)
     finally:
         directory.close()
+    export_and_answer(job, path, summary, display)
+    return summary
 
 
 def resume(path: Path, display: Display) -> dict[str, Any]:
     """Goes on with an interrupted run; the result is the same, bit for bit, as an undisturbed run's."""
     directory = RunDirectory.open(path)
     try:
-        return _run(_open(directory.job(), path, display), directory, display)
+        job = directory.job()
+        summary = _run(_open(job, path, display), directory, display)
     finally:
         directory.close()
+    export_and_answer(job, path, summary, display)
+    return summary
 
 
 def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    check_export(job)
     if job.simulation.fleet:
         load_fleet(_fleet_path(job))  # a mistake in it is told before anything is written
     workshop = Workshop(job, path / CLIENTS)
