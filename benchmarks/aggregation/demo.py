@@ -88,7 +88,14 @@ def main() -> None:
 def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
     """Exact match, loss and bytes up a client-round, after the job's last round."""
     job = load_job(
-        JOB, ["secure_aggregation.enabled=false", "compression.preset=none", f"training.seed={seed}", *overrides]
+        JOB,
+        [
+            "secure_aggregation.enabled=false",
+            "export.formats=[]",
+            "compression.preset=none",
+            f"training.seed={seed}",
+            *overrides,
+        ],
     )
     workshop = Workshop(job, Path())
     model, layout = workshop.model, workshop.model.layout

@@ -78,6 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     fixed = [
         "secure_aggregation.enabled=false",
+        "export.formats=[]",
         f"data.clients={CLIENTS}",
         f"federation.clients_per_round={COHORT}",
         f"federation.rounds={MOST_ROUNDS}",

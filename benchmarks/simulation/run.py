@@ -148,6 +148,7 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
         "federation.aggregation=fedavg",
         f"compression.preset={compression}",
         "secure_aggregation.enabled=false",
+        "export.formats=[]",
     ]
     with tempfile.TemporaryDirectory() as folder:
         overrides = [part for setting in settings for part in ("--set", setting)]

@@ -34,6 +34,7 @@ downlink_kbit = 10000
 """
 SMALL = [
     "secure_aggregation.enabled=false",
+    "export.formats=[]",
     "data.clients=6",
     "data.examples_per_client=20",
     "data.evaluation=''",

@@ -394,6 +394,11 @@ def _contradictions(job: Job) -> list[str]:
             problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
     if job.federation.selection != "uniform" and not job.simulation.fleet:
         problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
+    if job.export.formats and not job.data.evaluation:
+        problems.append(
+            "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
+            "it is published; name a file, or set export.formats = []"
+        )
     if job.simulation.backend == "local" and job.simulation.workers > 1:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":

@@ -76,7 +76,7 @@ class GateReport:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(self)
+        return {**asdict(self), "failures": list(self.failures)}
 
 
 class OnnxModel:
