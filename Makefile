@@ -11,7 +11,7 @@ demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
 
 test: $(READY)  ## Run the tests: under ten minutes on two cores.
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses=2 --dist=loadfile
 
 test-slow: $(READY)  ## Run the tests that take longer.
 	$(BIN)/pytest -m slow

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def publish(program: str, question: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints the table and writes it to the program's name with the ending .md, with the question above it."""
+def publish(
+    program: str, question: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> None:
+    """Prints the table and writes it to the program's name with the ending .md: question above, notes below."""
     lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
     table = "\n".join(f"| {line} |" for line in lines)
     print(table)
     path = Path(program)
     path.with_suffix(".md").write_text(
-        f"# {question}\n\n`python benchmarks/{path.parent.name}/{path.name}`\n\n{table}\n"
+        "\n\n".join([f"# {question}", f"`python benchmarks/{path.parent.name}/{path.name}`", table, *notes]) + "\n"
     )

@@ -1,11 +1,12 @@
 """How close does the demo's federation come to centralised LoRA on everybody's data, and at how many bytes?
 
-Five rows, each run by `fedtune simulate` itself on the same base, seeds, schedule and evaluation set:
+Six rows, each run by `fedtune simulate` itself on the same base, seeds, schedule and evaluation set:
 
     base                    the untrained adapter
     client alone            one household trains on its own rows only; the mean over all households
     federated, fp32 FedAvg  A and B, float32, in the clear
-    federated               the job as it stands (job.toml)
+    federated, compressed   the job without secure aggregation: updates compressed, in the clear
+    federated, secure       the job as it stands (job.toml): compressed, and only sums to see
     centralised             one trainer on the pooled rows: the federation's cohort rolled into one
 
 The work is matched by optimizer steps of the same batch (training.batch_tokens). With R rounds, cohorts of K out of N
@@ -36,7 +37,16 @@ from typing import Any
 import torch
 
 from fedtune.core.errors import FedtuneError
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, DEMO, CompressionSettings, Job, SimulationSettings, dump_job, load_job
+from fedtune.core.job import (
+    DEFAULT_LOCAL_STEPS,
+    DEMO,
+    CompressionSettings,
+    Job,
+    SecureAggregationSettings,
+    SimulationSettings,
+    dump_job,
+    load_job,
+)
 from fedtune.demo import write_federation
 from fedtune.model.base import load_base
 from fedtune.server.display import Terminal
@@ -98,6 +108,7 @@ def measure(job: Job, runs: Path) -> dict[str, Row]:
         return runs / name
 
     federated = trained("federated", job)
+    compressed = trained("federated-in-the-clear", in_the_clear(job))
     fedavg = trained("federated-fp32-fedavg", fp32_fedavg(job))
     alone = [trained(f"alone-{path.stem}", alone_job(job, path)) for path in households]
     centralised = trained("centralised", centralised_job(job, pooled))
@@ -106,15 +117,21 @@ def measure(job: Job, runs: Path) -> dict[str, Row]:
         "base": Row(before["exact_match"], before["loss"]),
         f"client alone (mean of {len(alone)})": mean_row([_local_row(path) for path in alone]),
         "federated, fp32 FedAvg": _federated_row(fedavg),
-        "federated": _federated_row(federated),
+        "federated, compressed": _federated_row(compressed),
+        "federated, secure": _federated_row(federated),
         "centralised": _local_row(centralised),
     }
+
+
+def in_the_clear(job: Job) -> Job:
+    """The same federation, whose server sees every update."""
+    return replace(job, secure_aggregation=SecureAggregationSettings(enabled=False))
 
 
 def fp32_fedavg(job: Job) -> Job:
     """The same federation, with nothing between a client's float32 A and B and the mean."""
     return replace(
-        job,
+        in_the_clear(job),
         federation=replace(job.federation, aggregation="fedavg"),
         compression=CompressionSettings(preset="none"),
     )

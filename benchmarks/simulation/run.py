@@ -147,6 +147,8 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
         f"federation.clients_per_round={workload.cohort}",
         "federation.aggregation=fedavg",
         f"compression.preset={compression}",
+        "secure_aggregation.enabled=false",
+        "export.formats=[]",
     ]
     with tempfile.TemporaryDirectory() as folder:
         overrides = [part for setting in settings for part in ("--set", setting)]

@@ -48,7 +48,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
 
     stopped = _fedtune("server", "stop", "--home", str(fleet.home.path))
     assert (stopped.returncode, str(server.pid) in stopped.stdout) == (0, True)
-    assert server.stop() == 0
+    assert server.ended() == 0
     waiting = eventually(lambda: _waiting(fleet), what="the device did not notice")
     assert "trying again" in fleet.devices[fleet.names[0]].text
     assert waiting["trying"] >= 1

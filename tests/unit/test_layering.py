@@ -1,4 +1,4 @@
-"""The house stays in order: core <- strategies <- server, core <- model <- client; only simulation sees both sides."""
+"""The house stays in order: core <- strategies <- server, core <- model <- client; simulation sees both sides."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ ALLOWED = {
     ),
     "fedtune.server": ("fedtune.core", "fedtune.demo", "fedtune.model", "fedtune.strategies", "fedtune.server"),
     "fedtune.server.simulation": ("fedtune",),
-    "fedtune.server.cli": ("fedtune",),  # the command line offers both sides, and imports neither before it is asked
+    "fedtune.server.cli": ("fedtune",),  # the one command stands in front of both sides
 }
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "flwr", "ray"),
+    "fedtune.client.inference": ("torch", "transformers", "peft", "flwr", "ray"),
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies.aggregators": ("flwr",),
     "fedtune.strategies.round": ("flwr",),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtune.client.plan.enforcement import train_within_memory
 from fedtune.client.store import ClientStore
-from fedtune.client.training import LocalResult, LocalTask, train_locally
+from fedtune.client.training import LocalResult, LocalTask
 from fedtune.core.adapter import Factor, Vector, adapter_digest
+from fedtune.core.alignment import align_update
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
@@ -174,7 +176,12 @@ class Device:
         model = self._model_for(request.base)
         received = self._receive(model, request.adapter, request.job_seed)
         split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
-        result = train_locally(model, split.training, received, _local_task(client, request))
+        work = request.work
+        if work.align and work.factors != "ab":
+            raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
+        result = train_within_memory(model, split.training, received, _local_task(client, request))
+        if work.align:
+            result = replace(result, update=align_update(model.layout, received, result.update))
         layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
         weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
         start = layout.segment(request.work.factors).start
@@ -230,5 +237,6 @@ def _local_task(client: str, request: TrainRequest) -> LocalTask:
         batch_tokens=work.batch_tokens,
         weight_decay=work.weight_decay,
         max_gradient_norm=work.max_gradient_norm,
+        proximal=work.proximal,
         gradient_checkpointing=work.gradient_checkpointing,
     )

@@ -123,14 +123,15 @@ class SecureRounds:
         return self._rounds[client]
 
     def _check(self, config: RoundConfig, client: str, request: TrainRequest) -> None:
-        """The configuration is about this very request: else a server could sum what nobody agreed to."""
+        """The configuration is about this very request: else a server could sum what nobody agreed to.
+
+        That base and adapter are the request's too is checked by the session, against what this device holds.
+        """
         if request.uplink.form != "ring":
             raise ServerFaultError(f"asked for an update of form {request.uplink.form}, which cannot be masked")
         terms = self._device.terms(request)
         pairs = {
             "round": (config.round, request.round),
-            "adapter": (config.adapter_digest, request.adapter.digest),
-            "base": (config.base_digest, request.base.digest),
             "work and codec": (config.context, terms_digest(request)),
             "segments": (config.segments, masked_segments(terms)),
         }

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.core.adapter import Factors, Vector
+from fedtune.core.adapter import AdapterLayout, Factors, Vector, factor_letters
 from fedtune.core.errors import UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS
+from fedtune.core.tiers import coordinates
 from fedtune.model.batches import collate, micro_batches, steps_of_epoch
 from fedtune.model.examples import Example
 from fedtune.model.lora import AdaptedModel
@@ -38,24 +39,28 @@ class LocalTask:
         seed: of the order of the examples and of dropout; derive it from job seed, round and client.
         learning_rate: this round's.
         factors: which factors are trained; the others stay as received.
+        owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
         local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
         local_epochs: passes over the examples, instead.
         batch_tokens: tokens an optimizer step, padding included.
         micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
         weight_decay: of AdamW.
         max_gradient_norm: longer gradients are scaled down to it.
+        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
         gradient_checkpointing: compute activations twice rather than keep them.
     """
 
     seed: int
     learning_rate: float
     factors: Factors = "ab"
+    owned: tuple[int, ...] | None = None
     local_steps: int | None = None
     local_epochs: float | None = None
     batch_tokens: int = 2048
     micro_batch_tokens: int | None = None
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
+    proximal: float = 0.0
     gradient_checkpointing: bool = False
 
 
@@ -101,6 +106,8 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     model.train_factors(task.factors)
     trained = nn.Parameter(model.parameters[segment])
     trained.grad = model.gradient[segment]
+    anchor = trained.detach().clone()
+    frozen = None if task.owned is None else _frozen(model.layout, task.factors, task.owned).to(model.base.device)
     optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
     done: list[_Step] = []
@@ -110,6 +117,10 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
             trained.grad.zero_()
             done.append(_accumulate(model, step, task, scaler))
             scaler.unscale_(optimizer)
+            if task.proximal:
+                trained.grad.add_(trained.detach() - anchor, alpha=task.proximal)
+            if frozen is not None:
+                trained.grad.masked_fill_(frozen, 0.0)
             norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
             if not math.isfinite(done[-1].loss):
                 raise UpdateError(f"the loss is {done[-1].loss} at local step {len(done)}")
@@ -118,6 +129,8 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
                 raise UpdateError(f"the gradient's norm is {norm} at local step {len(done)}")
             scaler.step(optimizer)
             scaler.update()
+            if frozen is not None and task.weight_decay:  # which decays what has no gradient, too
+                trained.data[frozen] = anchor[frozen]
     update = trained.detach().cpu().numpy() - received[segment]
     if not np.isfinite(update).all():
         raise UpdateError(f"the update is not finite after {len(done)} local steps")
@@ -130,6 +143,16 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
         tokens=sum(step.tokens for step in done),
         seconds=time.perf_counter() - start,
     )
+
+
+def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> torch.Tensor:
+    """Where in the segment of the trained factors the device owns nothing: bool."""
+    segment = layout.segment(factors)
+    frozen = np.ones(segment.stop - segment.start, dtype=np.bool_)
+    for letter in factor_letters(factors):
+        start = layout.segment(letter).start - segment.start
+        frozen[start + coordinates(layout, letter, np.asarray(owned, dtype=np.intp))] = False
+    return torch.from_numpy(frozen)
 
 
 class _Step(NamedTuple):

@@ -6,6 +6,7 @@ FedtuneError                exit status 1
 │   ├── DataError           a data file; names file and line
 │   ├── ModelError          a base model or an adapter that does not fit it
 │   ├── RunDirectoryError   a run directory that is in the way, incomplete or not one
+│   ├── ExportError         an exported directory that is in the way, corrupt or not one; names the file
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
 ├── RunError                the run could not go on; what was acknowledged is on disk
 ├── UpdateError             one client's update is refused; the round goes on without it
@@ -60,6 +61,10 @@ class ModelError(InputError):
 
 class RunDirectoryError(InputError):
     """A run directory exists already, is incomplete, or is not a run directory."""
+
+
+class ExportError(InputError):
+    """An exported directory is in the way, corrupt, tampered with or not one."""
 
 
 class MissingExtraError(InputError):

@@ -22,6 +22,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
+BUNDLED = "bundled"  # the fleet that comes with fedtune
 DEFAULT_LOCAL_STEPS = 20
 MAX_JOB_BYTES = 1 << 20
 
@@ -96,6 +97,7 @@ class TrainingSettings:
         batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
         learning_rate: of AdamW, made afresh every round, in round 1.
         schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
+        proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
         precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
         weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
         seed: every random stream of the job follows from it.
@@ -108,6 +110,7 @@ class TrainingSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_gradient_norm: _PositiveFloat = 1.0
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     weights: Literal["auto", "packed", "dequantized"] = "auto"
     gradient_checkpointing: bool = False
@@ -120,11 +123,18 @@ class FederationSettings:
 
     Args:
         clients_per_round: a count, or a share of the population between 0 and 1.
+        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time.
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
+        server_optimizer: what the server makes of the aggregate (fedtune.strategies.server_optimizers).
+        server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
+        robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
+        robust_share: of the clients, how many may be hostile: cut off at either end, or left out.
+        clip_norm: in the clear, the length to which longer updates are scaled down.
         weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
-        weight_cap: examples or tokens above which a client's weight grows no more.
+        weight_cap: examples or tokens above which a client's weight grows no more; a ring's cap is lower where the
+            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.weight_cap).
         evaluate_every: rounds between evaluations on the server; 0 for only before and after.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
         evaluation_clients: how many clients evaluate at most.
@@ -132,9 +142,15 @@ class FederationSettings:
 
     rounds: _Positive = 20
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
+    selection: Literal["uniform", "deadline"] = "uniform"
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
-    aggregation: Literal["fedavg", "alternating"] = "fedavg"
+    aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
+    server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
+    server_learning_rate: _PositiveFloat | None = None
+    robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
+    robust_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    clip_norm: _PositiveFloat | None = None
     weight: Literal["examples", "tokens", "uniform"] = "examples"
     weight_cap: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     evaluate_every: _Count = 1
@@ -154,6 +170,7 @@ class CompressionSettings:
         density: the share of a factor's values that a client sends in a round.
         error_feedback: whether a client keeps what it did not send and adds it to its next update.
         downlink_bits: how fine the adapter's change is sent down.
+        rotation: whether a randomized Hadamard transform spreads the values before they are rounded; "ring" only.
     """
 
     preset: Literal["none", "balanced", "extreme"] = "balanced"
@@ -162,6 +179,7 @@ class CompressionSettings:
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     error_feedback: bool | None = None
     downlink_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    rotation: bool | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -188,6 +206,7 @@ class SimulationSettings:
         workers: Ray actors, each with one base model; the local backend has one.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
+        fleet: a file of kinds of device (fedtune.core.fleet), "bundled", or "" for devices that are all alike.
         dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
             round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
@@ -197,10 +216,22 @@ class SimulationSettings:
     backend: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(ge=1, le=4096)] = 1
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
+    fleet: str = ""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     failing: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExportSettings:
+    """[export]: what a finished run is turned into for inference.
+
+    Args:
+        formats: ONNX models to write, each gated against the merged model; none by default.
+    """
+
+    formats: tuple[Literal["int4", "int8", "fp16", "fp32"], ...] = ()
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -215,6 +246,14 @@ class Job:
     compression: CompressionSettings = CompressionSettings()
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     simulation: SimulationSettings = SimulationSettings()
+    export: ExportSettings = ExportSettings()
+
+    @property
+    def compression_form(self) -> Literal["sparse", "ring"]:
+        """compression.form, with "auto" decided."""
+        if self.compression.form != "auto":
+            return self.compression.form
+        return "ring" if self.secure_aggregation.enabled else "sparse"
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
@@ -252,6 +291,42 @@ def dump_job(job: Job) -> str:
         for section, settings in dataclasses.asdict(job).items()
     }
     return tomli_w.dumps(sections)
+
+
+def hides_updates(job: Job) -> bool:
+    """Whether the server sees only sums: nothing that looks at single updates can work then."""
+    return job.compression.preset != "none" and job.compression_form == "ring"
+
+
+def aggregation_problems(job: Job) -> list[str]:
+    """What in [federation] contradicts itself, or needs to see what the server is not shown."""
+    federation = job.federation
+    method = f'federation.aggregation is "{federation.aggregation}"'
+    averages_products = federation.aggregation in ("flexlora", "flora")
+    problems = []
+    if hides_updates(job):
+        hidden = "but updates travel as words that only their sum can be decoded from"
+        if averages_products:
+            problems.append(f"{method}, which multiplies each client's factors, {hidden}")
+        if federation.robust != "none":
+            problems.append(f'federation.robust is "{federation.robust}", which compares single updates, {hidden}')
+        if federation.clip_norm is not None:
+            problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
+    elif averages_products and job.compression.preset != "none":
+        problems.append(
+            f'{method}, which changes the basis of both factors every round; expected compression.preset = "none", '
+            "since residuals and coarse changes belong to one basis"
+        )
+    if averages_products and federation.server_optimizer != "none":
+        problems.append(
+            f'{method}, which changes the basis every round; expected federation.server_optimizer = "none", '
+            "whose state belongs to one basis"
+        )
+    if averages_products and federation.robust != "none":
+        problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.server_learning_rate is not None and federation.server_optimizer == "none":
+        problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
+    return problems
 
 
 def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
@@ -312,11 +387,23 @@ def _contradictions(job: Job) -> list[str]:
             f"federation.minimum_clients is {job.federation.minimum_clients}, "
             f"more than federation.clients_per_round = {wanted}"
         )
+    if job.compression_form == "sparse":
+        if job.compression.rotation is not None:
+            problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
+        if job.compression.bits == 1:
+            problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
+    if job.federation.selection != "uniform" and not job.simulation.fleet:
+        problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
+    if job.export.formats and not job.data.evaluation:
+        problems.append(
+            "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
+            "it is published; name a file, or set export.formats = []"
+        )
     if job.simulation.backend == "local" and job.simulation.workers > 1:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems + _insecure(job)
+    return problems + aggregation_problems(job) + _insecure(job)
 
 
 def _insecure(job: Job) -> list[str]:
@@ -330,6 +417,10 @@ def _insecure(job: Job) -> list[str]:
         problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
     elif job.compression.form == "sparse":
         problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
+    if job.simulation.fleet:
+        problems.append(
+            f"simulation.fleet cuts local work request by request, which secure rounds refuse; leave it out, {off}"
+        )
     if isinstance(wanted, int):
         problems += secure_cohort_problems(job, wanted)
     return problems
@@ -376,4 +467,6 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
     if job.model.base == DEMO:
         model = job.model
     data = dataclasses.replace(job.data, train=resolve(job.data.train), evaluation=resolve(job.data.evaluation))
-    return dataclasses.replace(job, model=model, data=data)
+    fleet = job.simulation.fleet
+    simulation = job.simulation if fleet == BUNDLED else dataclasses.replace(job.simulation, fleet=resolve(fleet))
+    return dataclasses.replace(job, model=model, data=data, simulation=simulation)

@@ -51,7 +51,12 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
 
 
 class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What a client does with the adapter it receives; either `local_steps` or `local_epochs` is set."""
+    """What a client does with the adapter it receives; either `local_steps` or `local_epochs` is set.
+
+    Args:
+        proximal: μ of FedProx.
+        align: turn the trained factors towards the received ones before they are sent.
+    """
 
     factors: Factors
     local_steps: Annotated[int, Meta(ge=0, le=1 << 20)]
@@ -62,6 +67,8 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
     max_gradient_norm: Annotated[float, Meta(gt=0)]
     gradient_checkpointing: bool
     holdout: Annotated[float, Meta(ge=0, lt=1)]
+    proximal: Annotated[float, Meta(ge=0)] = 0.0
+    align: bool = False
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -76,6 +83,7 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     n_max: Annotated[int, Meta(ge=1, le=65_535)]
     turns: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
+    rotation: bool
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

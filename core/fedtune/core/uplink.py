@@ -44,25 +44,26 @@ class Compression:
     density: float
     error_feedback: bool
     downlink_bits: int | None
+    rotation: bool = True
 
     @classmethod
     def of(cls, job: Job) -> Compression:
         """The numbers that a job's settings mean; secure aggregation needs a ring.
 
-        A ring spends about as many bytes on a value as it has bits, and a value's place costs nothing; in the clear
-        both the place and the value are entropy-coded, so fewer, finer values are the better bargain there.
+        A ring pays for a value's bits and for the room that a sum needs, wherever the value is, and what is not sent
+        waits for its turn: many coarse values are the better bargain. In the clear both the place and the value are
+        entropy-coded, and a client sends what matters most: fewer, finer values. The presets are rows of
+        benchmarks/compression/sweep.md.
         """
         settings = job.compression
         if settings.preset == "none":
             return cls("exact", 8, 1.0, False, None)
-        form = settings.form
-        if form == "auto":
-            form = "ring" if job.secure_aggregation.enabled else "sparse"
+        form = job.compression_form
         bits, density = {
-            ("balanced", "sparse"): (4, 0.1),
-            ("balanced", "ring"): (3, 0.28),
+            ("balanced", "sparse"): (3, 0.07),
+            ("balanced", "ring"): (2, 0.4),
             ("extreme", "sparse"): (3, 0.03),
-            ("extreme", "ring"): (2, 0.125),
+            ("extreme", "ring"): (2, 0.25),
         }[settings.preset, form]
         return cls(
             form,
@@ -70,6 +71,7 @@ class Compression:
             settings.density or density,
             settings.error_feedback if settings.error_feedback is not None else True,
             settings.downlink_bits or 2,
+            settings.rotation if settings.rotation is not None else True,
         )
 
 
@@ -85,6 +87,8 @@ class FactorTerms:
         turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
         clip: norm to which a selected update is clipped; ring only.
         n_max: most clients that are ever added; ring only.
+        rotation: as in `Compression`; ring only.
+        weight_cap: the weight, in examples or tokens, that counts as one; ring only.
     """
 
     form: Form
@@ -97,6 +101,8 @@ class FactorTerms:
     turn: int
     clip: float
     n_max: int
+    rotation: bool = True
+    weight_cap: int = 1
 
     def context(self) -> RoundContext:
         """The ring codec's view of these terms."""
@@ -106,6 +112,7 @@ class FactorTerms:
             selection=select_public(self.count, self.density, places, self.turn),
             clip=self.clip,
             n_max=self.n_max,
+            rotation=self.rotation,
         )
 
 
@@ -134,6 +141,8 @@ def factor_terms(
                 turn,
                 clip,
                 uplink.n_max,
+                uplink.rotation,
+                uplink.weight_cap,
             )
         )
     return tuple(terms)

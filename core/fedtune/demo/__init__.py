@@ -14,8 +14,12 @@ BASE_DIRECTORY = Path(__file__).parent / "base"
 JOB = Path(__file__).parent / "job.toml"
 """The job that `fedtune simulate` runs where it is given none."""
 
+FLEET = Path(__file__).parent / "fleet.toml"
+"""Phones, single-board computers, laptops and edge boxes, for simulations of time."""
+
 __all__ = [
     "BASE_DIRECTORY",
+    "FLEET",
     "JOB",
     "SEPARATOR",
     "Household",

@@ -92,10 +92,10 @@ def load_base(
     precision = best_precision(device) if precision == "auto" else precision
     if settings.quantization == "none" and weights == "packed":
         raise ModelError("packed weights were asked for, but the base model's quantization is none")
-    with _quiet():
-        source = _source(settings.base)
-        config = _load_config(source)
-        tokenizer = _load_tokenizer(source)
+    with quiet():
+        source = source_of(settings.base)
+        config = load_config(source)
+        tokenizer = load_tokenizer(source)
         network = _load_network(source, config, precision, device)
     digest = _digest(network, settings.quantization)
     _straighten(network)
@@ -108,7 +108,8 @@ def load_base(
         for name, module in linear.items():
             _quantize_in_place(network, name, module, held, dtype)
     for parameter in network.parameters():  # and no buffer: rotary frequencies and scales of scales stay float32
-        parameter.data = parameter.data.to(dtype)
+        # A copy, since a view would keep the whole file mapped, with the pages of weights long since packed.
+        parameter.data = parameter.data.to(dtype, copy=True)
     network.to(device)
     return BaseModel(network.eval().requires_grad_(False), tokenizer, digest, settings.base, precision, held)
 
@@ -137,7 +138,12 @@ def demo_directory() -> Path:
     return Path(BASE_DIRECTORY)
 
 
-def _source(base: str) -> str:
+def source_of(base: str) -> str:
+    """What transformers is asked for: a directory, or a hub id.
+
+    Raises:
+        ModelError: a path that is not a model directory.
+    """
     if base == DEMO:
         return str(demo_directory())
     path = Path(base)
@@ -155,7 +161,12 @@ def _options(source: str) -> dict[str, bool]:
     return {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
 
 
-def _load_config(source: str) -> Any:
+def load_config(source: str) -> Any:
+    """The transformers configuration of a causal language model.
+
+    Raises:
+        ModelError: unreadable, or of another kind of model.
+    """
     try:
         config = AutoConfig.from_pretrained(source, **_options(source))
     except Exception as error:  # transformers answers a bad file with half a dozen types
@@ -168,7 +179,12 @@ def _load_config(source: str) -> Any:
     return config
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it cannot end a text.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
     except Exception as error:  # as above
@@ -246,7 +262,7 @@ AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the loading libraries' progress bars and advice off the user's terminal."""
     log: Any = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

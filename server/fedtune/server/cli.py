@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fedtune.client import commands as client_commands
+from fedtune.client.inference.command import chat, serve
 from fedtune.core.environment import prepare_environment
 from fedtune.core.errors import FedtuneError
 from fedtune.server import commands as server_commands
 from fedtune.server.display import Display, Silent, Terminal, error_console
+from fedtune.server.export.command import export
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -47,6 +50,9 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The run directory; by default runs/JOB-NUMBER.")
     ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option("--fleet", metavar="FILE", help="Kinds of device, modelled on a virtual clock.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -66,7 +72,8 @@ def simulate(
     from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
-    resolved = load_job(job or JOB, overrides or [])
+    kinds = [f"simulation.fleet={json.dumps(str(fleet.absolute()))}"] if fleet else []
+    resolved = load_job(job or JOB, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:
         summary = run(resolved, directory, display, force=force)
@@ -107,6 +114,58 @@ def report(
         print(write_comparison([run_directory, *compare], out or run_directory / "comparison.html"))
     else:
         print(write_report(run_directory))
+
+
+@app.command()
+def plan(
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="DIR", help="The base model; by default the job's, or the demo's.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="This device's examples; their lengths count.")
+    ] = None,
+    job: Annotated[Path | None, typer.Option("--job", metavar="JOB.toml", help="A job file to plan for.")] = None,
+    overrides: _Set = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="MB", min=1, help="Plan for so much memory, not for what is free."),
+    ] = None,
+    uplink: Annotated[float | None, typer.Option("--uplink", metavar="KBIT/S", min=0.001)] = None,
+    downlink: Annotated[float | None, typer.Option("--downlink", metavar="KBIT/S", min=0.001)] = None,
+    deadline: Annotated[float | None, typer.Option("--deadline", metavar="SECONDS", min=0.001)] = None,
+    try_step: Annotated[
+        bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+) -> None:
+    """Probe this device and print the plan it would train under.
+
+    Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
+    """
+    from fedtune.client.plan.command import Link, make_plan
+    from fedtune.client.plan.display import print_plan
+    from fedtune.core.job import load_job
+    from fedtune.demo import JOB
+
+    chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []
+    resolved = load_job(job or (None if base else JOB), [*(overrides or []), *chosen])
+    per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
+    outcome = make_plan(
+        resolved,
+        data,
+        link=Link(per_second[0], per_second[1], deadline),
+        memory=round(memory * 1e6) if memory else None,
+        calibrate=try_step,
+        note=(lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False)),
+    )
+    if as_json:
+        print(json.dumps(outcome.to_json(), indent=2))
+    else:
+        print_plan(Console(highlight=False), outcome)
+
+
+for command in (export, serve, chat):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from fedtune.core.errors import DataError
 from fedtune.core.job import DataSettings
 from fedtune.core.records import Evaluation
 from fedtune.model.evaluation import answer, evaluate
-from fedtune.model.examples import Example, prepare
+from fedtune.model.examples import Example, prepare, render
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.population import evaluation_records
 from fedtune.server.run import SHOWN_PROMPTS, ShownPrompt
@@ -36,10 +36,12 @@ class ModelEvaluator:
 
     @cached_property
     def shown(self) -> Sequence[ShownPrompt]:
-        """The first prompts that differ, spread over the file."""
-        prompted = [record for record in self._records if record.prompt]
+        """A few prompts spread over the file, as the model sees them; plain text has none."""
+        prompted = [record for record in self._records if record.prompt or record.messages]
         step = max(1, len(prompted) // SHOWN_PROMPTS)
-        return [ShownPrompt(record.prompt, record.completion) for record in prompted[::step][:SHOWN_PROMPTS]]
+        chosen = prompted[::step][:SHOWN_PROMPTS]
+        prompts, _ = render(chosen, self._model.base.tokenizer)
+        return [ShownPrompt(prompt, each.completion) for prompt, each in zip(prompts, chosen, strict=True)]
 
     def evaluate(self, adapter: Vector) -> Evaluation | None:
         """Scores an adapter; None where the job has no evaluation data."""

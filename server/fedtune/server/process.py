@@ -7,7 +7,18 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-_STATED = ("fedtune", "flwr", "torch", "transformers", "peft", "bitsandbytes", "numpy", "ray")
+_STATED = (
+    "fedtune",
+    "flwr",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "ray",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
 _RSS_UNITS_PER_MB = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrss counts bytes there, KiB elsewhere
 
 

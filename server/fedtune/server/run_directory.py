@@ -42,6 +42,7 @@ KEPT_CHECKPOINTS = 2
 _LOCK = ".lock"
 _STATE = "state.json"
 _TENSORS = "state.safetensors"
+_SERVER = "server."  # what aggregator and server optimizer keep
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,15 @@ class RunDirectory:
             if record is not None:
                 append_line(self.path / ROUNDS, json.dumps(record.to_json(), allow_nan=False))
             with new_directory(self._checkpoint_path(state.round)) as directory:
-                save_file({"adapter": state.adapter, "held": state.held}, directory / _TENSORS)
+                kept = {f"{_SERVER}{name}": np.ascontiguousarray(value) for name, value in state.server.items()}
+                save_file({"adapter": state.adapter, "held": state.held, **kept}, directory / _TENSORS)
                 write_json(
                     directory / _STATE,
                     {
                         "round": state.round,
                         "adapter_digest": adapter_digest(state.adapter),
                         "held_digest": adapter_digest(state.held),
+                        "server_digests": {name: adapter_digest(value) for name, value in kept.items()},
                         "clips": state.clips,
                         "base_digest": checkpoint.base_digest,
                         "seconds": checkpoint.seconds,
@@ -190,8 +193,12 @@ class RunDirectory:
             digests = (adapter_digest(adapter), adapter_digest(held))
             if digests != (text["adapter_digest"], text["held_digest"]) or text["round"] != number:
                 return None
+            kept = {name: tensor for name, tensor in tensors.items() if name.startswith(_SERVER)}
+            if {name: adapter_digest(value) for name, value in kept.items()} != text["server_digests"]:
+                return None
+            server = {name.removeprefix(_SERVER): value for name, value in kept.items()}
             return Checkpoint(
-                FederationState(number, adapter, held, text["clips"]),
+                FederationState(number, adapter, held, text["clips"], server),
                 text["base_digest"],
                 float(text["seconds"]),
                 Evaluation(**text["eval_before"]) if text["eval_before"] else None,

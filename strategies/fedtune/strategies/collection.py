@@ -7,7 +7,7 @@ and sees only the sum. A round does not care which one it has.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedtune.core.actions import TRAIN
@@ -17,6 +17,7 @@ from fedtune.core.errors import PeerError
 from fedtune.core.messages import HEADER_BYTES, TrainReply, Uplink, decode
 from fedtune.core.records import ClientRecord, SecureRecord
 from fedtune.core.uplink import FactorTerms, uplink_weight
+from fedtune.strategies.aggregators import NOTHING, State
 from fedtune.strategies.exchange import ClientFacts, Exchange
 from fedtune.strategies.reduction import Clips, Reduction
 
@@ -29,12 +30,14 @@ class Collected:
         aggregate: over the segment of the round's factors, float32.
         clips: for the next round that trains each factor; empty where nothing is clipped.
         train_loss: mean over the survivors, weighted by target tokens where they are known.
+        state: what the aggregator leaves to the next round.
         secure: what the server saw, under secure aggregation.
     """
 
     aggregate: Vector
     clips: Clips
     train_loss: float | None
+    state: State = field(default_factory=lambda: NOTHING)
     secure: SecureRecord | None = None
 
 
@@ -105,7 +108,7 @@ class ClearCollection:
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
         aggregate, clips = self._reduction.finish()
-        return Collected(aggregate, clips, _mean_loss(survivors))
+        return Collected(aggregate, clips, _mean_loss(survivors), self._reduction.state)
 
 
 def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:

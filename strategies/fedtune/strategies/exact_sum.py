@@ -42,8 +42,7 @@ class ExactSum:
         """
         if vector.shape != self._sum.shape:
             raise UpdateError(f"an update of {vector.size} values; expected {self._sum.size}")
-        if weight < 1 or self.weight + weight > MAX_WEIGHT:
-            raise UpdateError(f"weight {weight} on top of {self.weight}; expected at least 1 and {MAX_WEIGHT} in all")
+        self.check_weight(weight)
         largest = float(np.abs(vector).max(initial=0.0))
         if not largest <= MAX_VALUE:  # also refuses NaN
             raise UpdateError(f"an update with a value of {largest}; expected at most {MAX_VALUE:g}")
@@ -53,6 +52,11 @@ class ExactSum:
         fixed *= weight
         self._sum += fixed
         self.weight += weight
+
+    def check_weight(self, weight: int) -> None:
+        """Raises UpdateError unless so much weight can still be added."""
+        if weight < 1 or self.weight + weight > MAX_WEIGHT:
+            raise UpdateError(f"weight {weight} on top of {self.weight}; expected at least 1 and {MAX_WEIGHT} in all")
 
     def mean(self) -> Vector:
         """Σ w·x / Σ w as float32; zeros while nothing was added."""

@@ -14,11 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from fedtune.core.adapter import Vector
-from fedtune.core.codec import ClipRange, RingUpdate
+from fedtune.core.codec import ClipRange, RingUpdate, next_weight_cap
 from fedtune.core.uplink import FactorTerms, add_ring, decode_factor, ring_mean, ring_zero
-from fedtune.strategies.aggregators import Accumulator
+from fedtune.strategies.aggregators import NOTHING, Accumulator, State
 
 Clips = dict[str, float]
+WEIGHT = "weight"  # the place of the weight cap among a ring's clips
 
 
 class Reduction(Protocol):
@@ -32,7 +33,12 @@ class Reduction(Protocol):
         """
 
     def finish(self) -> tuple[Vector, Clips]:
-        """The aggregate over the round's segment, float32, and the clips for the next round of each trained factor."""
+        """The aggregate over the round's segment, float32, and a ring's clips for the next round: of each trained
+        factor, and of weights."""
+
+    @property
+    def state(self) -> State:
+        """What the aggregator leaves to the next round; read after `finish`."""
 
 
 class ClearReduction:
@@ -49,9 +55,15 @@ class ClearReduction:
     def finish(self) -> tuple[Vector, Clips]:
         return self._accumulator.finish(), {}
 
+    @property
+    def state(self) -> State:
+        return self._accumulator.state
+
 
 class RingReduction:
     """Adds words in a ring; no single update is decoded. The weights travel inside."""
+
+    state: State = NOTHING
 
     def __init__(self, terms: Sequence[FactorTerms]) -> None:
         self._terms = terms
@@ -80,4 +92,6 @@ def finish_ring(totals: Sequence[RingUpdate], survivors: int, terms: Sequence[Fa
     clips: Clips = {
         each.factor: ClipRange(each.clip).adapt(mean.mean_norm).clip for mean, each in zip(means, terms, strict=True)
     }
+    mean_share = means[0].total_weight / survivors  # a client's weight is the same for all its factors
+    clips[WEIGHT] = next_weight_cap(mean_share * terms[0].weight_cap)
     return np.concatenate([mean.update for mean in means]), clips

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
-from fedtune.core.codec import initial_clip
+from fedtune.core.codec import initial_clip, weight_cap
 from fedtune.core.downlink import FIRST, advance
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
@@ -42,13 +42,14 @@ from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, Rou
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.seeds import generator
 from fedtune.core.uplink import Compression, FactorTerms, factor_terms
-from fedtune.strategies.aggregators import Aggregator
+from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Exchange
-from fedtune.strategies.reduction import ClearReduction, Clips, Reduction, RingReduction
+from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.secure import SecureAggregation, SecureCollection
 from fedtune.strategies.selection import Selection
+from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
 
 LATE = "no answer before the deadline"
 ABORTED = "the round was aborted"
@@ -66,6 +67,7 @@ class Federation:
         layout: the adapter's.
         aggregator: what a round trains, and how updates become one.
         selection: who is asked.
+        optimizer: what the server makes of the aggregate.
     """
 
     job: Job
@@ -73,6 +75,7 @@ class Federation:
     layout: AdapterLayout
     aggregator: Aggregator
     selection: Selection
+    optimizer: ServerOptimizer = field(default_factory=Plain)
 
 
 class Requests:
@@ -107,13 +110,15 @@ class FederationState:
         round: rounds completed.
         adapter: the server's own, the result so far; float32, the layout's size.
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
-        clips: factor -> norm to which updates of it are clipped in a ring.
+        clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
+        server: what aggregator and server optimizer keep, by name; float32 vectors.
     """
 
     round: int
     adapter: Vector
     held: Vector
     clips: Clips
+    server: State = field(default_factory=lambda: NOTHING)
 
 
 class TrainingRound:
@@ -170,6 +175,7 @@ class TrainingRound:
         """
         job, layout, number = federation.job, federation.layout, state.round + 1
         factors = federation.aggregator.factors(number)
+        learning_rate = scheduled_learning_rate(job, number)
         cohort = tuple(federation.selection.cohort(number, population))
         uplink = _uplink(federation, state, factors, len(cohort))
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
@@ -180,7 +186,7 @@ class TrainingRound:
                 job_seed=job.training.seed,
                 round=number,
                 base=federation.base,
-                work=_local_work(job, factors, scheduled_learning_rate(job, number)),
+                work=_local_work(job, factors, learning_rate, align=isinstance(federation.aggregator, FedRot)),
                 uplink=uplink,
                 adapter=adapter,
             )
@@ -196,7 +202,8 @@ class TrainingRound:
             if uplink.form == "ring":
                 reduction = RingReduction(terms)
             else:
-                reduction = ClearReduction(federation.aggregator.accumulator(layout, factors), terms)
+                accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server)
+                reduction = ClearReduction(accumulator, terms)
             collection = ClearCollection(number, uplink, terms, reduction, payloads)
         return cls(federation, state, factors, terms, requests, cohort, collection, observe)
 
@@ -280,10 +287,16 @@ class TrainingRound:
     def _after(self, collected: Collected) -> FederationState:
         layout = self.federation.layout
         adapter = self.state.adapter.copy()
-        adapter[layout.segment(self.factors)] += collected.aggregate
+        server: State = {**self.state.server, **collected.state}
+        start = layout.segment(self.factors).start
+        for letter in factor_letters(self.factors):
+            segment = layout.segment(letter)
+            part = collected.aggregate[segment.start - start : segment.stop - start]
+            step, server = self.federation.optimizer.step(letter, part, server)
+            adapter[segment] += step
         bits = Compression.of(self.federation.job).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | collected.clips)
+        return FederationState(self.number, adapter, held, self.state.clips | collected.clips, server)
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)
@@ -377,7 +390,7 @@ def initial_state(federation: Federation) -> FederationState:
         letter: initial_clip(job.training.learning_rate, steps, half.size).clip
         for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
     }
-    return FederationState(0, adapter, adapter, clips)
+    return FederationState(0, adapter, adapter, clips | {WEIGHT: weight_cap.FIRST[job.federation.weight]})
 
 
 def clients_evaluate(job: Job, number: int) -> bool:
@@ -413,7 +426,7 @@ def scheduled_learning_rate(job: Job, number: int) -> float:
     return job.training.learning_rate * factor
 
 
-def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
+def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -> LocalWork:
     training = job.training
     epochs = training.local_epochs
     return LocalWork(
@@ -426,13 +439,15 @@ def _local_work(job: Job, factors: Factors, learning_rate: float) -> LocalWork:
         max_gradient_norm=training.max_gradient_norm,
         gradient_checkpointing=training.gradient_checkpointing,
         holdout=job.data.holdout,
+        proximal=training.proximal,
+        align=align,
     )
 
 
 def _uplink(federation: Federation, state: FederationState, factors: Factors, cohort: int) -> Uplink:
     job = federation.job
     compression = Compression.of(job)
-    letters = factor_letters(factors)
+    cap, letters = job.federation.weight_cap, factor_letters(factors)
     earlier = [federation.aggregator.factors(number) for number in range(1, state.round + 1)]
     return Uplink(
         form=compression.form,
@@ -440,8 +455,9 @@ def _uplink(federation: Federation, state: FederationState, factors: Factors, co
         density=compression.density,
         error_feedback=compression.error_feedback,
         weight=job.federation.weight,
-        weight_cap=job.federation.weight_cap,
+        weight_cap=min(cap, round(state.clips[WEIGHT])) if compression.form == "ring" else cap,
         n_max=max(cohort, 1),
         turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
+        rotation=compression.rotation,
     )

@@ -108,7 +108,7 @@ class SecureCollection:
         totals, loss = opened_sums(result.sums, summed, self._terms)
         aggregate, clips = finish_ring(totals, summed, self._terms)
         record = SecureRecord(summed, config.minimum, config.threshold, result.liars)
-        return Collected(aggregate, clips, loss, record)
+        return Collected(aggregate, clips, loss, secure=record)
 
     def _open(self) -> ServerSession:
         settings = self._job.secure_aggregation

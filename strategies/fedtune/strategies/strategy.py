@@ -27,7 +27,7 @@ from fedtune.core.job import Job
 from fedtune.core.messages import Base
 from fedtune.core.records import Evaluation, RoundRecord
 from fedtune.core.uplink import Compression
-from fedtune.strategies.aggregators import aggregator_named
+from fedtune.strategies.aggregators import aggregator_for
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.envelope import seal, unseal
 from fedtune.strategies.exchange import Exchange
@@ -44,6 +44,7 @@ from fedtune.strategies.round import (
 )
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import UniformSelection
+from fedtune.strategies.server_optimizers import server_optimizer_named
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
 
@@ -59,8 +60,9 @@ def federation_from_job(job: Job, base: Base, layout: AdapterLayout) -> Federati
         job,
         base,
         layout,
-        aggregator_named(job.federation.aggregation),
+        aggregator_for(job.federation),
         UniformSelection(job.federation.clients_per_round, job.training.seed),
+        server_optimizer_named(job.federation.server_optimizer, job.federation.server_learning_rate),
     )
 
 

@@ -58,7 +58,7 @@ def test_nothing_but_device_calls_exists_for_the_outside(door: Door, path: str) 
     assert door.post(path).status_code == 404
     assert door.post(path).content == b""
     # Nor does the control key open anything there: it counts on the private socket only.
-    assert door.post(path, **{CONTROL_HEADER: door.key}).status_code == 404
+    assert door.post(path, {CONTROL_HEADER: door.key}).status_code == 404
 
 
 TRICKS = [
@@ -119,7 +119,7 @@ def test_garbage_in_a_device_call_is_refused_and_harms_nothing(door: Door) -> No
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/health", "/docs"])
 def test_the_private_socket_wants_the_control_key_from_local_users_too(door: Door, path: str) -> None:
     assert door.post(path, server=door.private).status_code == 404
-    assert door.post(path, server=door.private, **{CONTROL_HEADER: "0" * 64}).status_code == 404
+    assert door.post(path, {CONTROL_HEADER: "0" * 64}, server=door.private).status_code == 404
     with pytest.raises(UnreachableError, match="not a fedtune server"):
         door.device("bob", door.private).activate()
 
@@ -176,12 +176,12 @@ def test_a_device_cannot_speak_as_another(door: Door) -> None:
     ada, eve = door.device("ada"), load_node_key(door.bundles["eve"].node_key)
     node_id = ada.activate()
     request = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
-    assert door.post("/v1/fleet/pull-messages", body=request, **signed(eve)).status_code == 401
+    assert door.post("/v1/fleet/pull-messages", signed(eve), body=request).status_code == 401
     claim = ActivateNodeRequest(
         public_key=public_key_to_bytes(load_node_key(door.bundles["bob"].node_key).public_key()),
         heartbeat_interval=30,
     ).SerializeToString()
-    assert door.post("/v1/fleet/activate-node", body=claim, **signed(eve)).status_code == 401
+    assert door.post("/v1/fleet/activate-node", signed(eve), body=claim).status_code == 401
 
 
 def test_an_old_signature_is_refused(door: Door) -> None:
@@ -189,9 +189,9 @@ def test_an_old_signature_is_refused(door: Door) -> None:
     claim = ActivateNodeRequest(public_key=public_key_to_bytes(eve.public_key()), heartbeat_interval=30)
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
     body = claim.SerializeToString()
-    assert door.post("/v1/fleet/activate-node", body=body, **signed(eve, old)).status_code == 401
+    assert door.post("/v1/fleet/activate-node", signed(eve, old), body=body).status_code == 401
     garbled = signed(eve) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
-    assert door.post("/v1/fleet/activate-node", body=body, **garbled).status_code == 401
+    assert door.post("/v1/fleet/activate-node", garbled, body=body).status_code == 401
 
 
 def test_a_wrong_clock_is_corrected_by_the_servers(door: Door) -> None:

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGE = Path("fedtune/core/secagg")
+PACKAGE = "core/fedtune/core/secagg"
+CLIENT = "client/fedtune/client"
+STRATEGIES = "strategies/fedtune/strategies"
 SUITES = (
+    "tests/hostile/secagg/test_lying_round.py",
     "tests/hostile/secagg/test_lying_server.py",
     "tests/hostile/secagg/test_hostile_clients.py",
     "tests/unit/secagg",
@@ -31,12 +34,13 @@ SUITES = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """A check, and the edit that removes it: `old` occurs exactly once in `file`."""
+    """A check, and the edit that removes it: `old` occurs exactly once in `file` of the package."""
 
     check: str
     file: str
     old: str
     new: str
+    package: str = PACKAGE
 
 
 UNCHANGED = Mutant("none", "__init__.py", "__all__ = [", "__all__ = [")
@@ -234,6 +238,27 @@ MUTANTS = (
     Mutant("server: enough clients", "server.py", "        if missing:\n", "        if False:\n"),
     Mutant("server: enough votes", "server.py", "if len(self._votes) < self.config.quorum:", "if False:"),
     Mutant("server: enough share holders", "server.py", "if left < self.config.threshold:", "if False:"),
+    # what ties a secure round to the training it is about
+    Mutant("round: only what can be masked", "secure.py", 'if request.uplink.form != "ring":', "if False:", CLIENT),
+    Mutant("round: number", "secure.py", '"round": (config.round, request.round),', "", CLIENT),
+    Mutant("round: work", "secure.py", '"work and codec": (config.context, terms_digest(request)),', "", CLIENT),
+    Mutant("round: segments", "secure.py", '"segments": (config.segments, masked_segments(terms)),', "", CLIENT),
+    Mutant("round: ring's room", "secure.py", "if len(config.cohort) > request.uplink.n_max:", "if False:", CLIENT),
+    Mutant("round: open first", "secure.py", "if client not in self._rounds:", "if False:", CLIENT),
+    Mutant(
+        "round: residuals settled last",
+        "secure.py",
+        "            self._device.keep_residuals(client, round_.contribution)\n",
+        "            pass\n",
+        CLIENT,
+    ),
+    Mutant(
+        "round: aborts change nothing",
+        "round.py",
+        "        except (RoundAbortedError, JobError) as error:\n            self._aborted = str(error)",
+        "        except (RoundAbortedError, JobError):\n            pass",
+        STRATEGIES,
+    ),
     # what is kept on a device
     Mutant("one key for each client", "identity.py", "if key in seen:", "if False:"),
     Mutant("identity private to its owner", "identity.py", "if path.stat().st_mode & 0o077:", "if False:"),
@@ -260,9 +285,10 @@ def main() -> int:
 def first_failure(mutant: Mutant) -> str | None:
     """The first test that fails on the mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "core"
-        shutil.copytree(ROOT / "core", copy, ignore=shutil.ignore_patterns("__pycache__"))
-        path = copy / PACKAGE / mutant.file
+        roots = [Path(folder) / name for name in ("core", "strategies", "client")]
+        for root in roots:
+            shutil.copytree(ROOT / root.name, root, ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(folder) / mutant.package / mutant.file
         source = path.read_text(encoding="utf-8")
         if source.count(mutant.old) != 1:
             raise SystemExit(f"{mutant.check}: {mutant.old!r} occurs {source.count(mutant.old)} times in {mutant.file}")
@@ -271,7 +297,11 @@ def first_failure(mutant: Mutant) -> str | None:
             run = subprocess.run(
                 [sys.executable, "-m", "pytest", suite, "-x", "-q", "--no-header", "-p", "no:cacheprovider"],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_STORAGE_DIRECTORY": folder},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(map(str, roots)),
+                    "HYPOTHESIS_STORAGE_DIRECTORY": folder,
+                },
                 capture_output=True,
                 text=True,
                 check=False,

@@ -207,3 +207,43 @@ def test_what_is_not_finite_is_refused_with_a_reason(make_model: MakeModel, monk
     monkeypatch.undo()
     result: LocalResult = train_locally(model, examples, received, TASK)
     assert np.isfinite(result.update).all()
+
+
+def test_a_proximal_term_pulls_towards_what_was_received(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    task = dataclasses.replace(TASK, local_steps=10)
+    free = train_locally(model, examples, received, task).update
+    first = dataclasses.replace(task, local_steps=1)
+    held = train_locally(model, examples, received, dataclasses.replace(task, proximal=100.0)).update
+    assert np.linalg.norm(held) < 0.5 * np.linalg.norm(free)
+    # Nothing has moved yet in the first step, so there is nothing to pull back.
+    assert np.array_equal(
+        train_locally(model, examples, received, first).update,
+        train_locally(model, examples, received, dataclasses.replace(first, proximal=100.0)).update,
+    )
+
+
+@pytest.mark.parametrize("factors", ["a", "b", "ab"])
+def test_a_device_of_a_lower_tier_trains_its_rank_indices_and_moves_nothing_else(
+    make_model: MakeModel, factors: Any
+) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    task = dataclasses.replace(TASK, factors=factors, owned=(1, 3), weight_decay=0.1)
+    whole = np.zeros(model.layout.size, dtype=np.float32)
+    whole[model.layout.segment(factors)] = train_locally(model, examples, received, task).update
+    for lora_a, lora_b in model.layout.views(whole).values():
+        assert not lora_a[[0, 2]].any()
+        assert not lora_b[:, [0, 2]].any()
+        assert lora_a[[1, 3]].any() == ("a" in factors)
+        assert lora_b[:, [1, 3]].any() == ("b" in factors)
+
+
+def test_owning_every_rank_index_is_training_the_whole(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, received = examples_of(model, "lamp"), start_of(model)
+    every = dataclasses.replace(TASK, owned=(0, 1, 2, 3))
+    assert np.array_equal(
+        train_locally(model, examples, received, TASK).update, train_locally(model, examples, received, every).update
+    )

@@ -77,6 +77,13 @@ def test_what_a_delta_leaves_out_comes_across_later() -> None:
     assert errors[-1] < 1e-3
 
 
+@pytest.mark.parametrize("scale", 2.0 ** np.linspace(0, 1, 9))
+def test_a_delta_of_what_a_delta_left_out_is_never_empty(scale: float) -> None:
+    target = (scale * np.random.default_rng(0).uniform(-1, 1, COUNT)).astype(np.float32)
+    held = np.zeros_like(target)
+    assert not same_bits(apply(held, encode_delta(held, target, bits=2)), held)
+
+
 def test_errors_do_not_add_up_over_rounds() -> None:
     versions, _, target = run_of(30, bits=2)
     assert np.linalg.norm(target - versions[-1]) < 0.1 * np.linalg.norm(target)

@@ -69,6 +69,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("data.partition=iid", "households are clients already"),
         ("federation.minimum_clients=11", "more than federation.clients_per_round"),
         ("simulation.workers=2", 'needs simulation.backend = "ray"'),
+        ("compression.form=sparse compression.rotation=false", 'only compression.form = "ring" rotates'),
+        ("compression.form=sparse compression.bits=1", 'form = "sparse" takes 2 to 8'),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("simulation.dropout=1.5", "simulation.dropout"),
@@ -78,7 +80,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 )
 def test_contradictions_and_impossible_values_are_refused(override: str, complaint: str) -> None:
     with pytest.raises(JobError, match=complaint):
-        load_job(None, [override])
+        load_job(None, override.split())
 
 
 @pytest.mark.parametrize("text", ["[model", "\x00", "[model]\nbase = 1979-05-27\n", "model = 3\n"])

@@ -12,20 +12,20 @@ from fedtune.core.codec import ExactCodec
 from fedtune.core.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
 from fedtune.core.errors import PeerError
 from fedtune.core.job import load_job
-from fedtune.core.messages import Downlink
-from fedtune.core.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor
+from fedtune.core.messages import Downlink, Uplink
+from fedtune.core.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
 from fedtune.strategies.aggregators import FedAvg
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.reduction import ClearReduction, RingReduction
+from fedtune.strategies.reduction import WEIGHT, ClearReduction, RingReduction
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
 SEED = 3
 
 
-def terms(form: Form, factor: str = "b", density: float = 0.5, n_max: int = 8) -> FactorTerms:
+def terms(form: Form, factor: str = "b", density: float = 0.5, n_max: int = 8, rotation: bool = True) -> FactorTerms:
     segment = LAYOUT.segment(factor)  # type: ignore[arg-type]
     count = segment.stop - segment.start
-    return FactorTerms(form, 4, density, count, SEED, 1, factor, 0, 1.0, n_max)  # type: ignore[arg-type]
+    return FactorTerms(form, 4, density, count, SEED, 1, factor, 0, 1.0, n_max, rotation, 100)  # type: ignore[arg-type]
 
 
 def random_update(count: int, seed: int = 0) -> Vector:
@@ -52,8 +52,9 @@ def test_the_exact_form_loses_nothing() -> None:
     assert decode_factor(payload, agreed).tobytes() == update.tobytes() == sent.tobytes()
 
 
-def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent() -> None:
-    agreed = terms("ring", density=1.0)
+@pytest.mark.parametrize("rotation", [True, False])
+def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool) -> None:
+    agreed = terms("ring", density=1.0, rotation=rotation)
     reduction = RingReduction([agreed])
     weights = [0.25, 0.5, 1.0]
     sent = []
@@ -63,7 +64,8 @@ def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent() -> None:
         sent.append(carried)
     aggregate, clips = reduction.finish()
     assert aggregate == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-5)
-    assert clips.keys() == {"b"}
+    assert clips.keys() == {"b", WEIGHT}
+    assert clips[WEIGHT] == pytest.approx(1.25 * 100 * np.mean(weights), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["exact", "sparse", "ring"])
@@ -160,5 +162,18 @@ def test_presets_fill_in_what_the_job_leaves_open() -> None:
     assert Compression.of(load_job(None, [clear])).form == "sparse"
     assert Compression.of(load_job(None, [clear, "compression.preset=none"])).form == "exact"
     ring = Compression.of(load_job(None, [clear, "compression.form=ring", "compression.bits=6"]))
-    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.28)
+    assert (ring.form, ring.bits, ring.density) == ("ring", 6, 0.4)
     assert Compression.of(load_job(None, ["compression.error_feedback=false"])).error_feedback is False
+
+
+@pytest.mark.parametrize("rotation", [None, True, False])
+def test_a_job_says_whether_its_rings_rotate_and_every_client_is_told(rotation: bool | None) -> None:
+    overrides = ["secure_aggregation.enabled=false", "compression.form=ring"]
+    if rotation is not None:
+        overrides.append(f"compression.rotation={str(rotation).lower()}")
+    wanted = rotation is not False
+    assert Compression.of(load_job(None, overrides)).rotation is wanted
+
+    uplink = Uplink("ring", 4, 0.5, True, "examples", 64, 8, (0,), (1.0,), wanted)
+    (agreed,) = factor_terms(uplink, LAYOUT, "b", SEED, 1)
+    assert agreed.context().rotation is wanted

@@ -25,6 +25,7 @@ from fedtune.core.messages import (
 )
 from fedtune.core.records import ClientRecord
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.reduction import WEIGHT
 from fedtune.strategies.round import (
     LATE,
     EvaluationRound,
@@ -103,6 +104,17 @@ def test_order_of_arrival_changes_nothing() -> None:
             round_.take_in(name, reply(round_, 0.1 * (1 + NAMES.index(name)), 3 + NAMES.index(name)))
         results.append(round_.close()[0].adapter.tobytes())
     assert results[0] == results[1]
+
+
+def test_a_ring_starts_with_a_low_weight_cap_and_takes_it_from_the_state_up_to_the_jobs() -> None:
+    ring = ("compression.preset=balanced", "compression.form=ring")
+    assert opened(1).terms[0].weight_cap == 1024
+    assert opened(1, *ring).terms[0].weight_cap == 32
+    assert opened(1, *ring, "federation.weight_cap=20").terms[0].weight_cap == 20
+    fed = federation(*ring)
+    state = initial_state(fed)
+    later = TrainingRound.open(fed, replace(state, clips=state.clips | {WEIGHT: 224.6}), NAMES, broadcast())
+    assert {terms.weight_cap for terms in later.terms} == {225}
 
 
 def test_alternating_rounds_change_one_factor_and_fedavg_both() -> None:
@@ -242,3 +254,23 @@ def test_uniform_and_token_weights_are_choices() -> None:
         round_.take_in("ann", reply(round_, 1.0, examples=1))
         round_.take_in("bob", reply(round_, 3.0, examples=3))
         assert round_.close()[0].adapter[LAYOUT.segment("b")] == pytest.approx(expected)
+
+
+def test_a_server_optimizers_state_goes_from_round_to_round() -> None:
+    fed = federation("federation.server_optimizer=momentum", "federation.aggregation=ffa")
+    state = initial_state(fed)
+    for number, moved in ((1, 1.0), (2, 1.9), (3, 2.71)):
+        round_ = asked(TrainingRound.open(fed, state, NAMES, broadcast()))
+        round_.take_in("ann", reply(round_, 1.0))
+        before = state.adapter[LAYOUT.segment("b")]
+        state, _ = round_.close()
+        assert state.round == number
+        assert state.adapter[LAYOUT.segment("b")] - before == pytest.approx(moved)
+    assert set(state.server) == {"optimizer.m.b"}
+
+
+def test_only_fedrot_asks_clients_to_turn_their_factors() -> None:
+    for name, turned in (("fedavg", False), ("fedrot", True)):
+        request = decode(opened(1, f"federation.aggregation={name}").requests.payload("ann"), TrainRequest)
+        assert request.work.align is turned
+    assert decode(opened(1, "training.proximal=0.5").requests.payload("ann"), TrainRequest).work.proximal == 0.5

@@ -13,6 +13,7 @@ from fedtune.core.codec.residual import Residual
 from fedtune.core.codec.ring import Ring
 from fedtune.core.codec.selection import select_largest, select_public
 from fedtune.core.codec.sparse import SparseCodec
+from fedtune.core.codec.weight_cap import next_weight_cap
 
 __all__ = [
     "ClipRange",
@@ -31,6 +32,7 @@ __all__ = [
     "encode_delta",
     "encode_refresh",
     "initial_clip",
+    "next_weight_cap",
     "pack",
     "packed_size",
     "select_largest",

@@ -1,6 +1,6 @@
 """The clip range, adapted from round to round by one securely summed number, the mean norm of the updates.
 
-    c ← 1.25 · mean over survivors of min(‖w_i·x_i‖, 4c),   and not below c/64
+    c ← 1.25 · mean over survivors of min(‖x_i‖, 4c),   and not below c/8
 
 Rounding errors under masks are in proportion to c, so a clip far too high costs more than a few clipped updates,
 whose rest stays in the residual. The usual rule, c ← c·exp(-0.2·(share within c - 0.8)) (Andrew et al.,
@@ -18,7 +18,7 @@ from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP
 
 HEADROOM = 1.25  # most updates are within the clip when norms vary by a quarter
 NORM_BOUND = 4  # a norm counts as at most this many clips, so a clip grows at most fivefold in a round
-MAX_SHRINK = 64  # the start is a bound for the greatest weight; one round is to reach the real ones
+MAX_SHRINK = 8  # one round of small updates must not cost many rounds of growth
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ClipRange:
         """The clip for this segment's next round.
 
         Args:
-            mean_norm: of the survivors' selected and weighted updates, each counted as at most NORM_BOUND clips.
+            mean_norm: of the survivors' selected updates, each counted as at most NORM_BOUND clips.
         """
         return ClipRange(min(max(HEADROOM * mean_norm, self.clip / MAX_SHRINK, MIN_CLIP), MAX_NORM))
 

@@ -31,6 +31,9 @@ from fedtune.core.errors import PeerError
 
 REFRESH_BITS = 8
 GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on the grid are exact in float32
+# What a delta leaves out is spread evenly over a step, ±√3 of its root mean square. At 2 bits a step is 2 of those; up
+# to √3 times that the next delta still has something to send, and with coarser steps devices would never catch up.
+STRETCH = 1.7
 
 _KINDS = frozenset({Kind.DELTA, Kind.WHOLE, Kind.EXACT})
 
@@ -134,10 +137,10 @@ def _largest(values: NDArray[np.float32]) -> float:
 
 
 def _step(values: NDArray[np.float32], bits: int, finest: float) -> float:
-    """The power of two nearest in ratio to `relative_step` of these values, or to the finest step allowed."""
+    """The largest power of two within STRETCH of `relative_step` of these values, or of the finest step allowed."""
     deviation = check_update(values) / sqrt(max(values.size, 1))
-    mantissa, exponent = frexp(max(float(relative_step(deviation, bits)), finest))
-    return ldexp(1.0, exponent if mantissa > sqrt(0.5) else exponent - 1)
+    _, exponent = frexp(STRETCH * max(float(relative_step(deviation, bits)), finest))
+    return ldexp(1.0, exponent - 1)
 
 
 def _grid(values: NDArray[np.float32]) -> float:

@@ -1,8 +1,10 @@
 """The codec for updates under masks: every step is linear and public, so words may be added before they are decoded.
 
-    client    x = update[selection];  y = H·D·clip_c(w·x)/√d;   u = quantize(y, ±R) in 0..L      -> words, lanes
-    sum       Σu in Z/2^ℓ, Σw and Σmin(‖w·x‖, 4c) in Z/2^32                                        (secure aggregation)
+    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, lanes
+    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
     server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
+
+A context may leave the rotation out; H·D/√d is the identity then, and nothing is padded.
 
 A usage loop, in the clear, for one segment:
 
@@ -39,8 +41,10 @@ class RoundContext:
     Args:
         seed: the segment's public seed of this round: `derive_seed(job seed, "codec", round, segment)`.
         selection: which coordinates travel; bool, shape (count,).
-        clip: c > 0, the norm to which each selected and weighted update is clipped.
+        clip: c > 0, the norm to which each selected update is clipped.
         n_max: the most clients that are ever added in this ring.
+        rotation: whether values are rotated before they are rounded. Without, the few that are large are clipped at
+            ±R, and only a residual brings the rest across.
 
     Raises:
         PeerError: the clip is no norm that an update could have; a device has it from the server.
@@ -50,6 +54,7 @@ class RoundContext:
     selection: NDArray[np.bool_]
     clip: float
     n_max: int
+    rotation: bool = True
 
     def __post_init__(self) -> None:
         if not MIN_CLIP <= self.clip <= MAX_NORM:
@@ -75,7 +80,7 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class RingMean:
-    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm of w·x."""
+    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm."""
 
     update: NDArray[np.float32]
     total_weight: float
@@ -97,8 +102,8 @@ class MaskableCodec:
         return Ring(self.bits, context.n_max)
 
     def word_count(self, context: RoundContext) -> int:
-        """How many words a contribution has: the selected coordinates and the rotation's padding."""
-        return rotated_size(context.selected)
+        """How many words a contribution has: the selected coordinates and the rotation's padding, if there is one."""
+        return rotated_size(context.selected) if context.rotation else context.selected
 
     def encode(
         self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
@@ -120,12 +125,12 @@ class MaskableCodec:
         if update.size != context.selection.size:
             raise UpdateError(f"this segment has {context.selection.size} coordinates, the update has {update.size}")
         fixed_weight = weight_word(weight)
-        # The weight goes first: what the quantizer's range must hold is the weighted update. Were the range made for
-        # w = 1, a cohort whose examples are a sixth of the cap would quantize with two or three bits fewer.
-        norm = fixed_weight / LANE_ONE * finite_norm(update[context.selection])
+        norm = finite_norm(update[context.selection])
         factor = np.float32(fixed_weight / LANE_ONE * clip_factor(norm, context.clip))
-        rotated = rotate(update[context.selection] * factor, context.seed)
-        words = quantize(rotated, self._bound(context), self.bits, private_seed)
+        values = update[context.selection] * factor
+        if context.rotation:
+            values = rotate(values, context.seed)
+        words = quantize(values, self._bound(context), self.bits, private_seed)
         return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 
     def zero(self, context: RoundContext) -> RingUpdate:
@@ -155,8 +160,10 @@ class MaskableCodec:
         if not weight:
             raise PeerError(f"the weights of {survivors} clients sum to nothing")
         mean = np.zeros(context.selection.size, dtype=np.float32)
-        rotated = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
-        mean[context.selection] = unrotate(rotated, context.selected, context.seed) / np.float32(weight)
+        values = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
+        if context.rotation:
+            values = unrotate(values, context.selected, context.seed)
+        mean[context.selection] = values / np.float32(weight)
         return RingMean(mean, weight, NORM_BOUND * context.clip * norms / survivors)
 
     def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:

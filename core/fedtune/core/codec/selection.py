@@ -3,9 +3,9 @@
 Under masks all clients must send the same coordinates, so the selection is *public*, and the coordinates simply take
 turns. To prefer those that were large in the last aggregate is worse than it looks: what was just sent is what has
 just left the residuals, and local optimizers of Adam's kind move all coordinates by similar amounts anyway. On the
-demo, with error feedback and a quarter sent each time, the sum of four rounds' aggregates was off by 17% (squared,
-relative) when coordinates took turns, by 40% when drawn at random and by 64% when four fifths followed the last
-aggregate.
+demo, with error feedback and a quarter sent each time, the sum of four rounds' aggregates was off by 21% (squared,
+relative; of B) when coordinates took turns, by 42% when drawn at random and by 65% when four fifths followed the last
+aggregate (benchmarks/compression/selection.md).
 
 In the clear each client sends its own largest coordinates, and the entropy coder pays for saying which.
 

@@ -38,8 +38,8 @@ from fedtune.server.live.board import Board, JobStatus
 from fedtune.server.live.devices import Devices, changed
 from fedtune.server.live.flower import Link, LinkLostError, NodeState, RunGrid
 from fedtune.server.live.home import ServerHome
-from fedtune.server.live.listener import OPEN
 from fedtune.server.live.jobs import Jobs, QueuedJob
+from fedtune.server.live.listener import OPEN
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import SUMMARY, RunDirectory

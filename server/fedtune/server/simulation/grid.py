@@ -97,6 +97,15 @@ class InProcessGrid(Grid):
             message_ids.append(message_id)
         return message_ids
 
+    def fail(self, message: Message, error: Exception) -> str:
+        """Takes a message as pushed whose client is known to fail; the id of its reply."""
+        message_id = f"message-{next(self._numbers)}"
+        set_message_id(message, message_id)
+        failed: Future[WireMessage] = Future()
+        failed.set_exception(error)
+        self._pending[message_id] = (message, failed)
+        return message_id
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there by now, each once."""
         for message_id in message_ids:

@@ -1,20 +1,26 @@
 """What an aggregator is: it says what a round trains, and reduces the round's updates to one aggregate as they arrive.
 
     factors = aggregator.factors(round_number)          # goes into every client's request
-    accumulator = aggregator.accumulator(layout, factors)
-    for update, weight in arriving:                     # any order, O(adapter) memory whatever the cohort
+    accumulator = aggregator.accumulator(layout, factors, adapter, state)
+    for update, weight in arriving:                     # any order
         accumulator.add(update, weight)
     segment = layout.segment(factors)
     adapter[segment] += accumulator.finish()
+    state = accumulator.state                           # of aggregators that keep something; empty for the others
 
-An update is trained minus received over the segment of the round's factors. Aggregators hold no state between rounds.
+An update is trained minus received over the segment of the round's factors. Aggregators hold no state between rounds:
+what one round leaves to the next is handed out and handed in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
+
+State = Mapping[str, Vector]
+NOTHING: State = {}
 
 
 class Accumulator(Protocol):
@@ -24,7 +30,11 @@ class Accumulator(Protocol):
         """Takes one client's update in; raises UpdateError and stays unchanged where it cannot be."""
 
     def finish(self) -> Vector:
-        """The aggregate over the round's segment, float32."""
+        """The aggregate over the round's segment, float32; zeros where nothing was added."""
+
+    @property
+    def state(self) -> State:
+        """What the next round's accumulator is given; read after `finish`."""
 
 
 class Aggregator(Protocol):
@@ -33,5 +43,12 @@ class Aggregator(Protocol):
     def factors(self, round_number: int) -> Factors:
         """What clients train and send in this round; rounds count from 1."""
 
-    def accumulator(self, layout: AdapterLayout, factors: Factors) -> Accumulator:
-        """An empty reduction for a round that trains these factors."""
+    def accumulator(
+        self, layout: AdapterLayout, factors: Factors, adapter: Vector | None = None, state: State = NOTHING
+    ) -> Accumulator:
+        """An empty reduction for a round that trains these factors.
+
+        Args:
+            adapter: the server's, float32, (layout.size,); reductions that are not linear in the update need it.
+            state: what the last round's accumulator left.
+        """

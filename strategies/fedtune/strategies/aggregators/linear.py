@@ -1,6 +1,7 @@
 """Aggregators that are a weighted mean of what clients upload: Σ w_i·Δ_i / Σ w_i over the trained segment.
 
-They differ only in what a round trains. Linear means that a sum of updates is all the server needs to see.
+They differ in what a round trains, and in what a client does to its update before it sends it. Linear means that a sum
+of updates is all the server needs to see.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
-from fedtune.strategies.aggregators.base import Accumulator
+from fedtune.strategies.aggregators.base import NOTHING, Accumulator, State
 from fedtune.strategies.exact_sum import ExactSum
 
 
@@ -23,9 +24,25 @@ class FedAvg:
         """Both, in every round."""
         return "ab"
 
-    def accumulator(self, layout: AdapterLayout, factors: Factors) -> Accumulator:
+    def accumulator(
+        self,
+        layout: AdapterLayout,
+        factors: Factors,
+        adapter: Vector | None = None,  # noqa: ARG002 - linear in the update
+        state: State = NOTHING,  # noqa: ARG002
+    ) -> Accumulator:
         """An empty weighted mean."""
-        return _WeightedMean(layout, factors)
+        return WeightedMean(layout, factors)
+
+
+@dataclass(frozen=True)
+class FedRot(FedAvg):
+    """FedRot-LoRA: clients turn their factors towards the last global ones before they send them; then FedAvg.
+
+    B·A = (B·Q)(Qᵀ·A) for every orthogonal Q, so what a client learned stays as it is, and factors of different clients
+    that mean the same come to lie in the same place. The turning is in `fedtune.core.alignment`; the server's part is a
+    mean like any other. All clients need the same rank.
+    """
 
 
 @dataclass(frozen=True)
@@ -45,18 +62,42 @@ class Alternating:
         """B in rounds 1 … period, A in the next as many, and so on."""
         return "b" if (round_number - 1) // self.period % 2 == 0 else "a"
 
-    def accumulator(self, layout: AdapterLayout, factors: Factors) -> Accumulator:
+    def accumulator(
+        self,
+        layout: AdapterLayout,
+        factors: Factors,
+        adapter: Vector | None = None,  # noqa: ARG002 - linear in the update
+        state: State = NOTHING,  # noqa: ARG002
+    ) -> Accumulator:
         """An empty weighted mean."""
-        return _WeightedMean(layout, factors)
+        return WeightedMean(layout, factors)
 
 
-class _WeightedMean:
+@dataclass(frozen=True)
+class Frozen(Alternating):
+    """FFA-LoRA (Sun et al. 2024): A stays for ever as the job's seed made it, and B is averaged.
+
+    Exact, and half of FedAvg's bytes; but ΔW never leaves the row space of a random A.
+    """
+
+    def factors(self, round_number: int) -> Factors:  # noqa: ARG002 - every round trains the same
+        """B, in every round."""
+        return "b"
+
+
+class WeightedMean:
+    """Σ w_i·Δ_i / Σ w_i, exact in any order of arrival."""
+
+    state: State = NOTHING
+
     def __init__(self, layout: AdapterLayout, factors: Factors) -> None:
         segment = layout.segment(factors)
         self._sum = ExactSum(segment.stop - segment.start)
 
     def add(self, update: Vector, weight: int) -> None:
+        """Adds one client's update."""
         self._sum.add(update, weight)
 
     def finish(self) -> Vector:
+        """The mean."""
         return self._sum.mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,11 +56,13 @@ class Door:
         self.lines.append(link)
         return link
 
-    def post(self, path: str, *, server: str | None = None, body: bytes = b"", **headers: str) -> httpx.Response:
+    def post(
+        self, path: str, headers: Mapping[str, str] | None = None, *, server: str | None = None, body: bytes = b""
+    ) -> httpx.Response:
         context = ssl.create_default_context(cadata=self.home.authority.decode())
         with httpx.Client(verify=context) as client:
             url = f"https://{server or self.public}{path}"
-            return client.post(url, content=body, headers=PROTOBUF | FLOWER | headers)
+            return client.post(url, content=body, headers={**PROTOBUF, **FLOWER, **(headers or {})})
 
     def raw(self, request: bytes, port: int | None = None) -> bytes:
         """What the server answers to exactly these bytes."""

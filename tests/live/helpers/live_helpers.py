@@ -74,6 +74,10 @@ class Process:
         """Asks it to end; its exit status."""
         if self.running:
             self._process.send_signal(number)
+        return self.ended(seconds)
+
+    def ended(self, seconds: float = 60.0) -> int:
+        """Waits until it ends by itself; its exit status."""
         try:
             return self._process.wait(seconds)
         finally:

@@ -1,0 +1,140 @@
+"""`fedtune serve` and `fedtune chat`: the command lines of inference, which never load torch."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.core.errors import InputError, MissingExtraError
+
+TOKEN_VARIABLE = "FEDTUNE_TOKEN"
+MAX_TOKEN_BYTES = 4096
+_MODEL = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A directory that `fedtune export` wrote.")]
+
+
+def serve(
+    model_directory: _MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, max=65536, help="Requests that may wait; more get status 429.")] = 64,
+    name: Annotated[str | None, typer.Option(help="What the model is called; by default what the export says.")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of .onnx_adapter files; those in it are loaded, others may be later.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the bearer token; or set {TOKEN_VARIABLE}.")
+    ] = None,
+) -> None:
+    """Serve an exported model over OpenAI's HTTP API.
+
+    Examples:
+
+        fedtune serve runs/demo-1/onnx/int4
+
+        curl localhost:8080/v1/completions -d '{"model": "demo-1", "prompt": "dim the attic lights =>"}'
+    """
+    try:
+        import uvicorn
+
+        from fedtune.client.inference.model import ADAPTER_SUFFIX, ExportedModel
+        from fedtune.client.inference.scheduler import Scheduler
+        from fedtune.client.inference.server import create_app
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
+
+    token = read_token(token_file)
+    if token is None and not _is_loopback(host):
+        raise InputError(f"--host {host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
+    if adapters is not None and not adapters.is_dir():
+        raise InputError(f"--adapters {adapters}: not a directory")
+    model = ExportedModel(model_directory, name, adapters)
+    for path in sorted(adapters.glob(f"*{ADAPTER_SUFFIX}")) if adapters else []:
+        model.load_adapter(path.name.removesuffix(ADAPTER_SUFFIX))
+    app = create_app(model, Scheduler(model, slots, queue), token)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        limit_concurrency=2 * (slots + queue) + 32,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    listener = _bind(config)
+    address, bound = listener.getsockname()[:2]
+    loaded = f", adapters {', '.join(model.adapters)}" if model.adapters else ""
+    print(f"{model.name} ({model.manifest.format}{loaded}) on http://{address}:{bound}/v1", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def chat(
+    model_directory: _MODEL,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Answer every prompt by itself.")] = False,
+) -> None:
+    """Talk to an exported model in the terminal; piped input is answered line by line.
+
+    Examples:
+
+        fedtune chat runs/demo-1/onnx/int4 --forget
+
+        echo "water the lavender with 12 liters" | fedtune chat runs/demo-1/onnx/int4
+    """
+    try:
+        from fedtune.client.inference.chat import converse
+        from fedtune.client.inference.model import ExportedModel, Sampling
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("fedtune chat", "inference", error.name or "onnxruntime-genai") from error
+
+    model = ExportedModel(model_directory)
+    converse(model, Sampling(max_tokens, temperature, top_p, seed), remember=not forget)
+
+
+def read_token(file: Path | None) -> str | None:
+    """The bearer token: of the file, or of the environment, or none.
+
+    Raises:
+        InputError: the file cannot be read or holds no token.
+    """
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    try:
+        with file.open("rb") as opened:
+            token = opened.read(MAX_TOKEN_BYTES + 1).decode("ascii").strip()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}; expected a token") from error
+    except UnicodeDecodeError:
+        token = ""
+    if not token or len(token) > MAX_TOKEN_BYTES or not token.isprintable():
+        raise InputError(f"{file}: holds no token; expected one line of ASCII, at most {MAX_TOKEN_BYTES} bytes")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(config: Any) -> Any:
+    import socket
+
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise InputError(f"{config.host}:{config.port}: cannot be listened on: {error.strerror}") from error
+    return listener

@@ -1,0 +1,136 @@
+"""How much memory a training step takes, from a model's sizes and a plan's choices. Pure arithmetic; bytes.
+
+With n = micro-batch · sequence length tokens, β the arithmetic's bytes a value, P adapter parameters of the full rank:
+
+    resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, otherwise β; the adapter and its gradient
+    adapter        8P + 8P + P·β                               Adam's moments; received and sent; the factors in β
+    activations    L·n·[8d + 2βd + 4(q + 2k) + 4q + βq + m·βf]     q, k: query and key width; m = 4 gated, otherwise 2
+      of which     two norms in float32 and their outputs, attention in float32, its output, the MLP
+      checkpointed L·n·βd + one layer of the above
+    transient      n·β·(5f + 4d) + 2β · the largest linear layer   one layer's backward pass
+    head           12 · chunk · V + 3·β·n·d                    logits, their softmax and its gradient, in float32
+    peak           resident + adapter + FLOOR + κ·HEAP·(activations + transient + head)        CPU
+                   resident + adapter + κ·(activations + max(transient, head))                 GPU, its own allocator
+
+The constants were fitted to measurements, see benchmarks/plan: glibc's heap does not give a phase's blocks back to the
+next, so on CPUs phases add up and HEAP of fragmentation come on top. On GPUs attention works in β. κ is a device's own
+correction, measured over predicted, from one real step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedtune.model.loss import MAX_CHUNK_LOGITS
+from fedtune.model.shape import ModelShape
+
+Weights = Literal["packed", "dequantized"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+NF4_BYTES = 4.127 / 8
+HEAP = 1.3
+FLOOR = 5 << 20  # code and tables that the first step of a process brings in
+QUANTIZER_BYTES = 20  # a parameter of the layer that is being packed
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a plan decides, as far as memory depends on it.
+
+    Args:
+        rank: of the adapter that is loaded; a lower tier freezes part of it, and the memory stays.
+        micro_batch: sequences a forward pass.
+    """
+
+    weights: Weights
+    precision: Precision
+    rank: int
+    sequence_length: int
+    micro_batch: int
+    checkpointing: bool
+    cuda: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """n, of a micro-batch."""
+        return self.micro_batch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes over what the process takes before it loads the model.
+
+    Args:
+        weights: the frozen base.
+        adapter: factors, gradient, Adam's moments and copies.
+        activations: kept for the backward pass.
+        working: a layer's backward pass, the head, and what the allocator wastes.
+        loading: the peak while the model is read and packed.
+    """
+
+    weights: int
+    adapter: int
+    activations: int
+    working: int
+    loading: int
+
+    @property
+    def training(self) -> int:
+        """The peak of training."""
+        return self.weights + self.adapter + self.activations + self.working
+
+    @property
+    def peak(self) -> int:
+        """The higher of the two peaks."""
+        return max(self.training, self.loading)
+
+
+def predict_memory(
+    shape: ModelShape, choices: Choices, *, target_share: float = 1.0, kappa: float = 1.0
+) -> MemoryPrediction:
+    """The formula above.
+
+    Args:
+        target_share: share of tokens that the loss counts; only those have logits.
+        kappa: κ of this device and model.
+    """
+    beta = VALUE_BYTES[choices.precision]
+    tokens, width = choices.tokens, shape.width
+    linear_bytes = NF4_BYTES if choices.weights == "packed" else beta
+    weights = shape.linear_parameters * linear_bytes + shape.other_parameters * beta
+    adapter = shape.adapter_parameters(choices.rank) * (24 + beta)
+    layer = tokens * layer_bytes_per_token(shape, beta, choices.cuda)
+    activations = shape.layers * layer
+    if choices.checkpointing:
+        activations = shape.layers * tokens * width * beta + layer
+    transient = tokens * beta * (5 * shape.mlp_width + 4 * width) + 2 * beta * shape.largest_linear
+    targets = max(1.0, tokens * target_share)
+    chunk = min(targets, max(1, MAX_CHUNK_LOGITS // shape.vocabulary))
+    head = 12 * chunk * shape.vocabulary + 3 * beta * targets * width
+    if choices.cuda:
+        working, floor, heap, loading = max(transient, head), 0, 1.0, weights  # packed on the CPU, then moved
+    else:
+        working, floor, heap = transient + head, FLOOR, HEAP
+        loading = shape.file_bytes + weights + shape.largest_linear * QUANTIZER_BYTES
+    waste = (kappa * heap - 1.0) * (activations + working)
+    return MemoryPrediction(
+        round(weights), round(adapter), round(activations), round(working + waste + floor), round(loading)
+    )
+
+
+def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> int:
+    """What one transformer block keeps of one token for its backward pass."""
+    attention = beta if cuda else 4
+    norms = 8 * shape.width + 2 * beta * shape.width
+    heads = attention * (2 * shape.query_width + 2 * shape.kv_width) + beta * shape.query_width
+    return norms + heads + (4 if shape.gated else 2) * beta * shape.mlp_width
+
+
+def kappa_of(shape: ModelShape, choices: Choices, measured_training: int, *, target_share: float = 1.0) -> float:
+    """κ that makes the prediction of the training peak equal to what was measured over the same baseline."""
+    predicted = predict_memory(shape, choices, target_share=target_share)
+    floor = 0 if choices.cuda else FLOOR
+    fixed = predicted.weights + predicted.adapter + floor
+    return max(measured_training - fixed, 1) / max(predicted.training - fixed, 1)

@@ -1,0 +1,171 @@
+"""An exported directory as both sides see it: model files, and a manifest that names every one of them by SHA-256.
+
+    manifest = verify(directory)
+
+`fedtune.json` holds where the model came from and, under "files", name -> {"sha256", "bytes"} of every other file. The
+manifest cannot vouch for itself; whoever has its digest from a source they trust compares `manifest_digest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedtune.core.errors import ExportError
+
+MANIFEST = "fedtune.json"
+CARD = "MODEL_CARD.md"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 4096
+_READ_BYTES = 1 << 20
+_HEX_DIGITS = 64
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of one file.
+
+    Args:
+        sha256: 64 hexadecimal digits.
+        bytes: its size.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An exported directory's `fedtune.json`.
+
+    Args:
+        kind: "model" (adapter merged), "adapter-base" (the base, with the adapter's factors as inputs) or "adapter".
+        name: what the model is called when it is served.
+        format: "int4", "int8", "fp16" or "fp32".
+        provenance: base, adapter, job, rounds, clients, gate results, licence, versions: for people and audits.
+        files: relative name with forward slashes -> its digest and size.
+        start_tokens: what every prompt begins with; chat templates write their own.
+        context: tokens that prompt and completion may have together.
+    """
+
+    kind: str
+    name: str
+    format: str
+    provenance: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+    start_tokens: tuple[int, ...] = ()
+    context: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def digest_file(path: Path) -> FileEntry:
+    """SHA-256 and size of a file, read in pieces."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return FileEntry(digest.hexdigest(), size)
+
+
+def list_files(directory: Path) -> dict[str, FileEntry]:
+    """Every file under a directory but the manifest, by name."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
+    names = {path.relative_to(directory).as_posix(): path for path in paths}
+    return {name: digest_file(path) for name, path in names.items() if name != MANIFEST}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads `fedtune.json` without looking at the other files.
+
+    Raises:
+        ExportError: it is missing or not a manifest.
+    """
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ExportError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected a manifest")
+        return parse_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        inside = sorted(found.parent.name for found in directory.glob(f"*/{MANIFEST}"))
+        hint = f"; expected one of its folders: {', '.join(inside)}" if inside else f"; it has no {MANIFEST}"
+        raise ExportError(f"{directory}: not an exported directory{hint}") from error
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Reads a manifest's bytes.
+
+    Args:
+        where: what errors call them.
+
+    Raises:
+        ExportError: they are not a manifest of this schema.
+    """
+    try:
+        value = json.loads(text)
+        if value.pop("schema") != SCHEMA:
+            raise ValueError(f"another schema; expected {SCHEMA}")
+        files = {_name(name): _entry(entry) for name, entry in value.pop("files").items()}
+        if not 0 < len(files) <= MAX_FILES:
+            raise ValueError(f"{len(files)} files; expected 1 to {MAX_FILES}")
+        start = tuple(int(token) for token in value.pop("start_tokens"))
+        manifest = Manifest(files=files, start_tokens=start, **value)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ExportError(f"{where}: not a manifest: {error}") from error
+    if not all(isinstance(field, str) for field in (manifest.kind, manifest.name, manifest.format)):
+        raise ExportError(f"{where}: not a manifest: kind, name and format must be text")
+    if not isinstance(manifest.provenance, dict) or not isinstance(manifest.context, int):
+        raise ExportError(f"{where}: not a manifest: provenance must be a table and context a number")
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Reads the manifest and every file that it names.
+
+    Raises:
+        ExportError: a file is missing, changed or not in the manifest; the message names it.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        path = directory / name
+        try:
+            found = digest_file(path)
+        except OSError as error:
+            raise ExportError(f"{path}: cannot be read: {error.strerror}; {MANIFEST} lists it") from error
+        if found != entry:
+            raise ExportError(
+                f"{path}: was changed after the export: SHA-256 {found.sha256[:12]}…, expected {entry.sha256[:12]}…"
+            )
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    for name in sorted(present - set(manifest.files) - {MANIFEST}):
+        raise ExportError(f"{directory / name}: is not part of the export; {MANIFEST} does not list it")
+    return manifest
+
+
+def manifest_digest(directory: Path) -> str:
+    """SHA-256 of `fedtune.json`, which names all the rest: one number for the whole directory."""
+    return digest_file(directory / MANIFEST).sha256
+
+
+def _name(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name in ("", ".", MANIFEST):
+        raise ValueError(f"{name!r} is not a file's name inside the directory")
+    return name
+
+
+def _entry(value: Mapping[str, Any]) -> FileEntry:
+    sha256, size = value["sha256"], value["bytes"]
+    if not (isinstance(sha256, str) and len(sha256) == _HEX_DIGITS and isinstance(size, int) and size >= 0):
+        raise ValueError("a file's sha256 or bytes is malformed")
+    return FileEntry(sha256, size)

@@ -1,0 +1,132 @@
+"""What a base model's sizes are, read from its configuration alone: no weight is loaded.
+
+    shape = shape_of(ModelSettings("demo"))
+
+The network is built without storage (torch's meta device), so the counts are those of the real one, whatever its
+architecture calls its layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.core.adapter import AdaptedModule
+from fedtune.core.errors import ModelError
+from fedtune.core.job import ModelSettings
+from fedtune.model.base import load_config, quiet, source_of
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that memory and time follow from.
+
+    Args:
+        name: the directory or hub id.
+        linear: every linear layer but the head: those that are quantized, and that "all-linear" adapts.
+        other_parameters: embeddings, head and norms; shared ones count once.
+        layers: L, transformer blocks.
+        width: d, of the residual stream.
+        query_width: heads times head width; it differs from d in some architectures.
+        kv_width: of keys, and of values.
+        mlp_width: f.
+        gated: whether the MLP multiplies two branches of width f.
+        vocabulary: V, of the logits.
+        positions: the longest sequence the architecture was made for.
+        file_bytes: of the weight files; 0 where they are not on this machine.
+    """
+
+    name: str
+    linear: tuple[AdaptedModule, ...]
+    other_parameters: int
+    layers: int
+    width: int
+    query_width: int
+    kv_width: int
+    mlp_width: int
+    gated: bool
+    vocabulary: int
+    positions: int
+    file_bytes: int
+
+    @property
+    def linear_parameters(self) -> int:
+        """N_lin."""
+        return sum(module.d_in * module.d_out for module in self.linear)
+
+    @property
+    def largest_linear(self) -> int:
+        """Parameters of the largest linear layer."""
+        return max(module.d_in * module.d_out for module in self.linear)
+
+    def adapter_parameters(self, rank: int) -> int:
+        """P of an adapter on all linear layers."""
+        return rank * sum(module.d_in + module.d_out for module in self.linear)
+
+
+def shape_of(settings: ModelSettings) -> ModelShape:
+    """The sizes of a base model.
+
+    Raises:
+        ModelError: not a model directory, not a causal LM, or a configuration that no network can be built from.
+    """
+    with quiet():
+        source = source_of(settings.base)
+        config = load_config(source)
+        try:
+            with torch.device("meta"):
+                factory: Any = AutoModelForCausalLM
+                network = factory.from_config(config)
+        except Exception as error:  # a configuration may contradict itself in any way
+            raise ModelError(f"{source}: no network can be built from its configuration: {error}") from error
+    linear = tuple(_linear_modules(network))
+    if not linear:
+        raise ModelError(f"{source}: the network has no linear layer to adapt")
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(text.hidden_size)
+    mlp_width = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width)
+    frozen = sum(parameter.numel() for parameter in network.parameters())
+    return ModelShape(
+        name=settings.base,
+        linear=linear,
+        other_parameters=frozen - sum(module.d_in * module.d_out for module in linear),
+        layers=int(text.num_hidden_layers),
+        width=width,
+        query_width=heads * head_width,
+        kv_width=kv_heads * head_width,
+        mlp_width=mlp_width,
+        gated=_is_gated(linear, mlp_width, int(text.num_hidden_layers)),
+        vocabulary=int(text.vocab_size),
+        positions=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
+        file_bytes=_file_bytes(Path(source)),
+    )
+
+
+def _linear_modules(network: Any) -> list[AdaptedModule]:
+    head = network.get_output_embeddings()
+    found = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            found.append(AdaptedModule(name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            found.append(AdaptedModule(name, *module.weight.shape))
+    return found
+
+
+def _is_gated(linear: tuple[AdaptedModule, ...], mlp_width: int, layers: int) -> bool:
+    """Two branches of width f in each block: as two layers, or as one of twice the width."""
+    outputs = [module.d_out for module in linear if "att" not in module.name]  # a fused q, k and v may well be as wide
+    return 2 * mlp_width in outputs or outputs.count(mlp_width) >= 2 * layers
+
+
+def _file_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) if directory.is_dir() else 0

@@ -1,0 +1,97 @@
+"""What `builder.build` starts: builds on standard input as JSON, writers on standard output, all noise on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+_UNPACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def main() -> None:
+    """Status 0 and a list of writers, or status 1 and {"error": ...}."""
+    # Libraries that print do so into the log: descriptor 1 becomes 2, and only the answer goes where 1 led.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            result: Any = [build_one(wanted) for wanted in json.load(sys.stdin)]
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+    json.dump(result, answer)
+    answer.close()
+    sys.exit(isinstance(result, dict))
+
+
+def build_one(wanted: dict[str, Any]) -> str:
+    """Writes one model; `wanted` is a `builder.Build` as a table, and by whom it was written comes back."""
+    if wanted["format"] == "fp16" and wanted["provider"] == "cpu":
+        # onnxruntime multiplies no float16 on CPUs, and the builder's float16 graph fails there with grouped queries.
+        from fedtune.server.export.half import store_in_half
+
+        writer = build_one(wanted | {"format": "fp32"})
+        store_in_half(wanted["out"])
+        return writer
+    try:
+        _build_with_genai(wanted)
+    except OSError:  # a disk that is full stays full
+        raise
+    except Exception:  # it says NotImplementedError of an architecture, and stumbles over details of one it knows
+        if wanted["adapter"] is not None or wanted["provider"] != "cpu" or wanted["options"]:
+            raise
+        print("not by the model builder, hence by torch.onnx:", file=sys.stderr)
+        traceback.print_exc()
+        shutil.rmtree(wanted["out"], ignore_errors=True)
+    else:
+        return "onnxruntime-genai"
+    from fedtune.server.export import generic
+
+    generic.build(wanted["source"], wanted["out"], wanted["format"], wanted["recipe"]["options"])
+    return "torch.onnx"
+
+
+def _build_with_genai(wanted: dict[str, Any]) -> None:
+    from onnxruntime_genai.models import builder  # type: ignore[import-untyped]
+    from transformers import AutoConfig
+
+    source, out = wanted["source"], wanted["out"]
+    config: Any = AutoConfig.from_pretrained(source, local_files_only=True)
+    options = {"hf_token": "false", **wanted["recipe"]["options"], **wanted["options"]}
+    if config.tie_word_embeddings and wanted["adapter"] is None:
+        options.setdefault("shared_embeddings", "true")
+    if wanted["adapter"] is not None:
+        options["adapter_path"] = wanted["adapter"]
+        options.setdefault("nodes_to_exclude", ",".join(_factor_nodes(wanted["adapter"])))
+    pairs = [f"{key}={value}" for key, value in options.items()]
+    with tempfile.TemporaryDirectory() as cache:
+        where = (None, source, out, wanted["format"], wanted["provider"], cache)
+        builder.create_model(*where, **builder.parse_extra_options(*where, pairs))
+
+
+def _factor_nodes(adapter: str) -> list[str]:
+    """The builder's names of the products with the adapter's factors, which are small and stay in float."""
+    targets = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    names = []
+    for target in targets:
+        _, _, inside = target.partition("layers.")
+        layer, block, projection = inside.split(".")
+        folder = {"self_attn": "attn"}.get(block, block)
+        for part in _UNPACKED.get(projection, (projection,)):
+            names += [f"/model/layers.{layer}/{folder}/{part}/{letter}/MatMul" for letter in ("lora_A", "lora_B")]
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

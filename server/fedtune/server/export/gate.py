@@ -1,0 +1,315 @@
+"""The parity gate: is the ONNX model the merged model? Asked of every export, on held-out examples.
+
+    reference R: the merged torch model, float32            candidate C: the ONNX model, run by onnxruntime
+
+    max logit error     max |R(x) - C(x)| over every position of every example and the whole vocabulary
+    argmax agreement    share of positions where both would say the same next token
+    exact match         share of examples whose whole completion is the likeliest, token by token (model/evaluation.py)
+    token accuracy      share of completion tokens that are the likeliest
+
+fp32 must agree to `FP32_LOGIT_ERROR` and in every argmax, and write the same text through its cache. The others may
+lose `max_drop` points of exact match and of token accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime  # type: ignore[import-untyped]
+import onnxruntime_genai  # type: ignore[import-untyped]
+import torch
+
+from fedtune.core.errors import InputError
+from fedtune.model.base import BaseModel
+from fedtune.model.examples import Example
+
+PROMPTS = 200
+FP32_LOGIT_ERROR = 1e-3
+GENERATED_PROMPTS = 8
+GENERATED_TOKENS = 32
+SPEED_TOKENS = 64
+SMALL_MODEL = 50_000_000  # parameters; threads cost smaller ones more than they bring, above all on a busy machine
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate measured.
+
+    Args:
+        exact_match, token_accuracy: of the candidate; `reference_` of the merged torch model.
+        generated_equal: share of prompts that the candidate, decoding with its cache, answers as the reference does.
+        bytes: of the model's files.
+        prefill_tokens_per_second, decode_tokens_per_second: of one stream on this machine.
+        failures: why the gate is closed; none when it is open.
+    """
+
+    prompts: int
+    positions: int
+    max_logit_error: float
+    argmax_agreement: float
+    exact_match: float
+    reference_exact_match: float
+    token_accuracy: float
+    reference_token_accuracy: float
+    generated_equal: float
+    bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    max_drop_points: float
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model may be shipped."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {**asdict(self), "failures": list(self.failures)}
+
+
+class OnnxModel:
+    """An exported model under plain onnxruntime, one sequence at a time, without its cache's past.
+
+    Args:
+        directory: with model.onnx and genai_config.json.
+        provider: "cpu", "cuda", ...
+        adapter: an `.onnx_adapter` file, for a base that takes one.
+    """
+
+    def __init__(self, directory: Path, provider: str = "cpu", adapter: Path | None = None) -> None:
+        wanted = provider_name(provider)
+        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Its threads would spin while torch computes, between two calls of this session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=[wanted])
+        heads, size = config["num_key_value_heads"], config["head_size"]
+        inputs = {node.name: node.type for node in self._session.get_inputs()}
+        self._past = {
+            name: np.zeros((1, heads, 0, size), dtype=_DTYPES[kind])
+            for name, kind in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        self._positions = "position_ids" in inputs
+        self._run_options: Any = None
+        if adapter is not None:
+            self._adapter = onnxruntime.LoraAdapter()
+            self._adapter.Load(str(adapter))
+            self._run_options = onnxruntime.RunOptions()
+            self._run_options.add_active_adapter(self._adapter)
+
+    def logits(self, ids: Ids) -> npt.NDArray[np.float32]:
+        """ids (tokens,) -> (tokens, vocabulary)."""
+        feed: dict[str, Any] = {
+            "input_ids": ids[None],
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            **self._past,
+        }
+        if self._positions:
+            feed["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
+        (logits,) = self._session.run(["logits"], feed, self._run_options)
+        return np.asarray(logits[0], dtype=np.float32)
+
+
+def provider_name(provider: str) -> str:
+    """onnxruntime's name of an execution provider.
+
+    Raises:
+        InputError: this machine's onnxruntime lacks it, so that nothing built for it could be checked.
+    """
+    wanted, available = _PROVIDERS.get(provider, provider), onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise InputError(
+            f"--provider {provider}: this machine's onnxruntime has no {wanted}, so the export could not be checked; "
+            f"it has {', '.join(available)}"
+        )
+    return wanted
+
+
+def gate(
+    directory: Path,
+    reference: BaseModel,
+    examples: Sequence[Example],
+    form: str,
+    max_drop: float,
+    provider: str = "cpu",
+    adapter: Path | None = None,
+) -> GateReport:
+    """Holds a written model against the merged torch model.
+
+    Args:
+        directory: the written model.
+        reference: merged.
+        examples: held out; the first `PROMPTS` are used.
+        form: "fp32" is held to the strict rule.
+        max_drop: points (hundredths) of exact match and token accuracy that the other formats may lose.
+        adapter: an `.onnx_adapter` file that makes the base what the reference is.
+
+    Raises:
+        InputError: there is no example, or the provider is not there.
+    """
+    if not examples:
+        raise InputError("there is no held-out example to check the export on")
+    examples = examples[:PROMPTS]
+    if reference.network.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(1)
+    candidate = OnnxModel(directory, provider, adapter)
+    positions = same = targets = 0
+    error = 0.0
+    exact, right = [0, 0], [0, 0]  # of reference and candidate
+    for example in examples:
+        ids = example.ids.astype(np.int64)
+        pair = (_reference_logits(reference, ids), candidate.logits(ids))
+        error = max(error, float(np.max(np.abs(pair[0] - pair[1]))))
+        said = [logits.argmax(axis=1) for logits in pair]
+        same += int((said[0] == said[1]).sum())
+        positions += len(ids)
+        wanted = ids[example.first_target :]
+        targets += len(wanted)
+        for which in (0, 1):
+            hits = said[which][example.first_target - 1 : -1] == wanted
+            right[which] += int(hits.sum())
+            exact[which] += bool(hits.all())
+    del candidate
+    generator = _Generator(directory, adapter)
+    generated = _generated_equal(generator, reference, examples)
+    prefill, decode = generator.speed()
+    report = GateReport(
+        prompts=len(examples),
+        positions=positions,
+        max_logit_error=error,
+        argmax_agreement=same / positions,
+        exact_match=exact[1] / len(examples),
+        reference_exact_match=exact[0] / len(examples),
+        token_accuracy=right[1] / targets,
+        reference_token_accuracy=right[0] / targets,
+        generated_equal=generated,
+        bytes=sum(path.stat().st_size for path in directory.glob("model.onnx*")),
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=decode,
+        max_drop_points=0.0 if form == "fp32" else max_drop,
+    )
+    failures = _strict(report) if form == "fp32" else _lenient(report)
+    return GateReport(**{**asdict(report), "failures": tuple(failures)})
+
+
+def _strict(report: GateReport) -> list[str]:
+    failures = []
+    if not report.max_logit_error <= FP32_LOGIT_ERROR:
+        failures.append(f"max logit error {report.max_logit_error:.2g}; expected at most {FP32_LOGIT_ERROR:g}")
+    if report.argmax_agreement < 1:
+        failures.append(f"argmax agreement {report.argmax_agreement:.4%}; expected all {report.positions:,} positions")
+    if report.generated_equal < 1:
+        failures.append(f"only {report.generated_equal:.0%} of the generated answers equal the merged model's")
+    return failures
+
+
+def _lenient(report: GateReport) -> list[str]:
+    failures = []
+    for name in ("exact_match", "token_accuracy"):
+        lost = 100 * (getattr(report, f"reference_{name}") - getattr(report, name))
+        if lost > report.max_drop_points + 1e-9:
+            failures.append(
+                f"{name.replace('_', ' ')} lost {lost:.1f} points; expected at most {report.max_drop_points:g}"
+            )
+    if not np.isfinite(report.max_logit_error):
+        failures.append("a logit is not finite")
+    return failures
+
+
+@torch.no_grad()
+def _reference_logits(reference: BaseModel, ids: Ids) -> npt.NDArray[np.float32]:
+    logits = reference.network(torch.from_numpy(ids)[None].to(reference.device)).logits[0]
+    array: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    return array
+
+
+class _Generator:
+    """Greedy decoding under onnxruntime-genai, with the cache: as the model will be served."""
+
+    def __init__(self, directory: Path, adapter: Path | None) -> None:
+        self._model = onnxruntime_genai.Model(str(directory))
+        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.context = int(config["context_length"])
+        self._vocabulary = int(config["vocab_size"])
+        self._adapters: Any = None
+        if adapter is not None:
+            self._adapters = onnxruntime_genai.Adapters(self._model)
+            self._adapters.load(str(adapter), "adapter")
+
+    def start(self, prompt: Sequence[int], tokens: int, at_least: int = 0) -> Any:
+        params = onnxruntime_genai.GeneratorParams(self._model)
+        length = min(len(prompt) + tokens, self.context)
+        params.set_search_options(max_length=length, min_length=len(prompt) + at_least, do_sample=False)
+        generator = onnxruntime_genai.Generator(self._model, params)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, "adapter")
+        generator.append_tokens(np.array(prompt, dtype=np.int32))
+        return generator
+
+    def answer(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        generator = self.start(prompt, tokens)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+    def speed(self) -> tuple[float, float]:
+        """Prefill and decode tokens a second: the second of two runs on random tokens, with no end allowed."""
+        tokens = min(SPEED_TOKENS, self.context // 4)
+        prompt = np.random.default_rng(0).integers(self._vocabulary, size=2 * tokens)
+        for _ in range(2):
+            began = time.perf_counter()
+            generator = self.start(prompt.tolist(), tokens, at_least=tokens)
+            generator.generate_next_token()
+            filled = time.perf_counter()
+            written = 1
+            while not generator.is_done():
+                generator.generate_next_token()
+                written += 1
+            ended = time.perf_counter()
+        return len(prompt) / (filled - began), max(written - 1, 1) / max(ended - filled, 1e-9)
+
+
+@torch.no_grad()
+def _generated_equal(generator: _Generator, reference: BaseModel, examples: Sequence[Example]) -> float:
+    """Share of the first prompts that both continue alike."""
+    equal = asked = 0
+    ends = _end_tokens(reference)
+    for example in examples[:GENERATED_PROMPTS]:
+        prompt = example.ids[: example.first_target].tolist()
+        tokens = min(GENERATED_TOKENS, generator.context - len(prompt))
+        if tokens < 1:
+            continue
+        ids = list(prompt)
+        for _ in range(tokens):
+            ids.append(int(_reference_logits(reference, np.array(ids, dtype=np.int64))[-1].argmax()))
+            if ids[-1] in ends:
+                break
+        asked += 1
+        equal += _before_end(generator.answer(prompt, tokens), ends) == _before_end(ids[len(prompt) :], ends)
+    return equal / asked if asked else 1.0
+
+
+def _end_tokens(reference: BaseModel) -> set[int]:
+    ends = reference.network.generation_config.eos_token_id
+    found = set(ends if isinstance(ends, list) else [ends]) | {reference.tokenizer.eos_token_id}
+    return {int(token) for token in found if isinstance(token, int)}
+
+
+def _before_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends."""
+    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:stop])

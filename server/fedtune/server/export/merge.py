@@ -1,0 +1,126 @@
+"""The merged model: a run's adapter added to the very base values that it was trained against.
+
+    W' = Ŵ + s · B · A          Ŵ: what the base's weight is after NF4 and back, in float32; s = alpha / sqrt(R)
+
+Merging into the original weights instead would serve a model that nobody trained or evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.core.adapter import ADAPTER_WEIGHTS, AdapterLayout, Vector, adapter_digest, load_adapter
+from fedtune.core.errors import ModelError, RunDirectoryError
+from fedtune.core.job import Job, load_job
+from fedtune.model.base import BaseModel, load_base, quiet
+from fedtune.model.lora import adapter_layout
+from fedtune.server.run_directory import ADAPTER, JOB, read_rounds, read_summary
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """A run with an adapter, and the reference base that the adapter belongs to.
+
+    Args:
+        base: float32 on the CPU, not merged yet.
+        provenance: what the export's manifest says of where the model came from.
+    """
+
+    path: Path
+    job: Job
+    base: BaseModel
+    layout: AdapterLayout
+    adapter: Vector
+    provenance: Mapping[str, Any]
+
+
+def open_run(path: Path) -> FinishedRun:
+    """Loads a run's base and adapter, and holds both against the digests that the run wrote down.
+
+    Raises:
+        RunDirectoryError: not a run directory, or the run has no adapter yet.
+        ModelError: the base model or the adapter is not the one of the run.
+    """
+    if not (path / JOB).is_file():
+        raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
+    summary = read_summary(path)
+    if not (path / ADAPTER / ADAPTER_WEIGHTS).is_file():
+        raise RunDirectoryError(f"{path}: no {ADAPTER}/{ADAPTER_WEIGHTS}; expected the adapter of a finished run")
+    job = load_job(path / JOB)
+    base = load_base(job.model, weights="dequantized", precision="fp32", device="cpu")
+    if base.digest != summary["base_digest"]:
+        raise ModelError(
+            f"{job.model.base}: not the base model of this run: digest {base.digest[:12]}…, "
+            f"expected {summary['base_digest'][:12]}…"
+        )
+    layout = adapter_layout(base, job.adapter)
+    adapter = load_adapter(path / ADAPTER, layout)
+    digest = adapter_digest(adapter)
+    if digest != summary["adapter_digest"]:
+        raise ModelError(
+            f"{path / ADAPTER}: not the adapter that the run wrote: digest {digest[:12]}…, "
+            f"expected {summary['adapter_digest'][:12]}…"
+        )
+    clients = {client["id"] for line in read_rounds(path) for client in line["clients"] if not client["dropped"]}
+    provenance = {
+        "base": job.model.base,
+        "base_digest": base.digest,
+        "base_license": base_license(base),
+        "quantization": job.model.quantization,
+        "adapter_digest": digest,
+        "rank": layout.rank,
+        "job_sha256": hashlib.sha256((path / JOB).read_bytes()).hexdigest(),
+        "rounds": summary["rounds"],
+        "clients": len(clients) or summary["clients"],
+    }
+    return FinishedRun(path, job, base, layout, adapter, provenance)
+
+
+def merge(run: FinishedRun) -> None:
+    """Adds the adapter to the run's base, in place; to be called once."""
+    with torch.no_grad():
+        for name, (lora_a, lora_b) in run.layout.views(run.adapter).items():
+            weight = run.base.network.get_submodule(name).weight
+            product = torch.from_numpy(lora_b) @ torch.from_numpy(lora_a)
+            weight.add_(product.to(weight.device), alpha=run.layout.scaling)
+
+
+def save_model(base: BaseModel, directory: Path) -> None:
+    """Writes network and tokenizer as a transformers directory that `from_pretrained` loads."""
+    with quiet():
+        base.network.save_pretrained(directory, state_dict=_original_names(base))
+        base.tokenizer.save_pretrained(directory)
+
+
+def base_license(base: BaseModel) -> str:
+    """The licence that the base's model card states in its front matter; "not stated" where it states none."""
+    card = Path(base.network.config._name_or_path) / "README.md"
+    try:
+        head = card.read_text(encoding="utf-8").partition("\n---")[0]
+    except (OSError, UnicodeDecodeError):
+        return "not stated"
+    for line in head.splitlines()[1:]:
+        key, _, value = line.partition(":")
+        if key == "license" and value.strip():
+            return value.strip()
+    return "not stated"
+
+
+def _original_names(base: BaseModel) -> dict[str, torch.Tensor]:
+    """The state as the architecture keeps it: GPT-2 and its kin have their matrices transposed."""
+    state = dict(base.network.state_dict())
+    with torch.device("meta"):
+        blank: nn.Module = AutoModelForCausalLM.from_config(base.network.config)  # type: ignore[no-untyped-call]
+    for name, module in blank.named_modules():
+        if isinstance(module, Conv1D):
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
+    return state

@@ -1,0 +1,117 @@
+"""What the server makes of a round's aggregate: nothing more, or a step of an optimizer of its own.
+
+    step, state = optimizer.step(factor, aggregate, state)
+    adapter[layout.segment(factor)] += step
+
+The aggregate Δ is a negative gradient (Reddi et al. 2021, Adaptive Federated Optimization, algorithm 2):
+
+    momentum   m ← β₁·m + Δ                          x ← x + η·m
+    adam       v ← β₂·v + (1 - β₂)·Δ²
+    yogi       v ← v - (1 - β₂)·Δ²·sign(v - Δ²)      m ← β₁·m + (1 - β₁)·Δ
+    adagrad    v ← v + Δ²                            x ← x + η·m / (√v + τ),   v₀ = τ²
+
+State is kept for each factor by itself and changes only in rounds that train it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from fedtune.core.adapter import Factor, Vector
+
+State = Mapping[str, Vector]
+MOMENTUM = "optimizer.m"
+SECOND_MOMENT = "optimizer.v"
+
+
+class ServerOptimizer(Protocol):
+    """A way to take the server's step."""
+
+    def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
+        """What is added to the factor, float32, and the state for the next round; the given one is not changed."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The aggregate itself: FedAvg's step of 1."""
+
+    def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
+        """The aggregate."""
+        del factor
+        return aggregate, state
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """FedAvgM (Hsu et al. 2019).
+
+    Args:
+        learning_rate: η.
+        beta: β₁.
+    """
+
+    learning_rate: float = 1.0
+    beta: float = 0.9
+
+    def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
+        """η·m."""
+        name = f"{MOMENTUM}.{factor}"
+        momentum = np.float32(self.beta) * state.get(name, np.zeros_like(aggregate)) + aggregate
+        return np.float32(self.learning_rate) * momentum, {**state, name: momentum}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """FedAdam, FedYogi and FedAdagrad.
+
+    Args:
+        second: how the second moment follows the aggregate's square.
+        learning_rate: η; about the size of a coordinate's step.
+        beta: β₁.
+        beta_second: β₂; Adagrad has none.
+        floor: τ.
+    """
+
+    second: Literal["adam", "yogi", "adagrad"]
+    learning_rate: float = 1e-2
+    beta: float = 0.9
+    beta_second: float = 0.99
+    floor: float = 1e-3
+
+    def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
+        """η·m / (√v + τ)."""
+        first, second = f"{MOMENTUM}.{factor}", f"{SECOND_MOMENT}.{factor}"
+        before: Vector = state.get(second, np.full_like(aggregate, self.floor**2))
+        square, fresh = np.square(aggregate), np.float32(1.0 - self.beta_second)
+        moment: Vector
+        match self.second:
+            case "adam":
+                moment = (np.float32(self.beta_second) * before + fresh * square).astype(np.float32)
+            case "yogi":
+                moment = (before - fresh * square * np.sign(before - square)).astype(np.float32)
+            case "adagrad":
+                moment = before + square
+        beta = np.float32(self.beta)
+        momentum = beta * state.get(first, np.zeros_like(aggregate)) + (np.float32(1.0) - beta) * aggregate
+        step = np.float32(self.learning_rate) * momentum / (np.sqrt(moment) + np.float32(self.floor))
+        return step.astype(np.float32), {**state, first: momentum, second: moment}
+
+
+def server_optimizer_named(name: str, learning_rate: float | None = None) -> ServerOptimizer:
+    """The optimizer that a job's `federation.server_optimizer` names.
+
+    Args:
+        learning_rate: η, or None for the optimizer's own.
+    """
+    match name:
+        case "none":
+            return Plain()
+        case "momentum":
+            return Momentum() if learning_rate is None else Momentum(learning_rate)
+        case "adam" | "yogi" | "adagrad":
+            return Adaptive(name) if learning_rate is None else Adaptive(name, learning_rate)
+    raise ValueError(f"no server optimizer is named {name!r}")

@@ -1,0 +1,122 @@
+"""Secure rounds without a model: the strategy's side and the clients' side, joined by function calls.
+
+stand = Stand(names)
+state, record = stand.run(drop=lambda name, message_type: False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedtune.client.device import Contribution
+from fedtune.client.secure import Credentials, SecureRounds
+from fedtune.core.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
+from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.errors import PeerError
+from fedtune.core.job import load_job
+from fedtune.core.messages import Base, TrainRequest
+from fedtune.core.records import RoundRecord
+from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster
+from fedtune.core.seeds import derive_seed, generator
+from fedtune.core.uplink import FactorTerms, factor_terms, ring_contribution
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.exchange import Exchange
+from fedtune.strategies.round import Federation, FederationState, TrainingRound, initial_state
+from fedtune.strategies.secure import SecureAggregation
+from fedtune.strategies.strategy import federation_from_job
+
+LAYOUT = AdapterLayout((AdaptedModule("q", 8, 6), AdaptedModule("up", 6, 10)), rank=4, alpha=8.0)
+BASE = Base("demo", "0" * 64, "nf4", 4, 8.0, ("all-linear",), 256)
+Drop = Callable[[str, str], bool]
+
+
+class Untrained:
+    """A device that has no model: its updates are drawn from a seed."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+
+    def hold(self, request: TrainRequest) -> str:
+        return request.adapter.digest
+
+    def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
+        return factor_terms(request.uplink, LAYOUT, request.work.factors, request.job_seed, request.round)
+
+    def contribute(self, client: str, request: TrainRequest) -> Contribution:
+        terms, parts, unsent = self.terms(request), [], []
+        for each in terms:
+            update = 0.01 * generator(9, client, request.round, each.factor).standard_normal(each.count)
+            part, sent = ring_contribution(update.astype(np.float32), each, derive_seed(7, client, request.round), 0.5)
+            parts.append(part)
+            unsent.append(update.astype(np.float32) - sent)
+        return Contribution(terms, tuple(parts), 1.0, request, tuple(unsent))
+
+    def keep_residuals(self, client: str, contribution: Contribution) -> None:
+        self.kept.append(client)
+
+
+@dataclass
+class Stand:
+    """A server and the clients it invites."""
+
+    names: Sequence[str]
+    overrides: Sequence[str] = ()
+    device: Untrained = field(default_factory=Untrained)
+
+    def __post_init__(self) -> None:
+        identities = {name: Identity(generator(5, name).bytes(32)) for name in self.names}
+        self.roster = Roster({name: identity.public for name, identity in identities.items()})
+        logs = {name: MemoryRoundLog() for name in self.names}
+        self.rounds = SecureRounds(
+            self.device,  # type: ignore[arg-type]
+            lambda name: Credentials(identities[name], self.roster, Policy(), logs[name]),
+        )
+        job = load_job(None, ["federation.clients_per_round=1.0", *self.overrides])
+        self.federation: Federation = federation_from_job(job, BASE, LAYOUT)
+        self.state: FederationState = initial_state(self.federation)
+        self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), exact=False)
+        self._ticks = 0
+
+    def open(self) -> TrainingRound:
+        """The next round, nobody asked yet."""
+        secure = SecureAggregation("a run", self.roster, self._clock)
+        return TrainingRound.open(self.federation, self.state, self.names, self.broadcast, secure=secure)
+
+    def answer(self, name: str, exchange: Exchange) -> bytes:
+        """What a client answers."""
+        parts = exchange.requests[name]
+        if exchange.message_type == query(OPEN):
+            return self.rounds.open(name, *parts)
+        step = {
+            query(SHARE): self.rounds.share,
+            TRAIN: self.rounds.train,
+            query(VOTE): self.rounds.vote,
+            query(UNMASK): self.rounds.unmask,
+        }[exchange.message_type]
+        return step(name, *parts)
+
+    def run(self, drop: Drop = lambda name, kind: False) -> RoundRecord:
+        """A whole round, in which clients for which drop(name, message type) holds never answer."""
+        round_ = self.open()
+        for exchange in round_.exchanges():
+            for name in exchange.requests:
+                if drop(name, exchange.message_type):
+                    round_.give_up(name, "gone")
+                    continue
+                try:
+                    round_.take_in(name, self.answer(name, exchange))
+                except PeerError as error:
+                    round_.give_up(name, str(error))
+        self.state, record = round_.close()
+        return record
+
+    @property
+    def digest(self) -> str:
+        return adapter_digest(self.state.adapter)
+
+    def _clock(self) -> int:
+        self._ticks += 1_000_000
+        return self._ticks

@@ -1,0 +1,207 @@
+"""A server that lies about a round of training, and networks that lose it: clients refuse, and sums stay right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from secure_stand import LAYOUT, Stand
+
+from fedtune.core.actions import SECURE_EXCHANGES
+from fedtune.core.adapter import Vector
+from fedtune.core.errors import PeerError
+from fedtune.core.messages import TrainRequest, decode, encode
+from fedtune.core.secagg.messages import RoundConfig
+from fedtune.core.secagg.messages import decode as decode_message
+from fedtune.core.secagg.messages import encode as encode_message
+from fedtune.strategies.reduction import finish_ring
+
+NAMES = [f"client-{index}" for index in range(6)]
+VICTIM = NAMES[0]
+
+
+def in_the_open(stand: Stand, request: TrainRequest, names: list[str]) -> Vector:
+    """What the round must come to: the same contributions, added where all can see them."""
+    from fedtune.core.codec import MaskableCodec
+    from fedtune.core.uplink import ring_zero
+
+    terms = stand.device.terms(request)
+    totals = [ring_zero(each) for each in terms]
+    for name in names:
+        parts = stand.device.contribute(name, request).parts
+        codecs = [(MaskableCodec(each.bits), each.context()) for each in terms]
+        totals = [codec.add(total, part, context)
+                  for (codec, context), total, part in zip(codecs, totals, parts, strict=True)]  # fmt: skip
+    return finish_ring(totals, len(names), terms)[0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(SECURE_EXCHANGES)), max_size=4))
+def test_whoever_vanishes_whenever_the_sum_is_that_of_the_survivors_or_there_is_none(
+    losses: list[tuple[str, str]],
+) -> None:
+    stand = Stand(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])
+    before = stand.state
+    gone = dict(losses)
+    order = {kind: index for index, kind in enumerate(SECURE_EXCHANGES)}
+    record = stand.run(lambda name, kind: name in gone and order[kind] >= order[gone[name]])
+    survivors = [name for name in NAMES if name not in gone or order[gone[name]] > 2]
+    assert len(gone) > 2 or record.aborted is None
+    assert [client.id for client in record.survivors] == survivors or record.aborted
+    if record.aborted:
+        assert stand.state.adapter.tobytes() == before.adapter.tobytes()
+        assert record.secure is None
+    else:
+        request = decode(
+            TrainingRequest.of(Stand(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])),
+            TrainRequest,
+        )
+        expected = before.adapter.copy()
+        expected[LAYOUT.segment("ab")] += in_the_open(stand, request, survivors)
+        assert stand.state.adapter.tobytes() == expected.tobytes()
+    assert stand.run().aborted is None, "the next round runs, whatever became of this one"
+
+
+class TrainingRequest:
+    """What a server asks for in its first round."""
+
+    @staticmethod
+    def of(stand: Stand) -> bytes:
+        return stand.open().requests.payload(VICTIM)
+
+
+def first_message(stand: Stand) -> tuple[bytes, bytes]:
+    exchange = next(stand.open().exchanges())
+    config, request = exchange.requests[VICTIM]
+    return config, request
+
+
+def changed_config(**changes: Any) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
+    def change(config: bytes, request: bytes) -> tuple[bytes, bytes]:
+        told = decode_message(config, RoundConfig, len(config))
+        return encode_message(msgspec.structs.replace(told, **changes)), request
+
+    return change
+
+
+def changed_request(change_it: Callable[[TrainRequest], TrainRequest]) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
+    return lambda config, request: (config, encode(change_it(decode(request, TrainRequest))))
+
+
+def of_uplink(**changes: Any) -> Callable[[TrainRequest], TrainRequest]:
+    return lambda request: msgspec.structs.replace(request, uplink=msgspec.structs.replace(request.uplink, **changes))
+
+
+def of_work(**changes: Any) -> Callable[[TrainRequest], TrainRequest]:
+    return lambda request: msgspec.structs.replace(request, work=msgspec.structs.replace(request.work, **changes))
+
+
+@pytest.mark.parametrize(
+    ("lie", "refusal"),
+    [
+        (changed_config(round=2), "round"),
+        (changed_config(adapter_digest="e" * 64), "adapter"),
+        (changed_config(base_digest="e" * 64), "base"),
+        (changed_config(context=b"other work"), "work and codec"),
+        (changed_request(of_uplink(clips=(1e-3, 1e-3))), "work and codec"),
+        (changed_request(of_work(learning_rate=1.0)), "work and codec"),
+        (changed_request(of_uplink(n_max=5)), "n_max"),
+        (changed_request(of_uplink(form="sparse")), "cannot be masked"),
+        (changed_request(of_uplink(form="exact")), "cannot be masked"),
+        (changed_request(of_uplink(bits=8)), "segments"),
+        (changed_request(lambda request: msgspec.structs.replace(request, job_seed=99)), "work and codec"),
+    ],
+)
+def test_a_configuration_that_is_not_about_the_request_beside_it_is_refused(
+    lie: Callable[[bytes, bytes], tuple[bytes, bytes]], refusal: str
+) -> None:
+    stand = Stand(NAMES)
+    honest = first_message(stand)
+    with pytest.raises(PeerError, match=refusal):
+        stand.rounds.open(VICTIM, *lie(*honest))
+    assert stand.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
+
+
+def test_a_client_trains_once_a_round_and_sends_one_masked_update() -> None:
+    stand = Stand(NAMES)
+    round_ = stand.open()
+    exchanges = round_.exchanges()
+    for _ in range(2):
+        exchange = next(exchanges)
+        for name in NAMES:
+            round_.take_in(name, stand.answer(name, exchange))
+    (delivery,) = next(exchanges).requests[VICTIM]
+    assert stand.rounds.train(VICTIM, delivery)
+    with pytest.raises(PeerError, match="out of order"):
+        stand.rounds.train(VICTIM, delivery)
+
+
+def test_no_exchange_is_answered_before_a_round_is_open_or_after_it_is_over() -> None:
+    stand = Stand(NAMES)
+    for step in (stand.rounds.share, stand.rounds.train, stand.rounds.vote, stand.rounds.unmask):
+        with pytest.raises(PeerError, match="no secure round is open"):
+            step(VICTIM, b"")
+    stand.run()
+    with pytest.raises(PeerError, match="no secure round is open"):
+        stand.rounds.unmask(VICTIM, b"")
+
+
+def test_a_round_that_was_opened_is_never_served_again() -> None:
+    stand = Stand(NAMES)
+    before = stand.state
+    stand.run()
+    stand.state = before
+    again = stand.run()
+    assert "0 clients" in (again.aborted or "")
+    assert all("the last one served" in (client.dropped or "") for client in again.clients)
+
+
+def test_a_round_that_was_cut_off_early_is_tried_again_by_a_server_that_restarts() -> None:
+    stand = Stand(NAMES)
+    exchange = next(stand.open().exchanges())
+    for name in NAMES:
+        stand.answer(name, exchange)  # and the server is gone
+    assert stand.run().aborted is None
+
+
+def test_residuals_are_settled_by_those_who_opened_the_sum_and_by_nobody_else() -> None:
+    stand = Stand(NAMES)
+    stand.run(lambda name, kind: name == VICTIM and kind == SECURE_EXCHANGES[4])
+    assert stand.device.kept == NAMES[1:]
+
+
+def test_a_new_round_ends_the_one_that_was_open() -> None:
+    stand = Stand(NAMES)
+    stand.rounds.open(VICTIM, *first_message(stand))
+    stand.rounds.open(VICTIM, *first_message(stand))
+    assert stand.run().aborted is None
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 4), st.binary(max_size=300), st.booleans(), st.integers(0, 1 << 20))
+def test_bytes_from_nowhere_are_refused_and_change_nothing(stage: int, noise: bytes, mutate: bool, place: int) -> None:
+    stand = Stand(NAMES)
+    round_ = stand.open()
+    for reached, exchange in enumerate(round_.exchanges()):
+        if reached == stage:
+            parts = list(exchange.requests[VICTIM])
+            if mutate and stage:  # another nonce is another round, and as good
+                spoiled = bytearray(parts[0])
+                spoiled[place % len(spoiled)] ^= 1 + (place % 255)
+                parts[0] = bytes(spoiled)
+            else:
+                parts[0] = noise
+            steps = (stand.rounds.open, stand.rounds.share, stand.rounds.train, stand.rounds.vote, stand.rounds.unmask)
+            with pytest.raises(PeerError):
+                steps[stage](VICTIM, *parts)
+            round_.take_in(NAMES[1], noise)  # and the server refuses a client's noise
+        for name in exchange.requests:
+            round_.take_in(name, stand.answer(name, exchange) if reached < stage or name != NAMES[1] else noise)
+    after, record = round_.close()
+    assert np.isfinite(after.adapter).all()
+    assert record.aborted is None or after.adapter.tobytes() == stand.state.adapter.tobytes()

@@ -1,0 +1,101 @@
+"""Finished runs of tiny random-weight models, made without training anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.core.adapter import adapter_digest, save_adapter
+from fedtune.core.job import load_job
+from fedtune.model.base import load_base
+from fedtune.model.lora import adapter_layout
+from fedtune.server.export import run as export_module
+from fedtune.server.export.build_child import build_one
+from fedtune.server.export.builder import Build
+from fedtune.server.run_directory import RunDirectory
+
+MakeRun = Callable[..., Path]
+ROWS = [{"prompt": f"turn on the lamp in room {room}", "completion": f" lamp {room} on"} for room in range(24)]
+
+
+def build_here(builds: Sequence[Build], log: Path) -> list[str]:
+    """What the child process does, without the seconds that starting one takes."""
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level)
+    with (
+        log.open("a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        tables = [json.loads(json.dumps(asdict(wanted), default=str)) for wanted in builds]
+        try:
+            return [build_one(table) for table in tables]
+        finally:
+            root.handlers, root.level = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_builds() -> Iterator[None]:
+    """Exports build in this process; test_architectures asks for the child itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "build", build_here)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """make_run("qwen3", seed=1, ...): the directory of a run whose adapter is random; the same for the same arguments.
+
+    Nobody may change what is in it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", seed: int = 0, **settings: Any) -> Path:
+        key = f"{architecture} {seed} {sorted(settings.items())}"
+        if key not in made:
+            path = tmp_path_factory.mktemp("runs") / f"run-{seed}"
+            data = path.with_name("eval.jsonl")
+            data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+            job = load_job(
+                None,
+                [
+                    f'model.base="{make_model(architecture, **settings)}"',
+                    f'data.evaluation="{data}"',
+                    "data.sequence_length=64",
+                    "adapter.rank=4",
+                ],
+            )
+            made[key] = write_run(path, job, seed)
+        return made[key]
+
+    return make
+
+
+def write_run(path: Path, job: Any, seed: int = 0) -> Path:
+    base = load_base(job.model, weights="dequantized", precision="fp32", device="cpu")
+    layout = adapter_layout(base, job.adapter)
+    vector = (np.random.default_rng(seed).standard_normal(layout.size) * 0.05).astype(np.float32)
+    directory = RunDirectory.create(path, job, base.digest)
+    save_adapter(path / "adapter", layout, vector, job.model.base)
+    directory.write_summary(
+        {
+            "status": "finished",
+            "rounds": 3,
+            "clients": 5,
+            "base_digest": base.digest,
+            "adapter_digest": adapter_digest(vector),
+        }
+    )
+    directory.close()
+    return path

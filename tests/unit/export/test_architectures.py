@@ -1,0 +1,75 @@
+"""Every architecture's ONNX model is the merged torch model: the builder's own, and torch.onnx for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fedtune.server.export.builder import RECIPES, Build, Format, build
+from fedtune.server.export.gate import gate
+from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
+from fedtune.server.export.run import held_out_examples
+
+BY_BUILDER = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
+SETTINGS = {"phi3": {"original_max_position_embeddings": 256}}  # unless it is the context, rotation is another
+DROP = 100.0  # random weights have nothing to lose
+ERRORS = {"fp16": 0.05, "int8": 0.5, "int4": 5.0}  # of logits that are a few units large
+
+Written = tuple[dict[str, FinishedRun], Path, dict[Path, str]]
+
+
+def write_all(make_run: Callable[..., Path], folder: Path, wanted: Sequence[tuple[str, Format]]) -> Written:
+    """Writes (architecture, format) pairs in one child process; runs by architecture, and who wrote which model."""
+    runs, builds = {}, []
+    for architecture, form in wanted:
+        source = folder / architecture / "merged"
+        if architecture not in runs:
+            run = runs[architecture] = open_run(make_run(architecture, **SETTINGS.get(architecture, {})))
+            merge(run)
+            save_model(run.base, source)
+        builds.append(Build(source, folder / architecture / form, form, RECIPES[form][0]))
+    writers = build(builds, folder / "log")
+    return runs, folder, {done.out: writer for done, writer in zip(builds, writers, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def written(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Written:
+    wanted: list[tuple[str, Format]] = [(name, "fp32") for name in (*BY_BUILDER, "gpt_neox")]
+    wanted += [("llama", "int4"), ("llama", "int8"), ("llama", "fp16")]
+    return write_all(make_run, tmp_path_factory.mktemp("written"), wanted)
+
+
+def check(written: Written, name: str, form: Format) -> None:
+    runs, folder, writers = written
+    directory = folder / name / form
+    run = runs[name]
+    report = gate(directory, run.base, held_out_examples(run, None), form, DROP)
+    assert report.passed, report.failures
+    assert writers[directory] == ("onnxruntime-genai" if name in BY_BUILDER else "torch.onnx")
+    if form == "fp32":
+        assert report.argmax_agreement == report.generated_equal == 1.0
+        assert report.max_logit_error < 1e-4
+    else:
+        assert 0 < report.max_logit_error < ERRORS[form]
+        assert report.bytes < sum(path.stat().st_size for path in (folder / name / "fp32").glob("model.onnx*"))
+
+
+@pytest.mark.parametrize("name", [*BY_BUILDER, "gpt_neox"])
+def test_float32_is_the_merged_model_in_every_position(written: Written, name: str) -> None:
+    check(written, name, "fp32")
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8", "int4"])
+def test_smaller_formats_come_close(written: Written, form: Format) -> None:
+    check(written, "llama", form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2"])
+def test_the_generic_path_has_every_format(make_run: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    forms: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
+    written = write_all(make_run, tmp_path, [(name, form) for form in forms])
+    for form in forms:
+        check(written, name, form)

@@ -1,0 +1,373 @@
+"""fedtune serve, over real sockets and with OpenAI's own client: answers, limits, fairness, cancellation, adapters."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+
+from fedtune.client.inference.chat import converse
+from fedtune.client.inference.model import ExportedModel, Sampling
+from fedtune.client.inference.scheduler import Piece, Scheduler, Stream
+from fedtune.client.inference.server import create_app
+from fedtune.core.errors import ExportError
+from fedtune.server import cli
+from fedtune.server.display import Silent
+from fedtune.server.export.merge import merge, open_run
+from fedtune.server.export.run import ExportOptions, export_adapter, export_run
+
+PROMPT = "turn on the lamp"
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def directory(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_run(make_run(), ["fp32"], tmp_path_factory.mktemp("served"), Silent())[0].path
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> ExportedModel:
+    return ExportedModel(directory, "lamp")
+
+
+@contextmanager
+def serving(model: ExportedModel, slots: int = 16, queue: int = 64, token: str | None = None) -> Iterator[str]:
+    scheduler = Scheduler(model, slots, queue)
+    server = uvicorn.Server(uvicorn.Config(create_app(model, scheduler, token), log_level="error", ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        scheduler.close()
+        assert not thread.is_alive()
+        assert not scheduler.alive
+
+
+@pytest.fixture(scope="module")
+def url(model: ExportedModel) -> Iterator[str]:
+    with serving(model) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+    real = Stream._generate
+
+    def generate(stream: Stream) -> None:
+        time.sleep(seconds)
+        real(stream)
+
+    monkeypatch.setattr(Stream, "_generate", generate)
+
+
+def merged_text(run: Path, prompt: str, tokens: int) -> str:
+    finished = open_run(run)
+    merge(finished)
+    tokenizer: Any = finished.base.tokenizer
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        for _ in range(tokens):
+            following = finished.base.network(ids).logits[0, -1].argmax()
+            if int(following) == tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, following[None, None]], dim=1)
+    prompt_tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return str(tokenizer.decode(ids[0, prompt_tokens:], skip_special_tokens=True))
+
+
+def test_a_completion_is_what_the_merged_model_writes(client: openai.OpenAI, make_run: MakeRun) -> None:
+    answer = client.completions.create(model="lamp", prompt=PROMPT, max_tokens=24, temperature=0)
+    assert answer.choices[0].text == merged_text(make_run(), PROMPT, 24)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+    settings: dict[str, Any] = {"model": "lamp", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**settings)
+    chunks = list(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert len(chunks) > 5
+    assert chunks[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_seeds_repeat_and_temperature_varies(client: openai.OpenAI) -> None:
+    def ask(seed: int) -> str:
+        settings: dict[str, Any] = {"model": "lamp", "prompt": PROMPT, "max_tokens": 12}
+        answer = client.completions.create(**settings, temperature=1.5, top_p=0.9, seed=seed)
+        return str(answer.choices[0].text)
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(5)}) > 1
+
+
+def test_an_answer_ends_before_a_stop_string(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="lamp", prompt=PROMPT, max_tokens=30, temperature=0).choices[0].text
+    stop = whole[8:11]
+    cut = client.completions.create(model="lamp", prompt=PROMPT, max_tokens=30, temperature=0, stop=stop)
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_models_health_and_metrics(client: openai.OpenAI, url: str) -> None:
+    assert [model.id for model in client.models.list()] == ["lamp"]
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "lamp", "active": 0, "waiting": 0}
+    text = httpx.get(f"{url}/metrics").text
+    assert 'fedtune_requests_total{endpoint="/v1/models",status="200"}' in text
+    assert "fedtune_first_token_seconds_bucket" in text
+
+
+def test_requests_that_cannot_be_honoured_are_refused_as_openai_does(client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="'oven' does not exist; expected lamp"):
+        client.completions.create(model="oven", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="context is 256 for both together") as caught:
+        client.completions.create(model="lamp", prompt="lamp " * 400)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="lamp", messages=[{"role": "user", "content": "hello"}])
+    for wrong in ({"n": 2}, {"logit_bias": {"5": 1}}, {"temperature": 3}, {"max_tokens": 0}, {"stop": [""]}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
+            client.completions.create(**{"model": "lamp", "prompt": PROMPT, **wrong})  # type: ignore[call-overload]
+    for body, status in (
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        (b'{"model": "lamp"}', 400),
+        (b'{"model": "lamp", "prompt": [9999999]}', 400),
+        (b'{"model": "lamp", "prompt": ""}', 400),
+        (b"x" * (1 << 21), 413),
+        (b"[" * 100_000, 400),
+    ):
+        answer = httpx.post(f"{url}/v1/completions", content=body)
+        assert answer.status_code == status, body[:40]
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+    assert httpx.get(f"{url}/v1/completions").status_code == 405
+
+
+def test_a_body_without_a_length_is_bounded_too(url: str) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b" " * (1 << 16)
+
+    answer = httpx.post(f"{url}/v1/completions", content=endless())
+    assert answer.status_code == 413
+
+
+def test_only_the_token_opens_the_door(model: ExportedModel) -> None:
+    with serving(model, token="secret") as url:
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="guess", max_retries=0).models.list()
+        assert [found.id for found in openai.OpenAI(base_url=f"{url}/v1", api_key="secret").models.list()] == ["lamp"]
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={b"Authorization": "Bearer gäst".encode()}).status_code == 401
+
+
+def active(url: str) -> int:
+    return int(httpx.get(f"{url}/health").json()["active"])
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_frees_its_slot_within_a_second(
+    model: ExportedModel, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    slowly(monkeypatch, 0.05)
+    body = {"model": "lamp", "prompt": PROMPT, "max_tokens": 200, "stream": streamed, "temperature": 0}
+    with serving(model, slots=1, queue=0) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            content = json.dumps(body).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content)
+            deadline = time.monotonic() + 5
+            while not active(url) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert active(url) == 1
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+        gone = time.monotonic()
+        while active(url):
+            assert time.monotonic() - gone < 1
+            time.sleep(0.02)
+
+
+def test_streams_progress_fairly_and_all_are_answered(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[Stream] = []
+    real = Stream._generate
+
+    def generate(stream: Stream) -> None:
+        turns.append(stream)
+        real(stream)
+
+    monkeypatch.setattr(Stream, "_generate", generate)
+    scheduler = Scheduler(model, slots=16)
+    done = threading.Semaphore(0)
+    ends: list[str] = []
+
+    def emit(piece: Piece) -> None:
+        if piece.finish:
+            ends.append(piece.finish)
+            done.release()
+
+    streams = [
+        scheduler.submit(model.encode(PROMPT), Sampling(100, temperature=1.0, seed=seed), None, emit)
+        for seed in range(20)
+    ]
+    for _ in streams:
+        assert done.acquire(timeout=60)
+    scheduler.close()
+    assert set(ends) <= {"length", "stop"}
+    assert scheduler.load == (0, 0)
+    # Between two turns of any stream, every other that is active has had one, too.
+    for index in range(200, 300):
+        following = turns.index(turns[index], index + 1) if turns[index] in turns[index + 1 :] else None
+        if following is not None:
+            assert len(set(turns[index:following])) == following - index <= 16
+
+
+def test_a_stream_that_fails_ends_alone(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Stream._generate
+
+    def generate(stream: Stream) -> None:
+        if stream._sampling.seed == 13:
+            raise RuntimeError("out of memory")
+        real(stream)
+
+    monkeypatch.setattr(Stream, "_generate", generate)
+    with serving(model) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
+            client.completions.create(model="lamp", prompt=PROMPT, seed=13)
+        assert client.completions.create(model="lamp", prompt=PROMPT, seed=12).choices[0].text
+
+
+def test_adapters_are_listed_loaded_and_swapped_while_serving(make_run: MakeRun, tmp_path: Path) -> None:
+    options = ExportOptions(force=True)
+    for seed in (0, 1):
+        export_adapter(make_run(seed=seed), "fp32", tmp_path, Silent(), options)
+    wanted = {f"run-{seed}": merged_text(make_run(seed=seed), PROMPT, 16) for seed in (0, 1)}
+    assert wanted["run-0"] != wanted["run-1"]
+    model = ExportedModel(tmp_path / "base-fp32", "base", tmp_path)
+    model.load_adapter("run-0")
+    with serving(model) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+
+        def ask(name: str) -> str:
+            answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=16, temperature=0)
+            return answer.choices[0].text
+
+        assert ask("run-0") == wanted["run-0"]
+        with pytest.raises(openai.NotFoundError):
+            ask("run-1")
+        loaded = httpx.post(f"{url}/v1/adapters", json={"name": "run-1"}).json()
+        assert [adapter["name"] for adapter in loaded["data"]] == ["run-0", "run-1"]
+        assert [found.id for found in client.models.list()] == ["base", "run-0", "run-1"]
+        assert (ask("run-1"), ask("run-0")) == (wanted["run-1"], wanted["run-0"])
+        assert ask("base") not in wanted.values()
+
+        # A stream keeps the adapter that it began with; the next request has the new file of that name.
+        held = model.acquire("run-0")
+        for ending in (".onnx_adapter", ".json"):
+            content = (tmp_path / f"run-1{ending}").read_bytes().replace(b"run-1.", b"run-0.")
+            (tmp_path / f"run-0{ending}").write_bytes(content)
+        httpx.post(f"{url}/v1/adapters", json={"name": "run-0"})
+        assert ask("run-0") == wanted["run-1"]
+        model.release(held)
+        assert httpx.delete(f"{url}/v1/adapters/run-0").status_code == 200
+        for name, reason in (("none", "cannot be read"), ("../run-1", "not a name"), ("base", "not a name")):
+            answer = httpx.post(f"{url}/v1/adapters", json={"name": name})
+            assert answer.status_code == 400
+            assert reason in answer.json()["error"]["message"]
+
+    (tmp_path / "run-1.onnx_adapter").write_bytes(b"changed")
+    with pytest.raises(ExportError, match="was changed after the export"):
+        model.load_adapter("run-1")
+
+
+def test_chat_answers_piped_lines(make_run: MakeRun, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    run = shutil.copytree(make_run(), tmp_path / "run")
+    (done,) = export_run(run, ["fp32"], tmp_path / "out", Silent())
+    config = done.path / "tokenizer_config.json"
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    with pytest.raises(ExportError, match=r"tokenizer_config\.json: was changed"):
+        ExportedModel(done.path)
+    manifest = json.loads((done.path / "fedtune.json").read_text())
+    from fedtune.core.exported import digest_file
+
+    entry = digest_file(config)
+    manifest["files"][config.name] = {"sha256": entry.sha256, "bytes": entry.bytes}
+    (done.path / "fedtune.json").write_text(json.dumps(manifest))
+    sink = io.StringIO()
+    lines = io.StringIO(f"{PROMPT}\n\n/reset\n{'lamp ' * 400}\n{PROMPT}\n")
+    converse(ExportedModel(done.path), Sampling(16), remember=False, source=lines, sink=sink)
+    text = merged_text(make_run(), PROMPT, 16)
+    assert sink.getvalue().startswith(text + "\n(the prompt has")
+    assert sink.getvalue().endswith(text + "\n")
+
+
+def test_a_tampered_directory_is_refused_with_the_file_named(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    with (copy / "model.onnx.data").open("r+b") as file:
+        file.write(b"\x01")
+    for command in ("serve", "chat"):
+        monkeypatch.setattr(sys, "argv", ["fedtune", command, str(copy)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "model.onnx.data: was changed" in error
+        assert error.count("\n") == 1
+
+
+def test_serving_others_needs_a_token(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FEDTUNE_TOKEN", raising=False)
+    (tmp_path / "empty").touch()
+    for arguments, reason in (
+        (["--host", "0.0.0.0"], "expected --token-file"),
+        (["--token-file", str(tmp_path / "none")], "none: cannot be read"),
+        (["--token-file", str(tmp_path / "empty")], "empty: holds no token"),
+        (["--adapters", str(tmp_path / "empty")], "not a directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fedtune", "serve", str(directory), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_inference_never_imports_torch() -> None:
+    code = (
+        "import sys, fedtune.client.inference.server, fedtune.client.inference.chat, fedtune.server.cli;"
+        "sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,109 @@
+"""One real step: measured in a process of its own, remembered, and what the command prints of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.client.plan import command
+from fedtune.client.plan.calibration import Calibration, CalibrationStore, Case, Measured, measure
+from fedtune.client.plan.command import make_plan
+from fedtune.client.plan.planner import NoPlanError
+from fedtune.core.errors import DataError, RunError
+from fedtune.core.job import load_job
+from fedtune.server import cli
+
+CASE = Case("demo", "nf4", "packed", "bf16", 16, 32.0, 64, 2, False)
+JOB = ["data.sequence_length=64", "training.batch_tokens=256"]
+
+
+def planned(tmp_path: Path, *overrides: str, **options: Any) -> Any:
+    return make_plan(load_job(None, [*JOB, *overrides]), store=CalibrationStore(tmp_path), **options)
+
+
+def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["fedtune", "plan", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["plan"]["rank"] == outcome["plan"]["tier"] == 16
+    assert outcome["measured"]["peak_bytes"] > 10_000_000
+    assert 0.8 < outcome["measured"]["peak_ratio"] < 1.25
+    assert len(list((tmp_path / "fedtune" / "calibration").iterdir())) == 1
+
+
+def test_what_was_measured_corrects_the_next_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = planned(tmp_path, calibrate=False)
+    assert (first.kappa, first.measured) == (1.0, None)
+    twice = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens)
+    monkeypatch.setattr(command, "measure", lambda case: twice)
+    planned(tmp_path)
+    again = planned(tmp_path, calibrate=False)
+    assert again.kappa > 2
+    assert again.plan.memory.training == pytest.approx(2 * first.plan.memory.training, rel=1e-6)
+    assert again.seconds_per_step == pytest.approx(1.5)
+
+
+def test_a_step_that_takes_more_than_may_be_used_is_planned_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[Case] = []
+
+    def hungry(case: Case) -> Measured:
+        tried.append(case)
+        tokens = case.micro_batch * case.sequence_length
+        return Measured(1, 1, 1, 30_000_000 + 3_000_000 * tokens, 0.1, tokens)
+
+    monkeypatch.setattr(command, "measure", hungry)
+    free = 1000
+    monkeypatch.setattr(command, "RESERVE", 0.0)
+    own = planned(tmp_path / "none", calibrate=False).runtime // 1_000_000
+    outcome = planned(tmp_path, "training.batch_tokens=4096", memory=(own + free) * 1_000_000)
+    assert len(tried) == 2
+    assert tried[1].micro_batch < tried[0].micro_batch
+    assert outcome.measured.peak == 30_000_000 + 3_000_000 * outcome.plan.choices.tokens
+
+
+def test_a_device_too_small_is_told_so_before_anything_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "measure", lambda case: pytest.fail("a step was tried"))
+    with pytest.raises(NoPlanError, match="does not fit this device"):
+        planned(tmp_path, memory=1_000_000)
+
+
+def test_the_data_decides_length_and_share_of_targets(tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"prompt": "turn on the lamp =>", "completion": " ok"}) + "\n")
+    outcome = planned(tmp_path, data=data, calibrate=False)
+    assert outcome.plan.choices.sequence_length < 64
+    assert outcome.target_share < 0.7
+    with pytest.raises(DataError, match="no such file"):
+        planned(tmp_path, data=tmp_path / "none.jsonl", calibrate=False)
+
+
+def test_a_calibration_that_is_damaged_or_absurd_is_as_good_as_none(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path)
+    assert store.get("key") is None
+    store.keep("key", Calibration(1.25, 0.01))
+    assert store.get("key") == Calibration(1.25, 0.01)
+    assert store.get("other") is None
+    store.keep("key", Calibration(1000.0, 0.01))
+    assert store.get("key") is None
+    (path,) = tmp_path.iterdir()
+    for text in ("", "[]", '{"kappa": 1}', '{"kappa": NaN, "seconds_per_token": 1}', "{"):
+        path.write_text(text)
+        assert store.get("key") is None
+
+
+def test_a_step_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"the calibration step failed: .*not a directory"):
+        measure(Case(str(tmp_path / "none"), "nf4", "packed", "bf16", 16, 32.0, 64, 2, False))

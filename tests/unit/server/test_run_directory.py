@@ -1,0 +1,36 @@
+"""Checkpoints hold all that a round hands to the next, the server's own vectors included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedtune.core.adapter import Vector
+from fedtune.core.job import load_job
+from fedtune.server.run_directory import Checkpoint, RunDirectory
+from fedtune.strategies.round import FederationState
+
+
+def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    adapter = np.arange(6, dtype=np.float32)
+    server: dict[str, Vector] = {"optimizer.m.b": (adapter / 7).astype(np.float32), "flora.residual": adapter * 3}
+    directory = RunDirectory.create(tmp_path / "run", load_job(None), "0" * 64)
+    state = FederationState(1, adapter, adapter + 1, {"a": 1.0}, server)
+    directory.acknowledge(Checkpoint(state, "0" * 64, 1.0, None), None)
+    directory.acknowledge(Checkpoint(FederationState(2, adapter, adapter, {}, server), "0" * 64, 2.0, None), None)
+    restored = directory.restore()
+    assert restored is not None
+    assert restored.state.round == 2
+    assert {name: value.tobytes() for name, value in restored.state.server.items()} == {
+        name: value.tobytes() for name, value in server.items()
+    }
+    path = tmp_path / "run" / "checkpoints" / "000002" / "state.safetensors"
+    tensors = load_file(path)
+    tensors["server.flora.residual"][0] = 99.0
+    save_file(tensors, path)
+    restored = directory.restore()
+    directory.close()
+    assert restored is not None
+    assert restored.state.round == 1

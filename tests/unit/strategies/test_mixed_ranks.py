@@ -1,0 +1,191 @@
+"""Mixed ranks: nested tiers under a public permutation, means over owners, and a change of basis that all follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.core.adapter import AdaptedModule, AdapterLayout
+from fedtune.core.errors import UpdateError
+from fedtune.core.rebalance import follow, rebalance
+from fedtune.core.tiers import coordinates, merged_tiers, rank_indices, slices
+from fedtune.strategies.aggregators.owned import OwnedMean
+
+LAYOUT = AdapterLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
+FACTORS: Any = ("a", "b")
+
+
+def trained_mask(factor: str, owned: Any) -> np.ndarray:
+    """By names: a vector of zeros with ones where a rank index is owned."""
+    vector = np.zeros(LAYOUT.size, dtype=np.float32)
+    for lora_a, lora_b in LAYOUT.views(vector).values():
+        if factor == "a":
+            lora_a[owned, :] = 1
+        else:
+            lora_b[:, owned] = 1
+    return vector[LAYOUT.segment(factor)].astype(bool)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("tier", [1, 2, 4])
+def test_coordinates_are_the_owned_rows_of_a_or_columns_of_b(factor: Any, tier: int) -> None:
+    owned = rank_indices(3, 5, LAYOUT.rank, tier)
+    places = coordinates(LAYOUT, factor, owned)
+    assert np.array_equal(np.sort(places), np.flatnonzero(trained_mask(factor, owned)))
+
+
+def test_tiers_are_nested_public_and_reach_every_index_over_the_turns() -> None:
+    small, large = rank_indices(0, 7, 16, 4), rank_indices(0, 7, 16, 8)
+    assert set(small) < set(large)
+    assert np.array_equal(small, rank_indices(0, 7, 16, 4))
+    assert not np.array_equal(small, rank_indices(1, 7, 16, 4))
+    assert set(np.concatenate([rank_indices(0, turn, 16, 4) for turn in range(40)])) == set(range(16))
+    parts = slices(0, 7, 16, [16, 4, 8, 4])
+    assert [tier for tier, _ in parts] == [4, 8, 16]
+    assert sorted(np.concatenate([owned for _, owned in parts])) == list(range(16))
+    assert set(parts[0][1]) | set(parts[1][1]) == set(large)
+    with pytest.raises(ValueError, match="a tier of 17"):
+        rank_indices(0, 0, 16, 17)
+
+
+@pytest.mark.parametrize(
+    ("counts", "least", "trained"),
+    [
+        ({4: 5, 8: 5, 16: 5}, 3, {4: 4, 8: 8, 16: 16}),
+        ({4: 5, 8: 5, 16: 2}, 3, {4: 4, 8: 8, 16: 8}),
+        ({4: 5, 8: 1, 16: 1}, 3, {4: 4, 8: 4, 16: 4}),
+        ({4: 1, 16: 4}, 3, {4: 4, 16: 16}),
+        ({4: 1, 8: 1}, 3, {4: 0, 8: 0}),
+        ({}, 3, {}),
+    ],
+)
+def test_a_tier_with_too_few_owners_merges_downward_or_sits_out(
+    counts: dict[int, int], least: int, trained: dict[int, int]
+) -> None:
+    assert merged_tiers(counts, least) == trained
+    for tier in set(trained.values()) - {0}:
+        assert sum(count for other, count in counts.items() if trained[other] >= tier) >= least
+
+
+def clients() -> list[tuple[int, int, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [(tier, weight, random.normal(0, 0.1, 200)) for tier, weight in ((1, 3), (2, 50), (2, 7), (4, 1), (1, 9))]
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_every_index_is_divided_by_the_weight_of_its_owners(factor: Any) -> None:
+    mean = OwnedMean(LAYOUT, factor, [1, 2, 4], seed=2, turn=3)
+    size = trained_mask(factor, np.arange(4)).size
+    top, bottom = np.zeros(size), np.zeros(size)
+    for tier, weight, noise in clients():
+        mask = trained_mask(factor, rank_indices(2, 3, 4, tier))
+        update = noise[: mask.sum()].astype(np.float32)
+        mean.add(update, weight, tier)
+        top[mask] += weight * update.astype(np.float64)
+        bottom[mask] += weight
+    np.testing.assert_allclose(mean.finish(), top / bottom, atol=1e-7)
+    assert mean.weights == {1: 70, 2: 58, 4: 1}
+
+
+def test_an_index_that_nobody_owned_stays_as_it_is() -> None:
+    mean = OwnedMean(LAYOUT, "b", [1, 4], seed=0, turn=0)
+    owned = trained_mask("b", rank_indices(0, 0, 4, 1))
+    mean.add(np.ones(owned.sum(), dtype=np.float32), 5, 1)
+    assert np.array_equal(mean.finish(), owned.astype(np.float32))
+
+
+def test_with_one_tier_the_owned_mean_is_the_weighted_mean() -> None:
+    mean = OwnedMean(LAYOUT, "a", [4], seed=0, turn=0)
+    random = np.random.default_rng(1)
+    updates = [random.normal(0, 0.1, LAYOUT.size_a).astype(np.float32) for _ in range(3)]
+    for weight, update in zip((1, 2, 5), updates, strict=True):
+        mean.add(update, weight, 4)
+    wanted = (updates[0] + 2.0 * updates[1] + 5.0 * updates[2].astype(np.float64)) / 8
+    np.testing.assert_allclose(mean.finish(), wanted, atol=1e-7)
+
+
+def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> None:
+    mean = OwnedMean(LAYOUT, "b", [2, 4], seed=0, turn=0)
+    good = np.ones(20, dtype=np.float32)
+    mean.add(good, 1, 2)
+    before = mean.finish().tobytes()
+    for update, weight, tier in (
+        (good, 1, 3),
+        (good[:-1], 1, 2),
+        (good, 0, 2),
+        (good * np.nan, 1, 2),
+        (good, 1 << 24, 2),
+    ):
+        with pytest.raises(UpdateError):
+            mean.add(update.astype(np.float32), weight, tier)
+    assert mean.finish().tobytes() == before
+
+
+def test_order_of_arrival_does_not_change_a_bit() -> None:
+    results = []
+    for order in (clients(), clients()[::-1]):
+        mean = OwnedMean(LAYOUT, "b", [1, 2, 4], seed=2, turn=3)
+        for tier, weight, noise in order:
+            mean.add(noise[: 10 * tier].astype(np.float32), weight, tier)
+        results.append(mean.finish().tobytes())
+    assert results[0] == results[1]
+
+
+def random_adapter(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(0, 1, LAYOUT.size).astype(np.float32)
+
+
+def products(adapter: Any) -> list[np.ndarray]:
+    return [lora_b.astype(np.float64) @ lora_a for lora_a, lora_b in LAYOUT.views(adapter).values()]
+
+
+def test_rebalancing_changes_no_product_and_balances_the_factors() -> None:
+    adapter = random_adapter()
+    balanced, _ = rebalance(LAYOUT, adapter)
+    for before, after in zip(products(adapter), products(balanced), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-5)
+    lora_a, lora_b = LAYOUT.views(balanced)["q"]
+    np.testing.assert_allclose(lora_a @ lora_a.T, lora_b.T @ lora_b, atol=1e-5)
+    # Squared norms of the rows are the singular values of the product.
+    values = np.linalg.svd(products(adapter)[0])[1][:4]
+    np.testing.assert_allclose(np.square(lora_a).sum(axis=1), values, rtol=1e-4)
+
+
+def test_what_lives_in_the_basis_follows_it() -> None:
+    adapter, update = random_adapter(), random_adapter(1)
+    balanced, changes = rebalance(LAYOUT, adapter)
+    # "q" alone: "v" has only three rows for four ranks, so a direction of it carries nothing.
+    lora_a, lora_b = LAYOUT.views(adapter)["q"]
+    new_a, new_b = LAYOUT.views(balanced)["q"]
+    half_a, half_b = LAYOUT.halves(update)
+    moved = np.concatenate([follow(LAYOUT, changes, "a", half_a), follow(LAYOUT, changes, "b", half_b)])
+    delta_a, delta_b = LAYOUT.views(update)["q"]
+    moved_a, moved_b = LAYOUT.views(moved.astype(np.float32))["q"]
+    np.testing.assert_allclose((new_b + moved_b) @ new_a, (lora_b + delta_b) @ lora_a, atol=1e-4)
+    np.testing.assert_allclose(new_b @ (new_a + moved_a), lora_b @ (lora_a + delta_a), atol=1e-4)
+    np.testing.assert_allclose(changes["q"].t_inverse @ changes["q"].t, np.eye(4), atol=1e-8)
+
+
+def test_before_anything_is_learned_rebalancing_leaves_the_adapter_as_it_is() -> None:
+    adapter = LAYOUT.initial(0)
+    balanced, changes = rebalance(LAYOUT, adapter)
+    assert balanced.tobytes() == adapter.tobytes()
+    half = LAYOUT.halves(random_adapter())[1]
+    assert np.array_equal(follow(LAYOUT, changes, "b", half), half)
+
+
+def test_directions_without_weight_keep_a_row_to_train_and_a_zero_column() -> None:
+    adapter = random_adapter()
+    for _, lora_b in LAYOUT.views(adapter).values():
+        lora_b[:, 1:] = 0
+    balanced, changes = rebalance(LAYOUT, adapter)
+    for before, after in zip(products(adapter), products(balanced), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-5)
+    lora_a, lora_b = LAYOUT.views(balanced)["q"]
+    assert not lora_b[:, 1:].any()
+    gram = lora_a @ lora_a.T
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-5)
+    assert np.diag(gram)[1:] == pytest.approx(1 / 3, rel=1e-5)
+    assert not changes["q"].t[:, 1:].any()
