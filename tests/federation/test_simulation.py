@@ -83,10 +83,11 @@ def test_a_round_with_too_few_survivors_changes_nothing(simulate: Simulate, tmp_
 
 
 def test_a_late_client_is_left_behind_at_the_deadline(simulate: Simulate, tmp_path: Path) -> None:
-    simulate(
-        "simulation.slow=1.0", "simulation.slow_seconds=2", "federation.deadline=0.2", "federation.rounds=1",
-        "federation.clients_per_round=1", "data.holdout=0",
-    )  # fmt: skip
+    with pytest.raises(RunError, match="no answer before the deadline"):
+        simulate(
+            "simulation.slow=1.0", "simulation.slow_seconds=2", "federation.deadline=0.2", "federation.rounds=1",
+            "federation.clients_per_round=1", "data.holdout=0",
+        )  # fmt: skip
     assert read_rounds(tmp_path / "run")[0]["clients"][0]["dropped"] == "no answer before the deadline"
 
 
