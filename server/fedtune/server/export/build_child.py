@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UNPACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def main() -> None:
     """Status 0 and a list of writers, or status 1 and {"error": ...}."""
+    _end_with_parent()
     # Libraries that print do so into the log: descriptor 1 becomes 2, and only the answer goes where 1 led.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -29,6 +33,12 @@ def main() -> None:
     json.dump(result, answer)
     answer.close()
     sys.exit(isinstance(result, dict))
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when the one that started it has gone, even by kill -9; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def build_one(wanted: dict[str, Any]) -> str:

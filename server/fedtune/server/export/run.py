@@ -30,6 +30,7 @@ from fedtune.server.files import sync_directory, write_json, write_text
 from fedtune.server.process import versions
 
 LOG = "export.log"
+WORKPLACE = ".export-"  # how the hidden folder of an export in progress begins
 MAX_DROP = 1.0
 _NEEDED = ("tokenizer.json", "genai_config.json", "model.onnx")
 
@@ -302,7 +303,7 @@ def _workplace(out: Path) -> Iterator[Path]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
+        with tempfile.TemporaryDirectory(prefix=WORKPLACE, dir=out) as name:
             try:
                 yield Path(name)
             finally:

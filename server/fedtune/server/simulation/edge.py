@@ -1,38 +1,21 @@
-"""The last step of a run whose job asks for it: export the model, and answer the run's prompts as a device would."""
+"""The end of a simulation: export the model if the job asks for it, and answer the run's prompts as a device would."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.errors import MissingExtraError
 from fedtune.core.job import Job
 from fedtune.server.display import Display
+from fedtune.server.export.last_step import export_finished
 from fedtune.server.files import storage, write_json
 from fedtune.server.run_directory import SUMMARY
 
-ONNX = "onnx"  # the folder of a run directory where each format has its own
 ANSWER_TOKENS = 64
-_NEEDED = ("onnx", "onnxruntime_genai", "onnxscript", "tokenizers")
-
-
-def check_export(job: Job) -> None:
-    """Says before a run what would stop its export after it.
-
-    Raises:
-        MissingExtraError: the job wants an export, and its packages are not installed.
-    """
-    for package in _NEEDED if job.export.formats else ():
-        if find_spec(package) is None:
-            raise MissingExtraError("[export]", "export,inference", package)
 
 
 def export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: Display) -> None:
-    """Writes the job's formats to the run directory, and answers the prompts that the summary shows from the first.
-
-    Args:
-        summary: of the finished run; it gains "exports", here and in summary.json.
+    """Exports as `export_finished` does, and answers the prompts that the summary shows from the first format.
 
     Raises:
         RunError: a model could not be written or differs too much from the merged one; the run itself is whole.
@@ -41,14 +24,10 @@ def export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: Di
         return
     from fedtune.client.inference.model import ExportedModel
     from fedtune.client.inference.scheduler import Scheduler
-    from fedtune.server.export.run import ExportOptions, export_run
 
-    exported = export_run(path, job.export.formats, path / ONNX, display, ExportOptions(force=True))
-    summary["exports"] = [
-        {"format": done.format, "path": str(done.path), "recipe": done.recipe, "gate": done.report.to_json()}
-        for done in exported
-    ]
-    scheduler = Scheduler(ExportedModel(exported[0].path), slots=1)
+    export_finished(job, path, summary, display)
+    first = summary["exports"][0]
+    scheduler = Scheduler(ExportedModel(Path(first["path"])), slots=1)
     try:
         for example in summary["answers"]:
             example["exported"] = _answer(scheduler, example["prompt"])
@@ -56,7 +35,7 @@ def export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: Di
         scheduler.close()
     with storage(path):
         write_json(path / SUMMARY, summary)
-    _show(summary, exported[0].format, display)
+    _show(summary, first["format"], display)
 
 
 def _answer(scheduler: Any, prompt: str) -> str:

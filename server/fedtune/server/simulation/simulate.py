@@ -18,10 +18,11 @@ from fedtune.model.examples import CleaningReport
 from fedtune.model.shape import shape_of
 from fedtune.server.display import Display, format_seconds
 from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.export.last_step import check_export
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, RunDirectory
-from fedtune.server.simulation.edge import check_export, export_and_answer
+from fedtune.server.simulation.edge import export_and_answer
 from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet, read_virtual
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
