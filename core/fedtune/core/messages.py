@@ -176,16 +176,37 @@ def decode(data: bytes | memoryview, kind: type[P], limit: int = MAX_PAYLOAD_BYT
     try:
         payload = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _check_version(kind, _stated_version(data, kind))  # other fields are what another version would have
         raise PeerError(f"{kind.__name__}: {error}") from error
-    version = getattr(payload, "version", PROTOCOL_VERSION)
+    _check_version(kind, getattr(payload, "version", PROTOCOL_VERSION))
+    if not _finite(payload):
+        raise PeerError(f"{kind.__name__}: a number in it is not finite")
+    return payload
+
+
+class _Head(msgspec.Struct, frozen=True, array_like=True):
+    """How a payload begins that states its version; whatever follows is skipped."""
+
+    kind: str
+    version: int
+
+
+def _check_version(kind: type[Payload], version: int) -> None:
     if version != PROTOCOL_VERSION:
         raise PeerError(
             f"{kind.__name__}: protocol version {version}; this side speaks {PROTOCOL_VERSION}. "
             "Install the same fedtune version on server and clients"
         )
-    if not _finite(payload):
-        raise PeerError(f"{kind.__name__}: a number in it is not finite")
-    return payload
+
+
+def _stated_version(data: bytes | memoryview, kind: type[Payload]) -> int:
+    """The version that a payload of any version states, as its first field; this side's where it states none."""
+    try:
+        head = msgspec.msgpack.decode(data, type=_Head)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return PROTOCOL_VERSION
+    states_one = head.kind == kind.__name__ and kind.__struct_fields__[:1] == ("version",)
+    return head.version if states_one else PROTOCOL_VERSION
 
 
 def _finite(payload: Payload) -> bool:

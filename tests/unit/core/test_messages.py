@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,16 @@ def test_a_payload_reads_back_equal() -> None:
 def test_another_protocol_version_is_refused_with_advice() -> None:
     with pytest.raises(PeerError, match=r"protocol version 99; this side speaks 1\. Install the same fedtune"):
         decode(encode(evaluate_request(version=99)), EvaluateRequest)
+
+
+def test_another_protocol_version_is_recognised_whatever_its_fields_are() -> None:
+    for later in (["EvaluateRequest", 99], ["EvaluateRequest", 99, {"new": [1, 2]}, b"more"]):
+        with pytest.raises(PeerError, match="protocol version 99; this side speaks"):
+            decode(msgspec.msgpack.encode(later), EvaluateRequest)
+    with pytest.raises(PeerError, match="at least"):
+        decode(msgspec.msgpack.encode(["EvaluateRequest", PROTOCOL_VERSION]), EvaluateRequest)
+    with pytest.raises(PeerError, match="EvaluateReply"):
+        decode(msgspec.msgpack.encode(["EvaluateRequest", 99]), EvaluateReply)
 
 
 def test_another_kind_of_payload_is_refused() -> None:
