@@ -39,7 +39,10 @@ def join(
     ] = False,
     home: _Home = None,
 ) -> None:
-    """Make this machine the device that the bundle is for."""
+    """Make this machine the device that the bundle is for.
+
+    Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
+    """
     from fedtune.client.live.home import ClientHome, default_home
     from fedtune.core.enrolment import Bundle
 
@@ -58,12 +61,11 @@ def start(home: _Home = None) -> None:
 
     limit_pieces(PIECE_BYTES)
     device = _open(home)
-    try:
-        from fedtune.client.live.service import Service
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-
-    with device.lock:
+    with device.lock:  # from here on it counts as starting: torch takes its time
+        try:
+            from fedtune.client.live.service import Service
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
         Service(device, lambda line: print(line, flush=True)).run()
 
 

@@ -180,7 +180,7 @@ class Bundle:
         Raises:
             InputError: it is not one, or its parts do not belong together.
         """
-        content = read_json(path, "a bundle", MAX_BUNDLE_BYTES)
+        content = read_json(path, "a bundle, which `fedtune server enroll` writes", MAX_BUNDLE_BYTES)
         expected = {"format", "name", "server", "authority", "node_key", "identity", "fleet_key", "roster"}
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(

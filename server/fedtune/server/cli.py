@@ -130,9 +130,15 @@ def plan(
         float | None,
         typer.Option("--memory", metavar="MB", min=1, help="Plan for so much memory, not for what is free."),
     ] = None,
-    uplink: Annotated[float | None, typer.Option("--uplink", metavar="KBIT/S", min=0.001)] = None,
-    downlink: Annotated[float | None, typer.Option("--downlink", metavar="KBIT/S", min=0.001)] = None,
-    deadline: Annotated[float | None, typer.Option("--deadline", metavar="SECONDS", min=0.001)] = None,
+    uplink: Annotated[
+        float | None, typer.Option("--uplink", metavar="KBIT/S", min=0.001, help="Speed of the link to the server.")
+    ] = None,
+    downlink: Annotated[
+        float | None, typer.Option("--downlink", metavar="KBIT/S", min=0.001, help="Speed of the link from it.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", metavar="SECONDS", min=0.001, help="How long a round may take.")
+    ] = None,
     try_step: Annotated[
         bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
     ] = True,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InputError, MissingExtraError
 
 app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
 
@@ -43,7 +43,10 @@ def init(
     ] = None,
     home: _Home = None,
 ) -> None:
-    """Make a server: its folder, its certificate authority and its certificate."""
+    """Make a server: its folder, its certificate authority and its certificate.
+
+    Example: fedtune server init --address fleet.example.org:8443 --host 192.0.2.7
+    """
     from fedtune.core.enrolment import check_address
     from fedtune.server.live.home import ServerConfig, ServerHome, default_home
 
@@ -70,7 +73,10 @@ def enroll(
     ] = None,
     home: _Home = None,
 ) -> None:
-    """Enrol a device: writes the one file that makes a machine that device. Move it there and keep no copy."""
+    """Enrol a device: writes the one file that makes a machine that device. Move it there and keep no copy.
+
+    Example: fedtune server enroll kitchen --out /media/stick/kitchen.bundle
+    """
     from fedtune.server.live.devices import enroll as run
 
     path = out or Path(f"{name}.bundle")
@@ -99,10 +105,13 @@ def start(home: _Home = None) -> None:
 
     limit_pieces(PIECE_BYTES)
     from fedtune.server.display import Terminal
-    from fedtune.server.live.service import Service
 
     server = _open(home)
-    with server.lock, Terminal() as display:
+    with server.lock, Terminal() as display:  # from here on it counts as starting: torch takes its time
+        try:
+            from fedtune.server.live.service import Service
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("fedtune server start", "server", error.name or "of the server") from None
         Service(server, display).run()
 
 
@@ -123,14 +132,25 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
     home: _Home = None,
 ) -> None:
-    """Put a job in the queue; the server, running now or later, works on it."""
+    """Put a job in the queue; the server, running now or later, works on it.
+
+    Devices bring their own data: of [data] the server reads `evaluation`, and not `train`.
+
+    Example: fedtune server submit job.toml --set federation.rounds=40 --wait
+    """
     from fedtune.core.job import load_job
     from fedtune.demo import JOB
+    from fedtune.model.population import evaluation_records
+    from fedtune.model.shape import shape_of
+    from fedtune.server.export.last_step import check_export
     from fedtune.server.live.jobs import Jobs
 
     server = _open(home)
     jobs = Jobs(server)
     resolved = load_job(job or JOB, overrides or [])
+    check_export(resolved)
+    shape_of(resolved.model)  # mistakes in what the server needs are told here, and not in its log
+    evaluation_records(resolved.data)
     queued = jobs.submit(resolved, name or jobs.free_name(job.stem if job else "demo"))
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if server.lock.holder() is None:

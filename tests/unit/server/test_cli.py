@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from fedtune.core.errors import RunError
 from fedtune.server import cli
@@ -21,12 +23,24 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["simulate"], ["resume"], ["report"]])
-def test_every_command_explains_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+def commands(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command of the tree, with the words that call it."""
+    yield path, command
+    for name, part in getattr(command, "commands", {}).items():
+        yield from commands(part, *path, name)
+
+
+@pytest.mark.parametrize(("path", "command"), list(commands(typer.main.get_command(cli.app))), ids=str)
+def test_every_command_explains_itself_and_all_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: tuple[str, ...], command: Any
 ) -> None:
-    assert run(monkeypatch, *command, "--help") == 0
-    assert "Usage: " in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, *path, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Usage: " in shown
+    for parameter in command.params:
+        assert parameter.help, f"{parameter.name} has no help"
+        assert parameter.help.replace("`", "")[:20] in shown
 
 
 def test_help_does_not_load_torch() -> None:

@@ -77,7 +77,9 @@ def chat(
     model_directory: _MODEL,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that make up this share.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Answer every prompt by itself.")] = False,
 ) -> None:

@@ -19,9 +19,11 @@ from fedtune.core.errors import InputError
 from fedtune.core.private import read_json, write_private
 from fedtune.core.records import ClientRecord, RoundRecord
 from fedtune.server.display import Display, format_seconds
+from fedtune.server.live.devices import Devices
 from fedtune.server.live.home import ServerHome
 from fedtune.server.live.jobs import Jobs
 
+STATUS = "status.json"
 KEPT_PROBLEMS = 20
 STALE_SECONDS = 15.0
 
@@ -165,12 +167,14 @@ class Board:
 
 def read_status(home: ServerHome) -> dict[str, Any]:
     """The status as programs read it: what the server wrote, whether it runs, and the jobs that ended."""
-    path, jobs = home.path / "status.json", Jobs(home)
+    path, jobs = home.path / STATUS, Jobs(home)
     holder = home.lock.holder()
     status: dict[str, Any] = {"job": None, "devices": {}, "problems": [], "address": home.config.address}
     if path.exists():
         with suppress(InputError):  # half a status is no status; the lock says whether the server runs
             status |= read_json(path, "the status")
+    enrolled = sorted(Devices.load(home).node_keys)  # a server that stands still has not heard of the newest
+    status["devices"] = {name: asdict(DeviceStatus()) | status["devices"].get(name, {}) for name in enrolled}
     running = holder is not None and status.get("pid") == holder
     stale = time.time() - float(status.get("written", 0.0)) > STALE_SECONDS
     if not running:

@@ -1,0 +1,187 @@
+"""Mistakes of operators and owners of devices: one line that says what was wrong and what to do next, and status 2."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fedtune.client.live import service
+from fedtune.client.live.home import ClientHome
+from fedtune.client.live.service import BACKOFF_SECONDS, Backoff
+from fedtune.core.enrolment import Bundle
+from fedtune.core.errors import InputError, ModelError
+from fedtune.core.job import DEMO
+from fedtune.core.messages import Base
+from fedtune.server import cli
+from fedtune.server.live.devices import enroll
+from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.pki import make_server_certificate
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> ServerHome:
+    """A server's folder, with the device ada enrolled."""
+    home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
+    enroll(home, "ada", tmp_path / "ada.bundle")
+    (tmp_path / "data.jsonl").write_text('{"text": "one example"}\n')
+    return home
+
+
+@pytest.fixture
+def refused(
+    home: ServerHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """refused("client", "join", ...): what the command says when it refuses, which must be one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDTUNE_SERVER_HOME", "cloud")
+    monkeypatch.setenv("FEDTUNE_CLIENT_HOME", "device")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr().err
+        assert caught.value.code == 2, said
+        assert said.count("\n") == 1, said
+        return said
+
+    return run
+
+
+def test_a_bundle_that_is_none_is_refused(refused: Command, tmp_path: Path) -> None:
+    join = ("client", "join", "--data", "data.jsonl")
+    assert "No such file" in refused(*join, "nothing.bundle")
+    assert "a bundle, which `fedtune server enroll` writes: it is not JSON" in refused(*join, "cloud/server.toml")
+    whole = (tmp_path / "ada.bundle").read_text()
+    for name, text, complaint in (
+        ("cut", whole[:300], "it is not JSON"),
+        ("other", '{"format": "fedtune-bundle-99"}', "not a bundle of this version"),
+        ("short", '{"format": "fedtune-bundle-1"}', "incomplete; enrol the device anew"),
+        ("changed", whole.replace('"version": 1', '"version": 2'), "not signed with this fleet's key"),
+        ("renamed", whole.replace('"name": "ada"', '"name": "bob"'), "its identity key is not the roster's"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert complaint in refused(*join, name)
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_missing_or_empty_data_file_is_refused_when_a_device_joins(refused: Command, tmp_path: Path) -> None:
+    assert "nowhere.jsonl: cannot read the data file: No such" in refused(
+        "client", "join", "ada.bundle", "--data", "nowhere.jsonl"
+    )
+    (tmp_path / "empty.jsonl").touch()
+    assert "the data file is empty" in refused("client", "join", "ada.bundle", "--data", "empty.jsonl")
+    assert "/nowhere: not a model directory" in refused(
+        "client", "join", "ada.bundle", "--data", "data.jsonl", "--base", "/nowhere"
+    )
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_machine_is_one_device_at_a_time(refused: Command, tmp_path: Path) -> None:
+    assert "no device lives here; make one with: fedtune client join" in refused("client", "start")
+    ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
+    said = refused("client", "join", "ada.bundle", "--data", "data.jsonl")
+    assert "a device lives here already; remove it with: fedtune client leave" in said
+
+
+def test_keys_that_others_may_read_are_not_used(refused: Command, tmp_path: Path) -> None:
+    (tmp_path / "cloud").chmod(0o755)
+    assert "must be its owner's only; run: chmod 700 cloud" in refused("server", "start")
+
+
+def test_devices_have_names_of_their_own(refused: Command) -> None:
+    assert "enrolled already; to enrol it anew, first: fedtune server revoke ada" in refused(
+        "server", "enroll", "ada", "--out", "again.bundle"
+    )
+    assert "ada.bundle: exists already; choose another --out" in refused("server", "enroll", "ada")
+    assert "a device's name has 1 to 64 letters" in refused("server", "enroll", "../ada")
+    assert "bob: no such device; enrolled: ada" in refused("server", "revoke", "bob")
+
+
+def test_a_server_needs_an_address_and_a_folder_of_its_own(refused: Command) -> None:
+    assert "expected HOST:PORT" in refused("server", "init", "--address", "fleet.example.org", "--home", "other")
+    assert "a server lives here already" in refused("server", "init", "--address", "localhost:8443")
+    assert "no server lives here; make one with: fedtune server init" in refused("server", "status", "--home", "none")
+
+
+def test_a_busy_port_is_named(refused: Command, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = (tmp_path / "cloud" / "server.toml").read_text().replace("port = 0", f"port = {port}")
+        (tmp_path / "cloud" / "server.toml").write_text(config)
+        said = refused("server", "start")
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; change listen or port in server.toml" in said
+
+
+def test_an_expired_certificate_is_told_before_devices_refuse_it(refused: Command, home: ServerHome) -> None:
+    expired = make_server_certificate(home._load("authority"), ["localhost"], days=-1)
+    (home.path / "server.pem").write_bytes(expired.certificate)
+    (home.path / "server.key").write_bytes(expired.key)
+    assert "expired; make a new one with: fedtune server renew" in refused("server", "start")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.evaluation=/nowhere.jsonl", "/nowhere.jsonl: cannot be read: No such file"),
+        ("model.base=/nowhere", "/nowhere: not a directory; expected a Hugging Face model directory"),
+        ("federation.rounds=0", "federation.rounds"),
+    ],
+)
+def test_a_job_that_the_server_cannot_do_is_not_queued(
+    refused: Command, home: ServerHome, override: str, complaint: str
+) -> None:
+    assert complaint in refused("server", "submit", "--set", override)
+    assert not list((home.path / "jobs" / "waiting").iterdir())
+
+
+def test_a_stopped_server_still_knows_who_is_enrolled(
+    home: ServerHome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedtune", "server", "status", "--home", str(home.path)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "ada" in capsys.readouterr().out
+
+
+@pytest.fixture
+def device(home: ServerHome, tmp_path: Path) -> Iterator[service.Service]:
+    """A device's service, in this process and without a server."""
+    joined = ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
+    made = service.Service(joined, lambda line: None)
+    yield made
+    made._link.close()
+
+
+def test_another_base_model_than_the_jobs_is_told_with_both_digests(device: service.Service) -> None:
+    wanted = "ab" * 32
+    with pytest.raises(ModelError, match=rf"with digest {wanted[:16]}…; this device has none\. Join with --base DIR"):
+        device._open_model(Base("/theirs", wanted, "nf4", 4, 8.0, ("all-linear",), 64))
+    with pytest.raises(ModelError, match=rf"digest {wanted[:16]}…; this device has demo \(digest [0-9a-f]{{16}}…\)"):
+        device._open_model(Base(DEMO, wanted, "nf4", 4, 8.0, ("all-linear",), 64))
+
+
+def test_a_damaged_roster_is_told_when_the_device_starts(device: service.Service) -> None:
+    roster = device._home.path / "roster.json"
+    roster.write_text(roster.read_text().replace('"version": 1', '"version": 7'))
+    with pytest.raises(InputError, match="not signed with this fleet's key; join anew with a new bundle"):
+        device.run()
+
+
+def test_pauses_double_up_to_a_limit_and_differ_between_devices() -> None:
+    first, longest = BACKOFF_SECONDS
+    for draw, share in ((0.0, 0.5), (1.0, 1.0)):
+        backoff = Backoff(partial(float, draw))
+        pauses = [backoff.next() for _ in range(20)]
+        assert pauses[:4] == [share * first * 2**n for n in range(4)]
+        assert pauses[-1] == share * longest
+        backoff.reset()
+        assert backoff.next() == share * first
