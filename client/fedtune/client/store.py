@@ -16,6 +16,7 @@ from fedtune.core.downlink import REMEMBERED_VERSIONS
 from fedtune.core.errors import PeerError
 
 KEPT_RESIDUALS = 3  # of one factor: the one in use, and those of the rounds that a server may still repeat
+TEMPORARY = ".tmp"
 _NAME_LENGTH = 24
 
 
@@ -87,7 +88,7 @@ def _age(path: Path) -> float:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -18,6 +18,7 @@ from typing import Any, Self
 from fedtune.core.errors import InputError, RunError
 
 MAX_FILE_BYTES = 16 << 20
+UNFINISHED = "part-"
 _POLL_SECONDS = 0.1
 
 
@@ -46,7 +47,7 @@ def check_private(path: Path) -> None:
 def write_private(path: Path, content: bytes | str) -> None:
     """Replaces a file's content atomically; the file can be read by its owner only."""
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{UNFINISHED}")  # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -56,6 +57,12 @@ def write_private(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what a crash left of `write_private`; for the one process that writes files of this name."""
+    for left in folder.glob(f".{name}.{UNFINISHED}*"):
+        left.unlink(missing_ok=True)
 
 
 def read_bounded(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> bytes:

@@ -341,13 +341,16 @@ def _meaning(response: httpx.Response) -> FedtuneError:
         )
     match response.status_code:
         case 401:
-            return UnknownDeviceError("the server does not know this device; was it revoked?")
+            return UnknownDeviceError(
+                "the server does not know this device; if it was revoked, ask for a new bundle, then: "
+                "fedtune client leave, and join anew"
+            )
         case 403:
             return RunOverError("the run is over")
         case 412:
             return NotAdmittedError(
-                "the server does not take this device in: it was revoked, or another process uses its keys, "
-                f"or crashed less than {2 * HEARTBEAT_INTERVAL:.0f} s ago"
+                "the server does not take this device in: it was revoked (ask for a new bundle), or another process "
+                f"uses its keys, or one did until less than {2 * HEARTBEAT_INTERVAL:.0f} s ago (wait)"
             )
         case 404 | 405:
             return UnreachableError("what answers at this address is not a fedtune server")

@@ -20,7 +20,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedtune.client.store import ClientStore
+from fedtune.client.store import TEMPORARY, ClientStore
 from fedtune.core.enrolment import Bundle, SignedRoster, check_address, check_name
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.private import ServiceLock, check_private, private_folder, read_bounded, read_json, write_private
@@ -187,6 +187,8 @@ class JobMemory(ClientStore):
 
     def __init__(self, folder: Path) -> None:
         self._root = private_folder(folder)
+        for left in self._root.rglob(f".*{TEMPORARY}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         newest = max(self._jobs(), key=lambda path: path.stat().st_mtime, default=self._root / "none")
         super().__init__(newest)
 

@@ -48,7 +48,7 @@ from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError,
 from fedtune.core.greeting import ACTION, MAX_GREETING_BYTES, PROTOCOL_VERSION, Greeting, GreetingReply
 from fedtune.core.job import DEMO, AdapterSettings, ModelSettings
 from fedtune.core.messages import Base, decode, encode
-from fedtune.core.private import write_private
+from fedtune.core.private import remove_unfinished, write_private
 from fedtune.core.secagg import Policy
 from fedtune.model.base import load_base
 from fedtune.model.examples import Example, load_examples
@@ -127,6 +127,7 @@ class Service:
 
     def __init__(self, home: ClientHome, show: Callable[[str], None]) -> None:
         self._home, self._show = home, show
+        remove_unfinished(home.path)
         config = home.config
         self._bases = tuple(map(Path, config.bases))
         self._data = Path(config.data)
@@ -178,7 +179,8 @@ class Service:
         before = self._node_before()
         if before and not self._link.node_id:
             self._link.deactivate(before)  # a crash left us counted as online; only our own folder says so
-        self._link.activate()
+        if not self._is_counted_in():
+            self._link.activate()
         self._counted_out.clear()
         write_private(self._home.path / "node", f"{self._link.node_id}\n")
         self._backoff.reset()
@@ -188,6 +190,18 @@ class Service:
             self._show("connected")
         self._tell(state="connected", trying=0, next_try=None, contact=time.time(), clock_error=self._link.clock_error)
         self._own_up()
+
+    def _is_counted_in(self) -> bool:
+        """Whether the server goes on with this process where the network left off; to activate would be refused then.
+
+        A heartbeat also counts a device in again that was away for too long.
+        """
+        if not self._link.node_id:
+            return False
+        try:
+            return self._link.beat()
+        except UnknownDeviceError:
+            return False
 
     def _serve(self) -> None:
         shortest, near, longest = POLL_SECONDS

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,8 +62,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.core.errors import RunError
+from fedtune.core.messages import MAX_PAYLOAD_BYTES
 from fedtune.server.live.guard import CONTROL_HEADER, App, Receive, Scope, Send, answer
 
+MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # with all that Flower puts around a payload
+MAX_REPLY_PIECES = 10_000  # that payload in the pieces that devices send
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
 PATIENCE = 5.0  # times as long as half of the devices took, others may take
@@ -104,11 +108,11 @@ def link_app(database: Path, secret: str) -> App:
     app = create_app()
     app.state.enable_supernode_auth = True
     app.state.superexec_auth_secret = secret.encode()
-    return _own_replies_only(app)
+    return _sound_replies_only(app)
 
 
-def _own_replies_only(app: App) -> App:
-    """Flower checks who sends a reply, but not that the reply speaks in the sender's name: here it must."""
+def _sound_replies_only(app: App) -> App:
+    """Flower checks who sends a reply, but not that the reply speaks in the sender's name, nor what size it claims."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != _PUSH_MESSAGES:
@@ -126,7 +130,8 @@ def _own_replies_only(app: App) -> App:
             own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
         except DecodeError:
             own = False
-        if not own or len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        single = len(request.messages_list) == len(request.message_object_trees) == 1
+        if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
             await answer(send, 400)
             return
         events: Iterator[MutableMapping[str, Any]] = iter([{"type": "http.request", "body": body}])
@@ -316,6 +321,7 @@ class _Arriving:
     proto: MessageProto
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0
 
 
 class RunGrid(Grid):
@@ -458,6 +464,9 @@ class RunGrid(Grid):
             if not piece.object_available:
                 return None
             arriving.contents[arriving.missing.pop()] = piece.object_content
+            arriving.size += len(piece.object_content)
+            if arriving.size > MAX_REPLY_BYTES:
+                return _failed(sent.head, f"the reply has more than {MAX_REPLY_BYTES} bytes")
         object_id = arriving.proto.metadata.message_id
         confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run.run_id, message_object_id=object_id)
         self._call(self._client.ConfirmMessageReceived, confirm)
@@ -512,6 +521,10 @@ def _called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) -
         raise LinkLostError(f"the SuperLink answered {error.response.status_code}: {text}") from error
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise LinkLostError(f"the SuperLink does not answer: {error or type(error).__name__}") from error
+
+
+def _has_more(tree: ObjectTree, pieces: int) -> bool:
+    return next(islice(iterate_object_tree(tree), pieces, None), None) is not None
 
 
 def _object_ids(tree: ObjectTree) -> list[str]:

@@ -22,7 +22,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTROL_HEADER = "fedtune-control"
-MAX_BODY_BYTES = 4 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
+MAX_BODY_BYTES = 1 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
 DEVICE_CALLS = frozenset(

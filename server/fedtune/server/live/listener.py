@@ -3,7 +3,8 @@
     python -m fedtune.server.live.listener HOME PUBLIC_FD PRIVATE_FD
 
 Devices are let in when `OPEN` comes on standard input: then the SuperLink knows who is enrolled. The process ends when
-standard input does, which is when the process that started it has gone, however it went.
+standard input does, which is when the process that started it has gone, however it went; then it takes with it what
+would be of use to nobody.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import sys
 import threading
 from pathlib import Path
 
+from fedtune.core.errors import InputError
 from fedtune.core.private import read_bounded
 from fedtune.server.live.flower import link_app
 from fedtune.server.live.guard import Guard
 
 OPEN = b"open\n"
+CONTROL_KEY = "control.key"
+DATABASE = "link.db"
 MAX_CONNECTIONS = 20_000
 KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands anew
 
@@ -29,9 +33,9 @@ def main() -> None:
 
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
-    key = read_bounded(home / "control.key", "the control key").decode()
+    key = read_bounded(home / CONTROL_KEY, "the control key").decode()
     name = private.getsockname()
-    guard = Guard(link_app(home / "link.db", key), (name[0], name[1]), key)
+    guard = Guard(link_app(home / DATABASE, key), (name[0], name[1]), key)
     config = uvicorn.Config(
         guard,
         log_level="critical",
@@ -56,6 +60,22 @@ def main() -> None:
 
     threading.Thread(target=follow_parent, daemon=True, name="parent").start()
     server.run(sockets=[public, private])
+    if _is_current(home, key):
+        remove_passing(home)
+
+
+def remove_passing(home: Path) -> None:
+    """Removes what lasts no longer than one listening process: the control key and messages on their way."""
+    for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", CONTROL_KEY):
+        (home / name).unlink(missing_ok=True)
+
+
+def _is_current(home: Path, key: str) -> bool:
+    """Whether no later server has begun here."""
+    try:
+        return read_bounded(home / CONTROL_KEY, "the control key").decode() == key
+    except InputError:
+        return False
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Threads: the main one works on jobs; the keeper looks after the child, devices a
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 
 from flwr.app import Message
@@ -30,19 +32,21 @@ from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
 from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply
 from fedtune.core.job import Job, secure_cohort_problems
 from fedtune.core.messages import HEADER_BYTES, decode, encode
+from fedtune.core.private import remove_unfinished, write_private
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.base import describe_base, open_model
 from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
-from fedtune.server.live.board import Board, JobStatus
+from fedtune.server.export.last_step import check_export, export_finished
+from fedtune.server.live.board import STATUS, Board, JobStatus
 from fedtune.server.live.devices import Devices, changed
 from fedtune.server.live.flower import Link, LinkLostError, NodeState, RunGrid
 from fedtune.server.live.home import ServerHome
 from fedtune.server.live.jobs import Jobs, QueuedJob
-from fedtune.server.live.listener import OPEN
+from fedtune.server.live.listener import CONTROL_KEY, OPEN, remove_passing
 from fedtune.server.process import peak_rss_mb
-from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import SUMMARY, RunDirectory
+from fedtune.server.run import FINISHED, Facts, run_rounds
+from fedtune.server.run_directory import SUMMARY, RunDirectory, read_summary
 from fedtune.strategies.envelope import seal, unseal
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import cohort_size
@@ -83,7 +87,9 @@ class Service:
     def __init__(self, home: ServerHome, display: Display) -> None:
         self._home = home
         self._jobs = Jobs(home)
-        self._board = Board(home.path / "status.json", home.config.address, display)
+        for name in (CONTROL_KEY, STATUS):
+            remove_unfinished(home.path, name)
+        self._board = Board(home.path / STATUS, home.config.address, display)
         self._devices = Devices.load(home)
         self._devices_seen = -1
         self._job = _CurrentJob("", True)
@@ -156,11 +162,20 @@ class Service:
 
     def _work(self, queued: QueuedJob) -> None:
         """Takes a job from wherever it stands to its end."""
-        job = queued.load()
+        job, path = queued.load(), self._jobs.run_path(queued)
+        check_export(job)
         self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
+        if not _is_finished(path):
+            self._train(queued, job, path)
+        if job.export.formats:
+            self._export(job, path)
+        self._jobs.finish(queued)
+        self._board.note(f"job {queued.name} finished: {path}")
+
+    def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
+        """All rounds that are missing."""
         model = self._open(job)
         base = describe_base(job, model.base.digest)
-        path = self._jobs.run_path(queued)
         directory = (
             RunDirectory.open(path) if (path / "job.toml").is_file() else RunDirectory.create(path, job, base.digest)
         )
@@ -178,8 +193,17 @@ class Service:
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
-        self._jobs.finish(queued)
-        self._board.note(f"job {queued.name} finished: {path}")
+
+    def _export(self, job: Job, path: Path) -> None:
+        """What the job's [export] asks for; killed in the middle of it, the server begins it anew."""
+        self._board.working(state="exporting")
+        self._model = None  # the export loads the base in another precision; there may not be room for both
+        try:
+            export_finished(job, path, read_summary(path), self._board)
+        except FedtuneError as error:
+            raise RunError(
+                f"its adapter is finished, its export is not: {error}; try again with: fedtune export {path}"
+            ) from error
 
     def _open(self, job: Job) -> AdaptedModel:
         if self._model is None or _model_settings(self._model[0]) != _model_settings(job):
@@ -352,8 +376,7 @@ class Listener:
         for bound in (self._public, self._private):
             if bound is not None:
                 bound.close()
-        for name in ("link.db", "link.db-wal", "link.db-shm", "control.key"):
-            (self._home.path / name).unlink(missing_ok=True)
+        remove_passing(self._home.path)
 
     @property
     def port(self) -> int:
@@ -392,10 +415,9 @@ class Listener:
         assert self._public is not None
         assert self._private is not None
         self.stop()
-        for name in ("link.db", "link.db-wal", "link.db-shm"):
-            (self._home.path / name).unlink(missing_ok=True)
+        remove_passing(self._home.path)
         key = secrets.token_hex(32)
-        _write_key(self._home, key)
+        write_private(self._home.path / CONTROL_KEY, key)
         handles = (self._public.fileno(), self._private.fileno())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fedtune.server.live.listener", str(self._home.path), *map(str, handles)],
@@ -434,14 +456,13 @@ def _bind(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise InputError(f"cannot listen on {host}:{port}: {reason}; change listen or port in server.toml") from None
 
 
-def _write_key(home: ServerHome, key: str) -> None:
-    from fedtune.core.private import write_private
-
-    write_private(home.path / "control.key", key)
+def _is_finished(run: Path) -> bool:
+    """Whether all rounds are done and everything about them is written."""
+    return (run / SUMMARY).is_file() and read_summary(run)["status"] == FINISHED
 
 
 def _model_settings(job: Job) -> tuple[object, ...]:
