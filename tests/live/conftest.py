@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_helpers import Fleet, MakeFleet
+from live_helpers import Fleet, MakeFleet, MakeProxy, Proxy
 
 from fedtune.core.environment import prepare_environment
 
@@ -28,3 +28,17 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
     yield make
     for fleet in fleets:
         fleet.close()
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[MakeProxy]:
+    """make_proxy(): a network between devices and their server that can be cut and slowed."""
+    proxies: list[Proxy] = []
+
+    def make() -> Proxy:
+        proxies.append(Proxy())
+        return proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.close()

@@ -6,18 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 from live_helpers import Fleet, MakeFleet, eventually
-
-
-def children(fleet: Fleet) -> list[int]:
-    """Processes that work in the fleet's folder and are not in the fleet's books."""
-    known = {process.pid for process in [*fleet.devices.values(), *([fleet.server] if fleet.server else [])]}
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(fleet.folder) in part for part in process.info["cmdline"] or []) and process.pid not in known:
-            found.append(process.pid)
-    return found
 
 
 def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet: MakeFleet) -> None:
@@ -49,7 +38,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     stopped = _fedtune("server", "stop", "--home", str(fleet.home.path))
     assert (stopped.returncode, str(server.pid) in stopped.stdout) == (0, True)
     assert server.ended() == 0
-    waiting = eventually(lambda: _waiting(fleet), what="the device did not notice")
+    waiting = eventually(lambda: _waiting(fleet), what=fleet.logs)
     assert "trying again" in fleet.devices[fleet.names[0]].text
     assert waiting["trying"] >= 1
     left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
@@ -57,9 +46,8 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     assert not fleet.client_home(fleet.names[0]).exists()
     for name in fleet.names[1:]:
         assert fleet.devices[name].stop() == 0
-    eventually(lambda: not children(fleet), 10, f"still running: {children(fleet)}")
-    assert not list(fleet.home.path.glob("link.db*"))
-    assert not (fleet.home.path / "control.key").exists()
+    eventually(lambda: not fleet.strangers(), 10, lambda: f"still running: {fleet.strangers()}")
+    assert fleet.passing_files() == []
 
 
 def _waiting(fleet: Fleet) -> dict[str, object] | None:

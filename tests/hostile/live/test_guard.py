@@ -13,20 +13,34 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from door import Door, listening
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata as MetadataProto
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from fedtune.client.live.fleet import FleetLink, NotAdmittedError, UnknownDeviceError, UnreachableError, UntrustedError
+from fedtune.client.live.fleet import (
+    FleetLink,
+    NotAdmittedError,
+    UnknownDeviceError,
+    UnreachableError,
+    UntrustedError,
+    identify,
+)
 from fedtune.core.enrolment import load_node_key, make_node_key
+from fedtune.server.live import flower
+from fedtune.server.live.flower import MAX_REPLY_PIECES
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.server.live.pki import make_authority, make_server_certificate
+from fedtune.strategies.envelope import seal
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,33 @@ def test_a_body_is_measured_before_it_is_read(door: Door) -> None:
     assert door.raw(head + b"connection: close\r\n\r\n").split()[1] == b"411"
     chunked = door.raw(head + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
     assert chunked.split()[1] == b"411"
+
+
+def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(door: Door) -> None:
+    key = load_node_key(door.bundles["eve"].node_key)
+    node = Node(node_id=door.device("eve").activate())
+    parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
+    head = MessageProto(metadata=MetadataProto(src_node_id=node.node_id, run_id=1))
+    tree = ObjectTree(object_id="whole", children=parts)
+    request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree])
+    assert door.post("/v1/fleet/push-messages", signed(key), body=request.SerializeToString()).status_code == 400
+
+
+def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "MAX_REPLY_BYTES", 100_000)
+    device = door.newcomer()
+    with door.link.open_run(60.0) as grid:
+        device.activate()
+        grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
+        task = device.pull()
+        assert task is not None
+        message = device.fetch(task)
+        identify(message, device.node_id)
+        device.answer(Message(seal(bytes(200_000)), reply_to=message), 0.0)
+        (reply,) = grid.pull_messages([task.tree.object_id])
+        assert reply.error.reason == "the reply has more than 100000 bytes"
 
 
 def test_garbage_in_a_device_call_is_refused_and_harms_nothing(door: Door) -> None:

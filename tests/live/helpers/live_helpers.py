@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from fedtune.demo import write_federation
 from fedtune.server.live.devices import enroll
@@ -22,7 +24,13 @@ from fedtune.server.live.home import ServerConfig, ServerHome
 from fedtune.server.run_directory import read_rounds
 
 PATIENCE_SECONDS = 120.0
-SMALL = ("federation.rounds=2", "training.local_steps=2", "training.batch_tokens=256", "federation.evaluate_every=0")
+SMALL = (
+    "federation.rounds=2",
+    "training.local_steps=2",
+    "training.batch_tokens=256",
+    "federation.evaluate_every=0",
+    "export.formats=[]",
+)
 
 
 def free_port() -> int:
@@ -31,28 +39,39 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def eventually(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS, what: str = "it did not happen") -> Any:
-    """The first true value of the condition."""
+def eventually(
+    condition: Callable[[], Any],
+    seconds: float = PATIENCE_SECONDS,
+    what: Callable[[], str] = lambda: "it did not happen",
+) -> Any:
+    """The first true value of the condition; where there is none in time, `what` says more."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError(what)
+    raise AssertionError(what())
 
 
 class Process:
-    """A `fedtune` command that keeps running, with what it prints."""
+    """A `fedtune` command that keeps running, with what it prints.
 
-    def __init__(self, *arguments: str, log: Path) -> None:
+    Args:
+        before: Python code that the process runs first, to be what fedtune is not, such as an older version.
+        environment: variables of this process alone.
+    """
+
+    def __init__(
+        self, *arguments: str, log: Path, before: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self._output = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune.server.cli", *arguments],
+            [sys.executable, "-c", f"{before}\nfrom fedtune.server.cli import main; main()", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
             start_new_session=True,
         )
         self.pid = self._process.pid
@@ -69,6 +88,7 @@ class Process:
         """kill -9."""
         self._process.kill()
         self._process.wait(10)
+        self._output.close()
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Asks it to end; its exit status."""
@@ -98,7 +118,6 @@ class Fleet:
     def __init__(self, folder: Path, devices: int, examples: int = 20, config: dict[str, Any] | None = None) -> None:
         self.folder = folder
         self.port = free_port()
-        self.proxy: Proxy | None = None
         settings: dict[str, Any] = {"wait_seconds": 60.0} | (config or {})
         address = settings.pop("address", f"localhost:{self.port}")
         self.home = ServerHome.create(
@@ -127,10 +146,9 @@ class Fleet:
         self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")
         return self.server
 
-    def start_device(self, name: str) -> Process:
-        process = Process(
-            "client", "start", "--home", str(self.client_home(name)), log=self.folder / f"device-{name}.log"
-        )
+    def start_device(self, name: str, **settings: Any) -> Process:
+        log = self.folder / f"device-{name}.log"
+        process = Process("client", "start", "--home", str(self.client_home(name)), log=log, **settings)
         self.devices[name] = process
         return process
 
@@ -167,28 +185,44 @@ class Fleet:
             assert run.name not in self.status()["failed"], self.status()["failed"]
             return run.name in self.status()["finished"]
 
-        eventually(done, seconds, f"{run.name} did not finish:\n{self.logs()}")
+        eventually(done, seconds, self.logs)
         return read_rounds(run)
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in self.folder.glob("*.log"))
 
+    def strangers(self) -> list[int]:
+        """Processes that work in the fleet's folder and are not in its books, or were meant to have ended."""
+        known = [*self.devices.values(), *([self.server] if self.server else [])]
+        running = {process.pid for process in known if process.running}
+        if self.server and self.server.running:  # its listening process is its own
+            running |= {child.pid for child in psutil.Process(self.server.pid).children()}
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            here = any(str(self.folder) in part for part in process.info["cmdline"] or [])
+            if here and process.pid not in running:
+                found.append(process.pid)
+        return found
+
+    def passing_files(self) -> list[str]:
+        """What must not outlast the server's process: messages on their way, and the key to its private socket."""
+        return [path.name for path in self.home.path.glob("link.db*")] + [
+            path.name for path in self.home.path.glob("*control.key*")
+        ]
+
     def close(self) -> None:
         for process in [*self.devices.values(), *([self.server] if self.server else [])]:
             process.stop()
-        if self.proxy:
-            self.proxy.close()
 
 
 class Proxy:
     """A TCP proxy between devices and their server: it can cut every connection, and limit its speed.
 
-    Args:
-        target: port of the server on this machine.
+    Before anything connects, `target` must be set to the server's port on this machine.
     """
 
-    def __init__(self, target: int) -> None:
-        self.target = target
+    def __init__(self) -> None:
+        self.target = 0
         self.bytes_per_second: float | None = None
         self._cut = threading.Event()
         self._closed = threading.Event()
@@ -258,3 +292,4 @@ def _shut(end: socket.socket) -> None:
 
 
 MakeFleet = Callable[..., Fleet]
+MakeProxy = Callable[[], Proxy]
