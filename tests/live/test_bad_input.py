@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from fedtune.core.messages import Base
 from fedtune.server import cli
 from fedtune.server.live.devices import enroll
 from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.pki import make_server_certificate
+from fedtune.server.live.service import Listener
 
 Command = Callable[..., str]
 
@@ -118,6 +121,20 @@ def test_a_busy_port_is_named(refused: Command, tmp_path: Path) -> None:
         (tmp_path / "cloud" / "server.toml").write_text(config)
         said = refused("server", "start")
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; change listen or port in server.toml" in said
+
+
+def test_a_port_that_a_killed_servers_listener_still_holds_is_waited_for(home: ServerHome) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    config = home.path / "server.toml"
+    config.write_text(config.read_text().replace("port = 0", f"port = {port}"))
+    (home.path / CONTROL_KEY).write_text("of the one that was killed")
+    end = threading.Timer(0.5, taken.close)
+    end.start()
+    with Listener(ServerHome(home.path)) as listener:
+        assert listener.port == port
+    end.join()
+    assert not (home.path / CONTROL_KEY).exists()
 
 
 def test_an_expired_certificate_is_told_before_devices_refuse_it(refused: Command, home: ServerHome) -> None:

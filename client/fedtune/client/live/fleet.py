@@ -363,5 +363,7 @@ def _transport(error: httpx.TransportError) -> UnreachableError:
     reason = str(error) or type(error).__name__
     if "certificate" in reason.lower():
         detail = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason
+        if "expired" in detail or "not yet valid" in detail:
+            detail += f"; by this device's clock it is {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
         return UntrustedError(f"the server's certificate is refused: {detail}")
-    return UnreachableError(f"the server cannot be reached: {reason}")
+    return UnreachableError(f"the server cannot be reached (does it run, and does its address lead to it?): {reason}")

@@ -61,6 +61,7 @@ REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
 _STOP_SECONDS = 5.0
+_FOLLOW_SECONDS = 10.0
 _BACKLOG = 1024
 
 
@@ -366,8 +367,7 @@ class Listener:
         self._private: socket.socket | None = None
 
     def __enter__(self) -> Listener:
-        config = self._home.config
-        self._public = _bind(config.listen, config.port)
+        self._public = self._bind_public()
         self._private = _bind(LOOPBACK, 0)
         return self
 
@@ -377,6 +377,16 @@ class Listener:
             if bound is not None:
                 bound.close()
         remove_passing(self._home.path)
+
+    def _bind_public(self) -> socket.socket:
+        """The public socket; the listening process of a server that was killed may take a moment to let go of it."""
+        config = self._home.config
+        end = time.monotonic() + _FOLLOW_SECONDS
+        while (self._home.path / CONTROL_KEY).exists() and time.monotonic() < end:
+            with suppress(InputError):
+                return _bind(config.listen, config.port)
+            time.sleep(POLL_SECONDS)
+        return _bind(config.listen, config.port)
 
     @property
     def port(self) -> int:
