@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import RunError
+from fedtune.core.private import sync_directory
 
 
 @contextmanager
@@ -66,12 +67,3 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(path)
     temporary.replace(path)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,8 @@ from pathlib import Path
 from fedtune.core.private import read_bounded
 from fedtune.server.live.flower import link_app
 from fedtune.server.live.guard import Guard
+from fedtune.server.live.home import ServerHome
+from fedtune.server.live.offers import Offers
 
 OPEN = b"open\n"
 MAX_CONNECTIONS = 20_000
@@ -31,7 +33,8 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
     key = read_bounded(home / "control.key", "the control key").decode()
     name = private.getsockname()
-    guard = Guard(link_app(home / "link.db", key), (name[0], name[1]), key)
+    app = Offers(link_app(home / "link.db", key), ServerHome(home))
+    guard = Guard(app, (name[0], name[1]), key)
     config = uvicorn.Config(
         guard,
         log_level="critical",
