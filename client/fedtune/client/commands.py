@@ -85,6 +85,7 @@ def status(
     device = _open(home)
     holder = device.lock.holder()
     found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    found["model"] = model.name if (model := device.models.current) else None
     path = device.path / "status.json"
     if path.exists():
         with suppress(InputError):  # half a status is no status; the lock says whether the device runs
@@ -183,6 +184,8 @@ def _print(found: dict[str, Any]) -> None:
         print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
     if found.get("clock_error"):
         print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
+    if found["model"]:
+        print(f"model: {found['model']}")
     if found.get("problem"):
         print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
 

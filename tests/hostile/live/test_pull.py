@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,6 +321,25 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_travels(vers
     with pytest.raises(RunError, match="File exists; the current model is as it was"):
         pull(Liar(impossible, b"x"), versions)
     assert versions.current is None
+
+
+@pytest.mark.parametrize("kilobytes", [200, 1500, 3100])
+def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitted(
+    offered: Door, line: ModelLine, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, kilobytes: int
+) -> None:
+    disk = small_disk(kilobytes)
+    versions = Versions(disk / "models")
+    offer(offered, "small", "int4", 10)
+    finish(offered, "small", 2)
+    before = pull(line, versions, "small").path
+    (disk / "others").write_bytes(b"x" * 20_000)
+    unforeseen = shutil.disk_usage(disk)._replace(free=1 << 40)  # somebody else fills the disk while it travels
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: unforeseen)
+    with pytest.raises(RunError, match="the disk is full; the current model is as it was"):
+        pull(line, versions, "first")
+    assert (versions.current, names(versions)[0][:9]) == (before, ".incoming")
+    assert not list(versions.folder.glob(".incoming*/fedtune.json"))
+    verify(before)
 
 
 def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(

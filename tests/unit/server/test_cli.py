@@ -21,7 +21,20 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["simulate"], ["resume"], ["report"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["simulate"],
+        ["resume"],
+        ["report"],
+        ["export"],
+        ["serve"],
+        ["chat"],
+        ["client", "pull"],
+        ["client", "rollback"],
+    ],
+)
 def test_every_command_explains_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:

@@ -27,7 +27,7 @@ from fedtune.server.export.builder import FORMATS, RECIPES, Build, Format, Recip
 from fedtune.server.export.card import model_card
 from fedtune.server.export.gate import GateReport, gate, provider_name
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
-from fedtune.server.files import write_json, write_text
+from fedtune.server.files import plain_errors, write_json, write_text
 from fedtune.server.process import versions
 
 LOG = "export.log"
@@ -303,7 +303,7 @@ def _workplace(out: Path) -> Iterator[Path]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
+        with plain_errors(), tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
             try:
                 yield Path(name)
             finally:
