@@ -326,6 +326,36 @@ def test_chat_answers_piped_lines(make_run: MakeRun, make_model: Callable[..., P
     assert sink.getvalue().endswith(text + "\n")
 
 
+def test_a_conversation_is_answered_whole_and_in_pieces(directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    replaced(copy, "tokenizer_config.json", json.dumps(config | {"chat_template": template}))
+    with (
+        serving(ExportedModel(copy, "lamp")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        turns: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+        settings: dict[str, Any] = {"model": "lamp", "temperature": 0}
+        whole = client.chat.completions.create(messages=turns, max_completion_tokens=20, **settings)
+        text = whole.choices[0].message.content
+        prompt = f"system: be brief\nuser: {PROMPT}\n"
+        assert text == client.completions.create(prompt=prompt, max_tokens=20, **settings).choices[0].text
+        chunks = list(
+            client.chat.completions.create(
+                messages=turns, max_tokens=20, stream=True, stream_options={"include_usage": True}, **settings
+            )
+        )
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+        assert chunks[-1].usage == whole.usage
+        with pytest.raises(openai.BadRequestError, match="for both together") as caught:
+            client.chat.completions.create(messages=[{"role": "user", "content": "lamp " * 400}], **settings)
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            client.chat.completions.create(messages=[], **settings)
+
+
 def test_a_tampered_directory_is_refused_with_the_file_named(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,10 @@ _MODEL = Annotated[
     ),
 ]
 
+_Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads; by default one for each physical core.")
+]
+
 
 def serve(
     model_directory: _MODEL = None,
@@ -36,6 +40,7 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=0, max=65536, help="Requests that may wait for a slot; more get status 429.")
     ] = 64,
+    threads: _Threads = None,
     name: Annotated[
         str | None, typer.Option(help="What requests call the model; by default what the export says.")
     ] = None,
@@ -80,7 +85,7 @@ def serve(
         raise InputError(f"--host {host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: not a directory")
-    model = ExportedModel(model_directory or pulled_model(), name, adapters)
+    model = ExportedModel(model_directory or pulled_model(), name, adapters, threads)
     for path in sorted(adapters.glob(f"*{ADAPTER_SUFFIX}")) if adapters else []:
         model.load_adapter(path.name.removesuffix(ADAPTER_SUFFIX))
     app = create_app(model, Scheduler(model, slots, queue), token)
@@ -116,6 +121,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(help="With a temperature above 0: the same seed gives the same answers.")
     ] = None,
+    threads: _Threads = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Answer every prompt by itself, for models that learnt no conversations.")
     ] = False,
@@ -135,7 +141,7 @@ def chat(
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune chat", "inference", error.name or "onnxruntime-genai") from error
 
-    model = ExportedModel(model_directory or pulled_model())
+    model = ExportedModel(model_directory or pulled_model(), threads=threads)
     converse(model, Sampling(max_tokens, temperature, top_p, seed), remember=not forget)
 
 

@@ -72,12 +72,15 @@ class ExportedModel:
         directory: every file in it is read and held against the manifest first.
         name: what it is called; by default what the manifest says.
         adapters: a folder of `.onnx_adapter` files that may be loaded by name, for an exported base.
+        threads: for one token; by default onnxruntime's choice, the physical cores.
 
     Raises:
         ExportError: not an exported directory, or a file was changed; the message names it.
     """
 
-    def __init__(self, directory: Path, name: str | None = None, adapters: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, name: str | None = None, adapters: Path | None = None, threads: int | None = None
+    ) -> None:
         if directory.is_symlink():
             directory = directory.resolve()  # it may come to name another version while files are read
         self.manifest = verify(directory)
@@ -90,7 +93,7 @@ class ExportedModel:
             whole = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
             _refuse_libraries(whole, directory / "genai_config.json")
             config = whole["model"]
-            self._model = onnxruntime_genai.Model(str(directory))
+            self._model = onnxruntime_genai.Model(_engine(directory, threads))
         except ExportError:
             raise
         except Exception as error:  # tokenizers and onnxruntime raise what they like
@@ -260,6 +263,14 @@ class ExportedModel:
 def read(generator: Any, ids: Sequence[int]) -> None:
     """Feeds a generator a piece of its prompt."""
     generator.append_tokens(np.array(ids, dtype=np.int32))
+
+
+def _engine(directory: Path, threads: int | None) -> Any:
+    config = onnxruntime_genai.Config(str(directory))
+    if threads is not None:
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+    return config
 
 
 def _refuse_libraries(config: Any, path: Path) -> None:
