@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +87,7 @@ def status(
     device = _open(home)
     holder = device.lock.holder()
     found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    found["model"] = model.name if (model := device.models.current) else None
     path = device.path / "status.json"
     if path.exists():
         with suppress(InputError):  # half a status is no status; the lock says whether the device runs
@@ -102,6 +103,65 @@ def status(
         _print(found)
     if not found["running"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def pull(
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A finished job; without one, the last that has a model.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest there is.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was pulled as JSON, and nothing else.")] = False,
+    home: _Home = None,
+) -> None:
+    """Bring a finished job's model to this device, to answer from it: then fedtune serve, or fedtune chat.
+
+    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before the new model takes the place of the
+    old one, which stays for fedtune client rollback. A pull that was broken off goes on where it was when it is
+    started again. Examples:
+
+        fedtune client pull
+
+        fedtune client pull first --format fp16
+    """
+    from fedtune.client.inference.progress import showing
+    from fedtune.client.inference.pull import ModelLine
+    from fedtune.client.inference.pull import pull as run
+
+    device = _open(home)
+    line = ModelLine(device.config.server, device.authority, device.config.name, device.node_key)
+    try:
+        with nullcontext() if quiet or as_json else showing("pulling") as progress:
+            pulled = run(line, device.models, job, form, progress)
+    finally:
+        line.close()
+    path, previous = device.models.folder / "current", device.models.previous
+    if as_json:
+        found = {
+            "version": pulled.path.name,
+            "path": str(path),
+            "received": pulled.received,
+            "total": pulled.total,
+            "previous": previous.name if previous else None,
+        }
+        print(json.dumps(found, indent=2))
+    elif not quiet:
+        print(
+            f"{pulled.path.name}: {pulled.total:,} bytes, {pulled.received:,} of them received now; every file checked"
+        )
+        print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
+
+
+@app.command()
+def rollback(home: _Home = None) -> None:
+    """Go back to the model that was pulled before; once more goes forward again. Then restart fedtune serve."""
+    models = _open(home).models
+    with models.changing():
+        path = models.roll_back()
+    print(f"{path.name} is the current model again; restart fedtune serve to answer with it")
 
 
 @app.command()
@@ -126,6 +186,8 @@ def _print(found: dict[str, Any]) -> None:
         print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
     if found.get("clock_error"):
         print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
+    if found["model"]:
+        print(f"model: {found['model']}")
     if found.get("problem"):
         print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
 

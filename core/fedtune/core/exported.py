@@ -19,6 +19,7 @@ from fedtune.core.errors import ExportError
 
 MANIFEST = "fedtune.json"
 CARD = "MODEL_CARD.md"
+FORMATS = ("int4", "int8", "fp16", "fp32")  # the smallest first
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
@@ -159,7 +160,8 @@ def manifest_digest(directory: Path) -> str:
 
 def _name(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name in ("", ".", MANIFEST):
+    outside = path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name
+    if outside or not name.isprintable() or name in ("", ".", MANIFEST):
         raise ValueError(f"{name!r} is not a file's name inside the directory")
     return name
 

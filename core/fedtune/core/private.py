@@ -65,6 +65,15 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
         left.unlink(missing_ok=True)
 
 
+def sync_directory(path: Path) -> None:
+    """Waits until a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_bounded(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> bytes:
     """A file's content.
 

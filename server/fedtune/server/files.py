@@ -5,20 +5,38 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedtune.core.errors import RunError
+from fedtune.core.private import sync_directory
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what safetensors says in words of a failing disk into the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (number := _OS_ERROR.search(str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 @contextmanager
 def storage(directory: Path) -> Iterator[None]:
     """Turns a full or failing disk into a RunError that says what to do."""
     try:
-        yield
+        with plain_errors():
+            yield
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise RunError(
@@ -66,12 +84,3 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(path)
     temporary.replace(path)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import onnxruntime_genai  # type: ignore[import-untyped]
 import pytest
+import torch
 
 from fedtune.server.export.builder import RECIPES, Build, Format, build
 from fedtune.server.export.gate import gate
@@ -54,6 +57,22 @@ def check(written: Written, name: str, form: Format) -> None:
     else:
         assert 0 < report.max_logit_error < ERRORS[form]
         assert report.bytes < sum(path.stat().st_size for path in (folder / name / "fp32").glob("model.onnx*"))
+
+
+@pytest.mark.parametrize("name", [*BY_BUILDER, "gpt_neox"])
+def test_the_cache_gives_the_merged_models_logits_token_by_token(written: Written, name: str) -> None:
+    runs, folder, _ = written
+    (example, *_) = held_out_examples(runs[name], None)
+    ids = example.ids.astype(np.int64)
+    with torch.no_grad():
+        wanted = runs[name].base.network(torch.from_numpy(ids)[None]).logits[0].numpy()
+    model = onnxruntime_genai.Model(str(folder / name / "fp32"))
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids))
+    generator = onnxruntime_genai.Generator(model, params)
+    for position, token in enumerate(ids):
+        generator.append_tokens(np.array([token], dtype=np.int32))  # all it knows of the others is in its cache
+        assert np.abs(generator.get_logits().reshape(-1) - wanted[position]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [*BY_BUILDER, "gpt_neox"])

@@ -151,6 +151,17 @@ def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kilobytes", [100, 300, 500, 700, 800])
+def test_wherever_the_disk_fills_up_nothing_looks_exported(
+    make_run: MakeRun, small_disk: Callable[[int], Path], kilobytes: int
+) -> None:
+    out = small_disk(kilobytes) / "onnx"
+    with pytest.raises(RunError, match=r"disk is full|No space left"):
+        export_run(make_run(), ["fp32"], out, Silent())
+    assert not list(out.glob("**/fedtune.json"))
+    assert [path.name for path in out.glob("*")] in ([], ["export.log"])
+
+
 def test_an_earlier_export_is_replaced_only_by_force(exported: Path, make_run: MakeRun, tmp_path: Path) -> None:
     out = tmp_path / "onnx"
     shutil.copytree(exported, out)

@@ -22,10 +22,13 @@ import torch
 import uvicorn
 
 from fedtune.client.inference.chat import converse
+from fedtune.client.inference.command import pulled_model
 from fedtune.client.inference.model import ExportedModel, Sampling
 from fedtune.client.inference.scheduler import Piece, Scheduler, Stream
 from fedtune.client.inference.server import create_app
-from fedtune.core.errors import ExportError
+from fedtune.client.inference.versions import Versions
+from fedtune.core.errors import ExportError, InputError
+from fedtune.core.exported import digest_file
 from fedtune.server import cli
 from fedtune.server.display import Silent
 from fedtune.server.export.merge import merge, open_run
@@ -314,21 +317,43 @@ def test_chat_answers_piped_lines(make_run: MakeRun, make_model: Callable[..., P
     (done,) = export_run(run, ["fp32"], tmp_path / "out", Silent())
     config = done.path / "tokenizer_config.json"
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
-    with pytest.raises(ExportError, match=r"tokenizer_config\.json: was changed"):
-        ExportedModel(done.path)
-    manifest = json.loads((done.path / "fedtune.json").read_text())
-    from fedtune.core.exported import digest_file
-
-    entry = digest_file(config)
-    manifest["files"][config.name] = {"sha256": entry.sha256, "bytes": entry.bytes}
-    (done.path / "fedtune.json").write_text(json.dumps(manifest))
+    replaced(done.path, config.name, json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
     sink = io.StringIO()
     lines = io.StringIO(f"{PROMPT}\n\n/reset\n{'lamp ' * 400}\n{PROMPT}\n")
     converse(ExportedModel(done.path), Sampling(16), remember=False, source=lines, sink=sink)
     text = merged_text(make_run(), PROMPT, 16)
     assert sink.getvalue().startswith(text + "\n(the prompt has")
     assert sink.getvalue().endswith(text + "\n")
+
+
+def test_a_conversation_is_answered_whole_and_in_pieces(directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    replaced(copy, "tokenizer_config.json", json.dumps(config | {"chat_template": template}))
+    with (
+        serving(ExportedModel(copy, "lamp")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        turns: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+        settings: dict[str, Any] = {"model": "lamp", "temperature": 0}
+        whole = client.chat.completions.create(messages=turns, max_completion_tokens=20, **settings)
+        text = whole.choices[0].message.content
+        prompt = f"system: be brief\nuser: {PROMPT}\n"
+        assert text == client.completions.create(prompt=prompt, max_tokens=20, **settings).choices[0].text
+        chunks = list(
+            client.chat.completions.create(
+                messages=turns, max_tokens=20, stream=True, stream_options={"include_usage": True}, **settings
+            )
+        )
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+        assert chunks[-1].usage == whole.usage
+        with pytest.raises(openai.BadRequestError, match="for both together") as caught:
+            client.chat.completions.create(messages=[{"role": "user", "content": "lamp " * 400}], **settings)
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            client.chat.completions.create(messages=[], **settings)
 
 
 def test_a_tampered_directory_is_refused_with_the_file_named(
@@ -345,6 +370,39 @@ def test_a_tampered_directory_is_refused_with_the_file_named(
         error = capsys.readouterr().err
         assert "model.onnx.data: was changed" in error
         assert error.count("\n") == 1
+
+
+def replaced(directory: Path, name: str, content: str) -> None:
+    """Replaces a file as the author of the export could have: the manifest fits."""
+    (directory / name).write_text(content)
+    manifest = json.loads((directory / "fedtune.json").read_text())
+    entry = digest_file(directory / name)
+    manifest["files"][name] = {"sha256": entry.sha256, "bytes": entry.bytes}
+    (directory / "fedtune.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("key", ["custom_ops_library", "trt_extra_plugin_lib_paths", "backend_path"])
+def test_a_model_that_would_load_a_library_is_refused(directory: Path, tmp_path: Path, key: str) -> None:
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"any": {key: "tokenizer.json"}}]
+    replaced(copy, "genai_config.json", json.dumps(config))
+    with pytest.raises(ExportError, match=f"{key} would run code"):
+        ExportedModel(copy)
+
+
+def test_without_a_directory_the_pulled_model_answers(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CLIENT_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="no model was pulled yet; expected MODEL_DIR, or first: fedtune client pull"):
+        pulled_model()
+    versions = Versions(tmp_path / "models")
+    shutil.copytree(directory, versions.incoming("first-fp32-0"), dirs_exist_ok=True)
+    versions.admit("first-fp32-0")
+    versions.switch("first-fp32-0")
+    assert pulled_model() == tmp_path / "models" / "first-fp32-0"
+    assert ExportedModel(tmp_path / "models" / "current").manifest == ExportedModel(directory).manifest
 
 
 def test_serving_others_needs_a_token(

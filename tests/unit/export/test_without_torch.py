@@ -1,15 +1,16 @@
-"""An environment with the inference extra alone has no torch, and serves."""
+"""An environment with the inference extra alone has no torch, and pulls, serves and chats."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from door import Door, listening
 
 from fedtune.server.display import Silent
 from fedtune.server.export.run import export_run
@@ -17,34 +18,54 @@ from fedtune.server.export.run import export_run
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture
+def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Door]:
+    """A listening server with one finished job, exported."""
+    listener = listening(tmp_path)
+    door = next(listener)
+    export_run(make_run(), ["fp32"], door.home.path / "runs" / "first" / "onnx", Silent())
+    (door.home.path / "jobs" / "finished").mkdir(parents=True, exist_ok=True)
+    (door.home.path / "jobs" / "finished" / "000001-first.toml").touch()
+    yield door
+    next(listener, None)
+
+
 @pytest.mark.slow
-def test_an_environment_without_torch_serves_and_chats(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    model = export_run(make_run(), ["fp32"], tmp_path / "onnx", Silent())[0].path
+def test_an_environment_without_torch_pulls_serves_and_chats(offering: Door, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv" / "bin"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["FEDTUNE_CLIENT_HOME"] = str(tmp_path / "device")
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
+    def run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, env=environment, timeout=600, input=text
+        )
+
+    def fedtune(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        return run(str(binaries / "fedtune"), *arguments, text=text)
 
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     done = run(str(binaries / "python"), "-m", "pip", "install", "--quiet", *constraints, f"{ROOT}[inference]")
     assert done.returncode == 0, done.stderr
     assert run(str(binaries / "python"), "-c", "import torch").returncode == 1
+
+    refused = fedtune("chat")
+    assert (refused.returncode, "first: fedtune client pull" in refused.stderr) == (2, True)
+    (tmp_path / "mine.jsonl").write_text('{"text": "turn on the lamp"}\n')
+    done = fedtune("client", "join", str(tmp_path / "ada.bundle"), "--data", str(tmp_path / "mine.jsonl"))
+    assert done.returncode == 0, done.stderr
+    address = tmp_path / "device" / "device.json"  # the bundle's has a fixed port, this listener took a free one
+    address.write_text(address.read_text().replace("localhost:8443", offering.public))
+    done = fedtune("client", "pull")
+    assert done.returncode == 0, done.stderr
+    assert "first-fp32-" in done.stdout
     # The model has no chat template: chat says so, which only a loaded model can.
-    chatted = subprocess.run(
-        [binaries / "fedtune", "chat", str(model)],
-        input="turn on the lamp\n",
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=60,
-        check=False,
-    )
+    chatted = fedtune("chat", text="turn on the lamp\n")
     assert "has no chat template" in chatted.stdout
     assert chatted.returncode == 0
 
-    command = [str(binaries / "fedtune"), "serve", str(model), "--port", "0"]
+    command = [str(binaries / "fedtune"), "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:
@@ -56,6 +77,7 @@ def test_an_environment_without_torch_serves_and_chats(make_run: Callable[..., P
             server.terminate()
     assert server.returncode in (0, -15)
 
-    refused = run(str(binaries / "fedtune"), "export", str(model))
-    assert refused.returncode == 2
-    assert "pip install 'fedtune[export]'" in refused.stderr
+    for arguments, extra in ((["export", str(tmp_path)], "export"), (["client", "start"], "client")):
+        refused = fedtune(*arguments)
+        assert refused.returncode == 2
+        assert f"pip install 'fedtune[{extra}]'" in refused.stderr

@@ -13,30 +13,63 @@ from fedtune.core.errors import InputError, MissingExtraError
 
 TOKEN_VARIABLE = "FEDTUNE_TOKEN"
 MAX_TOKEN_BYTES = 4096
-_MODEL = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A directory that `fedtune export` wrote.")]
+_MODEL = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[MODEL_DIR]",
+        help="A directory that fedtune export wrote, e.g. runs/demo-1/onnx/int4; by default this device's own model, "
+        "the one that fedtune client pull brought.",
+    ),
+]
+
+_Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads; by default one for each physical core.")
+]
 
 
 def serve(
-    model_directory: _MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
-    queue: Annotated[int, typer.Option(min=0, max=65536, help="Requests that may wait; more get status 429.")] = 64,
-    name: Annotated[str | None, typer.Option(help="What the model is called; by default what the export says.")] = None,
+    model_directory: _MODEL = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but loopback lets others in, and needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, and prints it.")] = 8080,
+    slots: Annotated[
+        int,
+        typer.Option(min=1, max=1024, help="Answers written at once, by turns; each takes memory for its own text."),
+    ] = 16,
+    queue: Annotated[
+        int, typer.Option(min=0, max=65536, help="Requests that may wait for a slot; more get status 429.")
+    ] = 64,
+    threads: _Threads = None,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; by default what the export says.")
+    ] = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="Folder of .onnx_adapter files; those in it are loaded, others may be later.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of .onnx_adapter files, for a base from fedtune export --adapter-only. All are loaded, each a "
+            "model of its own name; POST /v1/adapters loads or swaps one later.",
+        ),
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the bearer token; or set {TOKEN_VARIABLE}.")
+        Path | None,
+        typer.Option(metavar="FILE", help=f"File with the token that requests must bring; or set {TOKEN_VARIABLE}."),
     ] = None,
 ) -> None:
-    """Serve an exported model over OpenAI's HTTP API.
+    """Answer prompts with an exported model, over the HTTP API that OpenAI's clients speak.
 
-    Examples:
+    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before it is loaded. It serves
+    /v1/completions, /v1/chat/completions (both also as streams), /v1/models, /v1/adapters, /health, and /metrics for
+    Prometheus, until Ctrl-C. Examples:
 
         fedtune serve runs/demo-1/onnx/int4
 
         curl localhost:8080/v1/completions -d '{"model": "demo-1", "prompt": "dim the attic lights =>"}'
+
+        fedtune serve models/adapters/base-int4 --adapters models/adapters
+
+    A program that uses the openai package needs base_url="http://localhost:8080/v1" and nothing else changed.
     """
     try:
         import uvicorn
@@ -52,7 +85,7 @@ def serve(
         raise InputError(f"--host {host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: not a directory")
-    model = ExportedModel(model_directory, name, adapters)
+    model = ExportedModel(model_directory or pulled_model(), name, adapters, threads)
     for path in sorted(adapters.glob(f"*{ADAPTER_SUFFIX}")) if adapters else []:
         model.load_adapter(path.name.removesuffix(ADAPTER_SUFFIX))
     app = create_app(model, Scheduler(model, slots, queue), token)
@@ -74,18 +107,29 @@ def serve(
 
 
 def chat(
-    model_directory: _MODEL,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
+    model_directory: _MODEL = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens after which an answer is cut; a token is a few letters.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="How freely it chooses its words; 0 always takes the likeliest.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that make up this share.")
+        float,
+        typer.Option(min=0.01, max=1, help="Choose among the likeliest tokens that make up this share; 1 is all."),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    forget: Annotated[bool, typer.Option("--forget", help="Answer every prompt by itself.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="With a temperature above 0: the same seed gives the same answers.")
+    ] = None,
+    threads: _Threads = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Answer every prompt by itself, for models that learnt no conversations.")
+    ] = False,
 ) -> None:
     """Talk to an exported model in the terminal; piped input is answered line by line.
 
-    Examples:
+    Needs no torch: pip install 'fedtune[inference]'. At the prompt, /reset forgets the conversation and /quit ends;
+    Ctrl-C stops an answer. Examples:
 
         fedtune chat runs/demo-1/onnx/int4 --forget
 
@@ -97,8 +141,23 @@ def chat(
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune chat", "inference", error.name or "onnxruntime-genai") from error
 
-    model = ExportedModel(model_directory)
+    model = ExportedModel(model_directory or pulled_model(), threads=threads)
     converse(model, Sampling(max_tokens, temperature, top_p, seed), remember=not forget)
+
+
+def pulled_model() -> Path:
+    """The model that this device pulled last, or went back to.
+
+    Raises:
+        InputError: it has none.
+    """
+    from fedtune.client.inference.versions import Versions
+    from fedtune.client.live.home import MODELS, default_home
+
+    folder = default_home() / MODELS
+    if (path := Versions(folder).current) is None:
+        raise InputError(f"{folder}: no model was pulled yet; expected MODEL_DIR, or first: fedtune client pull")
+    return path
 
 
 def read_token(file: Path | None) -> str | None:

@@ -28,6 +28,7 @@ from fedtune.core.exported import MAX_MANIFEST_BYTES, digest_file, parse_manifes
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 MAX_ADAPTERS = 64
+_LOADED = ("library", "lib_path", "backend_path")  # in keys of onnxruntime-genai and of execution providers
 
 
 class PromptError(InputError):
@@ -71,12 +72,17 @@ class ExportedModel:
         directory: every file in it is read and held against the manifest first.
         name: what it is called; by default what the manifest says.
         adapters: a folder of `.onnx_adapter` files that may be loaded by name, for an exported base.
+        threads: for one token; by default onnxruntime's choice, the physical cores.
 
     Raises:
         ExportError: not an exported directory, or a file was changed; the message names it.
     """
 
-    def __init__(self, directory: Path, name: str | None = None, adapters: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, name: str | None = None, adapters: Path | None = None, threads: int | None = None
+    ) -> None:
+        if directory.is_symlink():
+            directory = directory.resolve()  # it may come to name another version while files are read
         self.manifest = verify(directory)
         if self.manifest.kind not in ("model", "adapter-base"):
             raise ExportError(f"{directory}: holds {self.manifest.kind}; expected a model")
@@ -84,8 +90,12 @@ class ExportedModel:
         self._folder = adapters
         try:
             self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-            config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
-            self._model = onnxruntime_genai.Model(str(directory))
+            whole = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
+            _refuse_libraries(whole, directory / "genai_config.json")
+            config = whole["model"]
+            self._model = onnxruntime_genai.Model(_engine(directory, threads))
+        except ExportError:
+            raise
         except Exception as error:  # tokenizers and onnxruntime raise what they like
             raise ExportError(f"{directory}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         ends = config["eos_token_id"]
@@ -253,6 +263,30 @@ class ExportedModel:
 def read(generator: Any, ids: Sequence[int]) -> None:
     """Feeds a generator a piece of its prompt."""
     generator.append_tokens(np.array(ids, dtype=np.int32))
+
+
+def _engine(directory: Path, threads: int | None) -> Any:
+    config = onnxruntime_genai.Config(str(directory))
+    if threads is not None:
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+    return config
+
+
+def _refuse_libraries(config: Any, path: Path) -> None:
+    """A model is data: onnxruntime-genai would load a shared library that the configuration names, and run it.
+
+    Raises:
+        ExportError: the configuration names one.
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if any(word in key.lower() for word in _LOADED):
+                raise ExportError(f"{path}: {key} would run code of the model's author; expected none")
+            _refuse_libraries(value, path)
+    elif isinstance(config, list):
+        for value in config:
+            _refuse_libraries(value, path)
 
 
 def _chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[str, str]]:

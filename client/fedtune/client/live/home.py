@@ -8,6 +8,7 @@ roster.json         who the other devices are, signed by the fleet's key
 rounds.json         the last round served of each job
 jobs/               residuals and adapters, by job
 working             the message that is being worked on, until its answer is with the server
+models/             exported models that were pulled, and which of them counts
 status.json         what `fedtune client status` shows
 """
 
@@ -20,6 +21,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtune.client.inference.versions import Versions
 from fedtune.client.store import TEMPORARY, ClientStore
 from fedtune.core.enrolment import Bundle, SignedRoster, check_address, check_name
 from fedtune.core.errors import InputError, PeerError
@@ -29,6 +31,7 @@ from fedtune.core.secagg.identity import FileRoundLog, Identity
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
 MAX_DATA_CHECK_BYTES = 1 << 16
+MODELS = "models"
 _DEVICE = "device.json"
 
 
@@ -125,6 +128,11 @@ class ClientHome:
     def round_log(self) -> FileRoundLog:
         """The last round served of each job."""
         return FileRoundLog(self.path / "rounds.json")
+
+    @property
+    def models(self) -> Versions:
+        """Exported models that were pulled."""
+        return Versions(self.path / MODELS)
 
     @property
     def lock(self) -> ServiceLock:

@@ -14,40 +14,71 @@ from fedtune.server.display import Display, Silent, Terminal
 
 
 def export(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run's directory.")],
+    run_directory: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_DIR", help="The directory of a finished run: fedtune simulate prints its name."),
+    ],
     formats: Annotated[
-        str, typer.Option("--format", "-f", metavar="FORMAT,...", help="Some of int4, int8, fp16, fp32.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT,...",
+            help="How weights are stored. int4: an eighth of the size, fastest on CPUs, for devices. int8: a quarter. "
+            "fp16: half, exact enough to keep. fp32: the merged model itself.",
+        ),
     ] = "int4",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Each format goes to OUT/FORMAT; by default RUN_DIR/onnx.")
     ] = None,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="A small .onnx_adapter file, for devices that hold the base.")
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="Write a small .onnx_adapter file, and the base once: devices that hold the base fetch only the file, "
+            "and fedtune serve swaps it while it runs.",
+        ),
     ] = False,
-    provider: Annotated[str, typer.Option(help="Build and check for cpu, cuda, dml, ...")] = "cpu",
+    provider: Annotated[
+        str, typer.Option(help="What the model will run on: cpu, cuda, dml, ...; it is checked on it, here.")
+    ] = "cpu",
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="For onnxruntime-genai's builder; may be repeated."),
+        typer.Option(
+            "--option",
+            metavar="KEY=VALUE",
+            help="For onnxruntime-genai's model builder, e.g. block_size=16; may be given again.",
+        ),
     ] = None,
     max_drop: Annotated[
-        float, typer.Option(min=0, max=100, help="Points of exact match that int4, int8 and fp16 may lose.")
+        float,
+        typer.Option(
+            min=0, max=100, help="Points of exact match and token accuracy that int4, int8 and fp16 may lose."
+        ),
     ] = 1.0,
     data: Annotated[
-        Path | None, typer.Option(help="Held-out examples to check on; by default the job's data.evaluation.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Held-out examples to check on, JSONL; by default the job's data.evaluation."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was exported as JSON, and nothing else.")] = False,
 ) -> None:
-    """Merge a run's adapter, write ONNX, and prove it equal to the merged model before it gets its name.
+    """Make a model that devices can run, without torch, from a finished run.
 
-    Examples:
+    It merges the run's adapter into its base model, writes ONNX with a KV cache, and proves it on held-out examples
+    before it gets its name: fp32 must give the merged model's logits to 1e-3 and every argmax, the smaller formats may
+    lose a point. int4 that loses more is quantized better, up to four ways. What fails leaves no directory. Examples:
 
-        fedtune export runs/demo-1 --format int4
+        fedtune export runs/demo-1
 
         fedtune export runs/demo-1 --format int4,int8,fp16,fp32 --out models/first
 
         fedtune export runs/demo-2 --adapter-only --out models/adapters
+
+    Then: fedtune chat runs/demo-1/onnx/int4, or fedtune serve runs/demo-1/onnx/int4.
     """
     try:
         from fedtune.server.export.run import ExportOptions, export_adapter, export_run

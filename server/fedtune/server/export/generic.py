@@ -110,6 +110,7 @@ def _quantized(model: onnx.ModelProto, bits: int, options: dict[str, str]) -> on
         MatMulNBitsQuantizer,
     )
 
+    _write_products_as_matmul(model)
     level = int(options.get("accuracy_level", INT8_PRODUCTS))
     head = model.graph.output[0].name
     last = next((node.name for node in reversed(model.graph.node) if head in node.output), "")
@@ -128,6 +129,16 @@ def _quantized(model: onnx.ModelProto, bits: int, options: dict[str, str]) -> on
     if not any(node.op_type == "MatMulNBits" for node in result.graph.node):
         raise RuntimeError("no product of the graph could be quantized")
     return result
+
+
+def _write_products_as_matmul(model: onnx.ModelProto) -> None:
+    """Gemm(x, W) without bias and factors is MatMul(x, W), the only product the quantizer knows; GPT-2 has such."""
+    for node in model.graph.node:
+        given = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
+        plain = not (given.get("transA") or given.get("transB")) and given.get("alpha", 1.0) == 1.0
+        if node.op_type == "Gemm" and len(node.input) == 2 and plain:
+            node.op_type = "MatMul"
+            del node.attribute[:]
 
 
 @torch.no_grad()

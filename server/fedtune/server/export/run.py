@@ -18,6 +18,7 @@ from typing import Any
 
 from fedtune.core.errors import DataError, ExportError, InputError, ModelError, RunError
 from fedtune.core.exported import CARD, MANIFEST, Manifest, list_files, read_manifest
+from fedtune.core.private import sync_directory
 from fedtune.model.examples import Example, load_examples, prepare, start_tokens
 from fedtune.model.population import evaluation_records
 from fedtune.server.display import Display, format_bytes
@@ -26,7 +27,7 @@ from fedtune.server.export.builder import FORMATS, RECIPES, Build, Format, Recip
 from fedtune.server.export.card import model_card
 from fedtune.server.export.gate import GateReport, gate, provider_name
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
-from fedtune.server.files import sync_directory, write_json, write_text
+from fedtune.server.files import plain_errors, write_json, write_text
 from fedtune.server.process import versions
 
 LOG = "export.log"
@@ -303,7 +304,7 @@ def _workplace(out: Path) -> Iterator[Path]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=WORKPLACE, dir=out) as name:
+        with plain_errors(), tempfile.TemporaryDirectory(prefix=WORKPLACE, dir=out) as name:
             try:
                 yield Path(name)
             finally:

@@ -16,6 +16,8 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fedtune.core.offers import DESCRIBE, READ
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -25,8 +27,8 @@ CONTROL_HEADER = "fedtune-control"
 MAX_BODY_BYTES = 1 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
-DEVICE_CALLS = frozenset(
-    f"/v1/fleet/{call}"
+DEVICE_CALLS = frozenset({DESCRIBE, READ}) | frozenset(
+    f"/v1/fleet/{call}"  # Flower's
     for call in (
         "activate-node",
         "deactivate-node",

@@ -19,6 +19,8 @@ from fedtune.core.errors import InputError
 from fedtune.core.private import read_bounded
 from fedtune.server.live.flower import link_app
 from fedtune.server.live.guard import Guard
+from fedtune.server.live.home import ServerHome
+from fedtune.server.live.offers import Offers
 
 OPEN = b"open\n"
 CONTROL_KEY = "control.key"
@@ -35,7 +37,8 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
     key = read_bounded(home / CONTROL_KEY, "the control key").decode()
     name = private.getsockname()
-    guard = Guard(link_app(home / DATABASE, key), (name[0], name[1]), key)
+    app = Offers(link_app(home / DATABASE, key), ServerHome(home))
+    guard = Guard(app, (name[0], name[1]), key)
     config = uvicorn.Config(
         guard,
         log_level="critical",

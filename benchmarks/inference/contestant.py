@@ -1,0 +1,126 @@
+"""One contestant in a process of its own: loads a model, answers the prompts, and prints what it took as JSON.
+
+    python benchmarks/inference/contestant.py onnx DIRECTORY PROMPTS.json THREADS
+    python benchmarks/inference/contestant.py transformers DIRECTORY PROMPTS.json THREADS [bfloat16]
+
+PROMPTS.json holds {"prompts": [[token, ...], ...], "tokens": how many to write}; all is greedy. Peak memory is the
+process's own, libraries and all: what a device must have.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Ids = list[int]
+Answer = Callable[[Ids, int], tuple[list[float], Ids]]
+"""prompt, tokens -> when each token was there, and the tokens."""
+
+
+def onnx(directory: Path, threads: int) -> Answer:
+    """As `fedtune serve` runs it."""
+    from fedtune.client.inference.model import ExportedModel, Sampling, read
+
+    model = ExportedModel(directory, threads=threads)
+
+    def answer(prompt: Ids, tokens: int) -> tuple[list[float], Ids]:
+        generator = model.generator(len(prompt), Sampling(tokens))
+        read(generator, prompt)
+        moments: list[float] = []
+        said: Ids = []
+        while len(said) < tokens and (not said or said[-1] not in model.end_tokens):
+            generator.generate_next_token()
+            said.append(int(generator.get_next_tokens()[0]))
+            moments.append(time.perf_counter())
+        return moments, said
+
+    return answer
+
+
+def transformers(directory: Path, threads: int, dtype: str) -> Answer:
+    """`generate` on the merged model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
+    network = loaded.eval()
+
+    class Clock:
+        """Takes the prompt first, then each token."""
+
+        def __init__(self) -> None:
+            self.moments: list[float] = []
+            self.said: Ids = []
+            self._prompt = True
+
+        def put(self, value: torch.Tensor) -> None:
+            if not self._prompt:
+                self.said.append(int(value.item()))
+                self.moments.append(time.perf_counter())
+            self._prompt = False
+
+        def end(self) -> None:
+            """Nothing is left to do."""
+
+    def answer(prompt: Ids, tokens: int) -> tuple[list[float], Ids]:
+        clock, ids = Clock(), torch.tensor([prompt])
+        with torch.inference_mode():
+            network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                streamer=clock,
+            )
+        return clock.moments, clock.said
+
+    return answer
+
+
+def peak_memory() -> int:
+    """Bytes of the resident set at its largest."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def main() -> None:
+    """Answers every prompt once, after one that warms up."""
+    kind, directory, prompts, threads, *dtype = sys.argv[1:]
+    wanted = json.loads(Path(prompts).read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    if kind == "onnx":
+        answer = onnx(Path(directory), int(threads))
+    else:
+        answer = transformers(Path(directory), int(threads), *(dtype or ["float32"]))
+    loaded = time.perf_counter() - began
+    answer(wanted["prompts"][0], wanted["tokens"])
+    prefilled = decoded = first = decoding = 0.0
+    answers = []
+    for prompt in wanted["prompts"]:
+        asked = time.perf_counter()
+        moments, said = answer(prompt, wanted["tokens"])
+        first += moments[0] - asked
+        prefilled += len(prompt)
+        decoding += moments[-1] - moments[0]
+        decoded += len(moments) - 1
+        answers.append(said)
+    count = len(wanted["prompts"])
+    result = {
+        "load_seconds": loaded,
+        "first_token_seconds": first / count,
+        "prefill_tokens_per_second": prefilled / first,
+        "decode_tokens_per_second": decoded / decoding,
+        "peak_bytes": peak_memory(),
+        "answers": answers,
+    }
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""Pulling a model over real TLS: broken lines, lying servers and strangers; no half-written version ever counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from door import Door, listening
+from live_helpers import Proxy, free_port
+
+from fedtune.client.inference import pull as module
+from fedtune.client.inference.pull import ModelLine, pull
+from fedtune.client.inference.versions import Versions
+from fedtune.core.enrolment import Bundle, load_node_key, make_node_key
+from fedtune.core.errors import InputError, PeerError, RunError
+from fedtune.core.exported import MANIFEST, Manifest, list_files, verify
+from fedtune.core.messages import PROTOCOL_VERSION, encode
+from fedtune.core.offers import DESCRIBE, MAX_PIECE_BYTES, READ, DescribeModel, ModelOffer, ReadModel, sign_request
+from fedtune.server.live.devices import enroll, revoke
+from fedtune.server.live.pki import make_authority
+
+BIG = 3_000_000
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    yield from listening(tmp_path_factory.mktemp("door"))
+
+
+@pytest.fixture
+def offered(door: Door) -> Iterator[Door]:
+    """The door, with one finished job that has int4 and fp32."""
+    offer(door, "first", "fp32", 2 * BIG)
+    offer(door, "first", "int4", BIG)
+    finish(door, "first", 1)
+    yield door
+    for folder in ("runs", "jobs/finished"):
+        for path in (door.home.path / folder).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def offer(door: Door, job: str, form: str, size: int, seed: int = 0, kind: str = "model") -> Path:
+    """An exported directory of a run: not a model, but pulled like one."""
+    directory = door.home.path / "runs" / job / "onnx" / form
+    (directory / "deep").mkdir(parents=True)
+    (directory / "model.onnx.data").write_bytes(bytes([seed]) * size)
+    (directory / "deep" / "tokenizer.json").write_bytes(b"{}" * 50_000)
+    (directory / "empty").touch()
+    manifest = Manifest(kind, job, form, {"seed": seed}, list_files(directory))
+    (directory / MANIFEST).write_text(json.dumps(manifest.to_json()))
+    return directory
+
+
+def finish(door: Door, job: str, number: int) -> None:
+    folder = door.home.path / "jobs" / "finished"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number:06d}-{job}.toml").touch()
+
+
+def line_of(bundle: Bundle, server: str) -> ModelLine:
+    return ModelLine(server, bundle.authority.encode(), bundle.name, bundle.node_key)
+
+
+@pytest.fixture
+def line(offered: Door) -> Iterator[ModelLine]:
+    line = line_of(offered.bundles["ada"], offered.public)
+    yield line
+    line.close()
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Versions:
+    return Versions(tmp_path / "models")
+
+
+def names(versions: Versions) -> list[str]:
+    return sorted(path.name for path in versions.folder.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def test_the_last_finished_job_is_pulled_in_its_smallest_format(
+    offered: Door, line: ModelLine, versions: Versions
+) -> None:
+    shown: list[tuple[int, int]] = []
+    pulled = pull(line, versions, progress=lambda done, total: shown.append((done, total)))
+    assert pulled.path.name.startswith("first-int4-")
+    assert verify(pulled.path) == pulled.manifest
+    assert (pulled.received, shown[-1]) == (pulled.total, (pulled.total, pulled.total))
+    assert versions.current == pulled.path
+    assert versions.previous is None
+    assert pull(line, versions).received == 0  # it is there already
+    assert pull(line, versions, "first", "fp32").path.name.startswith("first-fp32-")
+    # A job that is still running, or has no export, is not offered.
+    offer(offered, "second", "int4", 10)
+    finish(offered, "bare", 2)
+    assert pull(line, versions).path == pulled.path
+
+
+def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Versions, offered: Door) -> None:
+    offer(offered, "running", "int4", 10)
+    for job, form, words in (
+        ("none", None, "job none: no exported model is offered; jobs with one: first"),
+        ("running", None, "job running: no exported model is offered"),
+        ("first", "int8", "job first was not exported as int8; it was as int4, fp32"),
+        ("first", "int3", "--format int3: unknown; expected one of int4, int8, fp16, fp32"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pull(line, versions, job, form)
+    with pytest.raises(PeerError, match="400"):
+        pull(line, versions, "../first")
+    assert versions.current is None
+
+
+def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
+    offered: Door, line: ModelLine, versions: Versions
+) -> None:
+    with pytest.raises(InputError, match="no previous version"):
+        versions.roll_back()
+    first = pull(line, versions).path
+    for number in (2, 3):
+        offer(offered, f"job-{number}", "int4", BIG, number)
+        finish(offered, f"job-{number}", number)
+        newest = pull(line, versions)
+        # The tokenizer is the same: only the weights travel.
+        assert newest.received == BIG
+    before, now = versions.previous, versions.current
+    assert before is not None
+    assert now is not None
+    assert names(versions) == [before.name, now.name]
+    assert (before.name[:6], now.name[:6], first.exists()) == ("job-2-", "job-3-", False)
+    assert versions.roll_back() == before
+    assert (versions.current, versions.previous) == (before, now)
+    assert versions.roll_back() == now
+
+
+def test_a_pull_that_was_broken_off_goes_on_where_it_was(
+    line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real = ModelLine.read
+
+    def dying(self: ModelLine, wanted: ReadModel) -> Iterator[bytes]:
+        for chunk in real(self, wanted):
+            if wanted.file.endswith("data") and wanted.offset >= BIG // 2:
+                raise Killed
+            yield chunk
+
+    monkeypatch.setattr(ModelLine, "read", dying)
+    with pytest.raises(Killed):
+        pull(line, versions)
+    assert versions.current is None
+    (incoming,) = versions.folder.glob(".incoming-*")
+    assert not (incoming / MANIFEST).exists()  # nothing would take it for an export
+    half = (incoming / "model.onnx.data").stat().st_size
+    assert BIG // 2 <= half < BIG
+    monkeypatch.setattr(ModelLine, "read", real)
+    (incoming / ".fedtune.json.abcd").touch()  # of a crash while the manifest was written
+    pulled = pull(line, versions)
+    assert pulled.received == BIG - half
+    assert names(versions) == [pulled.path.name]
+
+
+def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
+    offered: Door, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAUSES", (0.05,) * 40)
+    proxy = Proxy(offered.listener.port)
+    proxy.bytes_per_second = 6e6
+    stop = threading.Event()
+
+    def cutting() -> None:
+        while not stop.wait(0.25):
+            proxy.cut()
+            time.sleep(0.05)
+            proxy.mend()
+
+    line = line_of(offered.bundles["ada"], f"localhost:{proxy.port}")
+    cutter = threading.Thread(target=cutting)
+    cutter.start()
+    try:
+        pulled = pull(line, versions)
+        assert pulled.received == pulled.total
+    finally:
+        stop.set()
+        cutter.join()
+        line.close()
+        proxy.close()
+
+
+def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES", (0.01, 0.01))
+    line = ModelLine(f"localhost:{free_port()}", make_authority().certificate, "ada", make_node_key())
+    with pytest.raises(RunError, match=r"cannot be reached.*go on with: fedtune client pull"):
+        pull(line, versions)
+    line.close()
+
+
+def test_only_enrolled_devices_may_ask(offered: Door, versions: Versions, tmp_path: Path) -> None:
+    bundle = offered.bundles["ada"]
+    for wrong in (replace(bundle, node_key=make_node_key()), replace(bundle, name="nobody")):
+        line = line_of(wrong, offered.public)
+        with pytest.raises(InputError, match="does not know this device"):
+            pull(line, versions)
+        line.close()
+    late = enroll(offered.home, "late", tmp_path / "late.bundle")
+    line = line_of(late, offered.public)
+    assert pull(line, versions).received
+    revoke(offered.home, "late")
+    with pytest.raises(InputError, match="was it revoked"):
+        pull(line, versions)
+    line.close()
+
+
+def test_a_signature_is_good_for_one_request_and_one_minute(offered: Door) -> None:
+    body, key = encode(DescribeModel(PROTOCOL_VERSION)), load_node_key(offered.bundles["ada"].node_key)
+    headers = sign_request(key, "ada", DESCRIBE, int(time.time()), body)
+    assert offered.post(DESCRIBE, headers, body=body).status_code == 200
+    assert offered.post(READ, headers, body=body).status_code == 401
+    assert offered.post(DESCRIBE, headers, body=encode(DescribeModel(PROTOCOL_VERSION, "first"))).status_code == 401
+    old = sign_request(key, "ada", DESCRIBE, int(time.time()) - 120, body)
+    assert offered.post(DESCRIBE, old, body=body).status_code == 401
+    assert offered.post(DESCRIBE, {**headers, "fedtune-device": "bob"}, body=body).status_code == 401
+    assert offered.post(DESCRIBE, {**headers, "fedtune-time": "9" * 300}, body=body).status_code == 401
+    assert offered.post(DESCRIBE, headers, body=b"x" * 20_000).status_code == 413
+
+
+def test_a_device_whose_clock_is_wrong_pulls_all_the_same(
+    line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 86_400)
+    assert pull(line, versions).received > BIG
+
+
+def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Door, line: ModelLine) -> None:
+    described = line.describe(None, None)
+    digest = hashlib.sha256(described.manifest).hexdigest()
+
+    def read(file: str, **changes: Any) -> bytes:
+        fields: dict[str, Any] = {"job": "first", "format": "int4", "manifest": digest, "offset": 0, "size": 1000}
+        fields |= changes
+        return b"".join(line.read(ReadModel(version=PROTOCOL_VERSION, file=file, **fields)))
+
+    assert read("deep/tokenizer.json") == b"{}" * 500
+    for file in ("../../../../../fleet.key", "/etc/passwd", MANIFEST, "deep", "deep/../deep/tokenizer.json", "\0"):
+        with pytest.raises(InputError, match="exported anew"):
+            read(file)
+    for changes in ({"job": "../../server"}, {"format": "../.."}, {"size": MAX_PIECE_BYTES + 1}, {"offset": -1}):
+        with pytest.raises(PeerError, match="400"):
+            read("deep/tokenizer.json", **changes)
+    with pytest.raises(PeerError, match="none of them is at"):
+        read("empty")
+    with pytest.raises(InputError, match="exported anew"):
+        read("deep/tokenizer.json", manifest="0" * 64)
+
+
+class Liar(ModelLine):
+    """A server that says and sends what it likes."""
+
+    def __init__(self, manifest: Any, content: bytes = b"", job: str = "first") -> None:
+        self.manifest = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+        self.content, self.job = content, job
+
+    def describe(self, job: str | None, form: str | None) -> ModelOffer:
+        return ModelOffer(PROTOCOL_VERSION, self.job, "int4", self.manifest)
+
+    def read(self, wanted: ReadModel) -> Iterator[bytes]:
+        yield self.content[wanted.offset : wanted.offset + wanted.size]
+
+
+def manifest_of(files: dict[str, int], **changes: Any) -> dict[str, Any]:
+    entries = {name: {"sha256": "0" * 64, "bytes": size} for name, size in files.items()}
+    manifest = Manifest("model", "first", "int4", {}, {}).to_json()
+    return manifest | {"files": entries} | changes
+
+
+@pytest.mark.parametrize(
+    "name", ["../escape", "/tmp/escape", "a/../../escape", "a\\b", "", ".", "a//b", "fedtune.json", "a\0b", "a\nb"]
+)
+def test_a_name_that_leads_outside_is_refused(versions: Versions, name: str) -> None:
+    with pytest.raises(PeerError, match="not a manifest"):
+        pull(Liar(manifest_of({name: 1}), b"x"), versions)
+    assert not list(versions.folder.glob(".incoming*"))
+
+
+@pytest.mark.parametrize(
+    ("liar", "words"),
+    [
+        (Liar(b"\xff"), "not a manifest"),
+        (Liar(b"[" * 100_000), "not a manifest"),
+        (Liar(manifest_of({"a": 1}, kind="adapter")), "expected a model"),
+        (Liar(manifest_of({"a": 1}, format="fp32")), "expected a model"),
+        (Liar(manifest_of({f"{n}": 0 for n in range(5000)})), "5000 files"),
+        (Liar(manifest_of({"a": 1}), b"x", job="second"), "which nobody asked for"),
+        (Liar(manifest_of({"a": 5}), b"other"), "a: what arrived has SHA-256"),
+    ],
+)
+def test_lies_of_a_server_lead_to_no_version(versions: Versions, liar: Liar, words: str) -> None:
+    with pytest.raises(PeerError, match=words):
+        pull(liar, versions, "first", "int4")
+    assert versions.current is None
+    assert not [path for path in versions.folder.rglob("*") if path.name in (MANIFEST, "a")]
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_travels(versions: Versions) -> None:
+    with pytest.raises(RunError, match="bytes are to come, and"):
+        pull(Liar(manifest_of({"a": 1 << 50})), versions)
+    impossible = manifest_of({"a": 1, "a/b": 1})  # a file that is a folder, too
+    impossible["files"]["a"]["sha256"] = hashlib.sha256(b"x").hexdigest()
+    with pytest.raises(RunError, match="File exists; the current model is as it was"):
+        pull(Liar(impossible, b"x"), versions)
+    assert versions.current is None
+
+
+@pytest.mark.parametrize("kilobytes", [200, 1500, 3100])
+def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitted(
+    offered: Door, line: ModelLine, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, kilobytes: int
+) -> None:
+    disk = small_disk(kilobytes)
+    versions = Versions(disk / "models")
+    offer(offered, "small", "int4", 10)
+    finish(offered, "small", 2)
+    before = pull(line, versions, "small").path
+    (disk / "others").write_bytes(b"x" * 20_000)
+    unforeseen = shutil.disk_usage(disk)._replace(free=1 << 40)  # somebody else fills the disk while it travels
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: unforeseen)
+    with pytest.raises(RunError, match="the disk is full; the current model is as it was"):
+        pull(line, versions, "first")
+    assert (versions.current, names(versions)[0][:9]) == (before, ".incoming")
+    assert not list(versions.folder.glob(".incoming*/fedtune.json"))
+    verify(before)
+
+
+def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(
+    line: ModelLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = line.describe(None, None)
+    digest = hashlib.sha256(described.manifest).hexdigest()
+    wanted = ReadModel(PROTOCOL_VERSION, "first", "int4", digest, "model.onnx.data", 0, 1000)
+    honest, shown = httpx.Response.iter_bytes, 0
+
+    def endless(response: httpx.Response, size: int | None = None) -> Iterator[bytes]:
+        nonlocal shown
+        yield from honest(response, size)
+        while True:
+            shown += 1
+            yield b"x" * 65_536
+
+    monkeypatch.setattr(httpx.Response, "iter_bytes", endless)
+    with pytest.raises(PeerError, match="more than was asked for"):
+        list(line.read(wanted))
+    assert shown == 1
+    with pytest.raises(PeerError, match="offer is larger than"):
+        line.describe(None, None)
+    assert shown < 70
+
+
+def test_a_version_that_was_tampered_with_is_pulled_anew(line: ModelLine, versions: Versions) -> None:
+    path = pull(line, versions).path
+    with (path / "model.onnx.data").open("r+b") as file:
+        file.write(b"\x01")
+    assert pull(line, versions).received == BIG
+    verify(path)
+
+
+def test_an_export_that_was_made_anew_meanwhile_is_said(
+    offered: Door, line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ModelLine.describe
+
+    def described(self: ModelLine, job: str | None, form: str | None) -> ModelOffer:
+        found = real(self, job, form)
+        path = offered.home.path / "runs" / "first" / "onnx" / "int4" / MANIFEST
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+        return found
+
+    monkeypatch.setattr(ModelLine, "describe", described)
+    with pytest.raises(InputError, match="job first was exported anew; ask again"):
+        pull(line, versions)
+    monkeypatch.setattr(ModelLine, "describe", real)
+    assert pull(line, versions).manifest.provenance == {"seed": 1}
+
+
+def test_two_pulls_at_once_take_turns(line: ModelLine, versions: Versions) -> None:
+    with versions.changing(), pytest.raises(InputError, match=f"process {os.getpid()} serves it already"):
+        pull(line, versions)
