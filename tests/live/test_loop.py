@@ -38,7 +38,7 @@ def test_a_device_answers_with_the_model_that_its_fleet_trained(make_fleet: Make
 
     serving = Process("serve", pulled["path"], "--port", "0", log=tmp_path / "serve.log")
     try:
-        url = eventually(lambda: serving.text.rpartition(" on ")[2].strip(), 60, "it did not serve")
+        url = eventually(lambda: serving.text.rpartition(" on ")[2].strip(), 60, lambda: "it did not serve")
         shown = summary["answers"][0]
         body = {"model": "first", "prompt": shown["prompt"], "temperature": 0, "max_tokens": 40}
         answer = httpx.post(f"{url}/completions", json=body, timeout=30).json()

@@ -175,7 +175,8 @@ def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
     offered: Door, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAUSES", (0.05,) * 40)
-    proxy = Proxy(offered.listener.port)
+    proxy = Proxy()
+    proxy.target = offered.listener.port
     proxy.bytes_per_second = 6e6
     stop = threading.Event()
 

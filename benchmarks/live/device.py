@@ -1,0 +1,48 @@
+"""A device of the benchmark: the process of `fedtune client start`, which echoes, or notes when it trained.
+
+python benchmarks/live/device.py HOME echo
+python benchmarks/live/device.py HOME FILE      # appends a line "begin end" to FILE for each time it trained
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.environment import limit_pieces, prepare_environment
+
+prepare_environment()
+limit_pieces(128 << 10)
+
+import exchanges  # noqa: E402  # Flower reads the environment when it is imported
+from flwr.app import Context, Message  # noqa: E402
+
+from fedtune.client.live.home import ClientHome  # noqa: E402
+from fedtune.client.live.service import Service  # noqa: E402
+
+
+def main() -> None:
+    home, task = ClientHome(Path(sys.argv[1])), sys.argv[2]
+    with home.lock:
+        service = Service(home, lambda line: print(line, flush=True))
+        service._secure_app = exchanges.app if task == "echo" else _noting(service._secure_app, Path(task))
+        service.run()
+
+
+def _noting(app: Any, path: Path) -> Any:
+    def noted(message: Message, context: Context) -> Message:
+        began = time.time()
+        try:
+            return app(message, context)
+        finally:
+            if message.metadata.message_type == "train":
+                with path.open("a") as file:
+                    file.write(f"{began} {time.time()}\n")
+
+    return noted
+
+
+if __name__ == "__main__":
+    main()

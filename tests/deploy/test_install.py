@@ -1,0 +1,139 @@
+"""The install script: what it refuses, what it would do, and, behind the slow marker, a whole life of a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtune.demo import write_federation
+from fedtune.server.live.devices import enroll
+from fedtune.server.live.home import ServerConfig, ServerHome
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "deploy" / "install.sh"
+INSTALL_SECONDS = 900
+
+
+class Machine:
+    """A scratch home with a bundle and a data file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.programs = folder / "programs"
+        self.home.mkdir()
+        self.programs.mkdir()
+        server = ServerHome.create(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 8443), [])
+        self.bundle = folder / "kitchen.bundle"
+        enroll(server, "kitchen", self.bundle)
+        write_federation(folder / "data", 1, 0, 4, 4)
+        self.data = folder / "data" / "clients" / "000.jsonl"
+
+    @property
+    def device(self) -> Path:
+        return self.home / ".fedtune" / "client"
+
+    @property
+    def programs_folder(self) -> Path:
+        return self.home / ".local" / "share" / "fedtune"
+
+    def install(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "FEDTUNE_"))}
+        return subprocess.run(
+            ["sh", SCRIPT, "--user", "--no-service", "--python", sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_SECONDS,
+            check=False,
+            env=kept | {"HOME": str(self.home), "PATH": f"{self.programs}:{os.environ['PATH']}"},
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_a_dry_run_says_everything_and_does_nothing(machine: Machine) -> None:
+    done = machine.install("--bundle", machine.bundle, "--data", machine.data, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for step in ("-m venv", "fedtune[client] @ file://", "client join", f"rm -f {machine.bundle}"):
+        assert step in done.stdout
+    assert list(machine.home.iterdir()) == []
+    assert machine.bundle.exists()
+
+
+def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
+    arguments = ("--bundle", machine.bundle, "--data", machine.data, "--dry-run")
+    fake = machine.programs / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nexit 9\n")  # the driver is there, the GPU is not
+    fake.chmod(0o755)
+    without = machine.install(*arguments, "--torch-index", "https://cpu.example.org").stdout
+    assert "torch for cpu" in without
+    if os.uname().machine == "x86_64":
+        assert "--extra-index-url https://cpu.example.org" in without
+    fake.write_text("#!/bin/sh\necho 'GPU 0: one of them'\n")
+    having = machine.install(*arguments).stdout
+    assert "torch for cuda" in having
+    assert "--extra-index-url" not in having
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "no device yet; expected --bundle FILE and --data FILE"),
+        (("--bundle", "none.bundle", "--data", "none.jsonl"), "--bundle none.bundle: cannot be read"),
+        (("--bundle", "BUNDLE"), "expected --data FILE"),
+        (("--bundle", "BUNDLE", "--data", "none.jsonl"), "--data none.jsonl: missing or empty"),
+        (("--bundle", "BUNDLE", "--data", "DATA", "--torch", "tpu"), "--torch tpu: expected cpu or cuda"),
+        (("--bundle", "BUNDLE", "--data", "DATA", "--source", "none"), "--source none: no such file"),
+        (("--bundle", "BUNDLE", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
+        (("--bundle",), "--bundle: expected a value"),
+        (("--colour", "red"), "--colour: unknown option"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_changed(
+    machine: Machine, arguments: tuple[str, ...], complaint: str
+) -> None:
+    given = {"BUNDLE": str(machine.bundle), "DATA": str(machine.data)}
+    done = machine.install(*(given.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert list(machine.home.iterdir()) == []
+
+
+def test_uninstalling_what_is_not_there_is_no_mistake(machine: Machine) -> None:
+    done = machine.install("--uninstall")
+    assert done.returncode == 0, done.stderr
+    assert list(machine.home.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_device_is_installed_upgraded_and_removed_and_its_data_stays(machine: Machine) -> None:
+    arguments = ("--torch-index", "")
+    done = machine.install("--bundle", machine.bundle, "--data", machine.data, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((machine.device / "device.json").read_text())["name"] == "kitchen"
+    assert not machine.bundle.exists()
+    key = (machine.device / "node.key").read_bytes()
+    fedtune = machine.programs_folder / "bin" / "fedtune"
+    status = subprocess.run(
+        [fedtune, "client", "status", "--home", machine.device], capture_output=True, text=True, check=False
+    )
+    assert "device kitchen of localhost:8443: stopped" in status.stdout
+    assert (machine.programs_folder / "share" / "fedtune" / "systemd" / "fedtune-client.service").is_file()
+
+    again = machine.install(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "client join" not in again.stdout
+    assert (machine.device / "node.key").read_bytes() == key
+
+    gone = machine.install("--uninstall")
+    assert gone.returncode == 0, gone.stdout + gone.stderr
+    assert not machine.device.exists()
+    assert not machine.programs_folder.exists()
+    assert machine.data.exists()

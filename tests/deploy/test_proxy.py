@@ -1,0 +1,181 @@
+"""The reverse-proxy rules, for real: a proxy on loopback in front of a listening server."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from door import Door, listening
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+from live_helpers import free_port
+
+from fedtune.client.live.fleet import FleetLink, identify
+from fedtune.server.live.flower import RunGrid
+from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.strategies.envelope import seal, unseal
+
+RULES = Path(__file__).parents[2] / "deploy" / "proxy"
+NGINX = """
+daemon off;
+user {user};
+error_log stderr;
+pid {folder}/nginx.pid;
+events {{}}
+http {{
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/fedtune.conf;
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running proxy, and what stands behind it."""
+
+    port: int
+    door: Door
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    yield from listening(tmp_path_factory.mktemp("door"))
+
+
+@pytest.fixture(scope="module", params=["nginx", "caddy"])
+def proxy(request: pytest.FixtureRequest, door: Door, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """Each proxy with its rules as they are, but for names, ports and folders."""
+    program = shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/bin")
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    folder, port = tmp_path_factory.mktemp(request.param), free_port()
+    if request.param == "nginx":
+        rules = _rules(
+            "nginx.conf", door, {"listen 8443": f"listen 127.0.0.1:{port}", "fleet.example.org;": "localhost;"}
+        )
+        (folder / "fedtune.conf").write_text(rules)
+        (folder / "nginx.conf").write_text(NGINX.format(folder=folder, user=getpass.getuser()))
+        command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        subprocess.run([*command, "-t"], check=True, capture_output=True)
+    else:
+        names = {"https://fleet.example.org:8443 {": f"https://localhost:{port} {{\n\tbind 127.0.0.1"}
+        (folder / "Caddyfile").write_text(_rules("Caddyfile", door, names))
+        arguments = ["--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+        subprocess.run([program, "validate", *arguments], check=True, capture_output=True)
+        command = [program, "run", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        yield Proxy(port, door)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _rules(name: str, door: Door, replacements: dict[str, str]) -> str:
+    text = (RULES / name).read_text()
+    ours = {"127.0.0.1:8444": f"127.0.0.1:{door.listener.port}", "/etc/fedtune": str(door.home.path)}
+    for there, here in {**replacements, **ours}.items():
+        assert there in text
+        text = text.replace(there, here)
+    return text
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the proxy does not listen")
+
+
+def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(proxy: Proxy) -> None:
+    device = proxy.door.device("ada", proxy.address)
+    device.activate()
+    assert device.beat()
+    payload = np.random.default_rng(0).bytes(3_000_000)
+    with proxy.door.link.open_run(60.0) as grid:
+        message_id = _ask(grid, device, payload)
+        task = device.pull()
+        assert task is not None
+        message = device.fetch(task)
+        assert unseal(message) == payload
+        identify(message, device.node_id)
+        device.answer(Message(seal(payload[::-1]), reply_to=message), 1.0)
+        (reply,) = grid.pull_messages([message_id])
+        assert unseal(reply) == payload[::-1]
+    device.deactivate(device.node_id)
+
+
+def _ask(grid: RunGrid, device: FleetLink, payload: bytes) -> str:
+    # Flower keeps one identity a process, and this one plays both sides.
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
+    (message_id,) = grid.push_messages([Message(seal(payload), device.node_id, "query.anything", ttl=600)])
+    return message_id
+
+
+def test_a_device_that_is_not_enrolled_is_refused_through_the_proxy_too(proxy: Proxy) -> None:
+    assert proxy.door.post("/v1/fleet/pull-messages", server=proxy.address).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/get-fab", "/docs", "/"]
+)
+def test_control_paths_do_not_exist_behind_the_proxy(proxy: Proxy, path: str) -> None:
+    shown = {CONTROL_HEADER: proxy.door.key, "x-forwarded-for": "127.0.0.1"}
+    assert proxy.door.post(path, shown, server=proxy.address).status_code == 404
+
+
+TRICKS = [
+    "/v1/fleet/../control/list-runs",
+    "/v1/fleet/%2e%2e/control/list-runs",
+    "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
+    "/v1/fleet/pull-messages/../../control/list-runs",
+    "/v1/control/../fleet/pull-messages",
+    "/v1/fleet/pull%2dmessages",
+    "/v1/fleet/pull-messages?x=1",
+    "/v1/fleet/pull-messages/",
+    "//v1/fleet/pull-messages",
+    "/V1/FLEET/PULL-MESSAGES",
+]
+
+
+@pytest.mark.parametrize("target", TRICKS)
+def test_paths_that_play_tricks_end_at_the_proxy(proxy: Proxy, target: str) -> None:
+    assert _status(proxy, f"POST {target} HTTP/1.1", "content-length: 0") in (b"404", b"400")
+
+
+@pytest.mark.parametrize("call", sorted(DEVICE_CALLS))
+def test_every_call_of_a_device_is_passed_and_by_post_alone(proxy: Proxy, call: str) -> None:
+    assert _status(proxy, f"POST {call} HTTP/1.1", "content-length: 0") not in (b"404", b"502")
+    assert _status(proxy, f"GET {call} HTTP/1.1") == b"404"
+
+
+def test_bodies_are_measured_at_the_proxy(proxy: Proxy) -> None:
+    line = "POST /v1/fleet/push-object HTTP/1.1"
+    assert _status(proxy, line) == b"411"
+    chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0"
+    assert _status(proxy, line, chunked) == b"411"
+    assert _status(proxy, line, f"content-length: {MAX_BODY_BYTES + 1}") == b"413"
+
+
+def _status(proxy: Proxy, line: str, header: str = "accept: */*") -> bytes:
+    head = f"{line}\r\nhost: localhost\r\nconnection: close\r\n{header}\r\n\r\n"
+    return proxy.door.raw(head.encode(), proxy.port).split()[1]
