@@ -3,9 +3,10 @@
 A device that speaks another protocol version is refused here, with a sentence, and not in the middle of a round. So is
 one that the job does not fit: it plans for the job before it answers.
 
-What a server learns of a plan says next to nothing of the device's data: how far examples are cut follows from the job
-and the memory alone, and memory and seconds, which lengths of examples bear on, are told to two digits. Battery,
-temperature and link stay on the device: the server hears which of its owner's conditions does not hold, and no reading.
+What a server learns of a plan says next to nothing of the device's data. The length to which examples are cut is the
+job's, or, on a device short of memory that has longer ones, half of it or less; memory and seconds, on which lengths of
+examples bear, are told to two digits. Battery, temperature and link stay on the device: the server hears which of its
+owner's conditions does not hold, and no reading.
 """
 
 from __future__ import annotations
