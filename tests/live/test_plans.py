@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from live_helpers import Fleet, MakeFleet
 from fedtune.client.live import service
 from fedtune.client.live.home import ClientHome
 from fedtune.client.plan import command
+from fedtune.client.plan.calibration import Measured
 from fedtune.client.plan.eligibility import Requirements, Sensors
 from fedtune.core.actions import OPEN, TRAIN, query
 from fedtune.core.errors import PeerError
@@ -25,6 +27,7 @@ from fedtune.core.job import load_job
 from fedtune.core.messages import decode, encode
 from fedtune.demo import JOB
 from fedtune.model.base import load_base
+from fedtune.server import cli
 from fedtune.server.base import describe_base
 from fedtune.server.display import Silent
 from fedtune.server.live import service as server
@@ -118,6 +121,22 @@ def test_a_process_that_begins_anew_plans_for_the_job_it_was_greeted_for(
     assert fleet.device_status(name)["plan"]["plan"]["rank"] == 16
 
 
+def test_how_fast_an_update_went_up_is_remembered_and_an_error_tells_nothing(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = fleet.names[0]
+    device = device_of(fleet, name, monkeypatch)
+    refusal = ask(device, TRAIN, seal(b""))
+    device._time_link(refusal, 1.0)
+    for size, seconds in ((60_000, 2.0), (100, 1.0)):
+        TaskIdentity.node_id = SERVER
+        request = Message(seal(b""), DEVICE, TRAIN, group_id="1")
+        TaskIdentity.node_id = DEVICE
+        device._time_link(Message(seal(bytes(size)), reply_to=request), seconds)
+    again = device_of(fleet, name, monkeypatch)
+    assert again._planned.uplink == pytest.approx(30_000, rel=0.02)
+
+
 def test_when_it_takes_part_is_in_its_folder_and_checked(fleet: Fleet) -> None:
     path = fleet.client_home(fleet.names[0]) / "device.json"
     content = json.loads(path.read_text())
@@ -134,6 +153,36 @@ def test_when_it_takes_part_is_in_its_folder_and_checked(fleet: Fleet) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(Exception, match="damaged"):
         ClientHome(path.parent)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = make_fleet(1)
+    (name,) = fleet.names
+    home = fleet.client_home(name)
+    data = str(fleet.folder / "data" / "clients" / f"{name}.jsonl")
+    join = ["client", "join", str(fleet.folder / f"{name}.bundle"), "--data", data, "--home", str(home)]
+    with monkeypatch.context() as scarce:
+        scarce.setattr(command, "RESERVE", 1.0)
+        assert run(scarce, *join) == 2
+    assert "demo: the base model does not fit this device: the smallest plan" in capsys.readouterr().err
+    assert not home.exists()
+    chosen = ["--only-charging", "--battery-reserve", "30", "--max-temperature", "70", "--unmetered-only"]
+    monkeypatch.setattr(command, "measure", lambda case: Measured(0, 9, 9, 40_000_000, 0.1, 256))
+    assert run(monkeypatch, *join, *chosen) == 0
+    said = capsys.readouterr().out
+    assert "plan for demo: dequantized once" in said
+    assert "one step:  40 MB" in said
+    assert ClientHome(home).config.requirements == Requirements(True, 30.0, 70.0, True)
+    assert len(list((home / "calibration").iterdir())) == 1
 
 
 # -- the server's side -------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Terms(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
     weights: Literal["auto", "packed", "dequantized"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     gradient_checkpointing: bool
-    deadline: Annotated[float, Meta(ge=0, le=1e9)]
+    deadline: Annotated[float, Meta(ge=0)]
 
 
 class Greeting(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
