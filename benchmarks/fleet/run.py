@@ -111,7 +111,7 @@ def plans(job: Job, fleet: Fleet) -> set[str]:
             continue
         able.add(kind.name)
         choices = plan.choices
-        print(f"{kind.name}: {choices.weights}, {choices.micro_batch} × {choices.sequence_length}", flush=True)
+        print(f"{kind.name}: {choices.weights}, {choices.tokens} tokens at once", flush=True)
     return able
 
 

@@ -107,7 +107,7 @@ def run_model(model: str, folder: Path) -> list[Outcome]:
     shape = shape_of(ModelSettings(base))
     outcomes = []
     for weights, checkpointing, length in itertools.product(("packed", "dequantized"), (False, True), LENGTHS[model]):
-        choices = Choices(weights, "bf16", RANK, length, TOKENS // length, checkpointing)  # type: ignore[arg-type]
+        choices = Choices(weights, "bf16", RANK, length, TOKENS, checkpointing)  # type: ignore[arg-type]
         case = Case(base, "nf4", weights, "bf16", RANK, ALPHA, length, TOKENS // length, checkpointing)
         outcome = Outcome(model, case, predict_memory(shape, choices), measure(case))
         print("  ".join(outcome.cells()), flush=True)

@@ -15,9 +15,7 @@ from fedtune.client.live import service
 from fedtune.client.live.home import ClientHome
 from fedtune.client.live.service import BACKOFF_SECONDS, Backoff
 from fedtune.core.enrolment import Bundle
-from fedtune.core.errors import InputError, ModelError
-from fedtune.core.job import DEMO
-from fedtune.core.messages import Base
+from fedtune.core.errors import InputError
 from fedtune.server import cli
 from fedtune.server.live.devices import enroll
 from fedtune.server.live.home import ServerConfig, ServerHome
@@ -176,14 +174,6 @@ def device(home: ServerHome, tmp_path: Path) -> Iterator[service.Service]:
     made = service.Service(joined, lambda line: None)
     yield made
     made._link.close()
-
-
-def test_another_base_model_than_the_jobs_is_told_with_both_digests(device: service.Service) -> None:
-    wanted = "ab" * 32
-    with pytest.raises(ModelError, match=rf"with digest {wanted[:16]}…; this device has none\. Join with --base DIR"):
-        device._open_model(Base("/theirs", wanted, "nf4", 4, 8.0, ("all-linear",), 64))
-    with pytest.raises(ModelError, match=rf"digest {wanted[:16]}…; this device has demo \(digest [0-9a-f]{{16}}…\)"):
-        device._open_model(Base(DEMO, wanted, "nf4", 4, 8.0, ("all-linear",), 64))
 
 
 def test_a_damaged_roster_is_told_when_the_device_starts(device: service.Service) -> None:

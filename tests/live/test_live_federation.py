@@ -24,6 +24,10 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     assert status["state"] == "running"
     assert {device["state"] for device in status["devices"].values()} == {"online"}
     assert {device["rounds"] for device in status["devices"].values()} == {2}
+    # Each planned before it trained, and has measured what it predicted.
+    assert {device["plan"]["rank"] for device in status["devices"].values()} == {16}
+    took = fleet.device_status(fleet.names[0])["plan"]["took"]
+    assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
     # The devices have learnt of each other: their bundles knew fewer.
     from fedtune.client.live.home import ClientHome
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
 from fedtune.core.errors import InputError, MissingExtraError
 
 app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
@@ -37,17 +38,43 @@ def join(
         bool,
         typer.Option("--allow-clear", help="Also take part in jobs whose server sees this device's own updates."),
     ] = False,
+    only_charging: Annotated[
+        bool, typer.Option("--only-charging", help="Do not train on battery, however full.")
+    ] = DEFAULT_REQUIREMENTS.only_charging,
+    battery_reserve: Annotated[
+        float,
+        typer.Option("--battery-reserve", metavar="PERCENT", min=0, max=100, help="On battery, train above this only."),
+    ] = DEFAULT_REQUIREMENTS.battery_reserve,
+    max_temperature: Annotated[
+        float,
+        typer.Option("--max-temperature", metavar="C", min=1, max=150, help="Do not train while a sensor is hotter."),
+    ] = DEFAULT_REQUIREMENTS.max_temperature,
+    unmetered_only: Annotated[
+        bool, typer.Option("--unmetered-only", help="Do not train over mobile broadband.")
+    ] = DEFAULT_REQUIREMENTS.unmetered_only,
+    try_step: Annotated[
+        bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
+    ] = True,
     home: _Home = None,
 ) -> None:
-    """Make this machine the device that the bundle is for.
+    """Make this machine the device that the bundle is for, if it can train at all, and say under what plan.
 
     Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
     """
-    from fedtune.client.live.home import ClientHome, default_home
+    from fedtune.client.live.home import CALIBRATIONS, ClientHome, default_home
     from fedtune.core.enrolment import Bundle
 
+    requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
     folder, bases = home or default_home(), tuple(base or ())
-    made = ClientHome.join(folder, Bundle.load(bundle), data, bases, allow_clear=allow_clear)
+    made = ClientHome.join(folder, Bundle.load(bundle), data, bases, allow_clear=allow_clear, requirements=requirements)
+    try:
+        plans = _plans(bases, data, folder / CALIBRATIONS, try_step)
+    except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C
+        made.leave()
+        raise
+    for plan in plans:
+        for line in _plan_lines(plan):
+            print(line)
     roster = made.roster
     print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
     print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
@@ -186,10 +213,52 @@ def _print(found: dict[str, Any]) -> None:
         print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
     if found.get("clock_error"):
         print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
+    if found.get("sits_out"):
+        print(f"sits out: {found['sits_out']}")
+    for line in _plan_lines(found["plan"]) if found.get("plan") else ():
+        print(line)
     if found["model"]:
         print(f"model: {found['model']}")
     if found.get("problem"):
         print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
+
+
+def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
+    """What this machine would train under, by base model; none where it is installed for answering only."""
+    try:
+        from fedtune.client.plan.command import plan_bases
+    except ModuleNotFoundError:
+        print("no torch here: this device can pull models and answer. To train: pip install 'fedtune[client]'")
+        return []
+    outcomes = plan_bases(bases, data, calibrations, "always" if try_step else "never", print)
+    return [outcome.to_json() for outcome in outcomes]
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    """A plan, and what was measured beside what was predicted, as people read it."""
+    chosen, predicted, tried, took = plan["plan"], plan["predicted"], plan["measured"], plan.get("took")
+    unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
+    weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"
+    rank = f"rank {chosen['tier']} of {chosen['rank']}"
+    passes = f"{chosen['micro_batch_tokens']} at once, {chosen['accumulation']} times a step"
+    checkpointing = ", gradient checkpointing" if chosen["gradient_checkpointing"] else ""
+    batch = f"{chosen['sequence_length']} tokens an example, {passes}{checkpointing}"
+    limit = f"{_mb(predicted['budget'])} allowed, beside {_mb(predicted['runtime'])} of program"
+    seconds = took["predicted_seconds"] if took else predicted["seconds_per_round"]
+    lines = [
+        f"plan for {plan['model']['base']}: {weights}, {chosen['precision']}, {rank}, {batch}",
+        f"predicted: {_mb(predicted['peak'])} ({limit}), {seconds:.1f} s a round",
+    ]
+    if tried:
+        lines.append(f"one step:  {_mb(tried['peak_bytes'])}, {_mb(tried['predicted_peak_bytes'])} predicted")
+    if took and took["rounds"]:
+        most = "not measurable" if took["peak_bytes"] is None else f"{_mb(took['peak_bytes'])} at most"
+        lines.append(f"measured:  {most}, {took['seconds']:.1f} s in the last of {took['rounds']} rounds")
+    return lines
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs

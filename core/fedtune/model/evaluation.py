@@ -28,7 +28,7 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     """Scores the adapter that the model holds.
 
     Args:
-        batch_tokens: tokens computed at once, padding included.
+        batch_tokens: tokens computed at once, padding included; fewer where the model's limits say so.
 
     Raises:
         InputError: there is no example.
@@ -39,7 +39,7 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     device = model.base.device
     loss = 0.0
     tokens = exact = 0
-    for batch in in_order_of_length(examples, batch_tokens, device):
+    for batch in in_order_of_length(examples, model.limits.at_once(batch_tokens), device):
         losses, right = score(model.readout, batch)
         wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
         loss += float(losses.cpu().double().sum())

@@ -15,6 +15,7 @@ where the values live, and that the sum above is one operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -33,6 +34,24 @@ _ADAPTER = "default"  # peft's name for the one adapter
 _LISTED_ENDINGS = 20  # how many existing names an error lists
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
+
+    Args:
+        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
+            longer is a pass of its own.
+        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
+    """
+
+    tokens: int | None = None
+    checkpointing: bool = False
+
+    def at_once(self, asked: int) -> int:
+        """Tokens of a forward pass, where so many are asked for."""
+        return asked if self.tokens is None else min(asked, self.tokens)
+
+
 class AdaptedModel:
     """A base model with one adapter attached, whose values are swapped in place.
 
@@ -40,6 +59,8 @@ class AdaptedModel:
         base: not to be adapted a second time.
         layout: where each factor lies in the vector.
     """
+
+    limits = Limits()
 
     def __init__(self, base: BaseModel, layout: AdapterLayout) -> None:
         self.base = base

@@ -161,7 +161,7 @@ def plan(
         data,
         link=Link(per_second[0], per_second[1], deadline),
         memory=round(memory * 1e6) if memory else None,
-        calibrate=try_step,
+        trial="always" if try_step else "never",
         note=(lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False)),
     )
     if as_json:

@@ -41,12 +41,12 @@ def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
 
 
 def test_what_was_measured_corrects_the_next_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = planned(tmp_path, calibrate=False)
+    first = planned(tmp_path, trial="never")
     assert (first.kappa, first.measured) == (1.0, None)
     twice = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens)
     monkeypatch.setattr(command, "measure", lambda case: twice)
     planned(tmp_path)
-    again = planned(tmp_path, calibrate=False)
+    again = planned(tmp_path, trial="never")
     assert again.kappa > 2
     assert again.plan.memory.training == pytest.approx(2 * first.plan.memory.training, rel=1e-6)
     assert again.seconds_per_step == pytest.approx(1.5)
@@ -65,7 +65,7 @@ def test_a_step_that_takes_more_than_may_be_used_is_planned_anew(
     monkeypatch.setattr(command, "measure", hungry)
     free = 1000
     monkeypatch.setattr(command, "RESERVE", 0.0)
-    own = planned(tmp_path / "none", calibrate=False).runtime // 1_000_000
+    own = planned(tmp_path / "none", trial="never").runtime // 1_000_000
     outcome = planned(tmp_path, "training.batch_tokens=4096", memory=(own + free) * 1_000_000)
     assert len(tried) == 2
     assert tried[1].micro_batch < tried[0].micro_batch
@@ -83,11 +83,11 @@ def test_a_device_too_small_is_told_so_before_anything_is_tried(
 def test_the_data_decides_length_and_share_of_targets(tmp_path: Path) -> None:
     data = tmp_path / "mine.jsonl"
     data.write_text(json.dumps({"prompt": "turn on the lamp =>", "completion": " ok"}) + "\n")
-    outcome = planned(tmp_path, data=data, calibrate=False)
+    outcome = planned(tmp_path, data=data, trial="never")
     assert outcome.plan.choices.sequence_length < 64
     assert outcome.target_share < 0.7
     with pytest.raises(DataError, match="no such file"):
-        planned(tmp_path, data=tmp_path / "none.jsonl", calibrate=False)
+        planned(tmp_path, data=tmp_path / "none.jsonl", trial="never")
 
 
 def test_a_calibration_that_is_damaged_or_absurd_is_as_good_as_none(tmp_path: Path) -> None:

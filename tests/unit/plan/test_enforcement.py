@@ -17,7 +17,7 @@ from fedtune.core.errors import UpdateError
 from fedtune.core.job import AdapterSettings, ModelSettings
 from fedtune.model.base import load_base
 from fedtune.model.examples import prepare
-from fedtune.model.lora import adapt
+from fedtune.model.lora import Limits, adapt
 from fedtune.model.loss import completion_loss
 from fedtune.model.records import Record
 
@@ -50,6 +50,20 @@ def test_memory_that_runs_out_once_costs_smaller_micro_batches_and_no_update(
     whole = train_locally(model, examples, received, TASK)
     monkeypatch.setattr(training, "completion_loss", scarce(64))
     result = train_within_memory(model, examples, received, TASK)
+    np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.learning_rate * 0.02)
+    assert model.limits == Limits(64)  # the next round does not run into it again
+
+
+def test_a_model_s_limits_are_kept_to(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples, received = world
+    whole = train_locally(model, examples, received, TASK)
+    enabled: list[object] = []
+    monkeypatch.setattr(model.base.network, "activation_checkpointing_enable", enabled.append)
+    monkeypatch.setattr(training, "completion_loss", scarce(100))
+    monkeypatch.setattr(model, "limits", Limits(100, checkpointing=True))
+    result = train_within_memory(model, examples, received, TASK)
+    assert model.limits == Limits(100, checkpointing=True)  # memory did not run out
+    assert len(enabled) == 1
     np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.learning_rate * 0.02)
 
 

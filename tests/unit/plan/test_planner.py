@@ -14,9 +14,9 @@ from fedtune.client.plan.planner import (
     Wishes,
     affordable_rank,
     choose,
+    longest_example,
     rank_tiers,
     upload_bytes,
-    usual_length,
 )
 from fedtune.client.plan.seconds import operations_per_token, step_seconds
 from fedtune.core.adapter import AdaptedModule
@@ -28,8 +28,8 @@ from fedtune.model.shape import ModelShape, shape_of
 
 LINEAR = tuple(AdaptedModule(f"layer.{index}", 1024, 1024) for index in range(100))
 SHAPE = ModelShape("box", LINEAR, 32_000_000, 12, 1024, 1024, 512, 2048, True, 32_000, 2048, 0)
-WISHES = Wishes("nf4", "bf16", 16, 512, 4096, 20)
-ONE = Choices("dequantized", "bf16", 16, 512, 1, False)
+WISHES = Wishes("nf4", "bf16", 16, 512, 512, 4096, 20)
+ONE = Choices("dequantized", "bf16", 16, 512, 512, False)
 LARGE = 1 << 40
 
 
@@ -55,44 +55,44 @@ def test_what_is_no_model_has_no_sizes() -> None:
         shape_of(ModelSettings("/nowhere"))
 
 
-def test_with_memory_to_spare_the_fastest_format_and_a_whole_step_at_once() -> None:
-    plan = choose(SHAPE, WISHES, LARGE)
-    assert (plan.choices.weights, plan.choices.checkpointing, plan.choices.sequence_length) == (
-        "dequantized",
-        False,
-        512,
-    )
-    assert (plan.choices.micro_batch, plan.accumulation, plan.tier) == (8, 1, 16)
+def test_with_memory_to_spare_the_plan_is_what_a_simulation_does() -> None:
+    plan = choose(SHAPE, replace(WISHES, batch_tokens=4000), LARGE)
+    assert (plan.choices.weights, plan.choices.checkpointing, plan.sequence_length) == ("dequantized", False, 512)
+    assert (plan.choices.tokens, plan.accumulation, plan.tier) == (4000, 1, 16)  # whole steps, no power of two
 
 
 def test_less_memory_costs_micro_batch_then_format_then_checkpointing_then_length() -> None:
     budgets = [
-        peak(micro_batch=4),
+        peak(tokens=2048),
         peak(),
         peak(weights="packed"),
         peak(weights="packed", checkpointing=True),
-        peak(weights="packed", checkpointing=True, sequence_length=256),
+        peak(weights="packed", checkpointing=True, sequence_length=256, tokens=256),
     ]
     assert budgets == sorted(budgets, reverse=True)
     plans = [choose(SHAPE, WISHES, budget) for budget in budgets]
-    seen = [
-        (p.choices.micro_batch, p.choices.weights, p.choices.checkpointing, p.choices.sequence_length) for p in plans
-    ]
+    seen = [(p.choices.tokens, p.choices.weights, p.choices.checkpointing, p.sequence_length) for p in plans]
     assert seen == [
-        (4, "dequantized", False, 512),
-        (1, "dequantized", False, 512),
-        (1, "packed", False, 512),
-        (1, "packed", True, 512),
-        (1, "packed", True, 256),
+        (2048, "dequantized", False, 512),
+        (512, "dequantized", False, 512),
+        (512, "packed", False, 512),
+        (512, "packed", True, 512),
+        (256, "packed", True, 256),
     ]
     for plan, budget in zip(plans, budgets, strict=True):
         assert plan.memory.peak <= budget
         assert plan.accumulation * plan.choices.tokens >= WISHES.batch_tokens
 
 
+def test_examples_that_are_all_short_need_less_and_are_cut_no_shorter() -> None:
+    short = replace(WISHES, longest=40)
+    plan = choose(SHAPE, short, peak(sequence_length=40, tokens=40))
+    assert (plan.choices.sequence_length, plan.choices.tokens, plan.sequence_length) == (40, 40, 512)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(
-        NoPlanError, match=r"box does not fit this device: the smallest plan \(packed.*checkpointed\)"
+        NoPlanError, match=r"the base model does not fit this device: the smallest plan \(packed.*checkpointed\)"
     ) as caught:
         choose(SHAPE, WISHES, 1_000_000)
     assert isinstance(caught.value, InputError)
@@ -106,7 +106,7 @@ def test_a_job_that_insists_on_a_format_gets_it_or_a_refusal() -> None:
     plain = replace(WISHES, quantization="none")
     assert choose(SHAPE, plain, peak(checkpointing=True)).choices.checkpointing
     with pytest.raises(NoPlanError):
-        choose(SHAPE, plain, peak(weights="packed", checkpointing=True, sequence_length=64))
+        choose(SHAPE, plain, peak(weights="packed", checkpointing=True, sequence_length=64, tokens=64))
 
 
 def test_the_rank_tier_follows_the_line() -> None:
@@ -120,10 +120,10 @@ def test_the_rank_tier_follows_the_line() -> None:
         affordable_rank(SHAPE, replace(slow, bandwidth_up=10.0))
 
 
-def test_the_sequence_length_is_what_95_percent_of_the_data_needs() -> None:
-    assert usual_length([10] * 96 + [500] * 4, 256) == 16
-    assert usual_length([10] * 90 + [500] * 10, 256) == 256
-    assert usual_length([], 256) == 256
+def test_the_longest_example_is_padded_and_at_most_what_the_job_allows() -> None:
+    assert longest_example([10, 50, 20], 256) == 56
+    assert longest_example([10, 500], 256) == 256
+    assert longest_example([], 256) == 256
 
 
 def test_kappa_makes_the_prediction_what_was_measured() -> None:

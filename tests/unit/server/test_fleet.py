@@ -60,7 +60,7 @@ def test_with_deadlines_rounds_are_much_shorter_and_every_kind_still_contributes
 def test_a_kind_that_the_model_does_not_fit_sits_out_with_the_numbers() -> None:
     phone, *others = load_fleet(FLEET).kind
     fleet = devices(fleet=Fleet((replace(phone, memory_mb=500), *others)))
-    assert "phone: demo does not fit this device: the smallest plan" in fleet.refusals["phone"]
+    assert "phone: the base model does not fit this device: the smallest plan" in fleet.refusals["phone"]
     assert all(fleet.kinds[name].name != "phone" for number in range(5) for name in fleet.present(number, NAMES))
     with pytest.raises(JobError, match="no kind that the model fits"):
         devices(fleet=Fleet((replace(phone, memory_mb=500),)))

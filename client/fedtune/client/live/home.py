@@ -1,12 +1,14 @@
 """A device's folder: its keys, its roster, and what it remembers. Its owner's only; `leave` removes it.
 
-device.json         name, server, data file, base models
+device.json         name, server, data file, base models, when the device takes part
 authority.pem       certificate authority of the server's certificate
 node.key            signs requests to the server
 identity.key        the device in secure aggregation
 roster.json         who the other devices are, signed by the fleet's key
 rounds.json         the last round served of each job
-jobs/               residuals and adapters, by job
+jobs/               residuals, adapters and terms, by job
+uplink              bytes a second that the last update went up with
+calibration/        what real training steps took, by base model
 working             the message that is being worked on, until its answer is with the server
 models/             exported models that were pulled, and which of them counts
 status.json         what `fedtune client status` shows
@@ -22,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.client.inference.versions import Versions
+from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
 from fedtune.client.store import TEMPORARY, ClientStore
 from fedtune.core.enrolment import Bundle, SignedRoster, check_address, check_name
 from fedtune.core.errors import InputError, PeerError
@@ -33,6 +36,7 @@ KEPT_JOBS = 3
 MAX_DATA_CHECK_BYTES = 1 << 16
 MODELS = "models"
 _DEVICE = "device.json"
+CALIBRATIONS = "calibration"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class DeviceConfig:
         bases: model directories of this device; a job's base is found among them by its digest.
         fleet_key: public key that rosters are signed with, in hexadecimal digits.
         allow_clear: whether the device takes part in jobs that do not mask updates.
+        requirements: when the device takes part.
     """
 
     name: str
@@ -51,6 +56,7 @@ class DeviceConfig:
     bases: tuple[str, ...]
     fleet_key: str
     allow_clear: bool = False
+    requirements: Requirements = DEFAULT_REQUIREMENTS
 
 
 def default_home() -> Path:
@@ -74,7 +80,14 @@ class ClientHome:
 
     @classmethod
     def join(
-        cls, path: Path, bundle: Bundle, data: Path, bases: tuple[Path, ...] = (), *, allow_clear: bool = False
+        cls,
+        path: Path,
+        bundle: Bundle,
+        data: Path,
+        bases: tuple[Path, ...] = (),
+        *,
+        allow_clear: bool = False,
+        requirements: Requirements = DEFAULT_REQUIREMENTS,
     ) -> ClientHome:
         """Makes a device's folder out of a bundle.
 
@@ -99,6 +112,7 @@ class ClientHome:
             tuple(str(base.absolute()) for base in bases),
             bundle.fleet_key.hex(),
             allow_clear,
+            requirements,
         )
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: now it is a device
         return cls(path)
@@ -205,13 +219,26 @@ class JobMemory(ClientStore):
         """Whether the job masks updates."""
         return not (self._folder / "clear").exists()
 
-    def begin(self, job: str, secure: bool) -> None:
+    @property
+    def terms(self) -> bytes:
+        """What the server asked to plan for when it greeted the device for this job.
+
+        Raises:
+            PeerError: it did not.
+        """
+        try:
+            return (self._folder / "terms").read_bytes()
+        except FileNotFoundError:
+            raise PeerError("this device has not been greeted for a job") from None
+
+    def begin(self, job: str, secure: bool, terms: bytes) -> None:
         """Turns to a job, new or known."""
         self._folder = private_folder(self._root / hashlib.sha256(job.encode()).hexdigest()[:24])
         if secure:
             (self._folder / "clear").unlink(missing_ok=True)
         else:
             (self._folder / "clear").touch()
+        write_private(self._folder / "terms", terms)
         os.utime(self._folder)
         for old in sorted(self._jobs(), key=lambda path: path.stat().st_mtime)[:-KEPT_JOBS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -224,13 +251,15 @@ def _read_config(path: Path) -> DeviceConfig:
     content = read_json(path, "the device", 1 << 16)
     texts = ("name", "server", "data", "fleet_key")
     try:
-        if set(content) != {*texts, "bases", "allow_clear"} or not all(isinstance(content[key], str) for key in texts):
+        others = {"bases", "allow_clear", "requirements"}
+        if set(content) != {*texts, *others} or not all(isinstance(content[key], str) for key in texts):
             raise ValueError
         bases = tuple(map(str, content["bases"]))
         bytes.fromhex(content["fleet_key"])
         name, server = check_name(content["name"]), check_address(content["server"])
         allow_clear = content["allow_clear"] is True
-        return DeviceConfig(name, server, content["data"], bases, content["fleet_key"], allow_clear)
+        requirements = Requirements(**content["requirements"])
+        return DeviceConfig(name, server, content["data"], bases, content["fleet_key"], allow_clear, requirements)
     except (TypeError, ValueError):
         raise InputError(f"{path}: damaged; leave and join anew") from None
     except InputError as error:

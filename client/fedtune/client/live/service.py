@@ -41,18 +41,29 @@ from fedtune.client.live.fleet import (
     identify,
     interrupted,
 )
-from fedtune.client.live.home import ClientHome, JobMemory
+from fedtune.client.live.home import CALIBRATIONS, ClientHome, JobMemory
+from fedtune.client.live.planned import PlannedWork
+from fedtune.client.plan.command import Outcome
+from fedtune.client.plan.eligibility import not_now
+from fedtune.client.plan.planner import NoPlanError
+from fedtune.client.plan.probe import sense
 from fedtune.client.secure import Credentials
+from fedtune.core.actions import OPEN, TRAIN, query
 from fedtune.core.enrolment import SignedRoster
 from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError, PeerError, UpdateError
-from fedtune.core.greeting import ACTION, MAX_GREETING_BYTES, PROTOCOL_VERSION, Greeting, GreetingReply
-from fedtune.core.job import DEMO, AdapterSettings, ModelSettings
-from fedtune.core.messages import Base, decode, encode
+from fedtune.core.greeting import (
+    ACTION,
+    MAX_GREETING_BYTES,
+    PROTOCOL_VERSION,
+    SITS_OUT,
+    Greeting,
+    GreetingReply,
+    Terms,
+    two_digits,
+)
+from fedtune.core.messages import decode, encode
 from fedtune.core.private import remove_unfinished, write_private
 from fedtune.core.secagg import Policy
-from fedtune.model.base import load_base
-from fedtune.model.examples import Example, load_examples
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.strategies.envelope import seal, unseal
 
 POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, at most while a round is near, at most otherwise
@@ -62,6 +73,7 @@ BEAT_SECONDS = 8.0
 BACKOFF_SECONDS = (0.5, 30.0)  # first and longest pause after a failure; a pause is between half of it and all of it
 ANSWER_SECONDS = 900.0  # how long an answer is worth bringing
 STATUS_SECONDS = 1.0
+TELLING_BYTES = 50_000  # of an answer whose time tells the link's bandwidth
 
 State = Literal["starting", "connected", "working", "answering", "waiting", "stopped"]
 
@@ -80,6 +92,8 @@ class Status:
         next_try: when it will be tried again, seconds since 1970.
         contact: when the server last answered, seconds since 1970.
         clock_error: seconds by which this device's clock is ahead of the server's, where it had to be corrected.
+        sits_out: which of its owner's conditions kept the device from training when it was last asked, or "".
+        plan: what it trains under, and what that took; None before the first job.
         problem: the last one, and when.
     """
 
@@ -93,6 +107,8 @@ class Status:
     contact: float | None = None
     answered: int = 0
     clock_error: float = 0.0
+    sits_out: str = ""
+    plan: dict[str, Any] | None = None
     problem: str = ""
     problem_time: float | None = None
     written: float = 0.0
@@ -129,14 +145,13 @@ class Service:
         self._home, self._show = home, show
         remove_unfinished(home.path)
         config = home.config
-        self._bases = tuple(map(Path, config.bases))
-        self._data = Path(config.data)
         self._status = Status(os.getpid(), config.name, config.server)
         self._status_lock = threading.Lock()
         self._memory = JobMemory(home.path / "jobs")
-        device = Device(self._open_model, self._load_examples, self._memory)
-        self._secure_app = client_app(device, credentials=self._credentials)
-        self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
+        bases = tuple(map(Path, config.bases))
+        self._planned = PlannedWork(bases, Path(config.data), home.path / CALIBRATIONS, show)
+        self._planned.uplink = self._uplink_before()
+        self._make_apps()
         self._backoff = Backoff()
         self._ending = threading.Event()
         self._counted_out = threading.Event()
@@ -255,9 +270,19 @@ class Service:
         try:
             if kind == ACTION:
                 return self._greet(message)
-            app = self._secure_app if self._memory.secure else self._clear_app
-            return app(message, context)
-        except (PeerError, UpdateError) as error:
+            if self._planned.terms is None:  # an earlier process was greeted
+                self._take_on(decode(self._memory.terms, Terms))
+            secure = self._memory.secure
+            app = self._secure_app if secure else self._clear_app
+            if kind == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
+                raise UpdateError(f"{SITS_OUT}: {condition}")
+            if kind != TRAIN:
+                return app(message, context)
+            with self._planned.watched():
+                reply = app(message, context)
+            self._tell(plan=self._planned.to_json())
+            return reply
+        except (PeerError, UpdateError, NoPlanError) as error:
             problem, reason = str(error), str(error)
         except (ModelError, DataError, InputError) as error:
             problem, reason = str(error), f"{type(error).__name__}: the device's own status says more"
@@ -274,9 +299,11 @@ class Service:
         self._tell(state="answering")
         end = time.monotonic() + ANSWER_SECONDS
         while True:
+            start = time.monotonic()
             try:
                 self._link.answer(reply, seconds)
                 self._backoff.reset()
+                self._time_link(reply, time.monotonic() - start)
                 return
             except UnknownDeviceError:
                 raise RunOverError("the server began anew") from None
@@ -286,6 +313,21 @@ class Service:
                 self._pause(error)
                 self._tell(state="answering")
 
+    def _time_link(self, reply: Message, seconds: float) -> None:
+        """Remembers how fast an update went up; smaller answers say more of delay than of bandwidth."""
+        if reply.has_error() or reply.metadata.message_type != TRAIN:
+            return
+        size = sum(record.count_bytes() for record in reply.content.array_records.values())
+        if size >= TELLING_BYTES:
+            self._planned.uplink = size / max(seconds, 1e-3)
+            write_private(self._home.path / "uplink", f"{self._planned.uplink:.0f}\n")
+
+    def _uplink_before(self) -> float | None:
+        try:
+            return float(max(1, int((self._home.path / "uplink").read_text())))
+        except (OSError, ValueError):
+            return None
+
     def _greet(self, message: Message) -> Message:
         greeting = decode(unseal(message), Greeting, limit=MAX_GREETING_BYTES)
         self._home.renew_roster(SignedRoster.from_bytes(greeting.roster))
@@ -293,7 +335,8 @@ class Service:
             raise UpdateError(
                 "this device takes part in secure aggregation only; its owner may join with --allow-clear"
             )
-        self._memory.begin(greeting.job, greeting.secure)
+        self._memory.begin(greeting.job, greeting.secure, encode(greeting.terms))
+        outcome = self._take_on(greeting.terms)
         answer = GreetingReply(
             PROTOCOL_VERSION,
             version("fedtune"),
@@ -301,8 +344,34 @@ class Service:
             os.cpu_count() or 0,
             psutil.virtual_memory().total >> 20,
             torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            self._sits_out(),
+            outcome.plan.tier,
+            outcome.plan.choices.weights,
+            outcome.plan.sequence_length,
+            max(1, round(two_digits(outcome.plan.memory.peak / 1e6))),
+            two_digits(outcome.seconds_per_round),
         )
         return Message(seal(encode(answer)), reply_to=message)
+
+    def _take_on(self, terms: Terms) -> Outcome:
+        """Plans for a job; what was open of another is over."""
+        try:
+            return self._planned.take_on(terms)
+        finally:
+            if self._planned.must_reload:
+                self._make_apps()
+            self._tell(plan=self._planned.to_json())
+
+    def _make_apps(self) -> None:
+        device = Device(self._planned.open_model, self._planned.load_examples, self._memory)
+        self._secure_app = client_app(device, credentials=self._credentials)
+        self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
+
+    def _sits_out(self) -> str:
+        """Which of its owner's conditions keeps the device from training now, or ""."""
+        obstacle = not_now(sense(), self._home.config.requirements)
+        self._tell(sits_out=obstacle.reading if obstacle else "")
+        return obstacle.condition if obstacle else ""
 
     def _own_up(self) -> None:
         """Tells the server of a message that an earlier process took and never answered."""
@@ -326,29 +395,6 @@ class Service:
         del client  # there is but one here
         home = self._home
         return Credentials(home.identity, home.roster.roster, Policy(), home.round_log)
-
-    # -- what the app needs -------------------------------------------------------------------------------------------
-
-    def _open_model(self, base: Base) -> AdaptedModel:
-        """The model of the digest that the server names, from this device's directories, never the server's path."""
-        targets = base.target_modules
-        settings = AdapterSettings(base.rank, base.alpha, "all-linear" if targets == ("all-linear",) else targets)
-        found = []
-        for source in [DEMO] if base.name == DEMO else map(str, self._bases):
-            model = load_base(ModelSettings(source, base.quantization))
-            if model.digest == base.digest:
-                return adapt(model, settings)
-            found.append(f"{source} (digest {model.digest[:16]}…)")
-        raise ModelError(
-            f"the job is for the base model {base.name} with digest {base.digest[:16]}…; this device has "
-            f"{', '.join(found) or 'none'}. Join with --base DIR for the directory that holds it"
-        )
-
-    def _load_examples(self, client: str, model: AdaptedModel, sequence_length: int) -> list[Example]:
-        del client  # there is but one here
-        examples, report = load_examples(self._data, model.base.tokenizer, sequence_length, skip_bad=True)
-        self._show(f"data: {report}")
-        return examples
 
     # -- the heart, and what is told ----------------------------------------------------------------------------------
 

@@ -17,18 +17,22 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from fedtune.client.plan.memory import Precision, Weights
 from fedtune.core.errors import RunError
+from fedtune.core.job import DEMO
 
 STEPS = 5  # after which glibc's heap has settled
 LIKELY_KAPPA = (0.2, 5.0)
 _SECONDS_ALLOWED = 900
 _MARK_RESET = "5"
+_FIRST_TO_GO = "1000"
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Case:
 
     base: str
     quantization: str
-    weights: str
-    precision: str
+    weights: Weights
+    precision: Precision
     rank: int
     alpha: float
     sequence_length: int
@@ -159,13 +163,13 @@ def run_case(case: Case) -> Measured:
 
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
-    _train(_load(case, "demo", "packed", "nf4"), 32, 2, case)
-    meter = _CudaMeter(device) if device.type == "cuda" else _ProcessMeter()
+    warm_up(case.precision, case.device)
+    meter = meter_for(device)
     runtime = meter.reset()
-    model = _load(case, case.base, case.weights, case.quantization)
+    model = _load(case)
     loading = meter.peak()
     resident = meter.reset()
-    seconds = [_train(model, case.sequence_length, case.micro_batch, case) for _ in range(STEPS)]
+    seconds = [_train(model, case) for _ in range(STEPS)]
     return Measured(
         runtime=runtime,
         loading=loading - runtime,
@@ -176,7 +180,28 @@ def run_case(case: Case) -> Measured:
     )
 
 
-class _ProcessMeter:
+def warm_up(precision: Precision, device: str) -> None:
+    """Trains the bundled model for a step: kernels, threads and libraries that any training needs are there then."""
+    case = Case(DEMO, "nf4", "packed", precision, 16, 32.0, 32, 2, False, device=device)
+    _train(_load(case), case)
+
+
+class Meter(Protocol):
+    """Counts the memory of this process."""
+
+    def reset(self) -> int:
+        """Forgets the peak; what is held now, bytes."""
+
+    def peak(self) -> int:
+        """Since the reset, bytes."""
+
+
+def meter_for(device: Any) -> Meter:
+    """The one that counts what a model on that torch device takes."""
+    return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
+
+
+class ProcessMeter:
     """The resident set of this process and its high-water mark, as the kernel counts them."""
 
     def reset(self) -> int:
@@ -192,7 +217,7 @@ class _ProcessMeter:
         return _status("VmHWM")
 
 
-class _CudaMeter:
+class CudaMeter:
     """What torch's allocator holds on a GPU."""
 
     def __init__(self, device: Any) -> None:
@@ -222,36 +247,37 @@ def _status(key: str) -> int:
     raise RunError(f"/proc/self/status has no {key}; memory cannot be measured here")
 
 
-def _load(case: Case, base: str, weights: str, quantization: str) -> Any:
+def _load(case: Case) -> Any:
     from fedtune.core.job import AdapterSettings, ModelSettings
     from fedtune.model.base import load_base
     from fedtune.model.lora import adapt
 
     loaded = load_base(
-        ModelSettings(base, quantization),  # type: ignore[arg-type]
-        weights=weights,  # type: ignore[arg-type]
-        precision=case.precision,  # type: ignore[arg-type]
+        ModelSettings(case.base, case.quantization),  # type: ignore[arg-type]
+        weights=case.weights,
+        precision=case.precision,
         device=case.device,
     )
     return adapt(loaded, AdapterSettings(case.rank, case.alpha))
 
 
-def _train(model: Any, sequence_length: int, micro_batch: int, case: Case) -> float:
+def _train(model: Any, case: Case) -> float:
     """One optimizer step on random tokens of the full length; its seconds."""
     from fedtune.client.training import LocalTask, train_locally
     from fedtune.model.examples import Example
 
     random = np.random.default_rng(0)
     vocabulary = int(model.base.network.config.get_text_config().vocab_size)
-    first = max(1, round(sequence_length * (1.0 - case.target_share)))
+    first = max(1, round(case.sequence_length * (1.0 - case.target_share)))
     examples = [
-        Example(random.integers(0, vocabulary, sequence_length).astype(np.int32), first) for _ in range(micro_batch)
+        Example(random.integers(0, vocabulary, case.sequence_length).astype(np.int32), first)
+        for _ in range(case.micro_batch)
     ]
     task = LocalTask(
         seed=0,
         learning_rate=1e-5,
         local_steps=1,
-        batch_tokens=sequence_length * micro_batch,
+        batch_tokens=case.sequence_length * case.micro_batch,
         gradient_checkpointing=case.checkpointing,
     )
     start = time.perf_counter()
@@ -260,4 +286,6 @@ def _train(model: Any, sequence_length: int, micro_batch: int, case: Case) -> fl
 
 
 if __name__ == "__main__":
+    with suppress(OSError):  # where memory runs out the kernel shall end this process, not the one that waits for it
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
     print(json.dumps(asdict(run_case(Case(**json.load(sys.stdin))))))

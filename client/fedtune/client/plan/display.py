@@ -30,8 +30,10 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table.add_row("weights", packed)
     table.add_row("arithmetic", choices.precision)
     table.add_row("rank", f"{plan.tier} of {choices.rank}")
-    table.add_row("sequence length", f"{choices.sequence_length} tokens")
-    table.add_row("micro-batch", f"{choices.micro_batch}, {plan.accumulation} of them a step")
+    longest = f"{choices.sequence_length} tokens, the longest example"
+    cut = f"{plan.sequence_length} tokens, to which examples are cut"
+    table.add_row("sequence length", longest if choices.sequence_length < plan.sequence_length else cut)
+    table.add_row("micro-batch", f"{choices.tokens} tokens, {plan.accumulation} of them a step")
     table.add_row("gradient checkpointing", "on" if choices.checkpointing else "off")
     table.add_section()
     memory = plan.memory

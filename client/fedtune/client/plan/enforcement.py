@@ -1,4 +1,4 @@
-"""Training within a device's memory: one out-of-memory is survived by smaller micro-batches, a second is refused.
+"""Training within a device's memory: under its plan's limits, and where memory runs out in spite of them, once more.
 
 The gradient of a step does not depend on how it is cut into micro-batches, so what a device sends stays the same up to
 rounding; it only takes longer.
@@ -24,13 +24,17 @@ _CPU_MESSAGE = "can't allocate memory"  # of torch's CPU allocator, which has no
 def train_within_memory(
     model: AdaptedModel, examples: Sequence[Example], received: Vector, task: LocalTask
 ) -> LocalResult:
-    """`train_locally`, once more with a quarter of the micro-batch where memory ran out.
+    """`train_locally` under the model's limits, once more with a quarter of the micro-batch where memory ran out.
+
+    The smaller micro-batch stays the model's limit.
 
     Raises:
         UpdateError: as `train_locally`, and where memory ran out again; the message has the sizes that were tried.
     """
-    first = task.micro_batch_tokens or task.batch_tokens
+    first = model.limits.at_once(task.micro_batch_tokens or task.batch_tokens)
     smaller = max(1, first // SHRINK)
+    checkpointing = task.gradient_checkpointing or model.limits.checkpointing
+    task = replace(task, micro_batch_tokens=first, gradient_checkpointing=checkpointing)
     try:
         return train_locally(model, examples, received, task)
     except RuntimeError as error:
@@ -39,6 +43,7 @@ def train_within_memory(
     # Outside the handler, whose traceback would keep the failed step's tensors alive.
     if model.base.device.type == "cuda":
         torch.cuda.empty_cache()
+    model.limits = replace(model.limits, tokens=smaller)
     try:
         return train_locally(model, examples, received, replace(task, micro_batch_tokens=smaller))
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """How much memory a training step takes, from a model's sizes and a plan's choices. Pure arithmetic; bytes.
 
-With n = micro-batch · sequence length tokens, β the arithmetic's bytes a value, P adapter parameters of the full rank:
+With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parameters of the full rank:
 
     resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, otherwise β; the adapter and its gradient
     adapter        8P + 8P + P·β                               Adam's moments; received and sent; the factors in β
@@ -41,21 +41,17 @@ class Choices:
 
     Args:
         rank: of the adapter that is loaded; a lower tier freezes part of it, and the memory stays.
-        micro_batch: sequences a forward pass.
+        sequence_length: of the longest example.
+        tokens: n, of a micro-batch, padding included.
     """
 
     weights: Weights
     precision: Precision
     rank: int
     sequence_length: int
-    micro_batch: int
+    tokens: int
     checkpointing: bool
     cuda: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """n, of a micro-batch."""
-        return self.micro_batch * self.sequence_length
 
 
 @dataclass(frozen=True)

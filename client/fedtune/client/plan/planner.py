@@ -2,17 +2,16 @@
 
     plan = choose(shape, wishes, budget)
 
-Order of choice: the sequence length that 95% of the data needs; the largest rank whose upload fits the link; the
-fastest weights format that fits, checkpointing only where none fits without; the largest power-of-two micro-batch. Only
-where nothing fits is the rank lowered, and then the sequence length.
+Order of choice: the job's sequence length; the largest rank whose upload fits the link; the fastest weights format that
+fits, checkpointing only where none fits without; whole steps, or micro-batches of a power of two of the longest
+example. Only where nothing fits is the sequence length halved. With memory to spare the plan is what a simulation of
+the job does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from fedtune.client.plan.memory import Choices, MemoryPrediction, Precision, Weights, predict_memory
 from fedtune.core.errors import InputError
@@ -23,7 +22,6 @@ RESERVE = 0.25  # of the free memory stays free
 UPLOAD_SHARE = 0.25  # of a round's deadline that may go to sending
 SMALLEST_RANK = 4
 SHORTEST_SEQUENCE = 64
-QUANTILE = 0.95
 BYTES_PER_PARAMETER_UP = 0.09  # of the default uplink: 20,792 bytes for 245,760 parameters (benchmarks/demo)
 BYTES_PER_PARAMETER_DOWN = 0.13
 # Fastest first: unpacking NF4 costs less than computing every block twice.
@@ -47,7 +45,8 @@ class Wishes:
         quantization: of the reference base; without it there is nothing to pack.
         precision: of the arithmetic on this device.
         rank: r_max.
-        sequence_length: the longest that shall be trained.
+        sequence_length: to which the job cuts examples.
+        longest: the longest example of this device, so cut and padded; the data is no reason to plan for more.
         batch_tokens: tokens an optimizer step.
         local_steps: optimizer steps a round.
         deadline: seconds of a round, or None.
@@ -61,6 +60,7 @@ class Wishes:
     precision: Precision
     rank: int
     sequence_length: int
+    longest: int
     batch_tokens: int
     local_steps: int
     deadline: float | None = None
@@ -78,6 +78,7 @@ class Plan:
     Args:
         choices: what memory depends on; its rank is that of the whole adapter.
         tier: how many of its rank indices this device trains.
+        sequence_length: to which this device cuts examples: the job's, or less where memory is short.
         accumulation: micro-batches an optimizer step.
         memory: predicted.
         budget: bytes that were allowed over what the process takes anyway.
@@ -86,6 +87,7 @@ class Plan:
 
     choices: Choices
     tier: int
+    sequence_length: int
     accumulation: int
     memory: MemoryPrediction
     budget: int
@@ -108,22 +110,21 @@ def choose(shape: ModelShape, wishes: Wishes, budget: int, *, target_share: floa
 
     tier = affordable_rank(shape, wishes)
     smallest: tuple[int, Choices] | None = None
-    for choices in _candidates(shape, wishes):
+    for length, choices in _candidates(shape, wishes):
         peak = predicted(choices).peak
         if smallest is None or peak < smallest[0]:
             smallest = peak, choices
         if peak <= budget:
-            most = max(1, wishes.batch_tokens // choices.sequence_length)
-            while choices.micro_batch * 2 <= most:
-                wider = replace(choices, micro_batch=choices.micro_batch * 2)
+            for tokens in _wider(choices.tokens, wishes.batch_tokens):
+                wider = replace(choices, tokens=tokens)
                 if predicted(wider).peak > budget:
                     break
                 choices = wider
-            return _plan(shape, wishes, choices, tier, predicted(choices), budget)
+            return _plan(shape, wishes, length, choices, tier, predicted(choices), budget)
     assert smallest is not None  # there is always a candidate
     peak, choices = smallest
     raise NoPlanError(
-        f"{shape.name} does not fit this device: the smallest plan ({_describe(choices)}) needs "
+        f"the base model does not fit this device: the smallest plan ({_describe(choices)}) needs "
         f"{megabytes(peak)} over the program itself, and {megabytes(max(budget, 0))} may be used "
         f"({RESERVE:.0%} of the free memory stay free)"
     )
@@ -163,12 +164,9 @@ def upload_bytes(shape: ModelShape, rank: int) -> int:
     return round(shape.adapter_parameters(rank) * BYTES_PER_PARAMETER_UP)
 
 
-def usual_length(lengths: Sequence[int], cap: int) -> int:
-    """The sequence length that 95% of the examples need, padded, and at most the cap."""
-    if not lengths:
-        return cap
-    wanted = int(np.ceil(np.quantile(np.asarray(lengths), QUANTILE)))
-    return min(cap, -(-wanted // LENGTH_STEP) * LENGTH_STEP)
+def longest_example(lengths: Sequence[int], cap: int) -> int:
+    """The sequence length that the longest example needs, padded, and at most the cap."""
+    return min(cap, -(-max(lengths, default=cap) // LENGTH_STEP) * LENGTH_STEP)
 
 
 def megabytes(count: float) -> str:
@@ -176,28 +174,43 @@ def megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _candidates(shape: ModelShape, wishes: Wishes) -> Iterator[Choices]:
+def _candidates(shape: ModelShape, wishes: Wishes) -> Iterator[tuple[int, Choices]]:
+    """What may be chosen, best first, one example a micro-batch: (length to which examples are cut, choices)."""
     length = min(wishes.sequence_length, shape.positions)
     while True:
+        longest = min(length, wishes.longest)
         for weights, checkpointing in _FORMATS:
             if weights == "packed" and wishes.quantization == "none":
                 continue
             if wishes.weights not in ("auto", weights) or (wishes.checkpointing and not checkpointing):
                 continue
-            yield Choices(weights, wishes.precision, wishes.rank, length, 1, checkpointing, wishes.cuda)
+            yield length, Choices(weights, wishes.precision, wishes.rank, longest, longest, checkpointing, wishes.cuda)
         if length // 2 < SHORTEST_SEQUENCE:
             return
         length //= 2
 
 
+def _wider(tokens: int, whole: int) -> Iterator[int]:
+    """Twice, four times, … as many tokens, and last a whole step."""
+    while (tokens := tokens * 2) < whole:
+        yield tokens
+    yield whole
+
+
 def _plan(
-    shape: ModelShape, wishes: Wishes, choices: Choices, tier: int, memory: MemoryPrediction, budget: int
+    shape: ModelShape,
+    wishes: Wishes,
+    length: int,
+    choices: Choices,
+    tier: int,
+    memory: MemoryPrediction,
+    budget: int,
 ) -> Plan:
-    tokens = choices.micro_batch * choices.sequence_length
     return Plan(
         choices=choices,
         tier=tier,
-        accumulation=max(1, -(-wishes.batch_tokens // tokens)),
+        sequence_length=length,
+        accumulation=-(-wishes.batch_tokens // choices.tokens),
         memory=memory,
         budget=budget,
         bytes_up=upload_bytes(shape, tier),
@@ -207,5 +220,4 @@ def _plan(
 
 def _describe(choices: Choices) -> str:
     checkpointed = ", checkpointed" if choices.checkpointing else ""
-    batch = f"{choices.micro_batch} × {choices.sequence_length} tokens"
-    return f"{choices.weights}, {choices.precision}, {batch}{checkpointed}"
+    return f"{choices.weights}, {choices.precision}, {choices.tokens} tokens at once{checkpointed}"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from fedtune.client.plan.eligibility import Sensors
+
 # Those that decide how fast a low-precision product is.
 INSTRUCTION_SETS = (
     "avx2",
@@ -31,6 +33,8 @@ INSTRUCTION_SETS = (
     "i8mm",
     "sve",
 )
+_DEFAULT_ROUTE = "00000000"
+_MOBILE_BROADBAND = "DEVTYPE=wwan"
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "none"
 
 
@@ -91,7 +95,7 @@ def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
         if limit - used < free:
             free, source = max(limit - used, 0), f"control group {group}"
         total = min(total, limit)
-    battery = _battery()
+    left, charging = _battery()
     return Machine(
         processor=_processor(system),
         architecture=platform.machine(),
@@ -102,10 +106,20 @@ def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
         instructions=_instructions(system),
         gpus=_gpus(),
         disk_free=int(psutil.disk_usage(str(folder.absolute())).free),
-        battery=battery[0],
-        charging=battery[1],
+        battery=left,
+        charging=charging,
         temperature=_temperature(),
     )
+
+
+def sense(system: Path = Path("/")) -> Sensors:
+    """Looks at battery, temperature and link alone, which change while a device serves.
+
+    Args:
+        system: the root under which /proc and /sys are read.
+    """
+    left, charging = _battery()
+    return Sensors(left, charging, _temperature(), _metered(system))
 
 
 def control_group_memory(system: Path = Path("/")) -> Iterator[tuple[str, int, int]]:
@@ -228,3 +242,11 @@ def _temperature() -> float | None:
     read = getattr(psutil, "sensors_temperatures", None)
     sensors = read() if read else {}
     return max((float(reading.current) for group in sensors.values() for reading in group), default=None)
+
+
+def _metered(system: Path) -> bool | None:
+    """Whether the interface of the default route is mobile broadband; None where there is none to be seen."""
+    routes = [line.split() for line in _text(system / "proc/net/route").splitlines()[1:]]
+    interface = next((route[0] for route in routes if route[1:2] == [_DEFAULT_ROUTE]), None)
+    properties = _text(system / "sys/class/net" / (interface or "none") / "uevent").splitlines()
+    return _MOBILE_BROADBAND in properties if properties else None

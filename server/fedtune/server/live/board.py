@@ -27,7 +27,18 @@ STATUS = "status.json"
 KEPT_PROBLEMS = 20
 STALE_SECONDS = 15.0
 
-DeviceState = Literal["never seen", "online", "offline", "refused"]
+DeviceState = Literal["never seen", "online", "offline", "refused", "sits out"]
+
+
+@dataclass(frozen=True)
+class PlanStatus:
+    """What a device says it trains under, and expects of it: as `fedtune.core.greeting.GreetingReply` has it."""
+
+    rank: int
+    weights: str
+    sequence_length: int
+    peak_mb: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class DeviceStatus:
         last_heard: seconds since its last heartbeat at most, or None before the first.
         software: its fedtune version, once it has greeted.
         hardware: cores, memory and accelerator, once it has greeted.
+        plan: once it has greeted.
         dropped: why it last dropped out of a round, or "".
     """
 
@@ -45,6 +57,7 @@ class DeviceStatus:
     last_heard: float | None = None
     software: str = ""
     hardware: str = ""
+    plan: PlanStatus | None = None
     rounds: int = 0
     dropped: str = ""
 
@@ -225,10 +238,28 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
                 device["dropped"],
             )
         console.print(table)
+        if plans := {name: device["plan"] for name, device in status["devices"].items() if device.get("plan")}:
+            _print_plans(console, plans)
     else:
         console.print("no device is enrolled; enrol one with: fedtune server enroll NAME", markup=False)
     for problem in status["problems"][-5:]:
         console.print(f"{problem['time']}  {problem['text']}", markup=False, soft_wrap=True)
+
+
+def _print_plans(console: Console, plans: dict[str, dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("plan of", "rank", "weights", "tokens", "memory", "a round"):
+        table.add_column(column)
+    for name, plan in plans.items():
+        table.add_row(
+            name,
+            str(plan["rank"]),
+            plan["weights"],
+            str(plan["sequence_length"]),
+            f"{plan['peak_mb']} MB",
+            f"{plan['seconds']:g} s",
+        )
+    console.print(table)
 
 
 def _now() -> str:

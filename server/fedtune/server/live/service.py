@@ -29,16 +29,17 @@ from flwr.serverapp import Grid
 
 from fedtune.core.enrolment import SignedRoster
 from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
-from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply
-from fedtune.core.job import Job, secure_cohort_problems
-from fedtune.core.messages import HEADER_BYTES, decode, encode
+from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, SITS_OUT, Greeting, GreetingReply, Terms, check_plan
+from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job, secure_cohort_problems
+from fedtune.core.messages import HEADER_BYTES, Base, decode, encode
 from fedtune.core.private import remove_unfinished, write_private
+from fedtune.core.records import ClientRecord
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.base import describe_base, open_model
 from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.last_step import check_export, export_finished
-from fedtune.server.live.board import STATUS, Board, JobStatus
+from fedtune.server.live.board import STATUS, Board, DeviceState, JobStatus, PlanStatus
 from fedtune.server.live.devices import Devices, changed
 from fedtune.server.live.flower import Link, LinkLostError, NodeState, RunGrid
 from fedtune.server.live.home import ServerHome
@@ -75,6 +76,15 @@ class _CurrentJob:
 
     id: str
     secure: bool
+    terms: Terms
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Why a device that is online is not asked to train, and since when: time.monotonic()."""
+
+    state: DeviceState
+    since: float
 
 
 class Service:
@@ -93,13 +103,15 @@ class Service:
         self._board = Board(home.path / STATUS, home.config.address, display)
         self._devices = Devices.load(home)
         self._devices_seen = -1
-        self._job = _CurrentJob("", True)
+        self._job: _CurrentJob | None = None
         self._greeted: dict[int, int] = {}
-        self._refused: dict[int, float] = {}
+        self._left_out: dict[int, _LeftOut] = {}
         self._model: tuple[Job, AdaptedModel] | None = None
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
+        self.tiers: dict[str, int] = {}
+        """Device -> how many rank indices its plan trains, of those that the current job has greeted."""
 
     def run(self) -> None:
         """Serves until SIGTERM or Ctrl-C.
@@ -184,13 +196,15 @@ class Service:
             evaluator = ModelEvaluator(model, job.data)
             self._board.working(state="waiting for devices")
             self._greeted.clear()  # a greeting also says which job is next
-            self._job = _CurrentJob(queued.path.stem, job.secure_aggregation.enabled)
+            self._left_out.clear()
+            self.tiers.clear()
+            self._job = _CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 federation = federation_from_job(job, base, model.layout)
                 identities = self._devices.roster.roster
                 secure = SecureAggregation(self._job.id, identities) if job.secure_aggregation.enabled else None
                 attendance = _Attendance(self, grid, job, set(identities.keys))
-                strategy = AdapterStrategy(federation, attendance, self._board.client, secure)
+                strategy = AdapterStrategy(federation, attendance, self._observe, secure)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
@@ -225,15 +239,16 @@ class Service:
             name: node_id
             for name, node_id in online.items()
             if self._greeted.get(node_id, -1) < newest.version
-            and time.monotonic() - self._refused.get(node_id, -REFUSED_SECONDS) >= REFUSED_SECONDS
+            and (node_id not in self._left_out or time.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS)
         }
         self._greet(grid, ask, newest)
         return {name: node_id for name, node_id in online.items() if self._greeted.get(node_id, -1) >= newest.version}
 
     def _greet(self, grid: Grid, nodes: dict[str, int], roster: SignedRoster) -> None:
-        greeting = seal(
-            encode(Greeting(PROTOCOL_VERSION, version("fedtune"), self._job.id, self._job.secure, roster.to_bytes()))
-        )
+        job = self._job
+        assert job is not None
+        software = version("fedtune")
+        greeting = seal(encode(Greeting(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes())))
         messages = [Message(greeting, node_id, ACTION, group_id="greeting") for node_id in nodes.values()]
         names = {node_id: name for name, node_id in nodes.items()}
         for reply in grid.send_and_receive(messages, timeout=GREETING_SECONDS):
@@ -241,16 +256,31 @@ class Service:
             name = names[node_id]
             try:
                 answer = decode(unseal(reply), GreetingReply, limit=HEADER_BYTES)
+                check_plan(answer, job.terms)
             except PeerError as error:
-                self._refused[node_id] = time.monotonic()
+                self._left_out[node_id] = _LeftOut("refused", time.monotonic())
                 self._board.device(name, state="refused", dropped=str(error)[:300])
                 self._board.problem(f"device {name} is left out: {error}")
                 continue
-            self._greeted[node_id] = answer.roster_version
             hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
             if answer.accelerator:
                 hardware += f", {answer.accelerator}"
-            self._board.device(name, software=answer.software, hardware=hardware, state="online")
+            plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
+            self._board.device(name, software=answer.software, hardware=hardware, plan=plan, state="online")
+            if answer.sits_out:
+                self._left_out[node_id] = _LeftOut("sits out", time.monotonic())
+                self._board.device(name, state="sits out", dropped=f"{SITS_OUT}: {answer.sits_out}")
+                continue
+            self._greeted[node_id] = answer.roster_version
+            self._left_out.pop(node_id, None)
+            self.tiers[name] = answer.rank
+
+    def _observe(self, record: ClientRecord) -> None:
+        """Shows what became of a device in a round; one that sits out is greeted again before the next."""
+        if record.dropped and SITS_OUT in record.dropped:
+            nodes = {node.public_key: node.node_id for node in self._link.nodes()}
+            self._greeted.pop(nodes.get(self._devices.node_keys.get(record.id, b""), 0), None)
+        self._board.client(record)
 
     @property
     def wait_seconds(self) -> float:
@@ -269,7 +299,7 @@ class Service:
         link = self._listener.link(key, self._board.problem)
         link.wait_until_ready()
         self._greeted.clear()
-        self._refused.clear()
+        self._left_out.clear()
         self._link = link
         self._register()
         self._listener.open()
@@ -318,9 +348,24 @@ class Service:
             heard = (
                 max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
             )
-            refused = node.node_id in self._refused and node.node_id not in self._greeted
-            state = "offline" if not node.online else "refused" if refused else "online"
+            left_out = self._left_out.get(node.node_id)
+            state = "offline" if not node.online else left_out.state if left_out else "online"
             self._board.device(name, state=state, last_heard=heard)
+
+
+def terms_of(job: Job, base: Base) -> Terms:
+    """What devices must know of a job to plan for it."""
+    training, deadline = job.training, job.federation.deadline
+    return Terms(
+        base,
+        training.batch_tokens,
+        0 if training.local_epochs else training.local_steps or DEFAULT_LOCAL_STEPS,
+        training.local_epochs or 0.0,
+        training.weights,
+        training.precision,
+        training.gradient_checkpointing,
+        0.0 if deadline == "auto" else deadline,
+    )
 
 
 class _Attendance:

@@ -212,6 +212,7 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
         "fp32",
         job.adapter.rank,
         job.data.sequence_length,
+        job.data.sequence_length,
         training.batch_tokens,
         training.local_steps or DEFAULT_LOCAL_STEPS,
     )
