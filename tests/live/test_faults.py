@@ -253,7 +253,7 @@ def fill(path: Path) -> None:
 def test_a_device_with_a_full_disk_drops_out_says_why_and_comes_back(make_fleet: MakeFleet, small_disk: Path) -> None:
     fleet = make_fleet(4)
     full = fleet.names[0]
-    fleet.client_home(full).symlink_to(small_disk / "device")
+    fleet.client_home(full).symlink_to(small_disk)
     fleet.join()
     run = fleet.submit("federation.rounds=40", ALL, "data.holdout=0")
     under_way(fleet, run)
