@@ -105,6 +105,20 @@ def test_a_reply_may_be_brought_twice(grid: RunGrid, device: FleetLink) -> None:
     assert [unseal(found) for found in grid.pull_messages([message_id])] == [b"once"]
 
 
+@pytest.mark.parametrize("ahead", [172_800.0, -172_800.0])
+def test_a_device_whose_clock_is_days_off_is_heard(
+    grid: RunGrid, device: FleetLink, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    message_id = ask(grid, device)
+    reply = Message(seal(b"late or early"), reply_to=take(device))
+    reply.metadata.created_at += ahead  # as Flower writes it there: both sum up to the question's end
+    reply.metadata.ttl -= ahead
+    monkeypatch.setattr(FleetLink, "clock_error", ahead)
+    device.answer(reply, 0.0)
+    (heard,) = grid.pull_messages([message_id])
+    assert unseal(heard) == b"late or early"
+
+
 def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, door: Door) -> None:
     device = door.newcomer()
     device.activate()

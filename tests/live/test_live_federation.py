@@ -45,6 +45,10 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     waiting = eventually(lambda: _waiting(fleet), what=fleet.logs)
     assert "trying again" in fleet.devices[fleet.names[0]].text
     assert waiting["trying"] >= 1
+    shown = _fedtune("client", "status", "--home", str(fleet.client_home(fleet.names[0])))
+    assert shown.returncode == 0
+    assert "waiting to try again in" in shown.stdout
+    assert "the server cannot be reached (does it run, and does its address lead to it?)" in shown.stdout
     left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
     assert left.returncode == 0
     assert not fleet.client_home(fleet.names[0]).exists()

@@ -232,9 +232,13 @@ class FleetLink:
         run_id = reply.metadata.run_id
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
+            head = message_to_proto(remove_content_from_message(reply))
+            # By the server's clock: what seems to have expired is dropped there, and without a word.
+            head.metadata.created_at -= self.clock_error
+            head.metadata.ttl += self.clock_error
             request = PushMessagesRequest(
                 node=self._node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                messages_list=[head],
                 message_object_trees=[get_object_tree(reply)],
                 clientapp_runtime_list=[seconds],
             )
