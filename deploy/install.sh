@@ -117,8 +117,12 @@ if [ -n "$uninstall" ]; then
     if [ -e "$device/device.json" ] && [ -x "$fedtune" ]; then
         as_device "$fedtune" client leave
     fi
-    if [ -e "$prefix/pyvenv.cfg" ]; then run rm -rf "$prefix"; fi
-    say "fedtune is gone from this machine; the data file is where it was"
+    if [ -n "$system" ] && [ -e /etc/systemd/system/fedtune-server.service ]; then
+        say "$prefix stays: the server on this machine runs from it"
+    elif [ -e "$prefix/pyvenv.cfg" ]; then
+        run rm -rf "$prefix"
+    fi
+    say "this machine is no device any more; the data file is where it was"
     exit 0
 fi
 

@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="print the tables, but leave RESULTS.md as it is")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     rows, rounds = [], []
     for clients in CLIENTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +84,7 @@ def main() -> None:
     text = [
         "# Live: what an exchange costs, against Flower's way of running apps",
         machine_facts("benchmarks/live/run.py", sys.argv[1:]),
+        f"Load average before it began, of the machine's other work: {load:.1f}.",
         _table(COLUMNS, rows),
         "Whole secure rounds:",
         _table(ROUND_COLUMNS, rounds),
