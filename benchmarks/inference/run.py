@@ -37,6 +37,7 @@ COLUMNS = (
     "model",
     "contestant",
     "decode, tokens/s",
+    "decode, tokens/CPU s",
     "prefill, tokens/s",
     "first token, ms",
     "load, s",
@@ -74,12 +75,21 @@ class Contestant:
     @property
     def first(self) -> float:
         """Seconds to the first token, the mean of all prompts."""
-        return sum(first for first, _ in self.best) / len(self.best)
+        return sum(first for first, *_ in self.best) / len(self.best)
 
     @property
     def decode(self) -> float:
         """Tokens a second after the first."""
-        return sum(len(said) - 1 for said in self.answers) / sum(rest for _, rest in self.best)
+        return self._tokens / sum(rest for _, rest, *_ in self.best)
+
+    @property
+    def decode_cpu(self) -> float:
+        """Tokens a second of CPU time, all threads, after the first."""
+        return self._tokens / sum(rest for *_, rest in self.best)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(len(said) - 1 for said in self.answers)
 
     def cells(self, peer: Contestant, prompt_tokens: int) -> list[str]:
         """A row of the table."""
@@ -88,6 +98,7 @@ class Contestant:
             self.model,
             self.name,
             f"{self.decode:,.0f}",
+            f"{self.decode_cpu:,.0f}",
             f"{prompt_tokens / len(self.best) / self.first:,.0f}",
             f"{1000 * self.first:.1f}",
             f"{self.load:.1f}",
