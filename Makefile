@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench-simulation table clean
+.PHONY: demo test test-slow lint format bench-simulation bench-inference table clean
 
 demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
@@ -27,6 +27,9 @@ format: $(READY)  ## Bring the code into its style.
 
 bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower's LLM example.
 	$(BIN)/python benchmarks/simulation/run.py
+
+bench-inference: $(READY)  ## Measure exported models against transformers' generate: about ten minutes on two cores.
+	$(BIN)/python benchmarks/inference/run.py
 
 table: $(READY)  ## Measure the README's table: about ten minutes on two cores.
 	$(BIN)/python benchmarks/demo/run.py

@@ -25,9 +25,9 @@ from fedtune.server.export.run import ExportOptions, export_run, held_out_exampl
 from fedtune.server.run_directory import RunDirectory
 from fedtune.server.simulation.simulate import simulate
 
-DEMO_PROMPTS, DEMO_TOKENS = 50, 48
+DEMO_PROMPTS, DEMO_TOKENS = 20, 48
 LLAMA_PROMPTS, LLAMA_TOKENS, LLAMA_PROMPT_TOKENS = 4, 64, 256
-CHECKED = 4  # examples of the gate; random weights have nothing to lose
+CHECKED = 1  # example of the gate; random weights have nothing to lose
 # 107 million parameters: 65 in linear layers, 41 in embeddings and head.
 LLAMA: dict[str, Any] = {
     "hidden_size": 640,

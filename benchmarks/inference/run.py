@@ -3,7 +3,7 @@
 Models: the bundled demo, trained, which answers held-out requests; and a Llama of 107 million random weights, which
 continues 256 random tokens by 64. Every contestant runs in a process of its own with the same prompts, greedily, with
 the same number of threads; peak memory is the process's, libraries and all. The contestants run in turns, several
-times over, and each keeps its best speed, for a busy machine only ever slows one down.
+times over; each prompt counts with its quickest answer, for a busy machine only ever slows one down.
 
     python benchmarks/inference/run.py                     # about ten minutes on two cores
     python benchmarks/inference/run.py --run runs/demo-1   # with a demo run that is there already
@@ -20,10 +20,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fedtune.core.exported import FORMATS, read_manifest
 
@@ -38,6 +37,7 @@ COLUMNS = (
     "model",
     "contestant",
     "decode, tokens/s",
+    "decode, tokens/CPU s",
     "prefill, tokens/s",
     "first token, ms",
     "load, s",
@@ -57,39 +57,55 @@ class Contestant:
     command: list[str]
     directory: Path
     exact_match: float | None
-    best: dict[str, Any] | None = None
+    load: float = float("inf")
+    peak: int = 0
+    best: list[list[float]] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Once more; speeds and times keep their best, memory its largest."""
-        done = subprocess.run(self.command, stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout)
-        if self.best is not None:
-            for key, better in (
-                ("decode_tokens_per_second", max),
-                ("prefill_tokens_per_second", max),
-                ("first_token_seconds", min),
-                ("load_seconds", min),
-                ("peak_bytes", max),
-            ):
-                found[key] = better(found[key], self.best[key])
-        self.best = found
+        """Once more; each prompt keeps its quickest answer, and memory its largest."""
+        found = json.loads(subprocess.run(self.command, stdout=subprocess.PIPE, check=True).stdout)
+        self.load, self.peak = min(self.load, found["load"]), max(self.peak, found["peak"])
+        before = self.best or found["best"]
+        self.best = [
+            [min(pair) for pair in zip(*both, strict=True)] for both in zip(before, found["best"], strict=True)
+        ]
+        self.answers = found["answers"]
 
-    def cells(self, peer: Contestant) -> list[str]:
+    @property
+    def first(self) -> float:
+        """Seconds to the first token, the mean of all prompts."""
+        return sum(first for first, *_ in self.best) / len(self.best)
+
+    @property
+    def decode(self) -> float:
+        """Tokens a second after the first."""
+        return self._tokens / sum(rest for _, rest, *_ in self.best)
+
+    @property
+    def decode_cpu(self) -> float:
+        """Tokens a second of CPU time, all threads, after the first."""
+        return self._tokens / sum(rest for *_, rest in self.best)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(len(said) - 1 for said in self.answers)
+
+    def cells(self, peer: Contestant, prompt_tokens: int) -> list[str]:
         """A row of the table."""
-        assert self.best is not None
-        assert peer.best is not None
         size = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
         return [
             self.model,
             self.name,
-            f"{self.best['decode_tokens_per_second']:,.0f}",
-            f"{self.best['prefill_tokens_per_second']:,.0f}",
-            f"{1000 * self.best['first_token_seconds']:.1f}",
-            f"{self.best['load_seconds']:.1f}",
-            f"{self.best['peak_bytes'] / 1e6:,.0f}",
+            f"{self.decode:,.0f}",
+            f"{self.decode_cpu:,.0f}",
+            f"{prompt_tokens / len(self.best) / self.first:,.0f}",
+            f"{1000 * self.first:.1f}",
+            f"{self.load:.1f}",
+            f"{self.peak / 1e6:,.0f}",
             f"{size / 1e6:,.1f}",
             "" if self.exact_match is None else f"{self.exact_match:.1%}",
-            f"{_agreement(self.best['answers'], peer.best['answers']):.0%}",
+            f"{_agreement(self.answers, peer.answers):.0%}",
         ]
 
 
@@ -98,7 +114,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--run", type=Path, help="a finished demo run; without one, the demo is simulated first")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--times", type=int, default=3, help="how often each contestant runs")
+    parser.add_argument("--times", type=int, default=2, help="how often each contestant's process runs")
     parser.add_argument("--dry", action="store_true", help="print the table, but leave RESULTS.md as it is")
     options = parser.parse_args()
     rows, verdict, reached = [], "", True
@@ -109,11 +125,12 @@ def main() -> None:
                 for contestant in contestants:
                     contestant.run()
             by_name = {contestant.name: contestant for contestant in contestants}
-            rows += [contestant.cells(by_name[PEER]) for contestant in contestants]
+            prompts = json.loads((Path(folder) / model / "prompts.json").read_text())["prompts"]
+            rows += [contestant.cells(by_name[PEER], sum(map(len, prompts))) for contestant in contestants]
             for cells in rows[-len(contestants) :]:
                 print("  ".join(cells), flush=True)
             if model == JUDGED:
-                verdict, reached = judge(by_name["int4"].best or {}, by_name[PEER].best or {})
+                verdict, reached = judge(by_name["int4"], by_name[PEER])
     table = format_table(rows)
     print(f"\n{table}\n\n{verdict}")
     if not options.dry:
@@ -142,10 +159,9 @@ def prepare(model: str, folder: Path, run: Path | None, threads: int) -> list[Co
     return contestants
 
 
-def judge(int4: dict[str, Any], peer: dict[str, Any]) -> tuple[str, bool]:
+def judge(int4: Contestant, peer: Contestant) -> tuple[str, bool]:
     """Whether int4 reaches what it must, in words."""
-    speed = int4["decode_tokens_per_second"] / peer["decode_tokens_per_second"]
-    memory = int4["peak_bytes"] / peer["peak_bytes"]
+    speed, memory = int4.decode / peer.decode, int4.peak / peer.peak
     text = (
         f"On {JUDGED}, int4 decodes at {speed:.1f} times the tokens/s of {PEER} (at least {SPEED:g} is wanted) "
         f"and takes {memory:.0%} of its peak memory (at most {MEMORY:.0%} is wanted)."

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 from live_helpers import MakeFleet, Process, eventually
 
 
@@ -18,12 +19,14 @@ def fedtune(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_device_answers_with_the_model_that_its_fleet_trained(make_fleet: MakeFleet, tmp_path: Path) -> None:
     fleet = make_fleet(3)
     fleet.join()
     fleet.start_server()
     fleet.start_devices()
-    run = fleet.submit("export.formats=[]", "federation.rounds=1", name="first")
+    held_out = f'data.evaluation="{fleet.folder / "data" / "eval.jsonl"}"'
+    run = fleet.submit("export.formats=[]", "federation.rounds=1", held_out, name="first")
     fleet.finished(run)
     fedtune("export", str(run), "--format", "fp32", "--quiet")  # beside the server, which goes on serving
 

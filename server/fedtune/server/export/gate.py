@@ -293,14 +293,21 @@ def _generated_equal(generator: _Generator, reference: BaseModel, examples: Sequ
         tokens = min(GENERATED_TOKENS, generator.context - len(prompt))
         if tokens < 1:
             continue
-        ids = list(prompt)
-        for _ in range(tokens):
-            ids.append(int(_reference_logits(reference, np.array(ids, dtype=np.int64))[-1].argmax()))
-            if ids[-1] in ends:
-                break
         asked += 1
-        equal += _before_end(generator.answer(prompt, tokens), ends) == _before_end(ids[len(prompt) :], ends)
+        said = _reference_answer(reference, prompt, tokens, ends)
+        equal += _before_end(generator.answer(prompt, tokens), ends) == _before_end(said, ends)
     return equal / asked if asked else 1.0
+
+
+def _reference_answer(reference: BaseModel, prompt: list[int], tokens: int, ends: set[int]) -> list[int]:
+    said: list[int] = []
+    feed, cache = prompt, None
+    while len(said) < tokens and (not said or said[-1] not in ends):
+        ids = torch.tensor([feed], device=reference.device)
+        output = reference.network(ids, past_key_values=cache, use_cache=True)
+        said.append(int(output.logits[0, -1].argmax()))
+        feed, cache = said[-1:], output.past_key_values
+    return said
 
 
 def _end_tokens(reference: BaseModel) -> set[int]:
