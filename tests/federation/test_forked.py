@@ -23,7 +23,7 @@ from fedtune.server.simulation.simulate import simulate as run
 
 WORKERS = "simulation.workers=2"
 FAULTS = ("simulation.dropout=0.2", "simulation.failing=0.2", "data.holdout=0.2")
-PATIENCE = 30.0
+PATIENCE = 90.0  # seconds, on a busy machine
 
 
 @pytest.mark.parametrize("kind", [FAULTS, (*SECURE, "simulation.dropout=0.1", "federation.rounds=3")])
@@ -56,24 +56,21 @@ def test_a_worker_that_dies_ends_the_run_with_a_reason_and_it_can_be_resumed(
     assert resume(tmp_path / "hurt", Silent())["adapter_digest"] == simulate(name="whole")["adapter_digest"]
 
 
-def test_workers_die_with_a_killed_server_and_the_run_goes_on_at_once(simulate: Simulate, tmp_path: Path) -> None:
-    overrides = (WORKERS, "federation.rounds=200")
+def test_workers_die_with_a_killed_server_even_in_the_middle_of_a_client(simulate: Simulate, tmp_path: Path) -> None:
     path = tmp_path / "killed"
+    overrides = (WORKERS, "simulation.slow=1.0", "simulation.slow_seconds=3600.0")
     process = multiprocessing.get_context("spawn").Process(target=begin_or_resume, args=(path, overrides))
     process.start()
-    wait_for(lambda: path.is_dir() and bool(read_rounds(path)))
     server = psutil.Process(process.pid)
+    wait_for(lambda: len(server.children()) == 2 and (path / "checkpoints").is_dir())
     workers = server.children()
     server.kill()
     process.join()
-    assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
     assert not alive
-    rounds = len(read_rounds(path))
-    shorter = path / "job.toml"
-    shorter.write_text(shorter.read_text().replace("rounds = 200", f"rounds = {rounds + 1}"))
-    resume(path, Silent())
-    assert [line["round"] for line in read_rounds(path)] == list(range(1, rounds + 2))
+    job = path / "job.toml"
+    job.write_text(job.read_text().replace("slow = 1.0", "slow = 0.0"))
+    assert resume(path, Silent())["adapter_digest"] == simulate(name="whole")["adapter_digest"]
 
 
 def test_ctrl_c_ends_the_run_and_its_workers(tmp_path: Path) -> None:
