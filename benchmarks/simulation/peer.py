@@ -1,6 +1,6 @@
 """The peer: the pattern of Flower's published LLM fine-tuning app, on Flower's own FedAvg and Ray simulation engine.
 
-    python peer.py --clients 10 --cohort 10 --rounds 3 --local-steps 5 --workers 2
+    python peer.py --base DIR --clients 10 --cohort 10 --rounds 3 --local-steps 5 --workers 2
 
 Every client call loads and quantizes the model anew (peer_client.py). Prints a line a round, as `fedtune simulate` does
 when piped.
@@ -25,12 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("clients", "cohort", "rounds", "local-steps", "workers"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--tuned", action="store_true", help="what peer_client.py says")
     options = vars(parser.parse_args())
-    workers = options.pop("workers")
+    workers, tuned = options.pop("workers"), options.pop("tuned")
     logging.getLogger("flwr").setLevel(logging.WARNING)
     workload = Workload(**options)
     run_simulation(
-        server_app(workload),
+        server_app(workload, tuned),
         client_app,
         num_supernodes=workload.clients,
         backend_config={
@@ -40,7 +42,7 @@ def main() -> None:
     )
 
 
-def server_app(workload: Workload) -> ServerApp:
+def server_app(workload: Workload, tuned: bool) -> ServerApp:
     """FedAvg over A and B, without evaluation."""
     app = ServerApp()
 
@@ -54,9 +56,9 @@ def server_app(workload: Workload) -> ServerApp:
         )
         strategy.start(
             grid=grid,
-            initial_arrays=initial_arrays(),
+            initial_arrays=initial_arrays(workload.base),
             num_rounds=workload.rounds,
-            train_config=ConfigRecord({"local-steps": workload.local_steps}),
+            train_config=ConfigRecord({"local-steps": workload.local_steps, "base": workload.base, "tuned": tuned}),
         )
 
     return app

@@ -1,17 +1,21 @@
 """How many client-rounds an hour, and how much memory, does `fedtune simulate` need against Flower's published pattern?
 
-The peer (peer.py) follows Flower's LLM fine-tuning app: every client call loads, quantizes and wraps the model anew,
-under FedAvg and Flower's Ray engine. All contestants get the same base model, households, batch, learning rate,
-precision and local steps, send A and B whole (but for the row that says otherwise), evaluate nothing, see no GPU, and
-run as programs of their own, one after another.
+The peer (peer.py, peer_client.py) follows Flower's LLM fine-tuning app: every client call loads, quantizes and wraps
+the model anew, under FedAvg and Flower's Ray engine; as published in float32 with gradient checkpointing, and tuned,
+with fedtune's bf16 and without. All contestants get the same base model, households, 16 examples a step, learning rate
+and local steps, send A and B whole (but for the row that says otherwise), evaluate nothing, see no GPU, use as many
+cores, and run as programs of their own, one after another.
 
-    python benchmarks/simulation/run.py                                  # about a quarter of an hour on two idle cores
+    python benchmarks/simulation/run.py                                  # about half an hour on two idle cores
     python benchmarks/simulation/run.py --clients 10 --local-steps 5     # less
 
-A client-round is one client's part in one round. The hourly rate is taken from the end of round 1 to the end of the
-last; "start" is what launch and round 1 cost beyond a steady round. Memory is the highest sum, over the whole tree of
-processes, of proportional set sizes, where a page shared by n processes counts 1/n in each. The loss is the cohort's
-mean training loss in round 2, to see that all contestants do the same work; at 100 clients their cohorts differ.
+A client-round is one client's part in one round. Hourly rate and "CPU s", the seconds of processor time that one takes
+in all processes together, are measured from the end of round 1 to the end of the last; "start" is what launch and round
+1 cost beyond a steady round. Ratios are to the peer as published and to the peer tuned. Those of rates count how Flower
+polls, too, which costs the peer up to 3 s a round; on a machine that does other work besides, those of processor time
+are the surer ones. Memory is the highest sum, over the whole tree of processes, of proportional set sizes, where a page
+shared by n processes counts 1/n in each. The loss is the cohort's mean training loss in round 2, to see that all
+contestants do the same work; at 100 clients their cohorts differ.
 """
 
 from __future__ import annotations
@@ -27,15 +31,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 from facts import machine_facts
-from workload import ALPHA, BATCH_TOKENS, EXAMPLES_PER_CLIENT, LEARNING_RATE, RANK, SEED, Workload
+from workload import ALPHA, BATCH_TOKENS, EXAMPLES_PER_CLIENT, LEARNING_RATE, RANK, SEED, Workload, make_large_base
+
+from fedtune.demo import BASE_DIRECTORY
 
 HERE = Path(__file__).parent
 COHORT = 10
+LARGE_COHORT = 4
 CROWD = Workload(clients=1000, cohort=50, rounds=3, local_steps=5)
 SAMPLING_SECONDS = 0.5
 MIB = 1 << 20
@@ -49,12 +56,14 @@ ENVIRONMENT = {
 }
 COLUMNS = (
     "contestant",
+    "base",
     "clients",
     "a round",
     "local steps",
     "rounds",
     "start s",
     "client-rounds/h",
+    "CPU s",
     "against peer",
     "peak MiB",
     "loss",
@@ -68,12 +77,14 @@ class Outcome:
     Args:
         start_seconds: from launch to the end of round 1, less one steady round.
         rate: client-rounds an hour after round 1.
+        processor_seconds: of a client-round after round 1, in all processes together.
         peak_mib: of its process tree.
         loss: mean training loss of round 2.
     """
 
     start_seconds: float
     rate: float
+    processor_seconds: float
     peak_mib: float
     loss: float
 
@@ -81,58 +92,79 @@ class Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--local-steps", type=int, nargs="+", default=[5, 20])
+    parser.add_argument("--local-steps", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--rounds", type=int, default=6, help="of fedtune, the first one unmeasured")
     parser.add_argument("--peer-rounds", type=int, default=3, help="of the peer, the first one unmeasured")
-    parser.add_argument("--workers", type=int, default=2, help="of Ray, each with one core, for the peer and fedtune")
-    parser.add_argument("--threads", type=int, default=0, help="of the local backend's one process; 0 is every core")
+    parser.add_argument("--workers", type=int, default=2, help="of every contestant, each with one core")
+    parser.add_argument("--ray", action="store_true", help="measure fedtune's Ray backend, too")
+    parser.add_argument("--no-large", action="store_true", help="leave out the base of 86 million parameters")
     parser.add_argument("--no-crowd", action="store_true", help="leave out 1,000 clients")
     parser.add_argument("--dry", action="store_true", help="print the table, but leave RESULTS.md as it is")
     options = parser.parse_args()
     if min(options.rounds, options.peer_rounds) < 2:
         parser.error("--rounds and --peer-rounds: the first round is not measured; expected at least 2")
-    rows: list[Sequence[str]] = []
-    peaks: dict[Workload, float] = {}
-
-    def report(contestant: str, workload: Workload, outcome: Outcome, peer: Outcome | None) -> None:
-        if contestant == "fedtune local":
-            peaks[workload] = outcome.peak_mib
-        rows.append(table_row(contestant, workload, outcome, peer))
-        print(markdown_row(rows[-1]), flush=True)
-
+    table = Table()
     print(markdown_row(COLUMNS), markdown_row(["---"] * len(COLUMNS)), sep="\n", flush=True)
     for local_steps in options.local_steps:
         for clients in options.clients:
             few = Workload(clients, min(COHORT, clients), options.peer_rounds, local_steps)
-            many = Workload(clients, few.cohort, options.rounds, local_steps)
-            peer = measure(peer_command(few, options.workers), few)
-            report("peer", few, peer, None)
-            report("fedtune local", many, measure_fedtune(many, local(options.threads)), peer)
-            report(f"fedtune ray, {options.workers} workers", many, measure_fedtune(many, ray(options.workers)), peer)
+            compare(table, few, options.rounds, options.workers, options.ray)
+    if not options.no_large:
+        with tempfile.TemporaryDirectory() as folder:
+            few = Workload(100, LARGE_COHORT, 2, 1, make_large_base(Path(folder)))
+            compare(table, few, few.rounds, options.workers, options.ray)
     if not options.no_crowd:
-        report("fedtune local", CROWD, measure_fedtune(CROWD, local(options.threads)), None)
-        compressed = measure_fedtune(CROWD, local(options.threads), "balanced")
-        report("fedtune local, compressed", CROWD, compressed, None)
-    growth = memory_growth(peaks)
+        table.add("fedtune", CROWD, measure_fedtune(CROWD, local(options.workers)), ())
+        compressed = measure_fedtune(CROWD, local(options.workers), "balanced")
+        table.add("fedtune, compressed", CROWD, compressed, ())
+    growth = memory_growth(table.peaks)
     print("\n".join(growth))
     if not options.dry:
-        write_results(rows, growth)
+        write_results(table.rows, growth)
 
 
-def local(threads: int) -> list[str]:
+class Table:
+    """Rows as they are measured, printed at once."""
+
+    def __init__(self) -> None:
+        self.rows: list[Sequence[str]] = []
+        self.peaks: dict[Workload, float] = {}
+
+    def add(self, contestant: str, workload: Workload, outcome: Outcome, peers: Sequence[Outcome]) -> None:
+        """Adds what a contestant reached, with its ratios to the peers."""
+        if contestant == "fedtune":
+            self.peaks[workload] = outcome.peak_mib
+        self.rows.append(table_row(contestant, workload, outcome, peers))
+        print(markdown_row(self.rows[-1]), flush=True)
+
+
+def compare(table: Table, few: Workload, rounds: int, workers: int, with_ray: bool) -> None:
+    """Measures all contestants on one workload, fedtune for more rounds than the slower peer."""
+    many = replace(few, rounds=rounds)
+    published = measure(peer_command(few, workers, tuned=False), few)
+    table.add("peer, as published", few, published, ())
+    tuned = measure(peer_command(few, workers, tuned=True), few)
+    table.add("peer, tuned", few, tuned, ())
+    table.add("fedtune", many, measure_fedtune(many, local(workers)), (published, tuned))
+    if with_ray:
+        table.add("fedtune on Ray", many, measure_fedtune(many, ray(workers)), (published, tuned))
+
+
+def local(workers: int) -> list[str]:
     """The default backend."""
-    return ["simulation.backend=local", f"simulation.threads={threads}"]
+    return ["simulation.backend=local", f"simulation.workers={workers}"]
 
 
 def ray(workers: int) -> list[str]:
-    """The Ray backend, one core a worker."""
-    return ["simulation.backend=ray", f"simulation.workers={workers}", "simulation.threads=1"]
+    """The Ray backend."""
+    return ["simulation.backend=ray", f"simulation.workers={workers}"]
 
 
 def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str = "none") -> Outcome:
     """Runs the command that a user would type."""
     settings = [
         *backend,
+        f"model.base={workload.base}",
         f"adapter.rank={RANK}",
         f"adapter.alpha={ALPHA}",
         f"data.clients={workload.clients}",
@@ -156,11 +188,11 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
         return measure(command, workload)
 
 
-def peer_command(workload: Workload, workers: int) -> list[str]:
+def peer_command(workload: Workload, workers: int, *, tuned: bool) -> list[str]:
     """The peer's command line."""
-    counts = {**asdict(workload), "workers": workers}
-    flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", str(count))]
-    return [sys.executable, str(HERE / "peer.py"), *flags]
+    values = {**asdict(workload), "workers": workers}
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, str(HERE / "peer.py"), *flags, *(["--tuned"] if tuned else [])]
 
 
 def measure(command: Sequence[str], workload: Workload) -> Outcome:
@@ -170,6 +202,7 @@ def measure(command: Sequence[str], workload: Workload) -> Outcome:
         RuntimeError: it failed, or finished fewer rounds than the workload has; with the end of what it said.
     """
     ends: list[float] = []
+    worked: list[float] = []
     losses: list[float] = []
     with tempfile.TemporaryFile("w+") as complaints:
         started = time.monotonic()
@@ -183,6 +216,7 @@ def measure(command: Sequence[str], workload: Workload) -> Outcome:
                 said.append(line)
                 if match := ROUND_LINE.match(line):
                     ends.append(time.monotonic() - started)
+                    worked.append(sum(map(_processor_seconds, _tree(process.pid))))
                     losses.append(float(match[2]))
             process.wait()
         if process.returncode != 0 or len(ends) != workload.rounds:
@@ -191,22 +225,27 @@ def measure(command: Sequence[str], workload: Workload) -> Outcome:
             raise RuntimeError(
                 f"{len(ends)} of {workload.rounds} rounds, exit status {process.returncode}: {command}\n{tail}"
             )
-    steady = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return Outcome(ends[0] - steady, 3600 * workload.cohort / steady, peak[0] / MIB, losses[1])
+    steady, processor = ((each[-1] - each[0]) / (len(ends) - 1) for each in (ends, worked))
+    return Outcome(
+        ends[0] - steady, 3600 * workload.cohort / steady, processor / workload.cohort, peak[0] / MIB, losses[1]
+    )
 
 
-def table_row(contestant: str, workload: Workload, outcome: Outcome, peer: Outcome | None) -> list[str]:
-    """One line of the table; the ratio is of rates, and of memory in brackets."""
-    ratio = f"**{outcome.rate / peer.rate:.1f}x** ({outcome.peak_mib / peer.peak_mib:.2f}x memory)" if peer else ""
+def table_row(contestant: str, workload: Workload, outcome: Outcome, peers: Sequence[Outcome]) -> list[str]:
+    """One line of the table; the ratios are of rates and of processor time, to each of the peers."""
+    rates = " and ".join(f"**{outcome.rate / peer.rate:.1f}x**" for peer in peers)
+    processor = " and ".join(f"{peer.processor_seconds / outcome.processor_seconds:.1f}x" for peer in peers)
     return [
         contestant,
+        "bundled" if workload.base == str(BASE_DIRECTORY) else "large",
         f"{workload.clients:,}",
         str(workload.cohort),
         str(workload.local_steps),
         str(workload.rounds),
         f"{outcome.start_seconds:.1f}",
         f"{outcome.rate:,.0f}",
-        ratio,
+        f"{outcome.processor_seconds:.2f}",
+        f"{rates} (CPU {processor})" if peers else "",
         f"{outcome.peak_mib:,.0f}",
         f"{outcome.loss:.3f}",
     ]
@@ -214,10 +253,11 @@ def table_row(contestant: str, workload: Workload, outcome: Outcome, peer: Outco
 
 def memory_growth(peaks: dict[Workload, float]) -> list[str]:
     """One sentence for each step from one population of the local backend to the next larger one."""
-    fewest = min((workload.local_steps for workload in peaks), default=0)
-    line_up = sorted((workload.clients, peak) for workload, peak in peaks.items() if workload.local_steps == fewest)
+    bundled = {workload: peak for workload, peak in peaks.items() if workload.base == str(BASE_DIRECTORY)}
+    steps = CROWD.local_steps
+    line_up = sorted((workload.clients, peak) for workload, peak in bundled.items() if workload.local_steps == steps)
     return [
-        f"From {fewer:,} to {more:,} clients, fedtune local: {1024 * (high - low) / (more - fewer):+.1f} KiB a client."
+        f"From {fewer:,} to {more:,} clients, fedtune: {1024 * (high - low) / (more - fewer):+.1f} KiB a client."
         for (fewer, low), (more, high) in itertools.pairwise(line_up)
     ]
 
@@ -263,19 +303,31 @@ def _peak_memory(pid: int) -> Iterator[list[float]]:
         thread.join()
 
 
-def _tree_memory(pid: int) -> float:
-    total = 0.0
+def _tree(pid: int) -> list[psutil.Process]:
     try:
         root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
+        return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return total
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile
-            continue
-    return total
+        return []
+
+
+def _tree_memory(pid: int) -> float:
+    return sum(map(_memory, _tree(pid)))
+
+
+def _memory(process: psutil.Process) -> float:
+    try:
+        return float(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile
+        return 0.0
+
+
+def _processor_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # as above
+        return 0.0
+    return float(times.user + times.system)
 
 
 if __name__ == "__main__":

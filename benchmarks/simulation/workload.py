@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.demo import BASE_DIRECTORY
 
 SEED = 0
 RANK = 16
@@ -10,7 +13,8 @@ ALPHA = 32.0
 LEARNING_RATE = 2e-3
 EXAMPLES_PER_CLIENT = 200
 BATCH_EXAMPLES = 16  # the peer counts a batch in examples
-BATCH_TOKENS = 640  # fedtune in tokens, padding included: 16.0 of the demo's examples on average
+BATCH_TOKENS = 808  # fedtune in tokens, padding included: 16 of the demo's examples on average
+LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,24 @@ class Workload:
         cohort: clients a round.
         rounds: how many; the first one is not measured, it pays for the start.
         local_steps: optimizer steps a client takes in a round.
+        base: a model directory; the bundled one by default.
     """
 
     clients: int
     cohort: int
     rounds: int
     local_steps: int
+    base: str = str(BASE_DIRECTORY)
+
+
+def make_large_base(folder: Path) -> str:
+    """Writes a Llama of 86 million random parameters with the bundled tokenizer, and gives its directory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(BASE_DIRECTORY)
+    config.update({**LARGE, "num_key_value_heads": LARGE["num_attention_heads"]})
+    torch.manual_seed(SEED)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE_DIRECTORY).save_pretrained(folder)
+    return str(folder)

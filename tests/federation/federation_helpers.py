@@ -20,6 +20,7 @@ SMALL = (
     "training.batch_tokens=256",
     "training.precision=fp32",
     "simulation.threads=1",
+    "simulation.workers=1",
 )
 
 SECURE = (

@@ -34,6 +34,8 @@ def test_ten_kills_at_random_instants_change_nothing(simulate: Simulate, tmp_pat
     for _ in range(KILLS):
         process = processes.Process(target=begin_or_resume, args=(path, OVERRIDES))
         process.start()
+        while process.is_alive() and not (path / "job.toml").is_file():  # on a busy machine a start takes long
+            time.sleep(0.1)
         time.sleep(random_source.uniform(0.5, 3.0))
         assert process.pid is not None
         if process.is_alive():

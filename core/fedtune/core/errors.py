@@ -15,14 +15,20 @@ FedtuneError                exit status 1
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class FedtuneError(Exception):
     """Base of all errors that fedtune raises on purpose."""
 
     exit_status = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the message and the attributes, whatever a type's constructor takes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class InputError(FedtuneError):

@@ -202,8 +202,10 @@ class SimulationSettings:
     """[simulation]: how `fedtune simulate` runs, and the faults it injects.
 
     Args:
-        backend: "local" trains in this process; "ray" spreads clients over a pool of `workers` Ray actors.
-        workers: Ray actors, each with one base model; the local backend has one.
+        backend: "local" trains in this process and its forks, which share one base model; "ray" spreads clients over a
+            pool of Ray actors, each with its own.
+        workers: processes that train, or "auto" for as many as there are cores (GPUs for "ray") and clients in a round,
+            and as memory allows. It changes no bit of the result.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
         fleet: a file of kinds of device (fedtune.core.fleet), "bundled", or "" for devices that are all alike.
@@ -214,7 +216,7 @@ class SimulationSettings:
     """
 
     backend: Literal["local", "ray"] = "local"
-    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
     fleet: str = ""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -399,8 +401,12 @@ def _contradictions(job: Job) -> list[str]:
             "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
             "it is published; name a file, or set export.formats = []"
         )
-    if job.simulation.backend == "local" and job.simulation.workers > 1:
-        problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
+    simulation = job.simulation
+    if simulation.backend == "local" and simulation.threads != 1 and simulation.workers not in ("auto", 1):
+        problems.append(
+            f"simulation.workers is {simulation.workers} and simulation.threads is {simulation.threads}: threads do "
+            'not live through a fork; expected threads = 1, workers = 1 or backend = "ray"'
+        )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
     return problems + aggregation_problems(job) + _insecure(job)

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.core.errors import RunError
 from fedtune.model.examples import CleaningReport
 from fedtune.server.simulation.wire import WireMessage, from_wire, set_message_id
 
@@ -40,7 +41,7 @@ class Executor(Protocol):
     """Runs the ClientApp for one message."""
 
     def submit(self, message: Message) -> Future[WireMessage]:
-        """Queues the work; the future holds the reply, or the exception that the ClientApp raised.
+        """Queues the work; the future holds the reply, the exception that the ClientApp raised, or a RunError.
 
         The message is serialised when its turn comes, so that a waiting cohort shares one copy of the adapter.
         """
@@ -107,7 +108,11 @@ class InProcessGrid(Grid):
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there by now, each once."""
+        """The replies that are there by now, each once.
+
+        Raises:
+            RunError: the executor cannot go on.
+        """
         for message_id in message_ids:
             if message_id in self._pending and self._pending[message_id][1].done():
                 message, future = self._pending.pop(message_id)
@@ -129,5 +134,7 @@ def _reply(message: Message, future: Future[WireMessage]) -> Message:
     error = future.exception()
     if error is None:
         return from_wire(future.result())
+    if isinstance(error, RunError):  # the executor's, not the client's
+        raise error
     code = ErrorCode.NODE_UNAVAILABLE if isinstance(error, ConnectionError) else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -1,4 +1,4 @@
-"""The default backend: simulated clients take turns on one thread of this process, on one base model."""
+"""The default backend with one worker: simulated clients take turns on one thread of this process."""
 
 from __future__ import annotations
 

@@ -27,21 +27,21 @@ RESTARTS_PER_WORKER = 3
 
 
 class RayExecutor:
-    """Spreads clients over `job.simulation.workers` actors.
+    """Spreads clients over actors.
 
     Args:
         workshop: every actor makes its own of the same job and folder.
         clients: node id -> name of the client it stands for.
+        workers: how many actors.
     """
 
-    def __init__(self, workshop: Workshop, clients: Mapping[int, str]) -> None:
+    def __init__(self, workshop: Workshop, clients: Mapping[int, str], workers: int) -> None:
         try:
             import ray
         except ImportError as error:
             raise MissingExtraError('simulation.backend = "ray"', "simulation", "ray") from error
         self._ray = ray
         self._clients = clients
-        job, workers = workshop.job, workshop.job.simulation.workers
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not ray.is_initialized():
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -49,7 +49,7 @@ class RayExecutor:
         actor: Any = ray.remote(_Worker).options(
             num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
         )
-        self._actors: list[Any] = [actor.remote(job, workshop.folder) for _ in range(workers)]
+        self._actors: list[Any] = [actor.remote(workshop.job, workshop.folder) for _ in range(workers)]
         # One thread an actor, which only waits for it. A client stays with its actor: its secrets of a secure round
         # live there from one exchange to the next.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]

@@ -24,8 +24,10 @@ from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.simulation.edge import export_and_answer
 from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet, read_virtual
+from fedtune.server.simulation.forked import ForkedExecutor
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
+from fedtune.server.simulation.workers import worker_count
 from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import cohort_size
@@ -133,8 +135,9 @@ def _facts(executor: Executor) -> Facts:
 
 
 def _executor(workshop: Workshop, clients: dict[int, str]) -> Executor:
+    workers = worker_count(workshop.job, workshop.model.base, len(clients))
     if workshop.job.simulation.backend == "ray":
         from fedtune.server.simulation.ray_pool import RayExecutor
 
-        return RayExecutor(workshop, clients)
-    return LocalExecutor(workshop, clients)
+        return RayExecutor(workshop, clients, workers)
+    return ForkedExecutor(workshop, clients, workers) if workers > 1 else LocalExecutor(workshop, clients)

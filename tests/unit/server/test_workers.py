@@ -1,0 +1,71 @@
+"""How many processes a simulation takes where its job leaves that open."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.client.plan.probe import probe
+from fedtune.core.errors import JobError
+from fedtune.core.job import ModelSettings, load_job
+from fedtune.model.base import BaseModel, load_base
+from fedtune.server.simulation import workers
+from fedtune.server.simulation.workers import worker_count
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return load_base(ModelSettings())
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the probe finds; a test changes it."""
+    found: dict[str, Any] = {"cores": 8.5, "memory_free": 64 * GIB}
+    monkeypatch.setattr(workers, "probe", lambda: dataclasses.replace(probe(), **found))
+    return found
+
+
+def count(base: BaseModel, *overrides: str) -> int:
+    return worker_count(load_job(None, list(overrides)), base, population=100)
+
+
+def test_there_is_one_worker_a_core_but_none_without_a_client(base: BaseModel) -> None:
+    assert count(base) == 8
+    assert count(base, "federation.clients_per_round=5", "secure_aggregation.enabled=false") == 5
+    assert count(base, "federation.clients_per_round=0.07", "secure_aggregation.enabled=false") == 7
+
+
+def test_a_machine_of_half_a_core_has_one_worker(base: BaseModel, machine: dict[str, Any]) -> None:
+    machine["cores"] = 0.5
+    assert count(base) == 1
+
+
+def test_memory_bounds_the_workers_and_longer_batches_need_more_of_it(base: BaseModel, machine: dict[str, Any]) -> None:
+    machine["memory_free"] = 4 * GIB
+    few = count(base, "training.batch_tokens=16384")
+    assert 1 <= few < count(base, "training.batch_tokens=4096") < 8
+    machine["memory_free"] = 0
+    assert count(base) == 1
+
+
+def test_actors_of_ray_each_need_a_base_too(base: BaseModel, machine: dict[str, Any]) -> None:
+    machine["memory_free"] = GIB
+    assert count(base, "simulation.backend=ray") < count(base)
+
+
+def test_what_a_job_says_is_taken_and_threads_leave_no_room_for_forks(base: BaseModel) -> None:
+    assert count(base, "simulation.workers=3") == 3
+    assert count(base, "simulation.threads=4") == 1
+
+
+def test_forks_on_a_gpu_are_refused_and_never_chosen(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseModel, "device", property(lambda _: torch.device("cuda")))
+    assert count(base) == 1
+    with pytest.raises(JobError, match="forks cannot share a base model on a GPU"):
+        count(base, "simulation.workers=2")
