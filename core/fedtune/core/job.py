@@ -24,6 +24,7 @@ from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 BUNDLED = "bundled"  # the fleet that comes with fedtune
 DEFAULT_LOCAL_STEPS = 20
+SMALLEST_TIER = 4  # rank indices
 MAX_JOB_BYTES = 1 << 20
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -52,12 +53,15 @@ class AdapterSettings:
 
     Args:
         rank: R, the largest rank that any device trains.
+        tiers: how many of the rank indices a device may train a round, ascending to the rank; 4, 8, 16, … where not
+            set. Which one it trains follows from its plan; without plans everybody trains all.
         target_modules: "all-linear", or the endings of the names of the modules to adapt.
     """
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: _PositiveFloat = 32.0
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    tiers: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=32)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -207,6 +211,8 @@ class SimulationSettings:
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
         fleet: a file of kinds of device (fedtune.core.fleet), "bundled", or "" for devices that are all alike.
+        ranks: without a fleet, the rank of each client in the order of names, again from the first where there are more
+            clients; none for the adapter's.
         dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
             round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
@@ -217,6 +223,7 @@ class SimulationSettings:
     workers: Annotated[int, Field(ge=1, le=4096)] = 1
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
     fleet: str = ""
+    ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     failing: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -254,6 +261,16 @@ class Job:
         if self.compression.form != "auto":
             return self.compression.form
         return "ring" if self.secure_aggregation.enabled else "sparse"
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """adapter.tiers, with its default filled in: 4, 8, 16, … and the rank, or the rank alone where all need it."""
+        rank = self.adapter.rank
+        if self.adapter.tiers is not None:
+            return self.adapter.tiers
+        if needs_equal_ranks(self):
+            return (rank,)
+        return (*(SMALLEST_TIER << power for power in range(8) if SMALLEST_TIER << power < rank), rank)
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
@@ -296,6 +313,29 @@ def dump_job(job: Job) -> str:
 def hides_updates(job: Job) -> bool:
     """Whether the server sees only sums: nothing that looks at single updates can work then."""
     return job.compression.preset != "none" and job.compression_form == "ring"
+
+
+def needs_equal_ranks(job: Job) -> str | None:
+    """Why all clients must train the same rank; None where they need not."""
+    federation = job.federation
+    if federation.aggregation == "fedrot":
+        return 'federation.aggregation is "fedrot", which turns whole factors'
+    if federation.robust != "none":
+        return f'federation.robust is "{federation.robust}", which compares whole updates'
+    return None
+
+
+def _tier_problems(job: Job) -> list[str]:
+    tiers, rank, problems = job.tiers, job.adapter.rank, []
+    if list(tiers) != sorted(set(tiers)) or tiers[-1] != rank:
+        problems.append(f"adapter.tiers is {list(tiers)}; expected numbers that ascend to adapter.rank = {rank}")
+    if len(tiers) > 1 and (reason := needs_equal_ranks(job)):
+        problems.append(f"adapter.tiers has more than one, but {reason}; expected [{rank}]")
+    if odd := sorted(set(job.simulation.ranks) - set(tiers)):
+        problems.append(f"simulation.ranks has {odd}; expected only tiers: {list(tiers)} (adapter.tiers)")
+    if job.simulation.ranks and job.simulation.fleet:
+        problems.append("simulation.ranks and simulation.fleet are both set; a fleet's plans say what devices train")
+    return problems
 
 
 def aggregation_problems(job: Job) -> list[str]:
@@ -403,7 +443,7 @@ def _contradictions(job: Job) -> list[str]:
         problems.append('simulation.workers needs simulation.backend = "ray"; the local backend has one worker')
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems + aggregation_problems(job) + _insecure(job)
+    return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
 
 
 def _insecure(job: Job) -> list[str]:

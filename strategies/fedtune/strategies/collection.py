@@ -66,44 +66,53 @@ class Collection(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a client is asked.
+
+    Args:
+        request: encoded.
+        tier: how many rank indices it is asked to train; 0 where all train everything.
+    """
+
+    request: bytes
+    tier: int = 0
+
+
 class ClearCollection:
     """One exchange; every update goes to a reduction as it arrives.
 
     Args:
         number: of the round.
-        requests: client -> its request.
+        asked: by client; what it sends must be of the tier it was asked for.
     """
 
     def __init__(
         self,
         number: int,
         uplink: Uplink,
-        terms: Sequence[FactorTerms],
         reduction: Reduction,
-        requests: Mapping[str, bytes],
+        terms: Sequence[FactorTerms],
+        asked: Mapping[str, Asked],
     ) -> None:
         self._number = number
         self._uplink = uplink
-        self._terms = terms
         self._reduction = reduction
-        self._requests = requests
+        self._limit = sum(max_body_size(each.count) for each in terms) + HEADER_BYTES
+        self._asked = asked
 
     def exchanges(self) -> Iterator[Exchange]:
-        requests = {name: (payload,) for name, payload in self._requests.items()}
+        requests = {name: (asked.request,) for name, asked in self._asked.items()}
         yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
 
     def take(self, name: str, payload: bytes) -> ClientFacts:
-        del name
-        limit = sum(max_body_size(terms.count) for terms in self._terms) + HEADER_BYTES
-        reply = decode(payload, TrainReply, limit)
+        reply = decode(payload, TrainReply, self._limit)
         if reply.round != self._number:
             raise PeerError(f"an update for round {reply.round}; expected round {self._number}")
         if reply.examples < 1:
             raise PeerError("an update that was trained on no examples")
-        if len(reply.update) != len(self._terms):
-            factors = ", ".join(terms.factor for terms in self._terms)
-            raise PeerError(f"{len(reply.update)} payloads; expected one for each of the factors {factors}")
-        self._reduction.take(reply.update, uplink_weight(self._uplink, reply.examples, reply.tokens))
+        weight = uplink_weight(self._uplink, reply.examples, reply.tokens)
+        self._reduction.take(reply.update, weight, self._asked[name].tier)
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:

@@ -45,6 +45,7 @@ from fedtune.strategies.round import (
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import UniformSelection
 from fedtune.strategies.server_optimizers import server_optimizer_named
+from fedtune.strategies.tiering import Ranks
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
 
@@ -79,6 +80,7 @@ class AdapterStrategy(Strategy):
         roster: client name -> Flower node, of the clients that can be reached now.
         observe: called with every client's record as it becomes known.
         secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
+        ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
 
     Raises:
         JobError: the job wants secure aggregation, and there is nothing to do it with.
@@ -90,6 +92,7 @@ class AdapterStrategy(Strategy):
         roster: Roster = roster_by_node_id,
         observe: Observer = lambda _: None,
         secure: SecureAggregation | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if federation.job.secure_aggregation.enabled != (secure is not None):
             raise JobError([_SECURE_MISMATCH])
@@ -97,6 +100,7 @@ class AdapterStrategy(Strategy):
         self.roster = roster
         self.observe = observe
         self.secure = secure
+        self.ranks = ranks
         job, layout = federation.job, federation.layout
         self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
         self._state = initial_state(federation)
@@ -126,7 +130,9 @@ class AdapterStrategy(Strategy):
             yield state, record
 
     def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
-        return TrainingRound.open(self.federation, state, population, self._broadcast, self.observe, self.secure)
+        return TrainingRound.open(
+            self.federation, state, population, self._broadcast, self.observe, self.secure, self.ranks
+        )
 
     def _trainable(self, roster: dict[str, int]) -> list[str]:
         """Who can be asked to train: under secure aggregation only those whose identity the others know."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+from fedtune.strategies.tiering import Ranks
 
 FIRST_NODE_ID = 1000
 SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
@@ -101,7 +103,7 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
         federation = replace(federation, selection=devices.selection(federation.selection))
         grid = FleetGrid(executor, list(clients), clients, devices, directory.path / VIRTUAL)
     secure = SecureAggregation(SIMULATION, workshop.enrolment.roster) if job.secure_aggregation.enabled else None
-    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure)
+    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure, _ranks(job, list(nodes)))
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
@@ -118,6 +120,14 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
         seconds = [line["seconds"] for line in read_virtual(directory.path / VIRTUAL)]
         display.note(f"virtual  {format_seconds(sum(seconds))} in {len(seconds)} rounds of the fleet")
     return summary
+
+
+def _ranks(job: Job, names: Sequence[str]) -> Ranks | None:
+    """What each client can train, where the job says so."""
+    dealt = job.simulation.ranks
+    if not dealt:
+        return None
+    return {name: dealt[index % len(dealt)] for index, name in enumerate(sorted(names))}.__getitem__
 
 
 def _fleet_path(job: Job) -> Path:
