@@ -32,6 +32,7 @@ CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this
 
 OpenModel = Callable[[Base], AdaptedModel]
 LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
+WorkShare = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,21 @@ class Device:
         open_model: loads and adapts the base model that a request names; called once for each.
         load_examples: (client, model, sequence length) -> that client's examples.
         store: what clients remember between rounds.
+        share: (client, round) -> how much of the local work that is asked for the client can do in time. It is the
+            device that cuts it: a server that could would tell a client's update from those of idle ones in their sum.
     """
 
-    def __init__(self, open_model: OpenModel, load_examples: LoadExamples, store: ClientStore) -> None:
+    def __init__(
+        self,
+        open_model: OpenModel,
+        load_examples: LoadExamples,
+        store: ClientStore,
+        share: WorkShare = lambda client, number: 1.0,  # noqa: ARG005
+    ) -> None:
         self._open_model = open_model
         self._load_examples = load_examples
         self._store = store
+        self._share = share
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._model: tuple[Base, AdaptedModel] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
@@ -183,7 +193,8 @@ class Device:
         layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
         terms = factor_terms(uplink, layout, work.factors, seed, number, own_tier(request))
         owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
-        result = train_within_memory(model, split.training, received, _local_task(client, request, owned))
+        task = _local_task(client, request, owned, self._share(client, number))
+        result = train_within_memory(model, split.training, received, task)
         if work.align:
             result = replace(result, update=align_update(layout, received, result.update))
         weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
@@ -249,7 +260,7 @@ def own_tier(request: TrainRequest) -> int:
     return request.tier
 
 
-def _local_task(client: str, request: TrainRequest, owned: Indices | None) -> LocalTask:
+def _local_task(client: str, request: TrainRequest, owned: Indices | None, share: float) -> LocalTask:
     work = request.work
     if (work.local_steps > 0) == (work.local_epochs > 0):
         raise PeerError("a request with both or neither of local steps and local epochs")
@@ -258,8 +269,8 @@ def _local_task(client: str, request: TrainRequest, owned: Indices | None) -> Lo
         learning_rate=work.learning_rate,
         factors=work.factors,
         owned=None if owned is None else tuple(owned.tolist()),
-        local_steps=work.local_steps or None,
-        local_epochs=work.local_epochs or None,
+        local_steps=max(1, round(share * work.local_steps)) if work.local_steps else None,
+        local_epochs=share * work.local_epochs or None,
         batch_tokens=work.batch_tokens,
         weight_decay=work.weight_decay,
         max_gradient_norm=work.max_gradient_norm,

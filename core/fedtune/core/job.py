@@ -127,7 +127,11 @@ class FederationSettings:
 
     Args:
         clients_per_round: a count, or a share of the population between 0 and 1.
-        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time.
+        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time, or
+            "utility": of those, the ones whose updates should teach most a second (Oort; by time alone where the server
+            sees sums only).
+        late: what becomes of an update that comes when its round has closed: "drop", or in the clear "next": the next
+            round takes it at 1/√2 of its weight. Only simulated fleets know late updates yet.
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
@@ -146,7 +150,8 @@ class FederationSettings:
 
     rounds: _Positive = 20
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
-    selection: Literal["uniform", "deadline"] = "uniform"
+    selection: Literal["uniform", "deadline", "utility"] = "uniform"
+    late: Literal["drop", "next"] = "drop"
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
     aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
@@ -338,6 +343,20 @@ def _tier_problems(job: Job) -> list[str]:
     return problems
 
 
+def _late_problems(job: Job) -> list[str]:
+    late, aggregation = 'federation.late is "next"', job.federation.aggregation
+    problems = []
+    if not job.simulation.fleet:
+        problems.append(f"{late}, but simulation.fleet names no fleet")
+    if hides_updates(job):
+        problems.append(f"{late}, but the server sees sums only, and cannot make one update weigh less")
+    if aggregation == "alternating":
+        problems.append(f'{late}, but federation.aggregation is "alternating": the next round trains another factor')
+    if aggregation in ("flexlora", "flora"):
+        problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round has another basis')
+    return problems
+
+
 def aggregation_problems(job: Job) -> list[str]:
     """What in [federation] contradicts itself, or needs to see what the server is not shown."""
     federation = job.federation
@@ -434,6 +453,8 @@ def _contradictions(job: Job) -> list[str]:
             problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
     if job.federation.selection != "uniform" and not job.simulation.fleet:
         problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
+    if job.federation.late == "next":
+        problems += _late_problems(job)
     if job.export.formats and not job.data.evaluation:
         problems.append(
             "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
@@ -457,10 +478,6 @@ def _insecure(job: Job) -> list[str]:
         problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
     elif job.compression.form == "sparse":
         problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
-    if job.simulation.fleet:
-        problems.append(
-            f"simulation.fleet cuts local work request by request, which secure rounds refuse; leave it out, {off}"
-        )
     if isinstance(wanted, int):
         problems += secure_cohort_problems(job, wanted)
     return problems

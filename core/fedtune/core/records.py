@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,12 @@ class ClientRecord:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         bytes_ = {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
         return values | bytes_ | {"traffic": self.traffic.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ClientRecord:
+        """The record that such an object was made of."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**known | {"traffic": Ledger.from_json(values["traffic"])})
 
 
 @dataclass(frozen=True)

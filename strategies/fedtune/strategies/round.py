@@ -128,6 +128,7 @@ class FederationState:
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
         clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
         server: what aggregator and server optimizer keep, by name; float32 vectors.
+        overdue: client -> its answer to the round before, which came when that had closed.
     """
 
     round: int
@@ -135,6 +136,7 @@ class FederationState:
     held: Vector
     clips: Clips
     server: State = field(default_factory=lambda: NOTHING)
+    overdue: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class TrainingRound:
@@ -173,6 +175,7 @@ class TrainingRound:
         self._exchange: Exchange | None = None
         self._waiting: set[str] = set()
         self._aborted: str | None = None
+        self._overdue: dict[str, bytes] = {}
         for name, tier in lineup.trained.items():
             if not tier:
                 self._settle(name, dropped=SAT_OUT)
@@ -234,7 +237,7 @@ class TrainingRound:
                 slices = round_slices(uplink, layout, job.training.seed, number)
                 accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server, slices)
                 reduction = ClearReduction(accumulator, terms)
-            collection = ClearCollection(number, uplink, reduction, terms, asked)
+            collection = ClearCollection(number, uplink, reduction, terms, asked, state.overdue)
         return cls(federation, state, factors, terms, requests, lineup, collection, observe)
 
     @property
@@ -283,6 +286,13 @@ class TrainingRound:
         if name not in self._settled:
             self._settle(name, dropped=reason)
 
+    def take_overdue(self, name: str, payload: bytes) -> None:
+        """Keeps the answer of a client that was given up for being late; the next round may use it."""
+        if name in self._settled and self._records[name].dropped is not None and name not in self._overdue:
+            self._count(name, self._records[name].traffic.received("update", len(payload)))
+            self._overdue[name] = payload
+            self.requests.broadcast.sent(name, self.state.held)
+
     def close(self) -> tuple[FederationState, RoundRecord]:
         """The state after this round and its record; where it came to nothing only the round's number changes."""
         for name in self.cohort:
@@ -302,6 +312,7 @@ class TrainingRound:
                 aborted = str(error)
         if collected is not None:
             state = self._after(collected)
+        state = replace(state, overdue=self._overdue)
         record = RoundRecord(
             round=self.number,
             seconds=time.monotonic() - self._started,
@@ -311,7 +322,7 @@ class TrainingRound:
             train_loss=collected.train_loss if collected else None,
             aborted=aborted,
             secure=collected.secure if collected else None,
-            notes=self._lineup.notes,
+            notes=self._lineup.notes + (collected.notes if collected else ()),
         )
         return state, record
 

@@ -25,7 +25,7 @@ from fedtune.core.downlink import advance
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
-from fedtune.core.records import Evaluation, RoundRecord
+from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
 from fedtune.core.uplink import Compression
 from fedtune.strategies.aggregators import aggregator_for
 from fedtune.strategies.broadcast import Broadcast
@@ -81,6 +81,7 @@ class AdapterStrategy(Strategy):
         observe: called with every client's record as it becomes known.
         secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
         ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
+        overdue: gives the answers that came when their round had closed, asked when a round has.
 
     Raises:
         JobError: the job wants secure aggregation, and there is nothing to do it with.
@@ -93,6 +94,7 @@ class AdapterStrategy(Strategy):
         observe: Observer = lambda _: None,
         secure: SecureAggregation | None = None,
         ranks: Ranks | None = None,
+        overdue: Callable[[], Iterable[Message]] = tuple,
     ) -> None:
         if federation.job.secure_aggregation.enabled != (secure is not None):
             raise JobError([_SECURE_MISMATCH])
@@ -101,6 +103,7 @@ class AdapterStrategy(Strategy):
         self.observe = observe
         self.secure = secure
         self.ranks = ranks
+        self.overdue = overdue
         job, layout = federation.job, federation.layout
         self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
         self._state = initial_state(federation)
@@ -120,7 +123,11 @@ class AdapterStrategy(Strategy):
             roster = self.roster(grid)
             training = self._open(state, self._trainable(roster))
             self._run(grid, training, roster)
+            names = {node_id: name for name, node_id in roster.items()}
+            for reply in self.overdue():
+                training.take_overdue(names[reply.metadata.src_node_id], unseal(reply))
             state, record = training.close()
+            self.remember(record.round, record.clients)
             if clients_evaluate(self.federation.job, number):
                 evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
                 self._run(grid, evaluation, roster)
@@ -128,6 +135,10 @@ class AdapterStrategy(Strategy):
             if evaluate is not None:
                 record = replace(record, eval=evaluate(number, state.adapter))
             yield state, record
+
+    def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
+        """Lets the selection learn from a round; a run that goes on hands in its earlier ones, in order."""
+        self.federation = replace(self.federation, selection=self.federation.selection.learned(number, clients))
 
     def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
         return TrainingRound.open(
@@ -172,6 +183,7 @@ class AdapterStrategy(Strategy):
             raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
         _collect(self._training, replies, self._names)
         self._state, record = self._training.close()
+        self.remember(record.round, record.clients)
         if record.aborted:
             return None, None
         return _to_arrays(self._state.adapter), _train_metrics(record)
