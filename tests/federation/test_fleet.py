@@ -98,7 +98,7 @@ memory_mb = 4000
 tokens_per_second = 2000
 uplink_kbit = 120
 downlink_kbit = 10000
-charging = 0.9
+charging = 0.6
 """
 
 
@@ -123,7 +123,8 @@ def test_kinds_train_the_rank_of_their_plan_in_secret_too(tmp_path: Path, secure
             assert client["tier"] == (16 if kinds[client["id"]] == "wired" else 4)
         if line["aborted"] is None and secure == "true":
             assert line["secure"]["summed"] == len(line["survivors"])
-    assert {client["rank"] for line in rounds for client in line["clients"]} >= {4, 16}
+    trained = {client["rank"] for line in rounds for client in line["clients"]}
+    assert trained >= ({16} if secure == "true" else {4, 16})
     assert sum(clock["ineligible"].get("not charging", 0) for clock in virtual) > 0
 
 

@@ -21,6 +21,7 @@ from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fedtune.core.rebalance import Basis, basis_changes, follow
 from fedtune.core.seeds import derive_seed
 from fedtune.core.tiers import Indices, rank_indices
 from fedtune.core.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
@@ -93,6 +94,7 @@ class Device:
         self._store = store
         self._share = share
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
+        self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._model: tuple[Base, AdaptedModel] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
         self._lock = threading.Lock()
@@ -209,10 +211,29 @@ class Device:
         return result, outgoing
 
     def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
-        """What the client had not sent of a whole factor before this round."""
+        """What the client had not sent of a whole factor before this round, in the basis of this round.
+
+        Where the change of basis is not known, because the client took no part then, or missed another one, nothing.
+        """
         if not request.uplink.error_feedback:
             return Residual.empty(terms.whole)
-        return self._store.residual(client, terms.factor, terms.whole, request.round)
+        residual = self._store.residual(client, terms.factor, terms.whole, request.round)
+        rebasing = request.rebasing
+        kept = self._store.residual_round(client, terms.factor, request.round)
+        if rebasing is None or kept > rebasing.round:
+            return residual
+        changes = self._basis_changes(request, rebasing.digest) if kept > rebasing.before else None
+        if changes is None:
+            return Residual.empty(terms.whole)
+        return Residual(follow(self._model_for(request.base).layout, changes, terms.factor, residual.values))
+
+    def _basis_changes(self, request: TrainRequest, digest: str) -> dict[str, Basis] | None:
+        """How the basis changed after the round of this adapter; None where this device never held it."""
+        if digest != self._rebasing[0]:
+            layout = self._model_for(request.base).layout
+            held = self._store.adapter(digest, layout.size)
+            self._rebasing = (digest, None if held is None else basis_changes(layout, held))
+        return self._rebasing[1]
 
     def _keep(self, client: str, request: TrainRequest, terms: Sequence[FactorTerms], unsent: Sequence[Vector]) -> None:
         """Remembers what was not sent now; of what this client does not own in this round, what was not sent before."""

@@ -135,6 +135,8 @@ class FederationSettings:
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
+        rebalance_every: rounds after which both factors are brought to the same share of every direction; 0 for never.
+            The product stays as it is; the next request carries the whole adapter, at 8 bits.
         server_optimizer: what the server makes of the aggregate (fedtune.strategies.server_optimizers).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
         robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
@@ -155,6 +157,7 @@ class FederationSettings:
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
     aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
+    rebalance_every: _Count = 0
     server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
     server_learning_rate: _PositiveFloat | None = None
     robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
@@ -352,6 +355,8 @@ def _late_problems(job: Job) -> list[str]:
         problems.append(f"{late}, but the server sees sums only, and cannot make one update weigh less")
     if aggregation == "alternating":
         problems.append(f'{late}, but federation.aggregation is "alternating": the next round trains another factor')
+    if job.federation.rebalance_every:
+        problems.append(f"{late}, but federation.rebalance_every changes the basis between rounds")
     if aggregation in ("flexlora", "flora"):
         problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round has another basis')
     return problems
@@ -383,6 +388,10 @@ def aggregation_problems(job: Job) -> list[str]:
         )
     if averages_products and federation.robust != "none":
         problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.rebalance_every and averages_products:
+        problems.append(f"{method}, which balances both factors every round; expected federation.rebalance_every = 0")
+    if federation.rebalance_every and federation.aggregation == "ffa":
+        problems.append(f"{method}, which keeps A as the job's seed made it; expected federation.rebalance_every = 0")
     if federation.server_learning_rate is not None and federation.server_optimizer == "none":
         problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
     return problems

@@ -108,11 +108,26 @@ class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
     parts: tuple[_Bytes, _Bytes]
 
 
+class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """The last change of the adapter's basis; see `fedtune.core.rebalance.basis_changes`.
+
+    Args:
+        round: after which it was made.
+        digest: of the adapter that devices held in that round, from which it follows.
+        before: the round of the change before, or 0.
+    """
+
+    round: _Count
+    digest: _Digest
+    before: _Count
+
+
 class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Train this adapter, and send back what changed.
 
     Args:
         tier: how many rank indices this client trains, one of `uplink.tiers`; 0 where those are none.
+        rebasing: what a residual of an earlier round must follow; None where the basis never changed.
     """
 
     version: int
@@ -123,6 +138,7 @@ class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
     uplink: Uplink
     adapter: Downlink
     tier: Annotated[int, Meta(ge=0, le=1024)] = 0
+    rebasing: Rebasing | None = None
 
 
 class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -160,11 +176,13 @@ class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
 
 P = TypeVar("P", bound=Payload)
 
+_NOBODYS = Downlink("", "0" * 64, (b"", b""))
+
 
 def terms_digest(request: TrainRequest) -> bytes:
     """One hash over all that a request asks, but for the way the adapter travels and the tier: those differ between
     clients."""
-    common = (request.version, request.job_seed, request.round, request.base, request.work, request.uplink)
+    common = msgspec.structs.replace(request, adapter=_NOBODYS, tier=0)
     return hashlib.sha256(msgspec.msgpack.encode(common)).digest()
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.core.adapter import AdapterLayout, adapter_digest, save_adapter
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job import Job, dump_job, load_job
+from fedtune.core.messages import Rebasing
 from fedtune.core.records import Evaluation, RoundRecord
 from fedtune.server.files import append_line, new_directory, storage, write_json, write_text
 from fedtune.strategies.round import FederationState
@@ -140,6 +142,7 @@ class RunDirectory:
                         "server_digests": {name: adapter_digest(value) for name, value in kept.items()},
                         "clips": state.clips,
                         "overdue": {name: b64encode(data).decode() for name, data in state.overdue.items()},
+                        "rebasing": msgspec.structs.asdict(state.rebasing) if state.rebasing else None,
                         "base_digest": checkpoint.base_digest,
                         "seconds": checkpoint.seconds,
                         "eval_before": asdict(checkpoint.eval_before) if checkpoint.eval_before else None,
@@ -209,6 +212,7 @@ class RunDirectory:
                     text["clips"],
                     server,
                     {name: b64decode(data) for name, data in text["overdue"].items()},
+                    Rebasing(**text["rebasing"]) if text["rebasing"] else None,
                 ),
                 text["base_digest"],
                 float(text["seconds"]),

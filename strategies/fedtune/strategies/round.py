@@ -15,12 +15,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip, weight_cap
-from fedtune.core.downlink import FIRST, advance
+from fedtune.core.downlink import FIRST, advance, refreshed
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.ledger import Ledger
@@ -33,11 +34,13 @@ from fedtune.core.messages import (
     EvaluateRequest,
     LocalWork,
     Payload,
+    Rebasing,
     TrainRequest,
     Uplink,
     decode,
     encode,
 )
+from fedtune.core.rebalance import basis_changes, changed, follow
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.seeds import generator
@@ -129,6 +132,7 @@ class FederationState:
         clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
         server: what aggregator and server optimizer keep, by name; float32 vectors.
         overdue: client -> its answer to the round before, which came when that had closed.
+        rebasing: the last change of the adapter's basis, if there was one.
     """
 
     round: int
@@ -137,6 +141,7 @@ class FederationState:
     clips: Clips
     server: State = field(default_factory=lambda: NOTHING)
     overdue: Mapping[str, bytes] = field(default_factory=dict)
+    rebasing: Rebasing | None = None
 
 
 class TrainingRound:
@@ -220,6 +225,7 @@ class TrainingRound:
                 uplink=uplink,
                 adapter=adapter,
                 tier=tier,
+                rebasing=state.rebasing,
             )
 
         tiers = trained if mixed else dict.fromkeys(trained, 0)
@@ -303,6 +309,7 @@ class TrainingRound:
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
         state, collected, aborted = replace(self.state, round=self.number), None, self._aborted
+        notes = self._lineup.notes
         if aborted is None and len(survivors) < least:
             aborted = f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
         if aborted is None:
@@ -311,7 +318,8 @@ class TrainingRound:
             except (PeerError, RunError) as error:
                 aborted = str(error)
         if collected is not None:
-            state = self._after(collected)
+            state, changes = self._rebalanced(self._after(collected))
+            notes += collected.notes + changes
         state = replace(state, overdue=self._overdue)
         record = RoundRecord(
             round=self.number,
@@ -322,7 +330,7 @@ class TrainingRound:
             train_loss=collected.train_loss if collected else None,
             aborted=aborted,
             secure=collected.secure if collected else None,
-            notes=self._lineup.notes + (collected.notes if collected else ()),
+            notes=notes,
         )
         return state, record
 
@@ -338,7 +346,30 @@ class TrainingRound:
             adapter[segment] += step
         bits = Compression.of(self.federation.job).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | collected.clips, server)
+        clips = self.state.clips | collected.clips
+        return FederationState(self.number, adapter, held, clips, server, rebasing=self.state.rebasing)
+
+    def _rebalanced(self, state: FederationState) -> tuple[FederationState, tuple[str, ...]]:
+        """The state in a balanced basis, where it is time for that, and what there is to say about it.
+
+        The change follows from the adapter that the round's devices held, so that they can make it, too.
+        """
+        job, layout = self.federation.job, self.federation.layout
+        every = job.federation.rebalance_every
+        if not every or self.number % every:
+            return state, ()
+        changes = basis_changes(layout, self.state.held)
+        adapter = changed(layout, changes, state.adapter)
+        server, lost = self.federation.optimizer.rebased(state.server, partial(follow, layout, changes))
+        before = state.rebasing.round if state.rebasing else 0
+        after = replace(
+            state,
+            adapter=adapter,
+            held=refreshed(layout, adapter, Compression.of(job).downlink_bits),
+            server=server,
+            rebasing=Rebasing(self.number, adapter_digest(self.state.held), before),
+        )
+        return after, ("the adapter's basis was rebalanced", *([lost] if lost else []))
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)

@@ -105,7 +105,8 @@ class AdapterStrategy(Strategy):
         self.ranks = ranks
         self.overdue = overdue
         job, layout = federation.job, federation.layout
-        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
+        exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
+        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), exact, rebased)
         self._state = initial_state(federation)
         self._training: TrainingRound | None = None
         self._evaluation: EvaluationRound | None = None
