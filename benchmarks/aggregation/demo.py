@@ -3,7 +3,8 @@
 Ten households, rank 16 throughout, or four of rank 16, three of rank 8 and three of rank 4. Updates travel as float32,
 so that the method alone decides. "Mixed" devices load the whole adapter and train their rank indices under the public
 permutation, and each index is divided by its owners' weight; "zero-padded" ones see and train a fixed prefix of the
-rank indices, and sums are divided by the whole cohort's weight. Bytes up are 4 a trained value.
+rank indices, and sums are divided by the whole cohort's weight. Bytes up are those of an answer, 4 for each trained
+value and some tens beside.
 
     python benchmarks/aggregation/demo.py                    # every row: about two and a half minutes each
     python benchmarks/aggregation/demo.py --rows "fedavg, mixed" --seeds 0
@@ -15,29 +16,34 @@ import argparse
 import datetime
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from fedtune.client.training import LocalTask, train_locally
-from fedtune.core.adapter import AdapterLayout, Factor, Vector, factor_letters
-from fedtune.core.alignment import align_update
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job, load_job
-from fedtune.core.seeds import derive_seed
-from fedtune.core.tiers import coordinates, rank_indices
+from fedtune.client import device
+from fedtune.client.plan.enforcement import train_within_memory
+from fedtune.client.training import LocalResult, LocalTask
+from fedtune.core import tiers
+from fedtune.core.adapter import AdapterLayout, Factors, Vector
+from fedtune.core.job import load_job
 from fedtune.demo import JOB
-from fedtune.model.examples import hold_out
-from fedtune.server.evaluator import ModelEvaluator
-from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.aggregators import NOTHING, FedRot, aggregator_named
+from fedtune.model.lora import AdaptedModel
+from fedtune.server.display import Silent
+from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.simulate import simulate
+from fedtune.strategies import strategy
+from fedtune.strategies.aggregators import FedAvg
 from fedtune.strategies.aggregators.owned import OwnedMean
-from fedtune.strategies.round import scheduled_learning_rate
 
 HERE = Path(__file__).parent
-TIERS = (16, 16, 16, 16, 8, 8, 8, 4, 4, 4)
+RANKS = (16, 16, 16, 16, 8, 8, 8, 4, 4, 4)
 SEEDS = (0, 1, 2)
 
 
@@ -46,23 +52,17 @@ class Row:
     """A way to train and combine.
 
     Args:
-        mixed: "no", "owners" or "zero-padded".
+        ranks: "equal", "mixed" or "zero-padded".
     """
 
     aggregation: str
-    mixed: str = "no"
+    ranks: str = "equal"
 
 
+MIXABLE = ("fedavg", "alternating", "ffa", "flexlora", "flora")  # fedrot needs equal ranks
 ROWS = {
-    "fedavg": Row("fedavg"),
-    "alternating": Row("alternating"),
-    "ffa": Row("ffa"),
-    "fedrot": Row("fedrot"),
-    "flexlora": Row("flexlora"),
-    "flora": Row("flora"),
-    "fedavg, mixed": Row("fedavg", "owners"),
-    "alternating, mixed": Row("alternating", "owners"),
-    "ffa, mixed": Row("ffa", "owners"),
+    **{name: Row(name) for name in (*MIXABLE, "fedrot")},
+    **{f"{name}, mixed": Row(name, "mixed") for name in MIXABLE},
     "fedavg, zero-padded": Row("fedavg", "zero-padded"),
 }
 
@@ -87,92 +87,58 @@ def main() -> None:
 
 def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
     """Exact match, loss and bytes up a client-round, after the job's last round."""
-    job = load_job(
-        JOB,
-        [
-            "secure_aggregation.enabled=false",
-            "export.formats=[]",
-            "compression.preset=none",
-            f"training.seed={seed}",
-            *overrides,
-        ],
-    )
-    workshop = Workshop(job, Path())
-    model, layout = workshop.model, workshop.model.layout
-    evaluator = ModelEvaluator(model, job.data)
-    aggregator = aggregator_named(row.aggregation)
-    adapter, state, values = layout.initial(seed), NOTHING, 0
+    settings = [
+        "secure_aggregation.enabled=false",
+        "export.formats=[]",
+        "compression.preset=none",
+        "federation.evaluate_every=0",
+        f"federation.aggregation={row.aggregation}",
+        f"training.seed={seed}",
+        *([f"simulation.ranks={list(RANKS)}"] if row.ranks != "equal" else []),
+        *overrides,
+    ]
     started = time.monotonic()
-    for number in range(1, job.federation.rounds + 1):
-        factors = aggregator.factors(number)
-        mixed = _Mixed(layout, factor_letters(factors), seed, number, row.mixed)
-        reduction = aggregator.accumulator(layout, factors, adapter, state)
-        for client, tier in zip(workshop.population.names, TIERS, strict=False):
-            examples = workshop.examples(client, model, job.data.sequence_length)
-            training, _ = hold_out(examples, job.data.holdout, derive_seed(seed, "holdout", client))
-            rank = layout.rank if row.mixed == "no" else tier
-            owned = mixed.owned(rank)
-            task = _task(job, number, client, factors, None if rank == layout.rank else owned)
-            seen = adapter if row.mixed != "zero-padded" else only(layout, adapter, owned)
-            result = train_locally(model, training, seen, task)
-            if row.mixed == "no":
-                update = result.update
-                if isinstance(aggregator, FedRot):
-                    update = align_update(layout, adapter, update)
-                reduction.add(update, result.examples)
-            else:
-                mixed.add(result.update, result.examples, tier)
-            values += sum(len(coordinates(layout, letter, owned)) for letter in factor_letters(factors))
-        after = adapter.copy()
-        after[layout.segment(factors)] += reduction.finish() if row.mixed == "no" else mixed.finish()
-        adapter, state = after, reduction.state
-    score = evaluator.evaluate(adapter)
-    assert score is not None  # the demo has evaluation data
-    bytes_up = 4 * values / (job.federation.rounds * len(TIERS))
-    print(f"{name}, seed {seed}: exact match {score.exact_match:.1%}, loss {score.loss:.4f}, ", end="")
+    way = zero_padding() if row.ranks == "zero-padded" else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, way:
+        summary = simulate(load_job(JOB, settings), Path(folder) / "run", Silent())
+        bytes_up = statistics.fmean(line["bytes"]["up_per_client"] for line in read_rounds(Path(folder) / "run"))
+    score = summary["eval_after"]
+    print(f"{name}, seed {seed}: exact match {score['exact_match']:.1%}, loss {score['loss']:.4f}, ", end="")
     print(f"{bytes_up:,.0f} bytes up, {time.monotonic() - started:.0f} s", flush=True)
-    return [score.exact_match, score.loss, bytes_up]
+    return [score["exact_match"], score["loss"], bytes_up]
 
 
-class _Mixed:
-    """One round's reduction of updates of different rank."""
+@contextmanager
+def zero_padding() -> Iterator[None]:
+    """Federations in here do as HeteroLoRA does: fixed prefixes of the rank indices, alone in the forward pass, and
+    sums divided by the whole cohort's weight."""
 
-    def __init__(self, layout: AdapterLayout, letters: list[Factor], seed: int, turn: int, how: str) -> None:
-        self._layout, self._letters, self._how = layout, letters, how
-        self._seed, self._turn = seed, turn
-        self._means = {letter: OwnedMean(layout, letter, sorted(set(TIERS)), seed, turn) for letter in letters}
-        self._sums: dict[Factor, Vector] = {}
-        self._weight = 0
+    def alone(model: AdaptedModel, examples: Any, received: Vector, task: LocalTask) -> LocalResult:
+        seen = received.copy()
+        for _, lora_b in model.layout.views(seen).values():
+            lora_b[:, np.setdiff1d(np.arange(model.layout.rank), task.owned or np.arange(model.layout.rank))] = 0
+        return train_within_memory(model, examples, seen, task)
 
-    def owned(self, rank: int) -> np.ndarray:
-        if self._how == "zero-padded":
-            return np.arange(rank)
-        return rank_indices(self._seed, self._turn, self._layout.rank, rank)
-
-    def add(self, update: Vector, weight: int, tier: int) -> None:
-        start = self._layout.segment(self._letters[0]).start
-        self._weight += weight
-        for letter in self._letters:
-            segment = self._layout.segment(letter)
-            part = update[segment.start - start : segment.stop - start]
-            if self._how == "zero-padded":
-                self._sums[letter] = self._sums.get(letter, np.zeros_like(part)) + np.float32(weight) * part
-            else:
-                places = coordinates(self._layout, letter, self.owned(tier))
-                self._means[letter].add(part[places], weight, tier)
-
-    def finish(self) -> Vector:
-        if self._how == "zero-padded":
-            return np.concatenate([self._sums[letter] / np.float32(self._weight) for letter in self._letters])
-        return np.concatenate([self._means[letter].finish() for letter in self._letters])
+    with (
+        patch.object(tiers, "_order", lambda seed, number, rank: np.arange(rank)),  # noqa: ARG005
+        patch.object(device, "train_within_memory", alone),
+        patch.object(strategy, "aggregator_for", lambda _: DividedByAll()),
+    ):
+        yield
 
 
-def only(layout: AdapterLayout, adapter: Vector, owned: np.ndarray) -> Vector:
-    """The adapter with all other rank indices zero in B, so that they are not in the forward pass."""
-    seen = adapter.copy()
-    for _, lora_b in layout.views(seen).values():
-        lora_b[:, np.setdiff1d(np.arange(layout.rank), owned)] = 0
-    return seen
+class DividedByAll(FedAvg):
+    """Sums over the owners, divided by everybody."""
+
+    def accumulator(self, layout: AdapterLayout, factors: Factors, *_: Any) -> Any:
+        """A mean in which an index that a client does not own counts as zero."""
+        return _DividedByAll(layout, factors)
+
+
+class _DividedByAll(OwnedMean):
+    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
+        del tier
+        super().add(update, weight)
 
 
 def format_table(results: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -196,19 +162,6 @@ def format_table(results: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 def _mean(seeds: Mapping[str, list[float]], column: int) -> float:
     return statistics.fmean(values[column] for values in seeds.values()) if seeds else 0.0
-
-
-def _task(job: Job, number: int, client: str, factors: str, owned: np.ndarray | None) -> LocalTask:
-    training = job.training
-    return LocalTask(
-        seed=derive_seed(training.seed, "train", number, client),
-        learning_rate=scheduled_learning_rate(job, number),
-        factors=factors,  # type: ignore[arg-type]
-        owned=None if owned is None else tuple(int(index) for index in owned),
-        local_steps=training.local_steps or DEFAULT_LOCAL_STEPS,
-        batch_tokens=training.batch_tokens,
-        max_gradient_norm=training.max_gradient_norm,
-    )
 
 
 def _write_results(results: Mapping[str, Mapping[str, list[float]]]) -> None:

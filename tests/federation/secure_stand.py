@@ -6,7 +6,7 @@ state, record = stand.run(drop=lambda name, message_type: False)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,12 +46,15 @@ class Untrained:
         return factor_terms(request.uplink, LAYOUT, request.work.factors, request.job_seed, request.round)
 
     def contribute(self, client: str, request: TrainRequest) -> Contribution:
-        terms, parts, unsent = self.terms(request), [], []
+        uplink, number = request.uplink, request.round
+        terms = factor_terms(uplink, LAYOUT, request.work.factors, request.job_seed, number, request.tier)
+        parts, unsent = [], []
         for each in terms:
-            update = 0.01 * generator(9, client, request.round, each.factor).standard_normal(each.count)
-            part, sent = ring_contribution(update.astype(np.float32), each, derive_seed(7, client, request.round), 0.5)
+            whole = 0.01 * generator(9, client, number, each.factor).standard_normal(each.whole)
+            update = whole.astype(np.float32)[each.places]
+            part, sent = ring_contribution(update, each, derive_seed(7, client, number, *each.label), 0.5)
             parts.append(part)
-            unsent.append(update.astype(np.float32) - sent)
+            unsent.append(update - sent)
         return Contribution(terms, tuple(parts), 1.0, request, tuple(unsent))
 
     def keep_residuals(self, client: str, contribution: Contribution) -> None:
@@ -64,6 +67,7 @@ class Stand:
 
     names: Sequence[str]
     overrides: Sequence[str] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
     device: Untrained = field(default_factory=Untrained)
 
     def __post_init__(self) -> None:
@@ -74,7 +78,7 @@ class Stand:
             self.device,  # type: ignore[arg-type]
             lambda name: Credentials(identities[name], self.roster, Policy(), logs[name]),
         )
-        job = load_job(None, ["federation.clients_per_round=1.0", *self.overrides])
+        job = load_job(None, ["federation.clients_per_round=1.0", "adapter.rank=4", *self.overrides])
         self.federation: Federation = federation_from_job(job, BASE, LAYOUT)
         self.state: FederationState = initial_state(self.federation)
         self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), exact=False)
@@ -83,7 +87,14 @@ class Stand:
     def open(self) -> TrainingRound:
         """The next round, nobody asked yet."""
         secure = SecureAggregation("a run", self.roster, self._clock)
-        return TrainingRound.open(self.federation, self.state, self.names, self.broadcast, secure=secure)
+        return TrainingRound.open(
+            self.federation,
+            self.state,
+            self.names,
+            self.broadcast,
+            secure=secure,
+            ranks=self.ranks.__getitem__ if self.ranks else None,
+        )
 
     def answer(self, name: str, exchange: Exchange) -> bytes:
         """What a client answers."""

@@ -21,7 +21,9 @@ from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.downlink import FIRST, receive
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fedtune.core.rebalance import Basis, basis_changes, follow
 from fedtune.core.seeds import derive_seed
+from fedtune.core.tiers import Indices, rank_indices
 from fedtune.core.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
 from fedtune.model.evaluation import evaluate
 from fedtune.model.examples import Example, hold_out
@@ -31,6 +33,7 @@ CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this
 
 OpenModel = Callable[[Base], AdaptedModel]
 LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
+WorkShare = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Contribution:
     """A trained update, ready to be masked.
 
     Args:
-        terms: the codec's, one for each trained factor.
+        terms: the codec's, one for each trained factor, or for each slice of it that the client owns.
         parts: words and lanes, one for each.
         loss: mean training loss, nats.
         request: what was asked.
@@ -54,7 +57,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class _Outgoing:
-    """One factor's update on its way into a codec; see `fedtune.core.uplink.encode_factor`."""
+    """The update of a factor, or of a slice of it, on its way into a codec; see `fedtune.core.uplink.encode_factor`."""
 
     terms: FactorTerms
     update: Vector
@@ -75,13 +78,23 @@ class Device:
         open_model: loads and adapts the base model that a request names; called once for each.
         load_examples: (client, model, sequence length) -> that client's examples.
         store: what clients remember between rounds.
+        share: (client, round) -> how much of the local work that is asked for the client can do in time. It is the
+            device that cuts it: a server that could would tell a client's update from those of idle ones in their sum.
     """
 
-    def __init__(self, open_model: OpenModel, load_examples: LoadExamples, store: ClientStore) -> None:
+    def __init__(
+        self,
+        open_model: OpenModel,
+        load_examples: LoadExamples,
+        store: ClientStore,
+        share: WorkShare = lambda client, number: 1.0,  # noqa: ARG005
+    ) -> None:
         self._open_model = open_model
         self._load_examples = load_examples
         self._store = store
+        self._share = share
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
+        self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._model: tuple[Base, AdaptedModel] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
         self._lock = threading.Lock()
@@ -96,11 +109,12 @@ class Device:
         """
         with self._lock:
             result, outgoing = self._train(client, request)
-            payloads = []
+            payloads, unsent = [], []
             for each in outgoing:
                 payload, sent = encode_factor(each.update, each.terms, each.private_seed, each.weight)
-                self._keep_residual(client, request, each.terms.factor, each.update - sent)
                 payloads.append(payload)
+                unsent.append(each.update - sent)
+            self._keep(client, request, [each.terms for each in outgoing], unsent)
         return TrainReply(
             round=request.round,
             examples=result.examples,
@@ -124,8 +138,7 @@ class Device:
 
     def keep_residuals(self, client: str, contribution: Contribution) -> None:
         """Remembers what a contribution did not carry; call it when the contribution is certain to count."""
-        for terms, unsent in zip(contribution.terms, contribution.unsent, strict=True):
-            self._keep_residual(client, contribution.request, terms.factor, unsent)
+        self._keep(client, contribution.request, contribution.terms, contribution.unsent)
 
     def hold(self, request: TrainRequest) -> str:
         """Takes a request's adapter in; gives the digest of what this device holds then.
@@ -137,7 +150,7 @@ class Device:
             return adapter_digest(self._receive(self._model_for(request.base), request.adapter, request.job_seed))
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
-        """The codec's terms for each factor that a request trains; errors are those of `hold`."""
+        """The codec's terms for each factor that a round trains, all slices of it; errors are those of `hold`."""
         with self._lock:
             layout = self._model_for(request.base).layout
         return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
@@ -179,27 +192,59 @@ class Device:
         work = request.work
         if work.align and work.factors != "ab":
             raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
-        result = train_within_memory(model, split.training, received, _local_task(client, request))
-        if work.align:
-            result = replace(result, update=align_update(model.layout, received, result.update))
         layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
+        terms = factor_terms(uplink, layout, work.factors, seed, number, own_tier(request))
+        owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
+        task = _local_task(client, request, owned, self._share(client, number))
+        result = train_within_memory(model, split.training, received, task)
+        if work.align:
+            result = replace(result, update=align_update(layout, received, result.update))
         weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
-        start = layout.segment(request.work.factors).start
+        start = layout.segment(work.factors).start
         outgoing = []
-        for terms in factor_terms(uplink, layout, request.work.factors, seed, number):
-            segment = layout.segment(terms.factor)
-            residual = Residual.empty(terms.count)
-            if uplink.error_feedback:
-                residual = self._store.residual(client, terms.factor, terms.count, number)
-            trained = result.update[segment.start - start : segment.stop - start]
-            update = residual.compensate(trained, np.arange(terms.count))
-            private_seed = derive_seed(seed, "dither", number, client, terms.factor)
-            outgoing.append(_Outgoing(terms, update, private_seed, weight))
+        for each in terms:
+            segment = layout.segment(each.factor)
+            trained = result.update[segment.start - start : segment.stop - start][each.places]
+            update = self._residual(client, request, each).compensate(trained, each.places)
+            private_seed = derive_seed(seed, "dither", number, client, *each.label)
+            outgoing.append(_Outgoing(each, update, private_seed, weight))
         return result, outgoing
 
-    def _keep_residual(self, client: str, request: TrainRequest, factor: Factor, unsent: Vector) -> None:
-        if request.uplink.error_feedback:
-            self._store.keep_residual(client, factor, request.round, Residual(unsent))
+    def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
+        """What the client had not sent of a whole factor before this round, in the basis of this round.
+
+        Where the change of basis is not known, because the client took no part then, or missed another one, nothing.
+        """
+        if not request.uplink.error_feedback:
+            return Residual.empty(terms.whole)
+        residual = self._store.residual(client, terms.factor, terms.whole, request.round)
+        rebasing = request.rebasing
+        kept = self._store.residual_round(client, terms.factor, request.round)
+        if rebasing is None or kept > rebasing.round:
+            return residual
+        changes = self._basis_changes(request, rebasing.digest) if kept > rebasing.before else None
+        if changes is None:
+            return Residual.empty(terms.whole)
+        return Residual(follow(self._model_for(request.base).layout, changes, terms.factor, residual.values))
+
+    def _basis_changes(self, request: TrainRequest, digest: str) -> dict[str, Basis] | None:
+        """How the basis changed after the round of this adapter; None where this device never held it."""
+        if digest != self._rebasing[0]:
+            layout = self._model_for(request.base).layout
+            held = self._store.adapter(digest, layout.size)
+            self._rebasing = (digest, None if held is None else basis_changes(layout, held))
+        return self._rebasing[1]
+
+    def _keep(self, client: str, request: TrainRequest, terms: Sequence[FactorTerms], unsent: Sequence[Vector]) -> None:
+        """Remembers what was not sent now; of what this client does not own in this round, what was not sent before."""
+        if not request.uplink.error_feedback:
+            return
+        residuals: dict[Factor, Residual] = {}
+        for each, rest in zip(terms, unsent, strict=True):
+            before = residuals.get(each.factor) or self._residual(client, request, each)
+            residuals[each.factor] = before.carry(rest, each.places)
+        for factor, residual in residuals.items():
+            self._store.keep_residual(client, factor, request.round, residual)
 
     def _model_for(self, base: Base) -> AdaptedModel:
         if self._model is None or self._model[0] != base:
@@ -224,7 +269,19 @@ class Device:
         return self._splits[key]
 
 
-def _local_task(client: str, request: TrainRequest) -> LocalTask:
+def own_tier(request: TrainRequest) -> int:
+    """The tier that a request asks for; 0 where everybody trains everything.
+
+    Raises:
+        PeerError: it is none of the round's.
+    """
+    tiers = request.uplink.tiers
+    if (request.tier not in tiers) if tiers else request.tier:
+        raise PeerError(f"a request to train {request.tier} rank indices; this round has the tiers {list(tiers)}")
+    return request.tier
+
+
+def _local_task(client: str, request: TrainRequest, owned: Indices | None, share: float) -> LocalTask:
     work = request.work
     if (work.local_steps > 0) == (work.local_epochs > 0):
         raise PeerError("a request with both or neither of local steps and local epochs")
@@ -232,8 +289,9 @@ def _local_task(client: str, request: TrainRequest) -> LocalTask:
         seed=derive_seed(request.job_seed, "train", request.round, client),
         learning_rate=work.learning_rate,
         factors=work.factors,
-        local_steps=work.local_steps or None,
-        local_epochs=work.local_epochs or None,
+        owned=None if owned is None else tuple(owned.tolist()),
+        local_steps=max(1, round(share * work.local_steps)) if work.local_steps else None,
+        local_epochs=share * work.local_epochs or None,
         batch_tokens=work.batch_tokens,
         weight_decay=work.weight_decay,
         max_gradient_norm=work.max_gradient_norm,

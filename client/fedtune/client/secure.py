@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedtune.client.device import Contribution, Device
+from fedtune.client.device import Contribution, Device, own_tier
 from fedtune.core.masked import masked_segments, masked_words
 from fedtune.core.messages import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
@@ -129,11 +129,13 @@ class SecureRounds:
         """
         if request.uplink.form != "ring":
             raise ServerFaultError(f"asked for an update of form {request.uplink.form}, which cannot be masked")
-        terms = self._device.terms(request)
+        terms, tiers = self._device.terms(request), request.uplink.tiers
+        tier = tiers.index(own_tier(request)) if tiers else 0
         pairs = {
             "round": (config.round, request.round),
             "work and codec": (config.context, terms_digest(request)),
-            "segments": (config.segments, masked_segments(terms)),
+            "segments": (config.segments, masked_segments(terms, tiers)),
+            "tier": ({member.tier for member in config.cohort if member.client == client}, {tier}),
         }
         wrong = [what for what, (configured, asked) in pairs.items() if configured != asked]
         if len(config.cohort) > request.uplink.n_max:

@@ -40,6 +40,11 @@ class ClientStore:
         except (OSError, PeerError):
             return Residual.empty(count)
 
+    def residual_round(self, client: str, factor: str, before_round: int) -> int:
+        """The round after which `residual` was kept; 0 where there is none."""
+        rounds = [int(path.stem) for path in self._residuals(client, factor)]
+        return max((number for number in rounds if number < before_round), default=0)
+
     def keep_residual(self, client: str, factor: str, round_number: int, residual: Residual) -> None:
         """Remembers what a client has not sent of a factor after a round."""
         folder = self._residual_folder(client, factor)

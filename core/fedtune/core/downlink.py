@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector, adapter_digest, factor_letters
-from fedtune.core.codec import apply, encode_delta
+from fedtune.core.codec import apply, encode_delta, encode_refresh
 from fedtune.core.errors import PeerError
 from fedtune.core.messages import Downlink
 
@@ -33,6 +33,17 @@ def advance(layout: AdapterLayout, held: Vector, target: Vector, factors: Factor
         segment = layout.segment(factor)
         after[segment] = apply(held[segment], encode_delta(held[segment], target[segment], bits))
     return after
+
+
+def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector:
+    """The adapter that devices shall hold after a change of basis: all of the target, at 8 bits.
+
+    Args:
+        bits: as `advance`; None for the target itself.
+    """
+    if bits is None:
+        return target.copy()
+    return np.concatenate([apply(half, encode_refresh(half)) for half in layout.halves(target)])
 
 
 def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:

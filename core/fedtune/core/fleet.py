@@ -26,6 +26,7 @@ MAX_KINDS = 1000
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _Rate = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+_Chance = Annotated[float, Field(gt=0, le=1)]
 _Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,7 +39,10 @@ class Kind:
         memory_mb: what a training process may take, in MB.
         tokens_per_second: of training steps.
         uplink_kbit, downlink_kbit: kilobits a second.
-        availability: probability that a device can be asked in a round.
+        availability: probability that a device can be reached in a round.
+        charging: probability that it is charging, or has battery to spare.
+        cool: probability that it is not too hot to train.
+        unmetered: probability that its link costs nothing.
         failure_rate: probability that a device that was asked vanishes.
         jitter: standard deviation of the logarithm of a device's time, from round to round.
     """
@@ -49,9 +53,22 @@ class Kind:
     tokens_per_second: _Rate
     uplink_kbit: _Rate
     downlink_kbit: _Rate
-    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    availability: _Chance = 1.0
+    charging: _Chance = 1.0
+    cool: _Chance = 1.0
+    unmetered: _Chance = 1.0
     failure_rate: _Probability = 0.0
     jitter: Annotated[float, Field(ge=0, le=3)] = 0.0
+
+    @property
+    def eligibility(self) -> dict[str, float]:
+        """What must hold for a device to train in a round, each with its probability, whatever else holds."""
+        return {
+            "reachable": self.availability,
+            "charging": self.charging,
+            "cool": self.cool,
+            "unmetered": self.unmetered,
+        }
 
     def seconds(self, tokens: float, bytes_up: float, bytes_down: float) -> float:
         """t = tokens / tokens_per_second + bytes_up / bandwidth_up + bytes_down / bandwidth_down."""

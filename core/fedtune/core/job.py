@@ -24,6 +24,7 @@ from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 BUNDLED = "bundled"  # the fleet that comes with fedtune
 DEFAULT_LOCAL_STEPS = 20
+SMALLEST_TIER = 4  # rank indices
 MAX_JOB_BYTES = 1 << 20
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -52,12 +53,15 @@ class AdapterSettings:
 
     Args:
         rank: R, the largest rank that any device trains.
+        tiers: how many of the rank indices a device may train a round, ascending to the rank; 4, 8, 16, … where not
+            set. Which one it trains follows from its plan; without plans everybody trains all.
         target_modules: "all-linear", or the endings of the names of the modules to adapt.
     """
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: _PositiveFloat = 32.0
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    tiers: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=32)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -123,10 +127,16 @@ class FederationSettings:
 
     Args:
         clients_per_round: a count, or a share of the population between 0 and 1.
-        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time.
+        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time, or
+            "utility": of those, the ones whose updates should teach most a second (Oort; by time alone where the server
+            sees sums only).
+        late: what becomes of an update that comes when its round has closed: "drop", or in the clear "next": the next
+            round takes it at 1/√2 of its weight. Only simulated fleets know late updates yet.
         minimum_clients: fewer survivors than this and the round changes nothing.
         deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
         aggregation: how client updates become one (fedtune.strategies.aggregators).
+        rebalance_every: rounds after which both factors are brought to the same share of every direction; 0 for never.
+            The product stays as it is; the next request carries the whole adapter, at 8 bits.
         server_optimizer: what the server makes of the aggregate (fedtune.strategies.server_optimizers).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
         robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
@@ -142,10 +152,12 @@ class FederationSettings:
 
     rounds: _Positive = 20
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
-    selection: Literal["uniform", "deadline"] = "uniform"
+    selection: Literal["uniform", "deadline", "utility"] = "uniform"
+    late: Literal["drop", "next"] = "drop"
     minimum_clients: _Positive = 1
     deadline: Literal["auto"] | _PositiveFloat = "auto"
     aggregation: Literal["fedavg", "alternating", "ffa", "fedrot", "flexlora", "flora"] = "fedavg"
+    rebalance_every: _Count = 0
     server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
     server_learning_rate: _PositiveFloat | None = None
     robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
@@ -209,6 +221,8 @@ class SimulationSettings:
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on how many cores a machine has, and because small models gain little from more; workers do better there.
         fleet: a file of kinds of device (fedtune.core.fleet), "bundled", or "" for devices that are all alike.
+        ranks: without a fleet, the rank of each client in the order of names, again from the first where there are more
+            clients; none for the adapter's.
         dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
             round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
@@ -219,6 +233,7 @@ class SimulationSettings:
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
     fleet: str = ""
+    ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     failing: Annotated[float, Field(ge=0, le=1)] = 0.0
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -256,6 +271,16 @@ class Job:
         if self.compression.form != "auto":
             return self.compression.form
         return "ring" if self.secure_aggregation.enabled else "sparse"
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """adapter.tiers, with its default filled in: 4, 8, 16, … and the rank, or the rank alone where all need it."""
+        rank = self.adapter.rank
+        if self.adapter.tiers is not None:
+            return self.adapter.tiers
+        if needs_equal_ranks(self):
+            return (rank,)
+        return (*(SMALLEST_TIER << power for power in range(8) if SMALLEST_TIER << power < rank), rank)
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
@@ -300,6 +325,45 @@ def hides_updates(job: Job) -> bool:
     return job.compression.preset != "none" and job.compression_form == "ring"
 
 
+def needs_equal_ranks(job: Job) -> str | None:
+    """Why all clients must train the same rank; None where they need not."""
+    federation = job.federation
+    if federation.aggregation == "fedrot":
+        return 'federation.aggregation is "fedrot", which turns whole factors'
+    if federation.robust != "none":
+        return f'federation.robust is "{federation.robust}", which compares whole updates'
+    return None
+
+
+def _tier_problems(job: Job) -> list[str]:
+    tiers, rank, problems = job.tiers, job.adapter.rank, []
+    if list(tiers) != sorted(set(tiers)) or tiers[-1] != rank:
+        problems.append(f"adapter.tiers is {list(tiers)}; expected numbers that ascend to adapter.rank = {rank}")
+    if len(tiers) > 1 and (reason := needs_equal_ranks(job)):
+        problems.append(f"adapter.tiers has more than one, but {reason}; expected [{rank}]")
+    if odd := sorted(set(job.simulation.ranks) - set(tiers)):
+        problems.append(f"simulation.ranks has {odd}; expected only tiers: {list(tiers)} (adapter.tiers)")
+    if job.simulation.ranks and job.simulation.fleet:
+        problems.append("simulation.ranks and simulation.fleet are both set; a fleet's plans say what devices train")
+    return problems
+
+
+def _late_problems(job: Job) -> list[str]:
+    late, aggregation = 'federation.late is "next"', job.federation.aggregation
+    problems = []
+    if not job.simulation.fleet:
+        problems.append(f"{late}, but simulation.fleet names no fleet")
+    if hides_updates(job):
+        problems.append(f"{late}, but the server sees sums only, and cannot make one update weigh less")
+    if aggregation == "alternating":
+        problems.append(f'{late}, but federation.aggregation is "alternating": the next round trains another factor')
+    if job.federation.rebalance_every:
+        problems.append(f"{late}, but federation.rebalance_every changes the basis between rounds")
+    if aggregation in ("flexlora", "flora"):
+        problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round has another basis')
+    return problems
+
+
 def aggregation_problems(job: Job) -> list[str]:
     """What in [federation] contradicts itself, or needs to see what the server is not shown."""
     federation = job.federation
@@ -326,6 +390,10 @@ def aggregation_problems(job: Job) -> list[str]:
         )
     if averages_products and federation.robust != "none":
         problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.rebalance_every and averages_products:
+        problems.append(f"{method}, which balances both factors every round; expected federation.rebalance_every = 0")
+    if federation.rebalance_every and federation.aggregation == "ffa":
+        problems.append(f"{method}, which keeps A as the job's seed made it; expected federation.rebalance_every = 0")
     if federation.server_learning_rate is not None and federation.server_optimizer == "none":
         problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
     return problems
@@ -396,6 +464,8 @@ def _contradictions(job: Job) -> list[str]:
             problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
     if job.federation.selection != "uniform" and not job.simulation.fleet:
         problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
+    if job.federation.late == "next":
+        problems += _late_problems(job)
     if job.export.formats and not job.data.evaluation:
         problems.append(
             "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
@@ -409,7 +479,7 @@ def _contradictions(job: Job) -> list[str]:
         )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems + aggregation_problems(job) + _insecure(job)
+    return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
 
 
 def _insecure(job: Job) -> list[str]:
@@ -423,10 +493,6 @@ def _insecure(job: Job) -> list[str]:
         problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
     elif job.compression.form == "sparse":
         problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
-    if job.simulation.fleet:
-        problems.append(
-            f"simulation.fleet cuts local work request by request, which secure rounds refuse; leave it out, {off}"
-        )
     if isinstance(wanted, int):
         problems += secure_cohort_problems(job, wanted)
     return problems

@@ -5,8 +5,9 @@ One payload is one msgpack array, tagged with its kind, and travels as one byte 
     data = encode(TrainRequest(...))
     request = decode(data, TrainRequest)
 
-A request is the same for all clients that come from the same version of the adapter: what else differs between them
-(their seed, their data) they derive themselves from their names, so a server serialises once for each version.
+A request is the same for all clients that come from the same version of the adapter and train the same tier: what else
+differs between them (their seed, their data) they derive themselves from their names, so a server serialises once for
+each version and tier.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ PROTOCOL_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 30
 MAX_TEXT = 4096
 MAX_COUNT = 1 << 40
+MAX_TIERS = 32
 HEADER_BYTES = 64 << 10  # every field beside the vector fits in this
 
 _Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 _Bytes = Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+_Tier = Annotated[int, Meta(ge=1, le=1024)]
 _Loss = Annotated[float, Meta(ge=0, le=1e6)]  # bounded, so that no client can make a mean overflow
 
 
@@ -72,7 +75,11 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """How updates travel up; `turns` and `clips` have one entry a trained factor, see `fedtune.core.uplink`."""
+    """How updates travel up; `turns` and `clips` have one entry a trained factor, see `fedtune.core.uplink`.
+
+    Args:
+        tiers: how many rank indices clients of this round train, ascending; none where everybody trains them all.
+    """
 
     form: Literal["exact", "sparse", "ring"]
     bits: Annotated[int, Meta(ge=1, le=8)]
@@ -84,6 +91,7 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     turns: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
     rotation: bool
+    tiers: Annotated[tuple[_Tier, ...], Meta(max_length=MAX_TIERS)] = ()
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -100,8 +108,27 @@ class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
     parts: tuple[_Bytes, _Bytes]
 
 
+class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """The last change of the adapter's basis; see `fedtune.core.rebalance.basis_changes`.
+
+    Args:
+        round: after which it was made.
+        digest: of the adapter that devices held in that round, from which it follows.
+        before: the round of the change before, or 0.
+    """
+
+    round: _Count
+    digest: _Digest
+    before: _Count
+
+
 class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Train this adapter, and send back what changed."""
+    """Train this adapter, and send back what changed.
+
+    Args:
+        tier: how many rank indices this client trains, one of `uplink.tiers`; 0 where those are none.
+        rebasing: what a residual of an earlier round must follow; None where the basis never changed.
+    """
 
     version: int
     job_seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -110,10 +137,12 @@ class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
     work: LocalWork
     uplink: Uplink
     adapter: Downlink
+    tier: Annotated[int, Meta(ge=0, le=1024)] = 0
+    rebasing: Rebasing | None = None
 
 
 class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Trained minus received, one payload for each factor that was trained, and what it took."""
+    """Trained minus received, one payload for each of the terms of the client's tier, and what it took."""
 
     round: _Count
     examples: _Count
@@ -121,7 +150,7 @@ class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown
     steps: _Count
     loss: _Loss
     seconds: Annotated[float, Meta(ge=0)]
-    update: Annotated[tuple[_Bytes, ...], Meta(min_length=1, max_length=2)]
+    update: Annotated[tuple[_Bytes, ...], Meta(min_length=1, max_length=2 * MAX_TIERS)]
 
 
 class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -147,10 +176,13 @@ class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
 
 P = TypeVar("P", bound=Payload)
 
+_NOBODYS = Downlink("", "0" * 64, (b"", b""))
+
 
 def terms_digest(request: TrainRequest) -> bytes:
-    """One hash over all that a request asks, but for the way the adapter travels, which differs between clients."""
-    common = (request.version, request.job_seed, request.round, request.base, request.work, request.uplink)
+    """One hash over all that a request asks, but for the way the adapter travels and the tier: those differ between
+    clients."""
+    common = msgspec.structs.replace(request, adapter=_NOBODYS, tier=0)
     return hashlib.sha256(msgspec.msgpack.encode(common)).digest()
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.adapter import AdapterLayout, Factor, Vector
+from fedtune.core.adapter import FACTORS, AdapterLayout, Factor, Vector
 
 FRESH_ROW = 3.0**-0.5  # the norm of a row of A as a job starts it: U(±1/sqrt(d)), d of them
 _NEGLIGIBLE = 1e-7  # of the largest singular value; the factors are float32
@@ -50,6 +50,23 @@ def rebalance(layout: AdapterLayout, adapter: Vector) -> tuple[Vector, dict[str,
     return balanced, changes
 
 
+def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
+    """How the basis of every module changes when `held` is rebalanced, and whatever lives in that basis with it.
+
+    A module whose factors have not the whole rank, as before round 1, keeps its basis: a change would lose what another
+    version of the adapter has in the directions that this one lacks.
+    """
+    changes = rebalance(layout, held)[1]
+    same = Basis(np.eye(layout.rank), np.eye(layout.rank))
+    return {name: change if change.t.any(axis=0).all() else same for name, change in changes.items()}
+
+
+def changed(layout: AdapterLayout, changes: Mapping[str, Basis], adapter: Vector) -> Vector:
+    """An adapter in the new basis; its products stay as they are."""
+    halves = zip(FACTORS, layout.halves(adapter), strict=True)
+    return np.concatenate([follow(layout, changes, factor, half) for factor, half in halves])
+
+
 def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, values: Vector) -> Vector:
     """A residual, a moment or an update of one factor in the new basis: values·T for B, T⁺·values for A.
 
@@ -77,6 +94,9 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
     left, values, right = np.linalg.svd(r_b @ r_a.T)
     if not values.size or values[0] == 0:
         return lora_a, lora_b, Basis(np.eye(rank), np.eye(rank))
+    # The sign of a pair of singular vectors is the library's choice; that of the change must be everybody's.
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
+    left, right = left * signs[: left.shape[1]], right * signs[:, None]
     kept = int((values > _NEGLIGIBLE * values[0]).sum())
     roots = np.sqrt(values[:kept])
     t, t_inverse = np.zeros((rank, rank)), np.zeros((rank, rank))

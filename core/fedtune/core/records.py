@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class ClientRecord:
     """What one client of a cohort did in a round.
 
     Args:
+        tier: how many rank indices it could train; 0 where that is none of the job's tiers.
+        rank: how many it trained in this round; 0 where it sat out.
         dropped: why its update is not part of the aggregate; None for a survivor.
         seconds: of local training, as the client says.
         answered: seconds from the round's start until its update was there.
@@ -50,7 +53,7 @@ class ClientRecord:
     """
 
     id: str
-    tier: str = "full"
+    tier: int = 0
     rank: int = 0
     examples: int = 0
     tokens: int = 0
@@ -65,6 +68,12 @@ class ClientRecord:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         bytes_ = {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
         return values | bytes_ | {"traffic": self.traffic.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ClientRecord:
+        """The record that such an object was made of."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**known | {"traffic": Ledger.from_json(values["traffic"])})
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,11 @@ class SecureRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of rounds.jsonl."""
+    """One line of rounds.jsonl.
+
+    Args:
+        notes: what else was decided in the round, one sentence each: tiers that were merged or sat out, and such.
+    """
 
     round: int
     seconds: float
@@ -107,6 +120,7 @@ class RoundRecord:
     eval: Evaluation | None = None
     client_evaluations: tuple[ClientEvaluation, ...] = field(default=())
     secure: SecureRecord | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def survivors(self) -> tuple[ClientRecord, ...]:
@@ -134,6 +148,7 @@ class RoundRecord:
             "survivors": [client.id for client in survivors],
             "train_loss": self.train_loss,
             "aborted": self.aborted,
+            "notes": list(self.notes),
             "eval": self.eval.to_json() if self.eval else None,
             "bytes": {
                 "up": traffic.bytes_up,

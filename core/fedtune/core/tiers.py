@@ -1,18 +1,19 @@
 """Devices of different rank on one adapter: which rank indices each trains, and where those lie in the flat vector.
 
-A public permutation π_t of the R rank indices follows from the job's seed and the turn t. A device of tier r owns
+A public permutation π_t of the R rank indices follows from the job's seed and the round t. A device of tier r owns
 I_r = π_t[:r]: it loads the whole adapter, and trains rows I_r of A or columns I_r of B; the rest stays frozen in its
-forward pass. Tiers are nested, so what a small device trains is trained by all larger ones too, and over the turns
+forward pass. Tiers are nested, so what a small device trains is trained by all larger ones too, and over the rounds
 every device trains every index.
 
-    owned = rank_indices(seed, turn, layout.rank, tier)
+    owned = rank_indices(seed, number, layout.rank, tier)
     places = coordinates(layout, "b", owned)               # of the factor, ascending
     update[places]                                         # what such a device uploads
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,18 +25,41 @@ from fedtune.core.seeds import generator
 Indices = npt.NDArray[np.intp]
 
 
-def rank_indices(seed: int, turn: int, rank: int, tier: int) -> Indices:
-    """I_r of a turn: int, (tier,), ascending.
+@dataclass(frozen=True, eq=False)
+class RankSlice:
+    """Rank indices with the same owners: all devices of its tier and above.
+
+    Args:
+        tier: the smallest that owns them.
+        owned: int, ascending.
+    """
+
+    tier: int
+    owned: Indices
+
+
+def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
+    """I_r of a round: int, (tier,), ascending.
 
     Args:
         seed: the job's.
-        turn: how many rounds before this one trained the factor.
+        number: of the round.
         rank: R.
         tier: r, from 1 to R.
     """
     if not 1 <= tier <= rank:
         raise ValueError(f"a tier of {tier} rank indices; expected 1 to {rank}")
-    return np.sort(generator(seed, "tiers", turn).permutation(rank)[:tier])
+    return np.sort(_order(seed, number, rank)[:tier])
+
+
+def rank_slices(seed: int, number: int, rank: int, tiers: Sequence[int]) -> tuple[RankSlice, ...]:
+    """The rank indices that each tier adds to the next smaller one, smallest tier first.
+
+    What several tiers own in common is one slice, so that one sum, masked or not, has one set of owners.
+    """
+    order = _order(seed, number, rank)
+    bounds = [0, *sorted(set(tiers))]
+    return tuple(RankSlice(high, np.sort(order[low:high])) for low, high in pairwise(bounds))
 
 
 def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indices:
@@ -56,34 +80,32 @@ def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indice
     return np.concatenate(parts)
 
 
-def slices(seed: int, turn: int, rank: int, tiers: Sequence[int]) -> list[tuple[int, Indices]]:
-    """The rank indices that each tier adds to the next smaller one: (tier, ascending indices), smallest tier first.
-
-    What several tiers own in common is one slice, so that one sum, masked or not, has one set of owners: slice k is
-    owned by all devices of tier k and above.
-    """
-    order = generator(seed, "tiers", turn).permutation(rank)
-    bounds = [0, *sorted(set(tiers))]
-    return [(high, np.sort(order[low:high])) for low, high in pairwise(bounds)]
+def tier_for(rank: int, tiers: Sequence[int]) -> int:
+    """The largest of a job's tiers that a device of this rank can train; 0 where it can train none."""
+    return max((tier for tier in tiers if tier <= rank), default=0)
 
 
-def merged_tiers(counts: dict[int, int], least: int) -> dict[int, int]:
-    """Tier -> tier it trains as, so that every slice has at least `least` owners; 0 where it sits out.
+def merged_tiers(counts: Mapping[int, int], least: int) -> dict[int, int]:
+    """Tier -> tier it trains as, so that each that is trained has at least `least` clients; 0 where it sits out.
 
-    A slice is owned by its tier and all above. Where a tier and those above it are too few, they train as the next
-    smaller one; where even all together are too few, nobody trains.
+    A slice's owners are a tier and all above it. Yet every tier must be large enough by itself, not only with those
+    above: what two slices' weights differ by is the weight of the tier between them. A tier that is too small trains
+    as the next smaller one; where there is none, it and those that have come down to it sit out.
 
     Args:
-        counts: tier -> devices of it in the cohort.
-        least: n_min of secure aggregation, at least 1.
+        counts: tier -> clients of it in the cohort.
+        least: at least 1.
     """
-    trained, owners = {}, 0
+    trained: dict[int, int] = {}
     waiting: list[int] = []
     for tier in sorted(counts, reverse=True):
-        owners += counts[tier]
         waiting.append(tier)
-        if owners >= least:
+        if sum(counts[each] for each in waiting) >= least:
             trained.update(dict.fromkeys(waiting, tier))
             waiting = []
     trained.update(dict.fromkeys(waiting, 0))
     return trained
+
+
+def _order(seed: int, number: int, rank: int) -> Indices:
+    return generator(seed, "tiers", number).permutation(rank)

@@ -1,16 +1,21 @@
 """How one client's update travels up: one payload a factor, by the codec the job asks for, in the clear or in a ring.
 
+Where devices train different ranks, a factor travels in slices of rank indices, each with owners, payload, weight and
+sum of its own.
+
     payload, sent = encode_factor(x, terms, private_seed, weight)        # on the client; x - sent is its residual
     vector = decode_factor(payload, terms)                               # on the server, forms "exact" and "sparse"
-    total = add_ring(total, payload, terms)                              # on the server, form "ring"
-    mean = ring_mean(total, survivors, terms)
+    total = add_ring(total, payload, terms)                              # on the server, form "ring"; a RingSum
+    mean = ring_mean(total, terms)
 
-`FactorTerms` is what server and clients agree on for one factor in one round; all of it is public.
+`FactorTerms` is what server and clients agree on for one factor, or one slice of it, in one round; all of it is public.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
 from typing import Literal
 
 import numpy as np
@@ -25,6 +30,7 @@ from fedtune.core.errors import PeerError
 from fedtune.core.job import Job
 from fedtune.core.messages import Uplink
 from fedtune.core.seeds import derive_seed
+from fedtune.core.tiers import Indices, RankSlice, coordinates, rank_slices
 
 Form = Literal["exact", "sparse", "ring"]
 
@@ -75,20 +81,36 @@ class Compression:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The coordinates of a factor that a slice of its rank indices has.
+
+    Args:
+        tier: the smallest that owns them.
+        places: in the factor, int, ascending.
+        whole: coordinates of the factor.
+    """
+
+    tier: int
+    places: Indices
+    whole: int
+
+
 @dataclass(frozen=True)
 class FactorTerms:
-    """What a cohort agrees on for one factor in one round.
+    """What a cohort agrees on for one factor, or a slice of it, in one round.
 
     Args:
         form, bits, density: as in `Compression`.
-        count: coordinates of the factor.
+        count: coordinates of the factor, or of the slice.
         seed: the job's.
         round: number of the round.
         turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
-        clip: norm to which a selected update is clipped; ring only.
+        clip: norm to which a selected update of the whole factor is clipped; ring only.
         n_max: most clients that are ever added; ring only.
         rotation: as in `Compression`; ring only.
         weight_cap: the weight, in examples or tokens, that counts as one; ring only.
+        part: which coordinates of the factor; None for all.
     """
 
     form: Form
@@ -103,38 +125,71 @@ class FactorTerms:
     n_max: int
     rotation: bool = True
     weight_cap: int = 1
+    part: Part | None = None
+
+    @property
+    def tier(self) -> int:
+        """The smallest tier that sends this; 0 where all send everything."""
+        return self.part.tier if self.part else 0
+
+    @property
+    def whole(self) -> int:
+        """Coordinates of the factor."""
+        return self.part.whole if self.part else self.count
+
+    @property
+    def places(self) -> Indices | slice:
+        """Where these coordinates lie in the factor."""
+        return self.part.places if self.part else slice(None)
+
+    @property
+    def label(self) -> tuple[str | int, ...]:
+        """What random streams of these terms are told apart by."""
+        return (self.factor, self.part.tier) if self.part else (self.factor,)
 
     def context(self) -> RoundContext:
-        """The ring codec's view of these terms."""
-        places = derive_seed(self.seed, "selection", self.factor)
+        """The ring codec's view of these terms.
+
+        Turns are taken over the whole factor, so that a coordinate's turn does not depend on whose slice it is in. A
+        slice's clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
+        """
+        selection = select_public(self.whole, self.density, derive_seed(self.seed, "selection", self.factor), self.turn)
         return RoundContext(
-            seed=derive_seed(self.seed, "codec", self.round, self.factor),
-            selection=select_public(self.count, self.density, places, self.turn),
-            clip=self.clip,
+            seed=derive_seed(self.seed, "codec", self.round, *self.label),
+            selection=selection[self.places],
+            clip=self.clip * sqrt(self.count / self.whole),
             n_max=self.n_max,
             rotation=self.rotation,
         )
 
 
 def factor_terms(
-    uplink: Uplink, layout: AdapterLayout, factors: Factors, seed: int, round_number: int
+    uplink: Uplink, layout: AdapterLayout, factors: Factors, seed: int, round_number: int, tier: int = 0
 ) -> tuple[FactorTerms, ...]:
-    """The terms of every factor that a round trains, in the order in which their payloads travel.
+    """The terms of every factor that a round trains, slice by slice, in the order in which their payloads travel.
+
+    Args:
+        tier: leaves out what clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the uplink does not have one turn and one clip for each of them.
+        PeerError: the uplink does not have one turn and one clip for each of them, or no such tier.
     """
     if not len(factors) == len(uplink.turns) == len(uplink.clips):
         raise PeerError(f"{len(uplink.turns)} turns and {len(uplink.clips)} clips for the factors {factors}")
+    slices = round_slices(uplink, layout, seed, round_number)
+    if tier and tier not in uplink.tiers:
+        raise PeerError(f"a request to train {tier} rank indices; this round has the tiers {list(uplink.tiers)}")
     terms = []
     for letter, turn, clip in zip(factor_letters(factors), uplink.turns, uplink.clips, strict=True):
         segment = layout.segment(letter)
-        terms.append(
+        whole = segment.stop - segment.start
+        parts: list[Part | None] = [Part(each.tier, coordinates(layout, letter, each.owned), whole) for each in slices]
+        terms += [
             FactorTerms(
                 uplink.form,
                 uplink.bits,
                 uplink.density,
-                segment.stop - segment.start,
+                len(part.places) if part else whole,
                 seed,
                 round_number,
                 letter,
@@ -143,9 +198,25 @@ def factor_terms(
                 uplink.n_max,
                 uplink.rotation,
                 uplink.weight_cap,
+                part,
             )
-        )
+            for part in parts or [None]
+            if not (tier and part) or part.tier <= tier
+        ]
     return tuple(terms)
+
+
+def round_slices(uplink: Uplink, layout: AdapterLayout, seed: int, round_number: int) -> tuple[RankSlice, ...]:
+    """The slices of a round of mixed ranks, smallest tier first; none where everybody trains everything.
+
+    Raises:
+        PeerError: the tiers do not ascend to at most the adapter's rank.
+    """
+    if not uplink.tiers:
+        return ()
+    if uplink.tiers[-1] > layout.rank or any(low >= high for low, high in pairwise(uplink.tiers)):
+        raise PeerError(f"the tiers {list(uplink.tiers)}; expected them to ascend, to at most {layout.rank}")
+    return rank_slices(seed, round_number, layout.rank, uplink.tiers)
 
 
 def uplink_weight(uplink: Uplink, examples: int, tokens: int) -> int:
@@ -204,13 +275,21 @@ def decode_factor(payload: bytes, terms: FactorTerms) -> Vector:
     return SparseCodec(terms.density, terms.bits).decode(payload, terms.count)
 
 
-def ring_zero(terms: FactorTerms) -> RingUpdate:
+@dataclass(frozen=True)
+class RingSum:
+    """Contributions added in a ring, and how many they are."""
+
+    total: RingUpdate
+    contributors: int = 0
+
+
+def ring_zero(terms: FactorTerms) -> RingSum:
     """The empty sum."""
-    return MaskableCodec(terms.bits).zero(terms.context())
+    return RingSum(MaskableCodec(terms.bits).zero(terms.context()))
 
 
-def add_ring(total: RingUpdate, payload: bytes, terms: FactorTerms) -> RingUpdate:
-    """Adds one client's "ring" payload to a sum.
+def add_ring(sum_: RingSum, payload: bytes, terms: FactorTerms) -> RingSum:
+    """A sum with one client's "ring" payload.
 
     Raises:
         PeerError: malformed, with the reason.
@@ -226,9 +305,13 @@ def add_ring(total: RingUpdate, payload: bytes, terms: FactorTerms) -> RingUpdat
         np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
     )
     codec.decode_sum(contribution, 1, context)  # refuses what no single client can have sent
-    return codec.add(total, contribution, context)
+    return RingSum(codec.add(sum_.total, contribution, context), sum_.contributors + 1)
 
 
-def ring_mean(total: RingUpdate, survivors: int, terms: FactorTerms) -> RingMean:
-    """The weighted mean of the summed contributions."""
-    return MaskableCodec(terms.bits).decode_sum(total, survivors, terms.context())
+def ring_mean(sum_: RingSum, terms: FactorTerms) -> RingMean:
+    """The weighted mean of the contributions.
+
+    Raises:
+        PeerError, RunError: it is no sum of that many.
+    """
+    return MaskableCodec(terms.bits).decode_sum(sum_.total, sum_.contributors, terms.context())

@@ -122,6 +122,8 @@ class Terminal:
             for client in record.clients:
                 if client.dropped:
                     self.note(f"  client {client.id} dropped: {client.dropped}")
+            for text in record.notes:
+                self.note(f"  {text}")
 
     def end(self, summary: dict[str, Any]) -> None:
         """Prints the final table, prompts and paths."""
@@ -167,6 +169,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.caption = losses
     console.print(table)
     console.print(_traffic_table(summary["traffic"]))
+    if len(summary["tiers"]) > 1:
+        console.print(_tier_table(summary["tiers"]))
     console.print(what_the_server_saw(summary["secure_aggregation"]), markup=False)
     for example in summary["answers"]:
         console.print()
@@ -187,6 +191,16 @@ def _traffic_table(traffic: dict[str, Any]) -> Table:
         entries = [traffic[way].get(purpose) for way in ("down", "up")]
         if any(entries):
             table.add_row(purpose, *(format_bytes(entry["bytes"]) if entry else "" for entry in entries))
+    return table
+
+
+def _tier_table(tiers: list[dict[str, Any]]) -> Table:
+    table = Table(title="rank indices trained", title_justify="left")
+    for column in ("tier", "asked", "trained less", "sat out", "updates", "share"):
+        table.add_column(column, justify="right")
+    for line in tiers:
+        counts = (f"{line[key]:,}" for key in ("asked", "merged", "sat_out", "updates"))
+        table.add_row(str(line["tier"]) if line["tier"] else "none", *counts, f"{line['share']:.0%}")
     return table
 
 

@@ -18,7 +18,7 @@ from fedtune.core.adapter import Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job import Job
 from fedtune.core.ledger import Ledger
-from fedtune.core.records import ClientEvaluation, Evaluation
+from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.server.display import Display, describe
 from fedtune.server.process import versions
 from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
@@ -93,6 +93,8 @@ def run_rounds(
             f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "
             f"now {federation.base.digest[:16]}…)"
         )
+    for line in directory.rounds():
+        strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
     spent_before = checkpoint.seconds
     display.note(f"before training: {describe(checkpoint.eval_before)}")
     population = len(strategy.roster(grid))
@@ -157,6 +159,7 @@ def _finish(
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
         "secure_aggregation": secure_summary(federation.job, rounds),
+        "tiers": tier_summary(rounds),
         "fp32_fedavg_bytes": baseline,
         "traffic_ratio": baseline / (up + down) if up + down else 0.0,
         "adapter_parameters": federation.layout.size,
@@ -213,6 +216,27 @@ def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]
         "threshold": min((each["threshold"] for each in sums), default=0),
         "evaluations_shown": any(line["client_evaluations"] for line in rounds),
     }
+
+
+def tier_summary(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each tier, largest first: how often its clients were asked, trained less, sat out, and counted."""
+    times = [(client, line["aborted"] is None) for line in rounds for client in line["clients"]]
+    counted = sum(whole and client["dropped"] is None for client, whole in times)
+    tiers = []
+    for tier in sorted({client["tier"] for client, _ in times}, reverse=True):
+        own = [(client, whole) for client, whole in times if client["tier"] == tier]
+        updates = sum(whole and client["dropped"] is None for client, whole in own)
+        tiers.append(
+            {
+                "tier": tier,
+                "asked": len(own),
+                "merged": sum(0 < client["rank"] < tier for client, _ in own),
+                "sat_out": sum(client["rank"] == 0 for client, _ in own),
+                "updates": updates,
+                "share": updates / counted if counted else 0.0,
+            }
+        )
+    return tiers
 
 
 def _pooled_json(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

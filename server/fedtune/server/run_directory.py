@@ -5,6 +5,7 @@
     checkpoints/NNNNNN/   the state after round N: enough to go on bit for bit
     adapter/              in PEFT format
     summary.json          the last word
+    virtual.jsonl         one object a round of a simulated fleet
     report.html           self-contained
 
 A round is acknowledged when its checkpoint appears. Its line in rounds.jsonl is written just before; a line beyond the
@@ -16,10 +17,12 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -27,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.core.adapter import AdapterLayout, adapter_digest, save_adapter
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job import Job, dump_job, load_job
+from fedtune.core.messages import Rebasing
 from fedtune.core.records import Evaluation, RoundRecord
 from fedtune.server.files import append_line, new_directory, storage, write_json, write_text
 from fedtune.strategies.round import FederationState
@@ -34,6 +38,7 @@ from fedtune.strategies.round import FederationState
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
+VIRTUAL = "virtual.jsonl"  # where a fleet is simulated
 REPORT = "report.html"
 ADAPTER = "adapter"
 CLIENTS = "clients"  # of a simulation: what its clients remember between rounds
@@ -136,6 +141,8 @@ class RunDirectory:
                         "held_digest": adapter_digest(state.held),
                         "server_digests": {name: adapter_digest(value) for name, value in kept.items()},
                         "clips": state.clips,
+                        "overdue": {name: b64encode(data).decode() for name, data in state.overdue.items()},
+                        "rebasing": msgspec.structs.asdict(state.rebasing) if state.rebasing else None,
                         "base_digest": checkpoint.base_digest,
                         "seconds": checkpoint.seconds,
                         "eval_before": asdict(checkpoint.eval_before) if checkpoint.eval_before else None,
@@ -198,7 +205,15 @@ class RunDirectory:
                 return None
             server = {name.removeprefix(_SERVER): value for name, value in kept.items()}
             return Checkpoint(
-                FederationState(number, adapter, held, text["clips"], server),
+                FederationState(
+                    number,
+                    adapter,
+                    held,
+                    text["clips"],
+                    server,
+                    {name: b64decode(data) for name, data in text["overdue"].items()},
+                    Rebasing(**text["rebasing"]) if text["rebasing"] else None,
+                ),
                 text["base_digest"],
                 float(text["seconds"]),
                 Evaluation(**text["eval_before"]) if text["eval_before"] else None,
@@ -219,6 +234,16 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise RunDirectoryError(f"{path / ROUNDS}: not one JSON object a line: {error}") from error
+
+
+def read_virtual(path: Path) -> list[dict[str, Any]]:
+    """The rounds that a simulated fleet has logged; none without one. A line that a crash cut off is left out."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{path}: not one JSON object a line: {error}") from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:

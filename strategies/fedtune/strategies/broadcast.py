@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from fedtune.core.adapter import AdapterLayout, Vector, adapter_digest
-from fedtune.core.codec import ExactCodec, encode_catch_up
+from fedtune.core.codec import ExactCodec, encode_catch_up, encode_whole
 from fedtune.core.downlink import FIRST, REMEMBERED_VERSIONS
 from fedtune.core.messages import Downlink
 
@@ -27,11 +27,13 @@ class Broadcast:
         layout: the adapter's.
         first: the adapter that the job started from.
         exact: float32 for everybody, whatever they hold.
+        rebased: the adapter's basis changes now and then, so that the whole may be less than what changed.
     """
 
     layout: AdapterLayout
     first: Vector
     exact: bool
+    rebased: bool = False
     _versions: OrderedDict[str, Vector] = field(default_factory=OrderedDict)
     _holds: dict[str, str] = field(default_factory=dict)
 
@@ -48,7 +50,12 @@ class Broadcast:
             return Downlink(FIRST, digest, tuple(codec.encode(half) for half in self.layout.halves(held)))  # type: ignore[arg-type]
         old = self.first if basis == FIRST else self._versions[basis]
         halves = zip(self.layout.halves(old), self.layout.halves(held), strict=True)
-        return Downlink(basis, digest, tuple(encode_catch_up(before, after) for before, after in halves))  # type: ignore[arg-type]
+        return Downlink(basis, digest, tuple(self._change(before, after) for before, after in halves))  # type: ignore[arg-type]
+
+    def _change(self, before: Vector, after: Vector) -> bytes:
+        change = encode_catch_up(before, after)
+        whole = encode_whole(after) if self.rebased else None
+        return change if whole is None else min(change, whole, key=len)
 
     def sent(self, client: str, held: Vector) -> None:
         """A client has answered a request and so holds this version."""

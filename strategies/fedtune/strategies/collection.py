@@ -13,13 +13,16 @@ from typing import Protocol
 from fedtune.core.actions import TRAIN
 from fedtune.core.adapter import Vector
 from fedtune.core.codec.downlink import max_body_size
-from fedtune.core.errors import PeerError
+from fedtune.core.errors import PeerError, UpdateError
 from fedtune.core.messages import HEADER_BYTES, TrainReply, Uplink, decode
 from fedtune.core.records import ClientRecord, SecureRecord
 from fedtune.core.uplink import FactorTerms, uplink_weight
 from fedtune.strategies.aggregators import NOTHING, State
 from fedtune.strategies.exchange import ClientFacts, Exchange
 from fedtune.strategies.reduction import Clips, Reduction
+from fedtune.strategies.virtual_clock import staleness_weight
+
+NONE_OVERDUE: Mapping[str, bytes] = {}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Collected:
         train_loss: mean over the survivors, weighted by target tokens where they are known.
         state: what the aggregator leaves to the next round.
         secure: what the server saw, under secure aggregation.
+        notes: what became of late updates, one sentence each.
     """
 
     aggregate: Vector
@@ -39,6 +43,7 @@ class Collected:
     train_loss: float | None
     state: State = field(default_factory=lambda: NOTHING)
     secure: SecureRecord | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Collection(Protocol):
@@ -66,49 +71,79 @@ class Collection(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a client is asked.
+
+    Args:
+        request: encoded.
+        tier: how many rank indices it is asked to train; 0 where all train everything.
+    """
+
+    request: bytes
+    tier: int = 0
+
+
 class ClearCollection:
     """One exchange; every update goes to a reduction as it arrives.
 
     Args:
         number: of the round.
-        requests: client -> its request.
+        asked: by client; what it sends must be of the tier it was asked for.
+        overdue: client -> its answer to the round before. It weighs less than one that is in time, and nothing where
+            its client has answered this round, or where this round's slices are not that one's.
     """
 
     def __init__(
         self,
         number: int,
         uplink: Uplink,
-        terms: Sequence[FactorTerms],
         reduction: Reduction,
-        requests: Mapping[str, bytes],
+        terms: Sequence[FactorTerms],
+        asked: Mapping[str, Asked],
+        overdue: Mapping[str, bytes] = NONE_OVERDUE,
     ) -> None:
         self._number = number
         self._uplink = uplink
-        self._terms = terms
         self._reduction = reduction
-        self._requests = requests
+        self._limit = sum(max_body_size(each.count) for each in terms) + HEADER_BYTES
+        self._asked = asked
+        self._overdue = overdue
 
     def exchanges(self) -> Iterator[Exchange]:
-        requests = {name: (payload,) for name, payload in self._requests.items()}
+        requests = {name: (asked.request,) for name, asked in self._asked.items()}
         yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
 
     def take(self, name: str, payload: bytes) -> ClientFacts:
-        del name
-        limit = sum(max_body_size(terms.count) for terms in self._terms) + HEADER_BYTES
-        reply = decode(payload, TrainReply, limit)
-        if reply.round != self._number:
-            raise PeerError(f"an update for round {reply.round}; expected round {self._number}")
-        if reply.examples < 1:
-            raise PeerError("an update that was trained on no examples")
-        if len(reply.update) != len(self._terms):
-            factors = ", ".join(terms.factor for terms in self._terms)
-            raise PeerError(f"{len(reply.update)} payloads; expected one for each of the factors {factors}")
-        self._reduction.take(reply.update, uplink_weight(self._uplink, reply.examples, reply.tokens))
+        reply = self._read(payload, self._number)
+        weight = uplink_weight(self._uplink, reply.examples, reply.tokens)
+        self._reduction.take(reply.update, weight, self._asked[name].tier)
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
+        present = {client.id for client in survivors}
+        notes = [self._take_overdue(name) for name in sorted(self._overdue) if name not in present]
         aggregate, clips = self._reduction.finish()
-        return Collected(aggregate, clips, _mean_loss(survivors), self._reduction.state)
+        return Collected(aggregate, clips, _mean_loss(survivors), self._reduction.state, notes=tuple(notes))
+
+    def _take_overdue(self, name: str) -> str:
+        if self._uplink.tiers:
+            return f"the late update of {name} was dropped: rounds of mixed ranks have slices of their own"
+        try:
+            reply = self._read(self._overdue[name], self._number - 1)
+            weight = uplink_weight(self._uplink, reply.examples, reply.tokens) * staleness_weight(1)
+            self._reduction.take(reply.update, max(1, round(weight)))
+        except (PeerError, UpdateError) as error:
+            return f"the late update of {name} was dropped: {error}"
+        return f"the late update of {name} was taken at {staleness_weight(1):.2f} of its weight"
+
+    def _read(self, payload: bytes, number: int) -> TrainReply:
+        reply = decode(payload, TrainReply, self._limit)
+        if reply.round != number:
+            raise PeerError(f"an update for round {reply.round}; expected round {number}")
+        if reply.examples < 1:
+            raise PeerError("an update that was trained on no examples")
+        return reply
 
 
 def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:

@@ -40,12 +40,7 @@ class ExactSum:
         Raises:
             UpdateError: a value is not finite or too large, the length or the weight is wrong; the sum is unchanged.
         """
-        if vector.shape != self._sum.shape:
-            raise UpdateError(f"an update of {vector.size} values; expected {self._sum.size}")
-        self.check_weight(weight)
-        largest = float(np.abs(vector).max(initial=0.0))
-        if not largest <= MAX_VALUE:  # also refuses NaN
-            raise UpdateError(f"an update with a value of {largest}; expected at most {MAX_VALUE:g}")
+        self.check(vector, weight)
         scaled = np.multiply(vector, 2.0**FRACTION_BITS, dtype=np.float64)
         np.rint(scaled, out=scaled)
         fixed = scaled.astype(np.int64)
@@ -53,10 +48,15 @@ class ExactSum:
         self._sum += fixed
         self.weight += weight
 
-    def check_weight(self, weight: int) -> None:
-        """Raises UpdateError unless so much weight can still be added."""
+    def check(self, vector: Vector, weight: int) -> None:
+        """Raises UpdateError unless it can be added; see `add`."""
+        if vector.shape != self._sum.shape:
+            raise UpdateError(f"an update of {vector.size} values; expected {self._sum.size}")
         if weight < 1 or self.weight + weight > MAX_WEIGHT:
             raise UpdateError(f"weight {weight} on top of {self.weight}; expected at least 1 and {MAX_WEIGHT} in all")
+        largest = float(np.abs(vector).max(initial=0.0))
+        if not largest <= MAX_VALUE:  # also refuses NaN
+            raise UpdateError(f"an update with a value of {largest}; expected at most {MAX_VALUE:g}")
 
     def mean(self) -> Vector:
         """Σ w·x / Σ w as float32; zeros while nothing was added."""

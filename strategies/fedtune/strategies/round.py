@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip, weight_cap
-from fedtune.core.downlink import FIRST, advance
+from fedtune.core.downlink import FIRST, advance, refreshed
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.ledger import Ledger
@@ -33,26 +34,32 @@ from fedtune.core.messages import (
     EvaluateRequest,
     LocalWork,
     Payload,
+    Rebasing,
     TrainRequest,
     Uplink,
     decode,
     encode,
 )
+from fedtune.core.rebalance import basis_changes, changed, follow
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.seeds import generator
-from fedtune.core.uplink import Compression, FactorTerms, factor_terms
+from fedtune.core.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.collection import ClearCollection, Collected, Collection
+from fedtune.strategies.collection import Asked, ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.secure import SecureAggregation, SecureCollection
 from fedtune.strategies.selection import Selection
 from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
+from fedtune.strategies.tiering import Lineup, Ranks, all_alike, assign_tiers
 
 LATE = "no answer before the deadline"
 ABORTED = "the round was aborted"
+SAT_OUT = "sat out: no tier of this round for it"
+
+NO_TIERS: Mapping[str, int] = {}
 
 Observer = Callable[[ClientRecord], None]
 
@@ -79,27 +86,39 @@ class Federation:
 
 
 class Requests:
-    """The payloads of a round: one for each version of the adapter that clients come from, shared by those who do.
+    """The payloads of a round: one for each version of the adapter that clients come from and each tier they train,
+    shared by those who do.
 
     Args:
         broadcast: what is known of the versions that clients hold.
         held: the version that everybody shall hold.
-        write: puts an adapter into this round's request.
+        write: puts an adapter and a tier into this round's request.
+        tiers: client -> the tier it trains; those that are missing have tier 0, as all have where all are alike.
     """
 
-    def __init__(self, broadcast: Broadcast, held: Vector, write: Callable[[Downlink], Payload]) -> None:
+    def __init__(
+        self,
+        broadcast: Broadcast,
+        held: Vector,
+        write: Callable[[Downlink, int], Payload],
+        tiers: Mapping[str, int] = NO_TIERS,
+    ) -> None:
         self.broadcast = broadcast
         self._held = held
         self._write = write
+        self._tiers = tiers
         self._basis: dict[str, str] = {}
-        self._payloads: dict[str, bytes] = {}
+        self._adapters: dict[str, Downlink] = {}
+        self._payloads: dict[tuple[str, int], bytes] = {}
 
     def payload(self, name: str) -> bytes:
         """The bytes that go to one client, the same whenever asked."""
-        basis = self._basis.setdefault(name, self.broadcast.basis(name))
-        if basis not in self._payloads:
-            self._payloads[basis] = encode(self._write(self.broadcast.write(basis, self._held)))
-        return self._payloads[basis]
+        basis, tier = self._basis.setdefault(name, self.broadcast.basis(name)), self._tiers.get(name, 0)
+        if (basis, tier) not in self._payloads:
+            if basis not in self._adapters:
+                self._adapters[basis] = self.broadcast.write(basis, self._held)
+            self._payloads[basis, tier] = encode(self._write(self._adapters[basis], tier))
+        return self._payloads[basis, tier]
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,8 @@ class FederationState:
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
         clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
         server: what aggregator and server optimizer keep, by name; float32 vectors.
+        overdue: client -> its answer to the round before, which came when that had closed.
+        rebasing: the last change of the adapter's basis, if there was one.
     """
 
     round: int
@@ -119,6 +140,8 @@ class FederationState:
     held: Vector
     clips: Clips
     server: State = field(default_factory=lambda: NOTHING)
+    overdue: Mapping[str, bytes] = field(default_factory=dict)
+    rebasing: Rebasing | None = None
 
 
 class TrainingRound:
@@ -136,7 +159,7 @@ class TrainingRound:
         factors: Factors,
         terms: tuple[FactorTerms, ...],
         requests: Requests,
-        cohort: tuple[str, ...],
+        lineup: Lineup,
         collection: Collection,
         observe: Observer = lambda _: None,
     ) -> None:
@@ -145,15 +168,22 @@ class TrainingRound:
         self.factors = factors
         self.terms = terms
         self.requests = requests
-        self.cohort = cohort
+        self.cohort = tuple(lineup.trained)
+        self._lineup = lineup
         self._collection = collection
         self._observe = observe
         self._started = time.monotonic()
-        self._records = {name: ClientRecord(name, rank=federation.layout.rank) for name in cohort}
+        self._records = {
+            name: ClientRecord(name, tier=lineup.own[name], rank=tier) for name, tier in lineup.trained.items()
+        }
         self._settled: set[str] = set()  # whose update is in, or will not come
         self._exchange: Exchange | None = None
         self._waiting: set[str] = set()
         self._aborted: str | None = None
+        self._overdue: dict[str, bytes] = {}
+        for name, tier in lineup.trained.items():
+            if not tier:
+                self._settle(name, dropped=SAT_OUT)
 
     @classmethod
     def open(
@@ -164,6 +194,7 @@ class TrainingRound:
         broadcast: Broadcast,
         observe: Observer = lambda _: None,
         secure: SecureAggregation | None = None,
+        ranks: Ranks | None = None,
     ) -> TrainingRound:
         """Chooses the cohort of the round after `state` and writes its requests.
 
@@ -172,15 +203,19 @@ class TrainingRound:
             broadcast: what is known of the versions that clients hold.
             observe: called with each client's record as it becomes known.
             secure: what secure aggregation needs; without it updates are collected in the clear.
+            ranks: how many rank indices each client can train; without it, all.
         """
         job, layout, number = federation.job, federation.layout, state.round + 1
         factors = federation.aggregator.factors(number)
         learning_rate = scheduled_learning_rate(job, number)
         cohort = tuple(federation.selection.cohort(number, population))
-        uplink = _uplink(federation, state, factors, len(cohort))
+        lineup = assign_tiers(cohort, ranks, job) if ranks else all_alike(cohort, layout.rank)
+        trained = {name: tier for name, tier in lineup.trained.items() if tier}
+        mixed = lineup.tiers != (layout.rank,)
+        uplink = _uplink(federation, state, factors, len(trained), lineup.tiers if mixed else ())
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
 
-        def request(adapter: Downlink) -> TrainRequest:
+        def request(adapter: Downlink, tier: int) -> TrainRequest:
             return TrainRequest(
                 version=PROTOCOL_VERSION,
                 job_seed=job.training.seed,
@@ -189,23 +224,27 @@ class TrainingRound:
                 work=_local_work(job, factors, learning_rate, align=isinstance(federation.aggregator, FedRot)),
                 uplink=uplink,
                 adapter=adapter,
+                tier=tier,
+                rebasing=state.rebasing,
             )
 
-        requests = Requests(broadcast, state.held, request)
-        payloads = {name: requests.payload(name) for name in cohort}
+        tiers = trained if mixed else dict.fromkeys(trained, 0)
+        requests = Requests(broadcast, state.held, request, tiers)
+        asked = {name: Asked(requests.payload(name), tier) for name, tier in tiers.items()}
         collection: Collection
         if secure is not None:
             nobodys = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # how it travels differs between clients
-            collection = SecureCollection(secure, job, federation.base, request(nobodys), terms, payloads)
+            collection = SecureCollection(secure, job, federation.base, request(nobodys, 0), terms, asked)
         else:
             reduction: Reduction
             if uplink.form == "ring":
                 reduction = RingReduction(terms)
             else:
-                accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server)
+                slices = round_slices(uplink, layout, job.training.seed, number)
+                accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server, slices)
                 reduction = ClearReduction(accumulator, terms)
-            collection = ClearCollection(number, uplink, terms, reduction, payloads)
-        return cls(federation, state, factors, terms, requests, cohort, collection, observe)
+            collection = ClearCollection(number, uplink, reduction, terms, asked, state.overdue)
+        return cls(federation, state, factors, terms, requests, lineup, collection, observe)
 
     @property
     def number(self) -> int:
@@ -253,6 +292,13 @@ class TrainingRound:
         if name not in self._settled:
             self._settle(name, dropped=reason)
 
+    def take_overdue(self, name: str, payload: bytes) -> None:
+        """Keeps the answer of a client that was given up for being late; the next round may use it."""
+        if name in self._settled and self._records[name].dropped is not None and name not in self._overdue:
+            self._count(name, self._records[name].traffic.received("update", len(payload)))
+            self._overdue[name] = payload
+            self.requests.broadcast.sent(name, self.state.held)
+
     def close(self) -> tuple[FederationState, RoundRecord]:
         """The state after this round and its record; where it came to nothing only the round's number changes."""
         for name in self.cohort:
@@ -263,6 +309,7 @@ class TrainingRound:
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
         state, collected, aborted = replace(self.state, round=self.number), None, self._aborted
+        notes = self._lineup.notes
         if aborted is None and len(survivors) < least:
             aborted = f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
         if aborted is None:
@@ -271,7 +318,9 @@ class TrainingRound:
             except (PeerError, RunError) as error:
                 aborted = str(error)
         if collected is not None:
-            state = self._after(collected)
+            state, changes = self._rebalanced(self._after(collected))
+            notes += collected.notes + changes
+        state = replace(state, overdue=self._overdue)
         record = RoundRecord(
             round=self.number,
             seconds=time.monotonic() - self._started,
@@ -281,6 +330,7 @@ class TrainingRound:
             train_loss=collected.train_loss if collected else None,
             aborted=aborted,
             secure=collected.secure if collected else None,
+            notes=notes,
         )
         return state, record
 
@@ -296,7 +346,30 @@ class TrainingRound:
             adapter[segment] += step
         bits = Compression.of(self.federation.job).downlink_bits
         held = advance(layout, self.state.held, adapter, self.factors, bits)
-        return FederationState(self.number, adapter, held, self.state.clips | collected.clips, server)
+        clips = self.state.clips | collected.clips
+        return FederationState(self.number, adapter, held, clips, server, rebasing=self.state.rebasing)
+
+    def _rebalanced(self, state: FederationState) -> tuple[FederationState, tuple[str, ...]]:
+        """The state in a balanced basis, where it is time for that, and what there is to say about it.
+
+        The change follows from the adapter that the round's devices held, so that they can make it, too.
+        """
+        job, layout = self.federation.job, self.federation.layout
+        every = job.federation.rebalance_every
+        if not every or self.number % every:
+            return state, ()
+        changes = basis_changes(layout, self.state.held)
+        adapter = changed(layout, changes, state.adapter)
+        server, lost = self.federation.optimizer.rebased(state.server, partial(follow, layout, changes))
+        before = state.rebasing.round if state.rebasing else 0
+        after = replace(
+            state,
+            adapter=adapter,
+            held=refreshed(layout, adapter, Compression.of(job).downlink_bits),
+            server=server,
+            rebasing=Rebasing(self.number, adapter_digest(self.state.held), before),
+        )
+        return after, ("the adapter's basis was rebalanced", *([lost] if lost else []))
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)
@@ -330,7 +403,7 @@ class EvaluationRound:
             chosen = generator(job.training.seed, "evaluators", state.round).choice(len(names), most, replace=False)
             names = [names[index] for index in sorted(chosen)]
 
-        def request(adapter: Downlink) -> EvaluateRequest:
+        def request(adapter: Downlink, _: int) -> EvaluateRequest:
             return EvaluateRequest(
                 version=PROTOCOL_VERSION,
                 job_seed=job.training.seed,
@@ -444,7 +517,9 @@ def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -
     )
 
 
-def _uplink(federation: Federation, state: FederationState, factors: Factors, cohort: int) -> Uplink:
+def _uplink(
+    federation: Federation, state: FederationState, factors: Factors, clients: int, tiers: tuple[int, ...]
+) -> Uplink:
     job = federation.job
     compression = Compression.of(job)
     cap, letters = job.federation.weight_cap, factor_letters(factors)
@@ -456,8 +531,9 @@ def _uplink(federation: Federation, state: FederationState, factors: Factors, co
         error_feedback=compression.error_feedback,
         weight=job.federation.weight,
         weight_cap=min(cap, round(state.clips[WEIGHT])) if compression.form == "ring" else cap,
-        n_max=max(cohort, 1),
+        n_max=max(clients, 1),
         turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
         rotation=compression.rotation,
+        tiers=tiers,
     )

@@ -24,10 +24,12 @@ from fedtune.core.masked import masked_segments, opened_sums
 from fedtune.core.messages import Base, TrainRequest, terms_digest
 from fedtune.core.records import ClientRecord, SecureRecord
 from fedtune.core.secagg import Member, Roster, RoundMark, ServerSession, Stage, round_config
+from fedtune.core.secagg.graph import MIN_SURVIVORS
 from fedtune.core.uplink import FactorTerms
-from fedtune.strategies.collection import Collected
+from fedtune.strategies.collection import Asked, Collected
 from fedtune.strategies.exchange import ClientFacts, Exchange
 from fedtune.strategies.reduction import finish_ring
+from fedtune.strategies.tiering import tier_minimum
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class SecureCollection:
     """Five exchanges; the server sees the sum over the survivors.
 
     Args:
-        request: what everybody is asked; only the way the adapter travels differs between clients.
-        requests: client -> its request, encoded.
+        request: what everybody is asked; the tier and the way the adapter travels differ between clients.
+        terms: of all slices.
+        asked: by client.
     """
 
     def __init__(
@@ -78,14 +81,14 @@ class SecureCollection:
         base: Base,
         request: TrainRequest,
         terms: Sequence[FactorTerms],
-        requests: Mapping[str, bytes],
+        asked: Mapping[str, Asked],
     ) -> None:
         self._secure = secure
         self._job = job
         self._base = base
         self._request = request
         self._terms = terms
-        self._requests = requests
+        self._asked = asked
         self._session: ServerSession | None = None
 
     def exchanges(self) -> Iterator[Exchange]:
@@ -105,23 +108,25 @@ class SecureCollection:
         assert self._session is not None, "set before the first exchange"
         result, config = self._session.result, self._session.config
         summed = len(result.survivors)
-        totals, loss = opened_sums(result.sums, summed, self._terms)
-        aggregate, clips = finish_ring(totals, summed, self._terms)
+        totals, loss = opened_sums(result.sums, result.contributors, self._terms)
+        aggregate, clips = finish_ring(totals, self._terms)
         record = SecureRecord(summed, config.minimum, config.threshold, result.liars)
         return Collected(aggregate, clips, loss, secure=record)
 
     def _open(self) -> ServerSession:
-        settings = self._job.secure_aggregation
+        settings, tiers = self._job.secure_aggregation, self._request.uplink.tiers
+        cohort = [Member(name, tiers.index(asked.tier) if tiers else 0) for name, asked in self._asked.items()]
         config = round_config(
             job=self._secure.run,
             mark=RoundMark(self._request.round, self._secure.clock() // 1_000_000),
             base_digest=self._base.digest,
             adapter_digest=self._request.adapter.digest,
-            cohort=[Member(name, 0) for name in self._requests],
-            segments=masked_segments(self._terms),
+            cohort=cohort,
+            segments=masked_segments(self._terms, tiers),
             max_corrupt=settings.max_corrupt,
             max_dropout=settings.max_dropout,
             context=terms_digest(self._request),
+            min_tier_survivors=tier_minimum(self._job, len(cohort)) if len(tiers) > 1 else MIN_SURVIVORS,
         )
         return ServerSession(config, self._secure.identities)
 
@@ -129,7 +134,7 @@ class SecureCollection:
         stage = session.stage
         opens = stage is Stage.ADVERTISE
         requests = {
-            name: (message, self._requests[name]) if opens else (message,) for name, message in messages.items()
+            name: (message, self._asked[name].request) if opens else (message,) for name, message in messages.items()
         }
         step = _STEPS[stage]
         return Exchange(step.message_type, requests, step.down, step.up, carries_adapter=opens)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedtune.core.records import ClientRecord
 from fedtune.core.seeds import generator
 
 
@@ -14,6 +15,9 @@ class Selection(Protocol):
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         """The names of the clients of this round, in a fixed order, out of those that can be reached now."""
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
+        """The selection after a round, which may have taught something about the clients in it."""
 
 
 def cohort_size(wanted: int | float, population: int) -> int:
@@ -42,3 +46,8 @@ class UniformSelection:
             return names
         chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
         return [names[index] for index in sorted(chosen)]
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> UniformSelection:
+        """The same; nothing is looked at."""
+        del round_number, clients
+        return self

@@ -15,15 +15,16 @@ State is kept for each factor by itself and changes only in rounds that train it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
-from fedtune.core.adapter import Factor, Vector
+from fedtune.core.adapter import FACTORS, Factor, Vector
 
 State = Mapping[str, Vector]
+Move = Callable[[Factor, Vector], Vector]
 MOMENTUM = "optimizer.m"
 SECOND_MOMENT = "optimizer.v"
 
@@ -34,6 +35,13 @@ class ServerOptimizer(Protocol):
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
         """What is added to the factor, float32, and the state for the next round; the given one is not changed."""
 
+    def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
+        """The state after a change of the adapter's basis, and what of it was lost and why, if anything.
+
+        Args:
+            move: (factor, values) -> the values in the new basis.
+        """
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -43,6 +51,11 @@ class Plain:
         """The aggregate."""
         del factor
         return aggregate, state
+
+    def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
+        """There is none."""
+        del move
+        return state, None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,11 @@ class Momentum:
         name = f"{MOMENTUM}.{factor}"
         momentum = np.float32(self.beta) * state.get(name, np.zeros_like(aggregate)) + aggregate
         return np.float32(self.learning_rate) * momentum, {**state, name: momentum}
+
+    def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
+        """Momentum is a sum of aggregates, and follows as they do."""
+        names = {f"{MOMENTUM}.{factor}": factor for factor in FACTORS}
+        return {name: move(names[name], value) if name in names else value for name, value in state.items()}, None
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,12 @@ class Adaptive:
         momentum = beta * state.get(first, np.zeros_like(aggregate)) + (np.float32(1.0) - beta) * aggregate
         step = np.float32(self.learning_rate) * momentum / (np.sqrt(moment) + np.float32(self.floor))
         return step.astype(np.float32), {**state, first: momentum, second: moment}
+
+    def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
+        """Both moments start again: squares say nothing of another basis, and a step is the ratio of the two."""
+        del move
+        kept = {name: value for name, value in state.items() if not name.startswith((MOMENTUM, SECOND_MOMENT))}
+        return kept, "the server optimizer starts again: squares of coordinates say nothing of another basis"
 
 
 def server_optimizer_named(name: str, learning_rate: float | None = None) -> ServerOptimizer:

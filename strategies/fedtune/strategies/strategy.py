@@ -25,7 +25,7 @@ from fedtune.core.downlink import advance
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job import Job
 from fedtune.core.messages import Base
-from fedtune.core.records import Evaluation, RoundRecord
+from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
 from fedtune.core.uplink import Compression
 from fedtune.strategies.aggregators import aggregator_for
 from fedtune.strategies.broadcast import Broadcast
@@ -45,6 +45,7 @@ from fedtune.strategies.round import (
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import UniformSelection
 from fedtune.strategies.server_optimizers import server_optimizer_named
+from fedtune.strategies.tiering import Ranks
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
 
@@ -79,6 +80,8 @@ class AdapterStrategy(Strategy):
         roster: client name -> Flower node, of the clients that can be reached now.
         observe: called with every client's record as it becomes known.
         secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
+        ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
+        overdue: gives the answers that came when their round had closed, asked when a round has.
 
     Raises:
         JobError: the job wants secure aggregation, and there is nothing to do it with.
@@ -90,6 +93,8 @@ class AdapterStrategy(Strategy):
         roster: Roster = roster_by_node_id,
         observe: Observer = lambda _: None,
         secure: SecureAggregation | None = None,
+        ranks: Ranks | None = None,
+        overdue: Callable[[], Iterable[Message]] = tuple,
     ) -> None:
         if federation.job.secure_aggregation.enabled != (secure is not None):
             raise JobError([_SECURE_MISMATCH])
@@ -97,8 +102,11 @@ class AdapterStrategy(Strategy):
         self.roster = roster
         self.observe = observe
         self.secure = secure
+        self.ranks = ranks
+        self.overdue = overdue
         job, layout = federation.job, federation.layout
-        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), job.compression.preset == "none")
+        exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
+        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), exact, rebased)
         self._state = initial_state(federation)
         self._training: TrainingRound | None = None
         self._evaluation: EvaluationRound | None = None
@@ -116,7 +124,11 @@ class AdapterStrategy(Strategy):
             roster = self.roster(grid)
             training = self._open(state, self._trainable(roster))
             self._run(grid, training, roster)
+            names = {node_id: name for name, node_id in roster.items()}
+            for reply in self.overdue():
+                training.take_overdue(names[reply.metadata.src_node_id], unseal(reply))
             state, record = training.close()
+            self.remember(record.round, record.clients)
             if clients_evaluate(self.federation.job, number):
                 evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
                 self._run(grid, evaluation, roster)
@@ -125,8 +137,14 @@ class AdapterStrategy(Strategy):
                 record = replace(record, eval=evaluate(number, state.adapter))
             yield state, record
 
+    def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
+        """Lets the selection learn from a round; a run that goes on hands in its earlier ones, in order."""
+        self.federation = replace(self.federation, selection=self.federation.selection.learned(number, clients))
+
     def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
-        return TrainingRound.open(self.federation, state, population, self._broadcast, self.observe, self.secure)
+        return TrainingRound.open(
+            self.federation, state, population, self._broadcast, self.observe, self.secure, self.ranks
+        )
 
     def _trainable(self, roster: dict[str, int]) -> list[str]:
         """Who can be asked to train: under secure aggregation only those whose identity the others know."""
@@ -166,6 +184,7 @@ class AdapterStrategy(Strategy):
             raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
         _collect(self._training, replies, self._names)
         self._state, record = self._training.close()
+        self.remember(record.round, record.clients)
         if record.aborted:
             return None, None
         return _to_arrays(self._state.adapter), _train_metrics(record)

@@ -3,7 +3,7 @@
 Both are Selections: `cohort(round_number, population)`. What they know of clients is handed in; what a round teaches
 gives a new one:
 
-    selection = selection.learned(record.clients)
+    selection = selection.learned(number, record.clients)
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class DeadlineSelection:
         count = over_selected(self.wanted, len(names))
         chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
         return [names[index] for index in sorted(chosen)]
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> DeadlineSelection:
+        """The same; a round teaches nothing about times that are predicted."""
+        del round_number, clients
+        return self
 
 
 @dataclass(frozen=True)

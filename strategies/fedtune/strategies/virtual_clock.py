@@ -64,14 +64,18 @@ def over_selected(wanted: int, available: int) -> int:
     return min(available, math.ceil(wanted * OVER_SELECTION))
 
 
-def run_clock(arrivals: Mapping[str, float | None], wanted: int, deadline: float | None) -> Course:
+def run_clock(arrivals: Mapping[str, float | None], wanted: int, deadline: float | None, least: int = 0) -> Course:
     """Closes the round when `wanted` clients have arrived, at the deadline, or when nobody else can come.
 
     Args:
         arrivals: name -> seconds, None for a client that vanished. Without a deadline a vanished one is noticed when
             the last of the others has arrived.
+        least: with fewer the round would come to nothing, so it waits for them beyond the deadline.
     """
     order = sorted((seconds, name) for name, seconds in arrivals.items() if seconds is not None)
+    wanted = max(wanted, least)
+    if deadline is not None and least and len(order) >= least:
+        deadline = max(deadline, order[least - 1][0])
     counted = [(seconds, name) for seconds, name in order if deadline is None or seconds <= deadline][:wanted]
     complete = len(counted) == min(wanted, len(arrivals))
     seconds = (counted[-1][0] if counted else 0.0) if complete or deadline is None else deadline

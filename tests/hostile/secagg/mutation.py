@@ -242,7 +242,14 @@ MUTANTS = (
     Mutant("round: only what can be masked", "secure.py", 'if request.uplink.form != "ring":', "if False:", CLIENT),
     Mutant("round: number", "secure.py", '"round": (config.round, request.round),', "", CLIENT),
     Mutant("round: work", "secure.py", '"work and codec": (config.context, terms_digest(request)),', "", CLIENT),
-    Mutant("round: segments", "secure.py", '"segments": (config.segments, masked_segments(terms)),', "", CLIENT),
+    Mutant("round: segments", "secure.py", '"segments": (config.segments, masked_segments(terms, tiers)),', "", CLIENT),
+    Mutant(
+        "round: tier",
+        "secure.py",
+        '"tier": ({member.tier for member in config.cohort if member.client == client}, {tier}),',
+        "",
+        CLIENT,
+    ),
     Mutant("round: ring's room", "secure.py", "if len(config.cohort) > request.uplink.n_max:", "if False:", CLIENT),
     Mutant("round: open first", "secure.py", "if client not in self._rounds:", "if False:", CLIENT),
     Mutant(

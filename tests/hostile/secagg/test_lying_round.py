@@ -28,16 +28,15 @@ VICTIM = NAMES[0]
 def in_the_open(stand: Stand, request: TrainRequest, names: list[str]) -> Vector:
     """What the round must come to: the same contributions, added where all can see them."""
     from fedtune.core.codec import MaskableCodec
-    from fedtune.core.uplink import ring_zero
+    from fedtune.core.uplink import RingSum, ring_zero
 
     terms = stand.device.terms(request)
     totals = [ring_zero(each) for each in terms]
     for name in names:
         parts = stand.device.contribute(name, request).parts
-        codecs = [(MaskableCodec(each.bits), each.context()) for each in terms]
-        totals = [codec.add(total, part, context)
-                  for (codec, context), total, part in zip(codecs, totals, parts, strict=True)]  # fmt: skip
-    return finish_ring(totals, len(names), terms)[0]
+        totals = [RingSum(MaskableCodec(each.bits).add(sum_.total, part, each.context()), sum_.contributors + 1)
+                  for each, sum_, part in zip(terms, totals, parts, strict=True)]  # fmt: skip
+    return finish_ring(totals, terms)[0]
 
 
 @settings(deadline=None, max_examples=40)

@@ -7,12 +7,16 @@ import pytest
 from flwr.app import MessageType
 
 from fedtune.core import actions
-from fedtune.core.codec import MaskableCodec
+from fedtune.core.codec import MaskableCodec, RingUpdate
 from fedtune.core.masked import LANES_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
-from fedtune.core.uplink import FactorTerms, ring_contribution, ring_zero
+from fedtune.core.uplink import FactorTerms, Part, RingSum, ring_contribution, ring_zero
 
 CLIENTS = 5
 TERMS = tuple(FactorTerms("ring", 4, 0.5, count, 1, 3, letter, 0, 0.7, CLIENTS) for letter, count in (("a", 70), ("b", 33)))  # type: ignore[arg-type]  # fmt: skip  # noqa: E501
+
+
+def add_parts(summed: RingSum, part: RingUpdate, terms: FactorTerms) -> RingSum:
+    return RingSum(MaskableCodec(terms.bits).add(summed.total, part, terms.context()), summed.contributors + 1)
 
 
 def test_sums_of_words_are_the_sums_of_contributions() -> None:
@@ -24,20 +28,37 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
     for client, loss in enumerate(losses):
         updates = [(0.1 * random.standard_normal(terms.count)).astype(np.float32) for terms in TERMS]
         parts = [ring_contribution(update, terms, client, 0.5)[0] for update, terms in zip(updates, TERMS, strict=True)]
-        codecs = [(MaskableCodec(terms.bits), terms.context()) for terms in TERMS]
-        totals = [codec.add(total, part, context)
-                  for (codec, context), total, part in zip(codecs, totals, parts, strict=True)]  # fmt: skip
+        totals = [add_parts(total, part, terms) for total, part, terms in zip(totals, parts, TERMS, strict=True)]
         words = masked_words(TERMS, parts, loss)
         assert words.keys() == sums.keys()
         for segment in segments:
             assert int(words[segment.name].max()) <= segment.limit
             assert CLIENTS * segment.limit < 1 << segment.bits
             sums[segment.name] += words[segment.name]
-    opened, mean_loss = opened_sums(sums, CLIENTS, TERMS)
-    for total, each in zip(totals, opened, strict=True):
-        assert (total.words == each.words).all()
-        assert (total.lanes == each.lanes).all()
+    opened, mean_loss = opened_sums(sums, dict.fromkeys(sums, CLIENTS), TERMS)
+    for summed, each in zip(totals, opened, strict=True):
+        assert summed.contributors == each.contributors == CLIENTS
+        assert (summed.total.words == each.total.words).all()
+        assert (summed.total.lanes == each.total.lanes).all()
     assert mean_loss == pytest.approx((0.25 + 1.5 + 0.0 + 3.0 + MOST_LOSS) / 5, abs=MOST_LOSS / (1 << 16))
+
+
+def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_lanes_of_its_own() -> None:
+    parts = {4: Part(4, np.arange(0, 20), 70), 16: Part(16, np.arange(20, 70), 70)}
+    terms = [FactorTerms("ring", 4, 1.0, len(part.places), 1, 3, letter, 0, 0.7, CLIENTS, part=part)  # type: ignore[arg-type]
+             for letter in "ab" for part in parts.values()]  # fmt: skip
+    segments = masked_segments(terms, (4, 16))
+    assert [(segment.name, segment.tiers) for segment in segments] == [
+        ("lora_a.4", (0, 1)), ("lora_a.16", (1,)), ("lora_b.4", (0, 1)), ("lora_b.16", (1,)),
+        ("lanes.4", (0, 1)), ("lanes.16", (1,)),
+    ]  # fmt: skip
+    assert [segment.length for segment in segments[-2:]] == [5, 4]  # the loss is in the first alone
+    small = [each for each in terms if each.tier == 4]
+    contributions = [ring_contribution(np.ones(each.count, dtype=np.float32), each, 1, 0.5)[0] for each in small]
+    words = masked_words(small, contributions, 0.5)
+    assert {name: len(values) for name, values in words.items()} == {
+        segment.name: segment.length for segment in segments if 0 in segment.tiers
+    }
 
 
 def test_a_factor_of_nothing_but_padding_still_has_a_ring() -> None:

@@ -14,7 +14,7 @@ import pytest
 from fedtune.core.job import Job, dump_job
 from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
-from fedtune.server.run import secure_summary
+from fedtune.server.run import secure_summary, tier_summary
 
 ADAPTER_PARAMETERS = 220_000
 SENT = Ledger().sent("adapter", ADAPTER_PARAMETERS)
@@ -99,6 +99,7 @@ def _round(
             records.append(
                 ClientRecord(
                     name,
+                    tier=16,
                     rank=16,
                     examples=80,
                     tokens=960,
@@ -109,7 +110,7 @@ def _round(
                 )
             )
         else:
-            records.append(ClientRecord(name, answered=clock, traffic=SENT, dropped=reason))
+            records.append(ClientRecord(name, 16, 16, answered=clock, traffic=SENT, dropped=reason))
     losses = [record.loss for record in records if record.loss is not None]
     held_out = [
         ClientEvaluation(
@@ -147,6 +148,7 @@ def _summary(
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in lines), Ledger()).to_json(),
         "secure_aggregation": secure_summary(Job(), lines),
+        "tiers": tier_summary(lines),
         "fp32_fedavg_bytes": baseline,
         "traffic_ratio": baseline / (up + down),
         "adapter_parameters": ADAPTER_PARAMETERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from fedtune.core.errors import InputError, MissingExtraError, RunDirectoryError, RunError
 from fedtune.server.report import write_comparison, write_report
+from fedtune.server.run import tier_summary
 
 MakeRun = Callable[..., Path]
 HOSTILE = (
@@ -212,3 +214,39 @@ def test_one_run_is_not_a_comparison(make_run: MakeRun, tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_a_clean_error(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be written"):
         write_comparison([make_run("a"), make_run("b")], tmp_path / "missing" / "comparison.html")
+
+
+def test_tiers_kinds_and_what_was_merged_are_on_the_page(make_run: MakeRun) -> None:
+    path = make_run(rounds=4)
+    lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        ada, ben, _ = line["clients"]
+        ada["tier"], ada["rank"] = 8, 4
+        ben["tier"], ben["rank"], ben["dropped"] = 2, 0, "sat out"
+        line["notes"] = ["tier 8: 1 of at least 3 clients; trained as tier 4", "<b>tier 2</b>"]
+    summary = json.loads((path / "summary.json").read_text())
+    summary["tiers"] = tier_summary(lines)
+    parts = [{"id": "ada", "kind": "<i>phone", "rank": 4, "seconds": 3.0, "share": 1.0, "counts": True},
+             {"id": "ben", "kind": "laptop", "rank": 16, "seconds": None, "share": 1.0, "counts": False}]  # fmt: skip
+    virtual = [{"round": number, "seconds": 25.0, "deadline": None, "clients": parts} for number in range(1, 5)]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "virtual.jsonl").write_text("".join(json.dumps(line) + "\n" for line in virtual))
+    (path / "summary.json").write_text(json.dumps(summary))
+    keys = ("tier", "merged", "sat_out", "updates", "share")
+    tiers = [tuple(each[key] for key in keys) for each in summary["tiers"]]
+    assert tiers == [(16, 0, 0, 4, 0.5), (8, 4, 0, 4, 0.5), (2, 0, 4, 0, 0.0)]
+    page = write_report(path).read_text()
+    expected = (
+        "<h2>Tiers</h2>",
+        "4 × <bdi>tier 8: 1 of at least 3",
+        "100 s on its",
+        "&lt;i&gt;phone",
+        "&lt;b&gt;tier 2",
+    )
+    for text in expected:
+        assert text in page
+    assert "<i>phone" not in page
+
+
+def test_a_run_of_equal_devices_says_nothing_of_tiers(make_run: MakeRun) -> None:
+    assert "<h2>Tiers</h2>" not in write_report(make_run()).read_text()

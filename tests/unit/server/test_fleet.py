@@ -13,7 +13,8 @@ from fedtune.core.fleet import Fleet, load_fleet
 from fedtune.core.job import Job, load_job
 from fedtune.demo import FLEET
 from fedtune.model.shape import shape_of
-from fedtune.server.simulation.fleet import SimulatedFleet, read_virtual
+from fedtune.server.run_directory import read_virtual
+from fedtune.server.simulation.fleet import SimulatedFleet
 from fedtune.strategies.selection import UniformSelection
 
 NAMES = [f"{index:03d}" for index in range(100)]

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedtune.core.adapter import AdaptedModule, AdapterLayout
 from fedtune.core.errors import UpdateError
 from fedtune.core.rebalance import follow, rebalance
-from fedtune.core.tiers import coordinates, merged_tiers, rank_indices, slices
+from fedtune.core.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
 from fedtune.strategies.aggregators.owned import OwnedMean
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
@@ -36,18 +38,22 @@ def test_coordinates_are_the_owned_rows_of_a_or_columns_of_b(factor: Any, tier: 
     assert np.array_equal(np.sort(places), np.flatnonzero(trained_mask(factor, owned)))
 
 
-def test_tiers_are_nested_public_and_reach_every_index_over_the_turns() -> None:
+def test_tiers_are_nested_public_and_reach_every_index_over_the_rounds() -> None:
     small, large = rank_indices(0, 7, 16, 4), rank_indices(0, 7, 16, 8)
     assert set(small) < set(large)
     assert np.array_equal(small, rank_indices(0, 7, 16, 4))
     assert not np.array_equal(small, rank_indices(1, 7, 16, 4))
-    assert set(np.concatenate([rank_indices(0, turn, 16, 4) for turn in range(40)])) == set(range(16))
-    parts = slices(0, 7, 16, [16, 4, 8, 4])
-    assert [tier for tier, _ in parts] == [4, 8, 16]
-    assert sorted(np.concatenate([owned for _, owned in parts])) == list(range(16))
-    assert set(parts[0][1]) | set(parts[1][1]) == set(large)
+    assert set(np.concatenate([rank_indices(0, number, 16, 4) for number in range(40)])) == set(range(16))
+    parts = rank_slices(0, 7, 16, [16, 4, 8, 4])
+    assert [part.tier for part in parts] == [4, 8, 16]
+    assert sorted(np.concatenate([part.owned for part in parts])) == list(range(16))
+    assert set(parts[0].owned) | set(parts[1].owned) == set(large)
     with pytest.raises(ValueError, match="a tier of 17"):
         rank_indices(0, 0, 16, 17)
+
+
+def test_a_device_trains_the_largest_tier_that_its_rank_allows() -> None:
+    assert [tier_for(rank, (4, 8, 16)) for rank in (3, 4, 9, 16, 99)] == [0, 4, 8, 16, 16]
 
 
 @pytest.mark.parametrize(
@@ -56,66 +62,87 @@ def test_tiers_are_nested_public_and_reach_every_index_over_the_turns() -> None:
         ({4: 5, 8: 5, 16: 5}, 3, {4: 4, 8: 8, 16: 16}),
         ({4: 5, 8: 5, 16: 2}, 3, {4: 4, 8: 8, 16: 8}),
         ({4: 5, 8: 1, 16: 1}, 3, {4: 4, 8: 4, 16: 4}),
-        ({4: 1, 16: 4}, 3, {4: 4, 16: 16}),
+        ({4: 1, 8: 2, 16: 4}, 3, {4: 4, 8: 4, 16: 16}),
+        ({4: 1, 16: 4}, 3, {4: 0, 16: 16}),
+        ({4: 1, 16: 4}, 1, {4: 4, 16: 16}),
         ({4: 1, 8: 1}, 3, {4: 0, 8: 0}),
         ({}, 3, {}),
     ],
 )
-def test_a_tier_with_too_few_owners_merges_downward_or_sits_out(
+def test_a_tier_with_too_few_clients_merges_downward_or_sits_out(
     counts: dict[int, int], least: int, trained: dict[int, int]
 ) -> None:
     assert merged_tiers(counts, least) == trained
+
+
+@given(st.dictionaries(st.integers(1, 64), st.integers(1, 20)), st.integers(1, 9))
+def test_every_tier_that_is_trained_has_enough_clients_of_its_own_and_nobody_trains_more_than_it_can(
+    counts: dict[int, int], least: int
+) -> None:
+    trained = merged_tiers(counts, least)
+    assert trained.keys() == counts.keys()
+    assert all(after <= tier for tier, after in trained.items())
     for tier in set(trained.values()) - {0}:
-        assert sum(count for other, count in counts.items() if trained[other] >= tier) >= least
+        assert sum(count for other, count in counts.items() if trained[other] == tier) >= least
+    assert sum(count for tier, count in counts.items() if not trained[tier]) < least
 
 
 def clients() -> list[tuple[int, int, np.ndarray]]:
     random = np.random.default_rng(0)
-    return [(tier, weight, random.normal(0, 0.1, 200)) for tier, weight in ((1, 3), (2, 50), (2, 7), (4, 1), (1, 9))]
+    return [
+        (tier, weight, random.normal(0, 0.1, LAYOUT.size)) for tier, weight in ((1, 3), (2, 50), (2, 7), (4, 1), (1, 9))
+    ]
 
 
-@pytest.mark.parametrize("factor", FACTORS)
-def test_every_index_is_divided_by_the_weight_of_its_owners(factor: Any) -> None:
-    mean = OwnedMean(LAYOUT, factor, [1, 2, 4], seed=2, turn=3)
-    size = trained_mask(factor, np.arange(4)).size
+def owned_mean(factors: Any, tiers: list[int]) -> OwnedMean:
+    return OwnedMean(LAYOUT, factors, rank_slices(2, 3, LAYOUT.rank, tiers))
+
+
+@pytest.mark.parametrize("factors", ["a", "b", "ab"])
+def test_every_index_is_divided_by_the_weight_of_its_owners(factors: Any) -> None:
+    mean = owned_mean(factors, [1, 2, 4])
+    size = LAYOUT.segment(factors).stop - LAYOUT.segment(factors).start
     top, bottom = np.zeros(size), np.zeros(size)
     for tier, weight, noise in clients():
-        mask = trained_mask(factor, rank_indices(2, 3, 4, tier))
-        update = noise[: mask.sum()].astype(np.float32)
+        mask = np.concatenate([trained_mask(letter, rank_indices(2, 3, 4, tier)) for letter in factors])
+        update = noise[:size].astype(np.float32)
         mean.add(update, weight, tier)
-        top[mask] += weight * update.astype(np.float64)
+        top[mask] += weight * update[mask].astype(np.float64)
         bottom[mask] += weight
     np.testing.assert_allclose(mean.finish(), top / bottom, atol=1e-7)
-    assert mean.weights == {1: 70, 2: 58, 4: 1}
 
 
 def test_an_index_that_nobody_owned_stays_as_it_is() -> None:
-    mean = OwnedMean(LAYOUT, "b", [1, 4], seed=0, turn=0)
-    owned = trained_mask("b", rank_indices(0, 0, 4, 1))
-    mean.add(np.ones(owned.sum(), dtype=np.float32), 5, 1)
+    mean = owned_mean("b", [1, 4])
+    owned = trained_mask("b", rank_indices(2, 3, 4, 1))
+    mean.add(np.ones(owned.size, dtype=np.float32), 5, 1)
     assert np.array_equal(mean.finish(), owned.astype(np.float32))
 
 
 def test_with_one_tier_the_owned_mean_is_the_weighted_mean() -> None:
-    mean = OwnedMean(LAYOUT, "a", [4], seed=0, turn=0)
+    mean = OwnedMean(LAYOUT, "a")
     random = np.random.default_rng(1)
     updates = [random.normal(0, 0.1, LAYOUT.size_a).astype(np.float32) for _ in range(3)]
     for weight, update in zip((1, 2, 5), updates, strict=True):
-        mean.add(update, weight, 4)
+        mean.add(update, weight)
     wanted = (updates[0] + 2.0 * updates[1] + 5.0 * updates[2].astype(np.float64)) / 8
     np.testing.assert_allclose(mean.finish(), wanted, atol=1e-7)
 
 
 def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> None:
-    mean = OwnedMean(LAYOUT, "b", [2, 4], seed=0, turn=0)
-    good = np.ones(20, dtype=np.float32)
+    mean = owned_mean("b", [2, 4])
+    good = np.ones(40, dtype=np.float32)
     mean.add(good, 1, 2)
     before = mean.finish().tobytes()
+    late = good.copy()
+    late[trained_mask("b", rank_slices(2, 3, 4, [2, 4])[1].owned)] = np.nan  # only in the last slice
     for update, weight, tier in (
         (good, 1, 3),
+        (good, 1, 0),
         (good[:-1], 1, 2),
         (good, 0, 2),
         (good * np.nan, 1, 2),
+        (late, 1, 4),
         (good, 1 << 24, 2),
     ):
         with pytest.raises(UpdateError):
@@ -126,9 +153,9 @@ def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> N
 def test_order_of_arrival_does_not_change_a_bit() -> None:
     results = []
     for order in (clients(), clients()[::-1]):
-        mean = OwnedMean(LAYOUT, "b", [1, 2, 4], seed=2, turn=3)
+        mean = owned_mean("ab", [1, 2, 4])
         for tier, weight, noise in order:
-            mean.add(noise[: 10 * tier].astype(np.float32), weight, tier)
+            mean.add(noise.astype(np.float32), weight, tier)
         results.append(mean.finish().tobytes())
     assert results[0] == results[1]
 

@@ -5,7 +5,15 @@ what was not sent, and `downlink` carries the adapter to the devices.
 """
 
 from fedtune.core.codec.clip_range import ClipRange, initial_clip
-from fedtune.core.codec.downlink import apply, check_digest, digest, encode_catch_up, encode_delta, encode_refresh
+from fedtune.core.codec.downlink import (
+    apply,
+    check_digest,
+    digest,
+    encode_catch_up,
+    encode_delta,
+    encode_refresh,
+    encode_whole,
+)
 from fedtune.core.codec.exact import ExactCodec
 from fedtune.core.codec.maskable import MaskableCodec, RingMean, RingUpdate, RoundContext
 from fedtune.core.codec.packing import pack, packed_size, unpack
@@ -31,6 +39,7 @@ __all__ = [
     "encode_catch_up",
     "encode_delta",
     "encode_refresh",
+    "encode_whole",
     "initial_clip",
     "next_weight_cap",
     "pack",

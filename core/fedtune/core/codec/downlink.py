@@ -81,6 +81,22 @@ def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> byte
     return ExactCodec().encode(held)
 
 
+def encode_whole(held: NDArray[np.float32]) -> bytes | None:
+    """All of `held`, bit for bit, whatever a device holds; None where it does not lie on a grid.
+
+    After a change of basis this is less than what changed since an older version.
+
+    Raises:
+        UpdateError: it holds NaN, infinity or an absurd magnitude.
+    """
+    check_update(held)
+    step = _grid(held)
+    if _largest(held) > step * MAX_LEVEL:
+        return None
+    data = _encode(Kind.WHOLE, held, step)
+    return data if np.array_equal(apply(held, data).view(np.uint32), held.view(np.uint32)) else None
+
+
 def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.float32]:
     """What a device holds after the payload: held + δ·levels, or δ·levels, or float32 values; finite.
 

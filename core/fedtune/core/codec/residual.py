@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from fedtune.core.codec.exact import ExactCodec
 
+Places = NDArray[np.intp] | slice
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -29,11 +31,11 @@ class Residual:
         """The residual of a client that has sent everything so far."""
         return cls(np.zeros(count, dtype=np.float32))
 
-    def compensate(self, update: NDArray[np.float32], owned: NDArray[np.intp]) -> NDArray[np.float32]:
+    def compensate(self, update: NDArray[np.float32], owned: Places) -> NDArray[np.float32]:
         """update + residual, float32, over the coordinates `owned`: distinct positions in the factor."""
         return update + self.values[owned]
 
-    def carry(self, unsent: NDArray[np.float32], owned: NDArray[np.intp]) -> Residual:
+    def carry(self, unsent: NDArray[np.float32], owned: Places) -> Residual:
         """The residual after a round: `unsent` in the owned coordinates, the others as they were."""
         values = self.values.copy()
         values[owned] = unsent

@@ -24,6 +24,7 @@ from fedtune.server.run_directory import REPORT
 
 LISTED_DROPOUTS = 100
 LISTED_REASONS = 6
+LISTED_NOTES = 20
 REASON_LENGTH = 200
 LABEL_LENGTH = 28
 ABSENT = "–"
@@ -52,6 +53,7 @@ def write_report(run: Path) -> Path:
     _require_packages()
     data = read_run(run)
     reasons = Counter(clean_line(reason, REASON_LENGTH) for _, _, reason in data.dropouts)
+    notes = Counter(clean_line(note, REASON_LENGTH) for _, note in data.notes)
     return _write(
         run / REPORT,
         "report.html.j2",
@@ -61,6 +63,7 @@ def write_report(run: Path) -> Path:
         facts=headline(data),
         saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
         plots=run_plots(data),
+        notes=notes.most_common(LISTED_NOTES),
         aborted=[line for line in data.rounds if line.aborted is not None],
         asked=sum(len(line.clients) for line in data.rounds),
         dropped=reasons.total(),

@@ -19,10 +19,11 @@ from msgspec import Meta
 
 from fedtune.core.errors import RunDirectoryError
 from fedtune.core.records import ClientEvaluation, Evaluation
-from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, read_rounds, read_summary
+from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, VIRTUAL, read_rounds, read_summary, read_virtual
 from fedtune.strategies.round import pooled
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 _Duration = Annotated[float, Meta(ge=0)]
 
 _OVERRIDES = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn text around
@@ -44,6 +45,46 @@ class Client(msgspec.Struct, frozen=True):
     seconds: _Duration
     answered: _Duration | None
     dropped: str | None
+
+
+class Tier(msgspec.Struct, frozen=True):
+    """How the clients of one tier took part; see `fedtune.server.run.tier_summary`."""
+
+    tier: _Count
+    asked: _Count
+    merged: _Count
+    sat_out: _Count
+    updates: _Count
+    share: _Share
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One client of a simulated fleet in one round."""
+
+    kind: str
+    rank: _Count
+    seconds: _Duration | None
+    counts: bool
+
+
+class VirtualRound(msgspec.Struct, frozen=True):
+    """What a report reads of one line of virtual.jsonl."""
+
+    round: _Count
+    seconds: _Duration
+    clients: tuple[Device, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of device took part in a run."""
+
+    name: str
+    rank: int
+    asked: int
+    updates: int
+    share: float
+    mean_seconds: float | None
 
 
 class Sum(msgspec.Struct, frozen=True):
@@ -74,6 +115,7 @@ class Round(msgspec.Struct, frozen=True):
     clients: tuple[Client, ...]
     client_evaluations: tuple[HeldOut, ...]
     secure: Sum | None
+    notes: tuple[str, ...]
 
     @property
     def survivors(self) -> list[Client]:
@@ -109,6 +151,7 @@ class Summary(msgspec.Struct, frozen=True):
     eval_before: Evaluation | None
     traffic: dict[str, dict[str, Entry]]
     secure_aggregation: dict[str, Any]
+    tiers: tuple[Tier, ...]
     fp32_fedavg_bytes: _Count
     adapter_parameters: _Count
     seconds: _Duration
@@ -129,6 +172,7 @@ class Run:
         settings: the same as "section.key" -> value.
         rounds: in order.
         summary: None while the run is under way.
+        virtual: rounds as a simulated fleet's clock saw them; none without a fleet.
     """
 
     name: str
@@ -136,6 +180,34 @@ class Run:
     settings: dict[str, Any]
     rounds: tuple[Round, ...]
     summary: Summary | None
+    virtual: tuple[VirtualRound, ...] = ()
+
+    @property
+    def notes(self) -> Iterator[tuple[Round, str]]:
+        """Every round's notes."""
+        for line in self.rounds:
+            for note in line.notes:
+                yield line, note
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of a simulated fleet that were asked, by name."""
+        parts = [part for line in self.virtual for part in line.clients]
+        counted = sum(part.counts for part in parts)
+        kinds = []
+        for name in sorted({part.kind for part in parts}):
+            own = [part for part in parts if part.kind == name]
+            seconds = [part.seconds for part in own if part.seconds is not None]
+            updates = sum(part.counts for part in own)
+            mean = sum(seconds) / len(seconds) if seconds else None
+            share = updates / counted if counted else 0.0
+            kinds.append(Kind(name, own[0].rank, len(own), updates, share, mean))
+        return kinds
+
+    @property
+    def virtual_seconds(self) -> float:
+        """How long the fleet's rounds took on its clock."""
+        return sum(line.seconds for line in self.virtual)
 
     @property
     def evaluations(self) -> list[tuple[int, Evaluation]]:
@@ -185,7 +257,8 @@ def read_run(path: Path) -> Run:
         raise RunDirectoryError(f"{path / JOB}: not TOML: {error}") from error
     rounds = _checked(read_rounds(path), tuple[Round, ...], path / ROUNDS)
     summary = _checked(read_summary(path), Summary, path / SUMMARY) if (path / SUMMARY).exists() else None
-    return Run(path.resolve().name, job, settings, rounds, summary)
+    virtual = _checked(read_virtual(path / VIRTUAL), tuple[VirtualRound, ...], path / VIRTUAL)
+    return Run(path.resolve().name, job, settings, rounds, summary, virtual)
 
 
 def clean(text: str, limit: int) -> str:

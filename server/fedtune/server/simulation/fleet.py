@@ -2,22 +2,25 @@
 
     devices = SimulatedFleet(job, load_fleet(path), names, shape)
     federation = replace(federation, selection=devices.selection(federation.selection))
+    strategy = AdapterStrategy(federation, ..., ranks=devices.rank)
+    device = Device(..., share=devices.share)
     grid = FleetGrid(executor, node_ids, clients, devices, run_directory / "virtual.jsonl")
 
-Who is present, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
-resumed one goes on as it would have. Only what counts is trained: a straggler costs virtual time, not real time.
+Who is eligible, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
+resumed one goes on as it would have. Only what is used is trained: a straggler costs virtual time, not real time.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from flwr.app import Message, MessageType
+from flwr.app import Message
 
 from fedtune.client.plan.planner import (
     BYTES_PER_PARAMETER_DOWN,
@@ -28,19 +31,23 @@ from fedtune.client.plan.planner import (
     choose,
     upload_bytes,
 )
-from fedtune.core.errors import JobError, PeerError
+from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
+from fedtune.core.errors import JobError
 from fedtune.core.fleet import Fleet, Kind
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
-from fedtune.core.messages import TrainRequest, decode, encode
+from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job, hides_updates
+from fedtune.core.records import ClientRecord
+from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
+from fedtune.core.tiers import tier_for
 from fedtune.model.shape import ModelShape
 from fedtune.server.files import storage, write_text
+from fedtune.server.run_directory import read_virtual
 from fedtune.server.simulation.grid import Executor, InProcessGrid
-from fedtune.strategies.envelope import seal, unseal
 from fedtune.strategies.selection import Selection
-from fedtune.strategies.timed_selection import DeadlineSelection
-from fedtune.strategies.virtual_clock import Course, round_deadline, run_clock, work_share
+from fedtune.strategies.timed_selection import DeadlineSelection, UtilitySelection
+from fedtune.strategies.virtual_clock import LEAST_WORK, Course, round_deadline, run_clock, work_share
 
+_POLL_SECONDS = 0.005
 PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
 
 
@@ -54,13 +61,15 @@ class VirtualRound:
 
     Args:
         seconds: client -> when its update arrived, None for one that vanished.
-        shares: client -> the share of the local work it was given.
+        shares: client -> the share of the local work it did.
+        vanishes: client -> before which of the round's exchanges it vanishes.
     """
 
     course: Course
     deadline: float | None
     seconds: Mapping[str, float | None]
     shares: Mapping[str, float]
+    vanishes: Mapping[str, str]
 
 
 class SimulatedFleet:
@@ -80,40 +89,75 @@ class SimulatedFleet:
         self.plans, self.refusals = _plans(job, fleet, shape)
         if not self.plans:
             raise JobError([f"the fleet has no kind that the model fits: {'; '.join(self.refusals.values())}"])
-        tokens = (job.training.local_steps or DEFAULT_LOCAL_STEPS) * job.training.batch_tokens
-        up = upload_bytes(shape, job.adapter.rank)
-        down = round(shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN)
-        self.predicted = {name: kind.seconds(tokens, up, down) for name, kind in self.kinds.items()}
+        self.predicted = {
+            name: _seconds(job, kind, shape, self.plans[kind.name].tier)
+            for name, kind in self.kinds.items()
+            if kind.name in self.plans
+        }
+
+    @property
+    def keeps_late(self) -> bool:
+        """Whether late updates are of use."""
+        return self._job.federation.late == "next"
+
+    def rank(self, name: str) -> int:
+        """How many rank indices a client trains, by its kind's plan; 0 for a kind that sits out."""
+        plan = self.plans.get(self.kinds[name].name)
+        return plan.tier if plan else 0
 
     def present(self, number: int, names: Sequence[str]) -> list[str]:
-        """Those of the clients that can be asked in a round; all that the model fits where nobody is there."""
-        able = [name for name in names if self.kinds[name].name in self.plans]
-        there = [name for name in able if self._random("present", number, name).random() < self._of(name).availability]
-        return there or able
+        """Those of the clients that can be asked in a round; all that the model fits where nobody is eligible."""
+        able = [name for name in names if name in self.predicted]
+        return [name for name in able if not self.absence(number, name)] or able
+
+    def absence(self, number: int, name: str) -> str | None:
+        """Why a client cannot be asked in a round, or None."""
+        random = self._random("present", number, name)
+        for what, chance in self.kinds[name].eligibility.items():
+            if float(random.random()) >= chance:
+                return f"not {what}"
+        return None
 
     def selection(self, inner: Selection) -> Selection:
         """The job's selection among those present."""
-        if self._job.federation.selection == "deadline":
-            inner = DeadlineSelection(self._wanted(len(self.kinds)), self._job.training.seed, self.predicted)
+        wanted, job = self._wanted(len(self.kinds)), self._job
+        match job.federation.selection:
+            case "deadline":
+                inner = DeadlineSelection(wanted, job.training.seed, self.predicted)
+            case "utility":
+                cap, hidden = job.federation.weight_cap, hides_updates(job)
+                inner = UtilitySelection(wanted, job.training.seed, self.predicted, cap, hidden)
         return _AmongPresent(self, inner)
+
+    def share(self, name: str, number: int) -> float:
+        """How much of a round's local work a client does."""
+        deadline = self._deadline(number)
+        return 1.0 if deadline is None else work_share(self.predicted[name], deadline) or LEAST_WORK
 
     def round(self, number: int, cohort: Sequence[str]) -> VirtualRound:
         """How a round with this cohort goes."""
-        deadline = None
-        if self._job.federation.selection == "deadline":
-            deadline = round_deadline([self.predicted[name] for name in self.present(number, sorted(self.kinds))])
-        shares = {name: 1.0 if deadline is None else work_share(self.predicted[name], deadline) for name in cohort}
-        seconds = {name: self._seconds(number, name, shares[name]) for name in cohort}
+        deadline, secure = self._deadline(number), self._job.secure_aggregation
+        shares = {name: self.share(name, number) for name in cohort}
+        seconds = {name: self._arrival(number, name, shares[name]) for name in cohort}
         wanted = self._wanted(len(self.kinds)) if deadline is not None else len(cohort)
-        return VirtualRound(run_clock(seconds, wanted, deadline), deadline, seconds, shares)
+        least = len(cohort) - part(secure.max_dropout, len(cohort)) if secure.enabled else 0
+        before = SECURE_EXCHANGES[: SECURE_EXCHANGES.index(TRAIN) + 1] if secure.enabled else (TRAIN,)
+        vanishes = {
+            name: before[int(self._random("vanish", number, name).integers(len(before)))]
+            for name, arrival in seconds.items()
+            if arrival is None
+        }
+        return VirtualRound(run_clock(seconds, wanted, deadline, least), deadline, seconds, shares, vanishes)
 
-    def _seconds(self, number: int, name: str, share: float) -> float | None:
-        random = self._random("course", number, name)
-        vanishes = float(random.random()) < self._of(name).failure_rate
-        return None if vanishes else self.predicted[name] * share * float(random.lognormal(0.0, self._of(name).jitter))
+    def _deadline(self, number: int) -> float | None:
+        if self._job.federation.selection == "uniform":
+            return None
+        return round_deadline([self.predicted[name] for name in self.present(number, sorted(self.kinds))])
 
-    def _of(self, name: str) -> Kind:
-        return self.kinds[name]
+    def _arrival(self, number: int, name: str, share: float) -> float | None:
+        random, kind = self._random("course", number, name), self.kinds[name]
+        vanishes = float(random.random()) < kind.failure_rate
+        return None if vanishes else self.predicted[name] * share * float(random.lognormal(0.0, kind.jitter))
 
     def _random(self, purpose: str, number: int, name: str) -> Any:
         return generator(self._job.training.seed, purpose, number, name)
@@ -124,7 +168,7 @@ class SimulatedFleet:
 
 
 class FleetGrid(InProcessGrid):
-    """The grid of a simulated fleet: training requests run on the virtual clock, everything else as ever.
+    """The grid of a simulated fleet: rounds of training pass on the virtual clock, everything else as ever.
 
     Args:
         clients: node -> client name.
@@ -144,11 +188,21 @@ class FleetGrid(InProcessGrid):
         self._devices = devices
         self._log = log
         self._rounds: dict[int, VirtualRound] = {}
+        self._late: list[str] = []
+
+    def overdue(self) -> Iterable[Message]:
+        """The answers of clients that were late, where the next round may use them."""
+        waiting, self._late = self._late, []
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies += self.pull_messages(waiting)
+            time.sleep(_POLL_SECONDS)
+        return [reply for reply in replies if reply.has_content()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hands over what will arrive in time, and lets the rest fail."""
         waiting = list(messages)
-        if not waiting or waiting[0].metadata.message_type != MessageType.TRAIN:
+        if not waiting or waiting[0].metadata.message_type not in SECURE_EXCHANGES:
             return super().push_messages(waiting)
         number = int(waiting[0].metadata.group_id)
         if number not in self._rounds:
@@ -158,24 +212,29 @@ class FleetGrid(InProcessGrid):
         return [self._push(message, self._rounds[number]) for message in waiting]
 
     def _push(self, message: Message, virtual: VirtualRound) -> str:
-        name = self._clients[message.metadata.dst_node_id]
-        if name in virtual.course.arrived:
-            (message_id,) = super().push_messages([_with_share(message, virtual.shares[name])])
-            return message_id
-        vanished = virtual.seconds.get(name) is None
-        reason = "vanished" if vanished else f"not there after {virtual.course.seconds:.1f} virtual seconds"
-        return self.fail(message, LateError(reason))
+        name, kind = self._clients[message.metadata.dst_node_id], message.metadata.message_type
+        if kind == virtual.vanishes.get(name):
+            return self.fail(message, LateError("vanished"))
+        if kind == TRAIN and name not in virtual.course.arrived:
+            if self._devices.keeps_late:
+                self._late += super().push_messages([message])
+            return self.fail(message, LateError(f"not there after {virtual.course.seconds:.1f} virtual seconds"))
+        (message_id,) = super().push_messages([message])
+        return message_id
 
     def _write(self, number: int) -> None:
         virtual = self._rounds[number]
+        away = [self._devices.absence(number, name) for name in self._devices.predicted]
         line = {
             "round": number,
             "seconds": virtual.course.seconds,
             "deadline": virtual.deadline,
+            "ineligible": dict(Counter(reason for reason in away if reason)),
             "clients": [
                 {
                     "id": name,
                     "kind": self._devices.kinds[name].name,
+                    "rank": self._devices.rank(name),
                     "seconds": seconds,
                     "share": virtual.shares[name],
                     "counts": name in virtual.course.arrived,
@@ -188,13 +247,6 @@ class FleetGrid(InProcessGrid):
             write_text(self._log, "".join(json.dumps(each) + "\n" for each in [*earlier, line]))
 
 
-def read_virtual(path: Path) -> list[dict[str, Any]]:
-    """The virtual rounds that a run has logged; a line that a crash cut off is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 @dataclass(frozen=True)
 class _AmongPresent:
     devices: SimulatedFleet
@@ -203,9 +255,19 @@ class _AmongPresent:
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         return self.inner.cohort(round_number, self.devices.present(round_number, sorted(population)))
 
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
+        return replace(self, inner=self.inner.learned(round_number, clients))
+
 
 def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], dict[str, str]]:
-    """Kind -> its plan, and kind -> why it has none."""
+    """Kind -> its plan, and kind -> why it has none.
+
+    A plan's rank is the largest of the job's tiers whose upload takes at most its share of the deadline that the fleet
+    would have if everybody sent everything.
+    """
+    deadline = round_deadline(
+        [_seconds(job, kind, shape, job.adapter.rank) for kind in fleet.kind for _ in range(kind.count)]
+    )
     training = job.training
     wishes = Wishes(
         job.model.quantization,
@@ -215,29 +277,25 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
         job.data.sequence_length,
         training.batch_tokens,
         training.local_steps or DEFAULT_LOCAL_STEPS,
+        deadline,
     )
     plans, refusals = {}, {}
     for kind in fleet.kind:
+        budget = round(kind.memory_mb * 1e6 * (1 - RESERVE)) - PROGRAM_BYTES
         try:
-            plans[kind.name] = choose(shape, wishes, round(kind.memory_mb * 1e6 * (1 - RESERVE)) - PROGRAM_BYTES)
+            plan = choose(shape, replace(wishes, bandwidth_up=kind.uplink_kbit * 1000 / 8), budget)
         except NoPlanError as error:
             refusals[kind.name] = f"{kind.name}: {error}"
+            continue
+        if tier := tier_for(plan.tier, job.tiers):
+            plans[kind.name] = replace(plan, tier=tier)
+        else:
+            refusals[kind.name] = f"{kind.name}: its link is for rank {plan.tier}; the job has the tiers {job.tiers}"
     return plans, refusals
 
 
-def _with_share(message: Message, share: float) -> Message:
-    """The message with as many local steps as the device can do in time."""
-    if share >= 1.0:
-        return message
-    try:
-        request = decode(unseal(message), TrainRequest)
-    except PeerError:  # another exchange of the round
-        return message
-    work = request.work
-    if work.local_steps:
-        work = msgspec.structs.replace(work, local_steps=max(1, round(share * work.local_steps)))
-    else:
-        work = msgspec.structs.replace(work, local_epochs=share * work.local_epochs)
-    content = seal(encode(msgspec.structs.replace(request, work=work)))
-    metadata = message.metadata
-    return Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id)
+def _seconds(job: Job, kind: Kind, shape: ModelShape, tier: int) -> float:
+    """Predicted seconds of a whole round's work."""
+    tokens = (job.training.local_steps or DEFAULT_LOCAL_STEPS) * job.training.batch_tokens
+    down = shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN
+    return kind.seconds(tokens, upload_bytes(shape, tier), down)

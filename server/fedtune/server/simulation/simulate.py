@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,16 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.core.errors import JobError
-from fedtune.core.fleet import load_fleet
-from fedtune.core.job import BUNDLED, Job, secure_cohort_problems
-from fedtune.demo import FLEET
+from fedtune.core.job import Job, secure_cohort_problems
 from fedtune.model.examples import CleaningReport
-from fedtune.model.shape import shape_of
 from fedtune.server.display import Display, format_seconds
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.last_step import check_export
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import CLIENTS, RunDirectory
+from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.simulation.edge import export_and_answer
-from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet, read_virtual
+from fedtune.server.simulation.fleet import FleetGrid
 from fedtune.server.simulation.forked import ForkedExecutor
 from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
 from fedtune.server.simulation.local import LocalExecutor
@@ -32,10 +30,10 @@ from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+from fedtune.strategies.tiering import Ranks
 
 FIRST_NODE_ID = 1000
 SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
-VIRTUAL = "virtual.jsonl"  # one object a round, where a fleet is simulated
 
 
 def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -73,9 +71,8 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
 def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_export(job)
-    if job.simulation.fleet:
-        load_fleet(_fleet_path(job))  # a mistake in it is told before anything is written
     workshop = Workshop(job, path / CLIENTS)
+    _ = workshop.devices  # a mistake in the fleet file is told before anything is written
     clients = len(workshop.population.names)
     if job.secure_aggregation.enabled and (
         problems := secure_cohort_problems(job, cohort_size(job.federation.clients_per_round, clients))
@@ -97,14 +94,14 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     evaluator = ModelEvaluator(workshop.model, job.data)
     federation = federation_from_job(job, workshop.base, workshop.model.layout)
     grid = InProcessGrid(executor, list(clients))
-    if job.simulation.fleet:
-        devices = SimulatedFleet(job, load_fleet(_fleet_path(job)), list(nodes), shape_of(job.model))
+    devices = workshop.devices
+    if devices is not None:
         for refusal in devices.refusals.values():
             display.note(f"sits out: {refusal}")
         federation = replace(federation, selection=devices.selection(federation.selection))
         grid = FleetGrid(executor, list(clients), clients, devices, directory.path / VIRTUAL)
     secure = SecureAggregation(SIMULATION, workshop.enrolment.roster) if job.secure_aggregation.enabled else None
-    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure)
+    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure, _ranks(workshop), grid.overdue)
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
@@ -117,14 +114,27 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
         server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), {}))
     finally:
         executor.close()
-    if job.simulation.fleet:
-        seconds = [line["seconds"] for line in read_virtual(directory.path / VIRTUAL)]
-        display.note(f"virtual  {format_seconds(sum(seconds))} in {len(seconds)} rounds of the fleet")
+    if devices is not None:
+        display.note(_course(read_virtual(directory.path / VIRTUAL)))
     return summary
 
 
-def _fleet_path(job: Job) -> Path:
-    return FLEET if job.simulation.fleet == BUNDLED else Path(job.simulation.fleet)
+def _ranks(workshop: Workshop) -> Ranks | None:
+    """What each client can train, where the job or its fleet says so."""
+    if workshop.devices is not None:
+        return workshop.devices.rank
+    if not (dealt := workshop.job.simulation.ranks):
+        return None
+    names = sorted(workshop.population.names)
+    return {name: dealt[index % len(dealt)] for index, name in enumerate(names)}.__getitem__
+
+
+def _course(virtual: list[dict[str, Any]]) -> str:
+    """One line on how a fleet's rounds went on its clock, and whose updates counted."""
+    counted = Counter(part["kind"] for line in virtual for part in line["clients"] if part["counts"])
+    shares = ", ".join(f"{kind} {count / counted.total():.0%}" for kind, count in counted.most_common())
+    seconds = sum(line["seconds"] for line in virtual)
+    return f"virtual  {format_seconds(seconds)} in {len(virtual)} rounds of the fleet; updates: {shares or 'none'}"
 
 
 def _facts(executor: Executor) -> Facts:

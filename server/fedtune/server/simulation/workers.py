@@ -39,7 +39,7 @@ def _that_fit(job: Job, base: BaseModel, free: int) -> int:
         precision=base.precision,
         rank=job.adapter.rank,
         sequence_length=job.data.sequence_length,
-        micro_batch=max(1, job.training.batch_tokens // job.data.sequence_length),
+        tokens=job.training.batch_tokens,
         checkpointing=job.training.gradient_checkpointing,
     )
     predicted = predict_memory(shape_of(job.model), choices)

@@ -14,14 +14,18 @@ from fedtune.client.app import client_app
 from fedtune.client.device import Device
 from fedtune.client.store import ClientStore
 from fedtune.core.errors import DataError
-from fedtune.core.job import Job
+from fedtune.core.fleet import load_fleet
+from fedtune.core.job import BUNDLED, Job
 from fedtune.core.messages import Base
+from fedtune.demo import FLEET
 from fedtune.model.examples import CleaningReport, Example, prepare
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.population import Population
+from fedtune.model.shape import shape_of
 from fedtune.server.base import describe_base, open_model
 from fedtune.server.simulation.enrolment import Enrolment
 from fedtune.server.simulation.faults import fault_mod
+from fedtune.server.simulation.fleet import SimulatedFleet
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,26 @@ class Workshop:
         """The clients' identities."""
         return Enrolment.rehearse(self.population.names, self.job)
 
+    @cached_property
+    def devices(self) -> SimulatedFleet | None:
+        """The clients as devices, where the job has a fleet."""
+        fleet = self.job.simulation.fleet
+        if not fleet:
+            return None
+        kinds = load_fleet(FLEET if fleet == BUNDLED else Path(fleet))
+        return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
+
     def client_app(self) -> ClientApp:
         """A ClientApp that stands for every client, with the faults that the job injects."""
         simulation = self.job.simulation
         faulty = simulation.dropout or simulation.failing or simulation.slow
         secure = self.job.secure_aggregation
         mods = [fault_mod(simulation, self.job.training.seed, secure.enabled)] if faulty else []
-        device = Device(lambda _: self.model, self.examples, ClientStore(self.folder))
+        store = ClientStore(self.folder)
+        if self.devices is None:
+            device = Device(lambda _: self.model, self.examples, store)
+        else:
+            device = Device(lambda _: self.model, self.examples, store, self.devices.share)
         return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
 
     def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:

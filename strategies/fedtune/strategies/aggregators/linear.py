@@ -1,4 +1,4 @@
-"""Aggregators that are a weighted mean of what clients upload: Σ w_i·Δ_i / Σ w_i over the trained segment.
+"""Aggregators that are a weighted mean of what clients upload: Σ w_i·Δ_i / Σ w_i, index by index, over its owners.
 
 They differ in what a round trains, and in what a client does to its update before it sends it. Linear means that a sum
 of updates is all the server needs to see.
@@ -6,11 +6,13 @@ of updates is all the server needs to see.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
+from fedtune.core.tiers import RankSlice
 from fedtune.strategies.aggregators.base import NOTHING, Accumulator, State
-from fedtune.strategies.exact_sum import ExactSum
+from fedtune.strategies.aggregators.owned import OwnedMean
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class FedAvg:
         factors: Factors,
         adapter: Vector | None = None,  # noqa: ARG002 - linear in the update
         state: State = NOTHING,  # noqa: ARG002
+        slices: Sequence[RankSlice] = (),
     ) -> Accumulator:
         """An empty weighted mean."""
-        return WeightedMean(layout, factors)
+        return OwnedMean(layout, factors, slices)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ class Alternating:
         factors: Factors,
         adapter: Vector | None = None,  # noqa: ARG002 - linear in the update
         state: State = NOTHING,  # noqa: ARG002
+        slices: Sequence[RankSlice] = (),
     ) -> Accumulator:
         """An empty weighted mean."""
-        return WeightedMean(layout, factors)
+        return OwnedMean(layout, factors, slices)
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,3 @@ class Frozen(Alternating):
     def factors(self, round_number: int) -> Factors:  # noqa: ARG002 - every round trains the same
         """B, in every round."""
         return "b"
-
-
-class WeightedMean:
-    """Σ w_i·Δ_i / Σ w_i, exact in any order of arrival."""
-
-    state: State = NOTHING
-
-    def __init__(self, layout: AdapterLayout, factors: Factors) -> None:
-        segment = layout.segment(factors)
-        self._sum = ExactSum(segment.stop - segment.start)
-
-    def add(self, update: Vector, weight: int) -> None:
-        """Adds one client's update."""
-        self._sum.add(update, weight)
-
-    def finish(self) -> Vector:
-        """The mean."""
-        return self._sum.mean()

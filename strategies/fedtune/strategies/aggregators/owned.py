@@ -12,59 +12,62 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedtune.core.adapter import AdapterLayout, Factor, Vector
+from fedtune.core.adapter import AdapterLayout, Factors, Vector, factor_letters
 from fedtune.core.errors import UpdateError
-from fedtune.core.tiers import coordinates, slices
+from fedtune.core.tiers import Indices, RankSlice, coordinates
+from fedtune.strategies.aggregators.base import NOTHING, State
 from fedtune.strategies.exact_sum import ExactSum
 
 
 class OwnedMean:
-    """The reduction of one factor in one round of mixed ranks.
+    """Σ w_i·Δ_i / Σ w_i over each index's owners, exact in any order of arrival.
 
     Args:
-        tiers: ranks that clients of this round may train, the same list for all.
-        seed, turn: of the permutation.
+        slices: of the rank indices, smallest tier first; none where everybody owns all.
     """
 
-    def __init__(self, layout: AdapterLayout, factor: Factor, tiers: Sequence[int], seed: int, turn: int) -> None:
-        segment = layout.segment(factor)
-        self._size = segment.stop - segment.start
-        # Of each slice: the smallest tier that owns it, its places in the factor, and its sum.
-        self._slices = [
-            (tier, places, ExactSum(len(places)))
-            for tier, owned in slices(seed, turn, layout.rank, tiers)
-            for places in [coordinates(layout, factor, owned)]
-        ]
-        self._places = {
-            tier: np.sort(np.concatenate([places for other, places, _ in self._slices if other <= tier]))
-            for tier, _, _ in self._slices
-        }
+    state: State = NOTHING
 
-    def add(self, update: Vector, weight: int, tier: int) -> None:
-        """Takes one client's update in: its owned coordinates, in their order in the factor.
+    def __init__(self, layout: AdapterLayout, factors: Factors, slices: Sequence[RankSlice] = ()) -> None:
+        segment = layout.segment(factors)
+        self._size = segment.stop - segment.start
+        # Of each slice: the smallest tier that owns it, its places in the segment, and its sum.
+        self._slices: list[tuple[int, Indices | slice, ExactSum]] = []
+        for each in slices:
+            places = np.concatenate(
+                [
+                    layout.segment(letter).start - segment.start + coordinates(layout, letter, each.owned)
+                    for letter in factor_letters(factors)
+                ]
+            )
+            self._slices.append((each.tier, places, ExactSum(len(places))))
+        if not slices:
+            self._slices.append((0, slice(None), ExactSum(self._size)))
+
+    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
+        """Takes one client's update in.
+
+        Args:
+            update: over the whole segment; what the tier does not own is not looked at.
+            tier: one of the slices' tiers; 0 where there are none.
 
         Raises:
             UpdateError: the tier is none of this round's, or the update cannot be added; nothing was.
         """
-        if tier not in self._places:
-            raise UpdateError(f"an update of tier {tier}; this round has the tiers {sorted(self._places)}")
-        places = self._places[tier]
-        if update.shape != places.shape:
-            raise UpdateError(f"an update of {update.size} values; tier {tier} owns {places.size}")
-        ExactSum(update.size).add(update, weight)  # refuses before any slice has been changed
-        self._slices[0][2].check_weight(weight)  # everybody owns the first slice: its weight is the largest
-        for other, owned, total in self._slices:
-            if other <= tier:
-                total.add(update[np.searchsorted(places, owned)], weight)
+        tiers = [smallest for smallest, _, _ in self._slices]
+        if tier not in tiers:
+            raise UpdateError(f"an update of tier {tier}; this round has the tiers {tiers}")
+        if update.shape != (self._size,):
+            raise UpdateError(f"an update of {update.size} values; expected {self._size}")
+        owned = [(total, update[places]) for smallest, places, total in self._slices if smallest <= tier]
+        for total, part in owned:
+            total.check(part, weight)
+        for total, part in owned:
+            total.add(part, weight)
 
     def finish(self) -> Vector:
-        """The aggregate over the factor, float32; zero where nobody owned."""
+        """The aggregate over the segment, float32; zero where nobody owned."""
         aggregate = np.zeros(self._size, dtype=np.float32)
-        for _, owned, total in self._slices:
-            aggregate[owned] = total.mean()
+        for _, places, total in self._slices:
+            aggregate[places] = total.mean()
         return aggregate
-
-    @property
-    def weights(self) -> dict[int, int]:
-        """Slice, by the smallest tier that owns it -> its owners' weight."""
-        return {tier: total.weight for tier, _, total in self._slices}

@@ -9,6 +9,7 @@ base's linear layers in float64, whatever the cohort.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.rebalance import FRESH_ROW
+from fedtune.core.tiers import RankSlice
 from fedtune.strategies.aggregators.base import NOTHING, Accumulator, State
 from fedtune.strategies.exact_sum import MAX_VALUE
 
@@ -40,6 +42,7 @@ class FlexLora:
         factors: Factors,
         adapter: Vector | None = None,
         state: State = NOTHING,  # noqa: ARG002 - it keeps none
+        slices: Sequence[RankSlice] = (),  # noqa: ARG002 - what a client does not train stays in its product
     ) -> Accumulator:
         """An empty mean of products."""
         return ProductMean(layout, factors, _given(adapter))
@@ -60,7 +63,12 @@ class Flora:
         return "ab"
 
     def accumulator(
-        self, layout: AdapterLayout, factors: Factors, adapter: Vector | None = None, state: State = NOTHING
+        self,
+        layout: AdapterLayout,
+        factors: Factors,
+        adapter: Vector | None = None,
+        state: State = NOTHING,
+        slices: Sequence[RankSlice] = (),  # noqa: ARG002 - as FlexLora
     ) -> Accumulator:
         """An empty mean of products on top of the residual."""
         size = sum(module.d_out * module.d_in for module in layout.modules)
@@ -86,8 +94,9 @@ class ProductMean:
         self._weight = 0
         self.state: State = {} if residual is None else {RESIDUAL: residual}
 
-    def add(self, update: Vector, weight: int) -> None:
-        """Adds one client's product."""
+    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
+        """Adds one client's product; what it did not train is in it as it was."""
+        del tier
         if update.shape != (self._segment.stop - self._segment.start,):
             raise UpdateError(f"an update of {update.size} values; expected {self._segment.stop - self._segment.start}")
         if weight < 1:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
+from fedtune.core.tiers import RankSlice
 from fedtune.strategies.aggregators.base import NOTHING, Accumulator, Aggregator, State
 from fedtune.strategies.exact_sum import ExactSum
 
@@ -111,8 +112,11 @@ class Robust:
         factors: Factors,
         adapter: Vector | None = None,  # noqa: ARG002 - rules see updates alone
         state: State = NOTHING,  # noqa: ARG002
+        slices: Sequence[RankSlice] = (),
     ) -> Accumulator:
         """An empty cohort."""
+        if slices:
+            raise ValueError("a rule compares whole updates; clients cannot train different ranks")
         return _Cohort(layout, factors, self.rule)
 
 
@@ -132,10 +136,15 @@ class NormClipped:
         return self.inner.factors(round_number)
 
     def accumulator(
-        self, layout: AdapterLayout, factors: Factors, adapter: Vector | None = None, state: State = NOTHING
+        self,
+        layout: AdapterLayout,
+        factors: Factors,
+        adapter: Vector | None = None,
+        state: State = NOTHING,
+        slices: Sequence[RankSlice] = (),
     ) -> Accumulator:
         """The inner aggregator's, behind the clipping."""
-        return _Clipping(self.inner.accumulator(layout, factors, adapter, state), self.norm)
+        return _Clipping(self.inner.accumulator(layout, factors, adapter, state, slices), self.norm)
 
 
 class _Cohort:
@@ -150,7 +159,8 @@ class _Cohort:
         # Of two factors the second, B: A's deltas are noise while B is still near zero.
         self._selecting = slice(layout.size_a, None) if factors == "ab" else slice(None)
 
-    def add(self, update: Vector, weight: int) -> None:
+    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
+        del tier
         self._check.add(update, weight)
         self._updates.append(update.copy())
         self._weights.append(weight)
@@ -173,11 +183,11 @@ class _Clipping:
     def state(self) -> State:
         return self._inner.state
 
-    def add(self, update: Vector, weight: int) -> None:
+    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
         length = float(np.linalg.norm(update.astype(np.float64)))
         if length > self._norm:
             update = (update * (self._norm / length)).astype(np.float32)
-        self._inner.add(update, weight)
+        self._inner.add(update, weight, tier)
 
     def finish(self) -> Vector:
         return self._inner.finish()

@@ -1,0 +1,193 @@
+"""Federations of devices of different rank: in the clear and in secret the same adapter, whoever vanishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from federation_helpers import SECURE, Simulate, small_job
+from secure_stand import Stand
+
+from fedtune.client.device import Device
+from fedtune.client.store import ClientStore
+from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
+from fedtune.core.codec import MaskableCodec
+from fedtune.core.codec.packing import pack
+from fedtune.core.codec.wire import Kind, frame
+from fedtune.core.errors import PeerError
+from fedtune.core.messages import TrainReply, TrainRequest, decode, encode
+from fedtune.core.records import RoundRecord
+from fedtune.core.tiers import coordinates, rank_indices
+from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.workshop import Workshop
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.round import TrainingRound, initial_state
+from fedtune.strategies.strategy import federation_from_job
+
+QUICK = ("data.evaluation=", "data.holdout=0", "federation.rounds=2", "training.batch_tokens=256")
+NAMES = [f"client-{index}" for index in range(9)]
+TIERED = dict(zip(NAMES, [4, 4, 4, 2, 2, 2, 1, 1, 1], strict=True))
+STAND = ("adapter.tiers=[1, 2, 4]", "secure_aggregation.max_dropout=0.3")
+CLEAR_RING = ("secure_aggregation.enabled=false", "compression.form=ring")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("compression.preset=none",),
+        (),
+        ("compression.form=ring",),
+        ("compression.preset=none", "federation.aggregation=flexlora"),
+        ("federation.aggregation=alternating", "federation.server_optimizer=momentum", "federation.clip_norm=1.0"),
+    ],
+)
+def test_a_federation_of_mixed_ranks_learns_and_small_tiers_send_less(
+    simulate: Simulate, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    simulate(*QUICK, "simulation.ranks=[16, 8, 16, 4]", "federation.clients_per_round=4", *overrides)
+    lines = read_rounds(tmp_path / "run")
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    for line in lines:
+        sent = {client["rank"]: client["bytes_up"] for client in line["clients"]}
+        assert [client["rank"] for client in line["clients"]] == [16, 8, 16, 4]
+        assert sent[4] < 0.4 * sent[16]
+        assert sent[8] < 0.7 * sent[16]
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "alternating", "ffa"])
+def test_in_secret_mixed_ranks_come_to_the_adapter_that_the_same_sums_in_the_clear_give(aggregation: str) -> None:
+    chosen = f"federation.aggregation={aggregation}"
+    digests = set()
+    for overrides in ((), CLEAR_RING):
+        stand = Stand(NAMES, [*STAND, chosen, *overrides], TIERED)
+        for _ in range(3):
+            record = stand.run() if not overrides else in_the_clear(stand)
+            assert record.aborted is None
+            assert [client.rank for client in record.clients] == list(TIERED.values())
+        digests.add(stand.digest)
+    assert len(digests) == 1
+
+
+def in_the_clear(stand: Stand, survivors: Sequence[str] = NAMES) -> RoundRecord:
+    """A round of the same contributions, added where all can see them."""
+    round_ = TrainingRound.open(
+        stand.federation, stand.state, stand.names, stand.broadcast, ranks=stand.ranks.__getitem__
+    )
+    exchange = next(round_.exchanges())
+    for name in survivors:
+        made = stand.device.contribute(name, decode(exchange.requests[name][0], TrainRequest))
+        payloads = []
+        for terms, part in zip(made.terms, made.parts, strict=True):
+            width = MaskableCodec(terms.bits).ring(terms.context()).width
+            body = pack(part.words, width) + part.lanes.astype("<u4").tobytes()
+            payloads.append(frame(Kind.RING, terms.count, body))
+        round_.take_in(name, encode(TrainReply(round_.number, 32, 100, 1, 1.0, 0.1, tuple(payloads))))
+    stand.state, record = round_.close()
+    return record
+
+
+def test_the_whole_federation_comes_to_the_same_adapter_in_secret_and_in_the_clear(
+    simulate: Simulate, tmp_path: Path
+) -> None:
+    fixed = (*SECURE, *QUICK, "federation.clients_per_round=6", "simulation.ranks=[16, 4]")
+    secret = simulate(*fixed, name="secret")
+    clear = simulate(*fixed, *CLEAR_RING, name="clear")
+    assert secret["adapter_digest"] == clear["adapter_digest"]
+    lines = read_rounds(tmp_path / "secret")
+    assert all(line["secure"]["summed"] == 6 for line in lines)
+    sent = {client["rank"]: client["bytes_up"] for client in lines[0]["clients"]}
+    assert sent[4] < 0.5 * sent[16]
+
+
+@pytest.mark.parametrize("exchange", SECURE_EXCHANGES)
+def test_a_client_of_one_tier_may_vanish_before_any_exchange(exchange: str) -> None:
+    ranks = {**TIERED, "client-9": 2}
+    secret, clear = (Stand(sorted(ranks), [*STAND, *form], ranks) for form in ((), CLEAR_RING))
+    assert secret.run(lambda name, kind: name == "client-9" and kind == exchange).aborted is None
+    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
+    in_the_clear(clear, sorted(ranks) if counted else NAMES)
+    assert secret.digest == clear.digest
+
+
+def test_a_tier_that_falls_below_its_minimum_ends_the_round_and_the_next_one_runs() -> None:
+    stand = Stand(NAMES, STAND, TIERED)
+    before = stand.digest
+    record = stand.run(lambda name, kind: name == "client-4" and kind == TRAIN)
+    assert "2 clients in tier 1, expected at least 3" in (record.aborted or "")
+    assert stand.digest == before
+    assert stand.run().aborted is None
+
+
+def test_tiers_too_small_to_hide_in_are_merged_downward_or_sit_out_and_the_record_says_so() -> None:
+    stand = Stand(NAMES, STAND, {**TIERED, "client-0": 2, "client-8": 4})  # tiers 4: 3, 2: 4, 1: 2
+    record = stand.run()
+    assert record.aborted is None
+    assert [client.rank for client in record.clients] == [2, 4, 4, 2, 2, 2, 0, 0, 4]
+    assert record.notes == ("tier 1: 2 of at least 3 clients; sat out",)
+    assert record.secure is not None
+    assert record.secure.summed == 7
+    stand = Stand(NAMES, STAND, {**TIERED, "client-0": 2})  # tiers 4: 2, 2: 4, 1: 3
+    record = stand.run()
+    assert [client.rank for client in record.clients] == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert [client.tier for client in record.clients] == [2, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert record.notes == ("tier 4: 2 of at least 3 clients; trained as tier 2",)
+
+
+def test_a_device_refuses_to_train_another_tier_than_the_configuration_says() -> None:
+    stand = Stand(NAMES, STAND, TIERED)
+    round_ = stand.open()
+    exchange = next(round_.exchanges())
+    config, request = exchange.requests["client-0"]
+    for tier in (0, 1, 2, 3):
+        lie = encode(msgspec.structs.replace(decode(request, TrainRequest), tier=tier))
+        with pytest.raises(PeerError, match="tier"):
+            stand.rounds.open("client-0", config, lie)
+    assert stand.rounds.open("client-0", config, request)
+
+
+def test_a_client_that_masks_another_tier_than_it_was_asked_for_is_refused() -> None:
+    ranks = {**TIERED, "client-9": 1}
+    stand = Stand(sorted(ranks), STAND, ranks)
+    round_ = stand.open()
+    for exchange in round_.exchanges():
+        answers = {name: stand.answer(name, exchange) for name in exchange.requests}
+        if exchange.message_type == TRAIN:
+            answers["client-9"] = answers["client-0"]
+        for name, answer in answers.items():
+            round_.take_in(name, answer)
+    _, record = round_.close()
+    assert record.aborted is None
+    dropped = {client.id: client.dropped for client in record.clients if client.dropped}
+    assert list(dropped) == ["client-9"]
+    assert "9 segments, expected 3" in (dropped["client-9"] or "")
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
+
+
+def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(workshop: Workshop, tmp_path: Path) -> None:
+    job, layout, store = workshop.job, workshop.model.layout, ClientStore(tmp_path / "clients")
+    device = Device(lambda _: workshop.model, workshop.examples, store)
+    federation = federation_from_job(job, workshop.base, layout)
+    state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), exact=False)
+    ranks: Callable[[str], int] = {"000": 4, "001": 16, "002": 16}.__getitem__
+    residuals: list[np.ndarray] = []
+    for number in (1, 2, 3):
+        round_ = TrainingRound.open(federation, state, ["000", "001", "002"], broadcast, ranks=ranks)
+        next(round_.exchanges())
+        request = decode(round_.requests.payload("000"), TrainRequest)
+        round_.take_in("000", encode(device.train("000", request)))
+        state, record = round_.close()
+        assert record.clients[0].dropped is None
+        residuals.append(store.residual("000", "a", layout.size_a, number + 1).values)
+        owned = coordinates(layout, "a", rank_indices(0, number, 16, 4))
+        frozen = np.setdiff1d(np.arange(layout.size_a), owned)
+        before = residuals[-2] if number > 1 else np.zeros(layout.size_a)
+        assert np.array_equal(residuals[-1][frozen], before[frozen])
+        assert residuals[-1][owned].any()
+        assert not np.array_equal(residuals[-1][owned], before[owned])

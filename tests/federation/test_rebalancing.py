@@ -1,0 +1,201 @@
+"""A change of the adapter's basis between rounds: the product stays, and everything that lives in the basis follows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from federation_helpers import SECURE, Simulate, small_job
+
+from fedtune.client.device import Device
+from fedtune.client.store import ClientStore
+from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.codec import Residual
+from fedtune.core.errors import JobError
+from fedtune.core.job import load_job
+from fedtune.core.messages import TrainRequest, decode, encode, terms_digest
+from fedtune.core.rebalance import basis_changes, changed, follow
+from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.workshop import Workshop
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.round import FederationState, TrainingRound, initial_state
+from fedtune.strategies.strategy import federation_from_job
+
+EVERY = "federation.rebalance_every=2"
+QUICK = ("data.evaluation=", "data.holdout=0")
+NAMES = ["000", "001", "002"]
+
+
+class Stand:
+    """Rounds on one device, one call each."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.workshop = Workshop(small_job(EVERY, "federation.rounds=8", *overrides), folder)
+        self.store = ClientStore(folder)
+        self.device = Device(lambda _: self.workshop.model, self.workshop.examples, self.store)
+        self.layout: AdapterLayout = self.workshop.model.layout
+        self.federation = federation_from_job(self.workshop.job, self.workshop.base, self.layout)
+        self.broadcast = Broadcast(self.layout, self.layout.initial(0), exact=False, rebased=True)
+        self.states: list[FederationState] = [initial_state(self.federation)]
+        self.requests: list[TrainRequest] = []
+
+    def run(self, names: list[str] = NAMES) -> Any:
+        round_ = TrainingRound.open(self.federation, self.states[-1], names, self.broadcast)
+        next(round_.exchanges())
+        for name in names:
+            request = decode(round_.requests.payload(name), TrainRequest)
+            round_.take_in(name, encode(self.device.train(name, request)))
+        self.requests.append(request)
+        state, record = round_.close()
+        self.states.append(state)
+        return record
+
+    def residual(self, client: str, factor: str, before: int) -> Vector:
+        size = self.layout.size_a if factor == "a" else self.layout.size_b
+        return self.store.residual(client, factor, size, before).values
+
+
+@pytest.fixture
+def stand(tmp_path: Path) -> Stand:
+    return Stand(tmp_path)
+
+
+def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
+    return np.concatenate(
+        [(lora_b.astype(np.float64) @ lora_a).reshape(-1) for lora_a, lora_b in layout.views(adapter).values()]
+    )
+
+
+def test_the_product_and_what_devices_hold_stay_what_they_were(stand: Stand) -> None:
+    assert not stand.run().notes
+    without = replace(stand.federation, job=small_job())
+    plain = TrainingRound.open(
+        without, stand.states[1], NAMES, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
+    )
+    next(plain.exchanges())
+    for name in NAMES:
+        payload = stand.device.train(name, decode(plain.requests.payload(name), TrainRequest))
+        plain.take_in(name, encode(payload))
+    expected = products(stand.layout, plain.close()[0].adapter)
+    assert stand.run().notes == ("the adapter's basis was rebalanced",)
+    state = stand.states[2]
+    np.testing.assert_allclose(products(stand.layout, state.adapter), expected, atol=1e-6)
+    difference = np.linalg.norm(products(stand.layout, state.held) - expected)
+    assert difference < 0.1 * np.linalg.norm(expected)
+    for lora_a, lora_b in stand.layout.views(state.adapter).values():
+        ratio = np.linalg.norm(lora_a) / np.linalg.norm(lora_b)
+        assert 0.3 < ratio < 3.0, "both factors carry about the same share"
+    assert state.rebasing is not None
+    assert (state.rebasing.round, state.rebasing.before) == (2, 0)
+
+
+def test_a_residual_follows_the_basis_of_its_round_and_one_of_an_unknown_basis_starts_again(stand: Stand) -> None:
+    for _ in range(2):
+        stand.run()
+    kept = {factor: stand.residual("000", factor, 3) for factor in "ab"}
+    changes = basis_changes(stand.layout, stand.states[1].held)
+    seen: dict[str, Vector] = {}
+    original = Residual.compensate
+
+    def spy(self: Residual, update: Any, owned: Any) -> Any:
+        seen["a" if self.values.size == stand.layout.size_a else "b"] = self.values
+        return original(self, update, owned)
+
+    Residual.compensate = spy  # type: ignore[method-assign]
+    try:
+        stand.run(["000"])
+        for factor in "ab":
+            assert kept[factor].any()
+            assert np.array_equal(seen[factor], follow(stand.layout, changes, factor, kept[factor]))  # type: ignore[arg-type]
+        stand.run(["000"])  # rebalances once more
+        stand.run(["001"])  # whose residual is of round 2, two changes ago
+        assert not seen["a"].any()
+        assert not seen["b"].any()
+    finally:
+        Residual.compensate = original  # type: ignore[method-assign]
+
+
+def test_after_a_change_the_whole_adapter_travels_and_is_less_than_what_changed(stand: Stand) -> None:
+    for _ in range(3):
+        stand.run()
+    after, fresh = stand.requests[2].adapter, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
+    for name in NAMES:
+        fresh.sent(name, stand.states[1].held)
+    change = fresh.write(fresh.basis("000"), stand.states[2].held)
+    assert sum(map(len, after.parts)) < sum(map(len, change.parts))
+    assert stand.requests[2].rebasing == stand.states[2].rebasing
+    assert stand.requests[1].rebasing is None
+
+
+def test_before_anything_is_learned_the_basis_stays(stand: Stand) -> None:
+    first = stand.states[0].adapter
+    changes = basis_changes(stand.layout, first)
+    assert changed(stand.layout, changes, first).tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "note"), [("momentum", None), ("adam", "the server optimizer starts again: squares of coordinates")]
+)
+def test_a_server_optimizer_s_state_follows_or_starts_again_with_a_reason(
+    tmp_path: Path, optimizer: str, note: str | None
+) -> None:
+    stand = Stand(tmp_path, f"federation.server_optimizer={optimizer}")
+    stand.run()
+    without = small_job("federation.rounds=8", f"federation.server_optimizer={optimizer}")
+    stand.federation = replace(stand.federation, job=without)
+    stand.run()
+    plain = stand.states.pop()
+    stand.federation = replace(stand.federation, job=stand.workshop.job)
+    notes = stand.run().notes
+    assert notes[0] == "the adapter's basis was rebalanced"
+    state = stand.states[-1]
+    if note is None:
+        changes = basis_changes(stand.layout, stand.states[1].held)
+        for factor in "ab":
+            moved = follow(stand.layout, changes, factor, plain.server[f"optimizer.m.{factor}"])  # type: ignore[arg-type]
+            np.testing.assert_array_equal(state.server[f"optimizer.m.{factor}"], moved)
+    else:
+        assert notes[1].startswith(note)
+        assert not state.server
+
+
+def test_in_secret_and_in_the_clear_a_rebalanced_federation_comes_to_the_same_adapter(
+    simulate: Simulate, tmp_path: Path
+) -> None:
+    fixed = (
+        *SECURE,
+        *QUICK,
+        EVERY,
+        "federation.rounds=3",
+        "simulation.ranks=[16, 4]",
+        "federation.clients_per_round=6",
+    )
+    secret = simulate(*fixed, name="secret")
+    clear = simulate(*fixed, "secure_aggregation.enabled=false", "compression.form=ring", name="clear")
+    assert secret["adapter_digest"] == clear["adapter_digest"]
+    assert read_rounds(tmp_path / "secret")[1]["notes"] == ["the adapter's basis was rebalanced"]
+
+
+def test_secure_rounds_bind_the_change_of_basis(stand: Stand) -> None:
+    for _ in range(3):
+        stand.run()
+    request = stand.requests[2]
+    assert terms_digest(request) != terms_digest(msgspec.structs.replace(request, rebasing=None))
+    assert terms_digest(request) == terms_digest(msgspec.structs.replace(request, tier=4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["federation.aggregation=ffa"], "keeps A as the job's seed made it"),
+        (["federation.aggregation=flora", "compression.preset=none"], "balances both factors every round"),
+        (["federation.late=next", "simulation.fleet=bundled"], "changes the basis between rounds"),
+    ],
+)
+def test_what_cannot_be_rebalanced_is_told_when_the_job_is_read(overrides: list[str], complaint: str) -> None:
+    with pytest.raises(JobError, match=complaint):
+        load_job(None, ["secure_aggregation.enabled=false", EVERY, *overrides])
