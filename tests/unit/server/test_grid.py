@@ -96,14 +96,14 @@ def test_an_envelope_with_anything_else_in_it_is_refused(grid: InProcessGrid, co
     message = grid.create_message(content, "train", 11, "1")
     if content:
         message.content["more"] = seal(b"y")["fedtune"]
-    with pytest.raises(PeerError, match="expected one named fedtune of 1 arrays"):
+    with pytest.raises(PeerError, match="expected one named fedtune of 1 parts"):
         unseal(message)
 
 
 def test_a_message_has_two_parts_where_its_reader_expects_two(grid: InProcessGrid) -> None:
     message = grid.create_message(seal(b"for you", b"for all"), "query.open", 11, "1")
     assert unseal_parts(from_wire(to_wire(message)), 2) == (b"for you", b"for all")
-    with pytest.raises(PeerError, match="expected one named fedtune of 1 arrays"):
+    with pytest.raises(PeerError, match="expected one named fedtune of 1 parts"):
         unseal(message)
 
 
