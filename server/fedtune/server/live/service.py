@@ -17,6 +17,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ GREETING_SECONDS = 30.0
 MAX_LEAST = 1000  # devices that a round may need
 REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
+MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
 _STOP_SECONDS = 5.0
 _FOLLOW_SECONDS = 10.0
@@ -107,6 +110,7 @@ class Service:
         self._greeted: dict[int, int] = {}
         self._left_out: dict[int, _LeftOut] = {}
         self._model: tuple[Job, AdaptedModel] | None = None
+        self._stumbles: Counter[str] = Counter()
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
@@ -170,6 +174,14 @@ class Service:
                 raise  # a full disk, say: it goes on when that is mended
             self._board.problem(f"job {job.name} failed: {error}")
             self._jobs.fail(job, str(error))
+        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
+            traceback.print_exc()
+            self._stumbles[job.name] += 1
+            reason = f"{type(error).__name__}: {error}"
+            if self._stumbles[job.name] < MOST_STUMBLES:
+                raise RunError(reason) from error
+            self._board.problem(f"job {job.name} failed, {MOST_STUMBLES} times: {reason}; the log has the traceback")
+            self._jobs.fail(job, reason)
         finally:
             self._board.job = None
 
@@ -204,7 +216,7 @@ class Service:
                 identities = self._devices.roster.roster
                 secure = SecureAggregation(self._job.id, identities) if job.secure_aggregation.enabled else None
                 attendance = _Attendance(self, grid, job, set(identities.keys))
-                strategy = AdapterStrategy(federation, attendance, self._observe, secure)
+                strategy = AdapterStrategy(federation, attendance, self._observe, secure, self.tiers.__getitem__)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()

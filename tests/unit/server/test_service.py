@@ -1,0 +1,35 @@
+"""What the live server does with jobs that go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.errors import RunError
+from fedtune.core.job import Job
+from fedtune.server.display import Silent
+from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.jobs import Jobs
+from fedtune.server.live.service import MOST_STUMBLES, Service
+
+
+def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
+    jobs = Jobs(home)
+    job = jobs.submit(Job(), "strange")
+    service = Service(home, Silent())
+
+    def stumble(job: object) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(service, "_work", stumble)
+    for _ in range(MOST_STUMBLES - 1):
+        with pytest.raises(RunError, match="RuntimeError: could not create a primitive"):  # tried again after a pause
+            service._take(job)
+    assert [waiting.name for waiting in jobs.waiting()] == ["strange"]
+    service._take(job)
+    assert jobs.failed() == {"strange": "RuntimeError: could not create a primitive"}
+    assert "Traceback" in capsys.readouterr().err
