@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
 import threading
@@ -10,6 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.client.live import service
 from fedtune.client.live.home import ClientHome
@@ -24,6 +29,7 @@ from fedtune.server.live.home import ServerConfig, ServerHome
 from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.pki import make_server_certificate
 from fedtune.server.live.service import Listener
+from fedtune.strategies.envelope import seal
 
 Command = Callable[..., str]
 
@@ -184,6 +190,24 @@ def test_another_base_model_than_the_jobs_is_told_with_both_digests(device: serv
         device._open_model(Base("/theirs", wanted, "nf4", 4, 8.0, ("all-linear",), 64))
     with pytest.raises(ModelError, match=rf"digest {wanted[:16]}…; this device has demo \(digest [0-9a-f]{{16}}…\)"):
         device._open_model(Base(DEMO, wanted, "nf4", 4, 8.0, ("all-linear",), 64))
+
+
+def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(
+    device: service.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(service, "write_private", no_space)
+    answers: list[Message] = []
+    monkeypatch.setattr(device._link, "answer", lambda reply, seconds: answers.append(reply))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    head = Message(seal(b"never read"), 7, "train", ttl=600)
+    head.metadata.__dict__["_message_id"] = "question"
+    device._work(service.Task(head, ObjectTree(), b"what it is about"))
+    (reply,) = answers
+    assert reply.error.reason == "the device cannot write or read its files: No space left on device"
+    assert device._status.problem.startswith("train: No space left on device")
 
 
 def test_a_damaged_roster_is_told_when_the_device_starts(device: service.Service) -> None:
