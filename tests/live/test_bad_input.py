@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
 import threading
@@ -10,6 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.client.live import service
 from fedtune.client.live.home import ClientHome
@@ -22,6 +27,7 @@ from fedtune.server.live.home import ServerConfig, ServerHome
 from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.pki import make_server_certificate
 from fedtune.server.live.service import Listener
+from fedtune.strategies.envelope import seal
 
 Command = Callable[..., str]
 
@@ -174,6 +180,24 @@ def device(home: ServerHome, tmp_path: Path) -> Iterator[service.Service]:
     made = service.Service(joined, lambda line: None)
     yield made
     made._link.close()
+
+
+def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(
+    device: service.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(service, "write_private", no_space)
+    answers: list[Message] = []
+    monkeypatch.setattr(device._link, "answer", lambda reply, seconds: answers.append(reply))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    head = Message(seal(b"never read"), 7, "train", ttl=600)
+    head.metadata.__dict__["_message_id"] = "question"
+    device._work(service.Task(head, ObjectTree(), b"what it is about"))
+    (reply,) = answers
+    assert reply.error.reason == "the device cannot write or read its files: No space left on device"
+    assert device._status.problem.startswith("train: No space left on device")
 
 
 def test_a_damaged_roster_is_told_when_the_device_starts(device: service.Service) -> None:

@@ -197,7 +197,8 @@ class Service:
         if not self._is_counted_in():
             self._link.activate()
         self._counted_out.clear()
-        write_private(self._home.path / "node", f"{self._link.node_id}\n")
+        with suppress(OSError):  # it is of use after a crash only
+            write_private(self._home.path / "node", f"{self._link.node_id}\n")
         self._backoff.reset()
         if self._link.clock_error and self._link.clock_error != self._status.clock_error:
             self._show(f"this device's clock is {self._link.clock_error:+.0f} s off; going by the server's")
@@ -242,15 +243,17 @@ class Service:
         head = task.head.metadata
         kind = f"{head.message_type} {head.group_id}".strip()
         note = self._home.path / "working"
-        write_private(note, task.proto)
         self._tell(state="working", task=kind, contact=time.time())
         identify(task.head, self._link.node_id)
         began = time.monotonic()
         try:
             try:
+                write_private(note, task.proto)
                 reply = self._reply(self._link.fetch(task))
             except PeerError as error:
                 reply = error_reply(task.head, str(error))
+            except OSError as error:
+                reply = self._storage_failure(task.head, error)
             self._bring(reply, time.monotonic() - began)
         except RunOverError:
             self._show(f"{kind}: the server no longer waits for it")
@@ -287,13 +290,16 @@ class Service:
         except (ModelError, DataError, InputError) as error:
             problem, reason = str(error), f"{type(error).__name__}: the device's own status says more"
         except OSError as error:
-            problem = f"{error.strerror} ({error.filename or 'unknown file'})"
-            reason = f"the device cannot write or read its files: {error.strerror}"
+            return self._storage_failure(message, error)
         except Exception as error:  # torch and Flower raise what they like; a message never ends the process
             cause = error.__cause__ or error
             problem, reason = f"{type(cause).__name__}: {cause}", f"{type(cause).__name__} on the device"
         self._problem(f"{kind}: {problem}")
         return error_reply(message, reason)
+
+    def _storage_failure(self, request: Message, error: OSError) -> Message:
+        self._problem(f"{request.metadata.message_type}: {error.strerror} ({error.filename or self._home.path})")
+        return error_reply(request, f"the device cannot write or read its files: {error.strerror}")
 
     def _bring(self, reply: Message, seconds: float) -> None:
         self._tell(state="answering")
