@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -202,7 +203,8 @@ def _agreement(answers: list[list[int]], peer: list[list[int]]) -> float:
 
 
 def _write_results(table: str, verdicts: Sequence[str]) -> None:
-    command = shlex.join(["python", "benchmarks/inference/run.py", *sys.argv[1:]])
+    given = ["RUN_DIR" if before == "--run" else word for before, word in itertools.pairwise(sys.argv)]
+    command = shlex.join(["python", "benchmarks/inference/run.py", *given])
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
     )
