@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=2, help="how often each contestant's process runs")
     parser.add_argument("--dry", action="store_true", help="print the table, but leave RESULTS.md as it is")
     options = parser.parse_args()
-    rows, verdict, reached = [], "", True
+    rows, verdicts, reached = [], [], True
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
             contestants = prepare(model, Path(folder) / model, options.run, options.threads)
@@ -131,10 +132,13 @@ def main() -> None:
                 print("  ".join(cells), flush=True)
             if model == JUDGED:
                 verdict, reached = judge(by_name["int4"], by_name[PEER])
+                verdicts.append(verdict)
+            else:
+                verdicts.append(load(by_name["int4"].directory))
     table = format_table(rows)
-    print(f"\n{table}\n\n{verdict}")
+    print("\n" + "\n\n".join((table, *verdicts)))
     if not options.dry:
-        _write_results(table, verdict)
+        _write_results(table, verdicts)
     sys.exit(not reached)
 
 
@@ -169,6 +173,22 @@ def judge(int4: Contestant, peer: Contestant) -> tuple[str, bool]:
     return text, speed >= SPEED and memory <= MEMORY
 
 
+def load(model: Path) -> str:
+    """What sixteen clients at once meet for a minute, in words."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "streams.py"), str(model), "--json"], stdout=subprocess.PIPE, check=True
+    )
+    found = json.loads(done.stdout)
+    return (
+        f"{found['streams']} clients that stream from `fedtune serve` on the demo's int4 for {found['seconds']:.0f} s "
+        f"(`streams.py`): {found['requests']:,} answers, {len(found['errors'])} errors, "
+        f"{found['tokens_per_second']:,.0f} tokens/s; {found['tokens_least']:,} to {found['tokens_most']:,} tokens a "
+        f"client; the server's memory was {found['memory_mb_settled']:.0f} MB after a fifth of the time and "
+        f"{found['memory_mb_largest']:.0f} MB at most; a client that went away held its slot for "
+        f"{found['slot_freed_seconds']:.3f} s at most."
+    )
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows))
@@ -182,8 +202,9 @@ def _agreement(answers: list[list[int]], peer: list[list[int]]) -> float:
     return same / sum(map(len, peer))
 
 
-def _write_results(table: str, verdict: str) -> None:
-    command = shlex.join(["python", "benchmarks/inference/run.py", *sys.argv[1:]])
+def _write_results(table: str, verdicts: Sequence[str]) -> None:
+    given = ["RUN_DIR" if before == "--run" else word for before, word in itertools.pairwise(sys.argv)]
+    command = shlex.join(["python", "benchmarks/inference/run.py", *given])
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
     )
@@ -192,7 +213,7 @@ def _write_results(table: str, verdict: str) -> None:
         (__doc__ or "").splitlines()[0],
         f"`{command}` on {datetime.date.today():%Y-%m-%d}: {os.cpu_count()} cores, {versions}.",
         table,
-        verdict,
+        *verdicts,
         (__doc__ or "").partition("\n\n")[2].strip(),
     ]
     RESULTS.write_text("\n\n".join(text) + "\n", encoding="utf-8")
