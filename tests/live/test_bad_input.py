@@ -17,6 +17,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.client.live import service
+from fedtune.client.live.fleet import Task
 from fedtune.client.live.home import ClientHome
 from fedtune.client.live.service import BACKOFF_SECONDS, Backoff
 from fedtune.core.enrolment import Bundle
@@ -204,7 +205,7 @@ def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     head = Message(seal(b"never read"), 7, "train", ttl=600)
     head.metadata.__dict__["_message_id"] = "question"
-    device._work(service.Task(head, ObjectTree(), b"what it is about"))
+    device._work(Task(head, ObjectTree(), b"what it is about"))
     (reply,) = answers
     assert reply.error.reason == "the device cannot write or read its files: No space left on device"
     assert device._status.problem.startswith("train: No space left on device")
