@@ -72,7 +72,7 @@ def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
 
 def test_the_product_and_what_devices_hold_stay_what_they_were(stand: Stand) -> None:
     assert not stand.run().notes
-    without = replace(stand.federation, job=small_job())
+    without = replace(stand.federation, job=small_job("federation.rounds=8"))
     plain = TrainingRound.open(
         without, stand.states[1], NAMES, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
     )
