@@ -18,6 +18,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import free_port
 
+from fedtune.client.commands import PIECE_BYTES
 from fedtune.client.live.fleet import FleetLink, identify
 from fedtune.server.live.flower import RunGrid
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
@@ -106,7 +107,11 @@ def _wait_for(port: int) -> None:
     raise AssertionError("the proxy does not listen")
 
 
-def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(proxy: Proxy) -> None:
+def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `limit_pieces` sets it for a process before Flower is imported; this process has Flower already.
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
     device = proxy.door.device("ada", proxy.address)
     device.activate()
     assert device.beat()

@@ -72,7 +72,7 @@ def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
 
 def test_the_product_and_what_devices_hold_stay_what_they_were(stand: Stand) -> None:
     assert not stand.run().notes
-    without = replace(stand.federation, job=small_job())
+    without = replace(stand.federation, job=small_job("federation.rounds=8"))
     plain = TrainingRound.open(
         without, stand.states[1], NAMES, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
     )
@@ -131,7 +131,10 @@ def test_after_a_change_the_whole_adapter_travels_and_is_less_than_what_changed(
     assert stand.requests[1].rebasing is None
 
 
-def test_before_anything_is_learned_the_basis_stays(stand: Stand) -> None:
+def test_before_anything_is_learned_the_basis_stays(tmp_path: Path) -> None:
+    stand = Stand(tmp_path, "federation.rebalance_every=1")
+    assert stand.run().notes == ()
+    assert stand.states[1].rebasing is None
     first = stand.states[0].adapter
     changes = basis_changes(stand.layout, first)
     assert changed(stand.layout, changes, first).tobytes() == first.tobytes()

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip, weight_cap
@@ -360,6 +362,8 @@ class TrainingRound:
             return state, ()
         changes = basis_changes(layout, self.state.held)
         adapter = changed(layout, changes, state.adapter)
+        if np.array_equal(adapter, state.adapter):
+            return state, ()
         server, lost = self.federation.optimizer.rebased(state.server, partial(follow, layout, changes))
         before = state.rebasing.round if state.rebasing else 0
         after = replace(

@@ -45,10 +45,11 @@ def test_only_those_present_are_asked_and_all_of_it_repeats() -> None:
     assert fleet.present(1, NAMES) != fleet.present(2, NAMES)
 
 
-def test_with_deadlines_rounds_are_much_shorter_and_every_kind_still_contributes() -> None:
+@pytest.mark.parametrize("secure", ["false", "true"])
+def test_with_deadlines_rounds_are_much_shorter_and_every_kind_still_contributes(secure: str) -> None:
     seconds, counted = {}, {}
     for policy in ("uniform", "deadline"):
-        fleet = devices(f"federation.selection={policy}")
+        fleet = devices(f"federation.selection={policy}", f"secure_aggregation.enabled={secure}")
         rounds = list(cohorts(fleet))
         seconds[policy] = sum(virtual.course.seconds for _, _, virtual in rounds)
         counted[policy] = Counter(fleet.kinds[name].name for _, _, virtual in rounds for name in virtual.course.arrived)
@@ -56,6 +57,41 @@ def test_with_deadlines_rounds_are_much_shorter_and_every_kind_still_contributes
     total = sum(counted["deadline"].values())
     assert set(counted["deadline"]) == {kind.name for kind in load_fleet(FLEET).kind}
     assert counted["deadline"]["single-board computer"] > 0.05 * total
+
+
+def test_a_secure_round_waits_beyond_its_deadline_for_as_many_as_its_sum_needs() -> None:
+    fleet = devices("federation.selection=deadline", "secure_aggregation.enabled=true")
+    waited = 0
+    for _, cohort, virtual in cohorts(fleet):
+        assert len(virtual.course.arrived) >= len(cohort) - int(0.3 * len(cohort)) or None in virtual.seconds.values()
+        waited += virtual.course.seconds > (virtual.deadline or 0.0)
+    assert waited
+
+
+def test_a_device_that_is_not_charging_too_hot_or_on_a_metered_link_is_not_asked() -> None:
+    phone, *_ = load_fleet(FLEET).kind
+    kind = replace(phone, availability=1.0, charging=0.7, cool=0.8, unmetered=0.9)
+    fleet = devices(fleet=Fleet((kind,)))
+    reasons = Counter(fleet.absence(number, name) for number in range(20) for name in NAMES)
+    total = reasons.total()
+    assert reasons["not charging"] / total == pytest.approx(0.3, abs=0.03)
+    assert reasons["not cool"] / total == pytest.approx(0.7 * 0.2, abs=0.03)
+    assert reasons["not unmetered"] / total == pytest.approx(0.7 * 0.8 * 0.1, abs=0.02)
+    assert reasons["not reachable"] == 0
+    assert all(fleet.absence(3, name) is None for name in fleet.present(3, NAMES))
+
+
+def test_a_kind_on_a_slow_link_trains_a_smaller_tier_and_one_on_a_hopeless_link_none() -> None:
+    phone, *others = load_fleet(FLEET).kind
+    slow, hopeless = replace(phone, uplink_kbit=20.0), replace(phone, name="modem", count=1, uplink_kbit=1.0)
+    fleet = devices(fleet=Fleet((slow, hopeless, *others)))
+    tiers = {fleet.kinds[name].name: fleet.rank(name) for name in NAMES}
+    assert tiers["phone"] in (4, 8)
+    assert tiers["laptop"] == 16
+    assert "modem: sending a rank-4 update takes" in fleet.refusals["modem"]
+    assert tiers["modem"] == 0
+    alike = devices("federation.aggregation=fedrot", fleet=Fleet((slow, *others)))
+    assert "the job has the tiers (16,)" in alike.refusals["phone"]
 
 
 def test_a_kind_that_the_model_does_not_fit_sits_out_with_the_numbers() -> None:
