@@ -99,7 +99,12 @@ def test_ctrl_c_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     overrides = [part for override in (*SMALL, WORKERS, "federation.rounds=200") for part in ("--set", override)]
     command = [sys.executable, "-m", "fedtune.server.cli", "simulate", *overrides, "--out", str(path)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:
         wait_for(lambda: path.is_dir() and bool(read_rounds(path)))
         workers = psutil.Process(process.pid).children()
