@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 from federation_helpers import SECURE, SMALL, Simulate, begin_or_resume, small_job
+from flwr.app import RecordDict
 
 from fedtune.core.errors import RunError
 from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.forked import ForkedExecutor
+from fedtune.server.simulation.grid import InProcessGrid
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
+from fedtune.server.simulation.workshop import Workshop
 
 WORKERS = "simulation.workers=2"
 FAULTS = ("simulation.dropout=0.2", "simulation.failing=0.2", "data.holdout=0.2")
@@ -39,6 +44,22 @@ def test_the_number_of_workers_changes_no_bit(kind: tuple[str, ...], simulate: S
         ]
 
     assert told("spread") == told("alone")
+
+
+def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
+    job = small_job("simulation.slow=1.0", "simulation.slow_seconds=3600.0")
+    executor = ForkedExecutor(Workshop(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
+    grid = InProcessGrid(executor, range(9))
+
+    def push(nodes: Sequence[int], number: int) -> list[int]:
+        grid.push_messages(grid.create_message(RecordDict(), "train", node, str(number)) for node in nodes)
+        return [executor.place(node) for node in nodes]
+
+    try:
+        assert push([1, 3, 5, 7], 1) == [0, 1, 0, 1]
+        assert push([3, 1, 2], 2) == [1, 0, 0]
+    finally:
+        executor.close()
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_reason_and_it_can_be_resumed(
@@ -78,7 +99,12 @@ def test_ctrl_c_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     overrides = [part for override in (*SMALL, WORKERS, "federation.rounds=200") for part in ("--set", override)]
     command = [sys.executable, "-m", "fedtune.server.cli", "simulate", *overrides, "--out", str(path)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:
         wait_for(lambda: path.is_dir() and bool(read_rounds(path)))
         workers = psutil.Process(process.pid).children()

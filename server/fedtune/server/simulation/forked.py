@@ -63,11 +63,17 @@ class ForkedExecutor:
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="forked-worker") for _ in self._workers]
         self._round = ""
         self._places: dict[int, int] = {}
+        self._latest: dict[int, Future[WireMessage]] = {}
 
     def submit(self, message: Message) -> Future[WireMessage]:
         """Queues the message for its client's worker."""
-        worker = self._place(message)
-        return self._threads[worker].submit(self._run, worker, message)
+        worker, node_id = self._find_place(message), message.metadata.dst_node_id
+        self._latest[node_id] = self._threads[worker].submit(self._run, worker, message)
+        return self._latest[node_id]
+
+    def place(self, node_id: int) -> int:
+        """Which worker has a client that has been given work this round."""
+        return self._places[node_id]
 
     def workers(self) -> Sequence[WorkerReport]:
         """One report a worker."""
@@ -91,10 +97,16 @@ class ForkedExecutor:
                 process.kill()
                 process.join()
 
-    def _place(self, message: Message) -> int:
-        """The worker with the fewest clients this round; there a client stays for the round, with its secrets."""
+    def _find_place(self, message: Message) -> int:
+        """The worker with the fewest clients this round; there a client stays for the round, with its secrets.
+
+        One that is still busy with the round before stays where it is, so that nobody works in two places at once.
+        """
         if message.metadata.group_id != self._round:
-            self._round, self._places = message.metadata.group_id, {}
+            self._round = message.metadata.group_id
+            busy = {node_id for node_id, future in self._latest.items() if not future.done()}
+            self._places = {node_id: place for node_id, place in self._places.items() if node_id in busy}
+            self._latest = {node_id: future for node_id, future in self._latest.items() if node_id in busy}
         load = Counter(self._places.values())
         fewest = min(range(len(self._workers)), key=lambda worker: load[worker])
         return self._places.setdefault(message.metadata.dst_node_id, fewest)
