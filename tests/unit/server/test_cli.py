@@ -43,6 +43,11 @@ def test_every_command_explains_itself_and_all_that_it_takes(
         assert parameter.help.replace("`", "")[:20] in shown
 
 
+def test_help_explains_arguments_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "export", "--help") == 0
+    assert "The directory of a finished run" in capsys.readouterr().out
+
+
 def test_help_does_not_load_torch() -> None:
     import subprocess
 
