@@ -17,7 +17,7 @@ prepare_environment()
 limit_pieces(128 << 10)
 
 import exchanges  # noqa: E402  # Flower reads the environment when it is imported
-from flwr.app import Context, Message  # noqa: E402
+from flwr.app import Context, Message, RecordDict  # noqa: E402
 
 from fedtune.client.live.home import ClientHome  # noqa: E402
 from fedtune.client.live.service import Service  # noqa: E402
@@ -27,8 +27,22 @@ def main() -> None:
     home, task = ClientHome(Path(sys.argv[1])), sys.argv[2]
     with home.lock:
         service = Service(home, lambda line: print(line, flush=True))
-        service._secure_app = exchanges.app if task == "echo" else _noting(service._secure_app, Path(task))
+        if task == "echo":
+            service._reply = lambda message: exchanges.app(message, _context(message))  # it has not been greeted
+        else:
+            make = service._make_apps
+
+            def make_noting() -> None:
+                make()
+                service._secure_app = _noting(service._secure_app, Path(task))
+
+            service._make_apps = make_noting
+            make_noting()
         service.run()
+
+
+def _context(message: Message) -> Context:
+    return Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
 
 
 def _noting(app: Any, path: Path) -> Any:
