@@ -27,12 +27,14 @@ Answer = Callable[[Ids, int], tuple[list[Moment], Ids]]
 def onnx(directory: Path, threads: int) -> Answer:
     """As `fedtune serve` runs it."""
     from fedtune.client.inference.model import ExportedModel, Sampling, read
+    from fedtune.client.inference.scheduler import PREFILL_PIECE
 
     model = ExportedModel(directory, threads=threads)
 
     def answer(prompt: Ids, tokens: int) -> tuple[list[Moment], Ids]:
         generator = model.generator(len(prompt), Sampling(tokens))
-        read(generator, prompt)
+        for begin in range(0, len(prompt), PREFILL_PIECE):
+            read(generator, prompt[begin : begin + PREFILL_PIECE])
         moments: list[Moment] = []
         said: Ids = []
         while len(said) < tokens and (not said or said[-1] not in model.end_tokens):
