@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.server.report.canvas import plausible, quantile
-from fedtune.server.report.reading import clean, clean_line, read_run
+from fedtune.server.report.reading import Sum, clean, clean_line, read_run
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # lone surrogates included
 LOSSES = st.floats(allow_nan=False, allow_infinity=False)
@@ -63,3 +65,12 @@ def test_a_last_line_that_a_crash_cut_off_is_left_out(make_run: Callable[..., Pa
 
 def test_a_run_knows_its_settings_by_dotted_name(make_run: Callable[..., Path]) -> None:
     assert read_run(make_run()).settings["federation.rounds"] == 20
+
+
+def test_a_client_whose_own_time_is_hidden_worked_from_the_round_s_start(make_run: Callable[..., Path]) -> None:
+    (first, *_) = read_run(make_run()).rounds
+    client = first.clients[-1]
+    begin, end = first.span(client)
+    assert 0 < begin == pytest.approx(end - client.seconds)
+    hidden = msgspec.structs.replace(first, secure=Sum(3, 3, 2, ()))
+    assert hidden.span(msgspec.structs.replace(client, seconds=0.0)) == (0.0, end)

@@ -200,6 +200,8 @@ def time_line(run: Run) -> Plot | None:
         "there, a red cross is a client that the round lost. Rounds stand end to end, between upright lines; a round "
         "lasts until its slowest client."
     )
+    if any(line.secure for line in shown):
+        words += " Under secure aggregation a client's own time is hidden, and its bar begins with the round."
     if not named:
         words += " There are too many clients to name: in every round they are stacked in order of their answers"
         most = max(len(line.clients) for line in shown)
@@ -277,9 +279,8 @@ def _lanes(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) ->
     for line in rounds:
         starts.append(begin)
         for lane, client in _in_lanes(line, named):
-            end = min(client.answered if client.answered is not None else line.seconds, line.seconds)
-            bar = (lane, begin + max(end - client.seconds, 0.0), begin + end)
-            (worked if client.dropped is None else lost).append(bar)
+            start, end = line.span(client)
+            (worked if client.dropped is None else lost).append((lane, begin + start, begin + end))
             if client.dropped is not None:
                 crosses.append((begin + end, lane))
         axes.text(

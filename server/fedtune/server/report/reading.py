@@ -122,6 +122,11 @@ class Round(msgspec.Struct, frozen=True):
         """The clients whose update is part of the aggregate."""
         return [client for client in self.clients if client.dropped is None]
 
+    def span(self, client: Client) -> tuple[float, float]:
+        """From when to when a client worked, in seconds of the round; where its time is hidden, from the start."""
+        end = min(client.answered if client.answered is not None else self.seconds, self.seconds)
+        return 0.0 if self.secure else max(end - client.seconds, 0.0), end
+
     @property
     def held_out(self) -> Evaluation | None:
         """All clients' scores as one; None where they did not evaluate."""
