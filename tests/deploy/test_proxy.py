@@ -137,7 +137,7 @@ def _ask(grid: RunGrid, device: FleetLink, payload: bytes) -> str:
 
 
 def test_a_device_that_is_not_enrolled_is_refused_through_the_proxy_too(proxy: Proxy) -> None:
-    assert proxy.door.post("/v1/fleet/pull-messages", server=proxy.address).status_code == 401
+    assert proxy.door.post("/v1/fleet/push-object", server=proxy.address).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ TRICKS = [
     "/v1/fleet/../control/list-runs",
     "/v1/fleet/%2e%2e/control/list-runs",
     "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
-    "/v1/fleet/pull-messages/../../control/list-runs",
-    "/v1/control/../fleet/pull-messages",
-    "/v1/fleet/pull%2dmessages",
-    "/v1/fleet/pull-messages?x=1",
-    "/v1/fleet/pull-messages/",
-    "//v1/fleet/pull-messages",
-    "/V1/FLEET/PULL-MESSAGES",
+    "/v1/fleet/push-messages/../../control/list-runs",
+    "/v1/control/../fleet/push-messages",
+    "/v1/fleet/push%2dmessages",
+    "/v1/fleet/push-messages?x=1",
+    "/v1/fleet/push-messages/",
+    "//v1/fleet/push-messages",
+    "/V1/FLEET/PUSH-MESSAGES",
 ]
 
 

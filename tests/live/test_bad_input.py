@@ -195,7 +195,7 @@ def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     head = Message(seal(b"never read"), 7, "train", ttl=600)
     head.metadata.__dict__["_message_id"] = "question"
-    device._work(Task(head, ObjectTree(), b"what it is about"))
+    device._work(Task(head, ObjectTree(), b"what it is about", {}))
     (reply,) = answers
     assert reply.error.reason == "the device cannot write or read its files: No space left on device"
     assert device._status.problem.startswith("train: No space left on device")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from door import Door, listening
@@ -21,6 +23,7 @@ from fedtune.client.live.fleet import (
     identify,
     interrupted,
 )
+from fedtune.core.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
 from fedtune.server.live import flower
 from fedtune.server.live.flower import LinkLostError, RunGrid
 from fedtune.server.live.service import Listener
@@ -76,6 +79,47 @@ def test_payloads_cross_both_ways_bit_for_bit(grid: RunGrid, device: FleetLink, 
     assert (unseal(reply), reply.metadata.src_node_id) == (payload[::-1], device.node_id)
     assert reply.metadata.reply_to_message_id == message_id
     assert grid.pull_messages([message_id]) == []
+
+
+def test_small_messages_take_two_requests_and_large_ones_go_piece_by_piece(
+    grid: RunGrid, device: FleetLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    send = httpx.Client.send
+
+    def noted(client: httpx.Client, request: httpx.Request, **settings: Any) -> httpx.Response:
+        calls.append(request.url.path)
+        return send(client, request, **settings)
+
+    monkeypatch.setattr(httpx.Client, "send", noted)
+    for size in (20_000, 2 * MAX_BUNDLE_BYTES):
+        message_id = ask(grid, device, bytes(size))
+        device.answer(Message(seal(bytes(size)), reply_to=take(device)), 0.0)
+        (reply,) = grid.pull_messages([message_id])
+        assert len(unseal(reply)) == size
+        if size < MAX_BUNDLE_BYTES:
+            assert calls == [SEND, TAKE, BRING, COLLECT]
+    assert {"/v1/fleet/pull-object", "/v1/fleet/push-object"} < set(calls)
+
+
+def test_messages_too_large_for_one_request_reach_everyone(
+    grid: RunGrid, device: FleetLink, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "MAX_BATCH_BYTES", 50_000)
+    other = door.newcomer()
+    other.activate()
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
+    devices = [device, device, other, other]
+    payloads = [np.random.default_rng(size).bytes(size) for size in (30_000, 30_000, 70_000, 10)]
+    messages = [
+        Message(seal(payload), link.node_id, "query.anything", ttl=600)
+        for link, payload in zip(devices, payloads, strict=True)
+    ]
+    assert all(grid.push_messages(messages))
+    assert sorted(unseal(take(link)) for link in devices) == sorted(payloads)
+    assert device.pull() is None
+    assert other.pull() is None
+    other.deactivate(other.node_id)
 
 
 def test_an_error_reply_comes_from_the_device_that_was_asked(grid: RunGrid, device: FleetLink) -> None:

@@ -18,7 +18,7 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata as MetadataProto
 from flwr.proto.message_pb2 import ObjectTree
@@ -27,6 +27,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from fedtune.client.live import fleet
 from fedtune.client.live.fleet import (
     FleetLink,
     NotAdmittedError,
@@ -35,12 +36,24 @@ from fedtune.client.live.fleet import (
     UntrustedError,
     identify,
 )
+from fedtune.core.bundles import (
+    BRING,
+    COLLECT,
+    MAX_OBJECTS,
+    SEND,
+    TAKE,
+    BringReply,
+    CollectReplies,
+    SendMessages,
+    TakeMessage,
+)
 from fedtune.core.enrolment import load_node_key, make_node_key
+from fedtune.core.messages import PROTOCOL_VERSION, encode
 from fedtune.server.live import flower
-from fedtune.server.live.flower import MAX_REPLY_PIECES
+from fedtune.server.live.bundles import MAX_REPLY_PIECES
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.server.live.pki import make_authority, make_server_certificate
-from fedtune.strategies.envelope import seal
+from fedtune.strategies.envelope import seal, unseal
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +69,9 @@ OUTSIDE = [
     "/v1/runtime/acquire-task",
     "/v1/runtime/get-nodes",
     "/v1/runtime/push-messages",
+    SEND,
+    COLLECT,
+    "/v1/fleet/pull-messages",
     "/v1/fleet/register-node",
     "/v1/fleet/unregister-node",
     "/v1/fleet/get-fab",
@@ -80,14 +96,14 @@ TRICKS = [
     "/v1/fleet/%2e%2e/control/list-runs",
     "/v1/fleet/..%2fcontrol/list-runs",
     "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
-    "/v1/fleet/pull-messages/../../control/list-runs",
+    "/v1/fleet/push-messages/../../control/list-runs",
     "//v1/control/list-runs",
-    "/v1/fleet/pull-messages/",
-    "/v1/fleet/pull-messages%00",
-    "/V1/FLEET/PULL-MESSAGES",
+    "/v1/fleet/push-messages/",
+    "/v1/fleet/push-messages%00",
+    "/V1/FLEET/PUSH-MESSAGES",
     "https://localhost/v1/control/list-runs",
     "/v1/fleet/x?/../../control/list-runs",
-    "/v1/control/list-runs#/v1/fleet/pull-messages",
+    "/v1/control/list-runs#/v1/fleet/push-messages",
 ]
 
 
@@ -103,13 +119,13 @@ def test_paths_that_play_tricks_lead_nowhere(door: Door, target: str, extra: str
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE"])
 def test_other_methods_lead_nowhere(door: Door, method: str) -> None:
-    answer = door.raw(f"{method} /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    answer = door.raw(f"{method} /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
     assert answer.split()[1:2] in ([b"404"], [b"400"])
 
 
 def test_a_websocket_is_refused(door: Door) -> None:
     upgrade = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-    answer = door.raw(b"GET /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
+    answer = door.raw(b"GET /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
     assert b" 101 " not in answer.split(b"\r\n")[0]
 
 
@@ -132,6 +148,82 @@ def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(door:
     tree = ObjectTree(object_id="whole", children=parts)
     request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree])
     assert door.post("/v1/fleet/push-messages", signed(key), body=request.SerializeToString()).status_code == 400
+
+
+def bundle(
+    node_id: int, name: int | None = None, messages: int = 1, objects: dict[str, bytes] | None = None
+) -> BringReply:
+    """A reply of this node as it says, in whatever name."""
+    head = MessageProto(metadata=MetadataProto(src_node_id=node_id if name is None else name, run_id=1))
+    request = PushMessagesRequest(
+        node=Node(node_id=node_id), messages_list=[head] * messages, message_object_trees=[ObjectTree()] * messages
+    )
+    return BringReply(PROTOCOL_VERSION, request.SerializeToString(), objects or {})
+
+
+def test_a_bundle_is_one_reply_of_its_sender_and_bounded(door: Door) -> None:
+    device = door.newcomer()
+    key, node_id = device._signer._key, device.activate()
+    many = {f"{number:064x}": b"" for number in range(MAX_OBJECTS + 1)}
+    parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
+    deep = PushMessagesRequest.FromString(bundle(node_id).request)
+    deep.message_object_trees[0].children.extend(parts)
+    for bad in (
+        bundle(node_id, name=node_id + 1),
+        bundle(node_id, messages=0),
+        bundle(node_id, messages=2),
+        bundle(node_id, objects=many),
+        bundle(node_id, objects={"../escape": b""}),
+        BringReply(PROTOCOL_VERSION, b"\xff" * 100, {}),
+        BringReply(PROTOCOL_VERSION, deep.SerializeToString(), {}),
+        BringReply(PROTOCOL_VERSION + 1, bundle(node_id).request, {}),
+    ):
+        assert door.post(BRING, signed(key), body=encode(bad)).status_code == 400, bad
+    huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
+    assert door.post(BRING, signed(key), body=encode(huge)).status_code == 413
+    assert door.post(TAKE, signed(key), body=b"\xff" * 1000).status_code == 400
+
+
+@pytest.mark.parametrize("spoil", ["content", "missing"])
+def test_of_a_spoilt_bundle_nothing_is_kept(door: Door, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
+    whole = fleet._bundle
+
+    def spoilt(reply: Message) -> dict[str, bytes]:
+        objects = whole(reply)
+        last = list(objects)[-1]
+        return (
+            objects | {last: b"else"}
+            if spoil == "content"
+            else {name: objects[name] for name in objects if name != last}
+        )
+
+    device = door.newcomer()
+    with door.link.open_run(60.0) as grid:
+        device.activate()
+        (message_id,) = grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
+        task = device.pull()
+        assert task is not None
+        message = device.fetch(task)
+        identify(message, device.node_id)
+        reply = Message(seal(b"answer"), reply_to=message)
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet, "_bundle", spoilt)
+            with pytest.raises(UnreachableError, match="400"):
+                device.answer(reply, 0.0)
+        assert grid.pull_messages([message_id]) == []
+        device.answer(reply, 0.0)
+        (heard,) = grid.pull_messages([message_id])
+        assert unseal(heard) == b"answer"
+
+
+def test_the_servers_own_bundles_want_the_token_of_a_run_too(door: Door) -> None:
+    shown = {CONTROL_HEADER: door.key}
+    for path, payload in (
+        (SEND, SendMessages(PROTOCOL_VERSION, b"", {}, ())),
+        (COLLECT, CollectReplies(PROTOCOL_VERSION, ())),
+    ):
+        assert door.post(path, shown, server=door.private, body=encode(payload)).status_code == 401
+        assert door.post(path, server=door.private, body=encode(payload)).status_code == 404
 
 
 def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
@@ -216,8 +308,11 @@ def test_a_key_that_was_never_enrolled_does_not_get_in(door: Door) -> None:
 def test_a_device_cannot_speak_as_another(door: Door) -> None:
     ada, eve = door.device("ada"), load_node_key(door.bundles["eve"].node_key)
     node_id = ada.activate()
-    request = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
-    assert door.post("/v1/fleet/pull-messages", signed(eve), body=request).status_code == 401
+    for body in (encode(TakeMessage(PROTOCOL_VERSION, node_id)), encode(TakeMessage(PROTOCOL_VERSION, 0))):
+        assert door.post(TAKE, signed(eve), body=body).status_code == 401
+        assert door.post(TAKE, body=body).status_code == 401  # not signed at all
+    assert door.post(BRING, signed(eve), body=encode(bundle(node_id))).status_code == 401
+    assert door.post(BRING, body=encode(bundle(node_id))).status_code == 401
     claim = ActivateNodeRequest(
         public_key=public_key_to_bytes(load_node_key(door.bundles["bob"].node_key).public_key()),
         heartbeat_interval=30,

@@ -27,7 +27,7 @@ from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree
@@ -47,6 +47,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    inflate_object_from_contents,
     pull_and_inflate_object_from_tree,
     push_objects,
 )
@@ -58,9 +59,21 @@ from flwr.supercore.runtime_version_compatibility import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from fedtune.core.bundles import (
+    BRING,
+    MAX_BUNDLE_BYTES,
+    MAX_OBJECTS,
+    MAX_TAKEN_BYTES,
+    TAKE,
+    BringReply,
+    TakeMessage,
+    Taken,
+)
 from fedtune.core.enrolment import load_node_key
 from fedtune.core.errors import FedtuneError, PeerError
+from fedtune.core.messages import PROTOCOL_VERSION, Payload, decode, encode
 
 HEARTBEAT_INTERVAL = 15.0  # the server takes a device for gone after two of these
 CALL_SECONDS = 20.0
@@ -99,11 +112,12 @@ class IncompatibleError(FedtuneError):
 
 @dataclass(frozen=True)
 class Task:
-    """A message that waits for this device: who asked what, and of which pieces it consists."""
+    """A message that waits for this device: who asked what, of which pieces it consists, and those, if it is small."""
 
     head: Message
     tree: ObjectTree
     proto: bytes
+    objects: dict[str, bytes]
 
 
 class FleetLink:
@@ -183,11 +197,19 @@ class FleetLink:
 
     def pull(self) -> Task | None:
         """A message that waits, or None."""
-        found = self._call(self._calls.PullMessages, PullMessagesRequest(node=self._node))
+
+        def take(asked: TakeMessage) -> tuple[PullMessagesResponse, dict[str, bytes]]:
+            taken = decode(_posted(self._calls, TAKE, asked), Taken, MAX_TAKEN_BYTES)
+            return PullMessagesResponse.FromString(taken.found), taken.objects
+
+        try:
+            found, objects = self._call(take, TakeMessage(PROTOCOL_VERSION, self.node_id))
+        except DecodeError as error:
+            raise UnreachableError(f"the server's answer cannot be read: {error}") from error
         if not found.messages_list:
             return None
         proto, tree = found.messages_list[0], found.message_object_trees[0]
-        return Task(message_from_proto(proto), tree, proto.SerializeToString())
+        return Task(message_from_proto(proto), tree, proto.SerializeToString(), objects)
 
     def fetch(self, task: Task) -> Message:
         """The message's content.
@@ -205,16 +227,20 @@ class FleetLink:
             lambda receipt: self._call(self._calls.ConfirmMessageReceived, receipt), self._node, run_id
         )
         try:
-            message = pull_and_inflate_object_from_tree(
-                task.tree,
-                pull,
-                confirm,
-                return_type=Message,
-                initial_backoff=0.02,
-                backoff_cap=0.5,
-                max_tries_per_object=None,
-                max_time=_FETCH_SECONDS,
-            )
+            if task.objects:
+                message = inflate_object_from_contents(task.tree.object_id, dict(task.objects))
+            else:
+                message = pull_and_inflate_object_from_tree(
+                    task.tree,
+                    pull,
+                    confirm,
+                    initial_backoff=0.02,
+                    backoff_cap=0.5,
+                    max_tries_per_object=None,
+                    max_time=_FETCH_SECONDS,
+                )
+            if not isinstance(message, Message):
+                raise TypeError("it is not a message")
         except FedtuneError:
             raise
         except (ObjectPullError, TypeError, ValueError, KeyError) as error:
@@ -242,6 +268,10 @@ class FleetLink:
                 message_object_trees=[get_object_tree(reply)],
                 clientapp_runtime_list=[seconds],
             )
+            if objects := _bundle(reply):
+                brought = BringReply(PROTOCOL_VERSION, request.SerializeToString(), objects)
+                self._call(lambda bundle: _posted(self._pieces, BRING, bundle), brought)
+                return
             pushed = self._call(self._calls.PushMessages, request)
             push = make_push_object_fn_protobuf(
                 lambda piece: self._call(self._pieces.PushObject, piece), self._node, run_id, pushed.session_id
@@ -265,6 +295,26 @@ class FleetLink:
             raise _transport(error) from error
         except ValueError as error:
             raise UnreachableError(f"the server's answer cannot be read: {error}") from error
+
+
+def _posted(client: FleetHttpClient, path: str, payload: Payload) -> bytes:
+    """The answer to a call that is not Flower's, over the connections and with the headers of Flower's client."""
+    request = client._client.build_request("POST", f"{client._base_url}{path}", content=encode(payload))
+    response = client._send(ProtobufRequestContext(path, Node(), request))
+    response.raise_for_status()
+    return response.content
+
+
+def _bundle(reply: Message) -> dict[str, bytes]:
+    """All objects of a reply; none where they are too many or too large to travel at once."""
+    objects: dict[str, bytes] = {}
+    left = MAX_BUNDLE_BYTES
+    for object_id, part in get_all_nested_objects(reply).items():
+        objects[object_id] = part.deflate()
+        left -= len(objects[object_id])
+        if left < 0 or len(objects) > MAX_OBJECTS:
+            return {}
+    return objects
 
 
 def error_reply(request: Message, reason: str) -> Message:

@@ -223,7 +223,9 @@ class Service:
         shortest, near, longest = POLL_SECONDS
         pause, last = shortest, time.monotonic()
         while not self._counted_out.is_set():
+            asked = time.monotonic()
             task = self._link.pull()
+            took = time.monotonic() - asked
             if self._backoff.failures:
                 self._backoff.reset()
                 self._tell(state="connected", trying=0, next_try=None)
@@ -231,7 +233,7 @@ class Service:
                 self._work(task)
                 pause, last = shortest, time.monotonic()
                 continue
-            time.sleep(pause)
+            time.sleep(max(pause, took))  # a server that is slow to answer has enough to do
             pause = min(pause * POLL_GROWTH, near if time.monotonic() - last < NEAR_SECONDS else longest)
             if time.time() - (self._status.contact or 0.0) > STATUS_SECONDS:
                 self._tell(contact=time.time())

@@ -11,9 +11,8 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,6 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import fab_to_proto, message_to_proto, run_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
-from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
@@ -32,9 +30,10 @@ from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     AcquireTaskResponse,
     GetNodesRequest,
-    PullAppMessagesRequest,
+    PullAppMessagesResponse,
     PullTaskInputRequest,
     PushAppMessagesRequest,
+    PushAppMessagesResponse,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
@@ -59,21 +58,27 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedtune.core.errors import RunError
-from fedtune.core.messages import MAX_PAYLOAD_BYTES
-from fedtune.server.live.guard import CONTROL_HEADER, App, Receive, Scope, Send, answer
+from fedtune.core.bundles import (
+    COLLECT,
+    MAX_BATCH_BYTES,
+    SEND,
+    Collected,
+    CollectReplies,
+    SendMessages,
+    Sent,
+)
+from fedtune.core.errors import PeerError, RunError
+from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, Payload, decode, encode
+from fedtune.server.live.guard import CONTROL_HEADER, App
 
 MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # with all that Flower puts around a payload
-MAX_REPLY_PIECES = 10_000  # that payload in the pieces that devices send
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
 PATIENCE = 5.0  # times as long as half of the devices took, others may take
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-_PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 # A Flower app without any code: what a run is called. Devices never ask for it, and the server runs what is installed.
 _APP = b"""
@@ -94,6 +99,7 @@ clientapp = "fedtune.none:app"
 """
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Payload)
 
 
 class LinkLostError(RunError):
@@ -105,43 +111,12 @@ def link_app(database: Path, secret: str) -> App:
     os.environ["FLWR_DATABASE"] = str(database)
     from flwr.superlink.main import create_app
 
+    from fedtune.server.live.bundles import Bundles
+
     app = create_app()
     app.state.enable_supernode_auth = True
     app.state.superexec_auth_secret = secret.encode()
-    return _sound_replies_only(app)
-
-
-def _sound_replies_only(app: App) -> App:
-    """Flower checks who sends a reply, but not that the reply speaks in the sender's name, nor what size it claims."""
-
-    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != _PUSH_MESSAGES:
-            await app(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:  # the guard has bounded it
-            event = await receive()
-            if event["type"] != "http.request":
-                return
-            body, more = body + event.get("body", b""), event.get("more_body", False)
-        request = PushMessagesRequest()
-        try:
-            request.ParseFromString(body)
-            own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
-        except DecodeError:
-            own = False
-        single = len(request.messages_list) == len(request.message_object_trees) == 1
-        if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
-            await answer(send, 400)
-            return
-        events: Iterator[MutableMapping[str, Any]] = iter([{"type": "http.request", "body": body}])
-
-        async def replay() -> MutableMapping[str, Any]:
-            return next(events, None) or await receive()
-
-        await app(scope, replay, send)
-
-    return checked
+    return Bundles(app)
 
 
 @dataclass(frozen=True)
@@ -316,12 +291,20 @@ class _Batch:
 
 @dataclass
 class _Arriving:
-    """A reply that is known, but not all of whose pieces have been uploaded yet."""
+    """A reply that is known, but perhaps not all of whose pieces have been uploaded yet."""
 
     proto: MessageProto
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
     size: int = 0
+    confirmed: bool = False
+
+    @classmethod
+    def of(cls, proto: MessageProto, object_ids: list[str], collected: Collected) -> _Arriving:
+        if proto.metadata.message_id not in collected.whole:
+            return cls(proto, object_ids)
+        contents = {object_id: collected.objects[object_id] for object_id in object_ids}
+        return cls(proto, [], contents, sum(map(len, contents.values())), confirmed=True)
 
 
 class RunGrid(Grid):
@@ -387,43 +370,51 @@ class RunGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         """Sends messages; the ids of those that could be sent, "" for the others."""
         messages = list(messages)
-        if not messages:
-            return []
-        objects: dict[str, Any] = {}
-        heads, trees = [], []
+        batch = _Batch(len(messages), self._longest)
         with no_object_id_recompute():
-            for message in messages:
-                message.metadata.__dict__["_message_id"] = message.object_id
-                heads.append(remove_content_from_message(message))
-                objects.update(get_all_nested_objects(message))
-                trees.append(get_object_tree(message))
-            request = PushAppMessagesRequest(
-                messages_list=[message_to_proto(head) for head in heads], message_object_trees=trees
-            )
-            pushed = self._call(self._client.PushMessages, request)
+            pushed = [message_id for parcel in _parcels(messages) for message_id in self._push(parcel, batch)]
+        batch.sent = time.monotonic()
+        return pushed
+
+    def _push(self, parcel: _Parcel, batch: _Batch) -> Sequence[str]:
+        request = PushAppMessagesRequest(
+            messages_list=[message_to_proto(head) for head in parcel.heads], message_object_trees=parcel.trees
+        )
+        nodes = tuple(head.metadata.dst_node_id for head in parcel.heads)
+        pushed = self._send(request, parcel.contents, () if parcel.rest else nodes)
+        if parcel.rest:
             push = make_push_object_fn_protobuf(
                 lambda piece: self._call(self._client.PushObject, piece),
                 self._node,
                 self._run.run_id,
                 pushed.session_id,
             )
-            push_objects(objects, push, object_ids_to_push=set(pushed.objects_to_push))
-        batch = _Batch(len(messages), self._longest)
-        for message_id, head in zip(pushed.message_ids, heads, strict=True):
+            push_objects(parcel.rest, push, object_ids_to_push=set(pushed.objects_to_push))
+            self._send(PushAppMessagesRequest(), {}, nodes)
+        for message_id, head in zip(pushed.message_ids, parcel.heads, strict=True):
             if message_id:
                 self._sent[message_id] = _Sent(head, batch)
         return list(pushed.message_ids)
+
+    def _send(
+        self, request: PushAppMessagesRequest, objects: dict[str, bytes], announced: tuple[int, ...]
+    ) -> PushAppMessagesResponse:
+        sent = SendMessages(PROTOCOL_VERSION, request.SerializeToString(), objects, announced)
+        pushed = PushAppMessagesResponse()
+        pushed.ParseFromString(self._bundle(SEND, sent, Sent).pushed)
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages that have arrived whole, or can no longer arrive: those carry an error."""
         asked = [message_id for message_id in message_ids if message_id in self._sent]
         unknown = [message_id for message_id in asked if message_id not in self._arriving]
         if unknown:
-            found = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=unknown))
+            collected = self._bundle(COLLECT, CollectReplies(PROTOCOL_VERSION, tuple(unknown)), Collected)
+            found = PullAppMessagesResponse.FromString(collected.found)
             for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 asked_by = proto.metadata.reply_to_message_id
                 if asked_by in self._sent:
-                    self._arriving[asked_by] = _Arriving(proto, _object_ids(tree))
+                    self._arriving[asked_by] = _Arriving.of(proto, _object_ids(tree), collected)
         replies = []
         for message_id in asked:
             sent = self._sent[message_id]
@@ -454,7 +445,7 @@ class RunGrid(Grid):
         arriving = self._arriving.get(message_id)
         if arriving is None:
             return None
-        while arriving.missing:
+        while arriving.missing and arriving.size <= MAX_REPLY_BYTES:
             piece = self._call(
                 self._client.PullObject,
                 PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=arriving.missing[-1]),
@@ -465,11 +456,14 @@ class RunGrid(Grid):
                 return None
             arriving.contents[arriving.missing.pop()] = piece.object_content
             arriving.size += len(piece.object_content)
-            if arriving.size > MAX_REPLY_BYTES:
-                return _failed(sent.head, f"the reply has more than {MAX_REPLY_BYTES} bytes")
+        if arriving.size > MAX_REPLY_BYTES:
+            return _failed(sent.head, f"the reply has more than {MAX_REPLY_BYTES} bytes")
         object_id = arriving.proto.metadata.message_id
-        confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run.run_id, message_object_id=object_id)
-        self._call(self._client.ConfirmMessageReceived, confirm)
+        if not arriving.confirmed:
+            receipt = ConfirmMessageReceivedRequest(
+                node=self._node, run_id=self._run.run_id, message_object_id=object_id
+            )
+            self._call(self._client.ConfirmMessageReceived, receipt)
         try:
             reply = inflate_object_from_contents(object_id, arriving.contents)
         except Exception as error:  # whatever a device sent, this process goes on
@@ -499,6 +493,12 @@ class RunGrid(Grid):
             raise LinkLostError("the SuperLink no longer knows the run")
         return _called(call, request, self._alive)
 
+    def _bundle(self, path: str, payload: Payload, kind: type[P]) -> P:
+        def call(payload: Payload) -> P:
+            return decode(_posted(self._client, path, payload), kind)
+
+        return self._call(call, payload)
+
 
 class _ControlInterceptor:
     """Shows the control key to the guard."""
@@ -519,12 +519,49 @@ def _called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) -
     except httpx.HTTPStatusError as error:
         text = error.response.text[:200]
         raise LinkLostError(f"the SuperLink answered {error.response.status_code}: {text}") from error
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx.HTTPError, OSError, ValueError, PeerError) as error:
         raise LinkLostError(f"the SuperLink does not answer: {error or type(error).__name__}") from error
 
 
-def _has_more(tree: ObjectTree, pieces: int) -> bool:
-    return next(islice(iterate_object_tree(tree), pieces, None), None) is not None
+def _posted(client: RuntimeHttpClient, path: str, payload: Payload) -> bytes:
+    """The answer to a call that is not Flower's, over the connections and with the headers of Flower's client."""
+    request = client._client.build_request("POST", f"{client._base_url}{path}", content=encode(payload))
+    response = client._send(ProtobufRequestContext(path, Node(), request))
+    response.raise_for_status()
+    return response.content
+
+
+@dataclass
+class _Parcel:
+    """Messages that are pushed together, and their objects: as content where they fit, else as they are."""
+
+    heads: list[Message] = field(default_factory=list)
+    trees: list[ObjectTree] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+
+
+def _parcels(messages: Iterable[Message]) -> Iterator[_Parcel]:
+    parcel = _Parcel()
+    for message in messages:
+        if parcel.size > MAX_BATCH_BYTES:
+            yield parcel
+            parcel = _Parcel()
+        message.metadata.__dict__["_message_id"] = message.object_id
+        parcel.heads.append(remove_content_from_message(message))
+        parcel.trees.append(get_object_tree(message))
+        for object_id, part in get_all_nested_objects(message).items():
+            if object_id in parcel.contents or object_id in parcel.rest:
+                continue
+            content = part.deflate()
+            parcel.size += len(content)
+            if parcel.size > MAX_BATCH_BYTES:
+                parcel.rest[object_id] = part
+            else:
+                parcel.contents[object_id] = content
+    if parcel.heads:
+        yield parcel
 
 
 def _object_ids(tree: ObjectTree) -> list[str]:

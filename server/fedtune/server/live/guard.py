@@ -16,6 +16,7 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fedtune.core.bundles import BRING, TAKE
 from fedtune.core.offers import DESCRIBE, READ
 
 Scope = MutableMapping[str, Any]
@@ -27,13 +28,12 @@ CONTROL_HEADER = "fedtune-control"
 MAX_BODY_BYTES = 1 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
-DEVICE_CALLS = frozenset({DESCRIBE, READ}) | frozenset(
+DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
     f"/v1/fleet/{call}"  # Flower's
     for call in (
         "activate-node",
         "deactivate-node",
         "send-node-heartbeat",
-        "pull-messages",
         "push-messages",
         "pull-object",
         "push-object",
