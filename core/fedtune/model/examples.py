@@ -183,9 +183,12 @@ def _example(context: list[int], target: list[int]) -> Example:
 
 
 def _pieces(front: list[int], text: list[int], sequence_length: int) -> list[Example]:
-    step = sequence_length - len(front)
-    pieces = [_example(front, text[first : first + step]) for first in range(0, len(text), step)]
-    return [piece for piece in pieces if piece.target_tokens > 0]
+    """Every token is a target once, but the first where nothing is in front: there a piece begins with the last one's
+    last token."""
+    step = sequence_length - max(len(front), 1)
+    if front:
+        return [_example(front, text[first : first + step]) for first in range(0, len(text), step)]
+    return [_example([], text[first : first + step + 1]) for first in range(0, len(text) - 1, step)]
 
 
 def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:

@@ -112,9 +112,18 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_completion_drops_its_examp
 def test_a_long_text_is_cut_into_examples_that_lose_nothing(tokenizer: Tokenizer) -> None:
     text = "turn on the lamp in room 7 " * 9
     examples, report = prepare([Record(text)], tokenizer, 16)
-    assert [token for example in examples for token in example.ids] == [*tokenizer(text)["input_ids"], END]
+    targets = [token for example in examples for token in example.ids[example.first_target :]]
+    assert [examples[0].ids[0], *targets] == [*tokenizer(text)["input_ids"], END]
     assert report == CleaningReport(read=1, continued=len(examples) - 1, kept=len(examples))
     assert {example.first_target for example in examples} == {1}
+
+
+def test_the_end_of_a_text_is_learned_wherever_it_is_cut(tokenizer: Tokenizer) -> None:
+    for length in range(8, 20):
+        examples, _ = prepare([Record("7" * 16)], tokenizer, length)
+        targets = [token for example in examples for token in example.ids[example.first_target :].tolist()]
+        assert len(targets) == 16  # all but the first token, and the end
+        assert (examples[-1].ids[-1], targets.count(END)) == (END, 1)
 
 
 def test_a_completion_ends_at_its_first_end(tokenizer: Tokenizer) -> None:
