@@ -75,10 +75,10 @@ def join(
     for plan in plans:
         for line in _plan_lines(plan):
             print(line)
-    roster = made.roster
+    roster, where = made.roster, f" --home {home}" if home else ""
     print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
     print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
-    print(f"now remove {bundle}, which holds the same keys; then: fedtune client start")
+    print(f"now remove {bundle}, which holds the same keys; then: fedtune client start{where}")
 
 
 @app.command()

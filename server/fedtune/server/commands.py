@@ -14,6 +14,7 @@ from fedtune.core.errors import InputError, MissingExtraError
 app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
 
 STOP_SECONDS = 30.0
+LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 PIECE_BYTES = 256 << 10  # of payloads on their way down
 
 _Home = Annotated[
@@ -37,7 +38,10 @@ def init(
         str, typer.Option("--address", metavar="HOST:PORT", help="Where devices will reach the server.")
     ],
     host: _Host = None,
-    listen: Annotated[str, typer.Option("--listen", help="Address of the interface to listen on.")] = "0.0.0.0",
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", help="Address of the interface to listen on; by default all, or loopback's own."),
+    ] = None,
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on; by default the address's.")
     ] = None,
@@ -50,10 +54,12 @@ def init(
     from fedtune.core.enrolment import check_address
     from fedtune.server.live.home import ServerConfig, ServerHome, default_home
 
-    told = int(check_address(address).rpartition(":")[2])
-    config = ServerConfig(address=address, listen=listen, port=told if port is None else port)
+    name, _, told = check_address(address).rpartition(":")
+    everywhere = "127.0.0.1" if name in LOOPBACK_NAMES else ServerConfig.listen
+    config = ServerConfig(address=address, listen=listen or everywhere, port=int(told) if port is None else port)
     made = ServerHome.create(home or default_home(), config, host or [])
     print(f"made {made.path}: keys, certificate and server.toml, for this user only")
+    print(f"it will listen on {config.listen}:{config.port}")
     print("next: fedtune server enroll NAME for each device, then fedtune server start")
 
 

@@ -57,8 +57,11 @@ class Shelf:
         name, forms = next(((name, forms) for name in wanted if (forms := self._formats(name))), ("", []))
         if not forms:
             known = ", ".join([name for name in reversed(finished) if self._formats(name)][:_NAMED]) or "none yet"
-            asked = f"job {job}" if job else "a finished job"
-            raise NotOfferedError(f"{asked}: no exported model is offered; jobs with one: {known}")
+            asked = f"job {job}" if job else "finished jobs"
+            raise NotOfferedError(
+                f"{asked}: no exported model is offered; jobs with one: {known}. A job exports at its end what its "
+                "[export] names; later, on the server: fedtune export RUN_DIR"
+            )
         if form is not None and form not in forms:
             raise NotOfferedError(f"job {name} was not exported as {form}; it was as {', '.join(forms)}")
         chosen = form or forms[0]
