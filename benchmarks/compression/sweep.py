@@ -182,8 +182,8 @@ class Book:
 class _Rounds(Silent):
     """One growing line a run: the share of rounds that are done."""
 
-    def begin(self, done: int, rounds: int, cohort: int) -> None:
-        del done, cohort
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        del done, cohort, moved
         self._rounds, self._started = rounds, time.monotonic()
 
     def round(self, record: Any) -> None:

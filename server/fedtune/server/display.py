@@ -21,8 +21,8 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """A sentence about what is going on."""
 
-    def begin(self, done: int, rounds: int, cohort: int) -> None:
-        """Training starts after `done` of `rounds` rounds, with about `cohort` clients each."""
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        """Training starts after `done` of `rounds` rounds of about `cohort` clients; those moved so many bytes."""
 
     def client(self, record: ClientRecord) -> None:
         """A client answered or was given up."""
@@ -38,7 +38,7 @@ class Silent:
     """Shows nothing: `--quiet`, and tests."""
 
     def note(self, text: str) -> None: ...
-    def begin(self, done: int, rounds: int, cohort: int) -> None: ...
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None: ...
     def client(self, record: ClientRecord) -> None: ...
     def round(self, record: RoundRecord) -> None: ...
     def end(self, summary: dict[str, Any]) -> None: ...
@@ -82,9 +82,10 @@ class Terminal:
         """Prints the sentence."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def begin(self, done: int, rounds: int, cohort: int) -> None:
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
         """Shows the bar."""
         self._rounds, self._round, self._done_at_begin, self._cohort = rounds, done, done, max(cohort, 1)
+        self._bytes = moved
         self._began = time.monotonic()
         if self._live:
             self._progress.start_task(self._task)

@@ -99,7 +99,8 @@ def run_rounds(
     display.note(f"before training: {describe(checkpoint.eval_before)}")
     population = len(strategy.roster(grid))
     cohort = cohort_size(job.federation.clients_per_round, population)
-    display.begin(checkpoint.state.round, job.federation.rounds, cohort)
+    moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
+    display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
 
     def evaluate(number: int, adapter: Vector) -> Evaluation | None:
         every = job.federation.evaluate_every

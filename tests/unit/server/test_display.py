@@ -75,7 +75,7 @@ def test_a_piped_run_prints_a_line_a_round_and_why_clients_dropped() -> None:
     console, stream = printed()
     clients = (ClientRecord("ann", traffic=Ledger().received("update", 10)), ClientRecord("bob", dropped="[red]gone"))
     with Terminal(console) as display:
-        display.begin(0, 2, 2)
+        display.begin(0, 2, 2, moved=0)
         for client in clients:
             display.client(client)
         display.round(RoundRecord(1, 1.0, "b", 1e-3, clients, 0.5, eval=Evaluation(0.4, 0.25, 8, 80)))
@@ -84,10 +84,19 @@ def test_a_piped_run_prints_a_line_a_round_and_why_clients_dropped() -> None:
     assert lines[1] == "  client bob dropped: [red]gone"
 
 
+def test_a_run_that_goes_on_counts_the_bytes_of_its_earlier_rounds() -> None:
+    console, stream = printed()
+    with Terminal(console) as display:
+        display.begin(1, 2, 1, moved=1000)
+        clients = (ClientRecord("ann", traffic=Ledger().received("update", 10)),)
+        display.round(RoundRecord(2, 1.0, "b", 1e-3, clients, 0.5))
+    assert "1.0 kB moved" in stream.getvalue()
+
+
 def test_a_terminal_gets_a_bar() -> None:
     console, stream = printed(live=True)
     with Terminal(console) as display:
-        display.begin(1, 4, 2)
+        display.begin(1, 4, 2, moved=0)
         display.client(ClientRecord("ann"))
         display.client(ClientRecord("bob", dropped="gone"))
         display.round(RoundRecord(2, 1.0, "b", 1e-3, (), None, aborted="nobody"))

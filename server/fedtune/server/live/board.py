@@ -131,10 +131,10 @@ class Board:
         """Passed on."""
         self.display.note(text)
 
-    def begin(self, done: int, rounds: int, cohort: int) -> None:
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
         """The job's first round of this process is about to begin."""
         self.working(state="training", round=done + 1, rounds=rounds, cohort=cohort, answered=0)
-        self.display.begin(done, rounds, cohort)
+        self.display.begin(done, rounds, cohort, moved)
 
     def client(self, record: ClientRecord) -> None:
         """A device answered or was given up."""
