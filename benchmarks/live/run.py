@@ -47,7 +47,7 @@ from fedtune.demo import JOB, write_federation  # noqa: E402
 from fedtune.server.live.devices import Devices, enroll  # noqa: E402
 from fedtune.server.live.home import ServerConfig, ServerHome  # noqa: E402
 from fedtune.server.live.jobs import Jobs  # noqa: E402
-from fedtune.server.live.service import Listener  # noqa: E402
+from fedtune.server.live.sockets import Listener  # noqa: E402
 from fedtune.server.run_directory import read_rounds  # noqa: E402
 
 BIN = Path(sys.executable).parent

@@ -20,7 +20,7 @@ from live_helpers import free_port
 
 from fedtune.client.commands import PIECE_BYTES
 from fedtune.client.live.fleet import FleetLink, identify
-from fedtune.server.live.flower import RunGrid
+from fedtune.server.live.grid import RunGrid
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.strategies.envelope import seal, unseal
 

@@ -27,7 +27,7 @@ from fedtune.server.live.devices import enroll
 from fedtune.server.live.home import ServerConfig, ServerHome
 from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.pki import make_server_certificate
-from fedtune.server.live.service import Listener
+from fedtune.server.live.sockets import Listener
 from fedtune.strategies.envelope import seal
 
 Command = Callable[..., str]

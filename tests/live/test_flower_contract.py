@@ -24,9 +24,10 @@ from fedtune.client.live.fleet import (
     interrupted,
 )
 from fedtune.core.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
-from fedtune.server.live import flower
-from fedtune.server.live.flower import LinkLostError, RunGrid
-from fedtune.server.live.service import Listener
+from fedtune.server.live import grid as grid_module
+from fedtune.server.live.calls import LinkLostError
+from fedtune.server.live.grid import RunGrid
+from fedtune.server.live.sockets import Listener
 from fedtune.strategies.envelope import seal, unseal
 
 
@@ -105,7 +106,7 @@ def test_small_messages_take_two_requests_and_large_ones_go_piece_by_piece(
 def test_messages_too_large_for_one_request_reach_everyone(
     grid: RunGrid, device: FleetLink, door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flower, "MAX_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(grid_module, "MAX_BATCH_BYTES", 50_000)
     other = door.newcomer()
     other.activate()
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
@@ -203,7 +204,7 @@ def test_a_device_that_never_answers_is_given_up(grid: RunGrid, device: FleetLin
 def test_stragglers_get_a_multiple_of_what_half_of_the_devices_took(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    batch = flower._Batch(4, 10_000.0)
+    batch = grid_module._Batch(4, 10_000.0)
     now[0] = 100.0
     batch.answer()
     assert not batch.over()

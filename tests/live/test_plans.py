@@ -30,9 +30,11 @@ from fedtune.model.base import load_base
 from fedtune.server import cli
 from fedtune.server.base import describe_base
 from fedtune.server.display import Silent
+from fedtune.server.live import greeter
 from fedtune.server.live import service as server
 from fedtune.server.live.devices import Devices
 from fedtune.server.live.flower import NodeState
+from fedtune.server.live.greeter import CurrentJob, terms_of
 from fedtune.strategies.envelope import seal, unseal
 
 DEVICE, SERVER = 7, 1
@@ -40,7 +42,7 @@ DEVICE, SERVER = 7, 1
 
 def terms() -> Terms:
     job = load_job(JOB)
-    return server.terms_of(job, describe_base(job, load_base(job.model).digest))
+    return terms_of(job, describe_base(job, load_base(job.model).digest))
 
 
 def ask(device: service.Service, kind: str, content: Any) -> Message:
@@ -213,12 +215,12 @@ def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absu
     fine = GreetingReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "", 8, "packed", 64, 120, 1.5)
     absurd = msgspec.structs.replace(fine, rank=512)
     cloud = server.Service(fleet.home, Silent())
-    cloud._job = server._CurrentJob("job", True, terms())
+    cloud._greeter._job = CurrentJob("job", True, terms())
     good, bad = fleet.names
     nodes = {good: 11, bad: 12}
     grid: Any = Replies({11: encode(fine), 12: encode(absurd)})
-    cloud._greet(grid, nodes, Devices.load(fleet.home).roster)
-    assert cloud.tiers == {good: 8}
+    cloud._greeter._greet(grid, nodes, Devices.load(fleet.home).roster)
+    assert cloud._greeter.tiers == {good: 8}
     assert cloud._board.devices[good].plan is not None
     assert cloud._board.devices[bad].state == "refused"
     assert "rank 512, and the job's is 16" in cloud._board.devices[bad].dropped
@@ -233,26 +235,26 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     rests = GreetingReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "too hot", 16, "packed", 64, 120, 1.5)
     cloud = server.Service(fleet.home, Silent())
-    cloud._job = server._CurrentJob("job", True, terms())
+    cloud._greeter._job = CurrentJob("job", True, terms())
     name = fleet.names[0]
     online = [NodeState(11, cloud._devices.node_keys[name], True, time.time() + 30, True)]
     cloud._link = type("Link", (), {"nodes": lambda self: online})()
     grid: Any = Replies({11: encode(rests)})
-    assert cloud.present(grid) == {}
-    assert cloud.present(grid) == {}
+    assert cloud._greeter.present(grid) == {}
+    assert cloud._greeter.present(grid) == {}
     assert grid.asked == [11]  # once a minute, not at every look
     assert cloud._board.devices[name].state == "sits out"
     assert cloud._board.devices[name].dropped == "sits out: too hot"
-    monkeypatch.setattr(server, "REFUSED_SECONDS", 0.0)
+    monkeypatch.setattr(greeter, "REFUSED_SECONDS", 0.0)
     grid.answers[11] = encode(msgspec.structs.replace(rests, sits_out=""))
-    assert cloud.present(grid) == {name: 11}
+    assert cloud._greeter.present(grid) == {name: 11}
     assert cloud._board.devices[name].state == "online"
     # It refuses a round: before the next one it is greeted again.
     from fedtune.core.records import ClientRecord
 
     grid.answers[11] = encode(rests)
-    cloud._observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
-    assert cloud.present(grid) == {}
+    cloud._greeter.observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
+    assert cloud._greeter.present(grid) == {}
 
 
 def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 
 from fedtune.core.errors import PeerError
+from fedtune.core.messages import Payload, encode
 
 MAX_PARTS = 2
 MAX_SHORT_BYTES = 4096  # of all parts together
@@ -50,6 +53,18 @@ def unseal_parts(message: Message, count: int) -> tuple[bytes, ...]:
     if len(content) != 1 or not isinstance(record, ArrayRecord | ConfigRecord) or tuple(record) != _PARTS[:count]:
         raise PeerError(f"a message with the records {list(content)}; expected one named {_RECORD} of {count} parts")
     return tuple(map(_bytes, record.values()))
+
+
+def post(client: ProtobufClient, path: str, payload: Payload) -> bytes:
+    """The answer to a call that carries a bare payload, over the connections and with the headers of Flower's client.
+
+    Raises:
+        httpx.HTTPError: there is none.
+    """
+    request = client._client.build_request("POST", f"{client._base_url}{path}", content=encode(payload))
+    response = client._send(ProtobufRequestContext(path, Node(), request))
+    response.raise_for_status()
+    return response.content
 
 
 def _bytes(array: object) -> bytes:

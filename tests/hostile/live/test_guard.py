@@ -49,7 +49,7 @@ from fedtune.core.bundles import (
 )
 from fedtune.core.enrolment import load_node_key, make_node_key
 from fedtune.core.messages import PROTOCOL_VERSION, encode
-from fedtune.server.live import flower
+from fedtune.server.live import grid as grid_module
 from fedtune.server.live.bundles import MAX_REPLY_PIECES
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.server.live.pki import make_authority, make_server_certificate
@@ -229,7 +229,7 @@ def test_the_servers_own_bundles_want_the_token_of_a_run_too(door: Door) -> None
 def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flower, "MAX_REPLY_BYTES", 100_000)
+    monkeypatch.setattr(grid_module, "MAX_REPLY_BYTES", 100_000)
     device = door.newcomer()
     with door.link.open_run(60.0) as grid:
         device.activate()

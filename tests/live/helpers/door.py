@@ -16,7 +16,7 @@ from fedtune.core.enrolment import Bundle, make_node_key
 from fedtune.server.live.devices import Devices, enroll
 from fedtune.server.live.flower import Link
 from fedtune.server.live.home import ServerConfig, ServerHome
-from fedtune.server.live.service import Listener
+from fedtune.server.live.sockets import Listener
 
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 FLOWER = {"flwr-package-name": "flwr", "flwr-package-version": "1.41.0", "flwr-component-name": "SuperNode"}

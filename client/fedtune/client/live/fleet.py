@@ -73,7 +73,8 @@ from fedtune.core.bundles import (
 )
 from fedtune.core.enrolment import load_node_key
 from fedtune.core.errors import FedtuneError, PeerError
-from fedtune.core.messages import PROTOCOL_VERSION, Payload, decode, encode
+from fedtune.core.messages import PROTOCOL_VERSION, decode
+from fedtune.strategies.envelope import post
 
 HEARTBEAT_INTERVAL = 15.0  # the server takes a device for gone after two of these
 CALL_SECONDS = 20.0
@@ -199,7 +200,7 @@ class FleetLink:
         """A message that waits, or None."""
 
         def take(asked: TakeMessage) -> tuple[PullMessagesResponse, dict[str, bytes]]:
-            taken = decode(_posted(self._calls, TAKE, asked), Taken, MAX_TAKEN_BYTES)
+            taken = decode(post(self._calls, TAKE, asked), Taken, MAX_TAKEN_BYTES)
             return PullMessagesResponse.FromString(taken.found), taken.objects
 
         try:
@@ -270,7 +271,7 @@ class FleetLink:
             )
             if objects := _bundle(reply):
                 brought = BringReply(PROTOCOL_VERSION, request.SerializeToString(), objects)
-                self._call(lambda bundle: _posted(self._pieces, BRING, bundle), brought)
+                self._call(lambda bundle: post(self._pieces, BRING, bundle), brought)
                 return
             pushed = self._call(self._calls.PushMessages, request)
             push = make_push_object_fn_protobuf(
@@ -295,14 +296,6 @@ class FleetLink:
             raise _transport(error) from error
         except ValueError as error:
             raise UnreachableError(f"the server's answer cannot be read: {error}") from error
-
-
-def _posted(client: FleetHttpClient, path: str, payload: Payload) -> bytes:
-    """The answer to a call that is not Flower's, over the connections and with the headers of Flower's client."""
-    request = client._client.build_request("POST", f"{client._base_url}{path}", content=encode(payload))
-    response = client._send(ProtobufRequestContext(path, Node(), request))
-    response.raise_for_status()
-    return response.content
 
 
 def _bundle(reply: Message) -> dict[str, bytes]:

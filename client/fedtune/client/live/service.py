@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
@@ -64,6 +62,7 @@ from fedtune.core.greeting import (
 from fedtune.core.messages import decode, encode
 from fedtune.core.private import remove_unfinished, write_private
 from fedtune.core.secagg import Policy
+from fedtune.core.stopping import Stopped, stopping
 from fedtune.strategies.envelope import seal, unseal
 
 POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, at most while a round is near, at most otherwise
@@ -76,10 +75,6 @@ STATUS_SECONDS = 1.0
 TELLING_BYTES = 50_000  # of an answer whose time tells the link's bandwidth
 
 State = Literal["starting", "connected", "working", "answering", "waiting", "stopped"]
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ class Service:
     def run(self) -> None:
         """Serves until SIGTERM or Ctrl-C."""
         beats = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
-        with _stopping():
+        with stopping():
             try:
                 _ = self._home.roster  # damaged files are told now, not in a round
                 beats.start()
@@ -449,23 +444,3 @@ class Service:
 
     def _forget_node(self) -> None:
         (self._home.path / "node").unlink(missing_ok=True)
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """Raises Stopped in the main thread on SIGTERM and SIGINT; a second one ends the process at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped
-
-    before: dict[signal.Signals, Callable[..., object] | int | None] = {
-        each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -9,85 +9,43 @@ Threads: the main one works on jobs; the keeper looks after the child, devices a
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
-from flwr.app import Message
-from flwr.serverapp import Grid
-
-from fedtune.core.enrolment import SignedRoster
-from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
-from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, SITS_OUT, Greeting, GreetingReply, Terms, check_plan
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job, secure_cohort_problems
-from fedtune.core.messages import HEADER_BYTES, Base, decode, encode
-from fedtune.core.private import remove_unfinished, write_private
-from fedtune.core.records import ClientRecord
+from fedtune.core.errors import FedtuneError, InputError, RunError
+from fedtune.core.job import Job
+from fedtune.core.private import remove_unfinished
+from fedtune.core.stopping import Stopped, stopping
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.base import describe_base, open_model
 from fedtune.server.display import Display
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.last_step import check_export, export_finished
-from fedtune.server.live.board import STATUS, Board, DeviceState, JobStatus, PlanStatus
+from fedtune.server.live.attendance import Attendance
+from fedtune.server.live.board import STATUS, Board, JobStatus
+from fedtune.server.live.calls import LinkLostError
 from fedtune.server.live.devices import Devices, changed
-from fedtune.server.live.flower import Link, LinkLostError, NodeState, RunGrid
+from fedtune.server.live.flower import NodeState
+from fedtune.server.live.greeter import Greeter
 from fedtune.server.live.home import ServerHome
 from fedtune.server.live.jobs import Jobs, QueuedJob
-from fedtune.server.live.listener import CONTROL_KEY, OPEN, remove_passing
+from fedtune.server.live.listener import CONTROL_KEY
+from fedtune.server.live.sockets import Listener
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import FINISHED, Facts, run_rounds
 from fedtune.server.run_directory import SUMMARY, RunDirectory, read_summary
-from fedtune.strategies.envelope import seal, unseal
 from fedtune.strategies.secure import SecureAggregation
-from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
 
-LOOPBACK = "127.0.0.1"
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
-GREETING_SECONDS = 30.0
-MAX_LEAST = 1000  # devices that a round may need
-REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
 MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
 _STOP_SECONDS = 5.0
-_FOLLOW_SECONDS = 10.0
-_BACKLOG = 1024
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
-
-
-@dataclass(frozen=True)
-class _CurrentJob:
-    """What devices are told of the job."""
-
-    id: str
-    secure: bool
-    terms: Terms
-
-
-@dataclass(frozen=True)
-class _LeftOut:
-    """Why a device that is online is not asked to train, and since when: time.monotonic()."""
-
-    state: DeviceState
-    since: float
 
 
 class Service:
@@ -106,16 +64,12 @@ class Service:
         self._board = Board(home.path / STATUS, home.config.address, display)
         self._devices = Devices.load(home)
         self._devices_seen = -1
-        self._job: _CurrentJob | None = None
-        self._greeted: dict[int, int] = {}
-        self._left_out: dict[int, _LeftOut] = {}
+        self._greeter = Greeter(self._board, lambda: self._link.nodes(), lambda: self._devices)
         self._model: tuple[Job, AdaptedModel] | None = None
         self._stumbles: Counter[str] = Counter()
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
-        self.tiers: dict[str, int] = {}
-        """Device -> how many rank indices its plan trains, of those that the current job has greeted."""
 
     def run(self) -> None:
         """Serves until SIGTERM or Ctrl-C.
@@ -127,7 +81,7 @@ class Service:
             raise InputError(
                 f"{self._home.path}: the certificate has expired; make a new one with: fedtune server renew"
             )
-        with _stopping(), self._listener:
+        with stopping(), self._listener:
             keeper = threading.Thread(target=self._keep, daemon=True, name="keeper")
             try:
                 self._listen()
@@ -207,16 +161,14 @@ class Service:
         try:
             evaluator = ModelEvaluator(model, job.data)
             self._board.working(state="waiting for devices")
-            self._greeted.clear()  # a greeting also says which job is next
-            self._left_out.clear()
-            self.tiers.clear()
-            self._job = _CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
+            current = self._greeter.begin(queued.path.stem, job, base)
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 federation = federation_from_job(job, base, model.layout)
                 identities = self._devices.roster.roster
-                secure = SecureAggregation(self._job.id, identities) if job.secure_aggregation.enabled else None
-                attendance = _Attendance(self, grid, job, set(identities.keys))
-                strategy = AdapterStrategy(federation, attendance, self._observe, secure, self.tiers.__getitem__)
+                secure = SecureAggregation(current.id, identities) if current.secure else None
+                attendance = Attendance(self._greeter, job, set(identities.keys), self._home.config.wait_seconds)
+                ranks = self._greeter.tiers.__getitem__
+                strategy = AdapterStrategy(federation, attendance, self._greeter.observe, secure, ranks)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
@@ -238,71 +190,6 @@ class Service:
             self._model = (job, open_model(job))
         return self._model[1]
 
-    def present(self, grid: Grid) -> dict[str, int]:
-        """The devices that are online, speak this protocol, and hold the newest roster."""
-        names = {key: name for name, key in self._devices.node_keys.items()}
-        online = {
-            names[node.public_key]: node.node_id
-            for node in self._link.nodes()
-            if node.online and node.public_key in names
-        }
-        newest = self._devices.roster
-        ask = {
-            name: node_id
-            for name, node_id in online.items()
-            if self._greeted.get(node_id, -1) < newest.version
-            and (node_id not in self._left_out or time.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS)
-        }
-        self._greet(grid, ask, newest)
-        return {name: node_id for name, node_id in online.items() if self._greeted.get(node_id, -1) >= newest.version}
-
-    def _greet(self, grid: Grid, nodes: dict[str, int], roster: SignedRoster) -> None:
-        job = self._job
-        assert job is not None
-        software = version("fedtune")
-        greeting = seal(encode(Greeting(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes())))
-        messages = [Message(greeting, node_id, ACTION, group_id="greeting") for node_id in nodes.values()]
-        names = {node_id: name for name, node_id in nodes.items()}
-        for reply in grid.send_and_receive(messages, timeout=GREETING_SECONDS):
-            node_id = reply.metadata.src_node_id
-            name = names[node_id]
-            try:
-                answer = decode(unseal(reply), GreetingReply, limit=HEADER_BYTES)
-                check_plan(answer, job.terms)
-            except PeerError as error:
-                self._left_out[node_id] = _LeftOut("refused", time.monotonic())
-                self._board.device(name, state="refused", dropped=str(error)[:300])
-                self._board.problem(f"device {name} is left out: {error}")
-                continue
-            hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
-            if answer.accelerator:
-                hardware += f", {answer.accelerator}"
-            plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
-            self._board.device(name, software=answer.software, hardware=hardware, plan=plan, state="online")
-            if answer.sits_out:
-                self._left_out[node_id] = _LeftOut("sits out", time.monotonic())
-                self._board.device(name, state="sits out", dropped=f"{SITS_OUT}: {answer.sits_out}")
-                continue
-            self._greeted[node_id] = answer.roster_version
-            self._left_out.pop(node_id, None)
-            self.tiers[name] = answer.rank
-
-    def _observe(self, record: ClientRecord) -> None:
-        """Shows what became of a device in a round; one that sits out is greeted again before the next."""
-        if record.dropped and SITS_OUT in record.dropped:
-            nodes = {node.public_key: node.node_id for node in self._link.nodes()}
-            self._greeted.pop(nodes.get(self._devices.node_keys.get(record.id, b""), 0), None)
-        self._board.client(record)
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long the first round waits for everyone."""
-        return self._home.config.wait_seconds
-
-    def missing(self, text: str) -> None:
-        """Says what a round waits for."""
-        self._board.working(state=text)
-
     # -- the listening process, and what the keeper does --------------------------------------------------------------
 
     def _listen(self) -> None:
@@ -310,8 +197,7 @@ class Service:
         key = self._listener.start()
         link = self._listener.link(key, self._board.problem)
         link.wait_until_ready()
-        self._greeted.clear()
-        self._left_out.clear()
+        self._greeter.forget()
         self._link = link
         self._register()
         self._listener.open()
@@ -360,171 +246,7 @@ class Service:
             heard = (
                 max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
             )
-            left_out = self._left_out.get(node.node_id)
-            state = "offline" if not node.online else left_out.state if left_out else "online"
-            self._board.device(name, state=state, last_heard=heard)
-
-
-def terms_of(job: Job, base: Base) -> Terms:
-    """What devices must know of a job to plan for it."""
-    training, deadline = job.training, job.federation.deadline
-    return Terms(
-        base,
-        training.batch_tokens,
-        0 if training.local_epochs else training.local_steps or DEFAULT_LOCAL_STEPS,
-        training.local_epochs or 0.0,
-        training.weights,
-        training.precision,
-        training.gradient_checkpointing,
-        0.0 if deadline == "auto" else deadline,
-    )
-
-
-class _Attendance:
-    """Who takes part in a run, asked before every round: at first it waits for everyone, later for enough.
-
-    Args:
-        known: the devices that the others know; one that is enrolled while a job runs takes part in the next.
-    """
-
-    def __init__(self, service: Service, grid: RunGrid, job: Job, known: set[str]) -> None:
-        self._service, self._grid, self._job, self._known = service, grid, job, known
-        self._until = time.monotonic() + service.wait_seconds
-
-    def __call__(self, grid: Grid) -> dict[str, int]:
-        del grid  # it is the one this was made with
-        while True:
-            present = {name: node for name, node in self._service.present(self._grid).items() if name in self._known}
-            everyone = len(present) == len(self._known) or time.monotonic() >= self._until
-            if everyone and self._enough(len(present)):
-                self._service.missing("training")
-                return present
-            least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
-            wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
-            self._service.missing(f"waiting for devices: {len(present)} of {wanted} are there")
-            time.sleep(POLL_SECONDS)
-
-    def _enough(self, present: int) -> bool:
-        """Whether a round with so many devices can come to anything."""
-        settings = self._job.federation
-        if present < settings.minimum_clients:
-            return False
-        if not self._job.secure_aggregation.enabled:
-            return True
-        return not secure_cohort_problems(self._job, cohort_size(settings.clients_per_round, present))
-
-
-class Listener:
-    """The two sockets, and the child process that serves them. Use as a context manager."""
-
-    def __init__(self, home: ServerHome) -> None:
-        self._home = home
-        self._process: subprocess.Popen[bytes] | None = None
-        self._public: socket.socket | None = None
-        self._private: socket.socket | None = None
-
-    def __enter__(self) -> Listener:
-        self._public = self._bind_public()
-        self._private = _bind(LOOPBACK, 0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-        for bound in (self._public, self._private):
-            if bound is not None:
-                bound.close()
-        remove_passing(self._home.path)
-
-    def _bind_public(self) -> socket.socket:
-        """The public socket; the listening process of a server that was killed may take a moment to let go of it."""
-        config = self._home.config
-        end = time.monotonic() + _FOLLOW_SECONDS
-        while (self._home.path / CONTROL_KEY).exists() and time.monotonic() < end:
-            with suppress(InputError):
-                return _bind(config.listen, config.port)
-            time.sleep(POLL_SECONDS)
-        return _bind(config.listen, config.port)
-
-    @property
-    def port(self) -> int:
-        """Of the public socket."""
-        assert self._public is not None
-        return int(self._public.getsockname()[1])
-
-    @property
-    def private_port(self) -> int:
-        """Of the private socket."""
-        assert self._private is not None
-        return int(self._private.getsockname()[1])
-
-    def link(self, key: str, report: Callable[[str], None]) -> Link:
-        """This process's line to the child that `start` began and gave the key for."""
-        process = self._process
-        return Link(
-            f"{LOOPBACK}:{self.private_port}",
-            self._home.authority,
-            key,
-            report,
-            lambda: process is not None and process.poll() is None,
-        )
-
-    @property
-    def alive(self) -> bool:
-        """Whether the child process runs."""
-        return self._process is not None and self._process.poll() is None
-
-    def start(self) -> str:
-        """Starts the child process, with a fresh database.
-
-        Returns:
-            The control key that its private socket wants to see.
-        """
-        assert self._public is not None
-        assert self._private is not None
-        self.stop()
-        remove_passing(self._home.path)
-        key = secrets.token_hex(32)
-        write_private(self._home.path / CONTROL_KEY, key)
-        handles = (self._public.fileno(), self._private.fileno())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune.server.live.listener", str(self._home.path), *map(str, handles)],
-            stdin=subprocess.PIPE,  # closes when this process ends, however it does, and the child with it
-            pass_fds=handles,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends the child in its own time
-            umask=0o077,
-        )
-        return key
-
-    def open(self) -> None:
-        """Lets devices in, who were told to come back until now: the SuperLink knows them."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it has just died, which is noticed elsewhere
-            self._process.stdin.write(OPEN)
-            self._process.stdin.flush()
-
-    def stop(self) -> None:
-        """Ends the child process."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise InputError(f"cannot listen on {host}:{port}: {reason}; change listen or port in server.toml") from None
+            self._board.device(name, state=self._greeter.state(node), last_heard=heard)
 
 
 def _is_finished(run: Path) -> bool:
@@ -534,23 +256,3 @@ def _is_finished(run: Path) -> bool:
 
 def _model_settings(job: Job) -> tuple[object, ...]:
     return (job.model, job.adapter, job.training.weights, job.training.precision)
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """Raises Stopped in the main thread on SIGTERM and SIGINT; a second one ends the process at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped
-
-    before: dict[signal.Signals, Callable[..., object] | int | None] = {
-        each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

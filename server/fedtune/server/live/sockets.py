@@ -1,0 +1,137 @@
+"""The two sockets of a server, public and private, and the child process that serves them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from fedtune.core.errors import InputError
+from fedtune.core.private import write_private
+from fedtune.server.live.flower import Link
+from fedtune.server.live.home import ServerHome
+from fedtune.server.live.listener import CONTROL_KEY, OPEN, remove_passing
+
+LOOPBACK = "127.0.0.1"
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 5.0
+_FOLLOW_SECONDS = 10.0
+_BACKLOG = 1024
+
+
+class Listener:
+    """The two sockets, and the child process that serves them. Use as a context manager."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+        self._process: subprocess.Popen[bytes] | None = None
+        self._public: socket.socket | None = None
+        self._private: socket.socket | None = None
+
+    def __enter__(self) -> Listener:
+        self._public = self._bind_public()
+        self._private = _bind(LOOPBACK, 0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        for bound in (self._public, self._private):
+            if bound is not None:
+                bound.close()
+        remove_passing(self._home.path)
+
+    def _bind_public(self) -> socket.socket:
+        """The public socket; the listening process of a server that was killed may take a moment to let go of it."""
+        config = self._home.config
+        end = time.monotonic() + _FOLLOW_SECONDS
+        while (self._home.path / CONTROL_KEY).exists() and time.monotonic() < end:
+            with suppress(InputError):
+                return _bind(config.listen, config.port)
+            time.sleep(_POLL_SECONDS)
+        return _bind(config.listen, config.port)
+
+    @property
+    def port(self) -> int:
+        """Of the public socket."""
+        assert self._public is not None
+        return int(self._public.getsockname()[1])
+
+    @property
+    def private_port(self) -> int:
+        """Of the private socket."""
+        assert self._private is not None
+        return int(self._private.getsockname()[1])
+
+    def link(self, key: str, report: Callable[[str], None]) -> Link:
+        """This process's line to the child that `start` began and gave the key for."""
+        process = self._process
+        return Link(
+            f"{LOOPBACK}:{self.private_port}",
+            self._home.authority,
+            key,
+            report,
+            lambda: process is not None and process.poll() is None,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> str:
+        """Starts the child process, with a fresh database.
+
+        Returns:
+            The control key that its private socket wants to see.
+        """
+        assert self._public is not None
+        assert self._private is not None
+        self.stop()
+        remove_passing(self._home.path)
+        key = secrets.token_hex(32)
+        write_private(self._home.path / CONTROL_KEY, key)
+        handles = (self._public.fileno(), self._private.fileno())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fedtune.server.live.listener", str(self._home.path), *map(str, handles)],
+            stdin=subprocess.PIPE,  # closes when this process ends, however it does, and the child with it
+            pass_fds=handles,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends the child in its own time
+            umask=0o077,
+        )
+        return key
+
+    def open(self) -> None:
+        """Lets devices in, who were told to come back until now: the SuperLink knows them."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has just died, which is noticed elsewhere
+            self._process.stdin.write(OPEN)
+            self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Ends the child process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise InputError(f"cannot listen on {host}:{port}: {reason}; change listen or port in server.toml") from None
