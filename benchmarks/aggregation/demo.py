@@ -32,7 +32,7 @@ from fedtune.client.plan.enforcement import train_within_memory
 from fedtune.client.training import LocalResult, LocalTask
 from fedtune.core import tiers
 from fedtune.core.adapter import AdapterLayout, Factors, Vector
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.demo import JOB
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.display import Silent

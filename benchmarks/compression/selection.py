@@ -24,7 +24,7 @@ from tables import publish
 from fedtune.client.training import LocalTask, train_locally
 from fedtune.core.adapter import FACTORS
 from fedtune.core.codec import select_largest, select_public
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.seeds import derive_seed
 from fedtune.model.base import load_base
 from fedtune.model.examples import prepare

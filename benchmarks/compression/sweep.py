@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tables import publish
 
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.uplink import Compression
 from fedtune.model.base import load_base
 from fedtune.server.display import Silent

@@ -44,9 +44,8 @@ from fedtune.core.job import (
     Job,
     SecureAggregationSettings,
     SimulationSettings,
-    dump_job,
-    load_job,
 )
+from fedtune.core.job_file import dump_job, load_job
 from fedtune.demo import write_federation
 from fedtune.model.base import load_base
 from fedtune.server.display import Terminal

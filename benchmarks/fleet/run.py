@@ -30,7 +30,7 @@ import torch
 
 from fedtune.core.errors import FedtuneError
 from fedtune.core.fleet import Fleet, load_fleet
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.records import RoundRecord
 from fedtune.demo import FLEET, JOB
 from fedtune.server.display import Silent

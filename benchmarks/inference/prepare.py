@@ -15,7 +15,8 @@ import torch
 
 from fedtune.core.adapter import adapter_digest, save_adapter
 from fedtune.core.exported import FORMATS
-from fedtune.core.job import Job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import load_job
 from fedtune.demo import JOB
 from fedtune.model.base import demo_directory, load_base
 from fedtune.model.lora import adapter_layout

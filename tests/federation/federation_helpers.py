@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.job import Job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import load_job
 from fedtune.server.display import Silent
 
 SMALL = (

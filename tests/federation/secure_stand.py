@@ -16,7 +16,7 @@ from fedtune.client.secure import Credentials, SecureRounds
 from fedtune.core.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
 from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
 from fedtune.core.errors import PeerError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import Base, TrainRequest
 from fedtune.core.records import RoundRecord
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster

@@ -16,7 +16,7 @@ from fedtune.client.store import ClientStore
 from fedtune.core.adapter import AdapterLayout, Vector
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import TrainRequest, decode, encode, terms_digest
 from fedtune.core.rebalance import basis_changes, changed, follow
 from fedtune.server.run_directory import read_rounds

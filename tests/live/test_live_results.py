@@ -8,7 +8,7 @@ import pytest
 from live_helpers import SMALL, MakeFleet, eventually
 
 from fedtune.core.exported import verify
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.demo import JOB
 from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_summary

@@ -23,7 +23,7 @@ from fedtune.client.plan.eligibility import Requirements, Sensors
 from fedtune.core.actions import OPEN, TRAIN, query
 from fedtune.core.errors import PeerError
 from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import decode, encode
 from fedtune.demo import JOB
 from fedtune.model.base import load_base

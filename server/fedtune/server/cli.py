@@ -68,7 +68,7 @@ def simulate(
 
         fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
     """
-    from fedtune.core.job import load_job
+    from fedtune.core.job_file import load_job
     from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
@@ -150,7 +150,7 @@ def plan(
     """
     from fedtune.client.plan.command import Link, make_plan
     from fedtune.client.plan.display import print_plan
-    from fedtune.core.job import load_job
+    from fedtune.core.job_file import load_job
     from fedtune.demo import JOB
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []

@@ -144,7 +144,7 @@ def submit(
 
     Example: fedtune server submit job.toml --set federation.rounds=40 --wait
     """
-    from fedtune.core.job import load_job
+    from fedtune.core.job_file import load_job
     from fedtune.demo import JOB
     from fedtune.model.population import evaluation_records
     from fedtune.model.shape import shape_of

@@ -22,7 +22,8 @@ from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.server.display import Display, describe
 from fedtune.server.process import versions
 from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
-from fedtune.strategies.round import Federation, FederationState, initial_state, pooled
+from fedtune.strategies.evaluation import pooled
+from fedtune.strategies.round import Federation, FederationState, initial_state
 from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy
 

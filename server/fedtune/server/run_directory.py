@@ -29,7 +29,8 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.core.adapter import AdapterLayout, adapter_digest, save_adapter
 from fedtune.core.errors import RunDirectoryError, RunError
-from fedtune.core.job import Job, dump_job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import dump_job, load_job
 from fedtune.core.messages import Rebasing
 from fedtune.core.records import Evaluation, RoundRecord
 from fedtune.server.files import append_line, new_directory, storage, write_json, write_text

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.core.actions import EVALUATE
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip, weight_cap
 from fedtune.core.downlink import FIRST, advance, refreshed
@@ -28,24 +27,19 @@ from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.messages import (
-    HEADER_BYTES,
     PROTOCOL_VERSION,
     Base,
     Downlink,
-    EvaluateReply,
-    EvaluateRequest,
     LocalWork,
     Payload,
     Rebasing,
     TrainRequest,
     Uplink,
-    decode,
     encode,
 )
 from fedtune.core.rebalance import basis_changes, changed, follow
-from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
+from fedtune.core.records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
-from fedtune.core.seeds import generator
 from fedtune.core.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
@@ -385,79 +379,6 @@ class TrainingRound:
         self._observe(self._records[name])
 
 
-@dataclass
-class EvaluationRound:
-    """Clients evaluate an adapter on what they keep back; the same calls as TrainingRound."""
-
-    number: int
-    cohort: tuple[str, ...]
-    held: Vector
-    requests: Requests
-    evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
-
-    @classmethod
-    def open(
-        cls, federation: Federation, state: FederationState, population: Sequence[str], broadcast: Broadcast
-    ) -> EvaluationRound:
-        """Asks every client, or a random `federation.evaluation_clients` of them where there are more."""
-        job = federation.job
-        names = sorted(population)
-        most = job.federation.evaluation_clients
-        if len(names) > most:
-            chosen = generator(job.training.seed, "evaluators", state.round).choice(len(names), most, replace=False)
-            names = [names[index] for index in sorted(chosen)]
-
-        def request(adapter: Downlink, _: int) -> EvaluateRequest:
-            return EvaluateRequest(
-                version=PROTOCOL_VERSION,
-                job_seed=job.training.seed,
-                round=state.round,
-                base=federation.base,
-                holdout=job.data.holdout,
-                adapter=adapter,
-            )
-
-        return cls(state.round, tuple(names), state.held, Requests(broadcast, state.held, request))
-
-    def exchanges(self) -> Iterator[Exchange]:
-        """The one exchange."""
-        requests = {name: (self.requests.payload(name),) for name in self.cohort}
-        yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation")
-
-    def take_in(self, name: str, payload: bytes) -> None:
-        """Keeps one client's score; one that cannot be read is kept as none."""
-        if name not in self.cohort or name in self.evaluations:
-            return
-        self.requests.broadcast.sent(name, self.held)
-        traffic = self._asked(name).received("evaluation", len(payload))
-        self.evaluations[name] = ClientEvaluation(name, self._score(payload), traffic)
-
-    def give_up(self, name: str, reason: str) -> None:
-        """Writes down that a client has no score; why is not kept."""
-        del reason
-        if name in self.cohort and name not in self.evaluations:
-            self.requests.broadcast.lost(name)
-            self.evaluations[name] = ClientEvaluation(name, None, self._asked(name))
-
-    def close(self) -> tuple[ClientEvaluation, ...]:
-        """One entry a client asked, in the order of names."""
-        for name in self.cohort:
-            self.give_up(name, LATE)
-        return tuple(self.evaluations[name] for name in self.cohort)
-
-    def _asked(self, name: str) -> Ledger:
-        return Ledger().sent("evaluation", len(self.requests.payload(name)))
-
-    def _score(self, payload: bytes) -> Evaluation | None:
-        try:
-            reply = decode(payload, EvaluateReply, limit=HEADER_BYTES)
-        except PeerError:
-            return None  # shown without a score; an evaluation changes nothing that a round depends on
-        if reply.round != self.number or not reply.examples:
-            return None
-        return Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
-
-
 def initial_state(federation: Federation) -> FederationState:
     """Before round 1: A at random from the job's seed, B = 0, and clips that follow from the job alone."""
     job, layout = federation.job, federation.layout
@@ -468,26 +389,6 @@ def initial_state(federation: Federation) -> FederationState:
         for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
     }
     return FederationState(0, adapter, adapter, clips | {WEIGHT: weight_cap.FIRST[job.federation.weight]})
-
-
-def clients_evaluate(job: Job, number: int) -> bool:
-    """Whether clients evaluate after this round: as often as the job says, and after the last."""
-    every = job.federation.evaluate_clients_every
-    return job.data.holdout > 0 and (number == job.federation.rounds or (every > 0 and number % every == 0))
-
-
-def pooled(evaluations: Sequence[ClientEvaluation]) -> Evaluation | None:
-    """All clients' scores as one: loss weighted by target tokens, exact match by examples; None without any score."""
-    scores = [part.evaluation for part in evaluations if part.evaluation]
-    tokens, examples = sum(score.tokens for score in scores), sum(score.examples for score in scores)
-    if not tokens or not examples:
-        return None
-    return Evaluation(
-        loss=sum(score.loss * score.tokens for score in scores) / tokens,
-        exact_match=sum(score.exact_match * score.examples for score in scores) / examples,
-        examples=examples,
-        tokens=tokens,
-    )
 
 
 def scheduled_learning_rate(job: Job, number: int) -> float:

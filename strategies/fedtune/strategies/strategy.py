@@ -30,18 +30,10 @@ from fedtune.core.uplink import Compression
 from fedtune.strategies.aggregators import aggregator_for
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.envelope import seal, unseal
+from fedtune.strategies.evaluation import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.replies import stream_replies
-from fedtune.strategies.round import (
-    EvaluationRound,
-    Federation,
-    FederationState,
-    Observer,
-    TrainingRound,
-    clients_evaluate,
-    initial_state,
-    pooled,
-)
+from fedtune.strategies.round import Federation, FederationState, Observer, TrainingRound, initial_state
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.selection import UniformSelection
 from fedtune.strategies.server_optimizers import server_optimizer_named

@@ -158,7 +158,7 @@ class Fleet:
 
     def submit(self, *overrides: str, name: str = "job") -> Path:
         """Submits a small job; its run directory."""
-        from fedtune.core.job import load_job
+        from fedtune.core.job_file import load_job
         from fedtune.demo import JOB
         from fedtune.server.live.jobs import Jobs
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.adapter import adapter_digest, save_adapter
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.model.base import load_base
 from fedtune.model.lora import adapter_layout
 from fedtune.server.export import run as export_module

@@ -16,7 +16,7 @@ import pytest
 
 from fedtune.core.errors import ExportError, InputError, ModelError, RunDirectoryError, RunError
 from fedtune.core.exported import manifest_digest, verify
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.server import cli
 from fedtune.server.display import Silent
 from fedtune.server.export import run as module

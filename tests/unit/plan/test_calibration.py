@@ -14,7 +14,7 @@ from fedtune.client.plan.calibration import Calibration, CalibrationStore, Case,
 from fedtune.client.plan.command import make_plan
 from fedtune.client.plan.planner import NoPlanError
 from fedtune.core.errors import DataError, RunError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.server import cli
 
 CASE = Case("demo", "nf4", "packed", "bf16", 16, 32.0, 64, 2, False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.job import Job, dump_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import dump_job
 from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
 from fedtune.server.run import secure_summary, tier_summary

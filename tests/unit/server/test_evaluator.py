@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.core.job import DataSettings, load_job
+from fedtune.core.job import DataSettings
+from fedtune.core.job_file import load_job
 from fedtune.model.base import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.server.evaluator import ModelEvaluator

@@ -10,7 +10,8 @@ import pytest
 
 from fedtune.core.errors import JobError
 from fedtune.core.fleet import Fleet, load_fleet
-from fedtune.core.job import Job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import load_job
 from fedtune.demo import FLEET
 from fedtune.model.shape import shape_of
 from fedtune.server.run_directory import read_virtual

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedtune.core.adapter import Vector
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import Rebasing
 from fedtune.server.run_directory import Checkpoint, RunDirectory
 from fedtune.strategies.round import FederationState

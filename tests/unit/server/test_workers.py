@@ -10,7 +10,8 @@ import torch
 
 from fedtune.client.plan.probe import probe
 from fedtune.core.errors import JobError
-from fedtune.core.job import ModelSettings, load_job
+from fedtune.core.job import ModelSettings
+from fedtune.core.job_file import load_job
 from fedtune.model.base import BaseModel, load_base
 from fedtune.server.simulation import workers
 from fedtune.server.simulation.workers import worker_count

@@ -10,7 +10,7 @@ import pytest
 from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector
 from fedtune.core.alignment import align_update
 from fedtune.core.errors import JobError, UpdateError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.strategies.aggregators import (
     Aggregator,
     CoordinateMedian,

@@ -11,7 +11,7 @@ from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, adapter_d
 from fedtune.core.codec import ExactCodec
 from fedtune.core.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
 from fedtune.core.errors import PeerError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import Downlink, Uplink
 from fedtune.core.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
 from fedtune.strategies.aggregators import FedAvg

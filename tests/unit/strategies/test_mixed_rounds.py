@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, factor_letters
 from fedtune.core.errors import JobError, PeerError
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import Base, TrainReply, TrainRequest, decode, encode
 from fedtune.core.seeds import generator
 from fedtune.core.tiers import rank_indices

@@ -13,7 +13,7 @@ from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.downlink import receive
-from fedtune.core.job import load_job
+from fedtune.core.job_file import load_job
 from fedtune.core.messages import (
     Base,
     EvaluateReply,
@@ -25,17 +25,9 @@ from fedtune.core.messages import (
 )
 from fedtune.core.records import ClientRecord
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.evaluation import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.reduction import WEIGHT
-from fedtune.strategies.round import (
-    LATE,
-    EvaluationRound,
-    Federation,
-    TrainingRound,
-    clients_evaluate,
-    initial_state,
-    pooled,
-    scheduled_learning_rate,
-)
+from fedtune.strategies.round import LATE, Federation, TrainingRound, initial_state, scheduled_learning_rate
 from fedtune.strategies.strategy import federation_from_job
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)

@@ -22,7 +22,8 @@ from fedtune.client.plan.planner import RESERVE, NoPlanError, Plan, Wishes, choo
 from fedtune.client.plan.probe import Machine, probe
 from fedtune.client.plan.seconds import product_rate, step_seconds
 from fedtune.core.errors import DataError
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, DEMO, Job, TrainingSettings, load_job
+from fedtune.core.job import DEFAULT_LOCAL_STEPS, DEMO, Job, TrainingSettings
+from fedtune.core.job_file import load_job
 from fedtune.demo import JOB
 from fedtune.model.base import best_precision, load_tokenizer, quiet, source_of
 from fedtune.model.examples import load_examples

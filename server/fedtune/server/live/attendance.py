@@ -6,7 +6,8 @@ import time
 
 from flwr.serverapp import Grid
 
-from fedtune.core.job import Job, secure_cohort_problems
+from fedtune.core.contradictions import secure_cohort_problems
+from fedtune.core.job import Job
 from fedtune.server.live.greeter import Greeter
 from fedtune.strategies.selection import cohort_size
 

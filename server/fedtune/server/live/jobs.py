@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.errors import InputError
-from fedtune.core.job import Job, dump_job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import dump_job, load_job
 from fedtune.core.private import private_folder, write_private
 from fedtune.server.live.home import ServerHome
 

@@ -20,7 +20,7 @@ from msgspec import Meta
 from fedtune.core.errors import RunDirectoryError
 from fedtune.core.records import ClientEvaluation, Evaluation
 from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, VIRTUAL, read_rounds, read_summary, read_virtual
-from fedtune.strategies.round import pooled
+from fedtune.strategies.evaluation import pooled
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]

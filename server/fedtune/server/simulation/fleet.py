@@ -34,7 +34,7 @@ from fedtune.client.plan.planner import (
 from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.errors import JobError
 from fedtune.core.fleet import Fleet, Kind
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job, hides_updates
+from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.records import ClientRecord
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
@@ -125,7 +125,7 @@ class SimulatedFleet:
             case "deadline":
                 inner = DeadlineSelection(wanted, job.training.seed, self.predicted)
             case "utility":
-                cap, hidden = job.federation.weight_cap, hides_updates(job)
+                cap, hidden = job.federation.weight_cap, job.hides_updates
                 inner = UtilitySelection(wanted, job.training.seed, self.predicted, cap, hidden)
         return _AmongPresent(self, inner)
 

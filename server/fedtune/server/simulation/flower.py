@@ -18,7 +18,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.core.job import Job, load_job
+from fedtune.core.job import Job
+from fedtune.core.job_file import load_job
 from fedtune.server.display import Terminal
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.process import peak_rss_mb

@@ -11,8 +11,9 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune.core.contradictions import secure_cohort_problems
 from fedtune.core.errors import JobError
-from fedtune.core.job import Job, secure_cohort_problems
+from fedtune.core.job import Job
 from fedtune.model.examples import CleaningReport
 from fedtune.server.display import Display, format_seconds
 from fedtune.server.evaluator import ModelEvaluator
