@@ -91,9 +91,21 @@ def test_a_run_without_a_whole_checkpoint_is_refused(half_done: Path) -> None:
         resume(half_done, Silent())
 
 
+class Heard(Silent):
+    """A display that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def test_a_finished_run_can_be_resumed_without_harm(simulate: Simulate, tmp_path: Path) -> None:
     first = simulate()
-    assert resume(tmp_path / "run", Silent())["adapter_digest"] == first["adapter_digest"]
+    heard = Heard()
+    assert resume(tmp_path / "run", heard)["adapter_digest"] == first["adapter_digest"]
+    assert any("all rounds are done already" in note for note in heard.notes)
 
 
 def test_two_processes_cannot_work_on_one_run(half_done: Path) -> None:

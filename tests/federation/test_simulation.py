@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from federation_helpers import Simulate, small_job
 
-from fedtune.core.errors import DataError, ModelError, RunDirectoryError, RunError
+from fedtune.core.errors import DataError, InputError, ModelError, RunDirectoryError, RunError
 from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_rounds, read_summary
 from fedtune.server.simulation.simulate import simulate as run
@@ -206,3 +206,10 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
     assert evaluate(ours, examples).loss == pytest.approx(theirs, rel=1e-3)
     everything, _ = prepare(evaluation_records(job.data), ours.base.tokenizer, job.data.sequence_length)
     assert evaluate(ours, everything).loss == pytest.approx(summary["eval_after"]["loss"], rel=1e-6)
+
+
+def test_a_missing_evaluation_file_is_told_before_anything_is_written(simulate: Simulate, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.jsonl"
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        simulate(f"data.evaluation={missing}")
+    assert not (tmp_path / "run").exists()

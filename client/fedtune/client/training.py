@@ -201,5 +201,6 @@ def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
         try:
             yield
         finally:
-            network.activation_checkpointing_disable()
+            if task.gradient_checkpointing:
+                network.activation_checkpointing_disable()
             network.eval()

@@ -21,14 +21,13 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.server.display import Display, describe
 from fedtune.server.process import versions
-from fedtune.server.run_directory import REPORT, Checkpoint, RunDirectory
+from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, RunDirectory
 from fedtune.strategies.evaluation import pooled
 from fedtune.strategies.round import Federation, FederationState, initial_state
 from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy
 
 SHOWN_PROMPTS = 3
-FINISHED, FAILED = "finished", "failed"
 
 
 @dataclass(frozen=True)

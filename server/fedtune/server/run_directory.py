@@ -38,6 +38,7 @@ from fedtune.strategies.round import FederationState
 
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"
+FINISHED, FAILED = "finished", "failed"  # status in the summary
 SUMMARY = "summary.json"
 VIRTUAL = "virtual.jsonl"  # where a fleet is simulated
 REPORT = "report.html"
@@ -245,6 +246,11 @@ def read_virtual(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except json.JSONDecodeError as error:
         raise RunDirectoryError(f"{path}: not one JSON object a line: {error}") from error
+
+
+def is_finished(path: Path) -> bool:
+    """Whether all rounds are done and everything about them is written."""
+    return (path / SUMMARY).is_file() and bool(read_summary(path)["status"] == FINISHED)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

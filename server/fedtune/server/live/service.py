@@ -35,8 +35,8 @@ from fedtune.server.live.jobs import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.sockets import Listener
 from fedtune.server.process import peak_rss_mb
-from fedtune.server.run import FINISHED, Facts, run_rounds
-from fedtune.server.run_directory import SUMMARY, RunDirectory, read_summary
+from fedtune.server.run import Facts, run_rounds
+from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
 from fedtune.strategies.secure import SecureAggregation
 from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
 
@@ -144,7 +144,7 @@ class Service:
         job, path = queued.load(), self._jobs.run_path(queued)
         check_export(job)
         self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
-        if not _is_finished(path):
+        if not is_finished(path):
             self._train(queued, job, path)
         if job.export.formats:
             self._export(job, path)
@@ -247,11 +247,6 @@ class Service:
                 max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
             )
             self._board.device(name, state=self._greeter.state(node), last_heard=heard)
-
-
-def _is_finished(run: Path) -> bool:
-    """Whether all rounds are done and everything about them is written."""
-    return (run / SUMMARY).is_file() and read_summary(run)["status"] == FINISHED
 
 
 def _model_settings(job: Job) -> tuple[object, ...]:

@@ -16,11 +16,10 @@ from fedtune.core.errors import JobError
 from fedtune.core.job import Job
 from fedtune.model.examples import CleaningReport
 from fedtune.server.display import Display, format_seconds
-from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.last_step import check_export
 from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
-from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
+from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, is_finished, read_virtual
 from fedtune.server.simulation.edge import export_and_answer
 from fedtune.server.simulation.fleet import FleetGrid
 from fedtune.server.simulation.forked import ForkedExecutor
@@ -62,6 +61,8 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
     directory = RunDirectory.open(path)
     try:
         job = directory.job()
+        if is_finished(path):
+            display.note("all rounds are done already; only what follows from them is written again")
         summary = _run(_open(job, path, display), directory, display)
     finally:
         directory.close()
@@ -73,12 +74,17 @@ def _open(job: Job, path: Path, display: Display) -> Workshop:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_export(job)
     workshop = Workshop(job, path / CLIENTS)
-    _ = workshop.devices  # a mistake in the fleet file is told before anything is written
+    _ = workshop.devices, workshop.evaluator  # mistakes in their files are told before anything is written
     clients = len(workshop.population.names)
     if job.secure_aggregation.enabled and (
         problems := secure_cohort_problems(job, cohort_size(job.federation.clients_per_round, clients))
     ):
         raise JobError(problems)
+    wanted = job.federation.clients_per_round
+    if isinstance(wanted, int) and wanted > clients:
+        display.note(
+            f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"
+        )
     model = workshop.model
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
@@ -92,7 +98,6 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     clients = {FIRST_NODE_ID + index: name for index, name in enumerate(workshop.population.names)}
     nodes = {name: node_id for node_id, name in clients.items()}
     executor = _executor(workshop, clients)
-    evaluator = ModelEvaluator(workshop.model, job.data)
     federation = federation_from_job(job, workshop.base, workshop.model.layout)
     grid = InProcessGrid(executor, list(clients))
     devices = workshop.devices
@@ -109,7 +114,7 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        summary.update(run_rounds(strategy, directory, grid, evaluator, display, lambda: _facts(executor)))
+        summary.update(run_rounds(strategy, directory, grid, workshop.evaluator, display, lambda: _facts(executor)))
 
     try:
         server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), {}))

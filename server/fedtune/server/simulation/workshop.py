@@ -23,6 +23,7 @@ from fedtune.model.lora import AdaptedModel
 from fedtune.model.population import Population
 from fedtune.model.shape import shape_of
 from fedtune.server.base import describe_base, open_model
+from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.simulation.enrolment import Enrolment
 from fedtune.server.simulation.faults import fault_mod
 from fedtune.server.simulation.fleet import SimulatedFleet
@@ -61,6 +62,11 @@ class Workshop:
     def base(self) -> Base:
         """What requests say about the base model."""
         return describe_base(self.job, self.model.base.digest)
+
+    @cached_property
+    def evaluator(self) -> ModelEvaluator:
+        """The server's own examples, and what scores adapters on them."""
+        return ModelEvaluator(self.model, self.job.data)
 
     @cached_property
     def enrolment(self) -> Enrolment:
