@@ -11,7 +11,8 @@ cores, and run as programs of their own, one after another.
 
 A client-round is one client's part in one round. Hourly rate and "CPU s", the seconds of processor time that one takes
 in all processes together, are measured from the end of round 1 to the end of the last; "start" is what launch and round
-1 cost beyond a steady round. Ratios are to the peer as published and to the peer tuned. Those of rates count how Flower
+1 cost beyond a steady round. "training s" is how long fedtune's clients did nothing but their local steps: no simulator
+whose steps are as fast can be further ahead of the peer than the peer's "CPU s" are above it. Ratios are to the peer as published and to the peer tuned. Those of rates count how Flower
 polls, too, which costs the peer up to 3 s a round; on a machine that does other work besides, those of processor time
 are the surer ones. Memory is the highest sum, over the whole tree of processes, of proportional set sizes, where a page
 shared by n processes counts 1/n in each. The loss is the cohort's mean training loss in round 2, to see that all
@@ -24,6 +25,7 @@ import argparse
 import itertools
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ from facts import machine_facts
 from workload import ALPHA, BATCH_TOKENS, EXAMPLES_PER_CLIENT, LEARNING_RATE, RANK, SEED, Workload, make_large_base
 
 from fedtune.demo import BASE_DIRECTORY
+from fedtune.server.run_directory import read_rounds
 
 HERE = Path(__file__).parent
 COHORT = 10
@@ -64,6 +67,7 @@ COLUMNS = (
     "start s",
     "client-rounds/h",
     "CPU s",
+    "training s",
     "against peer",
     "peak MiB",
     "loss",
@@ -80,6 +84,7 @@ class Outcome:
         processor_seconds: of a client-round after round 1, in all processes together.
         peak_mib: of its process tree.
         loss: mean training loss of round 2.
+        training_seconds: of a client-round after round 1, from its first local step to its last; as fedtune says.
     """
 
     start_seconds: float
@@ -87,6 +92,7 @@ class Outcome:
     processor_seconds: float
     peak_mib: float
     loss: float
+    training_seconds: float | None = None
 
 
 def main() -> None:
@@ -185,7 +191,9 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
     with tempfile.TemporaryDirectory() as folder:
         overrides = [part for setting in settings for part in ("--set", setting)]
         command = [sys.executable, "-m", "fedtune.server.cli", "simulate", *overrides, "--out", f"{folder}/run"]
-        return measure(command, workload)
+        outcome = measure(command, workload)
+        later = [client for line in read_rounds(Path(folder) / "run")[1:] for client in line["clients"]]
+        return replace(outcome, training_seconds=statistics.fmean(client["seconds"] for client in later))
 
 
 def peer_command(workload: Workload, workers: int, *, tuned: bool) -> list[str]:
@@ -245,6 +253,7 @@ def table_row(contestant: str, workload: Workload, outcome: Outcome, peers: Sequ
         f"{outcome.start_seconds:.1f}",
         f"{outcome.rate:,.0f}",
         f"{outcome.processor_seconds:.2f}",
+        "" if outcome.training_seconds is None else f"{outcome.training_seconds:.2f}",
         f"{rates} (CPU {processor})" if peers else "",
         f"{outcome.peak_mib:,.0f}",
         f"{outcome.loss:.3f}",

@@ -66,13 +66,13 @@ def enroll(home: ServerHome, name: str, out: Path) -> Bundle:
         InputError: the name is taken or is none, or the bundle's file exists.
     """
     check_name(name)
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another --out")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent}: no such folder")
     with _changing(home) as devices:
         if name in devices.node_keys:
             raise InputError(f"{name}: enrolled already; to enrol it anew, first: fedtune server revoke {name}")
+        if out.exists():
+            raise InputError(f"{out}: exists already; choose another --out")
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent}: no such folder")
         if len(devices.node_keys) >= MAX_DEVICES:
             raise InputError(f"{home.path}: {MAX_DEVICES} devices are enrolled; that is the most a server takes")
         identity, node_key = os.urandom(32), make_node_key()
