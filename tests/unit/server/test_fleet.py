@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fedtune.demo import FLEET
 from fedtune.model.shape import shape_of
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.simulation.fleet import SimulatedFleet
+from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.selection import UniformSelection
 
 NAMES = [f"{index:03d}" for index in range(100)]
@@ -93,6 +95,25 @@ def test_a_kind_on_a_slow_link_trains_a_smaller_tier_and_one_on_a_hopeless_link_
     assert tiers["modem"] == 0
     alike = devices("federation.aggregation=fedrot", fleet=Fleet((slow, *others)))
     assert "the job has the tiers (16,)" in alike.refusals["phone"]
+
+
+def test_a_kind_with_little_memory_trains_on_examples_cut_to_its_plan(tmp_path: Path) -> None:
+    text = FLEET.read_text(encoding="utf-8")
+    assert "memory_mb = 3000" in text
+    file = tmp_path / "fleet.toml"
+    file.write_text(text.replace("memory_mb = 3000", "memory_mb = 570"), encoding="utf-8")
+    long = [f'{{"text": "{"dim the attic lights and close the shutters " * 8}"}}' for _ in range(3)]
+    for name in NAMES:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(long) + "\n", encoding="utf-8")
+    settings = ("data.sequence_length=128", f"data.train={tmp_path}/*.jsonl", "data.evaluation=", "export.formats=[]")
+    workshop = Workshop(job(*settings, f"simulation.fleet={file}"), tmp_path / "clients")
+    assert workshop.devices is not None
+    longest = {
+        kind.name: max(len(example.ids) for example in workshop.examples(name, workshop.model, 128))
+        for name, kind in workshop.devices.kinds.items()
+    }
+    assert longest["phone"] == 64
+    assert longest["laptop"] > 64
 
 
 def test_a_kind_that_the_model_does_not_fit_sits_out_with_the_numbers() -> None:

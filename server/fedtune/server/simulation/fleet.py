@@ -105,6 +105,12 @@ class SimulatedFleet:
         plan = self.plans.get(self.kinds[name].name)
         return plan.tier if plan else 0
 
+    def sequence_length(self, name: str, asked: int) -> int:
+        """To how many tokens a client cuts its examples. Of its kind's plan only this and the rank change an update:
+        micro-batches and activations computed twice give the same gradient later, which the virtual clock counts."""
+        plan = self.plans.get(self.kinds[name].name)
+        return min(asked, plan.sequence_length) if plan else asked
+
     def present(self, number: int, names: Sequence[str]) -> list[str]:
         """Those of the clients that can be asked in a round; all that the model fits where nobody is eligible."""
         able = [name for name in names if name in self.predicted]

@@ -98,6 +98,8 @@ class Workshop:
     def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""
         records = self.population.records(client)
+        if self.devices is not None:
+            sequence_length = self.devices.sequence_length(client, sequence_length)
         examples, report = prepare(records, model.base.tokenizer, sequence_length)
         self._cleaning[client] = report
         if not examples:
