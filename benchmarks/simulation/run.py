@@ -10,13 +10,14 @@ cores, and run as programs of their own, one after another.
     python benchmarks/simulation/run.py --clients 10 --local-steps 5     # less
 
 A client-round is one client's part in one round. Hourly rate and "CPU s", the seconds of processor time that one takes
-in all processes together, are measured from the end of round 1 to the end of the last; "start" is what launch and round
-1 cost beyond a steady round. "training s" is how long fedtune's clients did nothing but their local steps: no simulator
-whose steps are as fast can be further ahead of the peer than the peer's "CPU s" are above it. Ratios are to the peer as published and to the peer tuned. Those of rates count how Flower
-polls, too, which costs the peer up to 3 s a round; on a machine that does other work besides, those of processor time
-are the surer ones. Memory is the highest sum, over the whole tree of processes, of proportional set sizes, where a page
-shared by n processes counts 1/n in each. The loss is the cohort's mean training loss in round 2, to see that all
-contestants do the same work; at 100 clients their cohorts differ.
+in all processes together, are measured from the end of round 1 to the end of the last; "start" is what launch and
+round 1 cost beyond a steady round. "training s" is how long a client of fedtune does nothing but its local steps:
+whoever's steps are as fast cannot be further ahead of the peer than the peer's "CPU s" are above it. Ratios are to the
+peer as published and to the peer tuned. Those of rates count how Flower polls, too, which costs the peer up to 3 s a
+round; on a machine that does other work besides, those of processor time are the surer ones. Memory is the highest
+sum, over the whole tree of processes, of proportional set sizes, where a page shared by n processes counts 1/n in
+each. The loss is the cohort's mean training loss in round 2, to see that all contestants do the same work; at 100
+clients their cohorts differ.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 from live_helpers import Fleet, MakeFleet, MakeProxy, eventually
 
 from fedtune.server.run_directory import CHECKPOINTS, read_rounds
+from fedtune.strategies.round import LATE
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +132,24 @@ def test_a_device_may_be_away_for_rounds_and_come_back(make_fleet: MakeFleet) ->
     assert away not in survivors(run)
     fleet.start_device(away)
     eventually(lambda: away in survivors(run), LONG, fleet.logs)
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_round_by_deadline_goes_on_without_a_device_that_stalls(make_fleet: MakeFleet, secure: bool) -> None:
+    fleet = make_fleet(4, config={"wait_seconds": 5.0})
+    fleet.join(allow_clear=not secure)
+    settings = (f"secure_aggregation.enabled={str(secure).lower()}", ALL, "training.local_steps=20", "data.holdout=0")
+    run = fleet.submit("federation.rounds=40", "federation.selection=deadline", *settings)
+    under_way(fleet, run)
+    slow = fleet.names[1]
+    eventually(lambda: str(fleet.device_status(slow).get("task")).startswith("train"), LONG, fleet.logs)
+    with fleet.devices[slow].frozen():
+        began = time.monotonic()
+        eventually(lambda: dropped(run, slow), LONG, fleet.logs)
+        assert dropped(run, slow) == [LATE]
+        assert time.monotonic() - began < CUT_SECONDS / 2, "the round waited until the device counted as offline"
+        eventually(lambda: slow not in survivors(run), LONG, fleet.logs)
+    eventually(lambda: slow in survivors(run), LONG, fleet.logs)
 
 
 def test_two_jobs_in_a_row_and_a_device_that_was_away_for_the_first(make_fleet: MakeFleet) -> None:

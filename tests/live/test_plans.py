@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from fedtune.core.errors import PeerError
 from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
 from fedtune.core.job_file import load_job
 from fedtune.core.messages import decode, encode
+from fedtune.core.timing import LEAST_WORK
 from fedtune.demo import JOB
 from fedtune.model.base import load_base
 from fedtune.server import cli
@@ -85,6 +87,22 @@ def test_a_device_plans_when_it_is_greeted_and_says_so_without_a_word_of_its_dat
     status = fleet.device_status(short)
     assert status["plan"]["plan"]["longest_example"] < 64  # which the device knows, and the server does not
     assert status["plan"]["took"]["rounds"] == 0
+
+
+def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = device_of(fleet, fleet.names[0], monkeypatch)
+    greet(device, fleet)
+    predicted = device._planned._current().seconds_per_round
+
+    def share(deadline: float) -> float:
+        request: Any = SimpleNamespace(work=SimpleNamespace(deadline=deadline))
+        return device._planned.share("", request)
+
+    assert share(0.0) == share(2 * predicted) == 1.0  # nobody waits, or it is fast enough
+    assert share(predicted / 2) == pytest.approx(0.45)
+    assert share(predicted / 1000) == LEAST_WORK
 
 
 def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +214,10 @@ class Replies:
     def __init__(self, answers: dict[int, bytes]) -> None:
         self.answers = answers
         self.asked: list[int] = []
+        self.late: set[int] = set()
+
+    def drop_late(self) -> set[int]:
+        return self.late
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float) -> list[Message]:
         replies = []
@@ -221,6 +243,7 @@ def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absu
     grid: Any = Replies({11: encode(fine), 12: encode(absurd)})
     cloud._greeter._greet(grid, nodes, Devices.load(fleet.home).roster)
     assert cloud._greeter.tiers == {good: 8}
+    assert cloud._greeter.seconds == {good: 1.5}
     assert cloud._board.devices[good].plan is not None
     assert cloud._board.devices[bad].state == "refused"
     assert "rank 512, and the job's is 16" in cloud._board.devices[bad].dropped
@@ -248,6 +271,9 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     monkeypatch.setattr(greeter, "REFUSED_SECONDS", 0.0)
     grid.answers[11] = encode(msgspec.structs.replace(rests, sits_out=""))
     assert cloud._greeter.present(grid) == {name: 11}
+    grid.late = {11}  # it still works on a round that has gone on without it
+    assert cloud._greeter.present(grid) == {}
+    grid.late = set()
     assert cloud._board.devices[name].state == "online"
     # It refuses a round: before the next one it is greeted again.
     from fedtune.core.records import ClientRecord

@@ -33,7 +33,7 @@ CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this
 
 OpenModel = Callable[[Base], AdaptedModel]
 LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
-WorkShare = Callable[[str, int], float]
+WorkShare = Callable[[str, TrainRequest], float]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Device:
         open_model: loads and adapts the base model that a request names; called once for each.
         load_examples: (client, model, sequence length) -> that client's examples.
         store: what clients remember between rounds.
-        share: (client, round) -> how much of the local work that is asked for the client can do in time. It is the
+        share: (client, request) -> how much of the local work that is asked for the client can do in time. It is the
             device that cuts it: a server that could would tell a client's update from those of idle ones in their sum.
     """
 
@@ -87,7 +87,7 @@ class Device:
         open_model: OpenModel,
         load_examples: LoadExamples,
         store: ClientStore,
-        share: WorkShare = lambda client, number: 1.0,  # noqa: ARG005
+        share: WorkShare = lambda client, request: 1.0,  # noqa: ARG005
     ) -> None:
         self._open_model = open_model
         self._load_examples = load_examples
@@ -195,7 +195,7 @@ class Device:
         layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
         terms = factor_terms(uplink, layout, work.factors, seed, number, own_tier(request))
         owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
-        task = _local_task(client, request, owned, self._share(client, number))
+        task = _local_task(client, request, owned, self._share(client, request))
         result = train_within_memory(model, split.training, received, task)
         if work.align:
             result = replace(result, update=align_update(layout, received, result.update))

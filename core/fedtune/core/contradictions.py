@@ -30,8 +30,6 @@ def contradictions(job: Job) -> list[str]:
             problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
         if job.compression.bits == 1:
             problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
-    if job.federation.selection != "uniform" and not job.simulation.fleet:
-        problems.append(f'federation.selection is "{job.federation.selection}", but simulation.fleet names no fleet')
     if job.federation.late == "next":
         problems += _late_problems(job)
     if job.export.formats and not job.data.evaluation:

@@ -112,9 +112,9 @@ class FederationSettings:
 
     Args:
         clients_per_round: a count, or a share of the population between 0 and 1.
-        selection: "uniform", or on a simulated fleet "deadline": more than are wanted, of those that can be in time, or
-            "utility": of those, the ones whose updates should teach most a second (Oort; by time alone where the server
-            sees sums only).
+        selection: "uniform", or by the times that devices or a simulated fleet predict "deadline": more than are
+            wanted, of those that can be in time, or "utility": of those, the ones whose updates should teach most a
+            second (Oort; by time alone where the server sees sums only). Slow devices do part of the work.
         late: what becomes of an update that comes when its round has closed: "drop", or in the clear "next": the next
             round takes it at 1/√2 of its weight. Only simulated fleets know late updates yet.
         minimum_clients: fewer survivors than this and the round changes nothing.

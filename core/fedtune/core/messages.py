@@ -59,6 +59,8 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
     Args:
         proximal: μ of FedProx.
         align: turn the trained factors towards the received ones before they are sent.
+        deadline: seconds in which the update should be there; a client that takes longer for all of the work does as
+            much as it can. 0 where everybody is waited for.
     """
 
     factors: Factors
@@ -72,6 +74,7 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
     holdout: Annotated[float, Meta(ge=0, lt=1)]
     proximal: Annotated[float, Meta(ge=0)] = 0.0
     align: bool = False
+    deadline: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

@@ -28,6 +28,21 @@ class ClientFacts:
 
 
 @dataclass(frozen=True)
+class Closing:
+    """When an exchange goes on without those who have not answered.
+
+    Args:
+        seconds: after so many.
+        enough: after so many answers.
+        least: with fewer answers it waits on, whatever the time.
+    """
+
+    seconds: float
+    enough: int
+    least: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What is asked of whom.
 
@@ -37,6 +52,7 @@ class Exchange:
         down: what each part is for, in the ledger.
         up: what an answer is for, in the ledger.
         carries_adapter: whether who answers holds the adapter from now on.
+        closing: None to wait for everybody, as long as the job's deadline allows.
     """
 
     message_type: str
@@ -44,3 +60,4 @@ class Exchange:
     down: tuple[Purpose, ...]
     up: Purpose
     carries_adapter: bool = False
+    closing: Closing | None = None

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.core.actions import TRAIN
 from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec import initial_clip, weight_cap
 from fedtune.core.downlink import FIRST, advance, refreshed
@@ -40,14 +41,15 @@ from fedtune.core.messages import (
 from fedtune.core.rebalance import basis_changes, changed, follow
 from fedtune.core.records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
+from fedtune.core.secagg.graph import part
 from fedtune.core.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import Asked, ClearCollection, Collected, Collection
-from fedtune.strategies.exchange import Exchange
+from fedtune.strategies.exchange import Closing, Exchange
 from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.secure import SecureAggregation, SecureCollection
-from fedtune.strategies.selection import Selection
+from fedtune.strategies.selection import Selection, cohort_size
 from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
 from fedtune.strategies.tiering import Lineup, Ranks, all_alike, assign_tiers
 
@@ -146,6 +148,7 @@ class TrainingRound:
     Args:
         collection: how the cohort's updates become one.
         observe: called with each client's record as its update comes in or is given up.
+        closing: when training goes on without those who have not answered.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class TrainingRound:
         lineup: Lineup,
         collection: Collection,
         observe: Observer = lambda _: None,
+        closing: Closing | None = None,
     ) -> None:
         self.federation = federation
         self.state = state
@@ -168,6 +172,7 @@ class TrainingRound:
         self._lineup = lineup
         self._collection = collection
         self._observe = observe
+        self._closing = closing
         self._started = time.monotonic()
         self._records = {
             name: ClientRecord(name, tier=lineup.own[name], rank=tier) for name, tier in lineup.trained.items()
@@ -208,6 +213,7 @@ class TrainingRound:
         lineup = assign_tiers(cohort, ranks, job) if ranks else all_alike(cohort, layout.rank)
         trained = {name: tier for name, tier in lineup.trained.items() if tier}
         mixed = lineup.tiers != (layout.rank,)
+        deadline = federation.selection.deadline(population)
         uplink = _uplink(federation, state, factors, len(trained), lineup.tiers if mixed else ())
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
 
@@ -217,7 +223,7 @@ class TrainingRound:
                 job_seed=job.training.seed,
                 round=number,
                 base=federation.base,
-                work=_local_work(job, factors, learning_rate, align=isinstance(federation.aggregator, FedRot)),
+                work=_local_work(job, factors, learning_rate, isinstance(federation.aggregator, FedRot), deadline),
                 uplink=uplink,
                 adapter=adapter,
                 tier=tier,
@@ -240,7 +246,9 @@ class TrainingRound:
                 accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server, slices)
                 reduction = ClearReduction(accumulator, terms)
             collection = ClearCollection(number, uplink, reduction, terms, asked, state.overdue)
-        return cls(federation, state, factors, terms, requests, lineup, collection, observe)
+        wanted = cohort_size(federation.selection.wanted, len(population))
+        closing = None if deadline is None else _closing(job, deadline, wanted, len(trained))
+        return cls(federation, state, factors, terms, requests, lineup, collection, observe, closing)
 
     @property
     def number(self) -> int:
@@ -251,6 +259,8 @@ class TrainingRound:
         """What to ask, one exchange after the other; who has not answered when the next one is fetched is late."""
         try:
             for exchange in self._collection.exchanges():
+                if exchange.message_type == TRAIN:
+                    exchange = replace(exchange, closing=self._closing)
                 self._exchange, self._waiting = exchange, set(exchange.requests)
                 for name, parts in exchange.requests.items():
                     for purpose, part in zip(exchange.down, parts, strict=True):
@@ -404,7 +414,16 @@ def scheduled_learning_rate(job: Job, number: int) -> float:
     return job.training.learning_rate * factor
 
 
-def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -> LocalWork:
+def _closing(job: Job, deadline: float, wanted: int, cohort: int) -> Closing:
+    """A round that has what it wanted goes on; one past its deadline, too, unless that was missed by so many that
+    the sum could not be opened, or by half of those wanted: then it was wrong."""
+    secure = job.secure_aggregation
+    least = cohort - part(secure.max_dropout, cohort) if secure.enabled else math.ceil(wanted / 2)
+    least = min(max(least, job.federation.minimum_clients), cohort)
+    return Closing(deadline, max(wanted, least), least)
+
+
+def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool, deadline: float | None) -> LocalWork:
     training = job.training
     epochs = training.local_epochs
     return LocalWork(
@@ -419,6 +438,7 @@ def _local_work(job: Job, factors: Factors, learning_rate: float, align: bool) -
         holdout=job.data.holdout,
         proximal=training.proximal,
         align=align,
+        deadline=deadline or 0.0,
     )
 
 

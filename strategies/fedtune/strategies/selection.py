@@ -16,6 +16,13 @@ class Selection(Protocol):
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         """The names of the clients of this round, in a fixed order, out of those that can be reached now."""
 
+    @property
+    def wanted(self) -> int | float:
+        """How many clients shall take part: a count, or a share of the population. The cohort may be larger."""
+
+    def deadline(self, population: Sequence[str]) -> float | None:
+        """Seconds in which a round with clients of this population should be done; None where all are waited for."""
+
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
         """The selection after a round, which may have taught something about the clients in it."""
 
@@ -46,6 +53,10 @@ class UniformSelection:
             return names
         chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
         return [names[index] for index in sorted(chosen)]
+
+    def deadline(self, population: Sequence[str]) -> None:
+        """None: everybody is waited for."""
+        del population
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> UniformSelection:
         """The same; nothing is looked at."""

@@ -147,7 +147,8 @@ class AdapterStrategy(Strategy):
         names = {node_id: name for name, node_id in roster.items()}
         for exchange in round_.exchanges():
             messages = _messages(exchange, roster, round_.number)
-            _collect(round_, stream_replies(grid, messages, None if deadline == "auto" else deadline), names)
+            seconds = None if deadline == "auto" else deadline
+            _collect(round_, stream_replies(grid, messages, seconds, exchange.closing), names)
 
     # -- Flower's interface, for a ServerApp that drives the rounds itself -------------------------------------------
 

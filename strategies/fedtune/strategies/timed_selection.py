@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedtune.core.job import Job
 from fedtune.core.records import ClientRecord
 from fedtune.core.seeds import generator
-from fedtune.strategies.virtual_clock import over_selected, round_deadline, work_share
+from fedtune.core.timing import over_selected, round_deadline, work_share
+from fedtune.strategies.selection import Selection
 
 FASTEST_CLAIM, SLOWEST_CLAIM = 1e-3, 86_400.0  # seconds; what a client says beyond them is taken as the bound
 LOSS_CAP = 20.0  # nats; a uniform guess among 2^28 tokens
@@ -33,11 +35,13 @@ class DeadlineSelection:
         wanted: clients that shall arrive.
         seed: the job's.
         seconds: client -> predicted seconds for a whole round's work; one that is missing counts as in time.
+        overhead: seconds that a round takes beyond those; None until a round has shown it.
     """
 
     wanted: int
     seed: int
     seconds: Mapping[str, float]
+    overhead: float | None = None
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         """Names in order, over-selected; everybody where nobody could be in time."""
@@ -51,10 +55,15 @@ class DeadlineSelection:
         chosen = generator(self.seed, "cohort", round_number).choice(len(names), size=count, replace=False)
         return [names[index] for index in sorted(chosen)]
 
+    def deadline(self, population: Sequence[str]) -> float | None:
+        """1.3 times the 80th percentile of what the population is predicted to take, and the overhead; the first
+        round waits for everybody, and shows it."""
+        return _deadline(self.seconds, self.overhead, population)
+
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> DeadlineSelection:
-        """The same; a round teaches nothing about times that are predicted."""
-        del round_number, clients
-        return self
+        """With what the round took beyond what was predicted."""
+        del round_number
+        return replace(self, overhead=_overhead(self.seconds, clients, self.overhead))
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class UtilitySelection:
         example_cap: what a client says beyond it counts as it.
         hidden: whether losses may not be looked at.
         seen: client -> what is known of it.
+        overhead: as `DeadlineSelection`.
     """
 
     wanted: int
@@ -96,6 +106,7 @@ class UtilitySelection:
     example_cap: int = 1024
     hidden: bool = False
     seen: Mapping[str, Observation] = field(default_factory=dict)
+    overhead: float | None = None
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         """Names in order: a share at random by speed among the unseen, the rest by utility among the seen."""
@@ -113,6 +124,10 @@ class UtilitySelection:
         chosen += _draw(random, seen, utilities, count - exploring)
         return sorted(chosen)
 
+    def deadline(self, population: Sequence[str]) -> float | None:
+        """As of `DeadlineSelection`."""
+        return _deadline(self.seconds, self.overhead, population)
+
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> UtilitySelection:
         """The selection after a round; who was dropped teaches nothing."""
         news = {
@@ -122,7 +137,8 @@ class UtilitySelection:
             for client in clients
             if client.dropped is None
         }
-        return replace(self, seen={**self.seen, **news})
+        overhead = _overhead(self.seconds, clients, self.overhead)
+        return replace(self, seen={**self.seen, **news}, overhead=overhead)
 
     def _utilities(
         self, names: Sequence[str], times: Mapping[str, float], deadline: float, round_number: int
@@ -138,9 +154,35 @@ class UtilitySelection:
         ]
 
 
+def timed_selection(job: Job, wanted: int, seconds: Mapping[str, float]) -> Selection | None:
+    """The job's selection, where it goes by the time that clients take; None where it does not."""
+    match job.federation.selection:
+        case "deadline":
+            return DeadlineSelection(wanted, job.training.seed, seconds)
+        case "utility":
+            cap, hidden = job.federation.weight_cap, job.hides_updates
+            return UtilitySelection(wanted, job.training.seed, seconds, cap, hidden)
+    return None
+
+
 def bounded_seconds(claimed: float) -> float:
     """A time a client may claim: at least a millisecond, at most a day; what is no number is a day."""
     return min(max(claimed, FASTEST_CLAIM), SLOWEST_CLAIM) if math.isfinite(claimed) else SLOWEST_CLAIM
+
+
+def _deadline(seconds: Mapping[str, float], overhead: float | None, population: Sequence[str]) -> float | None:
+    known = [bounded_seconds(seconds[name]) for name in population if name in seconds]
+    return round_deadline(known) + overhead if known and overhead is not None else None
+
+
+def _overhead(seconds: Mapping[str, float], clients: Sequence[ClientRecord], before: float | None) -> float | None:
+    """The median of what clients took beyond what was predicted, at least 0; as before where nobody answered."""
+    more = [
+        client.answered - bounded_seconds(seconds[client.id])
+        for client in clients
+        if client.dropped is None and client.answered is not None and client.id in seconds
+    ]
+    return max(0.0, float(np.median(more))) if more else before
 
 
 def _draw(random: np.random.Generator, names: Sequence[str], weights: Sequence[float], count: int) -> list[str]:

@@ -1,7 +1,5 @@
-"""A round on a virtual clock: how long each client would take, who is in time, and how long the round lasts.
+"""A round on a virtual clock: who is in time, and how long the round lasts.
 
-    deadline = round_deadline(predicted.values())
-    shares = {name: work_share(seconds, deadline) for name, seconds in predicted.items()}
     course = run_clock(arrivals, wanted=10, deadline=deadline)
 
 Pure functions of seconds: a straggler costs virtual time and no real time.
@@ -10,15 +8,8 @@ Pure functions of seconds: a straggler costs virtual time and no real time.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-
-QUANTILE, MARGIN = 0.8, 1.3
-OVER_SELECTION = 1.3
-LEAST_WORK = 0.1  # of a round's local work; less is not worth the download
-_SAFETY = 0.9  # of the deadline that a slow client's work is planned for
 
 
 @dataclass(frozen=True)
@@ -34,34 +25,6 @@ class Course:
     arrived: tuple[str, ...]
     late: tuple[str, ...]
     seconds: float
-
-
-def round_deadline(predicted: Collection[float]) -> float:
-    """1.3 times the 80th percentile of the predicted seconds of those that could be asked.
-
-    Raises:
-        ValueError: nobody, or a time that is not positive and finite.
-    """
-    seconds = np.array(list(predicted), dtype=np.float64)
-    if not seconds.size or not np.isfinite(seconds).all() or seconds.min() <= 0:
-        raise ValueError("a deadline needs at least one predicted time, all positive and finite")
-    return MARGIN * float(np.quantile(seconds, QUANTILE))
-
-
-def work_share(predicted: float, deadline: float) -> float:
-    """The share of a round's local work that a client can do by the deadline: 1, less for the slow, 0 for the hopeless.
-
-    Whole tiers are slower than any deadline that is right for the others; with less work a round they still contribute.
-    """
-    if predicted <= deadline:
-        return 1.0
-    share = _SAFETY * deadline / predicted
-    return share if share >= LEAST_WORK else 0.0
-
-
-def over_selected(wanted: int, available: int) -> int:
-    """How many are asked so that about `wanted` arrive in time."""
-    return min(available, math.ceil(wanted * OVER_SELECTION))
 
 
 def run_clock(arrivals: Mapping[str, float | None], wanted: int, deadline: float | None, least: int = 0) -> Course:

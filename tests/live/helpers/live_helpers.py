@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,15 @@ class Process:
         self._process.wait(10)
         self._output.close()
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It does nothing at all in here, and goes on after as if no time had passed."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Asks it to end; its exit status."""
         if self.running:
@@ -133,14 +142,14 @@ class Fleet:
     def client_home(self, name: str) -> Path:
         return self.folder / f"device-{name}"
 
-    def join(self, *names: str) -> None:
+    def join(self, *names: str, **settings: Any) -> None:
         """Makes device folders, with the newest roster their bundles have."""
         from fedtune.client.live.home import ClientHome
         from fedtune.core.enrolment import Bundle
 
         for name in names or self.names:
             data = self.folder / "data" / "clients" / f"{name}.jsonl"
-            ClientHome.join(self.client_home(name), Bundle.load(self.folder / f"{name}.bundle"), data, ())
+            ClientHome.join(self.client_home(name), Bundle.load(self.folder / f"{name}.bundle"), data, (), **settings)
 
     def start_server(self) -> Process:
         self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")

@@ -15,8 +15,10 @@ from fedtune.core.job import Job
 from fedtune.core.job_file import load_job
 from fedtune.demo import FLEET
 from fedtune.model.shape import shape_of
+from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.simulation.fleet import SimulatedFleet
+from fedtune.server.simulation.simulate import simulate
 from fedtune.server.simulation.workshop import Workshop
 from fedtune.strategies.selection import UniformSelection
 
@@ -125,9 +127,11 @@ def test_a_kind_that_the_model_does_not_fit_sits_out_with_the_numbers() -> None:
         devices(fleet=Fleet((replace(phone, memory_mb=500),)))
 
 
-def test_a_selection_by_deadline_needs_a_fleet() -> None:
+def test_a_simulated_selection_by_deadline_needs_a_fleet(tmp_path: Path) -> None:
+    job = load_job(None, ["federation.selection=deadline"])  # which live devices' times will do for
     with pytest.raises(JobError, match=r"simulation\.fleet names no fleet"):
-        load_job(None, ["federation.selection=deadline"])
+        simulate(job, tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_line_of_the_clocks_log_that_a_crash_cut_off_is_left_out(tmp_path: Any) -> None:

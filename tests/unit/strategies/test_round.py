@@ -26,9 +26,11 @@ from fedtune.core.messages import (
 from fedtune.core.records import ClientRecord
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.evaluation import EvaluationRound, clients_evaluate, pooled
+from fedtune.strategies.exchange import Closing
 from fedtune.strategies.reduction import WEIGHT
-from fedtune.strategies.round import LATE, Federation, TrainingRound, initial_state, scheduled_learning_rate
+from fedtune.strategies.round import LATE, Federation, TrainingRound, _closing, initial_state, scheduled_learning_rate
 from fedtune.strategies.strategy import federation_from_job
+from fedtune.strategies.timed_selection import timed_selection
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
@@ -200,6 +202,28 @@ def test_the_cohort_follows_from_seed_and_round() -> None:
     assert len(set(cohort(1))) == 10
     assert len(cohort(1, "federation.clients_per_round=0.5")) == 25
     assert len(cohort(1, "federation.clients_per_round=99")) == 50
+
+
+def test_a_round_by_deadline_tells_it_to_all_and_closes_by_it() -> None:
+    names = [f"client-{index:02d}" for index in range(20)]
+    seconds = dict.fromkeys(names, 2.0) | {"client-07": 500.0}
+    fed = federation("federation.selection=deadline", "federation.clients_per_round=10")
+    timed = timed_selection(fed.job, 10, seconds)
+    assert timed is not None
+    first = replace(fed, selection=timed)
+    assert next(TrainingRound.open(first, initial_state(fed), names, broadcast()).exchanges()).closing is None
+    fed = replace(fed, selection=timed.learned(1, [ClientRecord(name, answered=2.5) for name in names[:3]]))
+    round_ = TrainingRound.open(fed, initial_state(fed), names, broadcast())
+    exchange = next(round_.exchanges())
+    assert exchange.closing is not None
+    assert exchange.closing.seconds == pytest.approx(1.3 * 2.0 + 0.5)
+    assert (exchange.closing.enough, exchange.closing.least) == (10, 5)
+    assert len(exchange.requests) == 13
+    assert "client-07" not in exchange.requests  # which could not do a tenth of the work by then
+    requests = [decode(parts[0], TrainRequest) for parts in exchange.requests.values()]
+    assert {request.work.deadline for request in requests} == {exchange.closing.seconds}
+    secure = load_job(None, ["secure_aggregation.max_dropout=0.2"])
+    assert _closing(secure, 2.6, 10, 13) == Closing(2.6, 11, 11)  # with fewer the sum would not be opened
 
 
 def test_clients_evaluate_after_the_last_round_and_as_often_as_the_job_says() -> None:

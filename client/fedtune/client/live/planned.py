@@ -27,7 +27,8 @@ from fedtune.client.plan.planner import NoPlanError, megabytes
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.greeting import Terms
 from fedtune.core.job import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
-from fedtune.core.messages import Base
+from fedtune.core.messages import Base, TrainRequest
+from fedtune.core.timing import LEAST_WORK, work_share
 from fedtune.model.base import best_precision, load_base
 from fedtune.model.examples import Example, load_examples
 from fedtune.model.lora import AdaptedModel, Limits, adapt
@@ -154,6 +155,12 @@ class PlannedWork:
         self._show(f"data: {report}")
         self._preparing += time.monotonic() - start
         return examples
+
+    def share(self, client: str, request: TrainRequest) -> float:
+        """How much of what a request asks this device does: by its deadline, as far as its plan can tell."""
+        del client
+        deadline, predicted = request.work.deadline, self._current().seconds_per_round
+        return (work_share(predicted, deadline) or LEAST_WORK) if deadline else 1.0
 
     @contextmanager
     def watched(self) -> Iterator[None]:

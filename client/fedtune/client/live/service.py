@@ -366,7 +366,8 @@ class Service:
             self._tell(plan=self._planned.to_json())
 
     def _make_apps(self) -> None:
-        device = Device(self._planned.open_model, self._planned.load_examples, self._memory)
+        planned = self._planned
+        device = Device(planned.open_model, planned.load_examples, self._memory, planned.share)
         self._secure_app = client_app(device, credentials=self._credentials)
         self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
 

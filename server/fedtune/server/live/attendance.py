@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from fedtune.core.contradictions import secure_cohort_problems
 from fedtune.core.job import Job
 from fedtune.server.live.greeter import Greeter
+from fedtune.server.live.grid import RunGrid
 from fedtune.strategies.selection import cohort_size
 
 MAX_LEAST = 1000  # devices that a round may need
@@ -19,20 +20,22 @@ class Attendance:
     """The population of a run's rounds.
 
     Args:
+        grid: of the run.
         greeter: knows who may be asked.
         known: the devices that the others know; one that is enrolled while a job runs takes part in the next.
         wait_seconds: how long the first round waits for everyone.
     """
 
-    def __init__(self, greeter: Greeter, job: Job, known: set[str], wait_seconds: float) -> None:
-        self._greeter, self._job, self._known = greeter, job, known
+    def __init__(self, grid: RunGrid, greeter: Greeter, job: Job, known: set[str], wait_seconds: float) -> None:
+        self._grid, self._greeter, self._job, self._known = grid, greeter, job, known
         self._until = time.monotonic() + wait_seconds
 
     def __call__(self, grid: Grid) -> dict[str, int]:
         """Device -> node, as soon as a round of them can come to something."""
+        del grid  # it is the one this was made with
         board = self._greeter.board
         while True:
-            present = {name: node for name, node in self._greeter.present(grid).items() if name in self._known}
+            present = {name: node for name, node in self._greeter.present(self._grid).items() if name in self._known}
             everyone = len(present) == len(self._known) or time.monotonic() >= self._until
             if everyone and self._enough(len(present)):
                 board.working(state="training")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from fedtune.core.enrolment import SignedRoster
 from fedtune.core.errors import PeerError
@@ -19,6 +18,7 @@ from fedtune.core.records import ClientRecord
 from fedtune.server.live.board import Board, DeviceState, PlanStatus
 from fedtune.server.live.devices import Devices
 from fedtune.server.live.flower import NodeState
+from fedtune.server.live.grid import RunGrid
 from fedtune.strategies.envelope import seal, unseal
 
 GREETING_SECONDS = 30.0
@@ -59,11 +59,14 @@ class Greeter:
         self._left_out: dict[int, _LeftOut] = {}
         self.tiers: dict[str, int] = {}
         """Device -> how many rank indices its plan trains, of those that the current job has greeted."""
+        self.seconds: dict[str, float] = {}
+        """Device -> what it predicts that a round of the current job takes it."""
 
     def begin(self, identifier: str, job: Job, base: Base) -> CurrentJob:
         """Greets everyone anew, for a greeting also says which job is next."""
         self.forget()
         self.tiers.clear()
+        self.seconds.clear()
         self._job = CurrentJob(identifier, job.secure_aggregation.enabled, terms_of(job, base))
         return self._job
 
@@ -79,11 +82,14 @@ class Greeter:
         left_out = self._left_out.get(node.node_id)
         return left_out.state if left_out else "online"
 
-    def present(self, grid: Grid) -> dict[str, int]:
-        """The devices that are online, speak this protocol, and hold the newest roster."""
+    def present(self, grid: RunGrid) -> dict[str, int]:
+        """The devices that are online and free, speak this protocol, and hold the newest roster."""
         names = {key: name for name, key in self._devices().node_keys.items()}
+        busy = grid.drop_late()
         online = {
-            names[node.public_key]: node.node_id for node in self._nodes() if node.online and node.public_key in names
+            names[node.public_key]: node.node_id
+            for node in self._nodes()
+            if node.online and node.public_key in names and node.node_id not in busy
         }
         newest = self._devices().roster
         ask = {
@@ -95,7 +101,7 @@ class Greeter:
         self._greet(grid, ask, newest)
         return {name: node_id for name, node_id in online.items() if self._greeted.get(node_id, -1) >= newest.version}
 
-    def _greet(self, grid: Grid, nodes: dict[str, int], roster: SignedRoster) -> None:
+    def _greet(self, grid: RunGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
         job = self._job
         assert job is not None
         software = version("fedtune")
@@ -124,7 +130,7 @@ class Greeter:
                 continue
             self._greeted[node_id] = answer.roster_version
             self._left_out.pop(node_id, None)
-            self.tiers[name] = answer.rank
+            self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
 
     def observe(self, record: ClientRecord) -> None:
         """Shows what became of a device in a round; one that sits out is greeted again before the next."""

@@ -231,6 +231,11 @@ class RunGrid(Grid):
                 replies.append(reply)
         return replies
 
+    def drop_late(self) -> set[int]:
+        """Takes the answers that nobody waited for any longer, and throws them away; the nodes that still owe one."""
+        self.pull_messages(list(self._sent))
+        return {sent.head.metadata.dst_node_id for sent in self._sent.values()}
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Sends, and waits for all replies or until the time is over."""
         end = None if timeout is None else time.monotonic() + timeout

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, RunError
@@ -38,7 +39,9 @@ from fedtune.server.process import peak_rss_mb
 from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
 from fedtune.strategies.secure import SecureAggregation
+from fedtune.strategies.selection import cohort_size
 from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+from fedtune.strategies.timed_selection import timed_selection
 
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
@@ -165,8 +168,11 @@ class Service:
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 federation = federation_from_job(job, base, model.layout)
                 identities = self._devices.roster.roster
+                wanted = cohort_size(job.federation.clients_per_round, len(identities.keys))
+                if timed := timed_selection(job, wanted, self._greeter.seconds):
+                    federation = replace(federation, selection=timed)
                 secure = SecureAggregation(current.id, identities) if current.secure else None
-                attendance = Attendance(self._greeter, job, set(identities.keys), self._home.config.wait_seconds)
+                attendance = Attendance(grid, self._greeter, job, set(identities.keys), self._home.config.wait_seconds)
                 ranks = self._greeter.tiers.__getitem__
                 strategy = AdapterStrategy(federation, attendance, self._greeter.observe, secure, ranks)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))

@@ -3,7 +3,7 @@
     devices = SimulatedFleet(job, load_fleet(path), names, shape)
     federation = replace(federation, selection=devices.selection(federation.selection))
     strategy = AdapterStrategy(federation, ..., ranks=devices.rank)
-    device = Device(..., share=devices.share)
+    device = Device(..., share=devices.work)
     grid = FleetGrid(executor, node_ids, clients, devices, run_directory / "virtual.jsonl")
 
 Who is eligible, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
@@ -35,17 +35,19 @@ from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.errors import JobError
 from fedtune.core.fleet import Fleet, Kind
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.messages import TrainRequest
 from fedtune.core.records import ClientRecord
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
 from fedtune.core.tiers import tier_for
+from fedtune.core.timing import LEAST_WORK, round_deadline, work_share
 from fedtune.model.shape import ModelShape
 from fedtune.server.files import storage, write_text
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.simulation.grid import Executor, InProcessGrid
 from fedtune.strategies.selection import Selection
-from fedtune.strategies.timed_selection import DeadlineSelection, UtilitySelection
-from fedtune.strategies.virtual_clock import LEAST_WORK, Course, round_deadline, run_clock, work_share
+from fedtune.strategies.timed_selection import timed_selection
+from fedtune.strategies.virtual_clock import Course, run_clock
 
 _POLL_SECONDS = 0.005
 PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
@@ -126,14 +128,12 @@ class SimulatedFleet:
 
     def selection(self, inner: Selection) -> Selection:
         """The job's selection among those present."""
-        wanted, job = self._wanted(len(self.kinds)), self._job
-        match job.federation.selection:
-            case "deadline":
-                inner = DeadlineSelection(wanted, job.training.seed, self.predicted)
-            case "utility":
-                cap, hidden = job.federation.weight_cap, job.hides_updates
-                inner = UtilitySelection(wanted, job.training.seed, self.predicted, cap, hidden)
-        return _AmongPresent(self, inner)
+        timed = timed_selection(self._job, self._wanted(len(self.kinds)), self.predicted)
+        return _AmongPresent(self, timed or inner)
+
+    def work(self, name: str, request: TrainRequest) -> float:
+        """How much of what a request asks a client does."""
+        return self.share(name, request.round)
 
     def share(self, name: str, number: int) -> float:
         """How much of a round's local work a client does."""
@@ -260,6 +260,14 @@ class _AmongPresent:
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         return self.inner.cohort(round_number, self.devices.present(round_number, sorted(population)))
+
+    @property
+    def wanted(self) -> int | float:
+        return self.inner.wanted
+
+    def deadline(self, population: Sequence[str]) -> None:
+        """None: the virtual clock has its own, and real time does not count."""
+        del population
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
         return replace(self, inner=self.inner.learned(round_number, clients))

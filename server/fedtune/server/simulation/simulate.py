@@ -80,7 +80,9 @@ def _open(job: Job, path: Path, display: Display) -> Workshop:
         problems := secure_cohort_problems(job, cohort_size(job.federation.clients_per_round, clients))
     ):
         raise JobError(problems)
-    wanted = job.federation.clients_per_round
+    wanted, selection = job.federation.clients_per_round, job.federation.selection
+    if selection != "uniform" and workshop.devices is None:
+        raise JobError([f'federation.selection is "{selection}", but simulation.fleet names no fleet'])
     if isinstance(wanted, int) and wanted > clients:
         display.note(
             f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"

@@ -92,7 +92,7 @@ class Workshop:
         if self.devices is None:
             device = Device(lambda _: self.model, self.examples, store)
         else:
-            device = Device(lambda _: self.model, self.examples, store, self.devices.share)
+            device = Device(lambda _: self.model, self.examples, store, self.devices.work)
         return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
 
     def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:

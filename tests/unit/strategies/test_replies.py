@@ -1,0 +1,85 @@
+"""How long replies are waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from fedtune.strategies import replies
+from fedtune.strategies.exchange import Closing
+from fedtune.strategies.replies import stream_replies
+
+
+class Reply:
+    """As much of a Flower message as is looked at."""
+
+    def __init__(self, number: str, failed: bool = False) -> None:
+        self.metadata = type("Metadata", (), {"reply_to_message_id": number})()
+        self.number, self._failed = number, failed
+
+    def has_error(self) -> bool:
+        return self._failed
+
+
+class Clockwork:
+    """A grid and a clock: replies arrive at their second, and whoever sleeps lets it pass."""
+
+    def __init__(self, arrivals: dict[str, float], failing: Iterable[str] = ()) -> None:
+        self.now, self.arrivals, self.failing = 0.0, arrivals, set(failing)
+
+    def push_messages(self, messages: Iterable[str]) -> list[str]:
+        return list(messages)
+
+    def pull_messages(self, numbers: Iterable[str]) -> list[Reply]:
+        return [Reply(each, each in self.failing) for each in numbers if self.arrivals[each] <= self.now]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def heard(
+    monkeypatch: pytest.MonkeyPatch, clockwork: Clockwork, deadline: float | None = None, closing: Closing | None = None
+) -> tuple[str, float]:
+    """Whose replies came, and the second at which nobody waited any more."""
+    monkeypatch.setattr(replies, "time", clockwork)
+    grid: Any = clockwork
+    messages: Any = list(clockwork.arrivals)
+    numbers = sorted(reply.number for reply in stream_replies(grid, messages, deadline, closing))  # type: ignore[attr-defined]
+    return "".join(numbers), clockwork.now
+
+
+ARRIVALS = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 50.0}
+
+
+def test_everybody_is_waited_for_or_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heard(monkeypatch, Clockwork(ARRIVALS))[0] == "abcd"
+    names, seconds = heard(monkeypatch, Clockwork(ARRIVALS), deadline=10.0)
+    assert names == "abc"
+    assert seconds < 11.0
+
+
+@pytest.mark.parametrize(
+    ("closing", "names", "until"),
+    [
+        (Closing(seconds=10.0, enough=4, least=2), "abc", 10.0),
+        (Closing(seconds=10.0, enough=2, least=1), "ab", 2.0),
+        (Closing(seconds=2.5, enough=4, least=3), "abc", 3.0),  # too few were in time, so it was too short
+        (Closing(seconds=2.5, enough=4, least=4), "abcd", 50.0),
+    ],
+)
+def test_a_round_closes_with_enough_answers_or_at_its_time_and_never_with_too_few(
+    monkeypatch: pytest.MonkeyPatch, closing: Closing, names: str, until: float
+) -> None:
+    came, seconds = heard(monkeypatch, Clockwork(ARRIVALS), closing=closing)
+    assert came == names
+    assert until <= seconds < until + 0.6
+
+
+def test_an_error_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork = Clockwork(ARRIVALS, failing="a")
+    assert heard(monkeypatch, clockwork, closing=Closing(seconds=90.0, enough=2, least=1))[0] == "abc"
