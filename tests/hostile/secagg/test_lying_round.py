@@ -109,6 +109,7 @@ def of_work(**changes: Any) -> Callable[[TrainRequest], TrainRequest]:
         (changed_config(context=b"other work"), "work and codec"),
         (changed_request(of_uplink(clips=(1e-3, 1e-3))), "work and codec"),
         (changed_request(of_work(learning_rate=1.0)), "work and codec"),
+        (changed_request(of_work(deadline=1e-3)), "work and codec"),
         (changed_request(of_uplink(n_max=5)), "n_max"),
         (changed_request(of_uplink(form="sparse")), "cannot be masked"),
         (changed_request(of_uplink(form="exact")), "cannot be masked"),
@@ -124,6 +125,17 @@ def test_a_configuration_that_is_not_about_the_request_beside_it_is_refused(
     with pytest.raises(PeerError, match=refusal):
         stand.rounds.open(VICTIM, *lie(*honest))
     assert stand.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
+
+
+def test_a_client_that_is_asked_for_another_tier_than_its_seats_refuses() -> None:
+    names = [f"client-{index}" for index in range(12)]
+    ranks = {name: 2 if index % 2 else 4 for index, name in enumerate(names)}
+    stand = Stand(names, ["adapter.tiers=[2, 4]"], ranks)
+    honest = first_message(stand)
+    assert decode(honest[1], TrainRequest).tier == 4
+    with pytest.raises(PeerError, match=r"not about what client-0 is asked: tier$"):
+        stand.rounds.open(VICTIM, *changed_request(lambda request: msgspec.structs.replace(request, tier=2))(*honest))
+    assert stand.rounds.open(VICTIM, *honest)
 
 
 def test_a_client_trains_once_a_round_and_sends_one_masked_update() -> None:
