@@ -66,7 +66,8 @@ MUTANTS = (
         "sparse graph stays connected", "graph.py", "if not _stays_connected(n, k, min(", "if False and (n, k, min("
     ),
     Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
-    Mutant("policy's minimum of a tier", "config.py", "if lowest < policy.min_tier_survivors:", "if False:"),
+    Mutant("policy's minimum of a tier", "config.py", "if lowest < least:", "if False:"),
+    Mutant("who may collude in a tier", "config.py", "least = max(least, part(", "least = max(least, 0 * part("),
     Mutant("strangers in the cohort", "client.py", "        if strangers:", "        if False:"),
     Mutant("own invitation", "client.py", "if not seats or self.roster", "if self.roster"),
     Mutant(

@@ -125,6 +125,19 @@ def test_a_configuration_below_the_clients_own_minimum_is_refused() -> None:
         advertise(session, stand.config)
 
 
+def test_a_tier_in_which_all_but_one_may_collude_is_refused() -> None:
+    """Two of twenty may collude: in a tier of three with both of them, the third's words are the sum less theirs."""
+    segments = (Segment("v", 4, 16, 1000, (0,)), Segment("w", 4, 16, 1000, (1,)))
+    config = changed(Rehearsal.prepare([0] * 17 + [1] * 3, segments).server.config, tier_minimums=(3, 3))
+    identities, roster = enrol(member.client for member in config.cohort)
+    rehearsal = Rehearsal.start(config, identities, roster, policy=Policy())
+    with pytest.raises(ServerFaultError, match="a tier minimum of 3 survivors is below this client's 4"):
+        rehearsal.run(random_updates(config))
+    four = changed(config, cohort=(*config.cohort[:16], Member("client-16", 1), *config.cohort[17:]))
+    four = changed(four, tier_minimums=(4, 4))
+    assert set(Rehearsal.start(four, identities, roster, policy=Policy()).run(random_updates(four)).sums) == {"v", "w"}
+
+
 def test_more_collusion_than_the_server_admits_needs_a_higher_threshold() -> None:
     stand = Stand(Stage.ADVERTISE)
     session = fresh_session(stand, policy=Policy(max_corrupt=0.4, min_survivors=2, min_tier_survivors=1))

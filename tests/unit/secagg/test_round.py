@@ -85,7 +85,7 @@ def test_the_sum_is_exact_on_a_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(graph, "COMPLETE_UP_TO", 20)
     config = msgspec.structs.replace(Rehearsal.prepare([i % 2 for i in range(24)], TIERED).server.config, **SPARSE)
     identities, roster = enrol(member.client for member in config.cohort)
-    rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1))
+    rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1, 0))
     updates = random_updates(config)
     result = rehearsal.run(
         updates, {Stage.SHARE: {"client-3"}, Stage.MASK: {"client-0", "client-9"}, Stage.UNMASK: {"client-7"}}
@@ -101,7 +101,7 @@ def test_a_sparse_round_without_a_quorum_of_votes_aborts_even_if_its_shares_woul
     roomy = [Segment("v", 7, 16, 15, (0,))]
     config = msgspec.structs.replace(Rehearsal.prepare([0] * 24, roomy).server.config, **SPARSE)
     identities, roster = enrol(member.client for member in config.cohort)
-    rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1))
+    rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1, 0))
     with pytest.raises(RoundAbortedError, match="12 clients voted, expected at least 13"):
         rehearsal.run(random_updates(config), {Stage.VOTE: {f"client-{seat}" for seat in range(12)}})
 

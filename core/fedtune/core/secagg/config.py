@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.core.errors import JobError
-from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, problems
+from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, part, problems
 from fedtune.core.secagg.identity import RoundMark
 from fedtune.core.secagg.messages import Member, RoundConfig, Segment, increasing
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
@@ -22,11 +22,13 @@ class Policy:
         max_corrupt: the part of the cohort that may collude with the server, γ.
         min_survivors: the fewest clients the client agrees to be summed with, itself included.
         min_tier_survivors: the same within every tier; segments of one tier are summed over that tier alone.
+        min_tier_honest: the fewest of them that must be left if all who may collude are in that tier.
     """
 
     max_corrupt: float = 0.1
     min_survivors: int = MIN_SURVIVORS
     min_tier_survivors: int = MIN_SURVIVORS
+    min_tier_honest: int = 2
 
 
 def round_config(
@@ -109,9 +111,11 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
     found = problems(thresholds_of(config), policy.max_corrupt)
     if config.minimum < policy.min_survivors:
         found.append(f"a minimum of {config.minimum} survivors is below this client's {policy.min_survivors}")
-    lowest = min(config.tier_minimums)
-    if lowest < policy.min_tier_survivors:
-        found.append(f"a tier minimum of {lowest} survivors is below this client's {policy.min_tier_survivors}")
+    lowest, least = min(config.tier_minimums), policy.min_tier_survivors
+    if len({member.tier for member in config.cohort}) > 1:  # else who colludes is outnumbered by the minimum of all
+        least = max(least, part(policy.max_corrupt, len(config.cohort)) + policy.min_tier_honest)
+    if lowest < least:
+        found.append(f"a tier minimum of {lowest} survivors is below this client's {least}")
     return found
 
 
