@@ -77,6 +77,7 @@ def serve(
         from fedtune.client.inference.model import ADAPTER_SUFFIX, ExportedModel
         from fedtune.client.inference.scheduler import Scheduler
         from fedtune.client.inference.server import create_app
+        from fedtune.core.connections import MAX_HEAD_BYTES, BoundedHttp
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
 
@@ -94,10 +95,11 @@ def serve(
         host=host,
         port=port,
         log_level="warning",
+        http=BoundedHttp,
         limit_concurrency=2 * (slots + queue) + 32,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=1 << 16,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
     listener = _bind(config)
     address, bound = listener.getsockname()[:2]

@@ -33,6 +33,8 @@ def main() -> None:
     """Serves until standard input ends or SIGTERM comes."""
     import uvicorn
 
+    from fedtune.core.connections import MAX_HEAD_BYTES, BoundedHttp
+
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
     key = read_bounded(home / CONTROL_KEY, "the control key").decode()
@@ -46,7 +48,9 @@ def main() -> None:
         proxy_headers=False,
         server_header=False,
         date_header=True,  # by which a device learns that its clock is wrong
+        http=BoundedHttp,
         ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
