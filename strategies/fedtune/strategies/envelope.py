@@ -74,8 +74,10 @@ def _bytes(array: object) -> bytes:
         raise PeerError(f"the payload is {type(array).__name__}; expected bytes or an array")
     try:
         values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except Exception as error:  # numpy believes the header: MemoryError, tokenize's errors and more are the sender's
         raise PeerError(f"the payload is not a readable array: {error}") from error
+    if not isinstance(values, np.ndarray):  # an archive of some
+        raise PeerError(f"the payload is {type(values).__name__}; expected a flat array of uint8")
     if values.dtype != np.uint8 or values.ndim != 1:
         raise PeerError(f"the payload is {values.dtype} with {values.ndim} dimensions; expected a flat array of uint8")
     payload: bytes = values.tobytes()

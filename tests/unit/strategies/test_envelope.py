@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -15,6 +17,22 @@ from fedtune.strategies.envelope import MAX_SHORT_BYTES, seal, unseal_parts
 def message(content: RecordDict) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     return Message(content, 2, "query", ttl=60)
+
+
+def stored(data: bytes) -> Array:
+    return Array("uint8", (3,), "numpy.ndarray", data)
+
+
+def header(shape: str) -> bytes:
+    """A .npy file without any values."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def archive() -> bytes:
+    file = BytesIO()
+    np.savez(file, np.zeros(3))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("sizes", [(0,), (1,), (MAX_SHORT_BYTES,), (MAX_SHORT_BYTES + 1,), (10, MAX_SHORT_BYTES)])
@@ -39,6 +57,10 @@ def test_a_short_payload_travels_as_fewer_objects_than_an_array_would() -> None:
         RecordDict({"other": ConfigRecord({"part-0": b""})}),
         RecordDict({"fedtune": ArrayRecord({"part-0": Array(np.zeros(3))})}),
         RecordDict({"fedtune": ArrayRecord({"part-0": Array(np.zeros((2, 2), dtype=np.uint8))})}),
+        RecordDict({"fedtune": ArrayRecord({"part-0": stored(header("(1125899906842624,)"))})}),
+        RecordDict({"fedtune": ArrayRecord({"part-0": stored(header("(3,)"))})}),
+        RecordDict({"fedtune": ArrayRecord({"part-0": stored(header("(" * 100))})}),
+        RecordDict({"fedtune": ArrayRecord({"part-0": stored(archive())})}),
         RecordDict({}),
     ],
 )
