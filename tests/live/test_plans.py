@@ -283,6 +283,38 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     assert cloud._greeter.present(grid) == {}
 
 
+def test_words_of_a_device_and_of_a_server_steer_no_terminal(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from fedtune.server.live.board import print_status, read_status
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
+    hostile = "[/red]\x1b[2J\x1b]0;owned\x07\n2026-01-01  all is well\x9b31m\u202e"
+    reply = GreetingReply(PROTOCOL_VERSION, hostile, 2, 4, 8000, hostile, hostile, 8, "packed", 64, 120, 1.5)
+    cloud = server.Service(fleet.home, Silent())
+    cloud._greeter._job = CurrentJob("job", True, terms())
+    name = fleet.names[0]
+    grid: Any = Replies({11: encode(reply)})
+    cloud._greeter._greet(grid, {name: 11}, Devices.load(fleet.home).roster)
+    cloud._board.write([])
+    print_status(Console(width=400, highlight=False), read_status(fleet.home))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "all is well" in line]
+    assert line.startswith(name)
+    assert "[/red]" in line
+    assert line.isprintable()
+
+    device = device_of(fleet, name, monkeypatch)
+    base = msgspec.structs.replace(terms().base, name=hostile, digest="0" * 64)
+    roster = Devices.load(fleet.home).roster.to_bytes()
+    greeting = Greeting(PROTOCOL_VERSION, "0.1", "job", True, msgspec.structs.replace(terms(), base=base), roster)
+    assert ask(device, ACTION, seal(encode(greeting))).has_error()
+    problem = fleet.device_status(name)["problem"]
+    assert "all is well" in problem
+    assert problem.isprintable()
+
+
 def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from rich.console import Console
 

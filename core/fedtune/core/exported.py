@@ -123,8 +123,9 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         manifest = Manifest(files=files, start_tokens=start, **value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExportError(f"{where}: not a manifest: {error}") from error
-    if not all(isinstance(field, str) for field in (manifest.kind, manifest.name, manifest.format)):
-        raise ExportError(f"{where}: not a manifest: kind, name and format must be text")
+    texts = (manifest.kind, manifest.name, manifest.format)
+    if not all(isinstance(field, str) and field.isprintable() for field in texts):
+        raise ExportError(f"{where}: not a manifest: kind, name and format must be printable text")
     if not isinstance(manifest.provenance, dict) or not isinstance(manifest.context, int):
         raise ExportError(f"{where}: not a manifest: provenance must be a table and context a number")
     return manifest

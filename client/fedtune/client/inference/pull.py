@@ -49,6 +49,7 @@ from fedtune.core.offers import (
     sign_request,
 )
 from fedtune.core.private import write_private
+from fedtune.core.text import one_line
 
 FIRST_PIECE, SHORTEST_PIECE = 256 << 10, 32 << 10
 QUICK_SECONDS, SLOW_SECONDS = 1.0, 15.0  # a piece that takes less makes the next larger; one that takes more, smaller
@@ -377,7 +378,7 @@ def _check(response: httpx.Response) -> None:
     status = response.status_code
     if status == 200:
         return
-    text = b"".join(response.iter_bytes(_MAX_TEXT))[:_MAX_TEXT].decode("utf-8", "replace") if status < 500 else ""
+    text = one_line(next(response.iter_bytes(_MAX_TEXT), b"").decode("utf-8", "replace")) if status < 500 else ""
     if status == 401:
         raise InputError("the server does not know this device; was it revoked?")
     if status == 404 and text:

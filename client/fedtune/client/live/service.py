@@ -63,6 +63,7 @@ from fedtune.core.messages import decode, encode
 from fedtune.core.private import remove_unfinished, write_private
 from fedtune.core.secagg import Policy
 from fedtune.core.stopping import Stopped, stopping
+from fedtune.core.text import one_line
 from fedtune.strategies.envelope import seal, unseal
 
 POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, at most while a round is near, at most otherwise
@@ -137,7 +138,7 @@ class Service:
     """
 
     def __init__(self, home: ClientHome, show: Callable[[str], None]) -> None:
-        self._home, self._show = home, show
+        self._home, self._show_line = home, show
         remove_unfinished(home.path)
         config = home.config
         self._status = Status(os.getpid(), config.name, config.server)
@@ -238,7 +239,7 @@ class Service:
 
     def _work(self, task: Task) -> None:
         head = task.head.metadata
-        kind = f"{head.message_type} {head.group_id}".strip()
+        kind = one_line(f"{head.message_type} {head.group_id}")[:200]
         note = self._home.path / "working"
         self._tell(state="working", task=kind, contact=time.time())
         identify(task.head, self._link.node_id)
@@ -419,20 +420,23 @@ class Service:
 
     def _pause(self, error: FedtuneError) -> None:
         pause = self._backoff.next()
-        if str(error) != self._status.problem or self._backoff.failures == 1:
+        if one_line(str(error)) != self._status.problem or self._backoff.failures == 1:
             self._show(f"{error}; trying again")
         self._tell(
             state="waiting",
             trying=self._backoff.failures,
             next_try=time.time() + pause,
-            problem=str(error),
+            problem=one_line(str(error)),
             problem_time=time.time(),
         )
         time.sleep(pause)
 
+    def _show(self, text: str) -> None:
+        self._show_line(one_line(text))  # some of it the server wrote
+
     def _problem(self, text: str) -> None:
         self._show(text)
-        self._tell(problem=text[:1000], problem_time=time.time())
+        self._tell(problem=one_line(text)[:1000], problem_time=time.time())
 
     def _tell(self, **changes: Any) -> None:
         with self._status_lock:

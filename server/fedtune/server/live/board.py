@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedtune.core.errors import InputError
 from fedtune.core.private import read_json, write_private
@@ -228,7 +229,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
             table.add_column(column)
         for name, device in status["devices"].items():
             heard = "" if device["last_heard"] is None else f"{device['last_heard']:.0f} s ago"
-            table.add_row(
+            cells = (
                 name,
                 device["state"],
                 heard,
@@ -237,6 +238,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
                 device["hardware"],
                 device["dropped"],
             )
+            table.add_row(*map(Text, cells))  # not as markup: devices chose some of the words
         console.print(table)
         if plans := {name: device["plan"] for name, device in status["devices"].items() if device.get("plan")}:
             _print_plans(console, plans)

@@ -15,6 +15,7 @@ from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, SITS_OUT, Greeting, 
 from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.messages import HEADER_BYTES, Base, decode, encode
 from fedtune.core.records import ClientRecord
+from fedtune.core.text import one_line
 from fedtune.server.live.board import Board, DeviceState, PlanStatus
 from fedtune.server.live.devices import Devices
 from fedtune.server.live.flower import NodeState
@@ -121,12 +122,12 @@ class Greeter:
                 continue
             hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
             if answer.accelerator:
-                hardware += f", {answer.accelerator}"
+                hardware += f", {one_line(answer.accelerator)}"
             plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
-            self.board.device(name, software=answer.software, hardware=hardware, plan=plan, state="online")
+            self.board.device(name, software=one_line(answer.software), hardware=hardware, plan=plan, state="online")
             if answer.sits_out:
                 self._left_out[node_id] = _LeftOut("sits out", time.monotonic())
-                self.board.device(name, state="sits out", dropped=f"{SITS_OUT}: {answer.sits_out}")
+                self.board.device(name, state="sits out", dropped=f"{SITS_OUT}: {one_line(answer.sits_out)}")
                 continue
             self._greeted[node_id] = answer.roster_version
             self._left_out.pop(node_id, None)

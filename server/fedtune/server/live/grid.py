@@ -44,6 +44,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
 from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, Payload, decode
+from fedtune.core.text import one_line
 from fedtune.server.live.calls import LinkLostError, called
 from fedtune.strategies.envelope import post
 
@@ -359,4 +360,4 @@ def _failed(head: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABL
         ttl=0,
         message_type=asked.message_type,
     )
-    return make_message(metadata=metadata, error=Error(code, reason[:500]))
+    return make_message(metadata=metadata, error=Error(code, one_line(reason[:500])))
