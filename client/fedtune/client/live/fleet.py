@@ -16,7 +16,7 @@ import email.utils
 import ssl
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import (
@@ -45,7 +45,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectPushError,
     inflate_object_from_contents,
     pull_and_inflate_object_from_tree,
@@ -73,7 +72,7 @@ from fedtune.core.bundles import (
 )
 from fedtune.core.enrolment import load_node_key
 from fedtune.core.errors import FedtuneError, PeerError
-from fedtune.core.messages import PROTOCOL_VERSION, decode
+from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, decode
 from fedtune.strategies.envelope import post
 
 HEARTBEAT_INTERVAL = 15.0  # the server takes a device for gone after two of these
@@ -81,6 +80,8 @@ CALL_SECONDS = 20.0
 HEARTBEAT_CALL_SECONDS = 12.0
 PIECE_SECONDS = 240.0  # a piece, up or down, over a very slow link
 MAX_PIECES = 100_000
+MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (16 << 20)  # with a configuration beside the payload
+MAX_ANSWER_BYTES = MAX_TAKEN_BYTES + (1 << 20)  # of one call: a piece of a message is far smaller
 MAX_CLOCK_ERROR = 2.0
 _FETCH_SECONDS = 600.0
 
@@ -137,9 +138,13 @@ class FleetLink:
         self._signer = _Signer(node_key)
         interceptors: list[ProtobufClientInterceptor] = [_Versions(), self._signer]
         url = f"https://{server}"
-        self._calls = FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=CALL_SECONDS)
-        self._beats = FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=HEARTBEAT_CALL_SECONDS)
-        self._pieces = FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=PIECE_SECONDS)
+        self._calls, self._beats, self._pieces = (
+            FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=seconds)
+            for seconds in (CALL_SECONDS, HEARTBEAT_CALL_SECONDS, PIECE_SECONDS)
+        )
+        for client in (self._calls, self._beats, self._pieces):
+            client._client.follow_redirects = False  # a server must not send devices about in their own networks
+            client._client.event_hooks = {"response": [_bound]}
         self._node = Node()
 
     @property
@@ -197,7 +202,11 @@ class FleetLink:
         return bool(response.success)
 
     def pull(self) -> Task | None:
-        """A message that waits, or None."""
+        """A message that waits, or None.
+
+        Raises:
+            PeerError: what waits is no message, or larger than any may be.
+        """
 
         def take(asked: TakeMessage) -> tuple[PullMessagesResponse, dict[str, bytes]]:
             taken = decode(post(self._calls, TAKE, asked), Taken, MAX_TAKEN_BYTES)
@@ -209,8 +218,11 @@ class FleetLink:
             raise UnreachableError(f"the server's answer cannot be read: {error}") from error
         if not found.messages_list:
             return None
-        proto, tree = found.messages_list[0], found.message_object_trees[0]
-        return Task(message_from_proto(proto), tree, proto.SerializeToString(), objects)
+        try:
+            proto, tree = found.messages_list[0], found.message_object_trees[0]
+            return Task(message_from_proto(proto), tree, proto.SerializeToString(), objects)
+        except Exception as error:  # Flower raises what it likes
+            raise PeerError(f"not a message: {type(error).__name__}") from error
 
     def fetch(self, task: Task) -> Message:
         """The message's content.
@@ -221,9 +233,17 @@ class FleetLink:
         if sum(1 for _ in iterate_object_tree(task.tree)) > MAX_PIECES:
             raise PeerError(f"the message has more than {MAX_PIECES} pieces")
         run_id = task.head.metadata.run_id
-        pull = make_pull_object_fn_protobuf(
-            lambda piece: self._call(self._pieces.PullObject, piece), self._node, run_id
-        )
+        left = MAX_MESSAGE_BYTES
+
+        def pull_piece(piece: PullObjectRequest) -> PullObjectResponse:
+            nonlocal left
+            pulled: PullObjectResponse = self._call(self._pieces.PullObject, piece)
+            left -= len(pulled.object_content)
+            if left < 0:
+                raise PeerError(f"the message has more than {MAX_MESSAGE_BYTES} bytes")
+            return pulled
+
+        pull = make_pull_object_fn_protobuf(pull_piece, self._node, run_id)
         confirm = make_confirm_message_received_fn_protobuf(
             lambda receipt: self._call(self._calls.ConfirmMessageReceived, receipt), self._node, run_id
         )
@@ -244,7 +264,7 @@ class FleetLink:
                 raise TypeError("it is not a message")
         except FedtuneError:
             raise
-        except (ObjectPullError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a server sent, this process goes on
             raise PeerError(f"a message could not be fetched: {error}") from error
         message.metadata.__dict__["_message_id"] = task.tree.object_id
         return message
@@ -310,6 +330,32 @@ def _bundle(reply: Message) -> dict[str, bytes]:
     return objects
 
 
+class _Bounded(httpx.SyncByteStream):
+    """An answer's bytes, of which there may be so many."""
+
+    def __init__(self, stream: httpx.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = MAX_ANSWER_BYTES
+        for chunk in self._stream:
+            left -= len(chunk)
+            if left < 0:
+                raise PeerError(f"the server's answer has more than {MAX_ANSWER_BYTES} bytes")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _bound(response: httpx.Response) -> None:
+    """Keeps an answer from taking more memory than any of this fleet's does; httpx reads whatever comes."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise PeerError("the server's answer is compressed, which nobody asked for")
+    assert isinstance(response.stream, httpx.SyncByteStream)
+    response.stream = _Bounded(response.stream)
+
+
 def error_reply(request: Message, reason: str) -> Message:
     """What a device answers when it cannot do what it was asked."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason[:500]), reply_to=request)
@@ -370,13 +416,16 @@ class _Signer:
 
 
 class _Versions:
-    """Says which Flower this is; unlike Flower's own, it does not end the process when the server minds."""
+    """Says which Flower this is; unlike Flower's own, it does not end the process when the server minds.
+
+    It also asks for answers that are not compressed, see `_bound`.
+    """
 
     def __init__(self) -> None:
         self._metadata = dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers.update(self._metadata)
+        context.request.headers.update({**self._metadata, "accept-encoding": "identity"})
         return call_next(context)
 
 
