@@ -12,7 +12,6 @@ The last message of a conversation is its completion; the tokenizer's chat templ
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.seeds import generator
+from fedtune.core.text import nfc
 from fedtune.model.records import Message, Record, read_records
 
 
@@ -197,9 +197,9 @@ def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
     empty = duplicate = 0
     for record in records:
         normal = Record(
-            completion=_nfc(record.completion),
-            prompt=_nfc(record.prompt),
-            messages=tuple(Message(turn.role, _nfc(turn.content)) for turn in record.messages),
+            completion=nfc(record.completion),
+            prompt=nfc(record.prompt),
+            messages=tuple(Message(turn.role, nfc(turn.content)) for turn in record.messages),
         )
         identity = (normal.prompt, normal.completion, normal.messages)
         if not normal.completion.strip():
@@ -210,10 +210,6 @@ def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
             seen.add(identity)
             kept.append(normal)
     return kept, CleaningReport(read=len(records), empty=empty, duplicate=duplicate)
-
-
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def _converse(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -1,10 +1,30 @@
-"""Words of the other side are one line that steers nothing."""
+"""Text from elsewhere: NFC is what Unicode says and takes no longer than it must; what people see steers nothing."""
 
 from __future__ import annotations
 
-import pytest
+import time
+import unicodedata
 
-from fedtune.core.text import one_line
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.core.text import nfc, one_line
+
+LETTERS = ["a", "\u1e69", "\uac00", "\u1100", "\u1161", "\u304b", "\U0001d15e", "\ud800"]
+MARKS = ["\u0301", "\u0316", "\u0323", "\u0327", "\u0338", "\u0344", "\u0f71", "\u0f73", "\u3099", "\U0001d165"]
+
+
+@given(st.lists(st.sampled_from(LETTERS + 10 * MARKS), max_size=200).map("".join))
+def test_nfc_is_the_standards(text: str) -> None:
+    assert nfc(text) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73", "\u0301\u0344\u0316"])
+def test_a_letter_with_very_many_marks_takes_no_longer_than_other_text(marks: str) -> None:
+    start = time.monotonic()
+    nfc("a" + marks * 100_000)
+    assert time.monotonic() - start < 10  # and a minute in the order in which Python takes them
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from fedtune.core.errors import ExportError, InputError
 from fedtune.core.exported import MAX_MANIFEST_BYTES, digest_file, parse_manifest, verify
+from fedtune.core.text import nfc
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 MAX_ADAPTERS = 64
@@ -116,7 +116,7 @@ class ExportedModel:
 
     def encode(self, text: str) -> list[int]:
         """A prompt as training made it: NFC, behind the start tokens."""
-        ids: list[int] = self._tokenizer.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(nfc(text), add_special_tokens=False).ids
         start = list(self.manifest.start_tokens)
         return ids if start and ids[: len(start)] == start else start + ids
 
@@ -128,7 +128,7 @@ class ExportedModel:
         """
         if self._template is None:
             raise PromptError(f"{self.name} has no chat template; use /v1/completions")
-        turns = [{**turn, "content": unicodedata.normalize("NFC", turn["content"])} for turn in messages]
+        turns = [{**turn, "content": nfc(turn["content"])} for turn in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
         except Exception as error:  # a template is a program of the model's author and raises what it likes
