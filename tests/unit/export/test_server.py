@@ -110,6 +110,39 @@ def test_a_completion_is_what_the_merged_model_writes(client: openai.OpenAI, mak
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": [{"role": "user", "content": PROMPT}]})],
+)
+def test_a_prompt_that_takes_long_to_tokenise_holds_nobody_up(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, content: dict[str, Any]
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(model: ExportedModel, given: Any) -> list[int]:
+        del model, given
+        begun.set()
+        go_on.wait(20)
+        return [1]
+
+    monkeypatch.setattr(ExportedModel, "encode", slow)
+    monkeypatch.setattr(ExportedModel, "encode_chat", slow)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        statuses.append(httpx.post(f"{url}/v1/{path}", json={"model": "lamp", **content}, timeout=60).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(20)
+    try:
+        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+    finally:
+        go_on.set()
+        asking.join()
+    assert statuses == [200]
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "lamp", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     whole = client.completions.create(**settings)

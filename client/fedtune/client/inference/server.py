@@ -122,13 +122,11 @@ class _Service:
 
     async def complete(self, request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
-        prompt = asked.prompt
+        prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
         if isinstance(prompt, str):
-            ids = self._model.encode(prompt)
-        elif isinstance(prompt[0], str):
-            ids = self._model.encode(prompt[0])
+            ids = await asyncio.to_thread(self._model.encode, prompt)  # seconds, where it is as large as it may be
         else:
-            ids = [int(token) for token in prompt]
+            ids = [int(token) for token in asked.prompt]
         if asked.max_tokens is None:
             room = self._room(ids, None)
             tokens = min(COMPLETION_TOKENS, room)
@@ -139,7 +137,7 @@ class _Service:
     async def chat(self, request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         try:
-            ids = self._model.encode_chat([message.turn() for message in asked.messages])
+            ids = await asyncio.to_thread(self._model.encode_chat, [message.turn() for message in asked.messages])
         except PromptError as error:
             raise ApiError(400, str(error), param="messages") from error
         tokens = self._room(ids, asked.max_completion_tokens or asked.max_tokens)
