@@ -92,6 +92,25 @@ def test_a_spoilt_round_log_is_an_error_and_never_an_empty_one(tmp_path: Path, c
     assert path.read_text() == content
 
 
+def test_a_round_log_never_grows_so_large_that_it_cannot_be_read(tmp_path: Path) -> None:
+    """As it would under a server that names a new job for every round, with names as long as they may be."""
+    log, marks = FileRoundLog(tmp_path / "rounds.json"), dict[str, RoundMark]()
+    name = "\U0001f600" * 122
+    for number in range(600):
+        marks[f"{number:06d}{name}"] = RoundMark(1, 0)
+    (tmp_path / "rounds.json").write_text(json.dumps(marks))
+
+    def name_more_jobs() -> None:
+        for number in range(600, 800):
+            log.record(f"{number:06d}{name}", RoundMark(1, 0))
+
+    with pytest.raises(InputError, match=r"the round log is full after 6\d\d jobs"):
+        name_more_jobs()
+    log.record(f"000000{name}", RoundMark(2, 0))
+    assert log.last(f"000000{name}") == RoundMark(2, 0)
+    assert log.last(f"000001{name}") == RoundMark(1, 0)
+
+
 def test_later_attempts_and_rounds_compare_greater() -> None:
     assert RoundMark(1, 0) < RoundMark(1, 1) < RoundMark(2, 0)
 

@@ -22,6 +22,7 @@ from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
 
 MAX_ROSTER_BYTES = 16 << 20
 MAX_LOG_BYTES = 1 << 20
+_MARK_BYTES = 40  # by which one may grow
 MAX_NAME = 128
 
 
@@ -156,7 +157,8 @@ class MemoryRoundLog:
 class FileRoundLog:
     """A round log in one JSON file, replaced atomically; a crash leaves the old or the new one.
 
-    A file that cannot be read is an error, never an empty log: forgetting a round is what an attacker wants.
+    A file that cannot be read is an error, never an empty log: forgetting a round is what an attacker wants. Nor may a
+    server that names ever more jobs make the log too large to be read: a full one takes no further job.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,7 +168,11 @@ class FileRoundLog:
         return self._read().get(job)
 
     def record(self, job: str, mark: RoundMark) -> None:
-        _write_atomically(self._path, json.dumps({**self._read(), job: mark}) + "\n")
+        marks = self._read()
+        content = json.dumps({**marks, job: mark}) + "\n"
+        if job not in marks and len(content) + _MARK_BYTES * len(marks) > MAX_LOG_BYTES:
+            raise InputError(f"{self._path}: the round log is full after {len(marks)} jobs; leave and join anew")
+        _write_atomically(self._path, content)
 
     def _read(self) -> dict[str, RoundMark]:
         if not self._path.exists():
