@@ -21,7 +21,8 @@ from fedtune.client.live.home import ClientHome
 from fedtune.client.plan import command
 from fedtune.client.plan.calibration import Measured
 from fedtune.client.plan.eligibility import Requirements, Sensors
-from fedtune.core.actions import OPEN, TRAIN, query
+from fedtune.core.actions import EVALUATE, OPEN, TRAIN, query
+from fedtune.core.enrolment import Bundle
 from fedtune.core.errors import PeerError
 from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
 from fedtune.core.job_file import load_job
@@ -103,6 +104,19 @@ def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(
     assert share(0.0) == share(2 * predicted) == 1.0  # nobody waits, or it is fast enough
     assert share(predicted / 2) == pytest.approx(0.45)
     assert share(predicted / 1000) == LEAST_WORK
+
+
+def test_a_device_scores_nothing_for_a_server_where_its_owner_says_so(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet(1)
+    name = fleet.names[0]
+    data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
+    ClientHome.join(fleet.client_home(name), Bundle.load(fleet.folder / f"{name}.bundle"), data, scores=False)
+    device = device_of(fleet, name, monkeypatch)
+    greet(device, fleet)
+    answer = ask(device, EVALUATE, seal(b""))
+    assert answer.error.reason == "this device's owner has it score nothing for a server"
 
 
 def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,12 @@ def join(
         bool,
         typer.Option("--allow-clear", help="Also take part in jobs whose server sees this device's own updates."),
     ] = False,
+    no_scores: Annotated[
+        bool,
+        typer.Option(
+            "--no-scores", help="Score no adapter on this device's data for the server, which could ask a lot."
+        ),
+    ] = False,
     only_charging: Annotated[
         bool, typer.Option("--only-charging", help="Do not train on battery, however full.")
     ] = DEFAULT_REQUIREMENTS.only_charging,
@@ -66,7 +72,15 @@ def join(
 
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
     folder, bases = home or default_home(), tuple(base or ())
-    made = ClientHome.join(folder, Bundle.load(bundle), data, bases, allow_clear=allow_clear, requirements=requirements)
+    made = ClientHome.join(
+        folder,
+        Bundle.load(bundle),
+        data,
+        bases,
+        allow_clear=allow_clear,
+        scores=not no_scores,
+        requirements=requirements,
+    )
     try:
         plans = _plans(bases, data, folder / CALIBRATIONS, try_step)
     except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C

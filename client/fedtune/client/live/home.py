@@ -47,6 +47,7 @@ class DeviceConfig:
         bases: model directories of this device; a job's base is found among them by its digest.
         fleet_key: public key that rosters are signed with, in hexadecimal digits.
         allow_clear: whether the device takes part in jobs that do not mask updates.
+        scores: whether it evaluates for the server, which sees each device's score by itself.
         requirements: when the device takes part.
     """
 
@@ -56,6 +57,7 @@ class DeviceConfig:
     bases: tuple[str, ...]
     fleet_key: str
     allow_clear: bool = False
+    scores: bool = True
     requirements: Requirements = DEFAULT_REQUIREMENTS
 
 
@@ -87,6 +89,7 @@ class ClientHome:
         bases: tuple[Path, ...] = (),
         *,
         allow_clear: bool = False,
+        scores: bool = True,
         requirements: Requirements = DEFAULT_REQUIREMENTS,
     ) -> ClientHome:
         """Makes a device's folder out of a bundle.
@@ -112,6 +115,7 @@ class ClientHome:
             tuple(str(base.absolute()) for base in bases),
             bundle.fleet_key.hex(),
             allow_clear,
+            scores,
             requirements,
         )
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: now it is a device
@@ -251,15 +255,16 @@ def _read_config(path: Path) -> DeviceConfig:
     content = read_json(path, "the device", 1 << 16)
     texts = ("name", "server", "data", "fleet_key")
     try:
-        others = {"bases", "allow_clear", "requirements"}
+        others = {"bases", "allow_clear", "scores", "requirements"}
         if set(content) != {*texts, *others} or not all(isinstance(content[key], str) for key in texts):
             raise ValueError
         bases = tuple(map(str, content["bases"]))
         bytes.fromhex(content["fleet_key"])
         name, server = check_name(content["name"]), check_address(content["server"])
-        allow_clear = content["allow_clear"] is True
+        allow_clear, scores = content["allow_clear"] is True, content["scores"] is True
         requirements = Requirements(**content["requirements"])
-        return DeviceConfig(name, server, content["data"], bases, content["fleet_key"], allow_clear, requirements)
+        data, fleet_key = content["data"], content["fleet_key"]
+        return DeviceConfig(name, server, data, bases, fleet_key, allow_clear, scores, requirements)
     except (TypeError, ValueError):
         raise InputError(f"{path}: damaged; leave and join anew") from None
     except InputError as error:

@@ -46,7 +46,7 @@ from fedtune.client.plan.eligibility import not_now
 from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.plan.probe import sense
 from fedtune.client.secure import Credentials
-from fedtune.core.actions import OPEN, TRAIN, query
+from fedtune.core.actions import EVALUATE, OPEN, TRAIN, query
 from fedtune.core.enrolment import SignedRoster
 from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.greeting import (
@@ -277,6 +277,8 @@ class Service:
             app = self._secure_app if secure else self._clear_app
             if kind == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
                 raise UpdateError(f"{SITS_OUT}: {condition}")
+            if kind == EVALUATE and not self._home.config.scores:
+                raise UpdateError("this device's owner has it score nothing for a server")
             if kind != TRAIN:
                 return app(message, context)
             with self._planned.watched():
