@@ -140,6 +140,18 @@ def test_a_body_is_measured_before_it_is_read(door: Door) -> None:
     assert chunked.split()[1] == b"411"
 
 
+@pytest.mark.parametrize("path", [TAKE, BRING, "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
+def test_no_byte_of_a_strangers_body_is_read(door: Door, path: str) -> None:
+    """Nor of one that is not all there: who waits for its rest keeps what has come."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: {MAX_BODY_BYTES}\r\n"
+    )
+    assert door.raw(head.encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
+    stranger = signed(load_node_key(make_node_key()))
+    shown = "".join(f"{name}: {value}\r\n" for name, value in stranger.items())
+    assert door.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
+
+
 def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(door: Door) -> None:
     key = load_node_key(door.bundles["eve"].node_key)
     node = Node(node_id=door.device("eve").activate())

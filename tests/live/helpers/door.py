@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from fedtune.client.live.fleet import FleetLink
-from fedtune.core.enrolment import Bundle, make_node_key
+from fedtune.core.enrolment import Bundle
 from fedtune.server.live.devices import Devices, enroll
 from fedtune.server.live.flower import Link
 from fedtune.server.live.home import ServerConfig, ServerHome
@@ -36,10 +36,11 @@ class Door:
 
     def newcomer(self) -> FleetLink:
         """A device that nobody has seen before."""
-        node_key = make_node_key()
+        name = f"newcomer-{len(self.lines)}"
+        node_key = enroll(self.home, name, self.home.path / f"{name}.bundle").node_key
         link = FleetLink(self.public, self.home.authority, node_key)
         self.lines.append(link)
-        self.link.register("newcomer", link._signer.public)
+        self.link.register(name, link._signer.public)
         return link
 
     @property

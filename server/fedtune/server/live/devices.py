@@ -59,6 +59,22 @@ class Devices:
         return cls(keys, roster)
 
 
+class EnrolledKeys:
+    """The public keys of the devices that are enrolled now; a revoked one is out with its next request."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+        self._shown: frozenset[bytes] = frozenset()
+        self._seen = -1
+
+    def __contains__(self, shown: object) -> bool:
+        """Whether it is a device's key, in base64 as a request shows it."""
+        seen = changed(self._home)
+        if seen != self._seen:
+            self._shown, self._seen = frozenset(map(b64encode, Devices.load(self._home).node_keys.values())), seen
+        return shown in self._shown
+
+
 def enroll(home: ServerHome, name: str, out: Path) -> Bundle:
     """Enrols a device and writes its bundle, the only place where its private keys are.
 

@@ -3,7 +3,9 @@
 Flower serves its whole API on one port, and whoever reaches its control calls can start runs and strike devices. So one
 server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no header can forge:
 
-    public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length
+    public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and from an enrolled
+                device by the key it shows: what is signed is known only when a body was read, and bodies of strangers,
+                each a megabyte that may take its time, would fill the memory
     private     on loopback; everything, for those who show the control key, which lies in the server's folder
 
 Everything else is answered 404, as if there were nothing.
@@ -13,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
+
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from fedtune.core.bundles import BRING, TAKE
 from fedtune.core.offers import DESCRIBE, READ
@@ -41,7 +45,8 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
     )
 )
 
-_NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _COME_BACK = 404, 411, 413, 503
+_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+_UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _COME_BACK = 401, 404, 411, 413, 503
 
 
 class Guard:
@@ -51,10 +56,12 @@ class Guard:
         app: Flower's.
         private: (host, port) of the private socket, as `getsockname` gives it.
         control_key: what a request on the private socket must show.
+        enrolled: the keys of enrolled devices, as requests show them.
     """
 
-    def __init__(self, app: App, private: tuple[str, int], control_key: str) -> None:
+    def __init__(self, app: App, private: tuple[str, int], control_key: str, enrolled: Container[bytes]) -> None:
         self._app = app
+        self._enrolled = enrolled
         self._private = private
         self._control_key = control_key.encode()
         self._open = False
@@ -92,7 +99,11 @@ class Guard:
             return _LENGTH_REQUIRED
         if len(length) > 10 or int(length) > MAX_BODY_BYTES:
             return _TOO_LARGE
-        return None if self._open else _COME_BACK
+        if not self._open:
+            return _COME_BACK
+        if scope["path"] in (DESCRIBE, READ):  # signed otherwise, and of a few kB
+            return None
+        return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN
 
 
 async def answer(send: Send, status: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedtune.core.errors import InputError
 from fedtune.core.private import read_bounded
+from fedtune.server.live.devices import EnrolledKeys
 from fedtune.server.live.flower import link_app
 from fedtune.server.live.guard import Guard
 from fedtune.server.live.home import ServerHome
@@ -40,7 +41,7 @@ def main() -> None:
     key = read_bounded(home / CONTROL_KEY, "the control key").decode()
     name = private.getsockname()
     app = Offers(link_app(home / DATABASE, key), ServerHome(home))
-    guard = Guard(app, (name[0], name[1]), key)
+    guard = Guard(app, (name[0], name[1]), key, EnrolledKeys(ServerHome(home)))
     config = uvicorn.Config(
         guard,
         log_level="critical",
