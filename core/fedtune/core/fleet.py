@@ -9,7 +9,6 @@ Unknown keys, wrong types and impossible values are all reported at once.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from fedtune.core.errors import JobError
 from fedtune.core.seeds import generator
+from fedtune.core.toml import read_table
 
 MAX_FLEET_BYTES = 1 << 20
 MAX_KINDS = 1000
@@ -101,14 +101,7 @@ def load_fleet(path: Path) -> Fleet:
     Raises:
         JobError: with every problem found.
     """
-    try:
-        if path.stat().st_size > MAX_FLEET_BYTES:
-            raise JobError([f"larger than {MAX_FLEET_BYTES} bytes; expected a fleet file"], path)
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError([f"cannot be read: {error.strerror}"], path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JobError([f"not TOML: {error}"], path) from error
+    table = read_table(path, "a fleet file", MAX_FLEET_BYTES)
     kinds = table.pop("kind", None)
     problems = [f"{key}: unknown key; expected only [[kind]]" for key in table]
     if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, dict) for kind in kinds):

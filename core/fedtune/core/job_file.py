@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.core.contradictions import contradictions
 from fedtune.core.errors import JobError
 from fedtune.core.job import BUNDLED, DEMO, Job
+from fedtune.core.toml import read_table
 
 MAX_JOB_BYTES = 1 << 20
 
@@ -34,16 +36,7 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: with every problem found; relative paths are resolved against the job file's folder.
     """
-    table: dict[str, Any] = {}
-    if path is not None:
-        try:
-            if path.stat().st_size > MAX_JOB_BYTES:
-                raise JobError([f"larger than {MAX_JOB_BYTES} bytes; expected a job file"], path)
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise JobError([f"cannot be read: {error.strerror}"], path) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise JobError([f"not TOML: {error}"], path) from error
+    table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
     problems = [problem for override in overrides if (problem := _apply(table, override))]
     job, invalid = _validate(table)
     problems += invalid + contradictions(job)
@@ -123,7 +116,8 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
         return path if path in ("", DEMO) else str((folder / path).absolute())
 
     base = folder / job.model.base
-    model = dataclasses.replace(job.model, base=str(base.absolute())) if base.is_dir() else job.model
+    local = os.path.isdir(base)  # noqa: PTH112  # Path.is_dir raises where a name is too long for a path
+    model = dataclasses.replace(job.model, base=str(base.absolute())) if local else job.model
     if job.model.base == DEMO:
         model = job.model
     data = dataclasses.replace(job.data, train=resolve(job.data.train), evaluation=resolve(job.data.evaluation))
