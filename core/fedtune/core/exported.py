@@ -121,7 +121,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             raise ValueError(f"{len(files)} files; expected 1 to {MAX_FILES}")
         start = tuple(int(token) for token in value.pop("start_tokens"))
         manifest = Manifest(files=files, start_tokens=start, **value)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{where}: not a manifest: {error}") from error
     texts = (manifest.kind, manifest.name, manifest.format)
     if not all(isinstance(field, str) and field.isprintable() for field in texts):

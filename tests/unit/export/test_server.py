@@ -424,6 +424,26 @@ def test_a_model_that_would_load_a_library_is_refused(directory: Path, tmp_path:
         ExportedModel(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer.json", "{}"),
+        ("genai_config.json", "{}"),
+        ("genai_config.json", '{"model": []}'),
+    ],
+)
+def test_an_export_whose_files_are_not_what_they_should_be_is_refused(
+    directory: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    replaced(copy, name, content)
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        ExportedModel(copy)
+
+
 def test_without_a_directory_the_pulled_model_answers(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,15 +94,16 @@ class ExportedModel:
             _refuse_libraries(whole, directory / "genai_config.json")
             config = whole["model"]
             self._model = onnxruntime_genai.Model(_engine(directory, threads))
+            ends = config["eos_token_id"]
+            self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends])
+            self.context = int(config["context_length"])
+            self._vocabulary = int(config["vocab_size"])
+            self._template, self._special = _chat_template(directory)
         except ExportError:
             raise
         except Exception as error:  # tokenizers and onnxruntime raise what they like
-            raise ExportError(f"{directory}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        ends = config["eos_token_id"]
-        self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends])
-        self.context = int(config["context_length"])
-        self._vocabulary = int(config["vocab_size"])
-        self._template, self._special = _chat_template(directory)
+            reason = str(error).strip() or type(error).__name__
+            raise ExportError(f"{directory}: cannot be loaded: {reason.splitlines()[0]}") from error
         self._pool: Any = onnxruntime_genai.Adapters(self._model) if adapters is not None else None
         self._adapters: dict[str, Adapter] = {}
         self._loads = 0
