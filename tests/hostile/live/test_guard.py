@@ -6,6 +6,7 @@ import datetime
 import socket
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from fedtune.client.live import fleet
@@ -236,6 +238,46 @@ def test_the_servers_own_bundles_want_the_token_of_a_run_too(door: Door) -> None
     ):
         assert door.post(path, shown, server=door.private, body=encode(payload)).status_code == 401
         assert door.post(path, server=door.private, body=encode(payload)).status_code == 404
+
+
+def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(door: Door) -> None:
+    """Eve names what is to come as a part of her reply, and says that it consists of nothing."""
+    eve, ada = door.newcomer(), door.newcomer()
+    with door.link.open_run(60.0) as grid:
+        eve.activate()
+        ada.activate()
+        grid.push_messages([Message(seal(b"open"), eve.node_id, "query.open", ttl=600)])
+        task = eve.pull()
+        assert task is not None
+        coming = Message(seal(b"survivors"), ada.node_id, "query.vote", ttl=600)
+        (foreseen,) = get_object_tree(coming).children
+        asked = task.head.metadata
+        head = MessageProto(
+            metadata=MetadataProto(
+                run_id=asked.run_id,
+                message_id="ab" * 32,
+                src_node_id=eve.node_id,
+                dst_node_id=asked.src_node_id,
+                reply_to_message_id=task.tree.object_id,
+                message_type=asked.message_type,
+                created_at=time.time(),
+                ttl=10.0,
+            )
+        )
+        head.error.code = 1
+        lie = ObjectTree(object_id="ab" * 32, children=[ObjectTree(object_id=foreseen.object_id)])
+        request = PushMessagesRequest(
+            node=Node(node_id=eve.node_id),
+            messages_list=[head],
+            message_object_trees=[lie],
+            clientapp_runtime_list=[0.0],
+        )
+        pushed = door.post("/v1/fleet/push-messages", signed(eve._signer._key), body=request.SerializeToString())
+        assert pushed.status_code == 200
+        assert all(grid.push_messages([coming]))
+        heard = ada.pull()
+        assert heard is not None
+        assert unseal(ada.fetch(heard)) == b"survivors"
 
 
 def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -28,10 +28,12 @@ from flwr.supercore.dependencies.task import authenticate_task
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from sqlalchemy import delete, select, update
 
 from fedtune.core.bundles import (
     BRING,
@@ -54,6 +56,7 @@ from fedtune.core.errors import PeerError
 from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, decode, encode
 from fedtune.server.live.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
 
+_NAMES_AT_ONCE = 10_000  # SQLite takes 32,766 values in a statement
 MAX_REPLY_PIECES = 10_000  # the largest payload in the pieces that devices send
 _PUSH_MESSAGES = "/v1/fleet/push-messages"
 
@@ -170,6 +173,7 @@ class Bundles:
         messages = _parsed(PushAppMessagesRequest, sent.request)
         pushed = PushAppMessagesResponse()
         if messages.messages_list:
+            _forget_lies(state, messages.message_object_trees)
             pushed = runtime_handlers.push_messages(messages, state, task)
             here = [object_id for object_id in pushed.objects_to_push if object_id in sent.objects]
             _store(state, task.run_id, pushed.session_id, here, sent.objects)
@@ -229,6 +233,39 @@ def _store(
     for object_id in object_ids:
         if not state.store_object(run_id, session_id, object_id, objects[object_id]):
             raise PeerError("an object is not what its name says")  # and nothing of the message is kept
+
+
+def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
+    """Removes what is stored of these objects as parts of others than they are.
+
+    A device says of what objects its reply consists before it brings them, and may name one that it foresees the server
+    to send, like the survivors of a round in which nobody drops out. Flower then refuses the server's message.
+    """
+    true = {
+        part.object_id: {child.object_id for child in part.children}
+        for tree in trees
+        for part in iterate_object_tree(tree)
+    }
+    with state.session() as session:
+        for names in _batched(true):
+            stored = session.scalars(select(StoredObject.object_id).where(StoredObject.object_id.in_(names)))
+            found: dict[str, set[str]] = {str(name): set() for name in stored}
+            if not found:
+                continue
+            links = select(ObjectChild.parent_id, ObjectChild.child_id).where(ObjectChild.parent_id.in_(list(found)))
+            for parent, child in session.execute(links):
+                found[parent].add(child)
+            for name in (name for name, children in found.items() if children != true[name]):
+                kept = StoredObject.object_id.in_(found[name])
+                session.execute(update(StoredObject).where(kept).values(ref_count=StoredObject.ref_count - 1))
+                session.execute(delete(StoredObject).where(StoredObject.object_id == name))
+
+
+def _batched(names: Iterable[str]) -> Iterator[list[str]]:
+    """The names, so many at once as one statement takes."""
+    rest = iter(names)
+    while some := list(islice(rest, _NAMES_AT_ONCE)):
+        yield some
 
 
 def _parsed(kind: type[M], data: bytes) -> M:
