@@ -8,6 +8,9 @@
 Flower asks for every object of a message in a request of its own. That lets large adapters go on where a slow line
 broke off, and costs a message of a hundred bytes eight requests. So what has no more bytes than one such piece travels
 whole; everything larger goes Flower's way. What Flower itself says is carried as it is, as serialised protobuf.
+
+Bundles state no protocol version but that in their paths: a device that speaks another one must still be reached by the
+greeting, which tells both sides so in words.
 """
 
 from __future__ import annotations
@@ -35,7 +38,6 @@ _Objects = dict[_ObjectId, bytes]
 class TakeMessage(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """What waits for this node?"""
 
-    version: int
     node: _Node
 
 
@@ -47,7 +49,6 @@ class Taken(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
         objects: all that the message consists of, and then it counts as received; or none, and they are to be pulled.
     """
 
-    version: int
     found: _Proto
     objects: _Objects
 
@@ -60,7 +61,6 @@ class BringReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown
         objects: all that the reply consists of.
     """
 
-    version: int
     request: _Proto
     objects: Annotated[_Objects, Meta(max_length=MAX_OBJECTS)]
 
@@ -74,7 +74,6 @@ class SendMessages(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
         announced: nodes that may take from now on, one entry a message whose objects are then all there.
     """
 
-    version: int
     request: _Proto
     objects: _Objects
     announced: tuple[_Node, ...]
@@ -83,14 +82,12 @@ class SendMessages(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
 class Sent(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """A PushAppMessagesResponse, whose objects to push are those that have not come along."""
 
-    version: int
     pushed: _Proto
 
 
 class CollectReplies(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """What answers these messages?"""
 
-    version: int
     ids: tuple[_ObjectId, ...]
 
 
@@ -103,7 +100,6 @@ class Collected(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
         objects: of those replies.
     """
 
-    version: int
     found: _Proto
     whole: tuple[_ObjectId, ...]
     objects: _Objects

@@ -50,7 +50,7 @@ from fedtune.core.bundles import (
     TakeMessage,
 )
 from fedtune.core.enrolment import load_node_key, make_node_key
-from fedtune.core.messages import PROTOCOL_VERSION, encode
+from fedtune.core.messages import encode
 from fedtune.server.live import grid as grid_module
 from fedtune.server.live.bundles import MAX_REPLY_PIECES
 from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
@@ -172,7 +172,7 @@ def bundle(
     request = PushMessagesRequest(
         node=Node(node_id=node_id), messages_list=[head] * messages, message_object_trees=[ObjectTree()] * messages
     )
-    return BringReply(PROTOCOL_VERSION, request.SerializeToString(), objects or {})
+    return BringReply(request.SerializeToString(), objects or {})
 
 
 def test_a_bundle_is_one_reply_of_its_sender_and_bounded(door: Door) -> None:
@@ -188,9 +188,8 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(door: Door) -> None:
         bundle(node_id, messages=2),
         bundle(node_id, objects=many),
         bundle(node_id, objects={"../escape": b""}),
-        BringReply(PROTOCOL_VERSION, b"\xff" * 100, {}),
-        BringReply(PROTOCOL_VERSION, deep.SerializeToString(), {}),
-        BringReply(PROTOCOL_VERSION + 1, bundle(node_id).request, {}),
+        BringReply(b"\xff" * 100, {}),
+        BringReply(deep.SerializeToString(), {}),
     ):
         assert door.post(BRING, signed(key), body=encode(bad)).status_code == 400, bad
     huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
@@ -233,8 +232,8 @@ def test_of_a_spoilt_bundle_nothing_is_kept(door: Door, monkeypatch: pytest.Monk
 def test_the_servers_own_bundles_want_the_token_of_a_run_too(door: Door) -> None:
     shown = {CONTROL_HEADER: door.key}
     for path, payload in (
-        (SEND, SendMessages(PROTOCOL_VERSION, b"", {}, ())),
-        (COLLECT, CollectReplies(PROTOCOL_VERSION, ())),
+        (SEND, SendMessages(b"", {}, ())),
+        (COLLECT, CollectReplies(())),
     ):
         assert door.post(path, shown, server=door.private, body=encode(payload)).status_code == 401
         assert door.post(path, server=door.private, body=encode(payload)).status_code == 404
@@ -362,7 +361,7 @@ def test_a_key_that_was_never_enrolled_does_not_get_in(door: Door) -> None:
 def test_a_device_cannot_speak_as_another(door: Door) -> None:
     ada, eve = door.device("ada"), load_node_key(door.bundles["eve"].node_key)
     node_id = ada.activate()
-    for body in (encode(TakeMessage(PROTOCOL_VERSION, node_id)), encode(TakeMessage(PROTOCOL_VERSION, 0))):
+    for body in (encode(TakeMessage(node_id)), encode(TakeMessage(0))):
         assert door.post(TAKE, signed(eve), body=body).status_code == 401
         assert door.post(TAKE, body=body).status_code == 401  # not signed at all
     assert door.post(BRING, signed(eve), body=encode(bundle(node_id))).status_code == 401

@@ -20,7 +20,7 @@ from fedtune.client.live.fleet import FleetLink, UnreachableError
 from fedtune.core.bundles import TAKE, Taken
 from fedtune.core.enrolment import make_node_key
 from fedtune.core.errors import PeerError
-from fedtune.core.messages import PROTOCOL_VERSION, encode
+from fedtune.core.messages import encode
 from fedtune.server.live.pki import make_authority, make_server_certificate
 
 
@@ -83,7 +83,7 @@ def message(message_type: str = "train") -> Message:
 
 def taken(messages: list[Message], trees: list[ObjectTree], objects: dict[str, bytes] | None = None) -> bytes:
     found = PullMessagesResponse(messages_list=messages, message_object_trees=trees)
-    return encode(Taken(PROTOCOL_VERSION, found.SerializeToString(), objects or {}))
+    return encode(Taken(found.SerializeToString(), objects or {}))
 
 
 @pytest.mark.parametrize(

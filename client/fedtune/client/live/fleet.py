@@ -72,7 +72,7 @@ from fedtune.core.bundles import (
 )
 from fedtune.core.enrolment import load_node_key
 from fedtune.core.errors import FedtuneError, PeerError
-from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, decode
+from fedtune.core.messages import MAX_PAYLOAD_BYTES, decode
 from fedtune.strategies.envelope import post
 
 HEARTBEAT_INTERVAL = 15.0  # the server takes a device for gone after two of these
@@ -213,7 +213,7 @@ class FleetLink:
             return PullMessagesResponse.FromString(taken.found), taken.objects
 
         try:
-            found, objects = self._call(take, TakeMessage(PROTOCOL_VERSION, self.node_id))
+            found, objects = self._call(take, TakeMessage(self.node_id))
         except DecodeError as error:
             raise UnreachableError(f"the server's answer cannot be read: {error}") from error
         if not found.messages_list:
@@ -290,7 +290,7 @@ class FleetLink:
                 clientapp_runtime_list=[seconds],
             )
             if objects := _bundle(reply):
-                brought = BringReply(PROTOCOL_VERSION, request.SerializeToString(), objects)
+                brought = BringReply(request.SerializeToString(), objects)
                 self._call(lambda bundle: post(self._pieces, BRING, bundle), brought)
                 return
             pushed = self._call(self._calls.PushMessages, request)

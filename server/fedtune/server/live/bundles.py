@@ -53,7 +53,7 @@ from fedtune.core.bundles import (
     Taken,
 )
 from fedtune.core.errors import PeerError
-from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, decode, encode
+from fedtune.core.messages import MAX_PAYLOAD_BYTES, decode, encode
 from fedtune.server.live.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
 
 _NAMES_AT_ONCE = 10_000  # SQLite takes 32,766 values in a statement
@@ -140,7 +140,7 @@ class Bundles:
         _authenticate(request, asked)
         if not self._waiting[node.node_id]:
             del self._waiting[node.node_id]
-            return encode(Taken(PROTOCOL_VERSION, b"", {}))
+            return encode(Taken(b"", {}))
         found = fleet_handlers.pull_messages(asked, state, state.object_store)
         self._waiting[node.node_id] -= 1
         objects: dict[str, bytes] = {}
@@ -151,7 +151,7 @@ class Bundles:
                 state.store_traffic(run_id, bytes_sent=_size(objects.values()), bytes_recv=0)
                 receipt = ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=tree.object_id)
                 fleet_handlers.confirm_message_received(receipt, state, state.object_store)
-        return encode(Taken(PROTOCOL_VERSION, found.SerializeToString(), objects))
+        return encode(Taken(found.SerializeToString(), objects))
 
     def _bring(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
         brought = decode(body, BringReply, MAX_BODY_BYTES)
@@ -181,7 +181,7 @@ class Bundles:
             del pushed.objects_to_push[:]
             pushed.objects_to_push.extend(left)
         self._waiting.update(sent.announced)
-        return encode(Sent(PROTOCOL_VERSION, pushed.SerializeToString()))
+        return encode(Sent(pushed.SerializeToString()))
 
     def _collect(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
         task = _task(request, state)
@@ -195,7 +195,7 @@ class Bundles:
                 objects |= here
                 receipt = ConfirmMessageReceivedRequest(node=node, run_id=task.run_id, message_object_id=tree.object_id)
                 runtime_handlers.confirm_message_received(receipt, state, task)
-        return encode(Collected(PROTOCOL_VERSION, found.SerializeToString(), tuple(whole), objects))
+        return encode(Collected(found.SerializeToString(), tuple(whole), objects))
 
 
 def _authenticate(request: Request, asked: PullMessagesRequest | PushMessagesRequest) -> None:

@@ -43,7 +43,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
-from fedtune.core.messages import MAX_PAYLOAD_BYTES, PROTOCOL_VERSION, Payload, decode
+from fedtune.core.messages import MAX_PAYLOAD_BYTES, Payload, decode
 from fedtune.core.text import one_line
 from fedtune.server.live.calls import LinkLostError, called
 from fedtune.strategies.envelope import post
@@ -203,7 +203,7 @@ class RunGrid(Grid):
     def _send(
         self, request: PushAppMessagesRequest, objects: dict[str, bytes], announced: tuple[int, ...]
     ) -> PushAppMessagesResponse:
-        sent = SendMessages(PROTOCOL_VERSION, request.SerializeToString(), objects, announced)
+        sent = SendMessages(request.SerializeToString(), objects, announced)
         pushed = PushAppMessagesResponse()
         pushed.ParseFromString(self._bundle(SEND, sent, Sent).pushed)
         return pushed
@@ -213,7 +213,7 @@ class RunGrid(Grid):
         asked = [message_id for message_id in message_ids if message_id in self._sent]
         unknown = [message_id for message_id in asked if message_id not in self._arriving]
         if unknown:
-            collected = self._bundle(COLLECT, CollectReplies(PROTOCOL_VERSION, tuple(unknown)), Collected)
+            collected = self._bundle(COLLECT, CollectReplies(tuple(unknown)), Collected)
             found = PullAppMessagesResponse.FromString(collected.found)
             for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 asked_by = proto.metadata.reply_to_message_id
