@@ -19,7 +19,7 @@ usage: sh install.sh --bundle FILE --data FILE [option]...
   --data FILE           this device's examples; they stay where they are
   --base DIR            a base model's directory on this device; may be given again
   --allow-clear         also take part in jobs whose server sees this device's own updates
-  --no-scores           score nothing on this device's data for the server
+  --scores              also score adapters on examples kept back here, for the server to see
   --source SPEC         what to install: a clone of the repository or a wheel; by default the clone this script is in
   --constraint FILE     exact versions for pip; by default the clone's constraints.txt
   --python PROGRAM      a Python of version 3.11 or newer; by default the newest that is found
@@ -43,7 +43,7 @@ run() { # prints the command, and runs it unless this is a dry run
     [ -n "$dry_run" ] || "$@"
 }
 
-bundle='' data='' allow_clear='' no_scores='' source='' constraint='' python='' torch='' uninstall='' dry_run='' service=yes
+bundle='' data='' allow_clear='' scores='' source='' constraint='' python='' torch='' uninstall='' dry_run='' service=yes
 torch_index=https://download.pytorch.org/whl/cpu
 system=''
 [ "$(id -u)" -ne 0 ] || system=yes
@@ -65,7 +65,7 @@ while [ $# -gt 0 ]; do
     --torch) torch=$2 && shift ;;
     --torch-index) torch_index=$2 && shift ;;
     --allow-clear) allow_clear=yes ;;
-    --no-scores) no_scores=yes ;;
+    --scores) scores=yes ;;
     --user) system='' ;;
     --no-service) service='' ;;
     --uninstall) uninstall=yes ;;
@@ -214,7 +214,7 @@ if [ -z "$joined" ]; then
     for base in $bases; do set -- "$@" --base "$base"; done
     IFS=$old_ifs
     [ -z "$allow_clear" ] || set -- "$@" --allow-clear
-    [ -z "$no_scores" ] || set -- "$@" --no-scores
+    [ -z "$scores" ] || set -- "$@" --scores
     as_device "$@"
     [ "$given" = "$bundle" ] || run rm -f "$given"
     run rm -f "$bundle" # it holds the same keys

@@ -38,10 +38,12 @@ def join(
         bool,
         typer.Option("--allow-clear", help="Also take part in jobs whose server sees this device's own updates."),
     ] = False,
-    no_scores: Annotated[
+    scores: Annotated[
         bool,
         typer.Option(
-            "--no-scores", help="Score no adapter on this device's data for the server, which could ask a lot."
+            "--scores",
+            help="Also score adapters on examples kept back here. The server sees this device's own scores; a lying "
+            "one could ask for many.",
         ),
     ] = False,
     only_charging: Annotated[
@@ -78,7 +80,7 @@ def join(
         data,
         bases,
         allow_clear=allow_clear,
-        scores=not no_scores,
+        scores=scores,
         requirements=requirements,
     )
     try:

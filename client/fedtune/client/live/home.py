@@ -57,7 +57,7 @@ class DeviceConfig:
     bases: tuple[str, ...]
     fleet_key: str
     allow_clear: bool = False
-    scores: bool = True
+    scores: bool = False
     requirements: Requirements = DEFAULT_REQUIREMENTS
 
 
@@ -89,7 +89,7 @@ class ClientHome:
         bases: tuple[Path, ...] = (),
         *,
         allow_clear: bool = False,
-        scores: bool = True,
+        scores: bool = False,
         requirements: Requirements = DEFAULT_REQUIREMENTS,
     ) -> ClientHome:
         """Makes a device's folder out of a bundle.

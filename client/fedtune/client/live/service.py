@@ -278,7 +278,7 @@ class Service:
             if kind == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
                 raise UpdateError(f"{SITS_OUT}: {condition}")
             if kind == EVALUATE and not self._home.config.scores:
-                raise UpdateError("this device's owner has it score nothing for a server")
+                return error_reply(message, "this device scores nothing for a server; its owner may join with --scores")
             if kind != TRAIN:
                 return app(message, context)
             with self._planned.watched():
