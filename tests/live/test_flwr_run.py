@@ -16,7 +16,7 @@ from fedtune.server.run_directory import read_rounds, read_summary
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower-app"
 SMALL = (
     "federation.rounds=2 federation.clients_per_round=4 data.clients=4 data.examples_per_client=20 "
-    "training.local_steps=2 training.batch_tokens=256"
+    "training.local_steps=2 training.batch_tokens=256 secure_aggregation.enabled=false"
 )
 SECONDS = 300
 

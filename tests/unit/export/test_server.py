@@ -24,6 +24,7 @@ import uvicorn
 from fedtune.client.inference.chat import converse
 from fedtune.client.inference.command import pulled_model
 from fedtune.client.inference.model import ExportedModel, Sampling
+from fedtune.client.inference.protocol import event
 from fedtune.client.inference.scheduler import Piece, Scheduler, Stream
 from fedtune.client.inference.server import create_app
 from fedtune.client.inference.versions import Versions
@@ -151,6 +152,13 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     assert len(chunks) > 5
     assert chunks[-1].usage == whole.usage
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    body = {"text": "".join(map(chr, range(0x3000))) + "\U0001f3e0"}
+    line, *rest = event(body).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == body
 
 
 def test_seeds_repeat_and_temperature_varies(client: openai.OpenAI) -> None:

@@ -19,6 +19,8 @@ MAX_BODY_BYTES = 1 << 20
 MAX_MESSAGES = 512
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chats may fill the context
 Body = TypeVar("Body", bound=BaseModel)
+# Where Python and clients written in it end a line, beside the controls that JSON escapes anyway.
+_LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}
 _Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -202,7 +204,7 @@ class Answer:
 
 def event(body: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

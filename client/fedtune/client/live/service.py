@@ -241,12 +241,12 @@ class Service:
         head = task.head.metadata
         kind = one_line(f"{head.message_type} {head.group_id}")[:200]
         note = self._home.path / "working"
-        self._tell(state="working", task=kind, contact=time.time())
         identify(task.head, self._link.node_id)
         began = time.monotonic()
         try:
             try:
-                write_private(note, task.proto)
+                write_private(note, task.proto)  # at once: the server has handed it out, and will not again
+                self._tell(state="working", task=kind, contact=time.time())
                 reply = self._reply(self._link.fetch(task))
             except PeerError as error:
                 reply = error_reply(task.head, str(error))

@@ -18,6 +18,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune.core.errors import JobError
 from fedtune.core.job import Job
 from fedtune.core.job_file import load_job
 from fedtune.server.display import Terminal
@@ -76,7 +77,11 @@ def _answer(message: Message, context: Context) -> Message:
 
 def _job(context: Context) -> Job:
     path = str(context.run_config.get("job", ""))
-    return load_job(Path(path) if path else None, str(context.run_config.get("set", "")).split())
+    job = load_job(Path(path) if path else None, str(context.run_config.get("set", "")).split())
+    if job.secure_aggregation.enabled:
+        problem = "secure_aggregation.enabled is true, but Flower's engine makes clients anew for every message"
+        raise JobError([f"{problem}; put secure_aggregation.enabled=false into the run configuration's set"])
+    return job
 
 
 # A process that Flower keeps for several messages loads the base once.
