@@ -108,7 +108,9 @@ def test_devices_have_names_of_their_own(refused: Command) -> None:
     assert "enrolled already; to enrol it anew, first: fedtune server revoke ada" in refused(
         "server", "enroll", "ada", "--out", "again.bundle"
     )
-    assert "ada.bundle: exists already; choose another --out" in refused("server", "enroll", "ada")
+    assert "ada.bundle: exists already; choose another --out" in refused(
+        "server", "enroll", "eve", "--out", "ada.bundle"
+    )
     assert "a device's name has 1 to 64 letters" in refused("server", "enroll", "../ada")
     assert "bob: no such device; enrolled: ada" in refused("server", "revoke", "bob")
 

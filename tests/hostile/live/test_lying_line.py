@@ -93,6 +93,7 @@ def taken(messages: list[Message], trees: list[ObjectTree], objects: dict[str, b
         taken([Message()], [ObjectTree()]),
         taken([message(message_type="../\x1b[2J")], [ObjectTree(object_id="a" * 64)]),
     ],
+    ids=["no tree", "nothing", "a type that is none"],  # the bytes carry the time
 )
 def test_what_is_no_message_is_refused(liar: Liar, answer: bytes) -> None:
     liar.answers[TAKE] = answer

@@ -6,7 +6,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.core.text import nfc, one_line
@@ -15,6 +15,7 @@ LETTERS = ["a", "\u1e69", "\uac00", "\u1100", "\u1161", "\u304b", "\U0001d15e", 
 MARKS = ["\u0301", "\u0316", "\u0323", "\u0327", "\u0338", "\u0344", "\u0f71", "\u0f73", "\u3099", "\U0001d165"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(LETTERS + 10 * MARKS), max_size=200).map("".join))
 def test_nfc_is_the_standards(text: str) -> None:
     assert nfc(text) == unicodedata.normalize("NFC", text)
