@@ -42,7 +42,7 @@ from exchanges import ROUND, TRIVIAL, measure, workloads  # noqa: E402  # Flower
 from facts import machine_facts  # noqa: E402
 
 from fedtune.client.live.home import ClientHome  # noqa: E402
-from fedtune.core.job import load_job  # noqa: E402
+from fedtune.core.job_file import load_job  # noqa: E402
 from fedtune.demo import JOB, write_federation  # noqa: E402
 from fedtune.server.live.devices import Devices, enroll  # noqa: E402
 from fedtune.server.live.home import ServerConfig, ServerHome  # noqa: E402
