@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 KILLS = 10
 LONG = 500.0
 CUT_SECONDS = 60.0
+WAITING = "waiting for devices: 0 of 3 are there, 3 more refuse or sit out"
 ALL = "federation.clients_per_round=1.0"
 
 
@@ -339,4 +340,4 @@ def test_devices_without_the_jobs_base_model_say_which_they_have(
     eventually(refused, LONG, fleet.logs)
     for name in fleet.names:
         assert "Join with --base DIR" in fleet.device_status(name)["problem"]
-    eventually(lambda: fleet.status()["job"]["state"] == "waiting for devices: 0 of 3 are there", LONG, fleet.logs)
+    eventually(lambda: fleet.status()["job"]["state"] == WAITING, LONG, fleet.logs)

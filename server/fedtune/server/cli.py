@@ -51,7 +51,12 @@ def simulate(
         Path | None, typer.Option("--out", "-o", help="The run directory; by default runs/JOB-NUMBER.")
     ] = None,
     fleet: Annotated[
-        Path | None, typer.Option("--fleet", metavar="FILE", help="Kinds of device, modelled on a virtual clock.")
+        Path | None,
+        typer.Option(
+            "--fleet",
+            metavar="FILE",
+            help="Kinds of device on a virtual clock, or `bundled`: a hundred of four.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
     quiet: _Quiet = False,
@@ -68,11 +73,15 @@ def simulate(
 
         fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
     """
+    from fedtune.core.job import BUNDLED
     from fedtune.core.job_file import load_job
     from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
-    kinds = [f"simulation.fleet={json.dumps(str(fleet.absolute()))}"] if fleet else []
+    kinds = []
+    if fleet:
+        named = fleet if str(fleet) == BUNDLED else fleet.absolute()
+        kinds.append(f"simulation.fleet={json.dumps(str(named))}")
     resolved = load_job(job or JOB, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:

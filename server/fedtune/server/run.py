@@ -165,7 +165,7 @@ def _finish(
         "traffic_ratio": baseline / (up + down) if up + down else 0.0,
         "adapter_parameters": federation.layout.size,
         "seconds": round(checkpoint.seconds, 3),
-        "peak_rss_mb": round(facts.peak_rss_mb, 1),
+        "peak_rss_mb": round(max(facts.peak_rss_mb, directory.earlier_peak_mb()), 1),
         "records": dict(facts.records),
         "versions": versions(),
         "base_digest": federation.base.digest,
@@ -215,7 +215,7 @@ def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]
         "summed_least": min((each["summed"] for each in sums), default=0),
         "minimum": min((each["minimum"] for each in sums), default=0),
         "threshold": min((each["threshold"] for each in sums), default=0),
-        "evaluations_shown": any(line["client_evaluations"] for line in rounds),
+        "evaluations_shown": any(part["eval"] for line in rounds for part in line["client_evaluations"]),
     }
 
 

@@ -182,6 +182,10 @@ class RunDirectory:
             save_adapter(directory, layout, state.adapter, base)
         return self.path / ADAPTER
 
+    def earlier_peak_mb(self) -> float:
+        """The most memory that an earlier process took to the run's end; 0 where none got there."""
+        return float(read_summary(self.path)["peak_rss_mb"]) if is_finished(self.path) else 0.0
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         with storage(self.path):

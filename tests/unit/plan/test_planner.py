@@ -116,7 +116,7 @@ def test_the_rank_tier_follows_the_line() -> None:
     assert affordable_rank(SHAPE, WISHES) == 16
     slow = replace(WISHES, deadline=40.0, bandwidth_up=upload_bytes(SHAPE, 8) / 10)
     assert affordable_rank(SHAPE, slow) == 8
-    with pytest.raises(NoPlanError, match=r"sending a rank-4 update takes \d+ s for 73,728 bytes"):
+    with pytest.raises(NoPlanError, match=r"sending a rank-4 update takes \d+ s for 212,992 bytes"):
         affordable_rank(SHAPE, replace(slow, bandwidth_up=10.0))
 
 

@@ -65,7 +65,8 @@ def serve(
 
         fedtune serve runs/demo-1/onnx/int4
 
-        curl localhost:8080/v1/completions -d '{"model": "demo-1", "prompt": "dim the attic lights =>"}'
+        curl localhost:8080/v1/completions -d '{"model": "demo-1", "max_tokens": 64,
+            "prompt": "bake for 25 minutes at 180 degrees =>"}'
 
         fedtune serve models/adapters/base-int4 --adapters models/adapters
 

@@ -38,11 +38,14 @@ class Attendance:
             present = {name: node for name, node in self._greeter.present(self._grid).items() if name in self._known}
             everyone = len(present) == len(self._known) or time.monotonic() >= self._until
             if everyone and self._enough(len(present)):
+                self._until = 0.0  # later rounds wait for no more than they need
                 board.working(state="training")
                 return present
             least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
             wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
-            board.working(state=f"waiting for devices: {len(present)} of {wanted} are there")
+            left_out = len(self._greeter.left_out)
+            unwilling = f", {left_out} more refuse or sit out" if left_out else ""
+            board.working(state=f"waiting for devices: {len(present)} of {wanted} are there{unwilling}")
             time.sleep(_POLL_SECONDS)
 
     def _enough(self, present: int) -> bool:

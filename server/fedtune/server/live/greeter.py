@@ -76,6 +76,11 @@ class Greeter:
         self._greeted.clear()
         self._left_out.clear()
 
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Nodes that are online and not asked, for they refused or sit out."""
+        return frozenset(self._left_out)
+
     def state(self, node: NodeState) -> DeviceState:
         """What a device is doing, for people."""
         if not node.online:

@@ -82,7 +82,8 @@ def _open(job: Job, path: Path, display: Display) -> Workshop:
         raise JobError(problems)
     wanted, selection = job.federation.clients_per_round, job.federation.selection
     if selection != "uniform" and workshop.devices is None:
-        raise JobError([f'federation.selection is "{selection}", but simulation.fleet names no fleet'])
+        reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
+        raise JobError([f'federation.selection is "{selection}", but {reason}'])
     if isinstance(wanted, int) and wanted > clients:
         display.note(
             f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"
