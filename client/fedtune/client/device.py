@@ -175,6 +175,7 @@ class Device:
     def _receive(self, model: AdaptedModel, adapter: Downlink, seed: int) -> Vector:
         layout = model.layout
         if adapter.digest == self._held[0]:
+            self._store.keep_adapter(*self._held)  # the store may be another job's by now, and this its first adapter
             return self._held[1]
         basis = layout.initial(seed) if adapter.basis == FIRST else self._store.adapter(adapter.basis, layout.size)
         if basis is None:
