@@ -1,7 +1,7 @@
 """How long a round may take, and how much of its work a slow client does by then.
 
 deadline = round_deadline(predicted.values())
-share = work_share(predicted[name], deadline)
+share = done_share(predicted[name], deadline)
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def work_share(predicted: float, deadline: float) -> float:
         return 1.0
     share = _SAFETY * deadline / predicted
     return share if share >= LEAST_WORK else 0.0
+
+
+def done_share(predicted: float, deadline: float | None) -> float:
+    """The share of a round's local work that a client does once it is asked: all of it where there is no deadline, and
+    never less than LEAST_WORK, in time or not."""
+    return 1.0 if deadline is None else work_share(predicted, deadline) or LEAST_WORK
 
 
 def over_selected(wanted: int, available: int) -> int:

@@ -28,7 +28,7 @@ from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.greeting import Terms
 from fedtune.core.job import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
 from fedtune.core.messages import Base, TrainRequest
-from fedtune.core.timing import LEAST_WORK, work_share
+from fedtune.core.timing import done_share
 from fedtune.model.base import best_precision, load_base
 from fedtune.model.examples import Example, load_examples
 from fedtune.model.lora import AdaptedModel, Limits, adapt
@@ -159,8 +159,7 @@ class PlannedWork:
     def share(self, client: str, request: TrainRequest) -> float:
         """How much of what a request asks this device does: by its deadline, as far as its plan can tell."""
         del client
-        deadline, predicted = request.work.deadline, self._current().seconds_per_round
-        return (work_share(predicted, deadline) or LEAST_WORK) if deadline else 1.0
+        return done_share(self._current().seconds_per_round, request.work.deadline or None)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -284,9 +284,8 @@ class Service:
             with self._planned.watched():
                 reply = app(message, context)
             self._tell(plan=self._planned.to_json())
-            took = self._planned.took
             if not reply.has_error():
-                self._show(f"trained for {took.seconds or 0.0:.1f} s, round {took.rounds} of this process")
+                self._show(f"trained for {self._planned.took.seconds or 0.0:.1f} s")
             return reply
         except (PeerError, UpdateError, NoPlanError) as error:
             problem, reason = str(error), str(error)

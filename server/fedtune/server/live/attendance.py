@@ -43,7 +43,7 @@ class Attendance:
                 return present
             least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
             wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
-            left_out = len(self._greeter.left_out)
+            left_out = self._greeter.left_out
             unwilling = f", {left_out} more refuse or sit out" if left_out else ""
             board.working(state=f"waiting for devices: {len(present)} of {wanted} are there{unwilling}")
             time.sleep(_POLL_SECONDS)

@@ -77,9 +77,9 @@ class Greeter:
         self._left_out.clear()
 
     @property
-    def left_out(self) -> frozenset[int]:
-        """Nodes that are online and not asked, for they refused or sit out."""
-        return frozenset(self._left_out)
+    def left_out(self) -> int:
+        """How many devices were greeted and are not asked, for they refused or sit out."""
+        return len(self._left_out)
 
     def state(self, node: NodeState) -> DeviceState:
         """What a device is doing, for people."""

@@ -40,7 +40,7 @@ from fedtune.core.records import ClientRecord
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
 from fedtune.core.tiers import tier_for
-from fedtune.core.timing import LEAST_WORK, round_deadline, work_share
+from fedtune.core.timing import done_share, round_deadline
 from fedtune.model.shape import ModelShape
 from fedtune.server.files import storage, write_text
 from fedtune.server.run_directory import read_virtual
@@ -137,8 +137,7 @@ class SimulatedFleet:
 
     def share(self, name: str, number: int) -> float:
         """How much of a round's local work a client does."""
-        deadline = self._deadline(number)
-        return 1.0 if deadline is None else work_share(self.predicted[name], deadline) or LEAST_WORK
+        return done_share(self.predicted[name], self._deadline(number))
 
     def round(self, number: int, cohort: Sequence[str]) -> VirtualRound:
         """How a round with this cohort goes."""
