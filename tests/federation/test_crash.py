@@ -103,8 +103,12 @@ class Heard(Silent):
 
 def test_a_finished_run_can_be_resumed_without_harm(simulate: Simulate, tmp_path: Path) -> None:
     first = simulate()
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"peak_rss_mb": 98_765.4}))
     heard = Heard()
-    assert resume(tmp_path / "run", heard)["adapter_digest"] == first["adapter_digest"]
+    again = resume(tmp_path / "run", heard)
+    assert again["adapter_digest"] == first["adapter_digest"]
+    assert again["peak_rss_mb"] == 98_765.4  # what the run took, and not what writing it down took
     assert any("all rounds are done already" in note for note in heard.notes)
 
 

@@ -55,7 +55,7 @@ def simulate(
         typer.Option(
             "--fleet",
             metavar="FILE",
-            help="Kinds of device on a virtual clock, or `bundled`: a hundred of four.",
+            help="Kinds of device, on a virtual clock; or `bundled`, a hundred devices of four kinds.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,

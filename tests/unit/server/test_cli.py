@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from fedtune.core.errors import RunError
+from fedtune.core.job import BUNDLED, Job
 from fedtune.server import cli
 from fedtune.server.simulation import simulate as module
 
@@ -120,3 +121,12 @@ def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     run(monkeypatch, "simulate", "--quiet")
     assert chosen == [Path("runs/demo-2")]
+
+
+@pytest.mark.parametrize("fleet", ["bundled", "mine.toml"])
+def test_a_fleet_is_a_file_or_the_bundled_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fleet: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs: list[Job] = []
+    monkeypatch.setattr(module, "simulate", lambda job, *arguments, **named: jobs.append(job))
+    run(monkeypatch, "simulate", "--quiet", "--fleet", fleet)
+    assert [job.simulation.fleet for job in jobs] == [fleet if fleet == BUNDLED else str(tmp_path / fleet)]

@@ -1,0 +1,53 @@
+"""How long a live round waits, and for whom."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedtune.core.job_file import load_job
+from fedtune.server.live import attendance
+from fedtune.server.live.attendance import Attendance
+
+NAMES = ("ann", "bob", "cid", "dan")
+
+
+class Stand:
+    """A greeter, its board and a clock that only sleep moves; dan comes at second 3 and is away from second 4 on."""
+
+    def __init__(self) -> None:
+        self.now, self.left_out, self.states = 0.0, 0, list[str]()
+        self.board = SimpleNamespace(working=lambda state: self.states.append(state))
+
+    def present(self, grid: object) -> dict[str, int]:
+        return {name: node for node, name in enumerate(NAMES) if name != "dan" or 3.0 <= self.now < 4.0}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_only_the_first_round_waits_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand: Any = Stand()
+    monkeypatch.setattr(attendance, "time", stand)
+    grid: Any = None
+    attend = Attendance(grid, stand, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)
+    assert set(attend(grid)) == set(NAMES)
+    assert stand.now == pytest.approx(3.0, abs=0.3)
+    assert stand.states[0] == "waiting for devices: 3 of 4 are there"
+    stand.now = 5.0
+    assert set(attend(grid)) == {"ann", "bob", "cid"}
+    assert stand.now == 5.0
+
+
+def test_what_a_round_waits_for_says_how_many_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand: Any = Stand()
+    stand.left_out = 2
+    monkeypatch.setattr(attendance, "time", stand)
+    grid: Any = None
+    Attendance(grid, stand, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)(grid)
+    assert stand.states[0] == "waiting for devices: 3 of 4 are there, 2 more refuse or sit out"
