@@ -6,7 +6,7 @@ permutation, and each index is divided by its owners' weight; "zero-padded" ones
 rank indices, and sums are divided by the whole cohort's weight. Bytes up are those of an answer, 4 for each trained
 value and some tens beside.
 
-    python benchmarks/aggregation/demo.py                    # every row: about two and a half minutes each
+    python benchmarks/aggregation/demo.py                    # every row: a minute or two each
     python benchmarks/aggregation/demo.py --rows "fedavg, mixed" --seeds 0
 """
 

@@ -9,7 +9,7 @@ their kind does, alike for every policy.
                      times; slow ones do as many steps as they can; the round closes with the K-th update
     utility-aware    the same, chosen by Oort's utility
 
-    python benchmarks/fleet/run.py                    # about ten minutes on two cores
+    python benchmarks/fleet/run.py                    # about four minutes on two cores
     python benchmarks/fleet/run.py --fleet my.toml --target 0.5
 """
 
