@@ -1,0 +1,57 @@
+"""Local training without torch, the same bits on every machine: what recorded adapters are made with.
+
+A client pulls the adapter a tenth of the way towards a target of its own and adds noise. Only single IEEE operations on
+float32 and numpy's promised random streams are used, so that a digest recorded on one processor holds on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from fedtune.client.training import LocalResult, LocalTask
+from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, factor_letters
+from fedtune.core.seeds import generator
+from fedtune.core.tiers import coordinates
+from fedtune.model.examples import Example
+
+LAYOUT = AdapterLayout(
+    (AdaptedModule("q", 24, 20), AdaptedModule("up", 20, 44), AdaptedModule("down", 44, 24)), 16, 32.0
+)
+DIGEST = "ab" * 32
+FIRST_CLIENTS_EXAMPLES = 6
+
+
+class FakeModel:
+    """As much of a model as a device looks at itself."""
+
+    layout = LAYOUT
+    base: Any = SimpleNamespace(digest=DIGEST, name="golden")
+
+
+def load_examples(client: str, model: object, sequence_length: int) -> list[Example]:
+    """A client's examples: more of them the later its name."""
+    del model, sequence_length
+    count = FIRST_CLIENTS_EXAMPLES + 3 * int(client)
+    return [Example(np.arange(4 + index % 5, dtype=np.int32), 2) for index in range(count)]
+
+
+def train(model: FakeModel, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+    """The update that the task asks for: float32, zero where this client owns nothing."""
+    layout = model.layout
+    segment = layout.segment(task.factors)
+    size = segment.stop - segment.start
+    target = generator(len(examples), "golden-target").uniform(-0.2, 0.2, layout.size).astype(np.float32)[segment]
+    noise = generator(task.seed, "golden-noise").uniform(-0.02, 0.02, size).astype(np.float32)
+    update = (target - received[segment]) * np.float32(0.125) + noise
+    if task.owned is not None:
+        owned = np.zeros(size, dtype=np.bool_)
+        for letter in factor_letters(task.factors):
+            start = layout.segment(letter).start - segment.start
+            owned[start + coordinates(layout, letter, np.asarray(task.owned, dtype=np.intp))] = True
+        update = np.where(owned, update, np.float32(0.0))
+    tokens = sum(example.target_tokens for example in examples)
+    return LocalResult(update.astype(np.float32), len(examples), tokens, 1.5, task.local_steps or 1, 8 * tokens, 0.0)
