@@ -28,19 +28,18 @@ from unittest.mock import patch
 import numpy as np
 
 from fedtune.client import device
-from fedtune.client.plan.enforcement import train_within_memory
-from fedtune.client.training import LocalResult, LocalTask
-from fedtune.core import tiers
-from fedtune.core.adapter import AdapterLayout, Factors, Vector
-from fedtune.core.job_file import load_job
+from fedtune.client.torch.enforcement import train_within_memory
+from fedtune.client.torch.training import LocalResult, LocalTask
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, tiers
+from fedtune.core.job.job_file import load_job
 from fedtune.demo import JOB
+from fedtune.flower import strategy
 from fedtune.model.lora import AdaptedModel
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_rounds
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
-from fedtune.strategies import strategy
-from fedtune.strategies.aggregators import FedAvg
-from fedtune.strategies.aggregators.owned import OwnedMean
+from fedtune.strategies.aggregation import FedAvg
+from fedtune.strategies.aggregation.owned import OwnedMean
 
 HERE = Path(__file__).parent
 RANKS = (16, 16, 16, 16, 8, 8, 8, 4, 4, 4)

@@ -5,7 +5,7 @@ coordinates each round, the same ones from everybody, and what is not sent waits
 round is the squared norm of what waits over that of everything trained so far. Choosing is linear and the same for
 all, so the mean of ten residuals is the residual of the mean, and one vector is enough.
 
-    turns           as the codec does: fedtune.core.codec.selection
+    turns           as the codec does: fedtune.core.codec.coordinate_selection
     random          drawn anew each round
     last aggregate  four fifths where the last aggregate was largest, the others drawn anew
     oracle          where the mean residual is largest, which nobody knows: what no public choice can beat by much
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from tables import publish
 
-from fedtune.client.training import LocalTask, train_locally
-from fedtune.core.adapter import FACTORS
+from fedtune.client.torch.training import LocalTask, train_locally
+from fedtune.core.adapter.layout import FACTORS
 from fedtune.core.codec import select_largest, select_public
-from fedtune.core.job_file import load_job
+from fedtune.core.job.job_file import load_job
 from fedtune.core.seeds import derive_seed
-from fedtune.model.base import load_base
-from fedtune.model.examples import prepare
+from fedtune.data.examples import prepare
+from fedtune.data.population import Population
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapt
-from fedtune.model.population import Population
 from fedtune.strategies.round import scheduled_learning_rate
 
 JOB = Path(__file__).parent.parent / "demo" / "job.toml"

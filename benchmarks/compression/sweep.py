@@ -30,11 +30,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tables import publish
 
-from fedtune.core.job_file import load_job
-from fedtune.core.uplink import Compression
-from fedtune.model.base import load_base
-from fedtune.server.display import Silent
+from fedtune.core.codec.uplink import Compression
+from fedtune.core.job.job_file import load_job
+from fedtune.model.base_model import load_base
 from fedtune.server.run_directory import read_summary
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
 
 HERE = Path(__file__).parent

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 
 from fedtune.core.errors import FedtuneError
-from fedtune.core.job import (
+from fedtune.core.job.job_file import dump_job, load_job
+from fedtune.core.job.settings import (
     DEFAULT_LOCAL_STEPS,
     DEMO,
     CompressionSettings,
@@ -45,12 +46,11 @@ from fedtune.core.job import (
     SecureAggregationSettings,
     SimulationSettings,
 )
-from fedtune.core.job_file import dump_job, load_job
 from fedtune.demo import write_federation
-from fedtune.model.base import load_base
-from fedtune.server.display import Terminal
-from fedtune.server.process import versions
+from fedtune.model.base_model import load_base
 from fedtune.server.run_directory import JOB, SUMMARY, read_rounds, read_summary
+from fedtune.server.run_display import Terminal
+from fedtune.server.run_facts import versions
 from fedtune.server.simulation.simulate import resume, simulate
 
 HERE = Path(__file__).parent

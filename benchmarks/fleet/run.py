@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 
 from fedtune.core.errors import FedtuneError
-from fedtune.core.fleet import Fleet, load_fleet
-from fedtune.core.job_file import load_job
-from fedtune.core.records import RoundRecord
+from fedtune.core.job.device_kinds import Fleet, load_fleet
+from fedtune.core.job.job_file import load_job
+from fedtune.core.round_records import RoundRecord
 from fedtune.demo import FLEET, JOB
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import VIRTUAL, read_virtual
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
 
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ Answer = Callable[[Ids, int], tuple[list[Moment], Ids]]
 
 def onnx(directory: Path, threads: int) -> Answer:
     """As `fedtune serve` runs it."""
-    from fedtune.client.inference.model import ExportedModel, Sampling, read
+    from fedtune.client.inference.exported_model import ExportedModel, Sampling, read
     from fedtune.client.inference.scheduler import PREFILL_PIECE
 
     model = ExportedModel(directory, threads=threads)

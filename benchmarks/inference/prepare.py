@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.core.adapter import adapter_digest, save_adapter
-from fedtune.core.exported import FORMATS
-from fedtune.core.job import Job
-from fedtune.core.job_file import load_job
+from fedtune.core.adapter.layout import adapter_digest, save_adapter
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.core.protocol.model_manifest import FORMATS
 from fedtune.demo import JOB
-from fedtune.model.base import demo_directory, load_base
+from fedtune.model.base_model import demo_directory, load_base
 from fedtune.model.lora import adapter_layout
-from fedtune.server.display import Terminal
+from fedtune.server.export.exporter import ExportOptions, export_run, held_out_examples
 from fedtune.server.export.merge import merge, open_run, save_model
-from fedtune.server.export.run import ExportOptions, export_run, held_out_examples
 from fedtune.server.run_directory import RunDirectory
+from fedtune.server.run_display import Terminal
 from fedtune.server.simulation.simulate import simulate
 
 DEMO_PROMPTS, DEMO_TOKENS = 20, 48

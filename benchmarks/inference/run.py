@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from fedtune.core.exported import FORMATS, read_manifest
+from fedtune.core.protocol.model_manifest import FORMATS, read_manifest
 
 HERE = Path(__file__).parent
 MODELS = ("demo", "llama-100m")

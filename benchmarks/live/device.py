@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.environment import limit_pieces, prepare_environment
+from fedtune.core.host.environment import limit_pieces, prepare_environment
 
 prepare_environment()
 limit_pieces(128 << 10)
@@ -19,8 +19,8 @@ limit_pieces(128 << 10)
 import exchanges  # noqa: E402  # Flower reads the environment when it is imported
 from flwr.app import Context, Message, RecordDict  # noqa: E402
 
-from fedtune.client.live.home import ClientHome  # noqa: E402
-from fedtune.client.live.service import Service  # noqa: E402
+from fedtune.client.live.device_home import ClientHome  # noqa: E402
+from fedtune.client.live.device_loop import Service  # noqa: E402
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "simulation"))
 
-from fedtune.core.environment import limit_pieces, prepare_environment  # noqa: E402
+from fedtune.core.host.environment import limit_pieces, prepare_environment  # noqa: E402
 
 prepare_environment()
 limit_pieces(256 << 10)
@@ -41,12 +41,12 @@ limit_pieces(256 << 10)
 from exchanges import ROUND, TRIVIAL, measure, workloads  # noqa: E402  # Flower reads the environment on import
 from facts import machine_facts  # noqa: E402
 
-from fedtune.client.live.home import ClientHome  # noqa: E402
-from fedtune.core.job_file import load_job  # noqa: E402
+from fedtune.client.live.device_home import ClientHome  # noqa: E402
+from fedtune.core.job.job_file import load_job  # noqa: E402
 from fedtune.demo import JOB, write_federation  # noqa: E402
-from fedtune.server.live.devices import Devices, enroll  # noqa: E402
-from fedtune.server.live.home import ServerConfig, ServerHome  # noqa: E402
-from fedtune.server.live.jobs import Jobs  # noqa: E402
+from fedtune.server.live.enrolled_devices import Devices, enroll  # noqa: E402
+from fedtune.server.live.job_queue import Jobs  # noqa: E402
+from fedtune.server.live.server_home import ServerConfig, ServerHome  # noqa: E402
 from fedtune.server.live.sockets import Listener  # noqa: E402
 from fedtune.server.run_directory import read_rounds  # noqa: E402
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from fedtune.client.plan.calibration import Case, Measured, measure
 from fedtune.client.plan.memory import Choices, MemoryPrediction, predict_memory
-from fedtune.core.job import ModelSettings
+from fedtune.client.torch.calibration import Case, Measured, measure
+from fedtune.core.job.settings import ModelSettings
 from fedtune.model.shape import shape_of
 
 HERE = Path(__file__).parent
@@ -119,7 +119,7 @@ def make_llama(directory: Path) -> Path:
     """A Llama of random weights with the bundled model's tokenizer."""
     import transformers
 
-    from fedtune.model.base import demo_directory
+    from fedtune.model.base_model import demo_directory
 
     library: Any = transformers
     library.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from fedtune.server.process import versions
+from fedtune.server.run_facts import versions
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _GIB = 1 << 30

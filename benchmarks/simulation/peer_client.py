@@ -37,7 +37,7 @@ from transformers import (
 from workload import ALPHA, BATCH_EXAMPLES, EXAMPLES_PER_CLIENT, LEARNING_RATE, RANK, SEED
 
 from fedtune.demo import Household, make_households
-from fedtune.model.base import best_precision
+from fedtune.model.base_model import best_precision
 
 IGNORED = -100  # the label of a token that the loss does not count
 

@@ -279,8 +279,8 @@ def markdown_row(cells: Sequence[str]) -> str:
 
 def write_results(rows: Sequence[Sequence[str]], growth: Sequence[str]) -> None:
     """Keeps the table beside this program."""
-    from fedtune.core.job import AdapterSettings, ModelSettings
-    from fedtune.model.base import load_base
+    from fedtune.core.job.settings import AdapterSettings, ModelSettings
+    from fedtune.model.base_model import load_base
     from fedtune.model.lora import adapter_layout
 
     size = adapter_layout(load_base(ModelSettings()), AdapterSettings(rank=RANK, alpha=ALPHA)).size

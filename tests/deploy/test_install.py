@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.demo import write_federation
-from fedtune.server.live.devices import enroll
-from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.enrolled_devices import enroll
+from fedtune.server.live.server_home import ServerConfig, ServerHome
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "install.sh"

@@ -18,11 +18,11 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import free_port
 
-from fedtune.client.commands import PIECE_BYTES
-from fedtune.client.live.fleet import FleetLink, identify
-from fedtune.server.live.grid import RunGrid
-from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
-from fedtune.strategies.envelope import seal, unseal
+from fedtune.client.client_commands import PIECE_BYTES
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.fleet_link import FleetLink, identify
+from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.flower.run_grid import RunGrid
 
 RULES = Path(__file__).parents[2] / "deploy" / "proxy"
 NGINX = """

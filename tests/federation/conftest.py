@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from federation_helpers import Simulate, small_job
 
-from fedtune.server.display import Silent
+from fedtune.server.run_display import Silent
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.job import Job
-from fedtune.core.job_file import load_job
-from fedtune.server.display import Silent
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.server.run_display import Silent
 
 SMALL = (
     "data.clients=4",

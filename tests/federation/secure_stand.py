@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedtune.client.device import Contribution
-from fedtune.client.secure import Credentials, SecureRounds
-from fedtune.core.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.client.secure_rounds import Credentials, SecureRounds
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.codec.uplink import FactorTerms, factor_terms, ring_contribution
 from fedtune.core.errors import PeerError
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import Base, TrainRequest
-from fedtune.core.records import RoundRecord
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
+from fedtune.core.protocol.payloads import Base, TrainRequest
+from fedtune.core.round_records import RoundRecord
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster
 from fedtune.core.seeds import derive_seed, generator
-from fedtune.core.uplink import FactorTerms, factor_terms, ring_contribution
+from fedtune.flower.strategy import federation_from_job
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.exchange import Exchange
 from fedtune.strategies.round import Federation, FederationState, TrainingRound, initial_state
-from fedtune.strategies.secure import SecureAggregation
-from fedtune.strategies.strategy import federation_from_job
+from fedtune.strategies.secure_collection import SecureAggregation
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 8, 6), AdaptedModule("up", 6, 10)), rank=4, alpha=8.0)
 BASE = Base("demo", "0" * 64, "nf4", 4, 8.0, ("all-linear",), 256)

@@ -14,8 +14,8 @@ import pytest
 from federation_helpers import SECURE, Simulate, begin_or_resume, small_job
 
 from fedtune.core.errors import RunDirectoryError, RunError
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import RunDirectory, read_rounds, read_summary
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
 

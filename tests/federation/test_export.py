@@ -9,9 +9,9 @@ import pytest
 from federation_helpers import Simulate, small_job
 
 from fedtune.core.errors import MissingExtraError
-from fedtune.core.exported import verify
-from fedtune.server.display import Silent
+from fedtune.core.protocol.model_manifest import verify
 from fedtune.server.export import last_step
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fedtune.core.errors import JobError
-from fedtune.core.job_file import load_job
+from fedtune.core.job.job_file import load_job
 from fedtune.demo import JOB
-from fedtune.server.display import Silent
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import resume, simulate
 
 FLEET = """

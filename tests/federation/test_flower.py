@@ -10,11 +10,11 @@ from federation_helpers import Simulate, small_job
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedtune.core.adapter import adapter_digest
-from fedtune.server.simulation.grid import InProcessGrid
-from fedtune.server.simulation.local import LocalExecutor
-from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.strategy import ADAPTER, AdapterStrategy, federation_from_job
+from fedtune.core.adapter.layout import adapter_digest
+from fedtune.flower.in_process_grid import InProcessGrid
+from fedtune.flower.strategy import ADAPTER, AdapterStrategy, federation_from_job
+from fedtune.server.simulation.local_executor import LocalExecutor
+from fedtune.server.simulation.simulation_context import Workshop
 
 Federation = tuple[AdapterStrategy, InProcessGrid]
 NODES = {1000: "000", 1001: "001", 1002: "002", 1003: "003"}

@@ -18,13 +18,13 @@ from federation_helpers import SECURE, SMALL, Simulate, begin_or_resume, small_j
 from flwr.app import RecordDict
 
 from fedtune.core.errors import RunError
-from fedtune.server.display import Silent
+from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.forked import ForkedExecutor
-from fedtune.server.simulation.grid import InProcessGrid
+from fedtune.server.run_display import Silent
+from fedtune.server.simulation.forked_executor import ForkedExecutor
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
-from fedtune.server.simulation.workshop import Workshop
+from fedtune.server.simulation.simulation_context import Workshop
 
 WORKERS = "simulation.workers=2"
 FAULTS = ("simulation.dropout=0.2", "simulation.failing=0.2", "data.holdout=0.2")

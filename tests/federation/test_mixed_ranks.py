@@ -11,21 +11,21 @@ import pytest
 from federation_helpers import SECURE, Simulate, small_job
 from secure_stand import Stand
 
+from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
-from fedtune.client.store import ClientStore
-from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
+from fedtune.core.adapter.tiers import coordinates, rank_indices
 from fedtune.core.codec import MaskableCodec
 from fedtune.core.codec.packing import pack
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.errors import PeerError
-from fedtune.core.messages import TrainReply, TrainRequest, decode, encode
-from fedtune.core.records import RoundRecord
-from fedtune.core.tiers import coordinates, rank_indices
+from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
+from fedtune.core.protocol.payloads import TrainReply, TrainRequest, decode, encode
+from fedtune.core.round_records import RoundRecord
+from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.workshop import Workshop
+from fedtune.server.simulation.simulation_context import Workshop
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.round import TrainingRound, initial_state
-from fedtune.strategies.strategy import federation_from_job
 
 QUICK = ("data.evaluation=", "data.holdout=0", "federation.rounds=2", "training.batch_tokens=256")
 NAMES = [f"client-{index}" for index in range(9)]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from federation_helpers import Simulate, small_job
 
-from fedtune.core.adapter import load_adapter
+from fedtune.core.adapter.layout import load_adapter
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.workshop import Workshop
+from fedtune.server.simulation.simulation_context import Workshop
 
 pytest.importorskip("ray")
 

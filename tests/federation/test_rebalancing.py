@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from federation_helpers import SECURE, Simulate, small_job
 
+from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
-from fedtune.client.store import ClientStore
-from fedtune.core.adapter import AdapterLayout, Vector
+from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.adapter.rebalance import basis_changes, changed, follow
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import TrainRequest, decode, encode, terms_digest
-from fedtune.core.rebalance import basis_changes, changed, follow
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.payloads import TrainRequest, decode, encode, terms_digest
+from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.workshop import Workshop
+from fedtune.server.simulation.simulation_context import Workshop
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.round import FederationState, TrainingRound, initial_state
-from fedtune.strategies.strategy import federation_from_job
 
 EVERY = "federation.rebalance_every=2"
 QUICK = ("data.evaluation=", "data.holdout=0")

@@ -11,18 +11,18 @@ from federation_helpers import SECURE, Simulate, small_job
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.core.actions import SECURE_EXCHANGES
 from fedtune.core.errors import JobError
-from fedtune.core.messages import TrainReply, decode
-from fedtune.core.secagg.messages import MaskedInput
-from fedtune.core.secagg.messages import decode as decode_message
-from fedtune.server.display import Silent
+from fedtune.core.protocol.actions import SECURE_EXCHANGES
+from fedtune.core.protocol.payloads import TrainReply, decode
+from fedtune.core.secagg.exchanged import MaskedInput
+from fedtune.core.secagg.exchanged import decode as decode_message
+from fedtune.flower.envelope import unseal
+from fedtune.flower.message_bytes import from_wire, to_wire
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation import local
+from fedtune.server.run_display import Silent
+from fedtune.server.simulation import local_executor as local
 from fedtune.server.simulation.simulate import simulate as run
-from fedtune.server.simulation.wire import from_wire, to_wire
-from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.envelope import unseal
+from fedtune.server.simulation.simulation_context import Workshop
 
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
 Drop = Callable[[Message, Context], bool]
@@ -145,9 +145,9 @@ def test_the_ledger_tells_what_every_byte_was_for(simulate: Simulate, tmp_path: 
 
 
 def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, simulate: Simulate) -> None:
-    from fedtune.server.simulation.grid import InProcessGrid
-    from fedtune.server.simulation.local import LocalExecutor
-    from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+    from fedtune.flower.in_process_grid import InProcessGrid
+    from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+    from fedtune.server.simulation.local_executor import LocalExecutor
 
     workshop = Workshop(small_job(*SECURE), tmp_path / "clients")
     executor = LocalExecutor(workshop, {1000 + index: f"00{index}" for index in range(6)})

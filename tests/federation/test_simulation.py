@@ -11,8 +11,8 @@ import pytest
 from federation_helpers import Simulate, small_job
 
 from fedtune.core.errors import DataError, InputError, ModelError, RunDirectoryError, RunError
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_rounds, read_summary
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate as run
 
 
@@ -114,8 +114,8 @@ def test_data_never_leaves_a_client(
     for name in ("ann", "bob"):
         rows = [{"prompt": f"{canary} {index} =>", "completion": f"{canary} {index}"} for index in range(8)]
         (tmp_path / "clients" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from fedtune.server.simulation import local
-    from fedtune.server.simulation.wire import to_wire
+    from fedtune.flower.message_bytes import to_wire
+    from fedtune.server.simulation import local_executor as local
 
     sent: list[bytes] = []
 
@@ -193,11 +193,11 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
             losses.append((float(model(input_ids=ids, labels=labels).loss), len(target)))
     theirs = np.average([loss for loss, _ in losses], weights=[count for _, count in losses])
 
-    from fedtune.core.adapter import load_adapter
-    from fedtune.model.evaluation import evaluate
-    from fedtune.model.examples import prepare
-    from fedtune.model.population import evaluation_records
-    from fedtune.server.simulation.workshop import Workshop
+    from fedtune.core.adapter.layout import load_adapter
+    from fedtune.data.examples import prepare
+    from fedtune.data.population import evaluation_records
+    from fedtune.model.scoring import evaluate
+    from fedtune.server.simulation.simulation_context import Workshop
 
     job = small_job()
     ours = Workshop(job, tmp_path / "clients").model

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.client.training import LocalResult, LocalTask
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, factor_letters
+from fedtune.client.torch.training import LocalResult, LocalTask
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, factor_letters
+from fedtune.core.adapter.tiers import coordinates
 from fedtune.core.seeds import generator
-from fedtune.core.tiers import coordinates
-from fedtune.model.examples import Example
+from fedtune.data.examples import Example
 
 LAYOUT = AdapterLayout(
     (AdaptedModule("q", 24, 20), AdaptedModule("up", 20, 44), AdaptedModule("down", 44, 24)), 16, 32.0

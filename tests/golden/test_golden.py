@@ -21,24 +21,24 @@ from flwr.app import Message
 from numpy_trainer import DIGEST, LAYOUT, FakeModel, load_examples
 
 from fedtune.client import device as device_module
-from fedtune.client.app import client_app
+from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
-from fedtune.client.store import ClientStore
-from fedtune.core.adapter import AdaptedModule, adapter_digest
-from fedtune.core.fleet import Fleet, Kind
-from fedtune.core.job_file import load_job
+from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
+from fedtune.core.job.device_kinds import Fleet, Kind
+from fedtune.core.job.job_file import load_job
 from fedtune.core.ledger import Ledger
-from fedtune.core.messages import Base
+from fedtune.core.protocol.payloads import Base
+from fedtune.flower.client_app import client_app
+from fedtune.flower.in_process_grid import InProcessGrid, WorkerReport
+from fedtune.flower.message_bytes import WireMessage, to_wire
+from fedtune.flower.strategy import AdapterStrategy, federation_from_job
 from fedtune.model.shape import ModelShape
-from fedtune.server.simulation.enrolment import Enrolment
 from fedtune.server.simulation.faults import fault_mod
-from fedtune.server.simulation.fleet import FleetGrid, SimulatedFleet
-from fedtune.server.simulation.grid import InProcessGrid, WorkerReport
-from fedtune.server.simulation.local import answer
-from fedtune.server.simulation.wire import WireMessage, to_wire
+from fedtune.server.simulation.local_executor import answer
+from fedtune.server.simulation.simulated_fleet import FleetGrid, SimulatedFleet
+from fedtune.server.simulation.simulated_identities import Enrolment
 from fedtune.strategies.round import initial_state
-from fedtune.strategies.secure import SecureAggregation
-from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
+from fedtune.strategies.secure_collection import SecureAggregation
 
 BASE = Base("golden", DIGEST, "nf4", LAYOUT.rank, LAYOUT.alpha, ("all-linear",), 256)
 # Ten times as wide as the layout, so that links decide what rank a plan can afford.

@@ -16,19 +16,19 @@ from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.client.live import service
-from fedtune.client.live.fleet import Task
-from fedtune.client.live.home import ClientHome
-from fedtune.client.live.service import BACKOFF_SECONDS, Backoff
-from fedtune.core.enrolment import Bundle
+from fedtune.client.live import device_loop as service
+from fedtune.client.live.device_home import ClientHome
+from fedtune.client.live.device_loop import BACKOFF_SECONDS, Backoff
 from fedtune.core.errors import InputError
+from fedtune.core.protocol.enrolment import Bundle
+from fedtune.flower.envelope import seal
+from fedtune.flower.fleet_link import Task
 from fedtune.server import cli
-from fedtune.server.live.devices import enroll
-from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.certificates import make_server_certificate
+from fedtune.server.live.enrolled_devices import enroll
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.pki import make_server_certificate
+from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.sockets import Listener
-from fedtune.strategies.envelope import seal
 
 Command = Callable[..., str]
 

@@ -14,7 +14,11 @@ from door import Door, listening
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.client.live.fleet import (
+from fedtune.core.protocol.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
+from fedtune.flower import run_grid as grid_module
+from fedtune.flower.calls import LinkLostError
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.fleet_link import (
     FleetLink,
     RunOverError,
     UnknownDeviceError,
@@ -23,12 +27,8 @@ from fedtune.client.live.fleet import (
     identify,
     interrupted,
 )
-from fedtune.core.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
-from fedtune.server.live import grid as grid_module
-from fedtune.server.live.calls import LinkLostError
-from fedtune.server.live.grid import RunGrid
+from fedtune.flower.run_grid import RunGrid
 from fedtune.server.live.sockets import Listener
-from fedtune.strategies.envelope import seal, unseal
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     took = fleet.device_status(fleet.names[0])["plan"]["took"]
     assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
     # The devices have learnt of each other: their bundles knew fewer.
-    from fedtune.client.live.home import ClientHome
+    from fedtune.client.live.device_home import ClientHome
 
     assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {3}
 

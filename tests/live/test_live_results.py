@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from live_helpers import SMALL, MakeFleet, eventually
 
-from fedtune.core.exported import verify
-from fedtune.core.job_file import load_job
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.model_manifest import verify
 from fedtune.demo import JOB
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_summary
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
 
 pytestmark = pytest.mark.slow

@@ -16,29 +16,29 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import Fleet, MakeFleet
 
-from fedtune.client.live import service
-from fedtune.client.live.home import ClientHome
-from fedtune.client.plan import command
-from fedtune.client.plan.calibration import Measured
+from fedtune.client.live import device_loop as service
+from fedtune.client.live.device_home import ClientHome
 from fedtune.client.plan.eligibility import Requirements, Sensors
-from fedtune.core.actions import EVALUATE, OPEN, TRAIN, query
-from fedtune.core.enrolment import Bundle
+from fedtune.client.torch import device_plan as command
+from fedtune.client.torch.calibration import Measured
 from fedtune.core.errors import PeerError
-from fedtune.core.greeting import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import decode, encode
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, query
+from fedtune.core.protocol.enrolment import Bundle
+from fedtune.core.protocol.payloads import decode, encode
+from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
 from fedtune.core.timing import LEAST_WORK
 from fedtune.demo import JOB
-from fedtune.model.base import load_base
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.superlink import NodeState
+from fedtune.model.base_model import load_base
 from fedtune.server import cli
-from fedtune.server.base import describe_base
-from fedtune.server.display import Silent
-from fedtune.server.live import greeter
-from fedtune.server.live import service as server
-from fedtune.server.live.devices import Devices
-from fedtune.server.live.flower import NodeState
-from fedtune.server.live.greeter import CurrentJob, terms_of
-from fedtune.strategies.envelope import seal, unseal
+from fedtune.server.job_model import describe_base
+from fedtune.server.live import registrar as greeter
+from fedtune.server.live import resident_server as server
+from fedtune.server.live.enrolled_devices import Devices
+from fedtune.server.live.registrar import CurrentJob, terms_of
+from fedtune.server.run_display import Silent
 
 DEVICE, SERVER = 7, 1
 
@@ -69,7 +69,7 @@ def fleet(make_fleet: MakeFleet) -> Fleet:
 
 
 def device_of(fleet: Fleet, name: str, monkeypatch: pytest.MonkeyPatch) -> service.Service:
-    monkeypatch.setattr("fedtune.client.live.planned.warm_up", lambda precision, device: None)
+    monkeypatch.setattr("fedtune.client.torch.planned_work.warm_up", lambda precision, device: None)
     return service.Service(ClientHome(fleet.client_home(name)), lambda line: None)
 
 
@@ -291,7 +291,7 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     grid.late = set()
     assert cloud._board.devices[name].state == "online"
     # It refuses a round: before the next one it is greeted again.
-    from fedtune.core.records import ClientRecord
+    from fedtune.core.round_records import ClientRecord
 
     grid.answers[11] = encode(rests)
     cloud._greeter.observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
@@ -303,7 +303,7 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(
 ) -> None:
     from rich.console import Console
 
-    from fedtune.server.live.board import print_status, read_status
+    from fedtune.server.live.status_board import print_status, read_status
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     hostile = "[/red]\x1b[2J\x1b]0;owned\x07\n2026-01-01  all is well\x9b31m\u202e"
@@ -333,7 +333,7 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(
 def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from fedtune.server.live.board import print_status
+    from fedtune.server.live.status_board import print_status
 
     device = {
         "state": "online",

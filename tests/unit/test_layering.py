@@ -15,30 +15,35 @@ ROOTS = ("core", "strategies", "client", "server")
 ALLOWED = {
     "fedtune.core": ("fedtune.core",),
     "fedtune.demo": ("fedtune.core", "fedtune.demo"),
-    "fedtune.model": ("fedtune.core", "fedtune.demo", "fedtune.model"),
+    "fedtune.data": ("fedtune.core", "fedtune.demo", "fedtune.data"),
+    "fedtune.model": ("fedtune.core", "fedtune.demo", "fedtune.data", "fedtune.model"),
     "fedtune.strategies": ("fedtune.core", "fedtune.strategies"),
-    # Of strategies the client shares only the envelope: how a payload sits in a Flower message.
+    "fedtune.flower": ("fedtune",),
     "fedtune.client": (
         "fedtune.core",
         "fedtune.demo",
+        "fedtune.data",
         "fedtune.model",
-        "fedtune.strategies.envelope",
+        "fedtune.flower",
         "fedtune.client",
     ),
-    "fedtune.server": ("fedtune.core", "fedtune.demo", "fedtune.model", "fedtune.strategies", "fedtune.server"),
+    "fedtune.server": (
+        "fedtune.core",
+        "fedtune.demo",
+        "fedtune.data",
+        "fedtune.model",
+        "fedtune.strategies",
+        "fedtune.flower",
+        "fedtune.server",
+    ),
     "fedtune.server.simulation": ("fedtune",),
     "fedtune.server.cli": ("fedtune",),  # the one command stands in front of both sides
 }
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "flwr", "ray"),
     "fedtune.client.inference": ("torch", "transformers", "peft", "flwr", "ray"),
-    "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
-    "fedtune.strategies.aggregators": ("flwr",),
-    "fedtune.strategies.round": ("flwr",),
-    "fedtune.strategies.collection": ("flwr",),
-    "fedtune.strategies.secure": ("flwr",),
-    "fedtune.strategies.exact_sum": ("flwr",),
-    "fedtune.strategies.selection": ("flwr",),
+    "fedtune.strategies": ("torch", "transformers", "peft", "ray", "flwr"),
+    "fedtune.flower": ("torch", "transformers", "peft", "ray"),
 }
 
 

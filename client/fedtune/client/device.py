@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtune.client.plan.enforcement import train_within_memory
-from fedtune.client.store import ClientStore
-from fedtune.client.training import LocalResult, LocalTask
-from fedtune.core.adapter import Factor, Vector, adapter_digest
-from fedtune.core.alignment import align_update
+from fedtune.client.client_store import ClientStore
+from fedtune.client.torch.enforcement import train_within_memory
+from fedtune.client.torch.training import LocalResult, LocalTask
+from fedtune.core.adapter.alignment import align_update
+from fedtune.core.adapter.layout import Factor, Vector, adapter_digest
+from fedtune.core.adapter.rebalance import Basis, basis_changes, follow
+from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
-from fedtune.core.downlink import FIRST, receive
+from fedtune.core.codec.adapter_versions import FIRST, receive
+from fedtune.core.codec.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
 from fedtune.core.errors import ModelError, PeerError, UpdateError
-from fedtune.core.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
-from fedtune.core.rebalance import Basis, basis_changes, follow
+from fedtune.core.protocol.payloads import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
-from fedtune.core.tiers import Indices, rank_indices
-from fedtune.core.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
-from fedtune.model.evaluation import evaluate
-from fedtune.model.examples import Example, hold_out
+from fedtune.data.examples import Example, hold_out
 from fedtune.model.lora import AdaptedModel
+from fedtune.model.scoring import evaluate
 
 CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this are read and tokenised again
 
@@ -57,7 +57,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class _Outgoing:
-    """The update of a factor, or of a slice of it, on its way into a codec; see `fedtune.core.uplink.encode_factor`."""
+    """The update of a factor, or of a slice of it, on its way into a codec: the arguments of `encode_factor`."""
 
     terms: FactorTerms
     update: Vector

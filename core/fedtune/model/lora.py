@@ -24,10 +24,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Factors, Vector
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factors, Vector
 from fedtune.core.errors import ModelError
-from fedtune.core.job import AdapterSettings
-from fedtune.model.base import BaseModel, linear_modules
+from fedtune.core.job.settings import AdapterSettings
+from fedtune.model.base_model import BaseModel, linear_modules
 from fedtune.model.loss import Readout
 
 _ADAPTER = "default"  # peft's name for the one adapter

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedtune.model.base import BaseModel
-from fedtune.model.batches import Batch
+from fedtune.data.batches import Batch
+from fedtune.model.base_model import BaseModel
 
 MAX_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 _CHECKED_TOKENS = 8

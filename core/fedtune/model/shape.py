@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.core.adapter import AdaptedModule
+from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import ModelError
-from fedtune.core.job import ModelSettings
-from fedtune.model.base import load_config, quiet, source_of
+from fedtune.core.job.settings import ModelSettings
+from fedtune.model.base_model import load_config, quiet, source_of
 
 
 @dataclass(frozen=True)

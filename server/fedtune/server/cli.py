@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedtune.client import commands as client_commands
-from fedtune.client.inference.command import chat, serve
-from fedtune.core.environment import prepare_environment
+from fedtune.client import client_commands
+from fedtune.client.inference.inference_commands import chat, serve
 from fedtune.core.errors import FedtuneError
-from fedtune.server import commands as server_commands
-from fedtune.server.display import Display, Silent, Terminal, error_console
-from fedtune.server.export.command import export
+from fedtune.core.host.environment import prepare_environment
+from fedtune.server import server_commands
+from fedtune.server.export.export_command import export
+from fedtune.server.run_display import Display, Silent, Terminal, error_console
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -73,8 +73,8 @@ def simulate(
 
         fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
     """
-    from fedtune.core.job import BUNDLED
-    from fedtune.core.job_file import load_job
+    from fedtune.core.job.job_file import load_job
+    from fedtune.core.job.settings import BUNDLED
     from fedtune.demo import JOB
     from fedtune.server.simulation.simulate import simulate as run
 
@@ -157,9 +157,9 @@ def plan(
 
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
-    from fedtune.client.plan.command import Link, make_plan
-    from fedtune.client.plan.display import print_plan
-    from fedtune.core.job_file import load_job
+    from fedtune.client.plan.plan_table import print_plan
+    from fedtune.client.torch.device_plan import Link, make_plan
+    from fedtune.core.job.job_file import load_job
     from fedtune.demo import JOB
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []

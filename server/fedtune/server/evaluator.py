@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from fedtune.core.adapter import Vector
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import DataError
-from fedtune.core.job import DataSettings
-from fedtune.core.records import Evaluation
-from fedtune.model.evaluation import answer, evaluate
-from fedtune.model.examples import Example, prepare, render
+from fedtune.core.job.settings import DataSettings
+from fedtune.core.round_records import Evaluation
+from fedtune.data.examples import Example, prepare, render
+from fedtune.data.population import evaluation_records
 from fedtune.model.lora import AdaptedModel
-from fedtune.model.population import evaluation_records
-from fedtune.server.run import SHOWN_PROMPTS, ShownPrompt
+from fedtune.model.scoring import answer, evaluate
+from fedtune.server.run_rounds import SHOWN_PROMPTS, ShownPrompt
 
 
 class ModelEvaluator:

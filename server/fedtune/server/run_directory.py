@@ -27,13 +27,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedtune.core.adapter import AdapterLayout, adapter_digest, save_adapter
+from fedtune.core.adapter.layout import AdapterLayout, adapter_digest, save_adapter
 from fedtune.core.errors import RunDirectoryError, RunError
-from fedtune.core.job import Job
-from fedtune.core.job_file import dump_job, load_job
-from fedtune.core.messages import Rebasing
-from fedtune.core.records import Evaluation, RoundRecord
-from fedtune.server.files import append_line, new_directory, storage, write_json, write_text
+from fedtune.core.job.job_file import dump_job, load_job
+from fedtune.core.job.settings import Job
+from fedtune.core.protocol.payloads import Rebasing
+from fedtune.core.round_records import Evaluation, RoundRecord
+from fedtune.server.run_files import append_line, new_directory, storage, write_json, write_text
 from fedtune.strategies.round import FederationState
 
 JOB = "job.toml"

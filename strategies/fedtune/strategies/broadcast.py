@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from fedtune.core.adapter import AdapterLayout, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec, encode_catch_up, encode_whole
-from fedtune.core.downlink import FIRST, REMEMBERED_VERSIONS
-from fedtune.core.messages import Downlink
+from fedtune.core.codec.adapter_versions import FIRST, REMEMBERED_VERSIONS
+from fedtune.core.protocol.payloads import Downlink
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """How a round gets one aggregate out of its cohort: which exchanges it takes, and what they sum to.
 
-`ClearCollection` asks once and reads every update, or adds it in a ring; `fedtune.strategies.secure` asks five times
-and sees only the sum. A round does not care which one it has.
+`ClearCollection` asks once and reads every update, or adds it in a ring; `fedtune.strategies.secure_collection` asks
+five times and sees only the sum. A round does not care which one it has.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedtune.core.actions import TRAIN
-from fedtune.core.adapter import Vector
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec.downlink import max_body_size
+from fedtune.core.codec.uplink import FactorTerms, uplink_weight
 from fedtune.core.errors import PeerError, UpdateError
-from fedtune.core.messages import HEADER_BYTES, TrainReply, Uplink, decode
-from fedtune.core.records import ClientRecord, SecureRecord
-from fedtune.core.uplink import FactorTerms, uplink_weight
-from fedtune.strategies.aggregators import NOTHING, State
+from fedtune.core.protocol.actions import TRAIN
+from fedtune.core.protocol.payloads import HEADER_BYTES, TrainReply, Uplink, decode
+from fedtune.core.round_records import ClientRecord, SecureRecord
+from fedtune.strategies.aggregation import NOTHING, State
+from fedtune.strategies.aggregation.reduction import Clips, Reduction
+from fedtune.strategies.cohorts.virtual_clock import staleness_weight
 from fedtune.strategies.exchange import ClientFacts, Exchange
-from fedtune.strategies.reduction import Clips, Reduction
-from fedtune.strategies.virtual_clock import staleness_weight
 
 NONE_OVERDUE: Mapping[str, bytes] = {}
 

@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.core.actions import TRAIN
-from fedtune.core.adapter import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
+from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
+from fedtune.core.adapter.rebalance import basis_changes, changed, follow
 from fedtune.core.codec import initial_clip, weight_cap
-from fedtune.core.downlink import FIRST, advance, refreshed
+from fedtune.core.codec.adapter_versions import FIRST, advance, refreshed
+from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
-from fedtune.core.job import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.ledger import Ledger
-from fedtune.core.messages import (
+from fedtune.core.protocol.actions import TRAIN
+from fedtune.core.protocol.payloads import (
     PROTOCOL_VERSION,
     Base,
     Downlink,
@@ -38,20 +40,18 @@ from fedtune.core.messages import (
     Uplink,
     encode,
 )
-from fedtune.core.rebalance import basis_changes, changed, follow
-from fedtune.core.records import ClientRecord, RoundRecord
+from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.core.secagg.graph import part
-from fedtune.core.uplink import Compression, FactorTerms, factor_terms, round_slices
-from fedtune.strategies.aggregators import NOTHING, Aggregator, FedRot, State
+from fedtune.strategies.aggregation import NOTHING, Aggregator, FedRot, State
+from fedtune.strategies.aggregation.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.selection import Selection, cohort_size
+from fedtune.strategies.cohorts.tier_assignment import Lineup, Ranks, all_alike, assign_tiers
 from fedtune.strategies.collection import Asked, ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Closing, Exchange
-from fedtune.strategies.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
-from fedtune.strategies.secure import SecureAggregation, SecureCollection
-from fedtune.strategies.selection import Selection, cohort_size
+from fedtune.strategies.secure_collection import SecureAggregation, SecureCollection
 from fedtune.strategies.server_optimizers import Plain, ServerOptimizer
-from fedtune.strategies.tiering import Lineup, Ranks, all_alike, assign_tiers
 
 LATE = "no answer before the deadline"
 ABORTED = "the round was aborted"

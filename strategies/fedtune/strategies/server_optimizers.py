@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from fedtune.core.adapter import FACTORS, Factor, Vector
+from fedtune.core.adapter.layout import FACTORS, Factor, Vector
 
 State = Mapping[str, Vector]
 Move = Callable[[Factor, Vector], Vector]

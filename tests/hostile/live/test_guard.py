@@ -29,16 +29,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from fedtune.client.live import fleet
-from fedtune.client.live.fleet import (
-    FleetLink,
-    NotAdmittedError,
-    UnknownDeviceError,
-    UnreachableError,
-    UntrustedError,
-    identify,
-)
-from fedtune.core.bundles import (
+from fedtune.core.protocol.bundles import (
     BRING,
     COLLECT,
     MAX_OBJECTS,
@@ -49,13 +40,22 @@ from fedtune.core.bundles import (
     SendMessages,
     TakeMessage,
 )
-from fedtune.core.enrolment import load_node_key, make_node_key
-from fedtune.core.messages import encode
-from fedtune.server.live import grid as grid_module
-from fedtune.server.live.bundles import MAX_REPLY_PIECES
-from fedtune.server.live.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
-from fedtune.server.live.pki import make_authority, make_server_certificate
-from fedtune.strategies.envelope import seal, unseal
+from fedtune.core.protocol.enrolment import load_node_key, make_node_key
+from fedtune.core.protocol.payloads import encode
+from fedtune.flower import fleet_link as fleet
+from fedtune.flower import run_grid as grid_module
+from fedtune.flower.bundle_endpoints import MAX_REPLY_PIECES
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.fleet_link import (
+    FleetLink,
+    NotAdmittedError,
+    UnknownDeviceError,
+    UnreachableError,
+    UntrustedError,
+    identify,
+)
+from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import pytest
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PullObjectResponse
 
-from fedtune.client.live import fleet
-from fedtune.client.live.fleet import FleetLink, UnreachableError
-from fedtune.core.bundles import TAKE, Taken
-from fedtune.core.enrolment import make_node_key
 from fedtune.core.errors import PeerError
-from fedtune.core.messages import encode
-from fedtune.server.live.pki import make_authority, make_server_certificate
+from fedtune.core.protocol.bundles import TAKE, Taken
+from fedtune.core.protocol.enrolment import make_node_key
+from fedtune.core.protocol.payloads import encode
+from fedtune.flower import fleet_link as fleet
+from fedtune.flower.fleet_link import FleetLink, UnreachableError
+from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @dataclass

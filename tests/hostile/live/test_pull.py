@@ -18,16 +18,24 @@ import pytest
 from door import Door, listening
 from live_helpers import Proxy, free_port
 
-from fedtune.client.inference import pull as module
-from fedtune.client.inference.pull import ModelLine, pull
-from fedtune.client.inference.versions import Versions
-from fedtune.core.enrolment import Bundle, load_node_key, make_node_key
+from fedtune.client.inference import model_pull as module
+from fedtune.client.inference.model_pull import ModelLine, pull
+from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
-from fedtune.core.exported import MANIFEST, Manifest, list_files, verify
-from fedtune.core.messages import PROTOCOL_VERSION, encode
-from fedtune.core.offers import DESCRIBE, MAX_PIECE_BYTES, READ, DescribeModel, ModelOffer, ReadModel, sign_request
-from fedtune.server.live.devices import enroll, revoke
-from fedtune.server.live.pki import make_authority
+from fedtune.core.protocol.enrolment import Bundle, load_node_key, make_node_key
+from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
+from fedtune.core.protocol.model_requests import (
+    DESCRIBE,
+    MAX_PIECE_BYTES,
+    READ,
+    DescribeModel,
+    ModelOffer,
+    ReadModel,
+    sign_request,
+)
+from fedtune.core.protocol.payloads import PROTOCOL_VERSION, encode
+from fedtune.server.live.certificates import make_authority
+from fedtune.server.live.enrolled_devices import enroll, revoke
 
 BIG = 3_000_000
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.secagg import ClientFaultError, Identity, RoundAbortedError, Segment, ServerFaultError, Stage
-from fedtune.core.secagg.messages import (
+from fedtune.core.secagg.exchanged import (
     BOX_BYTES,
     Advertisement,
     Boxes,

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from secure_stand import LAYOUT, Stand
 
-from fedtune.core.actions import SECURE_EXCHANGES
-from fedtune.core.adapter import Vector
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import PeerError
-from fedtune.core.messages import TrainRequest, decode, encode
-from fedtune.core.secagg.messages import RoundConfig
-from fedtune.core.secagg.messages import decode as decode_message
-from fedtune.core.secagg.messages import encode as encode_message
-from fedtune.strategies.reduction import finish_ring
+from fedtune.core.protocol.actions import SECURE_EXCHANGES
+from fedtune.core.protocol.payloads import TrainRequest, decode, encode
+from fedtune.core.secagg.exchanged import RoundConfig
+from fedtune.core.secagg.exchanged import decode as decode_message
+from fedtune.core.secagg.exchanged import encode as encode_message
+from fedtune.strategies.aggregation.reduction import finish_ring
 
 NAMES = [f"client-{index}" for index in range(6)]
 VICTIM = NAMES[0]
@@ -28,7 +28,7 @@ VICTIM = NAMES[0]
 def in_the_open(stand: Stand, request: TrainRequest, names: list[str]) -> Vector:
     """What the round must come to: the same contributions, added where all can see them."""
     from fedtune.core.codec import MaskableCodec
-    from fedtune.core.uplink import RingSum, ring_zero
+    from fedtune.core.codec.uplink import RingSum, ring_zero
 
     terms = stand.device.terms(request)
     totals = [ring_zero(each) for each in terms]

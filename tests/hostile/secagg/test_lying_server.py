@@ -26,10 +26,8 @@ from fedtune.core.secagg import (
     ServerFaultError,
     Stage,
 )
-from fedtune.core.secagg.client import Ended
-from fedtune.core.secagg.masking import unmask_sums
-from fedtune.core.secagg.masks import word_type
-from fedtune.core.secagg.messages import (
+from fedtune.core.secagg.client_session import Ended
+from fedtune.core.secagg.exchanged import (
     BOX_BYTES,
     Advertisement,
     Delivery,
@@ -45,6 +43,8 @@ from fedtune.core.secagg.messages import (
     encode,
     pieces,
 )
+from fedtune.core.secagg.masking import unmask_sums
+from fedtune.core.secagg.masks import word_type
 from fedtune.core.secagg.primitives import Agreement
 from fedtune.core.secagg.rehearsal import LENIENT, Rehearsal, enrol, plain_sum, random_updates
 from fedtune.core.secagg.shamir import Combiner, to_bytes, to_element

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import httpx
 
-from fedtune.client.live.fleet import FleetLink
-from fedtune.core.enrolment import Bundle
-from fedtune.server.live.devices import Devices, enroll
-from fedtune.server.live.flower import Link
-from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.core.protocol.enrolment import Bundle
+from fedtune.flower.fleet_link import FleetLink
+from fedtune.flower.superlink import Link
+from fedtune.server.live.enrolled_devices import Devices, enroll
+from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.sockets import Listener
 
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}

@@ -19,8 +19,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from fedtune.demo import write_federation
-from fedtune.server.live.devices import enroll
-from fedtune.server.live.home import ServerConfig, ServerHome
+from fedtune.server.live.enrolled_devices import enroll
+from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.run_directory import read_rounds
 
 PATIENCE_SECONDS = 120.0
@@ -144,8 +144,8 @@ class Fleet:
 
     def join(self, *names: str, **settings: Any) -> None:
         """Makes device folders, with the newest roster their bundles have."""
-        from fedtune.client.live.home import ClientHome
-        from fedtune.core.enrolment import Bundle
+        from fedtune.client.live.device_home import ClientHome
+        from fedtune.core.protocol.enrolment import Bundle
 
         for name in names or self.names:
             data = self.folder / "data" / "clients" / f"{name}.jsonl"
@@ -167,15 +167,15 @@ class Fleet:
 
     def submit(self, *overrides: str, name: str = "job") -> Path:
         """Submits a small job; its run directory."""
-        from fedtune.core.job_file import load_job
+        from fedtune.core.job.job_file import load_job
         from fedtune.demo import JOB
-        from fedtune.server.live.jobs import Jobs
+        from fedtune.server.live.job_queue import Jobs
 
         jobs = Jobs(self.home)
         return jobs.run_path(jobs.submit(load_job(JOB, [*SMALL, *overrides]), name))
 
     def status(self) -> dict[str, Any]:
-        from fedtune.server.live.board import read_status
+        from fedtune.server.live.status_board import read_status
 
         return read_status(self.home)
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.client import training
-from fedtune.client.training import LocalResult, LocalTask, train_locally
+from fedtune.client.torch import training
+from fedtune.client.torch.training import LocalResult, LocalTask, train_locally
 from fedtune.core.errors import UpdateError
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.model.base import load_base
-from fedtune.model.batches import collate, steps_of_epoch
-from fedtune.model.evaluation import answer, evaluate
-from fedtune.model.examples import Example, prepare
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.batches import collate, steps_of_epoch
+from fedtune.data.examples import Example, prepare
+from fedtune.data.records import Record
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.loss import completion_loss
-from fedtune.model.records import Record
+from fedtune.model.scoring import answer, evaluate
 
 MakeModel = Callable[..., Path]
 TASK = LocalTask(seed=5, learning_rate=5e-3, local_steps=4, batch_tokens=128)

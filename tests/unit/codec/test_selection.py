@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedtune.core.codec.selection import select_largest, select_public, selected_count
+from fedtune.core.codec.coordinate_selection import select_largest, select_public, selected_count
 
 vectors = npst.arrays(
     np.float32, st.integers(0, 200), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e30, 1e-40])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest, load_adapter, save_adapter
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest, load_adapter, save_adapter
 from fedtune.core.errors import ModelError
 
 LAYOUT = AdapterLayout((AdaptedModule("layers.0.q", 6, 4), AdaptedModule("layers.0.up", 4, 10)), rank=2, alpha=8.0)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from fedtune.core import connections
-from fedtune.core.connections import MAX_HEAD_BYTES, BoundedHttp
+from fedtune.core.host import connections
+from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
 
 HEAD_SECONDS = 0.5
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"

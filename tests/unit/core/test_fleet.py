@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.errors import JobError
-from fedtune.core.fleet import load_fleet
+from fedtune.core.job.device_kinds import load_fleet
 from fedtune.demo import FLEET
 
 KIND = {

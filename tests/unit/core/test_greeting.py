@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from fedtune.core.errors import PeerError
-from fedtune.core.greeting import PROTOCOL_VERSION, GreetingReply, Terms, check_plan, two_digits
-from fedtune.core.messages import HEADER_BYTES, Base, decode, encode
+from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
+from fedtune.core.protocol.registration import PROTOCOL_VERSION, GreetingReply, Terms, check_plan, two_digits
 
 TERMS = Terms(Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64), 288, 5, 0.0, "auto", "auto", False, 0.0)
 REPLY = GreetingReply(PROTOCOL_VERSION, "0.1", 3, 4, 8000, "", "", 16, "dequantized", 64, 120, 1.5)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.errors import JobError
-from fedtune.core.job import Job
-from fedtune.core.job_file import dump_job, load_job
+from fedtune.core.job.job_file import dump_job, load_job
+from fedtune.core.job.settings import Job
 
 
 def write(folder: Path, text: str) -> Path:

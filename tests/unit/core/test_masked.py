@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 
-from fedtune.core import actions
 from fedtune.core.codec import MaskableCodec, RingUpdate
-from fedtune.core.masked import LANES_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
-from fedtune.core.uplink import FactorTerms, Part, RingSum, ring_contribution, ring_zero
+from fedtune.core.codec.masked import LANES_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
+from fedtune.core.codec.uplink import FactorTerms, Part, RingSum, ring_contribution, ring_zero
+from fedtune.core.protocol import actions
 
 CLIENTS = 5
 TERMS = tuple(FactorTerms("ring", 4, 0.5, count, 1, 3, letter, 0, 0.7, CLIENTS) for letter, count in (("a", 70), ("b", 33)))  # type: ignore[arg-type]  # fmt: skip  # noqa: E501

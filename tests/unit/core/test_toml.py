@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.errors import JobError
-from fedtune.core.fleet import load_fleet
-from fedtune.core.job_file import load_job
+from fedtune.core.job.device_kinds import load_fleet
+from fedtune.core.job.job_file import load_job
 
 
 @pytest.mark.parametrize(

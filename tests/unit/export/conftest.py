@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import adapter_digest, save_adapter
-from fedtune.core.job_file import load_job
-from fedtune.model.base import load_base
+from fedtune.core.adapter.layout import adapter_digest, save_adapter
+from fedtune.core.job.job_file import load_job
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
-from fedtune.server.export import run as export_module
+from fedtune.server.export import exporter as export_module
 from fedtune.server.export.build_child import build_one
 from fedtune.server.export.builder import Build
 from fedtune.server.run_directory import RunDirectory

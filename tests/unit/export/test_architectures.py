@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedtune.server.export.builder import RECIPES, Build, Format, build
+from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.gate import gate
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
-from fedtune.server.export.run import held_out_examples
 
 BY_BUILDER = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
 SETTINGS = {"phi3": {"original_max_position_embeddings": 256}}  # unless it is the context, rotation is another

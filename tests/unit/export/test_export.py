@@ -15,13 +15,13 @@ import onnx
 import pytest
 
 from fedtune.core.errors import ExportError, InputError, ModelError, RunDirectoryError, RunError
-from fedtune.core.exported import manifest_digest, verify
-from fedtune.core.job_file import load_job
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.model_manifest import manifest_digest, verify
 from fedtune.server import cli
-from fedtune.server.display import Silent
-from fedtune.server.export import run as module
+from fedtune.server.export import exporter as module
 from fedtune.server.export.builder import Build, Recipe, build
-from fedtune.server.export.run import ExportOptions, export_adapter, export_run
+from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
+from fedtune.server.run_display import Silent
 
 LENIENT = ExportOptions(max_drop=100.0)  # random weights have nothing to lose
 MakeRun = Callable[..., Path]

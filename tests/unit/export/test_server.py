@@ -22,18 +22,18 @@ import torch
 import uvicorn
 
 from fedtune.client.inference.chat import converse
-from fedtune.client.inference.command import pulled_model
-from fedtune.client.inference.model import ExportedModel, Sampling
-from fedtune.client.inference.protocol import event
+from fedtune.client.inference.exported_model import ExportedModel, Sampling
+from fedtune.client.inference.http_api import create_app
+from fedtune.client.inference.inference_commands import pulled_model
+from fedtune.client.inference.model_versions import Versions
+from fedtune.client.inference.openai_bodies import event
 from fedtune.client.inference.scheduler import Piece, Scheduler, Stream
-from fedtune.client.inference.server import create_app
-from fedtune.client.inference.versions import Versions
 from fedtune.core.errors import ExportError, InputError
-from fedtune.core.exported import digest_file
+from fedtune.core.protocol.model_manifest import digest_file
 from fedtune.server import cli
-from fedtune.server.display import Silent
+from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
 from fedtune.server.export.merge import merge, open_run
-from fedtune.server.export.run import ExportOptions, export_adapter, export_run
+from fedtune.server.run_display import Silent
 
 PROMPT = "turn on the lamp"
 MakeRun = Callable[..., Path]
@@ -486,7 +486,7 @@ def test_serving_others_needs_a_token(
 
 def test_inference_never_imports_torch() -> None:
     code = (
-        "import sys, fedtune.client.inference.server, fedtune.client.inference.chat, fedtune.server.cli;"
+        "import sys, fedtune.client.inference.http_api, fedtune.client.inference.chat, fedtune.server.cli;"
         "sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

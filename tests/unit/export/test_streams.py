@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.server.display import Silent
-from fedtune.server.export.run import export_run
+from fedtune.server.export.exporter import export_run
+from fedtune.server.run_display import Silent
 
 PROGRAM = Path(__file__).parents[3] / "benchmarks" / "inference" / "streams.py"
 GROWTH_MB = 50.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.client.inference.text import TextStream
+from fedtune.client.inference.text_stream import TextStream
 
 
 def decode(ids: list[int]) -> str:

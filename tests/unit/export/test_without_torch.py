@@ -12,8 +12,8 @@ import httpx
 import pytest
 from door import Door, listening
 
-from fedtune.server.display import Silent
-from fedtune.server.export.run import export_run
+from fedtune.server.export.exporter import export_run
+from fedtune.server.run_display import Silent
 
 ROOT = Path(__file__).parents[3]
 

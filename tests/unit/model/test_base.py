@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedtune.core.errors import ModelError
-from fedtune.core.job import ModelSettings
-from fedtune.model.base import BaseModel, best_precision, linear_modules, load_base
+from fedtune.core.job.settings import ModelSettings
+from fedtune.model.base_model import BaseModel, best_precision, linear_modules, load_base
 from fedtune.model.nf4 import PackedLinear, dequantize, quantize
 
 MakeModel = Callable[..., Path]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from fedtune.model.batches import LENGTH_STEP, Batch, collate, micro_batches, steps_of_epoch
-from fedtune.model.examples import Example
+from fedtune.data.batches import LENGTH_STEP, Batch, collate, micro_batches, steps_of_epoch
+from fedtune.data.examples import Example
 
 CPU = torch.device("cpu")
 

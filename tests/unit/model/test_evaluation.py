@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fedtune.core.errors import InputError
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.model.base import load_base
-from fedtune.model.evaluation import answer, evaluate
-from fedtune.model.examples import Example, prepare
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.examples import Example, prepare
+from fedtune.data.records import Record
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, Limits, adapt
 from fedtune.model.loss import score
-from fedtune.model.records import Record
+from fedtune.model.scoring import answer, evaluate
 
 MakeModel = Callable[..., Path]
 PROMPTS = [f"turn on the lamp in room {room}" for room in range(6)] + ["fan", "turn off the oven"]
@@ -62,7 +62,7 @@ def test_a_model_s_limits_cut_batches_and_not_the_score(make_model: MakeModel, m
         sizes.append(batch.ids.numel())
         return score(readout, batch)
 
-    monkeypatch.setattr("fedtune.model.evaluation.score", seen)
+    monkeypatch.setattr("fedtune.model.scoring.score", seen)
     whole = evaluate(model, examples)
     assert max(sizes) > 48
     sizes.clear()

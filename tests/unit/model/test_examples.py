@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from fedtune.core.errors import DataError, ModelError
-from fedtune.model.examples import CleaningReport, Example, hold_out, load_examples, prepare, render
-from fedtune.model.records import Message, Record
+from fedtune.data.examples import CleaningReport, Example, hold_out, load_examples, prepare, render
+from fedtune.data.records import Message, Record
 
 Tokenizer = Any
 CHAT_TEMPLATE = (

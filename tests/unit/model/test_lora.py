@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedtune.core.adapter import save_adapter
+from fedtune.core.adapter.layout import save_adapter
 from fedtune.core.errors import ModelError
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.model.base import load_base
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt, adapter_layout
 
 MakeModel = Callable[..., Path]

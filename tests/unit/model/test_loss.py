@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.core.job import AdapterSettings, ModelSettings
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.batches import collate
+from fedtune.data.examples import Example
 from fedtune.model import loss as loss_module
-from fedtune.model.base import load_base
-from fedtune.model.batches import collate
-from fedtune.model.examples import Example
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.loss import Readout, completion_loss, score
 

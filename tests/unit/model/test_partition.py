@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 
 from fedtune.core.errors import JobError
-from fedtune.model.partition import partition_records
-from fedtune.model.records import Record
+from fedtune.data.partition import partition_records
+from fedtune.data.records import Record
 
 RECORDS = [Record(str(number), fields={"skill": ["lamp", "fan", "oven"][number % 3]}) for number in range(120)]
 

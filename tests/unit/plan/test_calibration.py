@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.plan import command
-from fedtune.client.plan.calibration import Calibration, CalibrationStore, Case, Measured, measure
-from fedtune.client.plan.command import make_plan
 from fedtune.client.plan.planner import NoPlanError
+from fedtune.client.torch import device_plan as command
+from fedtune.client.torch.calibration import Calibration, CalibrationStore, Case, Measured, measure
+from fedtune.client.torch.device_plan import make_plan
 from fedtune.core.errors import DataError, RunError
-from fedtune.core.job_file import load_job
+from fedtune.core.job.job_file import load_job
 from fedtune.server import cli
 
 CASE = Case("demo", "nf4", "packed", "bf16", 16, 32.0, 64, 2, False)

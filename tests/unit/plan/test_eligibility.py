@@ -8,7 +8,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from fedtune.client.plan.eligibility import Requirements, Sensors, not_now
-from fedtune.client.plan.probe import sense
+from fedtune.client.plan.machine import sense
 
 ROUTES = "Iface\tDestination\tGateway\tFlags\nwwan0\t0002A8C0\t00000000\t0001\n{interface}\t00000000\t0102A8C0\t0003\n"
 

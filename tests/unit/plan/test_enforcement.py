@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.client import training
-from fedtune.client.plan.enforcement import train_within_memory
-from fedtune.client.training import LocalTask, train_locally
+from fedtune.client.torch import training
+from fedtune.client.torch.enforcement import train_within_memory
+from fedtune.client.torch.training import LocalTask, train_locally
 from fedtune.core.errors import UpdateError
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.model.base import load_base
-from fedtune.model.examples import prepare
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.examples import prepare
+from fedtune.data.records import Record
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import Limits, adapt
 from fedtune.model.loss import completion_loss
-from fedtune.model.records import Record
 
 MakeModel = Callable[..., Path]
 TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=256)

@@ -13,21 +13,21 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from fedtune.client.live.planned import PlannedWork
-from fedtune.client.plan import command
-from fedtune.client.plan.calibration import Case, Measured
-from fedtune.client.plan.enforcement import train_within_memory
+from fedtune.client.plan.machine import probe
 from fedtune.client.plan.memory import Choices, predict_memory
 from fedtune.client.plan.planner import NoPlanError, upload_bytes
-from fedtune.client.plan.probe import probe
-from fedtune.client.training import LocalTask, train_locally
-from fedtune.core.adapter import Vector
+from fedtune.client.torch import device_plan as command
+from fedtune.client.torch.calibration import Case, Measured
+from fedtune.client.torch.enforcement import train_within_memory
+from fedtune.client.torch.planned_work import PlannedWork
+from fedtune.client.torch.training import LocalTask, train_locally
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import ModelError, PeerError, RunError
-from fedtune.core.greeting import Terms
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.core.messages import Base
-from fedtune.model.base import load_base
-from fedtune.model.examples import load_examples
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.registration import Terms
+from fedtune.data.examples import load_examples
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapt
 from fedtune.model.shape import shape_of
 
@@ -39,7 +39,7 @@ TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=250)
 @pytest.fixture(autouse=True)
 def no_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "measure", lambda case: pytest.fail("a step was tried"))
-    monkeypatch.setattr("fedtune.client.live.planned.warm_up", lambda precision, device: None)
+    monkeypatch.setattr("fedtune.client.torch.planned_work.warm_up", lambda precision, device: None)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ class Stand:
         self.used = 0
         monkeypatch.setattr(command, "RESERVE", 0.0)
         monkeypatch.setattr(command, "probe", self._probe)
-        monkeypatch.setattr("fedtune.client.live.planned.meter_for", lambda device: self)
+        monkeypatch.setattr("fedtune.client.torch.planned_work.meter_for", lambda device: self)
         self.work = PlannedWork(bases, data, tmp_path / "calibration", self.shown.append)
 
     def reset(self) -> int:

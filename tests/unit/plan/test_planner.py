@@ -18,11 +18,11 @@ from fedtune.client.plan.planner import (
     rank_tiers,
     upload_bytes,
 )
-from fedtune.client.plan.seconds import operations_per_token, step_seconds
-from fedtune.core.adapter import AdaptedModule
+from fedtune.client.torch.seconds import operations_per_token, step_seconds
+from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import InputError, ModelError
-from fedtune.core.job import AdapterSettings, ModelSettings
-from fedtune.model.base import load_base
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
 from fedtune.model.shape import ModelShape, shape_of
 

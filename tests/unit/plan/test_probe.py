@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from fedtune.client.plan.probe import control_group_memory, probe
+from fedtune.client.plan.machine import control_group_memory, probe
 
 MB = 1 << 20
 

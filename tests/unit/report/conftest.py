@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.job import Job
-from fedtune.core.job_file import dump_job
+from fedtune.core.job.job_file import dump_job
+from fedtune.core.job.settings import Job
 from fedtune.core.ledger import Ledger
-from fedtune.core.records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
-from fedtune.server.run import secure_summary, tier_summary
+from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation, RoundRecord
+from fedtune.server.run_rounds import secure_summary, tier_summary
 
 ADAPTER_PARAMETERS = 220_000
 SENT = Ledger().sent("adapter", ADAPTER_PARAMETERS)

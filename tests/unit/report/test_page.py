@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.core.errors import InputError, MissingExtraError, RunDirectoryError, RunError
 from fedtune.server.report import write_comparison, write_report
-from fedtune.server.run import tier_summary
+from fedtune.server.run_rounds import tier_summary
 
 MakeRun = Callable[..., Path]
 HOSTILE = (

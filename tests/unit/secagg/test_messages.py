@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.core.errors import PeerError
-from fedtune.core.secagg import messages
-from fedtune.core.secagg.messages import (
+from fedtune.core.secagg import exchanged as messages
+from fedtune.core.secagg.exchanged import (
     Advertisement,
     Boxes,
     Delivery,

@@ -23,8 +23,8 @@ from fedtune.core.secagg import (
     graph,
     round_config,
 )
-from fedtune.core.secagg.client import EXCHANGES, ClientSession, Ended, Idle, State
-from fedtune.core.secagg.messages import Member, Message, Reveal, decode, encode
+from fedtune.core.secagg.client_session import EXCHANGES, ClientSession, Ended, Idle, State
+from fedtune.core.secagg.exchanged import Member, Message, Reveal, decode, encode
 from fedtune.core.secagg.primitives import Secret
 from fedtune.core.secagg.rehearsal import Rehearsal, Update, enrol, plain_sum, random_updates
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.job_file import load_job
-from fedtune.server.live import attendance
-from fedtune.server.live.attendance import Attendance
+from fedtune.core.job.job_file import load_job
+from fedtune.server.live import client_manager as attendance
+from fedtune.server.live.client_manager import Attendance
 
 NAMES = ("ann", "bob", "cid", "dan")
 

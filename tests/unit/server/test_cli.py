@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from fedtune.core.errors import RunError
-from fedtune.core.job import BUNDLED, Job
+from fedtune.core.job.settings import BUNDLED, Job
 from fedtune.server import cli
 from fedtune.server.simulation import simulate as module
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.core.ledger import Ledger
-from fedtune.core.records import ClientRecord, Evaluation, RoundRecord
-from fedtune.server.display import Terminal, format_bytes, format_seconds, print_summary
+from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.server.run_display import Terminal, format_bytes, format_seconds, print_summary
 
 SUMMARY = {
     "rounds": 2,

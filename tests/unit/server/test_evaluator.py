@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.core.job import DataSettings
-from fedtune.core.job_file import load_job
-from fedtune.model.base import load_base
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import DataSettings
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.server.evaluator import ModelEvaluator
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from fedtune.core.errors import JobError
-from fedtune.core.fleet import Fleet, load_fleet
-from fedtune.core.job import Job
-from fedtune.core.job_file import load_job
+from fedtune.core.job.device_kinds import Fleet, load_fleet
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
 from fedtune.demo import FLEET
 from fedtune.model.shape import shape_of
-from fedtune.server.display import Silent
 from fedtune.server.run_directory import read_virtual
-from fedtune.server.simulation.fleet import SimulatedFleet
+from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
-from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.selection import UniformSelection
+from fedtune.server.simulation.simulated_fleet import SimulatedFleet
+from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.strategies.cohorts.selection import UniformSelection
 
 NAMES = [f"{index:03d}" for index in range(100)]
 

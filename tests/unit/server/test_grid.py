@@ -11,13 +11,13 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedtune.core.errors import PeerError
-from fedtune.core.job import SimulationSettings
+from fedtune.core.job.settings import SimulationSettings
+from fedtune.flower.envelope import seal, unseal, unseal_parts
+from fedtune.flower.in_process_grid import InProcessGrid, WorkerReport
+from fedtune.flower.message_bytes import WireMessage, from_wire, to_wire
+from fedtune.flower.replies import stream_replies
 from fedtune.server.simulation.faults import fault_mod
-from fedtune.server.simulation.grid import InProcessGrid, WorkerReport
-from fedtune.server.simulation.local import answer
-from fedtune.server.simulation.wire import WireMessage, from_wire, to_wire
-from fedtune.strategies.envelope import seal, unseal, unseal_parts
-from fedtune.strategies.replies import stream_replies
+from fedtune.server.simulation.local_executor import answer
 
 
 class Echo:

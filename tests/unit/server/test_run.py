@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.job import Job
-from fedtune.server.run import secure_summary
+from fedtune.core.job.settings import Job
+from fedtune.server.run_rounds import secure_summary
 
 
 @pytest.mark.parametrize(

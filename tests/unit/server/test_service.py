@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.errors import RunError
-from fedtune.core.job import Job
-from fedtune.server.display import Silent
-from fedtune.server.live.home import ServerConfig, ServerHome
-from fedtune.server.live.jobs import Jobs
-from fedtune.server.live.service import MOST_STUMBLES, Service
+from fedtune.core.job.settings import Job
+from fedtune.server.live.job_queue import Jobs
+from fedtune.server.live.resident_server import MOST_STUMBLES, Service
+from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.run_display import Silent
 
 
 def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.client.plan.probe import probe
+from fedtune.client.plan.machine import probe
 from fedtune.core.errors import JobError
-from fedtune.core.job import ModelSettings
-from fedtune.core.job_file import load_job
-from fedtune.model.base import BaseModel, load_base
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import ModelSettings
+from fedtune.model.base_model import BaseModel, load_base
 from fedtune.server.simulation import workers
 from fedtune.server.simulation.workers import worker_count
 

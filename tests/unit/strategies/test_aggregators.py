@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector
-from fedtune.core.alignment import align_update
+from fedtune.core.adapter.alignment import align_update
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
 from fedtune.core.errors import JobError, UpdateError
-from fedtune.core.job_file import load_job
-from fedtune.strategies.aggregators import (
+from fedtune.core.job.job_file import load_job
+from fedtune.strategies.aggregation import (
     Aggregator,
     CoordinateMedian,
     FedAvg,
@@ -23,7 +23,7 @@ from fedtune.strategies.aggregators import (
     aggregator_for,
     aggregator_named,
 )
-from fedtune.strategies.aggregators.products import RESIDUAL, factors_of
+from fedtune.strategies.aggregation.products import RESIDUAL, factors_of
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 7, 5), AdaptedModule("v", 6, 9)), rank=3, alpha=2.0)
 NAMES = ("fedavg", "fedrot", "alternating", "ffa", "flexlora", "flora")

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
-from fedtune.core.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
+from fedtune.core.codec.adapter_versions import FIRST, REMEMBERED_VERSIONS, advance, receive
+from fedtune.core.codec.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
 from fedtune.core.errors import PeerError
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import Downlink, Uplink
-from fedtune.core.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
-from fedtune.strategies.aggregators import FedAvg
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.payloads import Downlink, Uplink
+from fedtune.strategies.aggregation import FedAvg
+from fedtune.strategies.aggregation.reduction import WEIGHT, ClearReduction, RingReduction
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.reduction import WEIGHT, ClearReduction, RingReduction
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
 SEED = 3

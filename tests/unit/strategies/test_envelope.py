@@ -11,7 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import PeerError
-from fedtune.strategies.envelope import MAX_SHORT_BYTES, seal, unseal_parts
+from fedtune.flower.envelope import MAX_SHORT_BYTES, seal, unseal_parts
 
 
 def message(content: RecordDict) -> Message:

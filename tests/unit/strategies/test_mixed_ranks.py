@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
+from fedtune.core.adapter.rebalance import follow, rebalance
+from fedtune.core.adapter.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
 from fedtune.core.errors import UpdateError
-from fedtune.core.rebalance import follow, rebalance
-from fedtune.core.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
-from fedtune.strategies.aggregators.owned import OwnedMean
+from fedtune.strategies.aggregation.owned import OwnedMean
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
 FACTORS: Any = ("a", "b")

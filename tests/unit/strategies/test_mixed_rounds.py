@@ -10,17 +10,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, Vector, factor_letters
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, factor_letters
+from fedtune.core.adapter.tiers import rank_indices
+from fedtune.core.codec.uplink import encode_factor, factor_terms
 from fedtune.core.errors import JobError, PeerError
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import Base, TrainReply, TrainRequest, decode, encode
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.payloads import Base, TrainReply, TrainRequest, decode, encode
 from fedtune.core.seeds import generator
-from fedtune.core.tiers import rank_indices
-from fedtune.core.uplink import encode_factor, factor_terms
+from fedtune.flower.strategy import federation_from_job
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.tier_assignment import assign_tiers, tier_least
 from fedtune.strategies.round import SAT_OUT, TrainingRound, initial_state
-from fedtune.strategies.strategy import federation_from_job
-from fedtune.strategies.tiering import assign_tiers, tier_least
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), rank=8, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 8, 2.0, ("all-linear",), 256)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.strategies import replies
+from fedtune.flower import replies
+from fedtune.flower.replies import stream_replies
 from fedtune.strategies.exchange import Closing
-from fedtune.strategies.replies import stream_replies
 
 
 class Reply:

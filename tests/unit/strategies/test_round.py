@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
 from fedtune.core.codec import ExactCodec
+from fedtune.core.codec.adapter_versions import receive
 from fedtune.core.codec.wire import Kind, frame
-from fedtune.core.downlink import receive
-from fedtune.core.job_file import load_job
-from fedtune.core.messages import (
+from fedtune.core.job.job_file import load_job
+from fedtune.core.protocol.payloads import (
     Base,
     EvaluateReply,
     EvaluateRequest,
@@ -23,14 +23,14 @@ from fedtune.core.messages import (
     decode,
     encode,
 )
-from fedtune.core.records import ClientRecord
+from fedtune.core.round_records import ClientRecord
+from fedtune.flower.strategy import federation_from_job
+from fedtune.strategies.aggregation.reduction import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.evaluation import EvaluationRound, clients_evaluate, pooled
+from fedtune.strategies.cohorts.timed_selection import timed_selection
+from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.exchange import Closing
-from fedtune.strategies.reduction import WEIGHT
 from fedtune.strategies.round import LATE, Federation, TrainingRound, _closing, initial_state, scheduled_learning_rate
-from fedtune.strategies.strategy import federation_from_job
-from fedtune.strategies.timed_selection import timed_selection
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)

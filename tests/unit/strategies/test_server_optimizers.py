@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedtune.core.adapter import Factor
+from fedtune.core.adapter.layout import Factor
 from fedtune.strategies.server_optimizers import Adaptive, Momentum, Plain, State, server_optimizer_named
 
 ROUNDS = 6

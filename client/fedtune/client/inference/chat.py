@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from fedtune.client.inference.model import ExportedModel, PromptError, Sampling
+from fedtune.client.inference.exported_model import ExportedModel, PromptError, Sampling
 from fedtune.client.inference.scheduler import Piece, Scheduler
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends"

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.client.inference.model import Adapter, ExportedModel, Sampling, read
-from fedtune.client.inference.text import TextStream
+from fedtune.client.inference.exported_model import Adapter, ExportedModel, Sampling, read
+from fedtune.client.inference.text_stream import TextStream
 
 PREFILL_PIECE = 128
 _LOG = logging.getLogger(__name__)

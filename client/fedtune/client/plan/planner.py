@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from fedtune.client.plan.memory import Choices, MemoryPrediction, Precision, Weights, predict_memory
 from fedtune.core.errors import InputError
-from fedtune.model.batches import LENGTH_STEP
+from fedtune.data.batches import LENGTH_STEP
 from fedtune.model.shape import ModelShape
 
 RESERVE = 0.25  # of the free memory stays free

@@ -5,6 +5,7 @@ what was not sent, and `downlink` carries the adapter to the devices.
 """
 
 from fedtune.core.codec.clip_range import ClipRange, initial_clip
+from fedtune.core.codec.coordinate_selection import select_largest, select_public
 from fedtune.core.codec.downlink import (
     apply,
     check_digest,
@@ -19,7 +20,6 @@ from fedtune.core.codec.maskable import MaskableCodec, RingMean, RingUpdate, Rou
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.residual import Residual
 from fedtune.core.codec.ring import Ring
-from fedtune.core.codec.selection import select_largest, select_public
 from fedtune.core.codec.sparse import SparseCodec
 from fedtune.core.codec.weight_cap import next_weight_cap
 

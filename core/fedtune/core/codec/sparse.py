@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.codec.clipping import check_update, finite_norm
+from fedtune.core.codec.coordinate_selection import select_largest
 from fedtune.core.codec.entropy import decode_levels, encode_levels, max_coded_size
 from fedtune.core.codec.quantization import MAX_STEP, MIN_STEP, levels_to_values, nearest_levels, relative_step
-from fedtune.core.codec.selection import select_largest
 from fedtune.core.codec.wire import Kind, Reader, frame, unframe
 from fedtune.core.errors import PeerError
 

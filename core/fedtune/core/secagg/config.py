@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.core.errors import JobError
+from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment, increasing
 from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, part, problems
 from fedtune.core.secagg.identity import RoundMark
-from fedtune.core.secagg.messages import Member, RoundConfig, Segment, increasing
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
 
 

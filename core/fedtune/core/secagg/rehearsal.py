@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.secagg.client import ClientSession
+from fedtune.core.secagg.client_session import ClientSession
 from fedtune.core.secagg.config import Policy, round_config, segments_of
+from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.identity import Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.masks import Words
-from fedtune.core.secagg.messages import Member, RoundConfig, Segment
 from fedtune.core.secagg.primitives import Random
-from fedtune.core.secagg.server import SecureSum, ServerSession, Stage
+from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
 
 Update = Mapping[str, Words]
 

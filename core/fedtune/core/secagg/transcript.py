@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedtune.core.secagg.config import segment_seats
+from fedtune.core.secagg.exchanged import KeyEntry, RoundConfig, encode
 from fedtune.core.secagg.graph import Graph
-from fedtune.core.secagg.messages import KeyEntry, RoundConfig, encode
 from fedtune.core.secagg.primitives import Agreement, derive, digest, framed
 
 

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
-from fedtune.core.adapter import AdapterLayout
+from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import ModelError
 from fedtune.server.export.merge import FinishedRun
 

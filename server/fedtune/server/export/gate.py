@@ -27,8 +27,8 @@ import onnxruntime_genai  # type: ignore[import-untyped]
 import torch
 
 from fedtune.core.errors import InputError
-from fedtune.model.base import BaseModel
-from fedtune.model.examples import Example
+from fedtune.data.examples import Example
+from fedtune.model.base_model import BaseModel
 
 PROMPTS = 200
 FP32_LOGIT_ERROR = 1e-3

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import MissingExtraError
-from fedtune.core.job import Job
-from fedtune.server.display import Display
-from fedtune.server.files import storage, write_json
+from fedtune.core.job.settings import Job
 from fedtune.server.run_directory import SUMMARY
+from fedtune.server.run_display import Display
+from fedtune.server.run_files import storage, write_json
 
 ONNX = "onnx"  # the folder of a run directory where each format has its own
 _NEEDED = ("onnx", "onnxruntime_genai", "onnxscript", "tokenizers")
@@ -39,7 +39,7 @@ def export_finished(job: Job, path: Path, summary: dict[str, Any], display: Disp
     """
     if not job.export.formats:
         return
-    from fedtune.server.export.run import WORKPLACE, ExportOptions, export_run
+    from fedtune.server.export.exporter import WORKPLACE, ExportOptions, export_run
 
     for left in (path / ONNX).glob(f"{WORKPLACE}*"):  # by a process that was killed in the middle of this
         shutil.rmtree(left, ignore_errors=True)

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.core.adapter import ADAPTER_WEIGHTS, AdapterLayout, Vector, adapter_digest, load_adapter
+from fedtune.core.adapter.layout import ADAPTER_WEIGHTS, AdapterLayout, Vector, adapter_digest, load_adapter
 from fedtune.core.errors import ModelError, RunDirectoryError
-from fedtune.core.job import Job
-from fedtune.core.job_file import load_job
-from fedtune.model.base import BaseModel, load_base, quiet
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.model.base_model import BaseModel, load_base, quiet
 from fedtune.model.lora import adapter_layout
 from fedtune.server.run_directory import ADAPTER, JOB, read_rounds, read_summary
 

@@ -16,12 +16,12 @@ import threading
 from pathlib import Path
 
 from fedtune.core.errors import InputError
-from fedtune.core.private import read_bounded
-from fedtune.server.live.devices import EnrolledKeys
-from fedtune.server.live.flower import link_app
-from fedtune.server.live.guard import Guard
-from fedtune.server.live.home import ServerHome
-from fedtune.server.live.offers import Offers
+from fedtune.core.host.private_files import read_bounded
+from fedtune.flower.guard import Guard
+from fedtune.flower.superlink import link_app
+from fedtune.server.live.enrolled_devices import EnrolledKeys
+from fedtune.server.live.model_registry import Offers
+from fedtune.server.live.server_home import ServerHome
 
 OPEN = b"open\n"
 CONTROL_KEY = "control.key"
@@ -34,7 +34,7 @@ def main() -> None:
     """Serves until standard input ends or SIGTERM comes."""
     import uvicorn
 
-    from fedtune.core.connections import MAX_HEAD_BYTES, BoundedHttp
+    from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
 
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from fedtune.core.errors import InputError
-from fedtune.core.private import write_private
-from fedtune.server.live.flower import Link
-from fedtune.server.live.home import ServerHome
+from fedtune.core.host.private_files import write_private
+from fedtune.flower.superlink import Link
 from fedtune.server.live.listener import CONTROL_KEY, OPEN, remove_passing
+from fedtune.server.live.server_home import ServerHome
 
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.2

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedtune.server.display import format_bytes
+from fedtune.server.run_display import format_bytes
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: only a command that draws pays for it
     from matplotlib.axes import Axes

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import InputError, MissingExtraError, RunError
-from fedtune.core.records import Evaluation
-from fedtune.server.display import format_bytes, format_seconds, what_the_server_saw
-from fedtune.server.files import write_text
+from fedtune.core.round_records import Evaluation
 from fedtune.server.report.comparison import comparison_plots
 from fedtune.server.report.plots import run_plots
 from fedtune.server.report.reading import Run, clean, clean_line, read_run
 from fedtune.server.run_directory import REPORT
+from fedtune.server.run_display import format_bytes, format_seconds, what_the_server_saw
+from fedtune.server.run_files import write_text
 
 LISTED_DROPOUTS = 100
 LISTED_REASONS = 6

@@ -18,9 +18,9 @@ import msgspec
 from msgspec import Meta
 
 from fedtune.core.errors import RunDirectoryError
-from fedtune.core.records import ClientEvaluation, Evaluation
+from fedtune.core.round_records import ClientEvaluation, Evaluation
 from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, VIRTUAL, read_rounds, read_summary, read_virtual
-from fedtune.strategies.evaluation import pooled
+from fedtune.strategies.evaluation_round import pooled
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
@@ -38,7 +38,7 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class Client(msgspec.Struct, frozen=True):
-    """What a report reads of one client in one round; see `fedtune.core.records.ClientRecord`."""
+    """What a report reads of one client in one round; see `fedtune.core.round_records.ClientRecord`."""
 
     id: str
     loss: float | None
@@ -48,7 +48,7 @@ class Client(msgspec.Struct, frozen=True):
 
 
 class Tier(msgspec.Struct, frozen=True):
-    """How the clients of one tier took part; see `fedtune.server.run.tier_summary`."""
+    """How the clients of one tier took part; see `fedtune.server.run_rounds.tier_summary`."""
 
     tier: _Count
     asked: _Count
@@ -88,7 +88,7 @@ class Kind:
 
 
 class Sum(msgspec.Struct, frozen=True):
-    """What the server saw of a round under secure aggregation; see `fedtune.core.records.SecureRecord`."""
+    """What the server saw of a round under secure aggregation; see `fedtune.core.round_records.SecureRecord`."""
 
     summed: _Count
     minimum: _Count

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from flwr.app import Context, Message
 
-from fedtune.core.actions import SECURE_EXCHANGES, TRAIN
-from fedtune.core.job import SimulationSettings
+from fedtune.core.job.settings import SimulationSettings
+from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.seeds import generator
 
 Call = Callable[[Message, Context], Message]

@@ -11,26 +11,26 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.core.contradictions import secure_cohort_problems
 from fedtune.core.errors import JobError
-from fedtune.core.job import Job
-from fedtune.model.examples import CleaningReport
-from fedtune.server.display import Display, format_seconds
+from fedtune.core.job.contradictions import secure_cohort_problems
+from fedtune.core.job.settings import Job
+from fedtune.data.examples import CleaningReport
+from fedtune.flower.in_process_grid import RUN_ID, Executor, InProcessGrid
+from fedtune.flower.strategy import AdapterStrategy, federation_from_job
 from fedtune.server.export.last_step import check_export
-from fedtune.server.process import peak_rss_mb
-from fedtune.server.run import Facts, run_rounds
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, is_finished, read_virtual
-from fedtune.server.simulation.edge import export_and_answer
-from fedtune.server.simulation.fleet import FleetGrid
-from fedtune.server.simulation.forked import ForkedExecutor
-from fedtune.server.simulation.grid import RUN_ID, Executor, InProcessGrid
-from fedtune.server.simulation.local import LocalExecutor
+from fedtune.server.run_display import Display, format_seconds
+from fedtune.server.run_facts import peak_rss_mb
+from fedtune.server.run_rounds import Facts, run_rounds
+from fedtune.server.simulation.edge_answers import export_and_answer
+from fedtune.server.simulation.forked_executor import ForkedExecutor
+from fedtune.server.simulation.local_executor import LocalExecutor
+from fedtune.server.simulation.simulated_fleet import FleetGrid
+from fedtune.server.simulation.simulation_context import Workshop
 from fedtune.server.simulation.workers import worker_count
-from fedtune.server.simulation.workshop import Workshop
-from fedtune.strategies.secure import SecureAggregation
-from fedtune.strategies.selection import cohort_size
-from fedtune.strategies.strategy import AdapterStrategy, federation_from_job
-from fedtune.strategies.tiering import Ranks
+from fedtune.strategies.cohorts.selection import cohort_size
+from fedtune.strategies.cohorts.tier_assignment import Ranks
+from fedtune.strategies.secure_collection import SecureAggregation
 
 FIRST_NODE_ID = 1000
 SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
@@ -156,7 +156,7 @@ def _facts(executor: Executor) -> Facts:
 def _executor(workshop: Workshop, clients: dict[int, str]) -> Executor:
     workers = worker_count(workshop.job, workshop.model.base, len(clients))
     if workshop.job.simulation.backend == "ray":
-        from fedtune.server.simulation.ray_pool import RayExecutor
+        from fedtune.server.simulation.ray_executor import RayExecutor
 
         return RayExecutor(workshop, clients, workers)
     return ForkedExecutor(workshop, clients, workers) if workers > 1 else LocalExecutor(workshop, clients)

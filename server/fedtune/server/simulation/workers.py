@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from fedtune.client.plan.machine import probe
 from fedtune.client.plan.memory import Choices, predict_memory
 from fedtune.client.plan.planner import RESERVE
-from fedtune.client.plan.probe import probe
 from fedtune.core.errors import JobError
-from fedtune.core.job import Job
-from fedtune.model.base import BaseModel
+from fedtune.core.job.settings import Job
+from fedtune.model.base_model import BaseModel
 from fedtune.model.shape import shape_of
-from fedtune.server.simulation.fleet import PROGRAM_BYTES
-from fedtune.strategies.selection import cohort_size
+from fedtune.server.simulation.simulated_fleet import PROGRAM_BYTES
+from fedtune.strategies.cohorts.selection import cohort_size
 
 
 def worker_count(job: Job, base: BaseModel, population: int) -> int:

@@ -1,0 +1,283 @@
+"""`fedtune client ...`: the device side. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
+from fedtune.core.errors import InputError, MissingExtraError
+
+app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
+
+STOP_SECONDS = 60.0
+PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
+
+_Home = Annotated[
+    Path | None,
+    typer.Option("--home", envvar="FEDTUNE_CLIENT_HOME", help="The device's folder; by default ~/.fedtune/client."),
+]
+
+
+@app.command()
+def join(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="What `fedtune server enroll` wrote for this device.")
+    ],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="This device's examples; they stay here.")],
+    base: Annotated[
+        list[Path] | None,
+        typer.Option("--base", metavar="DIR", help="A base model's directory on this device; may be given again."),
+    ] = None,
+    allow_clear: Annotated[
+        bool,
+        typer.Option("--allow-clear", help="Also take part in jobs whose server sees this device's own updates."),
+    ] = False,
+    scores: Annotated[
+        bool,
+        typer.Option(
+            "--scores",
+            help="Also score adapters on examples kept back here. The server sees this device's own scores; a lying "
+            "one could ask for many.",
+        ),
+    ] = False,
+    only_charging: Annotated[
+        bool, typer.Option("--only-charging", help="Do not train on battery, however full.")
+    ] = DEFAULT_REQUIREMENTS.only_charging,
+    battery_reserve: Annotated[
+        float,
+        typer.Option("--battery-reserve", metavar="PERCENT", min=0, max=100, help="On battery, train above this only."),
+    ] = DEFAULT_REQUIREMENTS.battery_reserve,
+    max_temperature: Annotated[
+        float,
+        typer.Option("--max-temperature", metavar="C", min=1, max=150, help="Do not train while a sensor is hotter."),
+    ] = DEFAULT_REQUIREMENTS.max_temperature,
+    unmetered_only: Annotated[
+        bool, typer.Option("--unmetered-only", help="Do not train over mobile broadband.")
+    ] = DEFAULT_REQUIREMENTS.unmetered_only,
+    try_step: Annotated[
+        bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
+    ] = True,
+    home: _Home = None,
+) -> None:
+    """Make this machine the device that the bundle is for, if it can train at all, and say under what plan.
+
+    Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
+    """
+    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
+    from fedtune.core.protocol.enrolment import Bundle
+
+    requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
+    folder, bases = home or default_home(), tuple(base or ())
+    made = ClientHome.join(
+        folder,
+        Bundle.load(bundle),
+        data,
+        bases,
+        allow_clear=allow_clear,
+        scores=scores,
+        requirements=requirements,
+    )
+    try:
+        plans = _plans(bases, data, folder / CALIBRATIONS, try_step)
+    except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C
+        made.leave()
+        raise
+    for plan in plans:
+        for line in _plan_lines(plan):
+            print(line)
+    roster, where = made.roster, f" --home {home}" if home else ""
+    print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
+    print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
+    print(f"now remove {bundle}, which holds the same keys; then: fedtune client start{where}")
+
+
+@app.command()
+def start(home: _Home = None) -> None:
+    """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
+    from fedtune.core.host.environment import limit_pieces
+
+    limit_pieces(PIECE_BYTES)
+    device = _open(home)
+    with device.lock:  # from here on it counts as starting: torch takes its time
+        try:
+            from fedtune.client.live.device_loop import Service
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
+        Service(device, lambda line: print(line, flush=True)).run()
+
+
+@app.command()
+def stop(home: _Home = None) -> None:
+    """End the running device process; keys and memory stay."""
+    process = _open(home).lock.stop_holder(STOP_SECONDS)
+    print(f"stopped process {process}" if process else "it was not running")
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    home: _Home = None,
+) -> None:
+    """Show whether this device runs, what it does and its last problem; exit status 0 if it runs, 1 if not."""
+    from fedtune.core.host.private_files import read_json
+
+    device = _open(home)
+    holder = device.lock.holder()
+    found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    found["model"] = model.name if (model := device.models.current) else None
+    path = device.path / "status.json"
+    if path.exists():
+        with suppress(InputError):  # half a status is no status; the lock says whether the device runs
+            found |= read_json(path, "the status")
+    found["running"] = holder is not None
+    if holder is None:
+        found["state"] = "stopped"
+    elif found.get("pid") != holder:
+        found["state"] = "starting"
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    if not found["running"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pull(
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A finished job; without one, the last that has a model.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest there is.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was pulled as JSON, and nothing else.")] = False,
+    home: _Home = None,
+) -> None:
+    """Bring a finished job's model to this device, to answer from it: then fedtune serve, or fedtune chat.
+
+    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before the new model takes the place of the
+    old one, which stays for fedtune client rollback. A pull that was broken off goes on where it was when it is
+    started again. Examples:
+
+        fedtune client pull
+
+        fedtune client pull first --format fp16
+    """
+    from fedtune.client.inference.byte_progress import showing
+    from fedtune.client.inference.model_pull import ModelLine
+    from fedtune.client.inference.model_pull import pull as run
+
+    device = _open(home)
+    line = ModelLine(device.config.server, device.authority, device.config.name, device.node_key)
+    try:
+        with nullcontext() if quiet or as_json else showing("pulling") as progress:
+            pulled = run(line, device.models, job, form, progress)
+    finally:
+        line.close()
+    path, previous = device.models.folder / "current", device.models.previous
+    if as_json:
+        found = {
+            "version": pulled.path.name,
+            "path": str(path),
+            "received": pulled.received,
+            "total": pulled.total,
+            "previous": previous.name if previous else None,
+        }
+        print(json.dumps(found, indent=2))
+    elif not quiet:
+        print(
+            f"{pulled.path.name}: {pulled.total:,} bytes, {pulled.received:,} of them received now; every file checked"
+        )
+        print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
+
+
+@app.command()
+def rollback(home: _Home = None) -> None:
+    """Go back to the model that was pulled before; once more goes forward again. Then restart fedtune serve."""
+    models = _open(home).models
+    with models.changing():
+        path = models.roll_back()
+    print(f"{path.name} is the current model again; restart fedtune serve to answer with it")
+
+
+@app.command()
+def leave(home: _Home = None) -> None:
+    """Stop, and remove this device's keys and everything it remembers; the data file stays."""
+    device = _open(home)
+    if process := device.lock.stop_holder(STOP_SECONDS):
+        print(f"stopped process {process}")
+    name = device.config.name
+    device.leave()
+    print(f"removed {device.path}; on the server: fedtune server revoke {name}")
+
+
+def _print(found: dict[str, Any]) -> None:
+    state = found["state"]
+    if state == "waiting" and found.get("next_try"):
+        state += f" to try again in {max(0.0, found['next_try'] - time.time()):.1f} s, after {found['trying']} failures"
+    elif found.get("task"):
+        state += f" ({found['task']})"
+    print(f"device {found['name']} of {found['server']}: {state}")
+    if found.get("contact"):
+        print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
+    if found.get("clock_error"):
+        print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
+    if found.get("sits_out"):
+        print(f"sits out: {found['sits_out']}")
+    for line in _plan_lines(found["plan"]) if found.get("plan") else ():
+        print(line)
+    if found["model"]:
+        print(f"model: {found['model']}")
+    if found.get("problem"):
+        print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
+
+
+def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
+    """What this machine would train under, by base model; none where it is installed for answering only."""
+    try:
+        from fedtune.client.torch.device_plan import plan_bases
+    except ModuleNotFoundError:
+        print("no torch here: this device can pull models and answer. To train: pip install 'fedtune[client]'")
+        return []
+    outcomes = plan_bases(bases, data, calibrations, "always" if try_step else "never", print)
+    return [outcome.to_json() for outcome in outcomes]
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    """A plan, and what was measured beside what was predicted, as people read it."""
+    chosen, predicted, tried, took = plan["plan"], plan["predicted"], plan["measured"], plan.get("took")
+    unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
+    weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"
+    rank = f"rank {chosen['tier']} of {chosen['rank']}"
+    passes = f"{chosen['micro_batch_tokens']} at once, {chosen['accumulation']} times a step"
+    checkpointing = ", gradient checkpointing" if chosen["gradient_checkpointing"] else ""
+    batch = f"{chosen['sequence_length']} tokens an example, {passes}{checkpointing}"
+    limit = f"{_mb(predicted['budget'])} allowed, beside {_mb(predicted['runtime'])} of program"
+    seconds = took["predicted_seconds"] if took else predicted["seconds_per_round"]
+    lines = [
+        f"plan for {plan['model']['base']}: {weights}, {chosen['precision']}, {rank}, {batch}",
+        f"predicted: {_mb(predicted['peak'])} ({limit}), {seconds:.1f} s a round",
+    ]
+    if tried:
+        lines.append(f"one step:  {_mb(tried['peak_bytes'])}, {_mb(tried['predicted_peak_bytes'])} predicted")
+    if took and took["rounds"]:
+        most = "not measurable" if took["peak_bytes"] is None else f"{_mb(took['peak_bytes'])} at most"
+        lines.append(f"measured:  {most}, {took['seconds']:.1f} s in the last of {took['rounds']} rounds")
+    return lines
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs
+    from fedtune.client.live.device_home import ClientHome, default_home
+
+    return ClientHome(home or default_home())

@@ -1,0 +1,278 @@
+"""A device's folder: its keys, its roster, and what it remembers. Its owner's only; `leave` removes it.
+
+device.json         name, server, data file, base models, when the device takes part
+authority.pem       certificate authority of the server's certificate
+node.key            signs requests to the server
+identity.key        the device in secure aggregation
+roster.json         who the other devices are, signed by the fleet's key
+rounds.json         the last round served of each job
+jobs/               residuals, adapters and terms, by job
+uplink              bytes a second that the last update went up with
+calibration/        what real training steps took, by base model
+working             the message that is being worked on, until its answer is with the server
+models/             exported models that were pulled, and which of them counts
+status.json         what `fedtune client status` shows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedtune.client.client_store import TEMPORARY, ClientStore
+from fedtune.client.inference.model_versions import Versions
+from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
+from fedtune.core.errors import InputError, PeerError
+from fedtune.core.host.private_files import (
+    ServiceLock,
+    check_private,
+    private_folder,
+    read_bounded,
+    read_json,
+    write_private,
+)
+from fedtune.core.protocol.enrolment import Bundle, SignedRoster, check_address, check_name
+from fedtune.core.secagg.identity import FileRoundLog, Identity
+
+ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
+KEPT_JOBS = 3
+MAX_DATA_CHECK_BYTES = 1 << 16
+MODELS = "models"
+_DEVICE = "device.json"
+CALIBRATIONS = "calibration"
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """device.json.
+
+    Args:
+        bases: model directories of this device; a job's base is found among them by its digest.
+        fleet_key: public key that rosters are signed with, in hexadecimal digits.
+        allow_clear: whether the device takes part in jobs that do not mask updates.
+        scores: whether it evaluates for the server, which sees each device's score by itself.
+        requirements: when the device takes part.
+    """
+
+    name: str
+    server: str
+    data: str
+    bases: tuple[str, ...]
+    fleet_key: str
+    allow_clear: bool = False
+    scores: bool = False
+    requirements: Requirements = DEFAULT_REQUIREMENTS
+
+
+def default_home() -> Path:
+    """Where the device lives when nothing else is said."""
+    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".fedtune" / "client")
+
+
+class ClientHome:
+    """An existing folder of a device.
+
+    Raises:
+        InputError: there is none, others may enter it, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / _DEVICE).is_file():
+            raise InputError(f"{path}: no device lives here; make one with: fedtune client join BUNDLE --data FILE")
+        check_private(path)
+        self.path = path
+        self.config = _read_config(path / _DEVICE)
+
+    @classmethod
+    def join(
+        cls,
+        path: Path,
+        bundle: Bundle,
+        data: Path,
+        bases: tuple[Path, ...] = (),
+        *,
+        allow_clear: bool = False,
+        scores: bool = False,
+        requirements: Requirements = DEFAULT_REQUIREMENTS,
+    ) -> ClientHome:
+        """Makes a device's folder out of a bundle.
+
+        Raises:
+            InputError: a device lives there already, or the data file or a base model is missing.
+        """
+        if (path / _DEVICE).exists():
+            raise InputError(f"{path}: a device lives here already; remove it with: fedtune client leave")
+        check_data(data)
+        for base in bases:
+            if not (base / "config.json").is_file():
+                raise InputError(f"{base}: not a model directory: it has no config.json")
+        private_folder(path)
+        write_private(path / "authority.pem", bundle.authority)
+        write_private(path / "node.key", bundle.node_key)
+        Identity(bundle.identity).save(path / "identity.key")
+        write_private(path / "roster.json", bundle.roster.to_bytes())
+        config = DeviceConfig(
+            bundle.name,
+            bundle.server,
+            str(data.absolute()),
+            tuple(str(base.absolute()) for base in bases),
+            bundle.fleet_key.hex(),
+            allow_clear,
+            scores,
+            requirements,
+        )
+        write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: now it is a device
+        return cls(path)
+
+    def leave(self) -> None:
+        """Removes keys and everything remembered."""
+        shutil.rmtree(self.path)
+
+    @property
+    def authority(self) -> bytes:
+        """Certificate authority, PEM."""
+        return read_bounded(self.path / "authority.pem", "a certificate")
+
+    @property
+    def node_key(self) -> str:
+        """Private key that signs requests, PEM."""
+        path = self.path / "node.key"
+        check_private(path)
+        return read_bounded(path, "a key").decode("ascii", "replace")
+
+    @property
+    def identity(self) -> Identity:
+        """The device in secure aggregation."""
+        return Identity.load(self.path / "identity.key")
+
+    @property
+    def round_log(self) -> FileRoundLog:
+        """The last round served of each job."""
+        return FileRoundLog(self.path / "rounds.json")
+
+    @property
+    def models(self) -> Versions:
+        """Exported models that were pulled."""
+        return Versions(self.path / MODELS)
+
+    @property
+    def lock(self) -> ServiceLock:
+        """Held by the running device."""
+        return ServiceLock(self.path / "service.lock")
+
+    @property
+    def roster(self) -> SignedRoster:
+        """Who the other devices are, as last signed.
+
+        Raises:
+            InputError: the file is damaged, or not signed with the fleet's key.
+        """
+        path = self.path / "roster.json"
+        try:
+            roster = SignedRoster.from_bytes(read_bounded(path, "a roster"))
+            roster.check(bytes.fromhex(self.config.fleet_key))
+        except PeerError as error:
+            raise InputError(f"{path}: {error}; join anew with a new bundle") from None
+        return roster
+
+    def renew_roster(self, roster: SignedRoster) -> None:
+        """Takes over a newer roster; one of the same version must be the same.
+
+        Raises:
+            PeerError: it is not signed with the fleet's key, older, or does not name this device with its key.
+        """
+        held = self.roster
+        roster.check(bytes.fromhex(self.config.fleet_key))
+        if roster.version < held.version:
+            raise PeerError(f"a roster of version {roster.version}; this device holds version {held.version}")
+        if roster.version == held.version and roster.roster.digest != held.roster.digest:
+            raise PeerError(f"another roster of version {roster.version} than this device holds")
+        if roster.roster.keys.get(self.config.name) != self.identity.public:
+            raise PeerError("the roster does not list this device with its key")
+        if roster.version > held.version:
+            write_private(self.path / "roster.json", roster.to_bytes())
+
+
+def check_data(path: Path) -> None:
+    """Makes sure that there is something to read; its records are checked when they are first used.
+
+    Raises:
+        InputError: no such file, it is empty, or it may not be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path}: the data file is empty")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the data file: {error.strerror}") from None
+
+
+class JobMemory(ClientStore):
+    """What a device remembers between rounds, kept apart by job; the last few jobs are kept.
+
+    Args:
+        folder: of all jobs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._root = private_folder(folder)
+        for left in self._root.rglob(f".*{TEMPORARY}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        newest = max(self._jobs(), key=lambda path: path.stat().st_mtime, default=self._root / "none")
+        super().__init__(newest)
+
+    @property
+    def secure(self) -> bool:
+        """Whether the job masks updates."""
+        return not (self._folder / "clear").exists()
+
+    @property
+    def terms(self) -> bytes:
+        """What the server asked to plan for when it greeted the device for this job.
+
+        Raises:
+            PeerError: it did not.
+        """
+        try:
+            return (self._folder / "terms").read_bytes()
+        except FileNotFoundError:
+            raise PeerError("this device has not been greeted for a job") from None
+
+    def begin(self, job: str, secure: bool, terms: bytes) -> None:
+        """Turns to a job, new or known."""
+        self._folder = private_folder(self._root / hashlib.sha256(job.encode()).hexdigest()[:24])
+        if secure:
+            (self._folder / "clear").unlink(missing_ok=True)
+        else:
+            (self._folder / "clear").touch()
+        write_private(self._folder / "terms", terms)
+        os.utime(self._folder)
+        for old in sorted(self._jobs(), key=lambda path: path.stat().st_mtime)[:-KEPT_JOBS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _jobs(self) -> list[Path]:
+        return [path for path in self._root.iterdir() if path.is_dir()]
+
+
+def _read_config(path: Path) -> DeviceConfig:
+    content = read_json(path, "the device", 1 << 16)
+    texts = ("name", "server", "data", "fleet_key")
+    try:
+        others = {"bases", "allow_clear", "scores", "requirements"}
+        if set(content) != {*texts, *others} or not all(isinstance(content[key], str) for key in texts):
+            raise ValueError
+        bases = tuple(map(str, content["bases"]))
+        bytes.fromhex(content["fleet_key"])
+        name, server = check_name(content["name"]), check_address(content["server"])
+        allow_clear, scores = content["allow_clear"] is True, content["scores"] is True
+        requirements = Requirements(**content["requirements"])
+        data, fleet_key = content["data"], content["fleet_key"]
+        return DeviceConfig(name, server, data, bases, fleet_key, allow_clear, scores, requirements)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: damaged; leave and join anew") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,64 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.client.plan.planner import megabytes
+from fedtune.client.torch.device_plan import Outcome
+
+
+def print_plan(console: Console, outcome: Outcome) -> None:
+    """The device, the plan, the prediction, and what one real step took."""
+    machine, plan, choices = outcome.machine, outcome.plan, outcome.plan.choices
+    table = Table(title=f"plan for {outcome.shape.name}", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("")
+    table.add_row("processor", f"{machine.processor}, {machine.cores:g} cores ({', '.join(machine.instructions)})")
+    for gpu in machine.gpus:
+        capability = ".".join(map(str, gpu.capability))
+        table.add_row("GPU", f"{gpu.name}, {megabytes(gpu.free)} of {megabytes(gpu.total)} free, {capability}")
+    source = "" if machine.memory_source == "machine" else f" ({machine.memory_source})"
+    table.add_row("memory", f"{megabytes(machine.memory_free)} of {megabytes(machine.memory_total)} free{source}")
+    table.add_row("disk", f"{megabytes(machine.disk_free)} free")
+    table.add_row("battery", "none" if machine.battery is None else _battery(machine.battery, machine.charging))
+    table.add_row("temperature", "not exposed" if machine.temperature is None else f"{machine.temperature:.0f} °C")
+    table.add_section()
+    unpacking = "bitsandbytes" if outcome.native_unpacking else "torch (bitsandbytes does not work here)"
+    packed = f"nf4, packed, unpacked by {unpacking}" if choices.weights == "packed" else "dequantized once"
+    table.add_row("weights", packed)
+    table.add_row("arithmetic", choices.precision)
+    table.add_row("rank", f"{plan.tier} of {choices.rank}")
+    longest = f"{choices.sequence_length} tokens, the longest example"
+    cut = f"{plan.sequence_length} tokens, to which examples are cut"
+    table.add_row("sequence length", longest if choices.sequence_length < plan.sequence_length else cut)
+    table.add_row("micro-batch", f"{choices.tokens} tokens, {plan.accumulation} of them a step")
+    table.add_row("gradient checkpointing", "on" if choices.checkpointing else "off")
+    table.add_section()
+    memory = plan.memory
+    parts = (("weights", memory.weights), ("adapter", memory.adapter), ("activations", memory.activations))
+    listed = ", ".join(f"{name} {megabytes(size)}" for name, size in (*parts, ("working", memory.working)))
+    table.add_row("predicted memory", f"{megabytes(memory.training)}: {listed}")
+    table.add_row("while loading", megabytes(memory.loading))
+    table.add_row("allowed", f"{megabytes(plan.budget)} beside {megabytes(outcome.runtime)} of program")
+    table.add_row(
+        "predicted time", f"{outcome.seconds_per_step:.2f} s a step, {outcome.seconds_per_round:.1f} s a round"
+    )
+    table.add_row("bytes a round", f"{plan.bytes_up:,} up, {plan.bytes_down:,} down")
+    if outcome.measured and outcome.predicted_measured:
+        peak, seconds = outcome.predicted_measured
+        measured = outcome.measured
+        table.add_section()
+        table.add_row(
+            "one real step, memory",
+            f"predicted {megabytes(peak)}, measured {megabytes(measured.peak)} ({peak / measured.peak - 1:+.0%})",
+        )
+        table.add_row(
+            "one real micro-batch, time", f"predicted {seconds:.2f} s, measured {measured.step_seconds:.2f} s"
+        )
+    console.print(table)
+
+
+def _battery(percent: float, charging: bool | None) -> str:
+    return f"{percent:.0f}%, {'charging' if charging else 'not charging'}"

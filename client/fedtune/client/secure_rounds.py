@@ -1,0 +1,144 @@
+"""A device's side of secure rounds: it trains once, and shows the server nothing but a masked update.
+
+    rounds = SecureRounds(device, credentials)
+    reply = rounds.open(client, config, request)    # exchange 0: what the round is, and what to train
+    reply = rounds.share(client, message)           # exchange 1
+    reply = rounds.train(client, message)           # exchange 2: trains, masks
+    reply = rounds.vote(client, message)            # exchange 3
+    reply = rounds.unmask(client, message)          # exchange 4; the round is over for this device
+
+The protocol, its checks and its secrets are `fedtune.core.secagg.ClientSession`'s. Here is what ties it to training:
+the configuration must be about exactly the adapter, the base, the work and the codec terms that the device is asked
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedtune.client.device import Contribution, Device, own_tier
+from fedtune.core.codec.masked import masked_segments, masked_words
+from fedtune.core.protocol.payloads import TrainRequest, decode, terms_digest
+from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
+from fedtune.core.secagg.exchanged import MAX_CONFIG_BYTES, RoundConfig
+from fedtune.core.secagg.exchanged import decode as decode_message
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a client brings to secure rounds.
+
+    Args:
+        identity: its long-lived key.
+        roster: the public keys of everybody who is enrolled, itself included.
+        policy: what it insists on, whatever the server says.
+        log: its memory of the rounds it has served.
+    """
+
+    identity: Identity
+    roster: Roster
+    policy: Policy
+    log: RoundLog
+
+
+@dataclass
+class _Round:
+    """A round under way."""
+
+    session: ClientSession
+    request: TrainRequest
+    contribution: Contribution | None = None
+
+
+class SecureRounds:
+    """The secure rounds of a device's clients, at most one at a time for each.
+
+    Args:
+        credentials: client -> what it brings.
+    """
+
+    def __init__(self, device: Device, credentials: Callable[[str], Credentials]) -> None:
+        self._device = device
+        self._credentials = credentials
+        self._rounds: dict[str, _Round] = {}
+
+    def open(self, client: str, config: bytes, request: bytes) -> bytes:
+        """Takes the configuration and the request; gives the client's keys. An earlier round that is still open ends.
+
+        Raises:
+            ServerFaultError: the configuration is not one this client serves, or is not about this request.
+            PeerError, ModelError: as `Device.train`.
+        """
+        asked = decode(request, TrainRequest)
+        self._check(decode_message(config, RoundConfig, MAX_CONFIG_BYTES), client, asked)
+        self.close(client)
+        held = self._device.hold(asked)
+        own = self._credentials(client)
+        session = ClientSession(client, own.identity, own.roster, own.policy, own.log)
+        reply = session.advertise(config, base_digest=asked.base.digest, adapter_digest=held)
+        self._rounds[client] = _Round(session, asked)
+        return reply
+
+    def share(self, client: str, message: bytes) -> bytes:
+        """Takes everybody's keys; gives the shares of this client's secrets, sealed for their holders."""
+        return self._round(client).session.share(message)
+
+    def train(self, client: str, message: bytes) -> bytes:
+        """Takes the shares this client holds for others; trains, and gives the masked update.
+
+        Raises:
+            UpdateError: training gave nothing that may be sent.
+        """
+        round_ = self._round(client)
+        if round_.contribution is None:
+            round_.contribution = self._device.contribute(client, round_.request)
+        made = round_.contribution
+        return round_.session.mask(message, masked_words(made.terms, made.parts, made.loss))
+
+    def vote(self, client: str, message: bytes) -> bytes:
+        """Takes who is in the sum; gives this client's signature over that."""
+        return self._round(client).session.vote(message)
+
+    def unmask(self, client: str, message: bytes) -> bytes:
+        """Takes enough signatures; gives the shares that open the sum, and forgets the round.
+
+        From here on this client counts its update as sent: what it did not carry is kept for the next time.
+        """
+        round_ = self._round(client)
+        reply = round_.session.unmask(message)
+        if round_.contribution is not None:
+            self._device.keep_residuals(client, round_.contribution)
+        self.close(client)
+        return reply
+
+    def close(self, client: str) -> None:
+        """Ends a client's round, if one is open, and wipes its secrets."""
+        if round_ := self._rounds.pop(client, None):
+            round_.session.close()
+
+    def _round(self, client: str) -> _Round:
+        if client not in self._rounds:
+            raise ServerFaultError(f"no secure round is open for {client}")
+        return self._rounds[client]
+
+    def _check(self, config: RoundConfig, client: str, request: TrainRequest) -> None:
+        """The configuration is about this very request: else a server could sum what nobody agreed to.
+
+        That base and adapter are the request's too is checked by the session, against what this device holds.
+        """
+        if request.uplink.form != "ring":
+            raise ServerFaultError(f"asked for an update of form {request.uplink.form}, which cannot be masked")
+        terms, tiers = self._device.terms(request), request.uplink.tiers
+        tier = tiers.index(own_tier(request)) if tiers else 0
+        pairs = {
+            "round": (config.round, request.round),
+            "work and codec": (config.context, terms_digest(request)),
+            "segments": (config.segments, masked_segments(terms, tiers)),
+            "tier": ({member.tier for member in config.cohort if member.client == client}, {tier}),
+        }
+        wrong = [what for what, (configured, asked) in pairs.items() if configured != asked]
+        if len(config.cohort) > request.uplink.n_max:
+            wrong.append("n_max")
+        if wrong:
+            raise ServerFaultError(f"the round's configuration is not about what {client} is asked: {', '.join(wrong)}")

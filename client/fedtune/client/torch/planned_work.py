@@ -1,0 +1,318 @@
+"""A live device's work under its plan: what it can do for a job, the model it loads for it, and what training took.
+
+    work = PlannedWork(bases, data, calibrations, show)
+    outcome = work.take_on(terms)           # at the greeting; NoPlanError with the numbers where nothing fits
+    model = work.open_model(base)           # when the first round asks for it, and within the plan
+    with work.watched(): ...                # around a round's training
+
+Where memory is plenty the plan is what a simulation of the job does, bit for bit. Where it is short the device cuts
+steps into micro-batches, holds the base packed, computes activations twice or, last of all, cuts examples shorter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.client.plan.memory import Precision, Weights, kappa_of
+from fedtune.client.plan.planner import NoPlanError, megabytes
+from fedtune.client.torch.calibration import LIKELY_KAPPA, Calibration, CalibrationStore, Meter, meter_for, warm_up
+from fedtune.client.torch.device_plan import Link, Outcome, Trial, calibration_key, make_plan
+from fedtune.core.errors import ModelError, PeerError, RunError
+from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
+from fedtune.core.protocol.payloads import Base, TrainRequest
+from fedtune.core.protocol.registration import Terms
+from fedtune.core.timing import done_share
+from fedtune.data.examples import Example, load_examples
+from fedtune.model.base_model import best_precision, load_base
+from fedtune.model.lora import AdaptedModel, Limits, adapt
+
+
+@dataclass(frozen=True)
+class Took:
+    """What training took under the plan.
+
+    Args:
+        rounds: how many were trained.
+        peak_bytes: the most that any took, loading included, over the program itself; None where it cannot be measured.
+        seconds: the last one took.
+    """
+
+    rounds: int = 0
+    peak_bytes: int | None = None
+    seconds: float | None = None
+
+
+class PlannedWork:
+    """The base models and the data of a device, used as its plan says.
+
+    Args:
+        bases: model directories of this device; a job's base is found among them by its digest.
+        data: this device's examples.
+        calibrations: folder in which real steps are remembered.
+        show: told what is going on.
+    """
+
+    def __init__(self, bases: Sequence[Path], data: Path, calibrations: Path, show: Callable[[str], None]) -> None:
+        self._bases, self._data, self._show = bases, data, show
+        self._store = CalibrationStore(calibrations)
+        self._terms: Terms | None = None
+        self._plans: dict[str, Outcome | NoPlanError] = {}
+        self._source = ""  # whose plan holds: of the base in memory, or the likeliest
+        self._model: tuple[str, Base, AdaptedModel] | None = None
+        self._meter: Meter | None = None
+        self._runtime: int | None = None
+        self._preparing, self._warm = 0.0, False
+        self.took = Took()
+        self.uplink: float | None = None
+        """Bytes a second that updates last went up with, where that is known."""
+
+    @property
+    def terms(self) -> Terms | None:
+        """Those of the job that the device works for."""
+        return self._terms
+
+    @property
+    def must_reload(self) -> bool:
+        """Whether the model in memory is of the right base but not as the plan wants it."""
+        if self._model is None or self._terms is None or self._model[1] != self._terms.base:
+            return False
+        planned, base = self._plans.get(self._model[0]), self._model[2].base
+        return isinstance(planned, Outcome) and (base.weights, base.precision) != _form(planned)
+
+    def take_on(self, terms: Terms) -> Outcome:
+        """Plans for a job; the same terms again change no plan, but what did not fit is tried anew.
+
+        Raises:
+            NoPlanError: nothing fits; the message has the numbers.
+            ModelError: this device has no base model that the job could mean.
+            DataError: its data cannot be used.
+        """
+        if terms != self._terms:
+            self._terms, self._plans, self.took = terms, {}, Took()
+        self._plans = {source: plan for source, plan in self._plans.items() if isinstance(plan, Outcome)}
+        self._warm_up()
+        refusal: NoPlanError | None = None
+        for source in self._sources(terms.base):
+            self._source = source
+            try:
+                outcome = self._plan(source)
+            except NoPlanError as error:
+                refusal = error
+                continue
+            if self._model and self._model[0] == source:
+                self._model[2].limits = _limits(outcome)
+            return outcome
+        self.uplink = None  # where that was why nothing fits, it is measured anew; one slow upload bars nobody for good
+        raise refusal or self._no_base(terms.base, ["none"])
+
+    def open_model(self, base: Base) -> AdaptedModel:
+        """The model of the digest that the server names, from this device's directories, never the server's path.
+
+        Raises:
+            PeerError: it is not the base that was planned for.
+            ModelError: no directory holds it.
+            NoPlanError: it does not fit.
+        """
+        if self._terms is None or base != self._terms.base:
+            raise PeerError("asked for another base model or adapter than at the greeting")
+        self._model = loaded = None  # free the old one before the new one is loaded
+        start, found = time.monotonic(), []
+        refusal: NoPlanError | None = None
+        for source in self._sources(base):
+            loaded = None
+            try:
+                outcome = self._plan(source)
+            except NoPlanError as error:
+                refusal = error
+                continue
+            weights, precision = _form(outcome)
+            runtime = self._reset()
+            loaded = load_base(ModelSettings(source, base.quantization), weights=weights, precision=precision)
+            if loaded.digest != base.digest:
+                found.append(f"{source} (digest {loaded.digest[:16]}…)")
+                continue
+            model = adapt(loaded, _adapter(base))
+            model.limits = _limits(outcome)
+            self._model, self._source, self._runtime = (source, base, model), source, runtime
+            self._look()
+            self._preparing += time.monotonic() - start
+            return model
+        raise refusal or self._no_base(base, found or ["none"])
+
+    def load_examples(self, client: str, model: AdaptedModel, sequence_length: int) -> list[Example]:
+        """This device's examples, cut to the plan's length."""
+        del client  # there is but one here
+        start = time.monotonic()
+        length = min(sequence_length, self._current().plan.sequence_length)
+        examples, report = load_examples(self._data, model.base.tokenizer, length, skip_bad=True)
+        self._show(f"data: {report}")
+        self._preparing += time.monotonic() - start
+        return examples
+
+    def share(self, client: str, request: TrainRequest) -> float:
+        """How much of what a request asks this device does: by its deadline, as far as its plan can tell."""
+        del client
+        return done_share(self._current().seconds_per_round, request.work.deadline or None)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Measures a round's training, and plans anew where it took more memory than it may.
+
+        Raises:
+            NoPlanError: an earlier round took more memory than any plan may.
+        """
+        if self._model is not None:
+            self._current()
+            self._reset()
+        self._preparing, start = 0.0, time.monotonic()
+        yield
+        seconds = time.monotonic() - start - self._preparing
+        self.took = replace(self.took, rounds=self.took.rounds + 1, seconds=seconds)
+        self._look()
+        outcome = self._current()
+        if self.took.peak_bytes is not None and self.took.peak_bytes > outcome.plan.budget:
+            self._plan_anew(outcome, self.took.peak_bytes, seconds)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """The plan, and what training took beside what was predicted; None before there is a plan."""
+        outcome = self._plans.get(self._source)
+        if not isinstance(outcome, Outcome):
+            return None
+        took = asdict(self.took) | {
+            "predicted_peak_bytes": outcome.plan.memory.peak,
+            "predicted_seconds": outcome.training_seconds,
+        }
+        return outcome.to_json() | {"took": took}
+
+    def _current(self) -> Outcome:
+        if self._terms is None:
+            raise PeerError("this device has not been greeted")
+        return self._plan(self._source)
+
+    def _plan(self, source: str) -> Outcome:
+        if source not in self._plans:
+            assert self._terms is not None
+            job = _job(self._terms, source)
+            try:
+                self._plans[source] = self._make(job)
+            except NoPlanError as error:
+                self._plans[source] = error
+        planned = self._plans[source]
+        if isinstance(planned, NoPlanError):
+            raise planned
+        return planned
+
+    def _make(self, job: Job, trial: Trial = "where tight") -> Outcome:
+        assert self._terms is not None
+        known: dict[str, Any] = {
+            "link": Link(up=self.uplink, deadline=self._terms.deadline or None),
+            "runtime": self._runtime if self._model else None,
+            "store": self._store,
+            "note": self._show,
+        }
+        try:
+            return make_plan(job, self._data, trial=trial, **known)
+        except RunError as error:  # this process and the one that tried do not fit side by side
+            self._show(f"{error}; going by the prediction")
+            return make_plan(job, self._data, trial="never", **known)
+
+    def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:
+        """Corrects this device's κ by a round that took more than it may, and trains the next under less."""
+        self._show(f"training took {megabytes(peak)}, and {megabytes(outcome.plan.budget)} may be used; planning anew")
+        assert self._model is not None
+        assert self._terms is not None
+        source, _, model = self._model
+        choices, plan = outcome.plan.choices, outcome.plan
+        kappa = kappa_of(outcome.shape, choices, peak, target_share=outcome.target_share)
+        tokens = outcome.local_steps * plan.accumulation * choices.tokens
+        corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
+        self._store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
+        job = _job(self._terms, source)
+        held = replace(job, training=replace(job.training, weights=model.base.weights, precision=model.base.precision))
+        self.took = replace(self.took, peak_bytes=None)
+        try:
+            anew = self._make(held, "never")
+        except NoPlanError as error:
+            self._plans[source] = error
+            return
+        if anew.plan.sequence_length < plan.sequence_length:  # but the examples are cut already
+            numbers = f"it takes {megabytes(peak)}, and {megabytes(anew.plan.budget)} may be used"
+            self._plans[source] = NoPlanError(f"training does not fit this device: {numbers}")
+            return
+        self._plans[source], model.limits = anew, _limits(anew)
+
+    def _warm_up(self) -> None:
+        """Once: what every training brings in counts as the program's own, as it does where κ is measured."""
+        if not self._warm:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            warm_up(best_precision(device), device.type)
+            self._warm = True
+
+    def _sources(self, base: Base) -> list[str]:
+        """This device's directories, the likeliest first."""
+        if base.name == DEMO:
+            return [DEMO]
+        held = self._model[0] if self._model and self._model[1] == base else ""
+        return sorted(map(str, self._bases), key=lambda path: (path != held, Path(path).name != Path(base.name).name))
+
+    def _no_base(self, base: Base, found: list[str]) -> ModelError:
+        return ModelError(
+            f"the job is for the base model {base.name} with digest {base.digest[:16]}…; this device has "
+            f"{', '.join(found)}. Join with --base DIR for the directory that holds it"
+        )
+
+    def _reset(self) -> int | None:
+        """Forgets the peak so far; what the process takes now, or None where that cannot be measured."""
+        try:
+            self._meter = self._meter or meter_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            return self._meter.reset()
+        except (OSError, RunError):  # no /proc here, or it may not be written
+            return None
+
+    def _look(self) -> None:
+        """Takes the peak since the reset into account."""
+        if self._meter is None or self._runtime is None:
+            return
+        with suppress(OSError, RunError):
+            peak = max(self.took.peak_bytes or 0, self._meter.peak() - self._runtime)
+            self.took = replace(self.took, peak_bytes=peak)
+
+
+def _job(terms: Terms, source: str) -> Job:
+    """As much of the job as a plan depends on."""
+    base = terms.base
+    return Job(
+        model=ModelSettings(source, base.quantization),
+        adapter=_adapter(base),
+        data=DataSettings(sequence_length=base.sequence_length, skip_bad=True),
+        training=TrainingSettings(
+            local_steps=terms.local_steps or None,
+            local_epochs=terms.local_epochs or None,
+            batch_tokens=terms.batch_tokens,
+            weights=terms.weights,
+            precision=terms.precision,
+            gradient_checkpointing=terms.gradient_checkpointing,
+        ),
+    )
+
+
+def _adapter(base: Base) -> AdapterSettings:
+    targets = base.target_modules
+    return AdapterSettings(base.rank, base.alpha, "all-linear" if targets == ("all-linear",) else targets)
+
+
+def _limits(outcome: Outcome) -> Limits:
+    choices = outcome.plan.choices
+    return Limits(choices.tokens, choices.checkpointing)
+
+
+def _form(outcome: Outcome) -> tuple[Weights, Precision]:
+    """How the plan holds the base."""
+    return outcome.plan.choices.weights, outcome.plan.choices.precision

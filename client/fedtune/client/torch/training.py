@@ -1,0 +1,206 @@
+"""One client's local training: swap the adapter in, take the steps, hand back what changed.
+
+    result = train_locally(model, examples, received, LocalTask(seed=..., learning_rate=2e-3, local_steps=20))
+
+The base model stays loaded; a call costs one copy of the adapter and a fresh AdamW state. Nothing but the arguments
+decides the result: the same call gives the same bits, whoever was trained on the same model before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
+from fedtune.core.adapter.tiers import coordinates
+from fedtune.core.errors import UpdateError
+from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS
+from fedtune.data.batches import collate, micro_batches, steps_of_epoch
+from fedtune.data.examples import Example
+from fedtune.model.lora import AdaptedModel
+from fedtune.model.loss import completion_loss
+
+_MAX_SKIPPED_STEPS = 16  # in a row: fp16's loss scale starts at 2**16 and halves with each, down to 1
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What a client is asked to do in one round.
+
+    Args:
+        seed: of the order of the examples and of dropout; derive it from job seed, round and client.
+        learning_rate: this round's.
+        factors: which factors are trained; the others stay as received.
+        owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
+        local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
+        local_epochs: passes over the examples, instead.
+        batch_tokens: tokens an optimizer step, padding included.
+        micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
+        weight_decay: of AdamW.
+        max_gradient_norm: longer gradients are scaled down to it.
+        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
+        gradient_checkpointing: compute activations twice rather than keep them.
+    """
+
+    seed: int
+    learning_rate: float
+    factors: Factors = "ab"
+    owned: tuple[int, ...] | None = None
+    local_steps: int | None = None
+    local_epochs: float | None = None
+    batch_tokens: int = 2048
+    micro_batch_tokens: int | None = None
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    proximal: float = 0.0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What a client's training came to.
+
+    Args:
+        update: trained minus received, float32, the segment of the trained factors.
+        examples: how many examples the client trains on: a weight for aggregation.
+        target_tokens: tokens that the loss counts in those examples: another.
+        loss: mean over the target tokens of all steps, each before its own step.
+        steps: optimizer steps taken.
+        tokens: tokens computed, padding included.
+        seconds: from receiving to result.
+    """
+
+    update: Vector
+    examples: int
+    target_tokens: int
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+    """Trains the received adapter on the client's examples.
+
+    Args:
+        received: the whole adapter, float32, (layout.size,).
+
+    Raises:
+        UpdateError: there are no examples, or a loss, a gradient or the update is not finite.
+    """
+    start = time.perf_counter()
+    if not examples:
+        raise UpdateError("the client has no examples to train on")
+    if not np.isfinite(received).all():
+        raise UpdateError("the received adapter is not finite")
+    segment = model.layout.segment(task.factors)
+    model.load(received)
+    model.train_factors(task.factors)
+    trained = nn.Parameter(model.parameters[segment])
+    trained.grad = model.gradient[segment]
+    anchor = trained.detach().clone()
+    frozen = None if task.owned is None else _frozen(model.layout, task.factors, task.owned).to(model.base.device)
+    optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
+    done: list[_Step] = []
+    skipped = 0
+    with _training(model, task):
+        for step in _steps(examples, task):
+            trained.grad.zero_()
+            done.append(_accumulate(model, step, task, scaler))
+            scaler.unscale_(optimizer)
+            if task.proximal:
+                trained.grad.add_(trained.detach() - anchor, alpha=task.proximal)
+            if frozen is not None:
+                trained.grad.masked_fill_(frozen, 0.0)
+            norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
+            if not math.isfinite(done[-1].loss):
+                raise UpdateError(f"the loss is {done[-1].loss} at local step {len(done)}")
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped > (_MAX_SKIPPED_STEPS if scaler.is_enabled() else 0):
+                raise UpdateError(f"the gradient's norm is {norm} at local step {len(done)}")
+            scaler.step(optimizer)
+            scaler.update()
+            if frozen is not None and task.weight_decay:  # which decays what has no gradient, too
+                trained.data[frozen] = anchor[frozen]
+    update = trained.detach().cpu().numpy() - received[segment]
+    if not np.isfinite(update).all():
+        raise UpdateError(f"the update is not finite after {len(done)} local steps")
+    return LocalResult(
+        update=update,
+        examples=len(examples),
+        target_tokens=sum(example.target_tokens for example in examples),
+        loss=sum(step.loss for step in done) / sum(step.targets for step in done),
+        steps=len(done),
+        tokens=sum(step.tokens for step in done),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> torch.Tensor:
+    """Where in the segment of the trained factors the device owns nothing: bool."""
+    segment = layout.segment(factors)
+    frozen = np.ones(segment.stop - segment.start, dtype=np.bool_)
+    for letter in factor_letters(factors):
+        start = layout.segment(letter).start - segment.start
+        frozen[start + coordinates(layout, letter, np.asarray(owned, dtype=np.intp))] = False
+    return torch.from_numpy(frozen)
+
+
+class _Step(NamedTuple):
+    loss: float  # summed over the targets
+    targets: int
+    tokens: int
+
+
+def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
+    """The examples of each optimizer step, epoch after epoch in new order, until the task is done."""
+    done = epoch = 0
+    limit = task.local_steps or DEFAULT_LOCAL_STEPS
+    while done < limit:
+        steps = steps_of_epoch(examples, task.batch_tokens, task.seed, epoch)
+        if task.local_epochs is not None:
+            limit = max(1, round(task.local_epochs * len(steps)))
+        yield from steps[: limit - done]
+        done += len(steps)
+        epoch += 1
+
+
+def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, scaler: torch.amp.GradScaler) -> _Step:
+    """Adds up the gradient of one step's mean loss, micro-batch by micro-batch."""
+    targets = sum(example.target_tokens for example in examples)
+    loss, tokens = torch.zeros((), device=model.base.device), 0
+    for part in micro_batches(examples, task.micro_batch_tokens or task.batch_tokens):
+        batch = collate(part, model.base.device)
+        part_loss = completion_loss(model.readout, batch)
+        torch.autograd.backward(scaler.scale(part_loss / targets))
+        loss += part_loss.detach()
+        tokens += batch.ids.numel()
+    return _Step(float(loss), targets, tokens)
+
+
+@contextmanager
+def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
+    """Training mode with its own random stream for dropout, and evaluation mode again after."""
+    network = model.base.network
+    model.readout  # noqa: B018  # its self-check wants evaluation mode
+    devices = [model.base.device] if model.base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(task.seed)
+        network.train()
+        if task.gradient_checkpointing:
+            network.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if task.gradient_checkpointing:
+                network.activation_checkpointing_disable()
+            network.eval()

@@ -1,0 +1,110 @@
+"""Rebalancing: the same ΔW in a basis where both factors carry the same share of every direction.
+
+    B = Q_B·R_B,  Aᵀ = Q_A·R_A,  R_B·R_Aᵀ = U·S·Vᵀ            QR and SVD; O((d_out + d_in)·R²)
+    B' = Q_B·U·S^½ = B·T,   A' = S^½·Vᵀ·Q_Aᵀ = T⁺·A
+    T = R_Aᵀ·V·S^-½,        T⁺ = S^-½·Uᵀ·R_B,   T⁺·T = 1 on directions with S > 0
+
+Whatever lives in the basis must follow: residuals and optimizer state of B are multiplied by T from the right, those of
+A by T⁺ from the left. Directions without weight keep a fresh orthogonal row in A and a zero column in B, and lose what
+was remembered of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factor, Vector
+
+FRESH_ROW = 3.0**-0.5  # the norm of a row of A as a job starts it: U(±1/sqrt(d)), d of them
+_NEGLIGIBLE = 1e-7  # of the largest singular value; the factors are float32
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The change of one module's basis.
+
+    Args:
+        t: T, float64, (R, R).
+        t_inverse: T⁺, float64, (R, R).
+    """
+
+    t: Matrix
+    t_inverse: Matrix
+
+
+def rebalance(layout: AdapterLayout, adapter: Vector) -> tuple[Vector, dict[str, Basis]]:
+    """The adapter in its balanced basis, and how each module's basis changed.
+
+    A module whose product is zero, as all are before round 1, is left as it is.
+    """
+    balanced = adapter.copy()
+    changes = {}
+    for name, (lora_a, lora_b) in layout.views(balanced).items():
+        lora_a[:], lora_b[:], changes[name] = _rebalance_module(lora_a.astype(np.float64), lora_b.astype(np.float64))
+    return balanced, changes
+
+
+def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
+    """How the basis of every module changes when `held` is rebalanced, and whatever lives in that basis with it.
+
+    A module whose factors have not the whole rank, as before round 1, keeps its basis: a change would lose what another
+    version of the adapter has in the directions that this one lacks.
+    """
+    changes = rebalance(layout, held)[1]
+    same = Basis(np.eye(layout.rank), np.eye(layout.rank))
+    return {name: change if change.t.any(axis=0).all() else same for name, change in changes.items()}
+
+
+def changed(layout: AdapterLayout, changes: Mapping[str, Basis], adapter: Vector) -> Vector:
+    """An adapter in the new basis; its products stay as they are."""
+    halves = zip(FACTORS, layout.halves(adapter), strict=True)
+    return np.concatenate([follow(layout, changes, factor, half) for factor, half in halves])
+
+
+def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, values: Vector) -> Vector:
+    """A residual, a moment or an update of one factor in the new basis: values·T for B, T⁺·values for A.
+
+    Args:
+        values: float32, the factor's size.
+    """
+    moved = np.empty_like(values)
+    start = 0
+    for module in layout.modules:
+        change = changes[module.name]
+        width = module.d_in if factor == "a" else module.d_out
+        part = slice(start, start + layout.rank * width)
+        if factor == "a":
+            moved[part] = (change.t_inverse @ values[part].reshape(layout.rank, width)).reshape(-1)
+        else:
+            moved[part] = (values[part].reshape(width, layout.rank) @ change.t).reshape(-1)
+        start = part.stop
+    return moved
+
+
+def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, Basis]:
+    rank = len(lora_a)
+    q_b, r_b = np.linalg.qr(lora_b)
+    q_a, r_a = np.linalg.qr(lora_a.T)
+    left, values, right = np.linalg.svd(r_b @ r_a.T)
+    if not values.size or values[0] == 0:
+        return lora_a, lora_b, Basis(np.eye(rank), np.eye(rank))
+    # The sign of a pair of singular vectors is the library's choice; that of the change must be everybody's.
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
+    left, right = left * signs[: left.shape[1]], right * signs[:, None]
+    kept = int((values > _NEGLIGIBLE * values[0]).sum())
+    roots = np.sqrt(values[:kept])
+    t, t_inverse = np.zeros((rank, rank)), np.zeros((rank, rank))
+    t[:, :kept] = r_a.T @ right[:kept].T / roots
+    t_inverse[:kept] = (left[:, :kept].T @ r_b) / roots[:, None]
+    new_a, new_b = np.zeros_like(lora_a), np.zeros_like(lora_b)
+    new_b[:, :kept] = q_b @ left[:, :kept] * roots
+    new_a[:kept] = roots[:, None] * (right[:kept] @ q_a.T)
+    fresh = right[kept:] @ q_a.T  # orthogonal to the others, and in the row space that A had
+    new_a[kept : kept + len(fresh)] = fresh * FRESH_ROW
+    return new_a, new_b, Basis(t, t_inverse)

@@ -1,0 +1,111 @@
+"""Devices of different rank on one adapter: which rank indices each trains, and where those lie in the flat vector.
+
+A public permutation π_t of the R rank indices follows from the job's seed and the round t. A device of tier r owns
+I_r = π_t[:r]: it loads the whole adapter, and trains rows I_r of A or columns I_r of B; the rest stays frozen in its
+forward pass. Tiers are nested, so what a small device trains is trained by all larger ones too, and over the rounds
+every device trains every index.
+
+    owned = rank_indices(seed, number, layout.rank, tier)
+    places = coordinates(layout, "b", owned)               # of the factor, ascending
+    update[places]                                         # what such a device uploads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.adapter.layout import AdapterLayout, Factor
+from fedtune.core.seeds import generator
+
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class RankSlice:
+    """Rank indices with the same owners: all devices of its tier and above.
+
+    Args:
+        tier: the smallest that owns them.
+        owned: int, ascending.
+    """
+
+    tier: int
+    owned: Indices
+
+
+def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
+    """I_r of a round: int, (tier,), ascending.
+
+    Args:
+        seed: the job's.
+        number: of the round.
+        rank: R.
+        tier: r, from 1 to R.
+    """
+    if not 1 <= tier <= rank:
+        raise ValueError(f"a tier of {tier} rank indices; expected 1 to {rank}")
+    return np.sort(_order(seed, number, rank)[:tier])
+
+
+def rank_slices(seed: int, number: int, rank: int, tiers: Sequence[int]) -> tuple[RankSlice, ...]:
+    """The rank indices that each tier adds to the next smaller one, smallest tier first.
+
+    What several tiers own in common is one slice, so that one sum, masked or not, has one set of owners.
+    """
+    order = _order(seed, number, rank)
+    bounds = [0, *sorted(set(tiers))]
+    return tuple(RankSlice(high, np.sort(order[low:high])) for low, high in pairwise(bounds))
+
+
+def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indices:
+    """Where the owned rank indices lie within a factor's segment: int, ascending, from 0.
+
+    Rows of every A, (R, d_in) row-major, or columns of every B, (d_out, R).
+    """
+    parts, start = [], 0
+    for module in layout.modules:
+        if factor == "a":
+            grid = owned[:, None] * module.d_in + np.arange(module.d_in)
+            size = layout.rank * module.d_in
+        else:
+            grid = np.arange(module.d_out)[:, None] * layout.rank + owned
+            size = layout.rank * module.d_out
+        parts.append(start + grid.reshape(-1))
+        start += size
+    return np.concatenate(parts)
+
+
+def tier_for(rank: int, tiers: Sequence[int]) -> int:
+    """The largest of a job's tiers that a device of this rank can train; 0 where it can train none."""
+    return max((tier for tier in tiers if tier <= rank), default=0)
+
+
+def merged_tiers(counts: Mapping[int, int], least: int) -> dict[int, int]:
+    """Tier -> tier it trains as, so that each that is trained has at least `least` clients; 0 where it sits out.
+
+    A slice's owners are a tier and all above it. Yet every tier must be large enough by itself, not only with those
+    above: what two slices' weights differ by is the weight of the tier between them. A tier that is too small trains
+    as the next smaller one; where there is none, it and those that have come down to it sit out.
+
+    Args:
+        counts: tier -> clients of it in the cohort.
+        least: at least 1.
+    """
+    trained: dict[int, int] = {}
+    waiting: list[int] = []
+    for tier in sorted(counts, reverse=True):
+        waiting.append(tier)
+        if sum(counts[each] for each in waiting) >= least:
+            trained.update(dict.fromkeys(waiting, tier))
+            waiting = []
+    trained.update(dict.fromkeys(waiting, 0))
+    return trained
+
+
+def _order(seed: int, number: int, rank: int) -> Indices:
+    return generator(seed, "tiers", number).permutation(rank)

@@ -1,0 +1,112 @@
+"""What a secure round sums: the ring words of each factor, and beside them segments of lanes.
+
+    segments = masked_segments(terms, tiers)                # goes into the round's configuration
+    words = masked_words(own_terms, contributions, loss)    # a client's part: what its masks are added to
+    totals, mean_loss = opened_sums(sums, contributors, terms)      # what the unmasked sums mean
+
+The lanes are whole numbers modulo 2^32, each at most 2^16 a client: for each factor the client's weight and its
+update's norm, then its training loss. Nothing of a single client travels beside them in the clear.
+
+Where devices train different ranks, each slice of a factor is a segment that only its owners carry, and so are its
+lanes; the training loss stands in those of the first slice, which everybody owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedtune.core.codec import MaskableCodec, RingUpdate
+from fedtune.core.codec.maskable import LANES
+from fedtune.core.codec.ring import LANE_BITS, LANE_ONE, lane_sum
+from fedtune.core.codec.uplink import FactorTerms, RingSum
+from fedtune.core.secagg import Segment
+from fedtune.core.secagg.masks import Words
+
+LANES_NAME = "lanes"
+MOST_LOSS = 16.0  # nats; a greater training loss counts as this one
+
+
+def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> tuple[Segment, ...]:
+    """One segment for each of the terms, in their order, and one for the lanes of each slice.
+
+    Args:
+        terms: of the whole round.
+        tiers: of the round, ascending; segments count them from 0. None where everybody trains everything.
+    """
+    segments = []
+    for each in terms:
+        codec, context = MaskableCodec(each.bits), each.context()
+        ring = codec.ring(context)
+        owners = _owners(each.tier, tiers)
+        segments.append(Segment(_name(each), codec.word_count(context), max(ring.width, 1), ring.levels, owners))
+    for place, (tier, part) in enumerate(_slices(terms).items()):
+        lanes = LANES * len(part) + (place == 0)
+        segments.append(Segment(_lanes_name(tier), lanes, LANE_BITS, LANE_ONE, _owners(tier, tiers)))
+    return tuple(segments)
+
+
+def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdate], loss: float) -> dict[str, Words]:
+    """A client's contribution to each of its segments, before its masks.
+
+    Args:
+        terms: those of the client's tier.
+        contributions: one for each of them.
+        loss: mean training loss in nats, not below 0.
+    """
+    words: dict[str, Words] = {
+        _name(each): contribution.words for each, contribution in zip(terms, contributions, strict=True)
+    }
+    loss_word = round(min(loss, MOST_LOSS) / MOST_LOSS * LANE_ONE)
+    for place, (tier, part) in enumerate(_slices(terms).items()):
+        lanes = [contributions[index].lanes for index in part]
+        if place == 0:
+            lanes.append(np.array([loss_word], dtype=np.uint32))
+        words[_lanes_name(tier)] = np.concatenate(lanes)
+    return words
+
+
+def opened_sums(
+    sums: Mapping[str, Words], contributors: Mapping[str, int], terms: Sequence[FactorTerms]
+) -> tuple[tuple[RingSum, ...], float]:
+    """The summed contributions, one for each of the terms, and the survivors' mean loss.
+
+    Args:
+        sums, contributors: by segment.
+
+    Raises:
+        PeerError: no such losses have this sum.
+    """
+    slices = _slices(terms)
+    totals: dict[int, RingSum] = {}
+    for tier, part in slices.items():
+        lanes = sums[_lanes_name(tier)].astype(np.uint32)
+        for place, index in enumerate(part):
+            name = _name(terms[index])
+            total = RingUpdate(sums[name].astype(np.uint32), lanes[LANES * place : LANES * (place + 1)])
+            totals[index] = RingSum(total, contributors[name])
+    first = _lanes_name(next(iter(slices)))
+    losses = lane_sum(int(sums[first][-1]), contributors[first]) / contributors[first]
+    return tuple(totals[index] for index in range(len(terms))), MOST_LOSS * losses
+
+
+def _slices(terms: Sequence[FactorTerms]) -> dict[int, list[int]]:
+    """The tier of each slice, smallest first -> which of the terms belong to it."""
+    slices: dict[int, list[int]] = {}
+    for index, each in enumerate(terms):
+        slices.setdefault(each.tier, []).append(index)
+    return slices
+
+
+def _owners(tier: int, tiers: Sequence[int]) -> tuple[int, ...]:
+    """The places among the tiers of those that own a slice."""
+    return tuple(place for place, other in enumerate(tiers or (0,)) if other >= tier)
+
+
+def _name(terms: FactorTerms) -> str:
+    return f"lora_{terms.factor}.{terms.tier}" if terms.tier else f"lora_{terms.factor}"
+
+
+def _lanes_name(tier: int) -> str:
+    return f"{LANES_NAME}.{tier}" if tier else LANES_NAME

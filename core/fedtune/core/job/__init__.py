@@ -1,0 +1,1 @@
+"""A job: its settings, its file, and what in it contradicts itself."""

@@ -1,0 +1,144 @@
+"""Which settings of a job cannot be meant together, each said in a sentence that names the keys."""
+
+from __future__ import annotations
+
+from fedtune.core.errors import JobError
+from fedtune.core.job.settings import DEMO, Job
+from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
+
+
+def contradictions(job: Job) -> list[str]:
+    """A sentence about everything in a job that cannot be meant together; empty when all of it can."""
+    problems = []
+    if job.training.local_steps is not None and job.training.local_epochs is not None:
+        problems.append("training.local_steps and training.local_epochs are both set; expected one of them")
+    if job.training.batch_tokens < job.data.sequence_length:
+        problems.append(
+            f"training.batch_tokens is {job.training.batch_tokens}, less than one sequence "
+            f"(data.sequence_length = {job.data.sequence_length})"
+        )
+    if job.data.train == DEMO and job.data.partition != "by-file":
+        problems.append(f'data.partition is "{job.data.partition}", but the demo\'s households are clients already')
+    wanted = job.federation.clients_per_round
+    if isinstance(wanted, int) and job.federation.minimum_clients > wanted:
+        problems.append(
+            f"federation.minimum_clients is {job.federation.minimum_clients}, "
+            f"more than federation.clients_per_round = {wanted}"
+        )
+    if job.compression_form == "sparse":
+        if job.compression.rotation is not None:
+            problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
+        if job.compression.bits == 1:
+            problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
+    if job.federation.late == "next":
+        problems += _late_problems(job)
+    if job.export.formats and not job.data.evaluation:
+        problems.append(
+            "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
+            "it is published; name a file, or set export.formats = []"
+        )
+    simulation = job.simulation
+    if simulation.backend == "local" and simulation.threads != 1 and simulation.workers not in ("auto", 1):
+        problems.append(
+            f"simulation.workers is {simulation.workers} and simulation.threads is {simulation.threads}: threads do "
+            'not live through a fork; expected threads = 1, workers = 1 or backend = "ray"'
+        )
+    if job.model.quantization == "none" and job.training.weights == "packed":
+        problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
+    return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
+
+
+def _insecure(job: Job) -> list[str]:
+    """Why secure aggregation cannot do what the job asks of it; empty when it can, or is off."""
+    secure, wanted = job.secure_aggregation, job.federation.clients_per_round
+    if not secure.enabled:
+        return []
+    problems = []
+    off = "or set secure_aggregation.enabled = false"
+    if job.compression.preset == "none":
+        problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
+    elif job.compression.form == "sparse":
+        problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
+    if isinstance(wanted, int):
+        problems += secure_cohort_problems(job, wanted)
+    return problems
+
+
+def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
+    """Why a cohort of this size cannot be summed securely as the job asks; empty when it can."""
+    secure = job.secure_aggregation
+    try:
+        minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
+    except JobError as error:
+        return [f"secure_aggregation: {problem}" for problem in error.problems]
+    if minimum < MIN_SURVIVORS:
+        problem = (
+            f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "
+            f"least {MIN_SURVIVORS}. Raise federation.clients_per_round or lower secure_aggregation.max_dropout"
+        )
+        return [problem]
+    return []
+
+
+def _tier_problems(job: Job) -> list[str]:
+    tiers, rank, problems = job.tiers, job.adapter.rank, []
+    if list(tiers) != sorted(set(tiers)) or tiers[-1] != rank:
+        problems.append(f"adapter.tiers is {list(tiers)}; expected numbers that ascend to adapter.rank = {rank}")
+    if len(tiers) > 1 and (reason := job.needs_equal_ranks):
+        problems.append(f"adapter.tiers has more than one, but {reason}; expected [{rank}]")
+    if odd := sorted(set(job.simulation.ranks) - set(tiers)):
+        problems.append(f"simulation.ranks has {odd}; expected only tiers: {list(tiers)} (adapter.tiers)")
+    if job.simulation.ranks and job.simulation.fleet:
+        problems.append("simulation.ranks and simulation.fleet are both set; a fleet's plans say what devices train")
+    return problems
+
+
+def _late_problems(job: Job) -> list[str]:
+    late, aggregation = 'federation.late is "next"', job.federation.aggregation
+    problems = []
+    if not job.simulation.fleet:
+        problems.append(f"{late}, but simulation.fleet names no fleet")
+    if job.hides_updates:
+        problems.append(f"{late}, but the server sees sums only, and cannot make one update weigh less")
+    if aggregation == "alternating":
+        problems.append(f'{late}, but federation.aggregation is "alternating": the next round trains another factor')
+    if job.federation.rebalance_every:
+        problems.append(f"{late}, but federation.rebalance_every changes the basis between rounds")
+    if aggregation in ("flexlora", "flora"):
+        problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round has another basis')
+    return problems
+
+
+def aggregation_problems(job: Job) -> list[str]:
+    """What in [federation] contradicts itself, or needs to see what the server is not shown."""
+    federation = job.federation
+    method = f'federation.aggregation is "{federation.aggregation}"'
+    averages_products = federation.aggregation in ("flexlora", "flora")
+    problems = []
+    if job.hides_updates:
+        hidden = "but updates travel as words that only their sum can be decoded from"
+        if averages_products:
+            problems.append(f"{method}, which multiplies each client's factors, {hidden}")
+        if federation.robust != "none":
+            problems.append(f'federation.robust is "{federation.robust}", which compares single updates, {hidden}')
+        if federation.clip_norm is not None:
+            problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
+    elif averages_products and job.compression.preset != "none":
+        problems.append(
+            f'{method}, which changes the basis of both factors every round; expected compression.preset = "none", '
+            "since residuals and coarse changes belong to one basis"
+        )
+    if averages_products and federation.server_optimizer != "none":
+        problems.append(
+            f'{method}, which changes the basis every round; expected federation.server_optimizer = "none", '
+            "whose state belongs to one basis"
+        )
+    if averages_products and federation.robust != "none":
+        problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.rebalance_every and averages_products:
+        problems.append(f"{method}, which balances both factors every round; expected federation.rebalance_every = 0")
+    if federation.rebalance_every and federation.aggregation == "ffa":
+        problems.append(f"{method}, which keeps A as the job's seed made it; expected federation.rebalance_every = 0")
+    if federation.server_learning_rate is not None and federation.server_optimizer == "none":
+        problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
+    return problems

@@ -1,0 +1,126 @@
+"""A job as a TOML file, written so that it reads back equal.
+
+    job = load_job(Path("job.toml"), overrides=["federation.rounds=40"])
+
+Unknown keys, wrong types, values out of bounds and contradictions are all reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.core.errors import JobError
+from fedtune.core.job.contradictions import contradictions
+from fedtune.core.job.settings import BUNDLED, DEMO, Job
+from fedtune.core.job.toml import read_table
+
+MAX_JOB_BYTES = 1 << 20
+
+
+def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job file and applies `section.key=value` overrides to it.
+
+    Args:
+        path: a TOML file, or None for the defaults, which are the bundled demo.
+        overrides: each "section.key=value"; the value is TOML, or a bare string where it is not.
+
+    Raises:
+        JobError: with every problem found; relative paths are resolved against the job file's folder.
+    """
+    table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
+    problems = [problem for override in overrides if (problem := _apply(table, override))]
+    job, invalid = _validate(table)
+    problems += invalid + contradictions(job)
+    if problems:
+        raise JobError(problems, path)
+    return _resolve_paths(job, path.parent if path else Path.cwd())
+
+
+def dump_job(job: Job) -> str:
+    """The job as TOML that `load_job` reads back to an equal job."""
+    sections = {
+        section: {key: value for key, value in settings.items() if value is not None}
+        for section, settings in dataclasses.asdict(job).items()
+    }
+    return tomli_w.dumps(sections)
+
+
+def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
+    """The job, with the default in place of every key that is wrong, and a sentence about each of those."""
+    # Through JSON, where strict types still let a table stand for a nested dataclass. TOML's dates have no place there.
+    text = json.dumps(table, default=lambda value: {type(value).__name__: str(value)})
+    try:
+        return TypeAdapter(Job).validate_json(text), []
+    except ValidationError as error:
+        reasons: dict[tuple[str, ...], list[str]] = {}
+        for detail in error.errors():
+            # A key with several allowed types fails once for each; its reasons become one sentence.
+            reasons.setdefault(tuple(map(str, detail["loc"][:2])), []).append(_sentence(detail))
+    job, further = _validate(_without(json.loads(text), list(reasons)))
+    return job, [f"{'.'.join(key)}: {' or '.join(dict.fromkeys(texts))}" for key, texts in reasons.items()] + further
+
+
+def _without(table: dict[str, Any], keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    for section, *key in keys:
+        if key and isinstance(table.get(section), dict):
+            table[section].pop(key[0], None)
+        else:
+            table.pop(section, None)
+    return table
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    section = detail["loc"][0] if detail["loc"] else ""
+    if detail["type"] == "unexpected_keyword_argument":
+        known = _known_keys(str(section) if len(detail["loc"]) > 1 else None)
+        return f"unknown key; expected one of {', '.join(known)}"
+    message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
+    return f"expected {message}, got {detail['input']!r}"
+
+
+def _known_keys(section: str | None) -> list[str]:
+    sections = {field.name: field.default for field in dataclasses.fields(Job)}
+    if section is None:
+        return list(sections)
+    settings = sections.get(section)
+    return [field.name for field in dataclasses.fields(settings)] if settings is not None else []  # type: ignore[arg-type]
+
+
+def _apply(table: dict[str, Any], override: str) -> str | None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        return f'--set {override}: expected section.key=value, e.g. "federation.rounds=40"'
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    settings = table.setdefault(section, {})
+    if not isinstance(settings, dict):
+        return f"--set {override}: [{section}] is not a table in the job file"
+    settings[key] = value
+    return None
+
+
+def _resolve_paths(job: Job, folder: Path) -> Job:
+    def resolve(path: str) -> str:
+        return path if path in ("", DEMO) else str((folder / path).absolute())
+
+    base = folder / job.model.base
+    local = os.path.isdir(base)  # noqa: PTH112  # Path.is_dir raises where a name is too long for a path
+    model = dataclasses.replace(job.model, base=str(base.absolute())) if local else job.model
+    if job.model.base == DEMO:
+        model = job.model
+    data = dataclasses.replace(job.data, train=resolve(job.data.train), evaluation=resolve(job.data.evaluation))
+    fleet = job.simulation.fleet
+    simulation = job.simulation if fleet == BUNDLED else dataclasses.replace(job.simulation, fleet=resolve(fleet))
+    return dataclasses.replace(job, model=model, data=data, simulation=simulation)

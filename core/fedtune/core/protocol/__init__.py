@@ -1,0 +1,1 @@
+"""What server and devices say to each other: typed payloads with bounded sizes, and the files that they exchange."""

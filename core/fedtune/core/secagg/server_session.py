@@ -1,0 +1,394 @@
+"""The server's side of one round: it relays, adds up and takes the masks off the sum. No sockets, no clock.
+
+    session = ServerSession(config, roster)
+    requests = session.open()                       # client -> message
+    while requests:
+        for client, reply in ask(requests):         # whoever answers in time
+            session.receive(client, reply)          # raises ClientFaultError: that client counts as silent
+        requests = session.advance()                # raises RoundAbortedError: start over with a new attempt
+    result = session.result
+
+The caller says when an exchange is over; who has not answered by then has dropped out. Who sent a reply must come from
+something that knows, such as Flower's node identity over TLS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.packing import packed_size, unpack
+from fedtune.core.errors import JobError, PeerError
+from fedtune.core.secagg import shamir
+from fedtune.core.secagg.config import config_problems, segment_seats, segments_of, shortfall
+from fedtune.core.secagg.exchanged import (
+    BOX_BYTES,
+    Advertisement,
+    Boxes,
+    Delivery,
+    KeyEntry,
+    KeyList,
+    MaskedInput,
+    Message,
+    Quorum,
+    Reveal,
+    RoundConfig,
+    Survivors,
+    Vote,
+    decode,
+    encode,
+    pieces,
+    size_limit,
+)
+from fedtune.core.secagg.identity import Roster
+from fedtune.core.secagg.masking import unmask_sums
+from fedtune.core.secagg.masks import Words, reduce, word_type
+from fedtune.core.secagg.primitives import is_weak
+from fedtune.core.secagg.session_errors import ClientFaultError, RoundAbortedError
+from fedtune.core.secagg.transcript import (
+    Transcript,
+    advertisement_statement,
+    commitment,
+    config_digest,
+    mask_agreement,
+)
+
+
+class Stage(Enum):
+    """Which exchange the server is in."""
+
+    NEW = "new"
+    ADVERTISE = "advertise"
+    SHARE = "share"
+    MASK = "masked input"
+    VOTE = "consistency"
+    UNMASK = "unmask"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """What a round gave.
+
+    Attributes:
+        sums: for each segment the sum of the survivors' words modulo 2^ℓ, uint32 up to 32 bits, else uint64.
+        contributors: for each segment, how many clients are in its sum.
+        survivors: the clients whose update is in the sum.
+        dropouts: the other invited clients.
+        liars: survivors found to have revealed a wrong share; the sum is right in spite of them.
+    """
+
+    sums: Mapping[str, NDArray[np.uint32] | NDArray[np.uint64]]
+    contributors: Mapping[str, int]
+    survivors: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    liars: tuple[str, ...]
+
+
+class ServerSession:
+    """The server in one round; a new round needs a new session.
+
+    Raises:
+        JobError: the configuration contradicts itself.
+    """
+
+    def __init__(self, config: RoundConfig, roster: Roster) -> None:
+        found = config_problems(config)
+        if found:
+            raise JobError(found)
+        self.config = config
+        self.stage = Stage.NEW
+        self._roster = roster
+        self._digest = config_digest(config)
+        self._seats = {member.client: seat for seat, member in enumerate(config.cohort)}
+        self._asked: frozenset[int] = frozenset()
+        self._answered: set[int] = set()
+        self._entries: dict[int, KeyEntry] = {}
+        self._keys_in_use: set[bytes] = set()
+        self._boxes: dict[int, dict[int, bytes]] = {}
+        self._commitments: dict[int, bytes] = {}
+        self._sums: dict[int, Words] = {}
+        self._votes: dict[int, bytes] = {}
+        self._revealed: dict[int, dict[int, int]] = {}
+        self._transcript: Transcript | None = None
+        self._sharers: frozenset[int] = frozenset()
+        self._survivors: frozenset[int] = frozenset()
+        self._result: SecureSum | None = None
+
+    def open(self) -> dict[str, bytes]:
+        """Starts the round: the configuration, for everybody invited."""
+        if self.stage is not Stage.NEW:
+            raise RoundAbortedError(f"this session is at {self.stage.value}: a round is opened once")
+        return self._ask(Stage.ADVERTISE, range(len(self.config.cohort)), self.config)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The clients that have been asked and have not answered yet."""
+        return frozenset(self.config.cohort[seat].client for seat in self._asked - self._answered)
+
+    @property
+    def result(self) -> SecureSum:
+        """The sum, once the last exchange is over."""
+        if self._result is None:
+            raise RoundAbortedError(f"there is no sum at {self.stage.value}")
+        return self._result
+
+    def receive(self, client: str, reply: bytes) -> None:
+        """Takes one client's answer in the current exchange.
+
+        Raises:
+            ClientFaultError: nothing is asked of this client now, it has answered already, or the answer is not right;
+                the session is as before.
+        """
+        exchange = _EXCHANGES.get(self.stage)
+        seat = self._seats.get(client)
+        if exchange is None or seat is None or seat not in self._asked:
+            raise ClientFaultError(client, f"nothing is asked of it at {self.stage.value}")
+        if seat in self._answered:
+            raise ClientFaultError(client, f"it has answered already at {self.stage.value}")
+        try:
+            message = decode(reply, exchange.kind, size_limit(exchange.kind, self.config))
+        except PeerError as error:
+            raise ClientFaultError(client, str(error)) from None
+        if getattr(message, "config", None) != self._digest:
+            raise ClientFaultError(client, "its answer belongs to another round")
+        problem = exchange.take(self, seat, message)
+        if problem:
+            raise ClientFaultError(client, problem)
+        self._answered.add(seat)
+
+    def advance(self) -> dict[str, bytes]:
+        """Ends the current exchange and starts the next one with those who answered.
+
+        Returns:
+            the next request for each client that goes on; empty when the sum is there.
+
+        Raises:
+            RoundAbortedError: too few are left, or their shares do not give the secrets back. The session is over.
+        """
+        exchange = _EXCHANGES.get(self.stage)
+        if exchange is None:
+            raise RoundAbortedError(f"there is nothing to end at {self.stage.value}")
+        try:
+            return exchange.close(self)
+        except RoundAbortedError:
+            self._end(Stage.ABORTED)
+            raise
+
+    # Exchange 0: keys
+
+    def _take_keys(self, seat: int, message: Advertisement) -> str | None:
+        statement = advertisement_statement(self._digest, seat, message.share_key, message.mask_key)
+        if not self._roster.verify(self.config.cohort[seat].client, statement, message.signature):
+            return "its keys are not signed by its pinned identity"
+        keys = {message.share_key, message.mask_key}
+        if len(keys) < 2 or keys & self._keys_in_use:
+            return "a key of it is in use already"
+        if any(is_weak(key) for key in keys):
+            return "a key of it is weak"
+        self._keys_in_use |= keys
+        self._entries[seat] = KeyEntry(seat, message.share_key, message.mask_key, message.signature)
+        return None
+
+    def _close_keys(self) -> dict[str, bytes]:
+        self._require_enough(self._entries, "advertised")
+        entries = tuple(self._entries[seat] for seat in sorted(self._entries))
+        self._transcript = Transcript(self.config, self._digest, entries)
+        return self._ask(Stage.SHARE, self._entries, KeyList(self._digest, entries))
+
+    # Exchange 1: shares
+
+    def _take_boxes(self, seat: int, message: Boxes) -> str | None:
+        receivers = sorted(self._agreed.holders(seat) - {seat})
+        if len(message.boxes) != BOX_BYTES * len(receivers):
+            return f"{len(message.boxes)} bytes of boxes, expected {BOX_BYTES} for each of {len(receivers)} holders"
+        self._boxes[seat] = dict(zip(receivers, pieces(message.boxes, BOX_BYTES), strict=True))
+        self._commitments[seat] = message.commitment
+        return None
+
+    def _close_boxes(self) -> dict[str, bytes]:
+        self._require_enough(self._boxes, "shared")
+        self._sharers = frozenset(self._boxes)
+        self._require_holders(self._sharers, self._sharers, "shared")
+        for index, segment in enumerate(self.config.segments):
+            self._sums[index] = np.zeros(segment.length, dtype=word_type(segment.bits))
+        listed = tuple(sorted(self._sharers))
+        requests: dict[str, bytes] = {}
+        for seat in listed:
+            senders = sorted(self._agreed.holders(seat) & self._sharers - {seat})
+            boxes = b"".join(self._boxes[sender][seat] for sender in senders)
+            requests[self.config.cohort[seat].client] = encode(Delivery(self._digest, listed, boxes))
+        self._boxes = {}
+        self._enter(Stage.MASK, self._sharers)
+        return requests
+
+    # Exchange 2: masked inputs
+
+    def _take_masked(self, seat: int, message: MaskedInput) -> str | None:
+        indices = segments_of(self.config, seat)
+        if len(message.segments) != len(indices):
+            return f"{len(message.segments)} segments, expected {len(indices)}"
+        segments = [self.config.segments[index] for index in indices]
+        for segment, data in zip(segments, message.segments, strict=True):
+            size = packed_size(segment.length, segment.bits)
+            if len(data) != size:
+                return f"segment {segment.name}: {len(data)} bytes, expected {size}"
+        try:
+            words = [
+                unpack(data, segment.bits, segment.length)
+                for segment, data in zip(segments, message.segments, strict=True)
+            ]
+        except PeerError as error:
+            return str(error)
+        for index, masked in zip(indices, words, strict=True):
+            self._sums[index] += masked.astype(self._sums[index].dtype)
+        return None
+
+    def _close_masked(self) -> dict[str, bytes]:
+        self._require_enough(self._answered, "sent a masked input")
+        self._survivors = frozenset(self._answered)
+        return self._ask(Stage.VOTE, self._survivors, Survivors(self._digest, tuple(sorted(self._survivors))))
+
+    # Exchange 3: votes
+
+    def _take_vote(self, seat: int, message: Vote) -> str | None:
+        statement = self._agreed.vote_statement(self._sharers, self._survivors)
+        if not self._roster.verify(self.config.cohort[seat].client, statement, message.signature):
+            return "its vote is not for these survivors, or not signed by its pinned identity"
+        self._votes[seat] = message.signature
+        return None
+
+    def _close_votes(self) -> dict[str, bytes]:
+        if len(self._votes) < self.config.quorum:
+            raise RoundAbortedError(f"{len(self._votes)} clients voted, expected at least {self.config.quorum}")
+        self._require_holders(self._sharers, self._votes, "voted")
+        shown = tuple(sorted(self._votes))[: self.config.quorum]
+        signatures = b"".join(self._votes[seat] for seat in shown)
+        return self._ask(Stage.UNMASK, self._votes, Quorum(self._digest, shown, signatures))
+
+    # Exchange 4: unmask
+
+    def _take_shares(self, seat: int, message: Reveal) -> str | None:
+        owners = sorted(self._agreed.holders(seat) & self._sharers)
+        if len(message.shares) != shamir.ELEMENT_BYTES * len(owners):
+            return f"{len(message.shares)} bytes of shares, expected {shamir.ELEMENT_BYTES} for each of {len(owners)}"
+        try:
+            shares = [shamir.to_element(share) for share in pieces(message.shares, shamir.ELEMENT_BYTES)]
+        except ValueError:
+            return "a share is not an element of the field"
+        self._revealed[seat] = dict(zip(owners, shares, strict=True))
+        return None
+
+    def _close_shares(self) -> dict[str, bytes]:
+        self._require_holders(self._sharers, self._revealed, "revealed their shares")
+        seeds, liars = self._recover()
+        unmask_sums(self._sums, self._agreed, self._survivors, seeds)
+        sums = {
+            segment.name: reduce(self._sums[index], segment.bits) for index, segment in enumerate(self.config.segments)
+        }
+        everybody = range(len(self.config.cohort))
+        self._result = SecureSum(
+            sums=sums,
+            contributors={s.name: len(segment_seats(self.config, s) & self._survivors) for s in self.config.segments},
+            survivors=tuple(self.config.cohort[seat].client for seat in sorted(self._survivors)),
+            dropouts=tuple(self.config.cohort[seat].client for seat in everybody if seat not in self._survivors),
+            liars=tuple(self.config.cohort[seat].client for seat in sorted(liars)),
+        )
+        self._end(Stage.DONE)
+        return {}
+
+    def _recover(self) -> tuple[dict[int, bytes], set[int]]:
+        """Every owner's secret: b of a survivor, σ of a dropout, each checked; and who revealed a wrong share."""
+        threshold = self.config.threshold
+        combiners: dict[tuple[int, ...], shamir.Combiner] = {}
+        seeds: dict[int, bytes] = {}
+        liars: set[int] = set()
+        for owner in sorted(self._sharers):
+            trusted_first = sorted(self._revealed, key=lambda seat: (seat in liars, seat))  # each lie is corrected once
+            shares = {seat + 1: self._revealed[seat][owner] for seat in trusted_first if owner in self._revealed[seat]}
+            points = tuple(shares)[:threshold]
+            if points not in combiners:
+                combiners[points] = shamir.Combiner(points)
+            seed = shamir.to_bytes(combiners[points].combine([shares[point] for point in points]))
+            if not self._is_seed_of(owner, seed):
+                corrected = shamir.correct(list(shares), list(shares.values()), threshold)
+                seed = shamir.to_bytes(corrected.secret) if corrected else b""
+                if corrected is None or not self._is_seed_of(owner, seed):
+                    raise RoundAbortedError(f"the shares of {self.config.cohort[owner].client} do not fit together")
+                liars |= {point - 1 for point in corrected.wrong}
+            seeds[owner] = seed
+        return seeds, liars
+
+    def _is_seed_of(self, owner: int, seed: bytes) -> bool:
+        if owner in self._survivors:
+            return commitment(seed, self._digest, owner) == self._commitments[owner]
+        return mask_agreement(seed).public == self._agreed.keys[owner].mask_key
+
+    # What all exchanges share
+
+    @property
+    def _agreed(self) -> Transcript:
+        assert self._transcript is not None, "set when the keys are closed, before any stage that needs it"
+        return self._transcript
+
+    def _ask(self, stage: Stage, seats: Iterable[int], message: Message) -> dict[str, bytes]:
+        """Enters a stage and addresses one message to some seats."""
+        self._enter(stage, seats)
+        data = encode(message)
+        return {self.config.cohort[seat].client: data for seat in sorted(self._asked)}
+
+    def _enter(self, stage: Stage, seats: Iterable[int]) -> None:
+        """From here on an answer is waited for from these seats."""
+        self.stage = stage
+        self._asked, self._answered = frozenset(seats), set()
+
+    def _require_enough(self, seats: Iterable[int], what: str) -> None:
+        missing = shortfall(self.config, seats)
+        if missing:
+            raise RoundAbortedError(f"too few clients {what}: {missing}")
+
+    def _require_holders(self, owners: Iterable[int], present: Iterable[int], what: str) -> None:
+        """Every owner's secrets must be recoverable by those present."""
+        here = frozenset(present)
+        for owner in sorted(owners):
+            left = len(self._agreed.holders(owner) & here)
+            if left < self.config.threshold:
+                client = self.config.cohort[owner].client
+                raise RoundAbortedError(
+                    f"too few clients {what}: {left} hold shares of {client}, expected at least {self.config.threshold}"
+                )
+
+    def _end(self, stage: Stage) -> None:
+        """Drops everything that a masked sum could be opened with."""
+        self._enter(stage, ())
+        self._boxes, self._commitments, self._sums, self._revealed = {}, {}, {}, {}
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What the server does in one stage.
+
+    Attributes:
+        kind: the message it takes.
+        take: checks one and keeps what is in it; gives the problem, and keeps nothing, if there is one.
+        close: ends the stage and gives the next requests.
+    """
+
+    kind: type[Message]
+    take: Callable[[ServerSession, int, Any], str | None]
+    close: Callable[[ServerSession], dict[str, bytes]]
+
+
+_EXCHANGES: Mapping[Stage, _Exchange] = {
+    Stage.ADVERTISE: _Exchange(Advertisement, ServerSession._take_keys, ServerSession._close_keys),
+    Stage.SHARE: _Exchange(Boxes, ServerSession._take_boxes, ServerSession._close_boxes),
+    Stage.MASK: _Exchange(MaskedInput, ServerSession._take_masked, ServerSession._close_masked),
+    Stage.VOTE: _Exchange(Vote, ServerSession._take_vote, ServerSession._close_votes),
+    Stage.UNMASK: _Exchange(Reveal, ServerSession._take_shares, ServerSession._close_shares),
+}

@@ -1,0 +1,94 @@
+"""Which examples share an optimizer step: a random sample up to a budget of tokens, bound to a seed.
+
+A step's examples are cut into micro-batches of like length where memory is short; the loss of each is divided by the
+target tokens of the whole step, so the gradient is the same however the step was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.core.seeds import generator
+from fedtune.data.examples import Example
+
+LENGTH_STEP = 8  # padded lengths are multiples of it: few distinct shapes, so kernels are prepared once
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples as tensors, padded on the right, where causal attention cannot see the padding.
+
+    Args:
+        ids: int64, (examples, length).
+        positions: int64, (targets,): flat indices into (examples · length) of the tokens *before* each target.
+        targets: int64, (targets,).
+        owners: int64, (targets,): the row of each target.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
+def steps_of_epoch(examples: Sequence[Example], budget: int, seed: int, epoch: int) -> list[list[Example]]:
+    """Deals all examples at random into steps of at most `budget` tokens, padding included.
+
+    A step is a random sample. To fill steps with examples of like length saves padding and costs learning, because
+    length tells what an example is about: on the demo, loss after 20 such steps was about a fifth higher. An example
+    longer than the budget is a step of its own.
+    """
+    order = generator(seed, "batches", epoch).permutation(len(examples))
+    return split([examples[index] for index in order], budget)
+
+
+def micro_batches(step: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Cuts a step into batches of like length, each of at most `budget` tokens, padding included."""
+    return split(sorted(step, key=_padded_length), budget)
+
+
+def split(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Cuts examples, in their order, into runs of at most `budget` tokens, padding included."""
+    runs: list[list[Example]] = []
+    longest = 0
+    for example in examples:
+        longest = max(longest, _padded_length(example))
+        if runs and (len(runs[-1]) + 1) * longest <= budget:
+            runs[-1].append(example)
+        else:
+            runs.append([example])
+            longest = _padded_length(example)
+    return runs
+
+
+def in_order_of_length(examples: Sequence[Example], budget: int, device: torch.device) -> Iterator[Batch]:
+    """All examples in batches with little padding, for evaluation."""
+    for run in micro_batches(examples, budget):
+        yield collate(run, device)
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+    """Lays examples into one padded batch. The padding's token is 0; nothing ever reads its output."""
+    length = max(map(_padded_length, examples))
+    ids = np.zeros((len(examples), length), dtype=np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = example.ids
+    positions = np.concatenate(
+        [
+            np.arange(row * length + example.first_target - 1, row * length + len(example.ids) - 1)
+            for row, example in enumerate(examples)
+        ]
+    )
+    owners = np.repeat(np.arange(len(examples)), [example.target_tokens for example in examples])
+    # The token after a position is its target.
+    targets = ids.reshape(-1)[positions + 1]
+    return Batch(*(torch.from_numpy(array).to(device) for array in (ids, positions, targets, owners)))
+
+
+def _padded_length(example: Example) -> int:
+    return -(-len(example.ids) // LENGTH_STEP) * LENGTH_STEP

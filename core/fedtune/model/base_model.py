@@ -1,0 +1,288 @@
+"""The frozen base model: loaded once a process, quantized, with its tokenizer and the digest that names it.
+
+    base = load_base(job.model)
+
+A device short of memory holds the linear weights packed in NF4; one with memory to spare unpacks those same values
+once. Both compute the same function of the same numbers, so both carry the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.core.errors import ModelError
+from fedtune.core.job.settings import DEMO, ModelSettings
+from fedtune.model.nf4 import RECIPE, PackedLinear, dequantize, quantize
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Weights = Literal["packed", "dequantized"]
+Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DENSE_SHARE = 0.25  # of the free memory: what unpacked weights may take before "auto" packs them
+_AMPERE = (8, 0)  # the first CUDA compute capability with bf16 units
+_FLOAT32_ATTENTION = "fedtune_float32_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A base model, ready to be adapted.
+
+    Args:
+        network: a transformers causal LM, frozen and in evaluation mode; its linear layers hold the reference values.
+        tokenizer: with an end-of-sequence token and a padding token.
+        digest: 64 hexadecimal digits; equal on two devices exactly when original weights and quantization are.
+        name: the directory or hub id it came from.
+        precision: of the arithmetic.
+        weights: how the linear weights are held.
+    """
+
+    network: Network
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    name: str
+    precision: Precision
+    weights: Weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return cast(torch.device, self.network.device)
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer from the last hidden state to the logits."""
+        return cast(nn.Module, self.network.get_output_embeddings())
+
+
+def load_base(
+    settings: ModelSettings,
+    *,
+    weights: Literal["auto", "packed", "dequantized"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    device: str | torch.device | None = None,
+) -> BaseModel:
+    """Loads and quantizes a base model; the network is asked only where `settings.base` is a hub id.
+
+    Args:
+        weights: "packed" takes least memory, "dequantized" is fastest; "auto" unpacks where memory is plenty.
+        precision: "auto" takes what the device computes fastest, see `best_precision`.
+        device: a torch device; None takes the first GPU, or the CPU.
+
+    Raises:
+        ModelError: not a model directory, not a causal LM, no tokenizer, no weights, or settings that contradict.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = best_precision(device) if precision == "auto" else precision
+    if settings.quantization == "none" and weights == "packed":
+        raise ModelError("packed weights were asked for, but the base model's quantization is none")
+    with quiet():
+        source = source_of(settings.base)
+        config = load_config(source)
+        tokenizer = load_tokenizer(source)
+        network = _load_network(source, config, precision, device)
+    digest = _digest(network, settings.quantization)
+    _straighten(network)
+    dtype, linear = DTYPES[precision], dict(linear_modules(network))
+    held: Weights = "dequantized"
+    if settings.quantization == "nf4":
+        dense_bytes = sum(module.weight.numel() for module in linear.values()) * dtype.itemsize
+        if weights == "packed" or (weights == "auto" and dense_bytes > DENSE_SHARE * _free_bytes(device)):
+            held = "packed"
+        for name, module in linear.items():
+            _quantize_in_place(network, name, module, held, dtype)
+    for parameter in network.parameters():  # and no buffer: rotary frequencies and scales of scales stay float32
+        # A copy, since a view would keep the whole file mapped, with the pages of weights long since packed.
+        parameter.data = parameter.data.to(dtype, copy=True)
+    network.to(device)
+    return BaseModel(network.eval().requires_grad_(False), tokenizer, digest, settings.base, precision, held)
+
+
+def best_precision(device: torch.device) -> Precision:
+    """bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= _AMPERE else "fp16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "fp32"
+
+
+def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers but the head, by name: those that are quantized and that "all-linear" adapts."""
+    head = network.get_output_embeddings()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name, module
+
+
+def demo_directory() -> Path:
+    """Where the bundled base lies."""
+    from fedtune.demo import BASE_DIRECTORY
+
+    return Path(BASE_DIRECTORY)
+
+
+def source_of(base: str) -> str:
+    """What transformers is asked for: a directory, or a hub id.
+
+    Raises:
+        ModelError: a path that is not a model directory.
+    """
+    if base == DEMO:
+        return str(demo_directory())
+    path = Path(base)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{base}: not a model directory: it has no config.json")
+        return base
+    if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
+        raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
+    return base
+
+
+def _options(source: str) -> dict[str, bool]:
+    """A directory is never looked for on a hub, and code that comes with a model is never run."""
+    return {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+
+
+def load_config(source: str) -> Any:
+    """The transformers configuration of a causal language model.
+
+    Raises:
+        ModelError: unreadable, or of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, **_options(source))
+    except Exception as error:  # transformers answers a bad file with half a dozen types
+        raise ModelError(f"{source}: not a readable model: {_first_line(error)}") from error
+    architectures = set(config.architectures or [])
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.model_type not in causal or config.is_encoder_decoder or not architectures <= set(causal.values()):
+        found = ", ".join(sorted(architectures)) or config.model_type
+        raise ModelError(f"{source}: {found} is not a causal language model")
+    return config
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it cannot end a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
+    except Exception as error:  # as above
+        raise ModelError(f"{source}: no tokenizer that can be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source}: the tokenizer has no end-of-sequence token; completions could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _load_network(source: str, config: Any, precision: Precision, device: torch.device) -> Network:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **_options(source)
+        )
+    except Exception as error:  # as above
+        raise ModelError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
+    network, report = loaded
+    if report["missing_keys"]:
+        raise ModelError(f"{source}: weights are missing: {', '.join(sorted(report['missing_keys']))}")
+    if device.type == "cpu" and precision != "fp32" and network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation(_FLOAT32_ATTENTION)
+    return network
+
+
+def _digest(network: Network, quantization: str) -> str:
+    """SHA-256 over the recipe, then name, dtype, shape and bytes of every original parameter, sorted by name."""
+    digest = hashlib.sha256(f"fedtune-base\n{RECIPE if quantization == 'nf4' else quantization}\n".encode())
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _straighten(network: nn.Module) -> None:
+    """Turns the layers that GPT-2 and its kin keep transposed into plain linear ones of the same function."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Conv1D):
+            d_in, d_out = module.weight.shape
+            linear = nn.Linear(d_in, d_out, device="meta")
+            linear.weight, linear.bias = nn.Parameter(module.weight.T.contiguous()), module.bias
+            _replace(network, name, linear)
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
+
+
+def _quantize_in_place(network: nn.Module, name: str, module: nn.Linear, held: Weights, dtype: torch.dtype) -> None:
+    packed = quantize(module.weight)
+    if held == "packed":
+        _replace(network, name, PackedLinear(packed, module.bias, dtype))
+    else:
+        module.weight = nn.Parameter(dequantize(packed, dtype), requires_grad=False)
+
+
+def _float32_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention in float32 around half-precision layers.
+
+    On CPUs with bf16 units torch's bf16 attention takes 12 times as long backward as the float32 one, more than all
+    that bf16 saves in the linear layers.
+    """
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return output.to(query.dtype), None
+
+
+transformers.AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
+AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the loading libraries' progress bars and advice off the user's terminal."""
+    log: Any = transformers.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,118 @@
+"""`fedtune export`: the command line around `export_run` and `export_adapter`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.core.errors import InputError, MissingExtraError
+from fedtune.server.run_display import Display, Silent, Terminal
+
+
+def export(
+    run_directory: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_DIR", help="The directory of a finished run: fedtune simulate prints its name."),
+    ],
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT,...",
+            help="How weights are stored. int4: an eighth of the size, fastest on CPUs, for devices. int8: a quarter. "
+            "fp16: half, exact enough to keep. fp32: the merged model itself.",
+        ),
+    ] = "int4",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Each format goes to OUT/FORMAT; by default RUN_DIR/onnx.")
+    ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="Write a small .onnx_adapter file, and the base once: devices that hold the base fetch only the file, "
+            "and fedtune serve swaps it while it runs.",
+        ),
+    ] = False,
+    provider: Annotated[
+        str, typer.Option(help="What the model will run on: cpu, cuda, dml, ...; it is checked on it, here.")
+    ] = "cpu",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="KEY=VALUE",
+            help="For onnxruntime-genai's model builder, e.g. block_size=16; may be given again.",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            min=0, max=100, help="Points of exact match and token accuracy that int4, int8 and fp16 may lose."
+        ),
+    ] = 1.0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Held-out examples to check on, JSONL; by default the job's data.evaluation."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was exported as JSON, and nothing else.")] = False,
+) -> None:
+    """Make a model that devices can run, without torch, from a finished run.
+
+    It merges the run's adapter into its base model, writes ONNX with a KV cache, and proves it on held-out examples
+    before it gets its name: fp32 must give the merged model's logits to 1e-3 and every argmax, the smaller formats may
+    lose a point. int4 that loses more is quantized better, up to four ways. What fails leaves no directory. Examples:
+
+        fedtune export runs/demo-1
+
+        fedtune export runs/demo-1 --format int4,int8,fp16,fp32 --out models/first
+
+        fedtune export runs/demo-2 --adapter-only --out models/adapters
+
+    Then: fedtune chat runs/demo-1/onnx/int4, or fedtune serve runs/demo-1/onnx/int4.
+    """
+    try:
+        from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("fedtune export", "export", error.name or "onnxruntime") from error
+
+    wanted = [form.strip() for form in formats.split(",") if form.strip()]
+    chosen = ExportOptions(provider, _pairs(options or []), max_drop, data, force)
+    target = out or run_directory / "onnx"
+    shown: nullcontext[Display] | Terminal = nullcontext(Silent()) if quiet or as_json else Terminal()
+    with shown as display:
+        if adapter_only:
+            if len(wanted) != 1:
+                raise InputError("--adapter-only takes one --format, that of the base")
+            exported = [export_adapter(run_directory, wanted[0], target, display, chosen)]
+        else:
+            exported = export_run(run_directory, wanted, target, display, chosen)
+        for done in exported:
+            display.note(f"{done.format:8} {done.path}")
+        if not adapter_only:
+            display.note(f"try it: fedtune chat {exported[0].path}")
+    if as_json:
+        summary = [
+            {"path": str(done.path), "format": done.format, "recipe": done.recipe, "gate": done.report.to_json()}
+            for done in exported
+        ]
+        print(json.dumps(summary, indent=2))
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    pairs = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key.strip() and equals):
+            raise InputError(f"--option {option}: expected KEY=VALUE, e.g. block_size=16")
+        pairs[key.strip()] = value.strip()
+    return pairs

@@ -1,0 +1,58 @@
+"""Who takes part in a run, asked before every round: at first it waits for everyone, later for enough."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.serverapp import Grid
+
+from fedtune.core.job.contradictions import secure_cohort_problems
+from fedtune.core.job.settings import Job
+from fedtune.flower.run_grid import RunGrid
+from fedtune.server.live.registrar import Greeter
+from fedtune.strategies.cohorts.selection import cohort_size
+
+MAX_LEAST = 1000  # devices that a round may need
+_POLL_SECONDS = 0.2
+
+
+class Attendance:
+    """The population of a run's rounds.
+
+    Args:
+        grid: of the run.
+        greeter: knows who may be asked.
+        known: the devices that the others know; one that is enrolled while a job runs takes part in the next.
+        wait_seconds: how long the first round waits for everyone.
+    """
+
+    def __init__(self, grid: RunGrid, greeter: Greeter, job: Job, known: set[str], wait_seconds: float) -> None:
+        self._grid, self._greeter, self._job, self._known = grid, greeter, job, known
+        self._until = time.monotonic() + wait_seconds
+
+    def __call__(self, grid: Grid) -> dict[str, int]:
+        """Device -> node, as soon as a round of them can come to something."""
+        del grid  # it is the one this was made with
+        board = self._greeter.board
+        while True:
+            present = {name: node for name, node in self._greeter.present(self._grid).items() if name in self._known}
+            everyone = len(present) == len(self._known) or time.monotonic() >= self._until
+            if everyone and self._enough(len(present)):
+                self._until = 0.0  # later rounds wait for no more than they need
+                board.working(state="training")
+                return present
+            least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
+            wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
+            left_out = self._greeter.left_out
+            unwilling = f", {left_out} more refuse or sit out" if left_out else ""
+            board.working(state=f"waiting for devices: {len(present)} of {wanted} are there{unwilling}")
+            time.sleep(_POLL_SECONDS)
+
+    def _enough(self, present: int) -> bool:
+        """Whether a round with so many devices can come to anything."""
+        settings = self._job.federation
+        if present < settings.minimum_clients:
+            return False
+        if not self._job.secure_aggregation.enabled:
+            return True
+        return not secure_cohort_problems(self._job, cohort_size(settings.clients_per_round, present))

@@ -1,0 +1,114 @@
+"""The jobs of a server: files that move from waiting to finished or failed, and a run directory for each.
+
+    jobs/waiting/NNNNNN-NAME.toml       the oldest is being worked on, as long as the server runs
+    jobs/finished/, jobs/failed/        with the reason in NNNNNN-NAME.txt
+
+Submitting is writing a file, so it works while the server is down, and who may submit is who may write here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.errors import InputError
+from fedtune.core.host.private_files import private_folder, write_private
+from fedtune.core.job.job_file import dump_job, load_job
+from fedtune.core.job.settings import Job
+from fedtune.server.live.server_home import ServerHome
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that waits, or is being worked on."""
+
+    number: int
+    name: str
+    path: Path
+
+    def load(self) -> Job:
+        """The job."""
+        return load_job(self.path)
+
+
+class Jobs:
+    """The jobs of one server."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._root = private_folder(home.path / "jobs")
+        self._runs = private_folder(home.path / "runs")
+        for state in ("waiting", "finished", "failed"):
+            private_folder(self._root / state)
+
+    def submit(self, job: Job, name: str) -> QueuedJob:
+        """Puts a job at the end of the queue.
+
+        Raises:
+            InputError: the name is none, or a run of that name exists.
+        """
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
+        if name in self._names():
+            raise InputError(f"{name}: a job of this name was submitted before; choose another with --name")
+        number = max(
+            (entry.number for state in ("waiting", "finished", "failed") for entry in self._in(state)), default=0
+        )
+        path = self._root / "waiting" / f"{number + 1:06d}-{name}.toml"
+        write_private(path, dump_job(job))
+        return QueuedJob(number + 1, name, path)
+
+    def free_name(self, stem: str) -> str:
+        """STEM-1, or the first such name that no job has had."""
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:50] or "job"
+        number, taken = 1, self._names()
+        while f"{stem}-{number}" in taken:
+            number += 1
+        return f"{stem}-{number}"
+
+    def waiting(self) -> list[QueuedJob]:
+        """In the order of submission."""
+        return self._in("waiting")
+
+    def failed(self) -> dict[str, str]:
+        """Name -> reason."""
+        return {entry.name: _reason(entry.path) for entry in self._in("failed")}
+
+    def finished(self) -> list[str]:
+        """Names."""
+        return [entry.name for entry in self._in("finished")]
+
+    def run_path(self, job: QueuedJob) -> Path:
+        """The job's run directory."""
+        return self._runs / job.name
+
+    def finish(self, job: QueuedJob) -> None:
+        """The job is done."""
+        job.path.replace(self._root / "finished" / job.path.name)
+
+    def fail(self, job: QueuedJob, reason: str) -> None:
+        """The job cannot be done."""
+        target = self._root / "failed" / job.path.name
+        write_private(target.with_suffix(".txt"), reason + "\n")
+        job.path.replace(target)
+
+    def _names(self) -> set[str]:
+        jobs = {entry.name for state in ("waiting", "finished", "failed") for entry in self._in(state)}
+        return jobs | {path.name for path in self._runs.iterdir()}
+
+    def _in(self, state: str) -> list[QueuedJob]:
+        entries = []
+        for path in sorted((self._root / state).iterdir()):
+            if match := _FILE.fullmatch(path.name):
+                entries.append(QueuedJob(int(match[1]), match[2], path))
+        return entries
+
+
+def _reason(path: Path) -> str:
+    try:
+        return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown reason"

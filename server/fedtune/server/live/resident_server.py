@@ -1,0 +1,259 @@
+"""The resident server: it listens through a child process, does one job after the other, and survives its own death.
+
+What lasts is on disk before it counts: devices, jobs and run directories. What Flower holds, messages on their way,
+lasts as long as one child process; when that ends, or this process does, the round that was open begins anew from the
+last checkpoint.
+
+Threads: the main one works on jobs; the keeper looks after the child, devices and status once a second.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.core.errors import FedtuneError, InputError, RunError
+from fedtune.core.host.private_files import remove_unfinished
+from fedtune.core.host.stopping import Stopped, stopping
+from fedtune.core.job.settings import Job
+from fedtune.flower.calls import LinkLostError
+from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.flower.superlink import NodeState
+from fedtune.model.lora import AdaptedModel
+from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.export.last_step import check_export, export_finished
+from fedtune.server.job_model import describe_base, open_model
+from fedtune.server.live.client_manager import Attendance
+from fedtune.server.live.enrolled_devices import Devices, changed
+from fedtune.server.live.job_queue import Jobs, QueuedJob
+from fedtune.server.live.listener import CONTROL_KEY
+from fedtune.server.live.registrar import Greeter
+from fedtune.server.live.server_home import ServerHome
+from fedtune.server.live.sockets import Listener
+from fedtune.server.live.status_board import STATUS, Board, JobStatus
+from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
+from fedtune.server.run_display import Display
+from fedtune.server.run_facts import peak_rss_mb
+from fedtune.server.run_rounds import Facts, run_rounds
+from fedtune.strategies.cohorts.selection import cohort_size
+from fedtune.strategies.cohorts.timed_selection import timed_selection
+from fedtune.strategies.secure_collection import SecureAggregation
+
+KEEPER_SECONDS = 1.0
+POLL_SECONDS = 0.2
+RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
+MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
+HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
+_STOP_SECONDS = 5.0
+
+
+class Service:
+    """One server's process.
+
+    Args:
+        home: whose lock this process holds.
+        display: what people see.
+    """
+
+    def __init__(self, home: ServerHome, display: Display) -> None:
+        self._home = home
+        self._jobs = Jobs(home)
+        for name in (CONTROL_KEY, STATUS):
+            remove_unfinished(home.path, name)
+        self._board = Board(home.path / STATUS, home.config.address, display)
+        self._devices = Devices.load(home)
+        self._devices_seen = -1
+        self._greeter = Greeter(self._board, lambda: self._link.nodes(), lambda: self._devices)
+        self._model: tuple[Job, AdaptedModel] | None = None
+        self._stumbles: Counter[str] = Counter()
+        self._ending = threading.Event()
+        self._registered = threading.Event()
+        self._listener = Listener(home)
+
+    def run(self) -> None:
+        """Serves until SIGTERM or Ctrl-C.
+
+        Raises:
+            InputError: the port is taken, or the certificate has expired.
+        """
+        if self._home.certificate_days_left() <= 0:
+            raise InputError(
+                f"{self._home.path}: the certificate has expired; make a new one with: fedtune server renew"
+            )
+        with stopping(), self._listener:
+            keeper = threading.Thread(target=self._keep, daemon=True, name="keeper")
+            try:
+                self._listen()
+                keeper.start()
+                listen, port = self._home.config.listen, self._listener.port
+                self._board.note(f"serving devices on {listen}:{port}; they know it as {self._home.config.address}")
+                self._serve()
+            except Stopped:
+                self._board.note("stopped; what finished is safe, and goes on when the server starts again")
+            finally:
+                self._ending.set()
+                if keeper.ident is not None:
+                    keeper.join(timeout=_STOP_SECONDS)
+
+    # -- the main thread: jobs ----------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        pause, longest = RETRY_SECONDS
+        while True:
+            try:
+                if not self._listener.alive:
+                    self._board.problem("the listening process ended; starting it again")
+                    self._listen()
+                if waiting := self._jobs.waiting():
+                    self._take(waiting[0])
+                else:
+                    time.sleep(POLL_SECONDS)
+                pause = RETRY_SECONDS[0]
+            except FedtuneError as error:
+                self._board.problem(f"interrupted, and will go on: {error}")
+                time.sleep(pause)
+                pause = min(2 * pause, longest)
+
+    def _take(self, job: QueuedJob) -> None:
+        try:
+            self._work(job)
+        except InputError as error:
+            self._board.problem(f"job {job.name} failed: {error}")
+            self._jobs.fail(job, str(error))
+        except LinkLostError:
+            raise
+        except RunError as error:
+            if not (self._jobs.run_path(job) / SUMMARY).is_file():
+                raise  # a full disk, say: it goes on when that is mended
+            self._board.problem(f"job {job.name} failed: {error}")
+            self._jobs.fail(job, str(error))
+        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
+            traceback.print_exc()
+            self._stumbles[job.name] += 1
+            reason = f"{type(error).__name__}: {error}"
+            if self._stumbles[job.name] < MOST_STUMBLES:
+                raise RunError(reason) from error
+            self._board.problem(f"job {job.name} failed, {MOST_STUMBLES} times: {reason}; the log has the traceback")
+            self._jobs.fail(job, reason)
+        finally:
+            self._board.job = None
+
+    def _work(self, queued: QueuedJob) -> None:
+        """Takes a job from wherever it stands to its end."""
+        job, path = queued.load(), self._jobs.run_path(queued)
+        check_export(job)
+        self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
+        if not is_finished(path):
+            self._train(queued, job, path)
+        if job.export.formats:
+            self._export(job, path)
+        self._jobs.finish(queued)
+        self._board.note(f"job {queued.name} finished: {path}")
+
+    def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
+        """All rounds that are missing."""
+        model = self._open(job)
+        base = describe_base(job, model.base.digest)
+        directory = (
+            RunDirectory.open(path) if (path / "job.toml").is_file() else RunDirectory.create(path, job, base.digest)
+        )
+        try:
+            evaluator = ModelEvaluator(model, job.data)
+            self._board.working(state="waiting for devices")
+            current = self._greeter.begin(queued.path.stem, job, base)
+            with self._link.open_run(self._home.config.longest_answer) as grid:
+                federation = federation_from_job(job, base, model.layout)
+                identities = self._devices.roster.roster
+                wanted = cohort_size(job.federation.clients_per_round, len(identities.keys))
+                if timed := timed_selection(job, wanted, self._greeter.seconds):
+                    federation = replace(federation, selection=timed)
+                secure = SecureAggregation(current.id, identities) if current.secure else None
+                attendance = Attendance(grid, self._greeter, job, set(identities.keys), self._home.config.wait_seconds)
+                ranks = self._greeter.tiers.__getitem__
+                strategy = AdapterStrategy(federation, attendance, self._greeter.observe, secure, ranks)
+                run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
+        finally:
+            directory.close()
+
+    def _export(self, job: Job, path: Path) -> None:
+        """What the job's [export] asks for; killed in the middle of it, the server begins it anew."""
+        self._board.working(state="exporting")
+        self._model = None  # the export loads the base in another precision; there may not be room for both
+        try:
+            export_finished(job, path, read_summary(path), self._board)
+        except FedtuneError as error:
+            raise RunError(
+                f"its adapter is finished, its export is not: {error}; try again with: fedtune export {path}"
+            ) from error
+
+    def _open(self, job: Job) -> AdaptedModel:
+        if self._model is None or _model_settings(self._model[0]) != _model_settings(job):
+            self._model = None  # free the old one before the new one is loaded
+            self._model = (job, open_model(job))
+        return self._model[1]
+
+    # -- the listening process, and what the keeper does --------------------------------------------------------------
+
+    def _listen(self) -> None:
+        self._registered.clear()
+        key = self._listener.start()
+        link = self._listener.link(key, self._board.problem)
+        link.wait_until_ready()
+        self._greeter.forget()
+        self._link = link
+        self._register()
+        self._listener.open()
+        self._registered.set()
+
+    def _keep(self) -> None:
+        reported = ""
+        while not self._ending.wait(KEEPER_SECONDS):
+            try:
+                self._board.write([job.name for job in self._jobs.waiting()])
+                if self._registered.is_set() and self._listener.alive:
+                    if changed(self._home) != self._devices_seen:
+                        self._register()
+                    self._link.refuse_foreign_runs()
+                    self._show(self._link.nodes())
+                reported = ""
+            except Exception as error:  # the keeper outlives whatever it meets; the same thing is told once
+                text = f"keeper: {error if isinstance(error, FedtuneError) else type(error).__name__}"
+                if text != reported and not self._ending.is_set():
+                    self._board.problem(text)
+                reported = text
+
+    def _register(self) -> None:
+        """Makes what the SuperLink knows of devices equal to who is enrolled."""
+        seen = changed(self._home)
+        devices = Devices.load(self._home)
+        wanted = {key: name for name, key in devices.node_keys.items()}
+        known = {node.public_key: node.node_id for node in self._link.nodes()}
+        for key, node_id in known.items():
+            if key not in wanted:
+                self._link.unregister(node_id)
+        for key, name in wanted.items():
+            if key not in known:
+                self._link.register(name, key)
+        self._devices, self._devices_seen = devices, seen
+        self._board.keep_devices(set(devices.node_keys))
+        for name in devices.node_keys:
+            self._board.device(name)
+
+    def _show(self, nodes: list[NodeState]) -> None:
+        names = {key: name for name, key in self._devices.node_keys.items()}
+        for node in nodes:
+            name = names.get(node.public_key)
+            if name is None or not node.ever_online:
+                continue
+            heard = (
+                max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
+            )
+            self._board.device(name, state=self._greeter.state(node), last_heard=heard)
+
+
+def _model_settings(job: Job) -> tuple[object, ...]:
+    return (job.model, job.adapter, job.training.weights, job.training.precision)

@@ -1,0 +1,149 @@
+"""The server's folder: configuration, keys, who is enrolled, jobs, runs. Its owner's only, and enough to move a server.
+
+server.toml             addresses and ports, for people to edit
+authority.pem, .key     certificate authority
+server.pem, .key        server certificate
+fleet.key               signs rosters
+control.key             what the server's own processes show each other; made anew at every start
+devices.json            enrolled devices: public keys, and the version of the roster
+jobs/                   waiting, finished and failed jobs
+runs/NAME/              run directories
+link.db                 messages on their way; made anew at every start
+status.json             what `fedtune server status` shows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedtune.core.errors import InputError
+from fedtune.core.host.private_files import ServiceLock, check_private, private_folder, read_bounded, write_private
+from fedtune.core.protocol.enrolment import check_address
+from fedtune.core.secagg.identity import Identity
+from fedtune.server.live.certificates import Certificate, days_left, make_authority, make_server_certificate
+
+ENVIRONMENT = "FEDTUNE_SERVER_HOME"
+_CONFIG = "server.toml"
+_Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class ServerConfig:
+    """server.toml.
+
+    Args:
+        address: HOST:PORT that devices are told; behind a reverse proxy, the proxy's.
+        listen: address of the interface to listen on.
+        port: of the public interface.
+        wait_seconds: how long a round waits for all enrolled devices before it begins with those that are there.
+        longest_answer: seconds after which a device that has not answered is given up, where the job sets no deadline.
+    """
+
+    address: str
+    listen: str = "0.0.0.0"
+    port: _Port = 8443
+    wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    longest_answer: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
+
+
+def default_home() -> Path:
+    """Where the server lives when nothing else is said."""
+    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".fedtune" / "server")
+
+
+class ServerHome:
+    """An existing folder of a server.
+
+    Raises:
+        InputError: there is none, others may enter it, or its configuration is wrong.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / _CONFIG).is_file():
+            raise InputError(f"{path}: no server lives here; make one with: fedtune server init --address HOST:PORT")
+        check_private(path)
+        self.path = path
+        self.config = _read_config(path / _CONFIG)
+
+    @classmethod
+    def create(cls, path: Path, config: ServerConfig, hosts: Sequence[str]) -> ServerHome:
+        """Makes a server's folder with all its keys.
+
+        Args:
+            hosts: further names and addresses for the certificate, beside the one that devices are told.
+
+        Raises:
+            InputError: a server lives there already, or an address is none.
+        """
+        if (path / _CONFIG).exists():
+            raise InputError(f"{path}: a server lives here already")
+        host = check_address(config.address).rpartition(":")[0].strip("[]")
+        authority = make_authority()
+        server = make_server_certificate(authority, [host, *hosts])
+        private_folder(path)
+        _save(path, "authority", authority)
+        _save(path, "server", server)
+        Identity.generate().save(path / "fleet.key")
+        for folder in ("jobs", "runs"):
+            private_folder(path / folder)
+        write_private(path / _CONFIG, tomli_w.dumps(asdict(config)))
+        return cls(path)
+
+    def renew(self, hosts: Sequence[str]) -> None:
+        """A new server certificate; devices notice nothing, for the authority stays."""
+        host = self.config.address.rpartition(":")[0].strip("[]")
+        _save(self.path, "server", make_server_certificate(self._load("authority"), [host, *hosts]))
+
+    @property
+    def authority(self) -> bytes:
+        """The authority's certificate, PEM."""
+        return self._load("authority").certificate
+
+    def certificate_days_left(self) -> float:
+        """Days until devices will refuse the server."""
+        return min(days_left(self._load(name).certificate) for name in ("authority", "server"))
+
+    @property
+    def fleet_key(self) -> Identity:
+        """Signs rosters."""
+        return Identity.load(self.path / "fleet.key")
+
+    @property
+    def lock(self) -> ServiceLock:
+        """Held by the running server."""
+        return ServiceLock(self.path / "service.lock")
+
+    def _load(self, name: str) -> Certificate:
+        certificate, key = self.path / f"{name}.pem", self.path / f"{name}.key"
+        check_private(key)
+        return Certificate(read_bounded(certificate, "a certificate"), read_bounded(key, "a key"))
+
+
+def _save(path: Path, name: str, certificate: Certificate) -> None:
+    write_private(path / f"{name}.key", certificate.key)
+    write_private(path / f"{name}.pem", certificate.certificate)
+
+
+def _read_config(path: Path) -> ServerConfig:
+    try:
+        values = tomllib.loads(read_bounded(path, "the configuration", 1 << 16).decode())
+        config = TypeAdapter(ServerConfig).validate_json(json.dumps(values, default=str))
+        check_address(config.address)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise InputError("\n".join(lines)) from None
+    except InputError as error:
+        raise InputError(f"{path}: address: {error}") from None
+    return config

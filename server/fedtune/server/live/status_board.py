@@ -1,0 +1,268 @@
+"""What the running server knows of itself, written to status.json every second for `fedtune server status`."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.core.errors import InputError
+from fedtune.core.host.private_files import read_json, write_private
+from fedtune.core.round_records import ClientRecord, RoundRecord
+from fedtune.server.live.enrolled_devices import Devices
+from fedtune.server.live.job_queue import Jobs
+from fedtune.server.live.server_home import ServerHome
+from fedtune.server.run_display import Display, format_seconds
+
+STATUS = "status.json"
+KEPT_PROBLEMS = 20
+STALE_SECONDS = 15.0
+
+DeviceState = Literal["never seen", "online", "offline", "refused", "sits out"]
+
+
+@dataclass(frozen=True)
+class PlanStatus:
+    """What a device says it trains under, and expects of it: as its `GreetingReply` has it."""
+
+    rank: int
+    weights: str
+    sequence_length: int
+    peak_mb: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """One enrolled device.
+
+    Args:
+        last_heard: seconds since its last heartbeat at most, or None before the first.
+        software: its fedtune version, once it has greeted.
+        hardware: cores, memory and accelerator, once it has greeted.
+        plan: once it has greeted.
+        dropped: why it last dropped out of a round, or "".
+    """
+
+    state: DeviceState = "never seen"
+    last_heard: float | None = None
+    software: str = ""
+    hardware: str = ""
+    plan: PlanStatus | None = None
+    rounds: int = 0
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The job that is being worked on."""
+
+    name: str
+    state: str
+    round: int = 0
+    rounds: int = 0
+    answered: int = 0
+    cohort: int = 0
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something a person may want to know of."""
+
+    time: str
+    text: str
+
+
+@dataclass
+class Board:
+    """The current status; may be changed from several threads.
+
+    Args:
+        path: of status.json.
+        display: told of everything that happens in a run, too.
+    """
+
+    path: Path
+    address: str
+    display: Display
+    devices: dict[str, DeviceStatus] = field(default_factory=dict)
+    job: JobStatus | None = None
+    problems: deque[Problem] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _started: float = field(default_factory=time.time)
+
+    def problem(self, text: str) -> None:
+        """Keeps a problem and shows it."""
+        text = text[:1000]
+        with self._lock:
+            self.problems.append(Problem(_now(), text))
+        self.display.note(text)
+
+    def device(self, name: str, **changes: Any) -> None:
+        """Changes what is known of a device."""
+        with self._lock:
+            self.devices[name] = replace(self.devices.get(name, DeviceStatus()), **changes)
+
+    def keep_devices(self, names: set[str]) -> None:
+        """Forgets devices that are not enrolled any more."""
+        with self._lock:
+            for name in set(self.devices) - names:
+                del self.devices[name]
+
+    def working(self, **changes: Any) -> None:
+        """Changes what is known of the current job."""
+        with self._lock:
+            if self.job is not None:
+                self.job = replace(self.job, **changes)
+
+    # -- as a Display, for the run ------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Passed on."""
+        self.display.note(text)
+
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        """The job's first round of this process is about to begin."""
+        self.working(state="training", round=done + 1, rounds=rounds, cohort=cohort, answered=0)
+        self.display.begin(done, rounds, cohort, moved)
+
+    def client(self, record: ClientRecord) -> None:
+        """A device answered or was given up."""
+        with self._lock:
+            if self.job is not None:
+                self.working(answered=self.job.answered + 1)
+            known = self.devices.get(record.id)
+            if known is not None:
+                self.device(record.id, rounds=known.rounds + (not record.dropped), dropped=(record.dropped or "")[:300])
+            if record.dropped:
+                number = self.job.round if self.job else 0
+                self.problems.append(Problem(_now(), f"round {number}: {record.id} dropped: {record.dropped[:300]}"))
+        self.display.client(record)
+
+    def round(self, record: RoundRecord) -> None:
+        """A round is on the disk."""
+        with self._lock:
+            rounds = self.job.rounds if self.job else record.round
+            self.working(round=min(record.round + 1, rounds), answered=0, train_loss=record.train_loss)
+            if record.aborted:
+                self.problems.append(Problem(_now(), f"round {record.round} aborted: {record.aborted}"))
+        self.display.round(record)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """The job is finished."""
+        self.display.end(summary)
+
+    def write(self, waiting: list[str]) -> None:
+        """Replaces status.json."""
+        with self._lock:
+            content = {
+                "pid": os.getpid(),
+                "written": time.time(),
+                "started": self._started,
+                "address": self.address,
+                "job": asdict(self.job) if self.job else None,
+                "waiting": waiting,
+                "devices": {name: asdict(self.devices[name]) for name in sorted(self.devices)},
+                "problems": [asdict(problem) for problem in self.problems],
+            }
+        write_private(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def read_status(home: ServerHome) -> dict[str, Any]:
+    """The status as programs read it: what the server wrote, whether it runs, and the jobs that ended."""
+    path, jobs = home.path / STATUS, Jobs(home)
+    holder = home.lock.holder()
+    status: dict[str, Any] = {"job": None, "devices": {}, "problems": [], "address": home.config.address}
+    if path.exists():
+        with suppress(InputError):  # half a status is no status; the lock says whether the server runs
+            status |= read_json(path, "the status")
+    enrolled = sorted(Devices.load(home).node_keys)  # a server that stands still has not heard of the newest
+    status["devices"] = {name: asdict(DeviceStatus()) | status["devices"].get(name, {}) for name in enrolled}
+    running = holder is not None and status.get("pid") == holder
+    stale = time.time() - float(status.get("written", 0.0)) > STALE_SECONDS
+    if not running:
+        status["job"] = None
+        for device in status["devices"].values():
+            device["state"] = "offline" if device["state"] == "online" else device["state"]
+    return status | {
+        "state": ("not answering" if stale else "running") if running else "starting" if holder else "stopped",
+        "waiting": [job.name for job in jobs.waiting()],
+        "finished": jobs.finished(),
+        "failed": jobs.failed(),
+        "certificate_days_left": round(home.certificate_days_left(), 1),
+    }
+
+
+def print_status(console: Console, status: dict[str, Any]) -> None:
+    """The status as people read it."""
+    since = ""
+    if status["state"] == "running":
+        since = f" for {format_seconds(time.time() - status['started'])}, process {status['pid']}"
+    console.print(f"server {status['address']}: {status['state']}{since}", markup=False)
+    console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
+    if job := status["job"]:
+        loss = f", loss {job['train_loss']:.3f}" if job["train_loss"] is not None else ""
+        console.print(
+            f"job {job['name']}: {job['state']}, round {job['round']}/{job['rounds']}, "
+            f"{job['answered']} of {job['cohort']} answered{loss}",
+            markup=False,
+        )
+    for label in ("waiting", "finished"):
+        if status[label]:
+            console.print(f"{label}: {', '.join(status[label])}", markup=False)
+    for name, reason in status["failed"].items():
+        console.print(f"failed: {name}: {reason}", markup=False)
+    if status["devices"]:
+        table = Table(box=None, pad_edge=False)
+        for column in ("device", "state", "heard", "rounds", "software", "hardware", "last drop"):
+            table.add_column(column)
+        for name, device in status["devices"].items():
+            heard = "" if device["last_heard"] is None else f"{device['last_heard']:.0f} s ago"
+            cells = (
+                name,
+                device["state"],
+                heard,
+                str(device["rounds"]),
+                device["software"],
+                device["hardware"],
+                device["dropped"],
+            )
+            table.add_row(*map(Text, cells))  # not as markup: devices chose some of the words
+        console.print(table)
+        if plans := {name: device["plan"] for name, device in status["devices"].items() if device.get("plan")}:
+            _print_plans(console, plans)
+    else:
+        console.print("no device is enrolled; enrol one with: fedtune server enroll NAME", markup=False)
+    for problem in status["problems"][-5:]:
+        console.print(f"{problem['time']}  {problem['text']}", markup=False, soft_wrap=True)
+
+
+def _print_plans(console: Console, plans: dict[str, dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("plan of", "rank", "weights", "tokens", "memory", "a round"):
+        table.add_column(column)
+    for name, plan in plans.items():
+        table.add_row(
+            name,
+            str(plan["rank"]),
+            plan["weights"],
+            str(plan["sequence_length"]),
+            f"{plan['peak_mb']} MB",
+            f"{plan['seconds']:g} s",
+        )
+    console.print(table)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

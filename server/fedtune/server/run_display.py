@@ -1,0 +1,247 @@
+"""What a person at the terminal sees of a run: a progress bar on a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedtune.core.ledger import PURPOSES
+from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+
+
+class Display(Protocol):
+    """Told what happens, as it happens."""
+
+    def note(self, text: str) -> None:
+        """A sentence about what is going on."""
+
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        """Training starts after `done` of `rounds` rounds of about `cohort` clients; those moved so many bytes."""
+
+    def client(self, record: ClientRecord) -> None:
+        """A client answered or was given up."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round ended and is on the disk."""
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """The run is finished."""
+
+
+class Silent:
+    """Shows nothing: `--quiet`, and tests."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None: ...
+    def client(self, record: ClientRecord) -> None: ...
+    def round(self, record: RoundRecord) -> None: ...
+    def end(self, summary: dict[str, Any]) -> None: ...
+
+
+class Terminal:
+    """A live bar on a terminal; one line a round when the output is piped. Use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("round {task.fields[round]}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("rounds", total=None, round="", status="", start=False)
+        self._rounds = 0
+        self._round = 0
+        self._bytes = 0
+        self._status = ""
+        self._began = time.monotonic()
+        self._done_at_begin = 0
+        self._cohort = 1
+        self._answered = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Prints the sentence."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        """Shows the bar."""
+        self._rounds, self._round, self._done_at_begin, self._cohort = rounds, done, done, max(cohort, 1)
+        self._bytes = moved
+        self._began = time.monotonic()
+        if self._live:
+            self._progress.start_task(self._task)
+            self._progress.update(self._task, total=rounds * self._cohort, completed=done * self._cohort)
+            self._refresh()
+            self._progress.start()
+
+    def client(self, record: ClientRecord) -> None:
+        """Moves the bar."""
+        self._answered += 1
+        if self._live:
+            self._refresh()
+        if record.dropped and self._live:
+            self._progress.console.print(
+                f"round {self._round + 1}: client {record.id} dropped: {record.dropped}", markup=False, style="yellow"
+            )
+
+    def round(self, record: RoundRecord) -> None:
+        """Shows the round's numbers."""
+        self._round, self._answered = record.round, 0
+        self._bytes += record.traffic.bytes_up + record.traffic.bytes_down
+        parts = [f"loss {record.train_loss:.3f}" if record.train_loss is not None else "no survivor"]
+        if record.eval is not None:
+            parts.append(f"exact match {record.eval.exact_match:.1%}")
+        if lost := len(record.clients) - len(record.survivors):
+            parts.append(f"{lost} of {len(record.clients)} clients dropped")
+        if record.aborted:
+            parts.append(f"aborted: {record.aborted}")
+        parts.append(f"{format_bytes(self._bytes)} moved")
+        self._status = "  ".join(parts)
+        if self._live:
+            self._refresh()
+        else:
+            self.note(f"round {record.round}/{self._rounds}  {self._status}  {self._left()}")
+            for client in record.clients:
+                if client.dropped:
+                    self.note(f"  client {client.id} dropped: {client.dropped}")
+            for text in record.notes:
+                self.note(f"  {text}")
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Prints the final table, prompts and paths."""
+        self._progress.stop()
+        print_summary(self.console, summary)
+
+    def _refresh(self) -> None:
+        self._progress.update(
+            self._task,
+            completed=self._round * self._cohort + self._answered,
+            round=f"{min(self._round + 1, self._rounds)}/{self._rounds}",
+            status=self._status,
+        )
+
+    def _left(self) -> str:
+        done = self._round - self._done_at_begin
+        seconds = (time.monotonic() - self._began) / done * (self._rounds - self._round) if done else 0.0
+        return f"{format_seconds(seconds)} left"
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The final table: quality before and after, bytes against fp32 FedAvg, time, memory; answers; where things are."""
+    table = Table(title=f"{summary['rounds']} rounds, {summary['clients']} clients", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = summary["eval_before"], summary["eval_after"]
+    if before and after:
+        table.add_row("exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
+        table.add_row("loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
+    clients = summary["client_evaluation"]
+    if clients:
+        table.add_row("exact match on the clients' own held-out data", "", f"{clients['exact_match']:.1%}")
+    moved, baseline = summary["bytes"]["total"], summary["fp32_fedavg_bytes"]
+    table.add_row("bytes moved (fp32 FedAvg | this run)", format_bytes(baseline), format_bytes(moved))
+    table.add_row("fp32 FedAvg / this run", "", f"{summary['traffic_ratio']:.1f}x")
+    table.add_row("time", "", format_seconds(summary["seconds"]))
+    table.add_row("peak memory", "", f"{summary['peak_rss_mb']:.0f} MB")
+    records = summary["records"]
+    if lost := {name: count for name, count in records.items() if count and name not in ("read", "kept")}:
+        losses = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in lost.items())
+        table.add_row("records kept", f"{records['read']:,} read", f"{records['kept']:,}")
+        table.caption = losses
+    console.print(table)
+    console.print(_traffic_table(summary["traffic"]))
+    if len(summary["tiers"]) > 1:
+        console.print(_tier_table(summary["tiers"]))
+    console.print(what_the_server_saw(summary["secure_aggregation"]), markup=False)
+    for example in summary["answers"]:
+        console.print()
+        for label in ("prompt", "before", "after", "expected"):
+            line = " ".join(example[label].split())
+            console.print(f"  {label:8}  {line}", markup=False, no_wrap=True, overflow="ellipsis")
+    console.print()
+    for label, path in summary["paths"].items():
+        console.print(f"{label:8} {path}", markup=False, soft_wrap=True)
+
+
+def _traffic_table(traffic: dict[str, Any]) -> Table:
+    table = Table(title="what travelled", title_justify="left")
+    table.add_column("for")
+    table.add_column("down", justify="right")
+    table.add_column("up", justify="right")
+    for purpose in PURPOSES:
+        entries = [traffic[way].get(purpose) for way in ("down", "up")]
+        if any(entries):
+            table.add_row(purpose, *(format_bytes(entry["bytes"]) if entry else "" for entry in entries))
+    return table
+
+
+def _tier_table(tiers: list[dict[str, Any]]) -> Table:
+    table = Table(title="rank indices trained", title_justify="left")
+    for column in ("tier", "asked", "trained less", "sat out", "updates", "share"):
+        table.add_column(column, justify="right")
+    for line in tiers:
+        counts = (f"{line[key]:,}" for key in ("asked", "merged", "sat_out", "updates"))
+        table.add_row(str(line["tier"]) if line["tier"] else "none", *counts, f"{line['share']:.0%}")
+    return table
+
+
+def what_the_server_saw(secure: dict[str, Any]) -> str:
+    """In plain words, for whoever must answer for it."""
+    if not secure["enabled"]:
+        return "The server saw every client's update, training loss and example count: secure aggregation was off."
+    if not secure["sums"]:
+        return "The server saw no update and no sum: no round of secure aggregation came to its end."
+    scores = ", and each client's score on its own held-out data" if secure["evaluations_shown"] else ""
+    return (
+        f"The server saw {secure['sums']} sums, each over {secure['summed_least']} clients or more (under "
+        f"{secure['minimum']} there would have been none; {secure['threshold']} had to agree to open one), who took "
+        f"part, and sizes{scores}. It saw no single client's update, training loss or example count."
+    )
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1:02:05"; 65 -> "1:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def error_console() -> Console:
+    """Where mistakes are reported."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def describe(evaluation: Evaluation | None) -> str:
+    """One clause about an evaluation."""
+    if evaluation is None:
+        return "no evaluation data"
+    return f"exact match {evaluation.exact_match:.1%}, loss {evaluation.loss:.3f}"

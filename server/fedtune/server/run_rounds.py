@@ -1,0 +1,250 @@
+"""A run from its first evaluation to its summary, on any Flower grid: in a simulation, or live.
+
+What happens between rounds is here: evaluation, acknowledgement on disk, the display. What a round is, is in
+`fedtune.strategies`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.serverapp import Grid
+
+from fedtune.core.adapter.layout import Vector, adapter_digest
+from fedtune.core.errors import RunDirectoryError, RunError
+from fedtune.core.job.settings import Job
+from fedtune.core.ledger import Ledger
+from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
+from fedtune.flower.strategy import AdapterStrategy
+from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, RunDirectory
+from fedtune.server.run_display import Display, describe
+from fedtune.server.run_facts import versions
+from fedtune.strategies.cohorts.selection import cohort_size
+from fedtune.strategies.evaluation_round import pooled
+from fedtune.strategies.round import Federation, FederationState, initial_state
+
+SHOWN_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the summary states beside the rounds.
+
+    Args:
+        peak_rss_mb: peak memory of all processes of the run, in MB.
+        records: what became of the clients' records, where this machine knows: read, kept, truncated and so on.
+    """
+
+    peak_rss_mb: float
+    records: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt answered before and after training, for people to look at."""
+
+    prompt: str
+    expected: str
+
+
+class Evaluator(Protocol):
+    """The server's own examples, and the model to score an adapter on them."""
+
+    @property
+    def shown(self) -> Sequence[ShownPrompt]:
+        """Prompts to show; none where the job has no evaluation data."""
+
+    def evaluate(self, adapter: Vector) -> Evaluation | None:
+        """Scores an adapter; None where the job has no evaluation data."""
+
+    def answer(self, adapter: Vector) -> list[str]:
+        """Answers the shown prompts under an adapter."""
+
+
+def run_rounds(
+    strategy: AdapterStrategy,
+    directory: RunDirectory,
+    grid: Grid,
+    evaluator: Evaluator,
+    display: Display,
+    facts: Callable[[], Facts],
+) -> dict[str, Any]:
+    """Runs or goes on with a job until its last round, and writes everything that a run leaves.
+
+    Args:
+        facts: asked at the end.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        RunError: no round came to a result; everything is written all the same.
+    """
+    federation = strategy.federation
+    job = federation.job
+    started = time.monotonic()
+    checkpoint = directory.restore() or _begin(directory, federation, evaluator, initial_state(federation))
+    if checkpoint.base_digest != federation.base.digest:
+        raise RunDirectoryError(
+            f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "
+            f"now {federation.base.digest[:16]}…)"
+        )
+    for line in directory.rounds():
+        strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
+    spent_before = checkpoint.seconds
+    display.note(f"before training: {describe(checkpoint.eval_before)}")
+    population = len(strategy.roster(grid))
+    cohort = cohort_size(job.federation.clients_per_round, population)
+    moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
+    display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
+
+    def evaluate(number: int, adapter: Vector) -> Evaluation | None:
+        every = job.federation.evaluate_every
+        due = number == job.federation.rounds or (every > 0 and number % every == 0)
+        return evaluator.evaluate(adapter) if due else None
+
+    for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
+        checkpoint = Checkpoint(
+            state,
+            checkpoint.base_digest,
+            spent_before + time.monotonic() - started,
+            checkpoint.eval_before,
+            checkpoint.answers_before,
+        )
+        directory.acknowledge(checkpoint, record)
+        display.round(record)
+    summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
+    display.end(summary)
+    if summary["status"] == FAILED:
+        raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
+    return summary
+
+
+def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator, state: FederationState) -> Checkpoint:
+    checkpoint = Checkpoint(
+        state,
+        federation.base.digest,
+        0.0,
+        evaluator.evaluate(state.adapter),
+        tuple(evaluator.answer(state.adapter)),
+    )
+    directory.acknowledge(checkpoint, None)
+    return checkpoint
+
+
+def _finish(
+    federation: Federation,
+    directory: RunDirectory,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    population: int,
+    facts: Facts,
+) -> dict[str, Any]:
+    adapter_path = directory.save_adapter(federation.layout, checkpoint.state, federation.base.name)
+    rounds = directory.rounds()
+    last = rounds[-1]
+    up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
+    baseline = fp32_fedavg_bytes(federation.layout.size, rounds)
+    answers = evaluator.answer(checkpoint.state.adapter)
+    summary: dict[str, Any] = {
+        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
+        "rounds": checkpoint.state.round,
+        "clients": population,
+        "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
+        "eval_after": last["eval"],
+        "client_evaluation": _pooled_json(last["client_evaluations"]),
+        "bytes": {"up": up, "down": down, "total": up + down},
+        "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
+        "secure_aggregation": secure_summary(federation.job, rounds),
+        "tiers": tier_summary(rounds),
+        "fp32_fedavg_bytes": baseline,
+        "traffic_ratio": baseline / (up + down) if up + down else 0.0,
+        "adapter_parameters": federation.layout.size,
+        "seconds": round(checkpoint.seconds, 3),
+        "peak_rss_mb": round(max(facts.peak_rss_mb, directory.earlier_peak_mb()), 1),
+        "records": dict(facts.records),
+        "versions": versions(),
+        "base_digest": federation.base.digest,
+        "adapter_digest": adapter_digest(checkpoint.state.adapter),
+        "answers": [
+            {"prompt": shown.prompt, "expected": shown.expected, "before": before, "after": after}
+            for shown, before, after in zip(evaluator.shown, checkpoint.answers_before, answers, strict=True)
+        ],
+        "paths": {
+            "adapter": str(adapter_path),
+            "rounds": str(directory.path / "rounds.jsonl"),
+            "report": str(directory.path / REPORT),
+        },
+    }
+    directory.write_summary(summary)
+    from fedtune.server.report import (
+        write_report,  # plotting libraries take a second to load: not before there is a plot
+    )
+
+    write_report(directory.path)
+    return summary
+
+
+def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
+    reasons = Counter(client["dropped"] for line in rounds for client in line["clients"] if client["dropped"])
+    often = "".join(f"; {count} times a client dropped out: {reason}" for reason, count in reasons.most_common(1))
+    last = rounds[-1]["aborted"]
+    return f"none of {len(rounds)} rounds came to a result, the adapter is as it was. The last: {last}{often}"
+
+
+def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:
+    """What the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to everyone in the
+    cohort and up from every survivor."""
+    messages = sum(len(line["cohort"]) + len(line["survivors"]) for line in rounds)
+    return 4 * adapter_size * messages
+
+
+def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What secure aggregation hid in this run: how many clients were in its sums, and what would have opened one."""
+    settings = job.secure_aggregation
+    sums = [line["secure"] for line in rounds if line["secure"]]
+    return {
+        "enabled": settings.enabled,
+        "max_dropout": settings.max_dropout,
+        "max_corrupt": settings.max_corrupt,
+        "sums": len(sums),
+        "summed_least": min((each["summed"] for each in sums), default=0),
+        "minimum": min((each["minimum"] for each in sums), default=0),
+        "threshold": min((each["threshold"] for each in sums), default=0),
+        "evaluations_shown": any(part["eval"] for line in rounds for part in line["client_evaluations"]),
+    }
+
+
+def tier_summary(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each tier, largest first: how often its clients were asked, trained less, sat out, and counted."""
+    times = [(client, line["aborted"] is None) for line in rounds for client in line["clients"]]
+    counted = sum(whole and client["dropped"] is None for client, whole in times)
+    tiers = []
+    for tier in sorted({client["tier"] for client, _ in times}, reverse=True):
+        own = [(client, whole) for client, whole in times if client["tier"] == tier]
+        updates = sum(whole and client["dropped"] is None for client, whole in own)
+        tiers.append(
+            {
+                "tier": tier,
+                "asked": len(own),
+                "merged": sum(0 < client["rank"] < tier for client, _ in own),
+                "sat_out": sum(client["rank"] == 0 for client, _ in own),
+                "updates": updates,
+                "share": updates / counted if counted else 0.0,
+            }
+        )
+    return tiers
+
+
+def _pooled_json(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    evaluations = [
+        ClientEvaluation(part["id"], Evaluation(**{k: v for k, v in part["eval"].items() if k != "perplexity"}))
+        for part in parts
+        if part["eval"]
+    ]
+    score = pooled(evaluations)
+    return score.to_json() if score else None

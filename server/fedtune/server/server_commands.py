@@ -1,0 +1,189 @@
+"""`fedtune server ...`: the cloud side. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.core.errors import InputError, MissingExtraError
+
+app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
+
+STOP_SECONDS = 30.0
+LOOPBACK_NAMES = ("localhost", "127.0.0.1")
+PIECE_BYTES = 256 << 10  # of payloads on their way down
+
+_Home = Annotated[
+    Path | None,
+    typer.Option("--home", envvar="FEDTUNE_SERVER_HOME", help="The server's folder; by default ~/.fedtune/server."),
+]
+_Host = Annotated[
+    list[str] | None,
+    typer.Option("--host", metavar="NAME", help="A further name or address for the certificate; may be given again."),
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be given again."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def init(
+    address: Annotated[
+        str, typer.Option("--address", metavar="HOST:PORT", help="Where devices will reach the server.")
+    ],
+    host: _Host = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", help="Address of the interface to listen on; by default all, or loopback's own."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on; by default the address's.")
+    ] = None,
+    home: _Home = None,
+) -> None:
+    """Make a server: its folder, its certificate authority and its certificate.
+
+    Example: fedtune server init --address fleet.example.org:8443 --host 192.0.2.7
+    """
+    from fedtune.core.protocol.enrolment import check_address
+    from fedtune.server.live.server_home import ServerConfig, ServerHome, default_home
+
+    name, _, told = check_address(address).rpartition(":")
+    everywhere = "127.0.0.1" if name in LOOPBACK_NAMES else ServerConfig.listen
+    config = ServerConfig(address=address, listen=listen or everywhere, port=int(told) if port is None else port)
+    made = ServerHome.create(home or default_home(), config, host or [])
+    print(f"made {made.path}: keys, certificate and server.toml, for this user only")
+    print(f"it will listen on {config.listen}:{config.port}")
+    print("next: fedtune server enroll NAME for each device, then fedtune server start")
+
+
+@app.command()
+def renew(host: _Host = None, home: _Home = None) -> None:
+    """Make a new server certificate under the same authority; takes effect when the server starts again."""
+    server = _open(home)
+    server.renew(host or [])
+    print(f"renewed: {server.certificate_days_left():.0f} days; restart the server to use it")
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the device shall be called.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write; by default NAME.bundle.")
+    ] = None,
+    home: _Home = None,
+) -> None:
+    """Enrol a device: writes the one file that makes a machine that device. Move it there and keep no copy.
+
+    Example: fedtune server enroll kitchen --out /media/stick/kitchen.bundle
+    """
+    from fedtune.server.live.enrolled_devices import enroll as run
+
+    path = out or Path(f"{name}.bundle")
+    bundle = run(_open(home), name, path)
+    print(f"{path}: the keys of {name}; move it to the device and keep no copy")
+    print(f"there: fedtune client join {path.name} --data FILE, then fedtune client start")
+    print(f"roster {bundle.roster.version}, digest {bundle.roster.roster.digest.hex()[:16]}")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The device.")],
+    home: _Home = None,
+) -> None:
+    """Strike a device from the fleet; a running server cuts it off within seconds."""
+    from fedtune.server.live.enrolled_devices import revoke as run
+
+    run(_open(home), name)
+    print(f"{name} is revoked")
+
+
+@app.command()
+def start(home: _Home = None) -> None:
+    """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves."""
+    from fedtune.core.host.environment import limit_pieces
+
+    limit_pieces(PIECE_BYTES)
+    from fedtune.server.run_display import Terminal
+
+    server = _open(home)
+    with server.lock, Terminal() as display:  # from here on it counts as starting: torch takes its time
+        try:
+            from fedtune.server.live.resident_server import Service
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("fedtune server start", "server", error.name or "of the server") from None
+        Service(server, display).run()
+
+
+@app.command()
+def stop(home: _Home = None) -> None:
+    """End the running server; the job it was working on goes on when it starts again."""
+    process = _open(home).lock.stop_holder(STOP_SECONDS)
+    print(f"stopped process {process}" if process else "it was not running")
+
+
+@app.command()
+def submit(
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB.toml]", help="The job file; without one, the bundled demo.")
+    ] = None,
+    overrides: _Set = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the run shall be called.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
+    home: _Home = None,
+) -> None:
+    """Put a job in the queue; the server, running now or later, works on it.
+
+    Devices bring their own data: of [data] the server reads `evaluation`, and not `train`.
+
+    Example: fedtune server submit job.toml --set federation.rounds=40 --wait
+    """
+    from fedtune.core.job.job_file import load_job
+    from fedtune.data.population import evaluation_records
+    from fedtune.demo import JOB
+    from fedtune.model.shape import shape_of
+    from fedtune.server.export.last_step import check_export
+    from fedtune.server.live.job_queue import Jobs
+
+    server = _open(home)
+    jobs = Jobs(server)
+    resolved = load_job(job or JOB, overrides or [])
+    check_export(resolved)
+    shape_of(resolved.model)  # mistakes in what the server needs are told here, and not in its log
+    evaluation_records(resolved.data)
+    queued = jobs.submit(resolved, name or jobs.free_name(job.stem if job else "demo"))
+    print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
+    if server.lock.holder() is None:
+        print("the server is not running; start it with: fedtune server start")
+    while wait and queued.name not in jobs.finished():
+        if reason := jobs.failed().get(queued.name):
+            raise InputError(f"{queued.name} failed: {reason}")
+        time.sleep(1.0)
+
+
+@app.command()
+def status(as_json: _Json = False, home: _Home = None) -> None:
+    """Show the server, its devices, its jobs and the last problems; exit status 0 if it is running, 1 if not."""
+    from rich.console import Console
+
+    from fedtune.server.live.status_board import print_status, read_status
+
+    found = read_status(_open(home))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_status(Console(highlight=False), found)
+    if found["state"] != "running":
+        raise typer.Exit(1)
+
+
+def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs
+    from fedtune.server.live.server_home import ServerHome, default_home
+
+    return ServerHome(home or default_home())

@@ -1,0 +1,97 @@
+"""The `ray` backend: a pool of Ray actors, each with one base model, that simulated clients take turns on.
+
+For several processes, GPUs or machines. Ray is Flower's optional companion; it is not Flower's Ray engine, which hands
+out one message a node per 0.1 s and makes the model anew for every message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedtune.core.errors import MissingExtraError
+from fedtune.core.job.settings import Job
+from fedtune.flower.in_process_grid import WorkerReport, take_task_identity
+from fedtune.flower.message_bytes import WireMessage, to_wire
+from fedtune.server.run_facts import peak_rss_mb
+from fedtune.server.simulation.local_executor import answer
+from fedtune.server.simulation.simulation_context import Workshop
+
+RESTARTS_PER_WORKER = 3
+
+
+class RayExecutor:
+    """Spreads clients over actors.
+
+    Args:
+        workshop: every actor makes its own of the same job and folder.
+        clients: node id -> name of the client it stands for.
+        workers: how many actors.
+    """
+
+    def __init__(self, workshop: Workshop, clients: Mapping[int, str], workers: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingExtraError('simulation.backend = "ray"', "simulation", "ray") from error
+        self._ray = ray
+        self._clients = clients
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+        actor: Any = ray.remote(_Worker).options(
+            num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
+        )
+        self._actors: list[Any] = [actor.remote(workshop.job, workshop.folder) for _ in range(workers)]
+        # One thread an actor, which only waits for it. A client stays with its actor: its secrets of a secure round
+        # live there from one exchange to the next.
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
+
+    def submit(self, message: Message) -> Future[WireMessage]:
+        """Queues the message for its client's actor."""
+        worker = message.metadata.dst_node_id % len(self._actors)
+        return self._threads[worker].submit(self._run, worker, message)
+
+    def workers(self) -> Sequence[WorkerReport]:
+        """One report an actor."""
+        reports: list[WorkerReport] = self._ray.get([handle.report.remote() for handle in self._actors])
+        return reports
+
+    def close(self) -> None:
+        """Ends the actors and Ray."""
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)
+        self._ray.shutdown()
+
+    def _run(self, worker: int, message: Message) -> WireMessage:
+        node_id = message.metadata.dst_node_id
+        actor = self._actors[worker]
+        try:
+            reply: WireMessage = self._ray.get(actor.answer.remote(to_wire(message), node_id, self._clients[node_id]))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return reply
+
+
+class _Worker:
+    """What runs inside an actor."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        take_task_identity()
+        self._workshop = Workshop(job, folder)
+        self._app = self._workshop.client_app()
+
+    def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:
+        """Lets the named client answer one message."""
+        return answer(self._app, wire, node_id, client)
+
+    def report(self) -> WorkerReport:
+        """What this actor has to say."""
+        return WorkerReport(peak_rss_mb(), self._workshop.cleaning)

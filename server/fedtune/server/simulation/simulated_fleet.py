@@ -1,0 +1,314 @@
+"""A simulated fleet: every client is a device of some kind, and rounds pass on a virtual clock.
+
+    devices = SimulatedFleet(job, load_fleet(path), names, shape)
+    federation = replace(federation, selection=devices.selection(federation.selection))
+    strategy = AdapterStrategy(federation, ..., ranks=devices.rank)
+    device = Device(..., share=devices.work)
+    grid = FleetGrid(executor, node_ids, clients, devices, run_directory / "virtual.jsonl")
+
+Who is eligible, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
+resumed one goes on as it would have. Only what is used is trained: a straggler costs virtual time, not real time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedtune.client.plan.planner import (
+    BYTES_PER_PARAMETER_DOWN,
+    RESERVE,
+    NoPlanError,
+    Plan,
+    Wishes,
+    choose,
+    upload_bytes,
+)
+from fedtune.core.adapter.tiers import tier_for
+from fedtune.core.errors import JobError
+from fedtune.core.job.device_kinds import Fleet, Kind
+from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
+from fedtune.core.protocol.payloads import TrainRequest
+from fedtune.core.round_records import ClientRecord
+from fedtune.core.secagg.graph import part
+from fedtune.core.seeds import generator
+from fedtune.core.timing import done_share, round_deadline
+from fedtune.flower.in_process_grid import Executor, InProcessGrid
+from fedtune.model.shape import ModelShape
+from fedtune.server.run_directory import read_virtual
+from fedtune.server.run_files import storage, write_text
+from fedtune.strategies.cohorts.selection import Selection
+from fedtune.strategies.cohorts.timed_selection import timed_selection
+from fedtune.strategies.cohorts.virtual_clock import Course, run_clock
+
+_POLL_SECONDS = 0.005
+PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
+
+
+class LateError(ConnectionError):
+    """The device vanished, or had not answered when the round closed on the virtual clock."""
+
+
+@dataclass(frozen=True)
+class VirtualRound:
+    """A round as the clock saw it.
+
+    Args:
+        seconds: client -> when its update arrived, None for one that vanished.
+        shares: client -> the share of the local work it did.
+        vanishes: client -> before which of the round's exchanges it vanishes.
+    """
+
+    course: Course
+    deadline: float | None
+    seconds: Mapping[str, float | None]
+    shares: Mapping[str, float]
+    vanishes: Mapping[str, str]
+
+
+class SimulatedFleet:
+    """Clients as devices.
+
+    Args:
+        names: of all clients.
+        shape: of the base model; kinds that it does not fit sit out.
+
+    Raises:
+        JobError: it fits none of the kinds.
+    """
+
+    def __init__(self, job: Job, fleet: Fleet, names: Sequence[str], shape: ModelShape) -> None:
+        self._job = job
+        self.kinds = fleet.assign(names, job.training.seed)
+        self.plans, self.refusals = _plans(job, fleet, shape)
+        if not self.plans:
+            raise JobError([f"the fleet has no kind that the model fits: {'; '.join(self.refusals.values())}"])
+        self.predicted = {
+            name: _seconds(job, kind, shape, self.plans[kind.name].tier)
+            for name, kind in self.kinds.items()
+            if kind.name in self.plans
+        }
+
+    @property
+    def keeps_late(self) -> bool:
+        """Whether late updates are of use."""
+        return self._job.federation.late == "next"
+
+    def rank(self, name: str) -> int:
+        """How many rank indices a client trains, by its kind's plan; 0 for a kind that sits out."""
+        plan = self.plans.get(self.kinds[name].name)
+        return plan.tier if plan else 0
+
+    def sequence_length(self, name: str, asked: int) -> int:
+        """To how many tokens a client cuts its examples. Of its kind's plan only this and the rank change an update:
+        micro-batches and activations computed twice give the same gradient later, which the virtual clock counts."""
+        plan = self.plans.get(self.kinds[name].name)
+        return min(asked, plan.sequence_length) if plan else asked
+
+    def present(self, number: int, names: Sequence[str]) -> list[str]:
+        """Those of the clients that can be asked in a round; all that the model fits where nobody is eligible."""
+        able = [name for name in names if name in self.predicted]
+        return [name for name in able if not self.absence(number, name)] or able
+
+    def absence(self, number: int, name: str) -> str | None:
+        """Why a client cannot be asked in a round, or None."""
+        random = self._random("present", number, name)
+        for what, chance in self.kinds[name].eligibility.items():
+            if float(random.random()) >= chance:
+                return f"not {what}"
+        return None
+
+    def selection(self, inner: Selection) -> Selection:
+        """The job's selection among those present."""
+        timed = timed_selection(self._job, self._wanted(len(self.kinds)), self.predicted)
+        return _AmongPresent(self, timed or inner)
+
+    def work(self, name: str, request: TrainRequest) -> float:
+        """How much of what a request asks a client does."""
+        return self.share(name, request.round)
+
+    def share(self, name: str, number: int) -> float:
+        """How much of a round's local work a client does."""
+        return done_share(self.predicted[name], self._deadline(number))
+
+    def round(self, number: int, cohort: Sequence[str]) -> VirtualRound:
+        """How a round with this cohort goes."""
+        deadline, secure = self._deadline(number), self._job.secure_aggregation
+        shares = {name: self.share(name, number) for name in cohort}
+        seconds = {name: self._arrival(number, name, shares[name]) for name in cohort}
+        wanted = self._wanted(len(self.kinds)) if deadline is not None else len(cohort)
+        least = len(cohort) - part(secure.max_dropout, len(cohort)) if secure.enabled else 0
+        before = SECURE_EXCHANGES[: SECURE_EXCHANGES.index(TRAIN) + 1] if secure.enabled else (TRAIN,)
+        vanishes = {
+            name: before[int(self._random("vanish", number, name).integers(len(before)))]
+            for name, arrival in seconds.items()
+            if arrival is None
+        }
+        return VirtualRound(run_clock(seconds, wanted, deadline, least), deadline, seconds, shares, vanishes)
+
+    def _deadline(self, number: int) -> float | None:
+        if self._job.federation.selection == "uniform":
+            return None
+        return round_deadline([self.predicted[name] for name in self.present(number, sorted(self.kinds))])
+
+    def _arrival(self, number: int, name: str, share: float) -> float | None:
+        random, kind = self._random("course", number, name), self.kinds[name]
+        vanishes = float(random.random()) < kind.failure_rate
+        return None if vanishes else self.predicted[name] * share * float(random.lognormal(0.0, kind.jitter))
+
+    def _random(self, purpose: str, number: int, name: str) -> Any:
+        return generator(self._job.training.seed, purpose, number, name)
+
+    def _wanted(self, population: int) -> int:
+        wanted = self._job.federation.clients_per_round
+        return wanted if isinstance(wanted, int) else max(1, round(wanted * population))
+
+
+class FleetGrid(InProcessGrid):
+    """The grid of a simulated fleet: rounds of training pass on the virtual clock, everything else as ever.
+
+    Args:
+        clients: node -> client name.
+        log: a file that gets one object a round.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        node_ids: Sequence[int],
+        clients: Mapping[int, str],
+        devices: SimulatedFleet,
+        log: Path,
+    ) -> None:
+        super().__init__(executor, node_ids)
+        self._clients = clients
+        self._devices = devices
+        self._log = log
+        self._rounds: dict[int, VirtualRound] = {}
+        self._late: list[str] = []
+
+    def overdue(self) -> Iterable[Message]:
+        """The answers of clients that were late, where the next round may use them."""
+        waiting, self._late = self._late, []
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies += self.pull_messages(waiting)
+            time.sleep(_POLL_SECONDS)
+        return [reply for reply in replies if reply.has_content()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hands over what will arrive in time, and lets the rest fail."""
+        waiting = list(messages)
+        if not waiting or waiting[0].metadata.message_type not in SECURE_EXCHANGES:
+            return super().push_messages(waiting)
+        number = int(waiting[0].metadata.group_id)
+        if number not in self._rounds:
+            cohort = [self._clients[message.metadata.dst_node_id] for message in waiting]
+            self._rounds = {number: self._devices.round(number, cohort)}
+            self._write(number)
+        return [self._push(message, self._rounds[number]) for message in waiting]
+
+    def _push(self, message: Message, virtual: VirtualRound) -> str:
+        name, kind = self._clients[message.metadata.dst_node_id], message.metadata.message_type
+        if kind == virtual.vanishes.get(name):
+            return self.fail(message, LateError("vanished"))
+        if kind == TRAIN and name not in virtual.course.arrived:
+            if self._devices.keeps_late:
+                self._late += super().push_messages([message])
+            return self.fail(message, LateError(f"not there after {virtual.course.seconds:.1f} virtual seconds"))
+        (message_id,) = super().push_messages([message])
+        return message_id
+
+    def _write(self, number: int) -> None:
+        virtual = self._rounds[number]
+        away = [self._devices.absence(number, name) for name in self._devices.predicted]
+        line = {
+            "round": number,
+            "seconds": virtual.course.seconds,
+            "deadline": virtual.deadline,
+            "ineligible": dict(Counter(reason for reason in away if reason)),
+            "clients": [
+                {
+                    "id": name,
+                    "kind": self._devices.kinds[name].name,
+                    "rank": self._devices.rank(name),
+                    "seconds": seconds,
+                    "share": virtual.shares[name],
+                    "counts": name in virtual.course.arrived,
+                }
+                for name, seconds in virtual.seconds.items()
+            ],
+        }
+        earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is written anew
+        with storage(self._log.parent):
+            write_text(self._log, "".join(json.dumps(each) + "\n" for each in [*earlier, line]))
+
+
+@dataclass(frozen=True)
+class _AmongPresent:
+    devices: SimulatedFleet
+    inner: Selection
+
+    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
+        return self.inner.cohort(round_number, self.devices.present(round_number, sorted(population)))
+
+    @property
+    def wanted(self) -> int | float:
+        return self.inner.wanted
+
+    def deadline(self, population: Sequence[str]) -> None:
+        """None: the virtual clock has its own, and real time does not count."""
+        del population
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
+        return replace(self, inner=self.inner.learned(round_number, clients))
+
+
+def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Kind -> its plan, and kind -> why it has none.
+
+    A plan's rank is the largest of the job's tiers whose upload takes at most its share of the deadline that the fleet
+    would have if everybody sent everything.
+    """
+    deadline = round_deadline(
+        [_seconds(job, kind, shape, job.adapter.rank) for kind in fleet.kind for _ in range(kind.count)]
+    )
+    training = job.training
+    wishes = Wishes(
+        job.model.quantization,
+        "fp32",
+        job.adapter.rank,
+        job.data.sequence_length,
+        job.data.sequence_length,
+        training.batch_tokens,
+        training.local_steps or DEFAULT_LOCAL_STEPS,
+        deadline,
+    )
+    plans, refusals = {}, {}
+    for kind in fleet.kind:
+        budget = round(kind.memory_mb * 1e6 * (1 - RESERVE)) - PROGRAM_BYTES
+        try:
+            plan = choose(shape, replace(wishes, bandwidth_up=kind.uplink_kbit * 1000 / 8), budget)
+        except NoPlanError as error:
+            refusals[kind.name] = f"{kind.name}: {error}"
+            continue
+        if tier := tier_for(plan.tier, job.tiers):
+            plans[kind.name] = replace(plan, tier=tier)
+        else:
+            refusals[kind.name] = f"{kind.name}: its link is for rank {plan.tier}; the job has the tiers {job.tiers}"
+    return plans, refusals
+
+
+def _seconds(job: Job, kind: Kind, shape: ModelShape, tier: int) -> float:
+    """Predicted seconds of a whole round's work."""
+    tokens = (job.training.local_steps or DEFAULT_LOCAL_STEPS) * job.training.batch_tokens
+    down = shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN
+    return kind.seconds(tokens, upload_bytes(shape, tier), down)

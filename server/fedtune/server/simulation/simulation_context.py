@@ -1,0 +1,108 @@
+"""What every process of a simulation builds from the job: the base model once, the population, and the ClientApp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from flwr.clientapp import ClientApp
+
+from fedtune.client.client_store import ClientStore
+from fedtune.client.device import Device
+from fedtune.core.errors import DataError
+from fedtune.core.job.device_kinds import load_fleet
+from fedtune.core.job.settings import BUNDLED, Job
+from fedtune.core.protocol.payloads import Base
+from fedtune.data.examples import CleaningReport, Example, prepare
+from fedtune.data.population import Population
+from fedtune.demo import FLEET
+from fedtune.flower.client_app import client_app
+from fedtune.model.lora import AdaptedModel
+from fedtune.model.shape import shape_of
+from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.job_model import describe_base, open_model
+from fedtune.server.simulation.faults import fault_mod
+from fedtune.server.simulation.simulated_fleet import SimulatedFleet
+from fedtune.server.simulation.simulated_identities import Enrolment
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """One process's share of a simulation; what it holds is made when first asked for, and then stays.
+
+    Args:
+        folder: where clients keep what they remember between rounds; the processes of a simulation share it.
+    """
+
+    job: Job
+    folder: Path
+    _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
+
+    @property
+    def cleaning(self) -> dict[str, CleaningReport]:
+        """What became of the records of each client whose turn has come."""
+        return dict(self._cleaning)
+
+    @cached_property
+    def model(self) -> AdaptedModel:
+        """The adapted base model, loaded once a process."""
+        if threads := self.job.simulation.threads:
+            torch.set_num_threads(threads)
+        return open_model(self.job)
+
+    @cached_property
+    def population(self) -> Population:
+        """The clients that the job's data makes."""
+        return Population(self.job.data, self.job.training.seed)
+
+    @cached_property
+    def base(self) -> Base:
+        """What requests say about the base model."""
+        return describe_base(self.job, self.model.base.digest)
+
+    @cached_property
+    def evaluator(self) -> ModelEvaluator:
+        """The server's own examples, and what scores adapters on them."""
+        return ModelEvaluator(self.model, self.job.data)
+
+    @cached_property
+    def enrolment(self) -> Enrolment:
+        """The clients' identities."""
+        return Enrolment.rehearse(self.population.names, self.job)
+
+    @cached_property
+    def devices(self) -> SimulatedFleet | None:
+        """The clients as devices, where the job has a fleet."""
+        fleet = self.job.simulation.fleet
+        if not fleet:
+            return None
+        kinds = load_fleet(FLEET if fleet == BUNDLED else Path(fleet))
+        return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
+
+    def client_app(self) -> ClientApp:
+        """A ClientApp that stands for every client, with the faults that the job injects."""
+        simulation = self.job.simulation
+        faulty = simulation.dropout or simulation.failing or simulation.slow
+        secure = self.job.secure_aggregation
+        mods = [fault_mod(simulation, self.job.training.seed, secure.enabled)] if faulty else []
+        store = ClientStore(self.folder)
+        if self.devices is None:
+            device = Device(lambda _: self.model, self.examples, store)
+        else:
+            device = Device(lambda _: self.model, self.examples, store, self.devices.work)
+        return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
+
+    def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
+        """One client's examples, cleaned and tokenised."""
+        records = self.population.records(client)
+        if self.devices is not None:
+            sequence_length = self.devices.sequence_length(client, sequence_length)
+        examples, report = prepare(records, model.base.tokenizer, sequence_length)
+        self._cleaning[client] = report
+        if not examples:
+            source = self.population.source(client)
+            raise DataError(source, f"no usable example ({report}); at most {sequence_length} tokens were allowed")
+        return examples

@@ -1,0 +1,95 @@
+"""fedtune's ServerApp and ClientApp for stock Flower: `flwr run`, its simulation engine, or anyone's SuperLink.
+
+    from fedtune.server.simulation.stock_flower import flower_client_app, flower_server_app
+    app = flower_server_app()                                # server_app.py
+    app = flower_client_app()                                # client_app.py
+
+The run configuration says what to run: `job` (a job file, "" for the demo), `set` (overrides as on the command line,
+separated by spaces) and `out` (the run directory). See examples/flower-app. Flower's engine makes its clients anew for
+every message, so they cannot go through a secure round's five: the job must say secure_aggregation.enabled = false.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.core.errors import JobError
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.run_directory import CLIENTS, RunDirectory
+from fedtune.server.run_display import Terminal
+from fedtune.server.run_facts import peak_rss_mb
+from fedtune.server.run_rounds import Facts, run_rounds
+from fedtune.server.simulation.simulation_context import Workshop
+
+
+def flower_server_app() -> ServerApp:
+    """A ServerApp that runs the job of its run configuration."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        job = _job(context)
+        path = Path(str(context.run_config["out"]))
+        workshop = Workshop(job, path / CLIENTS)
+        directory = RunDirectory.create(path, job, workshop.base.digest)
+        try:
+            with Terminal() as display:
+                federation = federation_from_job(job, workshop.base, workshop.model.layout)
+                strategy = AdapterStrategy(federation, observe=display.client)
+                evaluator = ModelEvaluator(workshop.model, job.data)
+                run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
+        finally:
+            directory.close()
+
+    return app
+
+
+def flower_client_app() -> ClientApp:
+    """A ClientApp that stands for the client that its node's partition names."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context)
+
+    return app
+
+
+def _answer(message: Message, context: Context) -> Message:
+    job = _job(context)
+    folder = Path(str(context.run_config["out"])) / CLIENTS
+    names = _workshop(job, folder).population.names
+    context.node_config["client"] = names[int(context.node_config["partition-id"]) % len(names)]
+    return _client_app(job, folder)(message, context)
+
+
+def _job(context: Context) -> Job:
+    path = str(context.run_config.get("job", ""))
+    job = load_job(Path(path) if path else None, str(context.run_config.get("set", "")).split())
+    if job.secure_aggregation.enabled:
+        problem = "secure_aggregation.enabled is true, but Flower's engine makes clients anew for every message"
+        raise JobError([f"{problem}; put secure_aggregation.enabled=false into the run configuration's set"])
+    return job
+
+
+# A process that Flower keeps for several messages loads the base once.
+@functools.lru_cache(maxsize=1)
+def _workshop(job: Job, folder: Path) -> Workshop:
+    return Workshop(job, folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _client_app(job: Job, folder: Path) -> ClientApp:
+    return _workshop(job, folder).client_app()

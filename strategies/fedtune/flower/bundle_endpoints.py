@@ -1,0 +1,297 @@
+"""Four calls in front of Flower's, behind the guard, that carry whole messages; see `fedtune.core.protocol.bundles`.
+
+They are made of Flower's own handlers and state, in one transaction each, so that nobody sees a message before its
+objects are there. Devices show the signatures that they show to Flower, which checks them here too. The server's own
+calls need what Flower's runtime calls need, the token of a run's task, beside the control key, which the guard wants to
+see on the private socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Request
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest, PushAppMessagesResponse
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.linkstate import SqlLinkState
+from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.dependencies.task import authenticate_task
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from sqlalchemy import delete, select, update
+
+from fedtune.core.errors import PeerError
+from fedtune.core.protocol.bundles import (
+    BRING,
+    COLLECT,
+    MAX_BATCH_BYTES,
+    MAX_BUNDLE_BYTES,
+    MAX_OBJECTS,
+    MAX_TAKE_BYTES,
+    SEND,
+    TAKE,
+    BringReply,
+    Collected,
+    CollectReplies,
+    SendMessages,
+    Sent,
+    TakeMessage,
+    Taken,
+)
+from fedtune.core.protocol.payloads import MAX_PAYLOAD_BYTES, decode, encode
+from fedtune.flower.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
+
+_NAMES_AT_ONCE = 10_000  # SQLite takes 32,766 values in a statement
+MAX_REPLY_PIECES = 10_000  # the largest payload in the pieces that devices send
+_PUSH_MESSAGES = "/v1/fleet/push-messages"
+
+M = TypeVar("M")
+
+
+class Bundles:
+    """An ASGI application around Flower's; it also keeps unsound replies from Flower's own call for replies.
+
+    Args:
+        app: Flower's.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._calls: dict[str, Callable[[Request, bytes, SqlLinkState], bytes]] = {
+            TAKE: self._take,
+            BRING: self._bring,
+            SEND: self._send,
+            COLLECT: self._collect,
+        }
+        # How many messages each node may still find; who has none is answered without a search.
+        self._waiting: Counter[int] = Counter()
+        # SQLite has one writer at a time; more threads would wait for it in its own coarse steps.
+        self._worker = ThreadPoolExecutor(1, "bundles")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the four calls, and passes everything else on."""
+        call = self._calls.get(scope["path"]) if scope["type"] == "http" else None
+        if call is None and (scope["type"] != "http" or scope["path"] != _PUSH_MESSAGES):
+            await self._app(scope, receive, send)
+            return
+        body = await _body(receive)
+        if body is None:
+            return
+        if call is None:
+            await self._push(body, scope, receive, send)
+            return
+        status, content = await asyncio.get_running_loop().run_in_executor(
+            self._worker, self._answer, call, scope, body
+        )
+        if status != 200:
+            await answer(send, status)
+            return
+        headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/octet-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _push(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            _check_reply(_parsed(PushMessagesRequest, body))
+        except PeerError:
+            await answer(send, 400)
+            return
+        events = iter([{"type": "http.request", "body": body}])
+
+        async def replay() -> MutableMapping[str, Any]:
+            return next(events, None) or await receive()
+
+        await self._app(scope, replay, send)
+
+    def _answer(
+        self, call: Callable[[Request, bytes, SqlLinkState], bytes], scope: Scope, body: bytes
+    ) -> tuple[int, bytes]:
+        state = self._app.state.linkstate_factory.state()
+        request = Request({**scope, "app": self._app, "state": {}})
+        try:
+            with state.session():
+                try:
+                    return 200, call(request, body, state)
+                except FlowerError as error:  # what Flower tidied up before it refused stays tidied up
+                    return API_ERROR_MAP[error.code].http_status_code, b""
+        except HTTPException as error:
+            return error.status_code, b""
+        except (PeerError, ValueError):
+            return 400, b""
+
+    def _take(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
+        node = Node(node_id=decode(body, TakeMessage, MAX_TAKE_BYTES).node)
+        asked = PullMessagesRequest(node=node)
+        _authenticate(request, asked)
+        if not self._waiting[node.node_id]:
+            del self._waiting[node.node_id]
+            return encode(Taken(b"", {}))
+        found = fleet_handlers.pull_messages(asked, state, state.object_store)
+        self._waiting[node.node_id] -= 1
+        objects: dict[str, bytes] = {}
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            run_id = message.metadata.run_id
+            objects = _objects(state, run_id, tree, MAX_BUNDLE_BYTES)
+            if objects:
+                state.store_traffic(run_id, bytes_sent=_size(objects.values()), bytes_recv=0)
+                receipt = ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=tree.object_id)
+                fleet_handlers.confirm_message_received(receipt, state, state.object_store)
+        return encode(Taken(found.SerializeToString(), objects))
+
+    def _bring(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
+        brought = decode(body, BringReply, MAX_BODY_BYTES)
+        reply = _parsed(PushMessagesRequest, brought.request)
+        _authenticate(request, reply)
+        _check_reply(reply)
+        pushed = fleet_handlers.push_messages(reply, state)
+        run_id = reply.messages_list[0].metadata.run_id
+        if not set(pushed.objects_to_push) <= brought.objects.keys():
+            raise PeerError("the reply is not whole")
+        _store(state, run_id, pushed.session_id, pushed.objects_to_push, brought.objects)
+        if brought.objects:
+            state.store_traffic(run_id, bytes_sent=0, bytes_recv=_size(brought.objects.values()))
+        return b""
+
+    def _send(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
+        task = _task(request, state)
+        sent = decode(body, SendMessages, MAX_PAYLOAD_BYTES)
+        messages = _parsed(PushAppMessagesRequest, sent.request)
+        pushed = PushAppMessagesResponse()
+        if messages.messages_list:
+            _forget_lies(state, messages.message_object_trees)
+            pushed = runtime_handlers.push_messages(messages, state, task)
+            here = [object_id for object_id in pushed.objects_to_push if object_id in sent.objects]
+            _store(state, task.run_id, pushed.session_id, here, sent.objects)
+            left = [object_id for object_id in pushed.objects_to_push if object_id not in sent.objects]
+            del pushed.objects_to_push[:]
+            pushed.objects_to_push.extend(left)
+        self._waiting.update(sent.announced)
+        return encode(Sent(pushed.SerializeToString()))
+
+    def _collect(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
+        task = _task(request, state)
+        asked = decode(body, CollectReplies, MAX_PAYLOAD_BYTES)
+        found = runtime_handlers.pull_messages(PullAppMessagesRequest(message_ids=asked.ids), state, task)
+        node, whole, objects = Node(node_id=SUPERLINK_NODE_ID), [], dict[str, bytes]()
+        for tree in found.message_object_trees:
+            here = _objects(state, task.run_id, tree, MAX_BATCH_BYTES - _size(objects.values()))
+            if here:
+                whole.append(tree.object_id)
+                objects |= here
+                receipt = ConfirmMessageReceivedRequest(node=node, run_id=task.run_id, message_object_id=tree.object_id)
+                runtime_handlers.confirm_message_received(receipt, state, task)
+        return encode(Collected(found.SerializeToString(), tuple(whole), objects))
+
+
+def _authenticate(request: Request, asked: PullMessagesRequest | PushMessagesRequest) -> None:
+    request.state.protobuf_request = asked
+    authenticate_node(request)
+
+
+def _task(request: Request, state: SqlLinkState) -> Task:
+    return authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
+
+
+def _check_reply(request: PushMessagesRequest) -> None:
+    """Flower checks who sends a reply, but not that the reply speaks in the sender's name, nor what size it claims."""
+    own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+    single = len(request.messages_list) == len(request.message_object_trees) == 1
+    if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
+        raise PeerError("not one reply in the sender's own name")
+
+
+def _objects(state: SqlLinkState, run_id: int, tree: ObjectTree, limit: int) -> dict[str, bytes]:
+    """All objects of a message; none where one is not there yet, or where they are too many or too large."""
+    objects: dict[str, bytes] = {}
+    for part in iterate_object_tree(tree):
+        content = state.get_object(run_id, part.object_id)
+        limit -= len(content or b"")
+        if not content or limit < 0 or len(objects) == MAX_OBJECTS:
+            return {}
+        objects[part.object_id] = content
+    return objects
+
+
+def _store(
+    state: SqlLinkState, run_id: int, session_id: str, object_ids: Iterable[str], objects: Mapping[str, bytes]
+) -> None:
+    for object_id in object_ids:
+        if not state.store_object(run_id, session_id, object_id, objects[object_id]):
+            raise PeerError("an object is not what its name says")  # and nothing of the message is kept
+
+
+def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
+    """Removes what is stored of these objects as parts of others than they are.
+
+    A device says of what objects its reply consists before it brings them, and may name one that it foresees the server
+    to send, like the survivors of a round in which nobody drops out. Flower then refuses the server's message.
+    """
+    true = {
+        part.object_id: {child.object_id for child in part.children}
+        for tree in trees
+        for part in iterate_object_tree(tree)
+    }
+    with state.session() as session:
+        for names in _batched(true):
+            stored = session.scalars(select(StoredObject.object_id).where(StoredObject.object_id.in_(names)))
+            found: dict[str, set[str]] = {str(name): set() for name in stored}
+            if not found:
+                continue
+            links = select(ObjectChild.parent_id, ObjectChild.child_id).where(ObjectChild.parent_id.in_(list(found)))
+            for parent, child in session.execute(links):
+                found[parent].add(child)
+            for name in (name for name, children in found.items() if children != true[name]):
+                kept = StoredObject.object_id.in_(found[name])
+                session.execute(update(StoredObject).where(kept).values(ref_count=StoredObject.ref_count - 1))
+                session.execute(delete(StoredObject).where(StoredObject.object_id == name))
+
+
+def _batched(names: Iterable[str]) -> Iterator[list[str]]:
+    """The names, so many at once as one statement takes."""
+    rest = iter(names)
+    while some := list(islice(rest, _NAMES_AT_ONCE)):
+        yield some
+
+
+def _parsed(kind: type[M], data: bytes) -> M:
+    message: Any = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise PeerError(f"not a {kind.__name__}") from error
+    return message  # type: ignore[no-any-return]
+
+
+def _has_more(tree: ObjectTree, pieces: int) -> bool:
+    return next(islice(iterate_object_tree(tree), pieces, None), None) is not None
+
+
+def _size(contents: Iterable[bytes]) -> int:
+    return sum(map(len, contents))
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The request's body, which the guard has bounded; None where it ends early."""
+    chunks, more = [], True
+    while more:
+        event = await receive()
+        if event["type"] != "http.request":
+            return None
+        chunks.append(event.get("body", b""))
+        more = event.get("more_body", False)
+    return b"".join(chunks)

@@ -1,0 +1,113 @@
+"""What stands before Flower's API: the public socket serves devices, the private one the server's own processes.
+
+Flower serves its whole API on one port, and whoever reaches its control calls can start runs and strike devices. So one
+server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no header can forge:
+
+    public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and from an enrolled
+                device by the key it shows: what is signed is known only when a body was read, and bodies of strangers,
+                each a megabyte that may take its time, would fill the memory
+    private     on loopback; everything, for those who show the control key, which lies in the server's folder
+
+Everything else is answered 404, as if there were nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Container, MutableMapping
+from typing import Any
+
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+from fedtune.core.protocol.bundles import BRING, TAKE
+from fedtune.core.protocol.model_requests import DESCRIBE, READ
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CONTROL_HEADER = "fedtune-control"
+MAX_BODY_BYTES = 1 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
+REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
+
+DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
+    f"/v1/fleet/{call}"  # Flower's
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "push-messages",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    )
+)
+
+_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+_UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _COME_BACK = 401, 404, 411, 413, 503
+
+
+class Guard:
+    """An ASGI application around Flower's.
+
+    Args:
+        app: Flower's.
+        private: (host, port) of the private socket, as `getsockname` gives it.
+        control_key: what a request on the private socket must show.
+        enrolled: the keys of enrolled devices, as requests show them.
+    """
+
+    def __init__(self, app: App, private: tuple[str, int], control_key: str, enrolled: Container[bytes]) -> None:
+        self._app = app
+        self._enrolled = enrolled
+        self._private = private
+        self._control_key = control_key.encode()
+        self._open = False
+
+    def open(self) -> None:
+        """Lets devices in; before, they are told to come back."""
+        self._open = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets the request through to the application, or answers it with nothing but a status."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await answer(send, refusal)
+            return
+        # On time over, the server closes the connection without an answer.
+        await asyncio.wait_for(self._app(scope, receive, send), REQUEST_SECONDS)
+
+    def _refusal(self, scope: Scope) -> int | None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        server = scope.get("server")
+        if server is not None and tuple(server) == self._private:
+            shown = headers.get(CONTROL_HEADER.encode(), b"")
+            return None if hmac.compare_digest(shown, self._control_key) else _NOT_FOUND
+        # `path` is what Flower routes by, with escapes resolved: an exact match leaves no room for tricks with dots.
+        if scope["method"] != "POST" or scope["path"] not in DEVICE_CALLS or scope.get("root_path"):
+            return _NOT_FOUND
+        length = headers.get(b"content-length", b"")
+        if b"transfer-encoding" in headers or not length.isdigit():
+            return _LENGTH_REQUIRED
+        if len(length) > 10 or int(length) > MAX_BODY_BYTES:
+            return _TOO_LARGE
+        if not self._open:
+            return _COME_BACK
+        if scope["path"] in (DESCRIBE, READ):  # signed otherwise, and of a few kB
+            return None
+        return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN
+
+
+async def answer(send: Send, status: int) -> None:
+    """Answers with nothing but a status."""
+    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,287 @@
+"""Federated training of one adapter as a Flower Strategy, usable in anyone's ServerApp:
+
+    strategy = AdapterStrategy(federation)
+    result = strategy.start(grid, strategy.initial_arrays(), num_rounds=20)
+
+fedtune's own server takes it round by round, state in and state out, so that it can save what each round acknowledged:
+
+    for state, record in strategy.rounds(grid, state, last_round=20, evaluate=evaluate): ...
+
+What a round is stands in `fedtune.strategies.round`; here it meets Flower's grid and messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.codec.adapter_versions import advance
+from fedtune.core.codec.uplink import Compression
+from fedtune.core.errors import JobError, PeerError
+from fedtune.core.job.settings import Job
+from fedtune.core.protocol.payloads import Base
+from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.replies import stream_replies
+from fedtune.strategies.aggregation import aggregator_for
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.selection import UniformSelection
+from fedtune.strategies.cohorts.tier_assignment import Ranks
+from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
+from fedtune.strategies.exchange import Exchange
+from fedtune.strategies.round import Federation, FederationState, Observer, TrainingRound, initial_state
+from fedtune.strategies.secure_collection import SecureAggregation
+from fedtune.strategies.server_optimizers import server_optimizer_named
+
+ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
+
+_SECURE_MISMATCH = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
+
+Evaluate = Callable[[int, Vector], Evaluation | None]
+Roster = Callable[[Grid], dict[str, int]]
+
+
+def federation_from_job(job: Job, base: Base, layout: AdapterLayout) -> Federation:
+    """The federation that a job file describes."""
+    return Federation(
+        job,
+        base,
+        layout,
+        aggregator_for(job.federation),
+        UniformSelection(job.federation.clients_per_round, job.training.seed),
+        server_optimizer_named(job.federation.server_optimizer, job.federation.server_learning_rate),
+    )
+
+
+def roster_by_node_id(grid: Grid) -> dict[str, int]:
+    """Names clients after their Flower node, where nothing better is known."""
+    return {str(node_id): node_id for node_id in grid.get_node_ids()}
+
+
+class AdapterStrategy(Strategy):
+    """Federated training of one adapter.
+
+    Args:
+        federation: what stays the same all through the job.
+        roster: client name -> Flower node, of the clients that can be reached now.
+        observe: called with every client's record as it becomes known.
+        secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
+        ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
+        overdue: gives the answers that came when their round had closed, asked when a round has.
+
+    Raises:
+        JobError: the job wants secure aggregation, and there is nothing to do it with.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        roster: Roster = roster_by_node_id,
+        observe: Observer = lambda _: None,
+        secure: SecureAggregation | None = None,
+        ranks: Ranks | None = None,
+        overdue: Callable[[], Iterable[Message]] = tuple,
+    ) -> None:
+        if federation.job.secure_aggregation.enabled != (secure is not None):
+            raise JobError([_SECURE_MISMATCH])
+        self.federation = federation
+        self.roster = roster
+        self.observe = observe
+        self.secure = secure
+        self.ranks = ranks
+        self.overdue = overdue
+        job, layout = federation.job, federation.layout
+        exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
+        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), exact, rebased)
+        self._state = initial_state(federation)
+        self._training: TrainingRound | None = None
+        self._evaluation: EvaluationRound | None = None
+        self._names: dict[int, str] = {}
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The adapter before round 1, as Flower's `start` takes it."""
+        return _to_arrays(initial_state(self.federation).adapter)
+
+    def rounds(
+        self, grid: Grid, state: FederationState, last_round: int, evaluate: Evaluate | None = None
+    ) -> Iterator[tuple[FederationState, RoundRecord]]:
+        """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends."""
+        for number in range(state.round + 1, last_round + 1):
+            roster = self.roster(grid)
+            training = self._open(state, self._trainable(roster))
+            self._run(grid, training, roster)
+            names = {node_id: name for name, node_id in roster.items()}
+            for reply in self.overdue():
+                training.take_overdue(names[reply.metadata.src_node_id], unseal(reply))
+            state, record = training.close()
+            self.remember(record.round, record.clients)
+            if clients_evaluate(self.federation.job, number):
+                evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
+                self._run(grid, evaluation, roster)
+                record = replace(record, client_evaluations=evaluation.close())
+            if evaluate is not None:
+                record = replace(record, eval=evaluate(number, state.adapter))
+            yield state, record
+
+    def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
+        """Lets the selection learn from a round; a run that goes on hands in its earlier ones, in order."""
+        self.federation = replace(self.federation, selection=self.federation.selection.learned(number, clients))
+
+    def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
+        return TrainingRound.open(
+            self.federation, state, population, self._broadcast, self.observe, self.secure, self.ranks
+        )
+
+    def _trainable(self, roster: dict[str, int]) -> list[str]:
+        """Who can be asked to train: under secure aggregation only those whose identity the others know."""
+        return sorted(name for name in roster if self.secure is None or name in self.secure.identities.keys)
+
+    def _run(self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int]) -> None:
+        deadline = self.federation.job.federation.deadline
+        names = {node_id: name for name, node_id in roster.items()}
+        for exchange in round_.exchanges():
+            messages = _messages(exchange, roster, round_.number)
+            seconds = None if deadline == "auto" else deadline
+            _collect(round_, stream_replies(grid, messages, seconds, exchange.closing), names)
+
+    # -- Flower's interface, for a ServerApp that drives the rounds itself -------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One request, the same for the whole cohort; `config` is not read, the job says it all.
+
+        Raises:
+            JobError: secure aggregation takes five exchanges a round, and this call has place for one.
+        """
+        del config
+        if self.secure is not None:
+            raise JobError(["secure aggregation needs AdapterStrategy.start or .rounds to drive the rounds"])
+        roster = self.roster(grid)
+        state = replace(self._take_over(arrays), round=server_round - 1)
+        self._training = self._open(state, sorted(roster))
+        self._names = {node_id: name for name, node_id in roster.items()}
+        return _messages(next(self._training.exchanges()), roster, server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Takes the replies in as they come; nothing where too few survived."""
+        if self._training is None or self._training.number != server_round:
+            raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
+        _collect(self._training, replies, self._names)
+        self._state, record = self._training.close()
+        self.remember(record.round, record.clients)
+        if record.aborted:
+            return None, None
+        return _to_arrays(self._state.adapter), _train_metrics(record)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A request to every client that can be reached, in the rounds in which the job wants clients to evaluate."""
+        del config
+        self._evaluation = None
+        if not clients_evaluate(self.federation.job, server_round):
+            return []
+        roster = self.roster(grid)
+        state = replace(self._take_over(arrays), round=server_round)
+        self._evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
+        self._names = {node_id: name for name, node_id in roster.items()}
+        return _messages(next(self._evaluation.exchanges()), roster, server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """All clients' scores as one."""
+        if self._evaluation is None or self._evaluation.number != server_round:
+            return None
+        _collect(self._evaluation, replies, self._names)
+        score = pooled(self._evaluation.close())
+        return _evaluate_metrics(score) if score else None
+
+    def summary(self) -> None:
+        """Nothing beside what fedtune's own output says."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's whole loop on top of `rounds`, which streams replies instead of holding them all.
+
+        `timeout` and the configs are not read: the job's deadline and settings hold.
+        """
+        del timeout, train_config, evaluate_config
+        result = Result()
+        if evaluate_fn and (metrics := evaluate_fn(0, initial_arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = metrics
+        state = self._take_over(initial_arrays)
+        for after, record in self.rounds(grid, state, num_rounds):
+            result.arrays = _to_arrays(after.adapter)
+            if not record.aborted:
+                result.train_metrics_clientapp[record.round] = _train_metrics(record)
+            if score := pooled(record.client_evaluations):
+                result.evaluate_metrics_clientapp[record.round] = _evaluate_metrics(score)
+            if evaluate_fn and (metrics := evaluate_fn(record.round, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[record.round] = metrics
+        return result
+
+    def _take_over(self, arrays: ArrayRecord) -> FederationState:
+        """The state so far, with whatever adapter the ServerApp hands in as the one that devices shall have."""
+        adapter = _from_arrays(arrays, self.federation.layout)
+        if np.array_equal(adapter, self._state.adapter):
+            return self._state
+        bits = Compression.of(self.federation.job).downlink_bits
+        held = advance(self.federation.layout, self._state.held, adapter, "ab", bits)
+        return replace(self._state, adapter=adapter, held=held)
+
+
+def _messages(exchange: Exchange, roster: dict[str, int], number: int) -> Sequence[Message]:
+    contents: dict[tuple[bytes, ...], RecordDict] = {}  # who is asked the same shares one, however many they are
+    messages = []
+    for name, parts in exchange.requests.items():
+        if parts not in contents:
+            contents[parts] = seal(*parts)
+        messages.append(Message(contents[parts], roster[name], exchange.message_type, group_id=str(number)))
+    return messages
+
+
+def _collect(round_: TrainingRound | EvaluationRound, replies: Iterable[Message], names: dict[int, str]) -> None:
+    for reply in replies:
+        name = names.get(reply.metadata.src_node_id)
+        if name is None:
+            continue
+        try:
+            payload = unseal(reply)
+        except PeerError as error:
+            round_.give_up(name, str(error))
+        else:
+            round_.take_in(name, payload)
+
+
+def _train_metrics(record: RoundRecord) -> MetricRecord:
+    return MetricRecord({"train-loss": record.train_loss or 0.0, "survivors": len(record.survivors)})
+
+
+def _evaluate_metrics(score: Evaluation) -> MetricRecord:
+    return MetricRecord({"loss": score.loss, "exact-match": score.exact_match, "num-examples": score.examples})
+
+
+def _to_arrays(adapter: Vector) -> ArrayRecord:
+    return ArrayRecord({ADAPTER: Array(np.ascontiguousarray(adapter))})
+
+
+def _from_arrays(arrays: ArrayRecord, layout: AdapterLayout) -> Vector:
+    vector = arrays[ADAPTER].numpy()
+    layout.check(vector)
+    return vector

@@ -1,0 +1,79 @@
+"""Which tier every client of a cohort trains this round: its own, a smaller one where too few have it, or none.
+
+    lineup = assign_tiers(cohort, ranks, job)           # or all_alike(cohort, layout.rank)
+    lineup.trained["phone-7"]               # rank indices; 0 sits out
+
+In the clear every client trains its own tier. Under secure aggregation a tier is hidden among its own clients, so each
+needs enough of them; those of a smaller one train less, and the adapter's public permutation brings every index to
+everybody all the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedtune.core.adapter.tiers import merged_tiers, tier_for
+from fedtune.core.job.settings import Job
+from fedtune.core.secagg.graph import MIN_SURVIVORS, part
+
+Ranks = Callable[[str], int]
+"""Client name -> how many rank indices it can train; more than the adapter has are as many as it has."""
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The tiers of one round.
+
+    Args:
+        own: client -> the tier it could train; 0 where it can train none of the job's.
+        trained: client -> the tier it trains; 0 where it sits out.
+        notes: what was moved and why, one sentence each.
+    """
+
+    own: Mapping[str, int]
+    trained: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """Those that are trained, ascending."""
+        return tuple(sorted(set(self.trained.values()) - {0}))
+
+
+def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> Lineup:
+    """The tier of every client of a cohort."""
+    own = {name: tier_for(ranks(name), job.tiers) for name in cohort}
+    counts = Counter(tier for tier in own.values() if tier)
+    least = tier_least(job, len(cohort)) if job.secure_aggregation.enabled else 1
+    moved = {0: 0, **merged_tiers(counts, least)}
+    notes = [
+        f"tier {tier}: {counts[tier]} of at least {least} clients; "
+        + (f"trained as tier {moved[tier]}" if moved[tier] else "sat out")
+        for tier in sorted(counts)
+        if moved[tier] != tier
+    ]
+    if unable := sum(tier == 0 for tier in own.values()):
+        notes.append(f"clients that cannot train the smallest tier, {job.tiers[0]}: {unable}; sat out")
+    return Lineup(own, {name: moved[tier] for name, tier in own.items()}, tuple(notes))
+
+
+def all_alike(cohort: Sequence[str], rank: int) -> Lineup:
+    """Everybody trains the whole adapter."""
+    everything = dict.fromkeys(cohort, rank)
+    return Lineup(everything, everything)
+
+
+def tier_minimum(job: Job, cohort: int) -> int:
+    """The fewest clients that a tier's sum may be over: enough that two are honest, if all that collude are in it."""
+    return max(MIN_SURVIVORS, part(job.secure_aggregation.max_corrupt, cohort) + 2)
+
+
+def tier_least(job: Job, cohort: int) -> int:
+    """The fewest clients of a tier that leave `tier_minimum` when the share that may vanish has vanished."""
+    minimum, dropout = tier_minimum(job, cohort), job.secure_aggregation.max_dropout
+    least = minimum
+    while least - part(dropout, least) < minimum:
+        least += 1
+    return least

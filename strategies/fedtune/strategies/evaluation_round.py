@@ -1,0 +1,118 @@
+"""One evaluation by the clients, without any I/O: whom to ask, what came back, and what all of it says together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fedtune.core.adapter.layout import Vector
+from fedtune.core.errors import PeerError
+from fedtune.core.job.settings import Job
+from fedtune.core.ledger import Ledger
+from fedtune.core.protocol.actions import EVALUATE
+from fedtune.core.protocol.payloads import (
+    HEADER_BYTES,
+    PROTOCOL_VERSION,
+    Downlink,
+    EvaluateReply,
+    EvaluateRequest,
+    decode,
+)
+from fedtune.core.round_records import ClientEvaluation, Evaluation
+from fedtune.core.seeds import generator
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.exchange import Exchange
+from fedtune.strategies.round import LATE, Federation, FederationState, Requests
+
+
+@dataclass
+class EvaluationRound:
+    """Clients evaluate an adapter on what they keep back; the same calls as TrainingRound."""
+
+    number: int
+    cohort: tuple[str, ...]
+    held: Vector
+    requests: Requests
+    evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, federation: Federation, state: FederationState, population: Sequence[str], broadcast: Broadcast
+    ) -> EvaluationRound:
+        """Asks every client, or a random `federation.evaluation_clients` of them where there are more."""
+        job = federation.job
+        names = sorted(population)
+        most = job.federation.evaluation_clients
+        if len(names) > most:
+            chosen = generator(job.training.seed, "evaluators", state.round).choice(len(names), most, replace=False)
+            names = [names[index] for index in sorted(chosen)]
+
+        def request(adapter: Downlink, _: int) -> EvaluateRequest:
+            return EvaluateRequest(
+                version=PROTOCOL_VERSION,
+                job_seed=job.training.seed,
+                round=state.round,
+                base=federation.base,
+                holdout=job.data.holdout,
+                adapter=adapter,
+            )
+
+        return cls(state.round, tuple(names), state.held, Requests(broadcast, state.held, request))
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """The one exchange."""
+        requests = {name: (self.requests.payload(name),) for name in self.cohort}
+        yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation")
+
+    def take_in(self, name: str, payload: bytes) -> None:
+        """Keeps one client's score; one that cannot be read is kept as none."""
+        if name not in self.cohort or name in self.evaluations:
+            return
+        self.requests.broadcast.sent(name, self.held)
+        traffic = self._asked(name).received("evaluation", len(payload))
+        self.evaluations[name] = ClientEvaluation(name, self._score(payload), traffic)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """Writes down that a client has no score; why is not kept."""
+        del reason
+        if name in self.cohort and name not in self.evaluations:
+            self.requests.broadcast.lost(name)
+            self.evaluations[name] = ClientEvaluation(name, None, self._asked(name))
+
+    def close(self) -> tuple[ClientEvaluation, ...]:
+        """One entry a client asked, in the order of names."""
+        for name in self.cohort:
+            self.give_up(name, LATE)
+        return tuple(self.evaluations[name] for name in self.cohort)
+
+    def _asked(self, name: str) -> Ledger:
+        return Ledger().sent("evaluation", len(self.requests.payload(name)))
+
+    def _score(self, payload: bytes) -> Evaluation | None:
+        try:
+            reply = decode(payload, EvaluateReply, limit=HEADER_BYTES)
+        except PeerError:
+            return None  # shown without a score; an evaluation changes nothing that a round depends on
+        if reply.round != self.number or not reply.examples:
+            return None
+        return Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
+
+
+def clients_evaluate(job: Job, number: int) -> bool:
+    """Whether clients evaluate after this round: as often as the job says, and after the last."""
+    every = job.federation.evaluate_clients_every
+    return job.data.holdout > 0 and (number == job.federation.rounds or (every > 0 and number % every == 0))
+
+
+def pooled(evaluations: Sequence[ClientEvaluation]) -> Evaluation | None:
+    """All clients' scores as one: loss weighted by target tokens, exact match by examples; None without any score."""
+    scores = [part.evaluation for part in evaluations if part.evaluation]
+    tokens, examples = sum(score.tokens for score in scores), sum(score.examples for score in scores)
+    if not tokens or not examples:
+        return None
+    return Evaluation(
+        loss=sum(score.loss * score.tokens for score in scores) / tokens,
+        exact_match=sum(score.exact_match * score.examples for score in scores) / examples,
+        examples=examples,
+        tokens=tokens,
+    )
