@@ -69,7 +69,7 @@ def trained_updates() -> tuple[list[np.ndarray], list[slice]]:
     return updates, [model.layout.segment(factor) for factor in FACTORS]
 
 
-def turns(round_number: int, density: float, waiting: np.ndarray, last: np.ndarray) -> np.ndarray:
+def selection_phases(round_number: int, density: float, waiting: np.ndarray, last: np.ndarray) -> np.ndarray:
     del last
     return select_public(waiting.size, density, SEED, round_number)
 
@@ -94,7 +94,12 @@ def oracle(round_number: int, density: float, waiting: np.ndarray, last: np.ndar
     return select_largest(waiting, density)
 
 
-CHOICES: dict[str, Choice] = {"turns": turns, "random": drawn, "last aggregate": following, "oracle": oracle}
+CHOICES: dict[str, Choice] = {
+    "selection_phases": selection_phases,
+    "random": drawn,
+    "last aggregate": following,
+    "oracle": oracle,
+}
 
 
 def errors(updates: list[np.ndarray], density: float, choose: Choice) -> list[float]:

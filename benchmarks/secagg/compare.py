@@ -64,12 +64,12 @@ def compare(updates: dict[str, Update], dropouts: int, sample: int) -> None:
 
 
 def make_updates(n: int, parameters: int) -> dict[str, Update]:
-    """Quantized updates of n clients, and a weight in a lane of its own."""
+    """Quantized updates of n clients, and a weight in an auxiliary sum of its own."""
     rng = np.random.default_rng(0)
     weight = np.array([100], dtype=np.uint32)
     return {
-        f"client-{seat}": {"v": rng.integers(0, 1 << BITS, parameters, dtype=np.uint8), "weight": weight}
-        for seat in range(n)
+        f"client-{client_index}": {"v": rng.integers(0, 1 << BITS, parameters, dtype=np.uint8), "weight": weight}
+        for client_index in range(n)
     }
 
 
@@ -85,16 +85,16 @@ def our_round(updates: dict[str, Update], dropouts: int) -> Cost:
     cost, server, clients = Cost(clients=n), Clock(), [Clock() for _ in range(n - dropouts)]
     requests = rehearsal.server.open()
     while requests:
-        for seat, (client, request) in enumerate(requests.items()):
-            if seat >= len(clients):
+        for client_index, (client, request) in enumerate(requests.items()):
+            if client_index >= len(clients):
                 if rehearsal.server.stage is not Stage.MASK:
                     rehearsal.server.receive(client, rehearsal.answer(client, request, updates))
                 continue
-            with clients[seat]:
+            with clients[client_index]:
                 reply = rehearsal.answer(client, request, updates)
             with server:
                 rehearsal.server.receive(client, reply)
-            if seat == 0:
+            if client_index == 0:
                 cost.up, cost.down = cost.up + len(reply), cost.down + len(request)
         with server:
             requests = rehearsal.server.advance()

@@ -22,7 +22,7 @@ from measure import Cost
 
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.secagg import Identity, Roster, choose_thresholds
-from fedtune.core.secagg.exchanged import BOX_BYTES
+from fedtune.core.secagg.exchanged import ENCRYPTED_SHARE_BYTES
 from fedtune.core.secagg.masks import add_masks, word_type
 from fedtune.core.secagg.primitives import Agreement, derive, seal, unseal
 from fedtune.core.secagg.shamir import split
@@ -61,7 +61,7 @@ class Units:
     verify: float
     agree: float
     derive: float
-    box: float
+    encrypted_share: float
     multiply: float
     mask: float
     pack: float
@@ -77,7 +77,7 @@ def time_units() -> Units:
         verify=per_call(lambda: roster.verify("a", statement, signature)),
         agree=per_call(lambda: agreement(agreement.public)),
         derive=per_call(lambda: derive(key, key, "benchmark", 1, 2, 3)),
-        box=per_call(lambda: unseal(key, seal(key, bytes(64), statement), statement)) / 2,
+        encrypted_share=per_call(lambda: unseal(key, seal(key, bytes(64), statement), statement)) / 2,
         multiply=per_call(lambda: split(1, 101, range(1, 11), os.urandom)) / 1000,
         mask=per_call(lambda: add_masks(words, [key])) / words.size,
         pack=per_call(lambda: pack(packed_words, 11)) / words.size,
@@ -96,7 +96,7 @@ def counted(n: int, parameters: int, units: Units) -> Cost:
         units.verify * (n + q)
         + units.agree * 2 * k
         + units.derive * (2 + SEGMENTS) * k
-        + units.box * 2 * k
+        + units.encrypted_share * 2 * k
         + units.multiply * 2 * k * t
         + units.mask * (k + 1) * parameters
         + units.pack * parameters
@@ -109,8 +109,8 @@ def counted(n: int, parameters: int, units: Units) -> Cost:
         + units.agree * gone * left
         + units.mask * (alive + gone * left) * parameters
     )
-    up = BOX_BYTES * k + 32 * k + ring + 600
-    down = (ENTRY_BYTES + 17) * n + BOX_BYTES * k + 66 * q + 6 * n
+    up = ENCRYPTED_SHARE_BYTES * k + 32 * k + ring + 600
+    down = (ENTRY_BYTES + 17) * n + ENCRYPTED_SHARE_BYTES * k + 66 * q + 6 * n
     return Cost(n, client, server, up, down)
 
 

@@ -1,8 +1,8 @@
 """A round of Flower's SecAgg+, made of the functions that its client mod and its workflow are made of.
 
-All clients of the cohort make keys; `sample` of them go through the client's four stages for real, with boxes from all
-their peers. The server's work is measured one unit of each kind at a time (adding a masked vector, combining the shares
-of a secret, expanding and taking off a mask) and multiplied by how often `SecAggPlusWorkflow` does it.
+All clients of the cohort make keys; `sample` of them go through the client's four stages for real, with the shares
+from all their peers. The server's work is measured one unit of each kind at a time (adding a masked vector, combining
+the shares of a secret, expanding and taking off a mask) and multiplied by how often `SecAggPlusWorkflow` does it.
 """
 
 from __future__ import annotations
@@ -88,20 +88,20 @@ def _clients(
         listed[str(nid)] = [cast(bytes, own[name]) for name in (Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2)]
         state.rd_seed_share_dict, state.sk1_share_dict, state.ss2_dict = {}, {}, {}
         with clock:
-            boxes = _share_keys(state, listed)
-        received = _boxes_for(state, [other for other in ids if other != nid])
+            encrypted_shares = _share_keys(state, listed)
+        received = _encrypted_shares_for(state, [other for other in ids if other != nid])
         with clock:
             masked = _collect_masked_vectors(state, received, MAX_WEIGHT, update)
             revealed = _unmask(state, asked)
         seconds.append(clock.seconds)
     cost.client = statistics.median(seconds)
-    cost.up = _size([own, boxes, masked, revealed])
+    cost.up = _size([own, encrypted_shares, masked, revealed])
     cost.down = _size([setup, listed, received, asked])
     return cast(list[bytes], masked[Key.MASKED_PARAMETERS])
 
 
-def _boxes_for(state: SecAggPlusState, others: list[int]) -> ConfigRecord:
-    """A box from every peer, sealed as the peer would, around shares of the right size."""
+def _encrypted_shares_for(state: SecAggPlusState, others: list[int]) -> ConfigRecord:
+    """An encrypted share from every peer, sealed as the peer would, around shares of the right size."""
     shares = state.rd_seed_share_dict[state.nid], state.sk1_share_dict[state.nid]
     plaintexts = [share_keys_plaintext_concat(other, state.nid, *shares) for other in others]
     sealed = [encrypt(state.ss2_dict[other], text) for other, text in zip(others, plaintexts, strict=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import Door, listening
+from endpoint import Endpoint, listening
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import free_port
@@ -47,7 +47,7 @@ class Proxy:
     """A running proxy, and what stands behind it."""
 
     port: int
-    door: Door
+    endpoint: Endpoint
 
     @property
     def address(self) -> str:
@@ -55,12 +55,14 @@ class Proxy:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("door"))
 
 
 @pytest.fixture(scope="module", params=["nginx", "caddy"])
-def proxy(request: pytest.FixtureRequest, door: Door, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def proxy(
+    request: pytest.FixtureRequest, endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Proxy]:
     """Each proxy with its rules as they are, but for names, ports and folders."""
     program = shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
@@ -68,7 +70,7 @@ def proxy(request: pytest.FixtureRequest, door: Door, tmp_path_factory: pytest.T
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     if request.param == "nginx":
         rules = _rules(
-            "nginx.conf", door, {"listen 8443": f"listen 127.0.0.1:{port}", "fleet.example.org;": "localhost;"}
+            "nginx.conf", endpoint, {"listen 8443": f"listen 127.0.0.1:{port}", "fleet.example.org;": "localhost;"}
         )
         (folder / "fedtune.conf").write_text(rules)
         (folder / "nginx.conf").write_text(NGINX.format(folder=folder, user=getpass.getuser()))
@@ -76,22 +78,22 @@ def proxy(request: pytest.FixtureRequest, door: Door, tmp_path_factory: pytest.T
         subprocess.run([*command, "-t"], check=True, capture_output=True)
     else:
         names = {"https://fleet.example.org:8443 {": f"https://localhost:{port} {{\n\tbind 127.0.0.1"}
-        (folder / "Caddyfile").write_text(_rules("Caddyfile", door, names))
+        (folder / "Caddyfile").write_text(_rules("Caddyfile", endpoint, names))
         arguments = ["--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
         subprocess.run([program, "validate", *arguments], check=True, capture_output=True)
         command = [program, "run", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port)
-        yield Proxy(port, door)
+        yield Proxy(port, endpoint)
     finally:
         process.terminate()
         process.wait(10)
 
 
-def _rules(name: str, door: Door, replacements: dict[str, str]) -> str:
+def _rules(name: str, endpoint: Endpoint, replacements: dict[str, str]) -> str:
     text = (RULES / name).read_text()
-    ours = {"127.0.0.1:8444": f"127.0.0.1:{door.listener.port}", "/etc/fedtune": str(door.home.path)}
+    ours = {"127.0.0.1:8444": f"127.0.0.1:{endpoint.listener.port}", "/etc/fedtune": str(endpoint.home.path)}
     for there, here in {**replacements, **ours}.items():
         assert there in text
         text = text.replace(there, here)
@@ -112,11 +114,11 @@ def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(
 ) -> None:
     # `limit_pieces` sets it for a process before Flower is imported; this process has Flower already.
     monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
-    device = proxy.door.device("ada", proxy.address)
+    device = proxy.endpoint.device("ada", proxy.address)
     device.activate()
     assert device.beat()
     payload = np.random.default_rng(0).bytes(3_000_000)
-    with proxy.door.link.open_run(60.0) as grid:
+    with proxy.endpoint.link.open_run(60.0) as grid:
         message_id = _ask(grid, device, payload)
         task = device.pull()
         assert task is not None
@@ -137,15 +139,15 @@ def _ask(grid: RunGrid, device: FleetLink, payload: bytes) -> str:
 
 
 def test_a_device_that_is_not_enrolled_is_refused_through_the_proxy_too(proxy: Proxy) -> None:
-    assert proxy.door.post("/v1/fleet/push-object", server=proxy.address).status_code == 401
+    assert proxy.endpoint.post("/v1/fleet/push-object", server=proxy.address).status_code == 401
 
 
 @pytest.mark.parametrize(
     "path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/get-fab", "/docs", "/"]
 )
 def test_control_paths_do_not_exist_behind_the_proxy(proxy: Proxy, path: str) -> None:
-    shown = {CONTROL_HEADER: proxy.door.key, "x-forwarded-for": "127.0.0.1"}
-    assert proxy.door.post(path, shown, server=proxy.address).status_code == 404
+    shown = {CONTROL_HEADER: proxy.endpoint.key, "x-forwarded-for": "127.0.0.1"}
+    assert proxy.endpoint.post(path, shown, server=proxy.address).status_code == 404
 
 
 TRICKS = [
@@ -183,4 +185,4 @@ def test_bodies_are_measured_at_the_proxy(proxy: Proxy) -> None:
 
 def _status(proxy: Proxy, line: str, header: str = "accept: */*") -> bytes:
     head = f"{line}\r\nhost: localhost\r\nconnection: close\r\n{header}\r\n\r\n"
-    return proxy.door.raw(head.encode(), proxy.port).split()[1]
+    return proxy.endpoint.raw(head.encode(), proxy.port).split()[1]

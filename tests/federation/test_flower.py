@@ -14,7 +14,7 @@ from fedtune.core.adapter.layout import adapter_digest
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import ADAPTER, AdapterStrategy, federation_from_job
 from fedtune.server.simulation.local_executor import LocalExecutor
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 Federation = tuple[AdapterStrategy, InProcessGrid]
 NODES = {1000: "000", 1001: "001", 1002: "002", 1003: "003"}
@@ -22,10 +22,10 @@ NODES = {1000: "000", 1001: "001", 1002: "002", 1003: "003"}
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Federation]:
-    workshop = Workshop(small_job(), tmp_path / "clients")
-    executor = LocalExecutor(workshop, NODES)
+    simulation_context = SimulationContext(small_job(), tmp_path / "clients")
+    executor = LocalExecutor(simulation_context, NODES)
     strategy = AdapterStrategy(
-        federation_from_job(workshop.job, workshop.base, workshop.model.layout),
+        federation_from_job(simulation_context.job, simulation_context.base, simulation_context.model.layout),
         lambda _: {name: node_id for node_id, name in NODES.items()},
     )
     yield strategy, InProcessGrid(executor, list(NODES))

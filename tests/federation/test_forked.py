@@ -24,7 +24,7 @@ from fedtune.server.run_display import Silent
 from fedtune.server.simulation.forked_executor import ForkedExecutor
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 WORKERS = "simulation.workers=2"
 FAULTS = ("simulation.dropout=0.2", "simulation.failing=0.2", "data.holdout=0.2")
@@ -48,7 +48,7 @@ def test_the_number_of_workers_changes_no_bit(kind: tuple[str, ...], simulate: S
 
 def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
     job = small_job("simulation.slow=1.0", "simulation.slow_seconds=3600.0")
-    executor = ForkedExecutor(Workshop(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
+    executor = ForkedExecutor(SimulationContext(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
     grid = InProcessGrid(executor, range(9))
 
     def push(nodes: Sequence[int], number: int) -> list[int]:

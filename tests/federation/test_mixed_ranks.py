@@ -1,4 +1,4 @@
-"""Federations of devices of different rank: in the clear and in secret the same adapter, whoever vanishes."""
+"""Federations of devices of different rank: the same adapter in the clear and with masks, whoever vanishes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from federation_helpers import SECURE, Simulate, small_job
-from secure_stand import Stand
+from secure_fixture import Fixture
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
@@ -23,14 +23,14 @@ from fedtune.core.protocol.payloads import TrainReply, TrainRequest, decode, enc
 from fedtune.core.round_records import RoundRecord
 from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.round import TrainingRound, initial_state
 
 QUICK = ("data.evaluation=", "data.holdout=0", "federation.rounds=2", "training.batch_tokens=256")
 NAMES = [f"client-{index}" for index in range(9)]
 TIERED = dict(zip(NAMES, [4, 4, 4, 2, 2, 2, 1, 1, 1], strict=True))
-STAND = ("adapter.tiers=[1, 2, 4]", "secure_aggregation.max_dropout=0.3")
+FIXTURE = ("adapter.tiers=[1, 2, 4]", "secure_aggregation.max_dropout=0.3")
 CLEAR_RING = ("secure_aggregation.enabled=false", "compression.form=ring")
 
 
@@ -58,38 +58,40 @@ def test_a_federation_of_mixed_ranks_learns_and_small_tiers_send_less(
 
 
 @pytest.mark.parametrize("aggregation", ["fedavg", "alternating", "ffa"])
-def test_in_secret_mixed_ranks_come_to_the_adapter_that_the_same_sums_in_the_clear_give(aggregation: str) -> None:
+def test_under_secure_aggregation_mixed_ranks_come_to_the_adapter_that_the_same_sums_in_the_clear_give(
+    aggregation: str,
+) -> None:
     chosen = f"federation.aggregation={aggregation}"
     digests = set()
     for overrides in ((), CLEAR_RING):
-        stand = Stand(NAMES, [*STAND, chosen, *overrides], TIERED)
+        fixture = Fixture(NAMES, [*FIXTURE, chosen, *overrides], TIERED)
         for _ in range(3):
-            record = stand.run() if not overrides else in_the_clear(stand)
+            record = fixture.run() if not overrides else in_the_clear(fixture)
             assert record.aborted is None
             assert [client.rank for client in record.clients] == list(TIERED.values())
-        digests.add(stand.digest)
+        digests.add(fixture.digest)
     assert len(digests) == 1
 
 
-def in_the_clear(stand: Stand, survivors: Sequence[str] = NAMES) -> RoundRecord:
+def in_the_clear(fixture: Fixture, survivors: Sequence[str] = NAMES) -> RoundRecord:
     """A round of the same contributions, added where all can see them."""
     round_ = TrainingRound.open(
-        stand.federation, stand.state, stand.names, stand.broadcast, ranks=stand.ranks.__getitem__
+        fixture.federation, fixture.state, fixture.names, fixture.broadcast, ranks=fixture.ranks.__getitem__
     )
     exchange = next(round_.exchanges())
     for name in survivors:
-        made = stand.device.contribute(name, decode(exchange.requests[name][0], TrainRequest))
+        made = fixture.device.contribute(name, decode(exchange.requests[name][0], TrainRequest))
         payloads = []
         for terms, part in zip(made.terms, made.parts, strict=True):
             width = MaskableCodec(terms.bits).ring(terms.context()).width
-            body = pack(part.words, width) + part.lanes.astype("<u4").tobytes()
+            body = pack(part.words, width) + part.auxiliary.astype("<u4").tobytes()
             payloads.append(frame(Kind.RING, terms.count, body))
         round_.take_in(name, encode(TrainReply(round_.number, 32, 100, 1, 1.0, 0.1, tuple(payloads))))
-    stand.state, record = round_.close()
+    fixture.state, record = round_.close()
     return record
 
 
-def test_the_whole_federation_comes_to_the_same_adapter_in_secret_and_in_the_clear(
+def test_the_whole_federation_comes_to_the_same_adapter_under_secure_aggregation_and_in_the_clear(
     simulate: Simulate, tmp_path: Path
 ) -> None:
     fixed = (*SECURE, *QUICK, "federation.clients_per_round=6", "simulation.ranks=[16, 4]")
@@ -105,7 +107,7 @@ def test_the_whole_federation_comes_to_the_same_adapter_in_secret_and_in_the_cle
 @pytest.mark.parametrize("exchange", SECURE_EXCHANGES)
 def test_a_client_of_one_tier_may_vanish_before_any_exchange(exchange: str) -> None:
     ranks = {**TIERED, "client-9": 2}
-    secret, clear = (Stand(sorted(ranks), [*STAND, *form], ranks) for form in ((), CLEAR_RING))
+    secret, clear = (Fixture(sorted(ranks), [*FIXTURE, *form], ranks) for form in ((), CLEAR_RING))
     assert secret.run(lambda name, kind: name == "client-9" and kind == exchange).aborted is None
     counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
     in_the_clear(clear, sorted(ranks) if counted else NAMES)
@@ -113,47 +115,47 @@ def test_a_client_of_one_tier_may_vanish_before_any_exchange(exchange: str) -> N
 
 
 def test_a_tier_that_falls_below_its_minimum_ends_the_round_and_the_next_one_runs() -> None:
-    stand = Stand(NAMES, STAND, TIERED)
-    before = stand.digest
-    record = stand.run(lambda name, kind: name == "client-4" and kind == TRAIN)
+    fixture = Fixture(NAMES, FIXTURE, TIERED)
+    before = fixture.digest
+    record = fixture.run(lambda name, kind: name == "client-4" and kind == TRAIN)
     assert "2 clients in tier 1, expected at least 3" in (record.aborted or "")
-    assert stand.digest == before
-    assert stand.run().aborted is None
+    assert fixture.digest == before
+    assert fixture.run().aborted is None
 
 
 def test_tiers_too_small_to_hide_in_are_merged_downward_or_sit_out_and_the_record_says_so() -> None:
-    stand = Stand(NAMES, STAND, {**TIERED, "client-0": 2, "client-8": 4})  # tiers 4: 3, 2: 4, 1: 2
-    record = stand.run()
+    fixture = Fixture(NAMES, FIXTURE, {**TIERED, "client-0": 2, "client-8": 4})  # tiers 4: 3, 2: 4, 1: 2
+    record = fixture.run()
     assert record.aborted is None
     assert [client.rank for client in record.clients] == [2, 4, 4, 2, 2, 2, 0, 0, 4]
     assert record.notes == ("tier 1: 2 of at least 3 clients; sat out",)
     assert record.secure is not None
     assert record.secure.summed == 7
-    stand = Stand(NAMES, STAND, {**TIERED, "client-0": 2})  # tiers 4: 2, 2: 4, 1: 3
-    record = stand.run()
+    fixture = Fixture(NAMES, FIXTURE, {**TIERED, "client-0": 2})  # tiers 4: 2, 2: 4, 1: 3
+    record = fixture.run()
     assert [client.rank for client in record.clients] == [2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert [client.tier for client in record.clients] == [2, 4, 4, 2, 2, 2, 1, 1, 1]
     assert record.notes == ("tier 4: 2 of at least 3 clients; trained as tier 2",)
 
 
 def test_a_device_refuses_to_train_another_tier_than_the_configuration_says() -> None:
-    stand = Stand(NAMES, STAND, TIERED)
-    round_ = stand.open()
+    fixture = Fixture(NAMES, FIXTURE, TIERED)
+    round_ = fixture.open()
     exchange = next(round_.exchanges())
     config, request = exchange.requests["client-0"]
     for tier in (0, 1, 2, 3):
         lie = encode(msgspec.structs.replace(decode(request, TrainRequest), tier=tier))
         with pytest.raises(PeerError, match="tier"):
-            stand.rounds.open("client-0", config, lie)
-    assert stand.rounds.open("client-0", config, request)
+            fixture.rounds.open("client-0", config, lie)
+    assert fixture.rounds.open("client-0", config, request)
 
 
 def test_a_client_that_masks_another_tier_than_it_was_asked_for_is_refused() -> None:
     ranks = {**TIERED, "client-9": 1}
-    stand = Stand(sorted(ranks), STAND, ranks)
-    round_ = stand.open()
+    fixture = Fixture(sorted(ranks), FIXTURE, ranks)
+    round_ = fixture.open()
     for exchange in round_.exchanges():
-        answers = {name: stand.answer(name, exchange) for name in exchange.requests}
+        answers = {name: fixture.answer(name, exchange) for name in exchange.requests}
         if exchange.message_type == TRAIN:
             answers["client-9"] = answers["client-0"]
         for name, answer in answers.items():
@@ -166,14 +168,16 @@ def test_a_client_that_masks_another_tier_than_it_was_asked_for_is_refused() -> 
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
+def simulation_context(tmp_path: Path) -> SimulationContext:
+    return SimulationContext(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
 
 
-def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(workshop: Workshop, tmp_path: Path) -> None:
-    job, layout, store = workshop.job, workshop.model.layout, ClientStore(tmp_path / "clients")
-    device = Device(lambda _: workshop.model, workshop.examples, store)
-    federation = federation_from_job(job, workshop.base, layout)
+def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
+    simulation_context: SimulationContext, tmp_path: Path
+) -> None:
+    job, layout, store = simulation_context.job, simulation_context.model.layout, ClientStore(tmp_path / "clients")
+    device = Device(lambda _: simulation_context.model, simulation_context.examples, store)
+    federation = federation_from_job(job, simulation_context.base, layout)
     state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), exact=False)
     ranks: Callable[[str], int] = {"000": 4, "001": 16, "002": 16}.__getitem__
     residuals: list[np.ndarray] = []

@@ -21,7 +21,7 @@ from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import TrainRequest, decode, encode, terms_digest
 from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.round import FederationState, TrainingRound, initial_state
 
@@ -30,15 +30,15 @@ QUICK = ("data.evaluation=", "data.holdout=0")
 NAMES = ["000", "001", "002"]
 
 
-class Stand:
+class Fixture:
     """Rounds on one device, one call each."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        self.workshop = Workshop(small_job(EVERY, "federation.rounds=8", *overrides), folder)
+        self.simulation_context = SimulationContext(small_job(EVERY, "federation.rounds=8", *overrides), folder)
         self.store = ClientStore(folder)
-        self.device = Device(lambda _: self.workshop.model, self.workshop.examples, self.store)
-        self.layout: AdapterLayout = self.workshop.model.layout
-        self.federation = federation_from_job(self.workshop.job, self.workshop.base, self.layout)
+        self.device = Device(lambda _: self.simulation_context.model, self.simulation_context.examples, self.store)
+        self.layout: AdapterLayout = self.simulation_context.model.layout
+        self.federation = federation_from_job(self.simulation_context.job, self.simulation_context.base, self.layout)
         self.broadcast = Broadcast(self.layout, self.layout.initial(0), exact=False, rebased=True)
         self.states: list[FederationState] = [initial_state(self.federation)]
         self.requests: list[TrainRequest] = []
@@ -60,8 +60,8 @@ class Stand:
 
 
 @pytest.fixture
-def stand(tmp_path: Path) -> Stand:
-    return Stand(tmp_path)
+def fixture(tmp_path: Path) -> Fixture:
+    return Fixture(tmp_path)
 
 
 def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
@@ -70,74 +70,74 @@ def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
     )
 
 
-def test_the_product_and_what_devices_hold_stay_what_they_were(stand: Stand) -> None:
-    assert not stand.run().notes
-    without = replace(stand.federation, job=small_job("federation.rounds=8"))
+def test_the_product_and_what_devices_hold_stay_what_they_were(fixture: Fixture) -> None:
+    assert not fixture.run().notes
+    without = replace(fixture.federation, job=small_job("federation.rounds=8"))
     plain = TrainingRound.open(
-        without, stand.states[1], NAMES, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
+        without, fixture.states[1], NAMES, Broadcast(fixture.layout, fixture.layout.initial(0), exact=False)
     )
     next(plain.exchanges())
     for name in NAMES:
-        payload = stand.device.train(name, decode(plain.requests.payload(name), TrainRequest))
+        payload = fixture.device.train(name, decode(plain.requests.payload(name), TrainRequest))
         plain.take_in(name, encode(payload))
-    expected = products(stand.layout, plain.close()[0].adapter)
-    assert stand.run().notes == ("the adapter's basis was rebalanced",)
-    state = stand.states[2]
-    np.testing.assert_allclose(products(stand.layout, state.adapter), expected, atol=1e-6)
-    difference = np.linalg.norm(products(stand.layout, state.held) - expected)
+    expected = products(fixture.layout, plain.close()[0].adapter)
+    assert fixture.run().notes == ("the adapter's basis was rebalanced",)
+    state = fixture.states[2]
+    np.testing.assert_allclose(products(fixture.layout, state.adapter), expected, atol=1e-6)
+    difference = np.linalg.norm(products(fixture.layout, state.held) - expected)
     assert difference < 0.1 * np.linalg.norm(expected)
-    for lora_a, lora_b in stand.layout.views(state.adapter).values():
+    for lora_a, lora_b in fixture.layout.views(state.adapter).values():
         ratio = np.linalg.norm(lora_a) / np.linalg.norm(lora_b)
         assert 0.3 < ratio < 3.0, "both factors carry about the same share"
     assert state.rebasing is not None
     assert (state.rebasing.round, state.rebasing.before) == (2, 0)
 
 
-def test_a_residual_follows_the_basis_of_its_round_and_one_of_an_unknown_basis_starts_again(stand: Stand) -> None:
+def test_a_residual_follows_the_basis_of_its_round_and_one_of_an_unknown_basis_starts_again(fixture: Fixture) -> None:
     for _ in range(2):
-        stand.run()
-    kept = {factor: stand.residual("000", factor, 3) for factor in "ab"}
-    changes = basis_changes(stand.layout, stand.states[1].held)
+        fixture.run()
+    kept = {factor: fixture.residual("000", factor, 3) for factor in "ab"}
+    changes = basis_changes(fixture.layout, fixture.states[1].held)
     seen: dict[str, Vector] = {}
     original = Residual.compensate
 
     def spy(self: Residual, update: Any, owned: Any) -> Any:
-        seen["a" if self.values.size == stand.layout.size_a else "b"] = self.values
+        seen["a" if self.values.size == fixture.layout.size_a else "b"] = self.values
         return original(self, update, owned)
 
     Residual.compensate = spy  # type: ignore[method-assign]
     try:
-        stand.run(["000"])
+        fixture.run(["000"])
         for factor in "ab":
             assert kept[factor].any()
-            assert np.array_equal(seen[factor], follow(stand.layout, changes, factor, kept[factor]))  # type: ignore[arg-type]
-        stand.run(["000"])  # rebalances once more
-        stand.run(["001"])  # whose residual is of round 2, two changes ago
+            assert np.array_equal(seen[factor], follow(fixture.layout, changes, factor, kept[factor]))  # type: ignore[arg-type]
+        fixture.run(["000"])  # rebalances once more
+        fixture.run(["001"])  # whose residual is of round 2, two changes ago
         assert not seen["a"].any()
         assert not seen["b"].any()
     finally:
         Residual.compensate = original  # type: ignore[method-assign]
 
 
-def test_after_a_change_the_whole_adapter_travels_and_is_less_than_what_changed(stand: Stand) -> None:
+def test_after_a_change_the_whole_adapter_travels_and_is_less_than_what_changed(fixture: Fixture) -> None:
     for _ in range(3):
-        stand.run()
-    after, fresh = stand.requests[2].adapter, Broadcast(stand.layout, stand.layout.initial(0), exact=False)
+        fixture.run()
+    after, fresh = fixture.requests[2].adapter, Broadcast(fixture.layout, fixture.layout.initial(0), exact=False)
     for name in NAMES:
-        fresh.sent(name, stand.states[1].held)
-    change = fresh.write(fresh.basis("000"), stand.states[2].held)
+        fresh.sent(name, fixture.states[1].held)
+    change = fresh.write(fresh.basis("000"), fixture.states[2].held)
     assert sum(map(len, after.parts)) < sum(map(len, change.parts))
-    assert stand.requests[2].rebasing == stand.states[2].rebasing
-    assert stand.requests[1].rebasing is None
+    assert fixture.requests[2].rebasing == fixture.states[2].rebasing
+    assert fixture.requests[1].rebasing is None
 
 
 def test_before_anything_is_learned_the_basis_stays(tmp_path: Path) -> None:
-    stand = Stand(tmp_path, "federation.rebalance_every=1")
-    assert stand.run().notes == ()
-    assert stand.states[1].rebasing is None
-    first = stand.states[0].adapter
-    changes = basis_changes(stand.layout, first)
-    assert changed(stand.layout, changes, first).tobytes() == first.tobytes()
+    fixture = Fixture(tmp_path, "federation.rebalance_every=1")
+    assert fixture.run().notes == ()
+    assert fixture.states[1].rebasing is None
+    first = fixture.states[0].adapter
+    changes = basis_changes(fixture.layout, first)
+    assert changed(fixture.layout, changes, first).tobytes() == first.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -146,27 +146,27 @@ def test_before_anything_is_learned_the_basis_stays(tmp_path: Path) -> None:
 def test_a_server_optimizer_s_state_follows_or_starts_again_with_a_reason(
     tmp_path: Path, optimizer: str, note: str | None
 ) -> None:
-    stand = Stand(tmp_path, f"federation.server_optimizer={optimizer}")
-    stand.run()
+    fixture = Fixture(tmp_path, f"federation.server_optimizer={optimizer}")
+    fixture.run()
     without = small_job("federation.rounds=8", f"federation.server_optimizer={optimizer}")
-    stand.federation = replace(stand.federation, job=without)
-    stand.run()
-    plain = stand.states.pop()
-    stand.federation = replace(stand.federation, job=stand.workshop.job)
-    notes = stand.run().notes
+    fixture.federation = replace(fixture.federation, job=without)
+    fixture.run()
+    plain = fixture.states.pop()
+    fixture.federation = replace(fixture.federation, job=fixture.simulation_context.job)
+    notes = fixture.run().notes
     assert notes[0] == "the adapter's basis was rebalanced"
-    state = stand.states[-1]
+    state = fixture.states[-1]
     if note is None:
-        changes = basis_changes(stand.layout, stand.states[1].held)
+        changes = basis_changes(fixture.layout, fixture.states[1].held)
         for factor in "ab":
-            moved = follow(stand.layout, changes, factor, plain.server[f"optimizer.m.{factor}"])  # type: ignore[arg-type]
+            moved = follow(fixture.layout, changes, factor, plain.server[f"optimizer.m.{factor}"])  # type: ignore[arg-type]
             np.testing.assert_array_equal(state.server[f"optimizer.m.{factor}"], moved)
     else:
         assert notes[1].startswith(note)
         assert not state.server
 
 
-def test_in_secret_and_in_the_clear_a_rebalanced_federation_comes_to_the_same_adapter(
+def test_under_secure_aggregation_and_in_the_clear_a_rebalanced_federation_comes_to_the_same_adapter(
     simulate: Simulate, tmp_path: Path
 ) -> None:
     fixed = (
@@ -183,10 +183,10 @@ def test_in_secret_and_in_the_clear_a_rebalanced_federation_comes_to_the_same_ad
     assert read_rounds(tmp_path / "secret")[1]["notes"] == ["the adapter's basis was rebalanced"]
 
 
-def test_secure_rounds_bind_the_change_of_basis(stand: Stand) -> None:
+def test_secure_rounds_bind_the_change_of_basis(fixture: Fixture) -> None:
     for _ in range(3):
-        stand.run()
-    request = stand.requests[2]
+        fixture.run()
+    request = fixture.requests[2]
     assert terms_digest(request) != terms_digest(msgspec.structs.replace(request, rebasing=None))
     assert terms_digest(request) == terms_digest(msgspec.structs.replace(request, tier=4))
 

@@ -22,7 +22,7 @@ from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation import local_executor as local
 from fedtune.server.simulation.simulate import simulate as run
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
 Drop = Callable[[Message, Context], bool]
@@ -33,9 +33,9 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Drop], None]:
     """losing(drop): from now on messages for which drop(message, context) holds are never answered."""
 
     def install(drop: Drop) -> None:
-        original = Workshop.client_app
+        original = SimulationContext.client_app
 
-        def client_app(self: Workshop) -> ClientApp:
+        def client_app(self: SimulationContext) -> ClientApp:
             app = original(self)
 
             def answer(message: Message, context: Context) -> Message:
@@ -45,7 +45,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Drop], None]:
 
             return answer  # type: ignore[return-value]
 
-        monkeypatch.setattr(Workshop, "client_app", client_app)
+        monkeypatch.setattr(SimulationContext, "client_app", client_app)
 
     return install
 
@@ -149,11 +149,11 @@ def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, 
     from fedtune.flower.strategy import AdapterStrategy, federation_from_job
     from fedtune.server.simulation.local_executor import LocalExecutor
 
-    workshop = Workshop(small_job(*SECURE), tmp_path / "clients")
-    executor = LocalExecutor(workshop, {1000 + index: f"00{index}" for index in range(6)})
+    simulation_context = SimulationContext(small_job(*SECURE), tmp_path / "clients")
+    executor = LocalExecutor(simulation_context, {1000 + index: f"00{index}" for index in range(6)})
     lying = small_job(*SECURE, "secure_aggregation.enabled=false", "compression.form=sparse")
     strategy = AdapterStrategy(
-        federation_from_job(lying, workshop.base, workshop.model.layout),
+        federation_from_job(lying, simulation_context.base, simulation_context.model.layout),
         lambda _: {f"00{index}": 1000 + index for index in range(6)},
     )
     grid = InProcessGrid(executor, range(1000, 1006))

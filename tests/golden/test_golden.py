@@ -129,7 +129,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         lambda _: nodes,
         secure=SecureAggregation("golden", enrolment.roster, _clock()) if secure else None,
         ranks=fleet.rank if fleet else None,
-        overdue=grid.overdue,
+        stale_updates=grid.stale_updates,
     )
     rounds = list(strategy.rounds(grid, initial_state(federation), job.federation.rounds))
     state, records = rounds[-1][0], [record for _, record in rounds]
@@ -155,7 +155,7 @@ def test_a_recorded_job_gives_the_same_adapter_and_moves_the_same_bytes(
 
 
 if __name__ == "__main__":
-    device_module.train_within_memory = numpy_trainer.train  # type: ignore[assignment]
+    device_module.train_within_memory = numpy_trainer.train  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as scratch:
         recorded = {each: run(each, Path(scratch) / each) for each in JOBS}
     RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")

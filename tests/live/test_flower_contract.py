@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from door import Door, listening
+from endpoint import Endpoint, listening
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -32,13 +32,13 @@ from fedtune.server.live.sockets import Listener
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("door"))
 
 
 @pytest.fixture
-def device(door: Door) -> Iterator[FleetLink]:
-    link = door.newcomer()
+def device(endpoint: Endpoint) -> Iterator[FleetLink]:
+    link = endpoint.newcomer()
     link.activate()
     yield link
     link.deactivate(link.node_id)
@@ -46,8 +46,8 @@ def device(door: Door) -> Iterator[FleetLink]:
 
 
 @pytest.fixture
-def grid(door: Door) -> Iterator[RunGrid]:
-    with door.link.open_run(60.0) as grid:
+def grid(endpoint: Endpoint) -> Iterator[RunGrid]:
+    with endpoint.link.open_run(60.0) as grid:
         yield grid
 
 
@@ -104,10 +104,10 @@ def test_small_messages_take_two_requests_and_large_ones_go_piece_by_piece(
 
 
 def test_messages_too_large_for_one_request_reach_everyone(
-    grid: RunGrid, device: FleetLink, door: Door, monkeypatch: pytest.MonkeyPatch
+    grid: RunGrid, device: FleetLink, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "MAX_BATCH_BYTES", 50_000)
-    other = door.newcomer()
+    other = endpoint.newcomer()
     other.activate()
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
     devices = [device, device, other, other]
@@ -164,8 +164,8 @@ def test_a_device_whose_clock_is_days_off_is_heard(
     assert unseal(heard) == b"late or early"
 
 
-def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, door: Door) -> None:
-    device = door.newcomer()
+def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
     device.activate()
     message_id = ask(grid, device)
     device.deactivate(device.node_id)
@@ -174,8 +174,8 @@ def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, door: Door) -> No
     assert reply.metadata.src_node_id == device.node_id
 
 
-def test_a_device_cannot_answer_for_another(grid: RunGrid, device: FleetLink, door: Door) -> None:
-    other = door.newcomer()
+def test_a_device_cannot_answer_for_another(grid: RunGrid, device: FleetLink, endpoint: Endpoint) -> None:
+    other = endpoint.newcomer()
     other.activate()
     message_id = ask(grid, device)
     message = take(device)
@@ -215,8 +215,8 @@ def test_stragglers_get_a_multiple_of_what_half_of_the_devices_took(monkeypatch:
     assert batch.over()
 
 
-def test_a_run_that_is_over_wants_no_answer(door: Door, device: FleetLink) -> None:
-    with door.link.open_run(60.0) as grid:
+def test_a_run_that_is_over_wants_no_answer(endpoint: Endpoint, device: FleetLink) -> None:
+    with endpoint.link.open_run(60.0) as grid:
         ask(grid, device)
         message = take(device)
     with pytest.raises(RunOverError):
@@ -224,18 +224,18 @@ def test_a_run_that_is_over_wants_no_answer(door: Door, device: FleetLink) -> No
 
 
 def test_a_kill_of_the_listener_is_seen_by_both_sides_and_mended(tmp_path: Path) -> None:
-    for door in listening(tmp_path):
-        check_kill_and_restart(door, door.listener)
+    for endpoint in listening(tmp_path):
+        check_kill_and_restart(endpoint, endpoint.listener)
 
 
-def check_kill_and_restart(door: Door, listener: Listener) -> None:
-    device = door.newcomer()
+def check_kill_and_restart(endpoint: Endpoint, listener: Listener) -> None:
+    device = endpoint.newcomer()
     device.activate()
-    with pytest.raises(LinkLostError), door.link.open_run(60.0) as grid:  # noqa: PT012  # both lines are the point
+    with pytest.raises(LinkLostError), endpoint.link.open_run(60.0) as grid:  # noqa: PT012  # both lines are the point
         kill(listener)
         grid.get_node_ids()
     key = listener.start()
-    link = listener.link(key, door.reports.append)
+    link = listener.link(key, endpoint.reports.append)
     link.wait_until_ready()
     with pytest.raises(UnreachableError, match="503"):
         device.pull()  # nobody is let in before everybody is known

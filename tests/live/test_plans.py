@@ -26,7 +26,7 @@ from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, query
 from fedtune.core.protocol.enrolment import Bundle
 from fedtune.core.protocol.payloads import decode, encode
-from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Greeting, GreetingReply, Terms
+from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply, Terms
 from fedtune.core.timing import LEAST_WORK
 from fedtune.demo import JOB
 from fedtune.flower.envelope import seal, unseal
@@ -34,7 +34,7 @@ from fedtune.flower.superlink import NodeState
 from fedtune.model.base_model import load_base
 from fedtune.server import cli
 from fedtune.server.job_model import describe_base
-from fedtune.server.live import registrar as greeter
+from fedtune.server.live import registrar as registrar
 from fedtune.server.live import resident_server as server
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.registrar import CurrentJob, terms_of
@@ -55,10 +55,10 @@ def ask(device: service.Service, kind: str, content: Any) -> Message:
     return device._reply(request)
 
 
-def greet(device: service.Service, fleet: Fleet, *, secure: bool = True) -> GreetingReply:
+def greet(device: service.Service, fleet: Fleet, *, secure: bool = True) -> RegistrationReply:
     roster = Devices.load(fleet.home).roster.to_bytes()
-    greeting = Greeting(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)
-    return decode(unseal(ask(device, ACTION, seal(encode(greeting)))), GreetingReply)
+    registration = Registration(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)
+    return decode(unseal(ask(device, ACTION, seal(encode(registration)))), RegistrationReply)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def device_of(fleet: Fleet, name: str, monkeypatch: pytest.MonkeyPatch) -> servi
     return service.Service(ClientHome(fleet.client_home(name)), lambda line: None)
 
 
-def test_a_device_plans_when_it_is_greeted_and_says_so_without_a_word_of_its_data(
+def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_data(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short, usual = fleet.names
@@ -144,7 +144,7 @@ def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_read
     assert fleet.device_status(name)["sits_out"] == ""
 
 
-def test_a_process_that_begins_anew_plans_for_the_job_it_was_greeted_for(
+def test_a_process_that_begins_again_plans_for_the_job_it_was_registered_for(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = fleet.names[0]
@@ -224,7 +224,7 @@ def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
 
 
 class Replies:
-    """A grid on which every device answers a greeting as the test says."""
+    """A grid on which every device answers a registration as the test says."""
 
     def __init__(self, answers: dict[int, bytes]) -> None:
         self.answers = answers
@@ -249,16 +249,16 @@ def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absu
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
-    fine = GreetingReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "", 8, "packed", 64, 120, 1.5)
+    fine = RegistrationReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "", 8, "packed", 64, 120, 1.5)
     absurd = msgspec.structs.replace(fine, rank=512)
     cloud = server.Service(fleet.home, Silent())
-    cloud._greeter._job = CurrentJob("job", True, terms())
+    cloud._registrar._job = CurrentJob("job", True, terms())
     good, bad = fleet.names
     nodes = {good: 11, bad: 12}
     grid: Any = Replies({11: encode(fine), 12: encode(absurd)})
-    cloud._greeter._greet(grid, nodes, Devices.load(fleet.home).roster)
-    assert cloud._greeter.tiers == {good: 8}
-    assert cloud._greeter.seconds == {good: 1.5}
+    cloud._registrar._ask(grid, nodes, Devices.load(fleet.home).roster)
+    assert cloud._registrar.tiers == {good: 8}
+    assert cloud._registrar.seconds == {good: 1.5}
     assert cloud._board.devices[good].plan is not None
     assert cloud._board.devices[bad].state == "refused"
     assert "rank 512, and the job's is 16" in cloud._board.devices[bad].dropped
@@ -271,31 +271,31 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
-    rests = GreetingReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "too hot", 16, "packed", 64, 120, 1.5)
+    rests = RegistrationReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "too hot", 16, "packed", 64, 120, 1.5)
     cloud = server.Service(fleet.home, Silent())
-    cloud._greeter._job = CurrentJob("job", True, terms())
+    cloud._registrar._job = CurrentJob("job", True, terms())
     name = fleet.names[0]
     online = [NodeState(11, cloud._devices.node_keys[name], True, time.time() + 30, True)]
     cloud._link = type("Link", (), {"nodes": lambda self: online})()
     grid: Any = Replies({11: encode(rests)})
-    assert cloud._greeter.present(grid) == {}
-    assert cloud._greeter.present(grid) == {}
+    assert cloud._registrar.present(grid) == {}
+    assert cloud._registrar.present(grid) == {}
     assert grid.asked == [11]  # once a minute, not at every look
     assert cloud._board.devices[name].state == "sits out"
     assert cloud._board.devices[name].dropped == "sits out: too hot"
-    monkeypatch.setattr(greeter, "REFUSED_SECONDS", 0.0)
+    monkeypatch.setattr(registrar, "REFUSED_SECONDS", 0.0)
     grid.answers[11] = encode(msgspec.structs.replace(rests, sits_out=""))
-    assert cloud._greeter.present(grid) == {name: 11}
+    assert cloud._registrar.present(grid) == {name: 11}
     grid.late = {11}  # it still works on a round that has gone on without it
-    assert cloud._greeter.present(grid) == {}
+    assert cloud._registrar.present(grid) == {}
     grid.late = set()
     assert cloud._board.devices[name].state == "online"
     # It refuses a round: before the next one it is greeted again.
     from fedtune.core.round_records import ClientRecord
 
     grid.answers[11] = encode(rests)
-    cloud._greeter.observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
-    assert cloud._greeter.present(grid) == {}
+    cloud._registrar.observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
+    assert cloud._registrar.present(grid) == {}
 
 
 def test_words_of_a_device_and_of_a_server_steer_no_terminal(
@@ -307,12 +307,12 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     hostile = "[/red]\x1b[2J\x1b]0;owned\x07\n2026-01-01  all is well\x9b31m\u202e"
-    reply = GreetingReply(PROTOCOL_VERSION, hostile, 2, 4, 8000, hostile, hostile, 8, "packed", 64, 120, 1.5)
+    reply = RegistrationReply(PROTOCOL_VERSION, hostile, 2, 4, 8000, hostile, hostile, 8, "packed", 64, 120, 1.5)
     cloud = server.Service(fleet.home, Silent())
-    cloud._greeter._job = CurrentJob("job", True, terms())
+    cloud._registrar._job = CurrentJob("job", True, terms())
     name = fleet.names[0]
     grid: Any = Replies({11: encode(reply)})
-    cloud._greeter._greet(grid, {name: 11}, Devices.load(fleet.home).roster)
+    cloud._registrar._ask(grid, {name: 11}, Devices.load(fleet.home).roster)
     cloud._board.write([])
     print_status(Console(width=400, highlight=False), read_status(fleet.home))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "all is well" in line]
@@ -323,8 +323,10 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(
     device = device_of(fleet, name, monkeypatch)
     base = msgspec.structs.replace(terms().base, name=hostile, digest="0" * 64)
     roster = Devices.load(fleet.home).roster.to_bytes()
-    greeting = Greeting(PROTOCOL_VERSION, "0.1", "job", True, msgspec.structs.replace(terms(), base=base), roster)
-    assert ask(device, ACTION, seal(encode(greeting))).has_error()
+    registration = Registration(
+        PROTOCOL_VERSION, "0.1", "job", True, msgspec.structs.replace(terms(), base=base), roster
+    )
+    assert ask(device, ACTION, seal(encode(registration))).has_error()
     problem = fleet.device_status(name)["problem"]
     assert "all is well" in problem
     assert problem.isprintable()

@@ -42,7 +42,7 @@ class Contribution:
 
     Args:
         terms: the codec's, one for each trained factor, or for each slice of it that the client owns.
-        parts: words and lanes, one for each.
+        parts: words and auxiliary sums, one for each.
         loss: mean training loss, nats.
         request: what was asked.
         unsent: what the parts do not carry, one for each.
@@ -205,8 +205,8 @@ class Device:
         outgoing = []
         for each in terms:
             segment = layout.segment(each.factor)
-            trained = result.update[segment.start - start : segment.stop - start][each.places]
-            update = self._residual(client, request, each).compensate(trained, each.places)
+            trained = result.update[segment.start - start : segment.stop - start][each.indices]
+            update = self._residual(client, request, each).compensate(trained, each.indices)
             private_seed = derive_seed(seed, "dither", number, client, *each.label)
             outgoing.append(_Outgoing(each, update, private_seed, weight))
         return result, outgoing
@@ -243,7 +243,7 @@ class Device:
         residuals: dict[Factor, Residual] = {}
         for each, rest in zip(terms, unsent, strict=True):
             before = residuals.get(each.factor) or self._residual(client, request, each)
-            residuals[each.factor] = before.carry(rest, each.places)
+            residuals[each.factor] = before.carry(rest, each.indices)
         for factor, residual in residuals.items():
             self._store.keep_residual(client, factor, request.round, residual)
 

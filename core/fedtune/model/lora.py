@@ -28,7 +28,7 @@ from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factors, V
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings
 from fedtune.model.base_model import BaseModel, linear_modules
-from fedtune.model.loss import Readout
+from fedtune.model.loss import LanguageModelHead
 
 _ADAPTER = "default"  # peft's name for the one adapter
 _LISTED_ENDINGS = 20  # how many existing names an error lists
@@ -91,9 +91,9 @@ class AdaptedModel:
         self.train_factors("ab")
 
     @cached_property
-    def readout(self) -> Readout:
+    def lm_head(self) -> LanguageModelHead:
         """From tokens to logits, as this architecture does it."""
-        return Readout(self.base)
+        return LanguageModelHead(self.base)
 
     def load(self, vector: Vector) -> None:
         """Takes the adapter's values from a flat vector, float32, (layout.size,)."""

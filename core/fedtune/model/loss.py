@@ -1,6 +1,6 @@
 """Cross-entropy on the target tokens alone, in chunks, so that a large vocabulary's logits never exist all at once.
 
-    L = Σ_t  logsumexp(z_t) - z_t[target_t],     z_t = readout(hidden state before token t), float32
+    L = Σ_t  logsumexp(z_t) - z_t[target_t],     z_t = language-model head(hidden state before token t), float32
 
 The head is frozen, so the gradient by the hidden states is all that the backward pass wants of it; it is computed chunk
 by chunk in the forward pass, and a chunk's logits are dropped before the next. Peak memory: one chunk of logits.
@@ -22,7 +22,7 @@ _CHECKED_TOKENS = 8
 _AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
 
 
-class Readout:
+class LanguageModelHead:
     """From token ids to logits at chosen positions, as the architecture computes them.
 
     The last hidden state goes through the head and the scaling or soft cap that some architectures put behind it. An
@@ -75,18 +75,18 @@ class Readout:
         return split.shape == whole.shape and bool((split - whole).abs().max() <= _AGREEMENT * whole.abs().max())
 
 
-def completion_loss(readout: Readout, batch: Batch) -> Tensor:
+def completion_loss(lm_head: LanguageModelHead, batch: Batch) -> Tensor:
     """The summed cross-entropy of a batch's targets: float32, (), differentiable."""
-    hidden = readout.hidden(batch)
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, readout))  # type: ignore[no-untyped-call]
+    hidden = lm_head.hidden(batch)
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, lm_head))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def score(readout: Readout, batch: Batch) -> tuple[Tensor, Tensor]:
+def score(lm_head: LanguageModelHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per target: its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
     losses, right = [], []
-    for rows, targets in _chunks(readout, readout.hidden(batch), batch.targets):
-        logits = readout.logits(rows)
+    for rows, targets in _chunks(lm_head, lm_head.hidden(batch), batch.targets):
+        logits = lm_head.logits(rows)
         losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
         right.append(logits.argmax(dim=1) == targets)
     return torch.cat(losses), torch.cat(right)
@@ -94,13 +94,13 @@ def score(readout: Readout, batch: Batch) -> tuple[Tensor, Tensor]:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, readout: Readout) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm_head: LanguageModelHead) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = []
-        for rows, wanted in _chunks(readout, hidden, targets):
+        for rows, wanted in _chunks(lm_head, hidden, targets):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                loss = nn.functional.cross_entropy(readout.logits(leaf), wanted, reduction="sum")
+                loss = nn.functional.cross_entropy(lm_head.logits(leaf), wanted, reduction="sum")
             gradients.append(torch.autograd.grad(loss, leaf)[0])
             total += loss.detach()
         ctx.save_for_backward(torch.cat(gradients))
@@ -112,5 +112,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (by_hidden * gradient).to(by_hidden.dtype), None, None
 
 
-def _chunks(readout: Readout, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(hidden, readout.chunk), torch.split(targets, readout.chunk), strict=True)
+def _chunks(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, lm_head.chunk), torch.split(targets, lm_head.chunk), strict=True)

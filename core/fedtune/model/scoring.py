@@ -40,7 +40,7 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     loss = 0.0
     tokens = exact = 0
     for batch in in_order_of_length(examples, model.limits.at_once(batch_tokens), device):
-        losses, right = score(model.readout, batch)
+        losses, right = score(model.lm_head, batch)
         wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
         loss += float(losses.cpu().double().sum())
         tokens += len(losses)

@@ -44,7 +44,7 @@ def client_app(
     if credentials is None:
         _serve_in_the_clear(app, device)
     else:
-        _serve_in_secret(app, SecureRounds(device, credentials))
+        _serve_under_secure_aggregation(app, SecureRounds(device, credentials))
     return app
 
 
@@ -61,7 +61,7 @@ def _serve_in_the_clear(app: ClientApp, device: Device) -> None:
         return Message(seal(encode(device.train(client_name(context), request))), reply_to=message)
 
 
-def _serve_in_secret(app: ClientApp, rounds: SecureRounds) -> None:
+def _serve_under_secure_aggregation(app: ClientApp, rounds: SecureRounds) -> None:
     @app.query(OPEN)
     def open_(message: Message, context: Context) -> Message:
         config, request = unseal_parts(message, 2)

@@ -1,11 +1,11 @@
 """What stands before Flower's API: the public socket serves devices, the private one the server's own processes.
 
-Flower serves its whole API on one port, and whoever reaches its control calls can start runs and strike devices. So one
+Flower serves its whole API on one port, and whoever reaches its control calls can start runs and revoke devices. So one
 server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no header can forge:
 
     public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and from an enrolled
-                device by the key it shows: what is signed is known only when a body was read, and bodies of strangers,
-                each a megabyte that may take its time, would fill the memory
+                device by the key it shows: what is signed is known only when a body was read, and bodies of
+                unauthenticated clients, each a megabyte that may take its time, would fill the memory
     private     on loopback; everything, for those who show the control key, which lies in the server's folder
 
 Everything else is answered 404, as if there were nothing.

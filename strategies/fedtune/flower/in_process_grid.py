@@ -118,7 +118,7 @@ class InProcessGrid(Grid):
                 message, future = self._pending.pop(message_id)
                 yield _reply(message, future)
 
-    def overdue(self) -> Iterable[Message]:
+    def stale_updates(self) -> Iterable[Message]:
         """The answers that came when their round had closed; here none does."""
         return ()
 

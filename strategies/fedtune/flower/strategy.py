@@ -73,7 +73,7 @@ class AdapterStrategy(Strategy):
         observe: called with every client's record as it becomes known.
         secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
         ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
-        overdue: gives the answers that came when their round had closed, asked when a round has.
+        stale: gives the answers that came when their round had closed, asked when a round has.
 
     Raises:
         JobError: the job wants secure aggregation, and there is nothing to do it with.
@@ -86,7 +86,7 @@ class AdapterStrategy(Strategy):
         observe: Observer = lambda _: None,
         secure: SecureAggregation | None = None,
         ranks: Ranks | None = None,
-        overdue: Callable[[], Iterable[Message]] = tuple,
+        stale_updates: Callable[[], Iterable[Message]] = tuple,
     ) -> None:
         if federation.job.secure_aggregation.enabled != (secure is not None):
             raise JobError([_SECURE_MISMATCH])
@@ -95,7 +95,7 @@ class AdapterStrategy(Strategy):
         self.observe = observe
         self.secure = secure
         self.ranks = ranks
-        self.overdue = overdue
+        self.stale_updates = stale_updates
         job, layout = federation.job, federation.layout
         exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
         self._broadcast = Broadcast(layout, layout.initial(job.training.seed), exact, rebased)
@@ -117,8 +117,8 @@ class AdapterStrategy(Strategy):
             training = self._open(state, self._trainable(roster))
             self._run(grid, training, roster)
             names = {node_id: name for name, node_id in roster.items()}
-            for reply in self.overdue():
-                training.take_overdue(names[reply.metadata.src_node_id], unseal(reply))
+            for reply in self.stale_updates():
+                training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
             state, record = training.close()
             self.remember(record.round, record.clients)
             if clients_evaluate(self.federation.job, number):

@@ -22,7 +22,7 @@ from fedtune.strategies.aggregation.reduction import Clips, Reduction
 from fedtune.strategies.cohorts.virtual_clock import staleness_weight
 from fedtune.strategies.exchange import ClientFacts, Exchange
 
-NONE_OVERDUE: Mapping[str, bytes] = {}
+NO_STALE_UPDATES: Mapping[str, bytes] = {}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ClearCollection:
     Args:
         number: of the round.
         asked: by client; what it sends must be of the tier it was asked for.
-        overdue: client -> its answer to the round before. It weighs less than one that is in time, and nothing where
+        stale: client -> its answer to the round before. It weighs less than one that is in time, and nothing where
             its client has answered this round, or where this round's slices are not that one's.
     """
 
@@ -101,14 +101,14 @@ class ClearCollection:
         reduction: Reduction,
         terms: Sequence[FactorTerms],
         asked: Mapping[str, Asked],
-        overdue: Mapping[str, bytes] = NONE_OVERDUE,
+        stale_updates: Mapping[str, bytes] = NO_STALE_UPDATES,
     ) -> None:
         self._number = number
         self._uplink = uplink
         self._reduction = reduction
         self._limit = sum(max_body_size(each.count) for each in terms) + HEADER_BYTES
         self._asked = asked
-        self._overdue = overdue
+        self._stale = stale_updates
 
     def exchanges(self) -> Iterator[Exchange]:
         requests = {name: (asked.request,) for name, asked in self._asked.items()}
@@ -122,15 +122,15 @@ class ClearCollection:
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
         present = {client.id for client in survivors}
-        notes = [self._take_overdue(name) for name in sorted(self._overdue) if name not in present]
+        notes = [self._take_stale(name) for name in sorted(self._stale) if name not in present]
         aggregate, clips = self._reduction.finish()
         return Collected(aggregate, clips, _mean_loss(survivors), self._reduction.state, notes=tuple(notes))
 
-    def _take_overdue(self, name: str) -> str:
+    def _take_stale(self, name: str) -> str:
         if self._uplink.tiers:
             return f"the late update of {name} was dropped: rounds of mixed ranks have slices of their own"
         try:
-            reply = self._read(self._overdue[name], self._number - 1)
+            reply = self._read(self._stale[name], self._number - 1)
             weight = uplink_weight(self._uplink, reply.examples, reply.tokens) * staleness_weight(1)
             self._reduction.take(reply.update, max(1, round(weight)))
         except (PeerError, UpdateError) as error:

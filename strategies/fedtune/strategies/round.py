@@ -1,7 +1,7 @@
 """One round without any I/O: what to ask, whom, what came back, and the state and record that follow.
 
     round_ = TrainingRound.open(federation, state, population, broadcast)
-    for exchange in round_.exchanges():                                   # one in the clear, five in secret
+    for exchange in round_.exchanges():                                   # one in the clear, five with masks
         for name, parts in exchange.requests.items(): send parts to name
         round_.take_in(name, payload)   or   round_.give_up(name, reason)     # each once, in any order
     state, record = round_.close()
@@ -47,7 +47,7 @@ from fedtune.strategies.aggregation import NOTHING, Aggregator, FedRot, State
 from fedtune.strategies.aggregation.reduction import WEIGHT, ClearReduction, Clips, Reduction, RingReduction
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.selection import Selection, cohort_size
-from fedtune.strategies.cohorts.tier_assignment import Lineup, Ranks, all_alike, assign_tiers
+from fedtune.strategies.cohorts.tier_assignment import Ranks, TierAssignment, all_alike, assign_tiers
 from fedtune.strategies.collection import Asked, ClearCollection, Collected, Collection
 from fedtune.strategies.exchange import Closing, Exchange
 from fedtune.strategies.secure_collection import SecureAggregation, SecureCollection
@@ -129,7 +129,7 @@ class FederationState:
         held: the adapter as devices hold it: `adapter`, as far as it has come across.
         clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
         server: what aggregator and server optimizer keep, by name; float32 vectors.
-        overdue: client -> its answer to the round before, which came when that had closed.
+        stale: client -> its answer to the round before, which came when that had closed.
         rebasing: the last change of the adapter's basis, if there was one.
     """
 
@@ -138,7 +138,7 @@ class FederationState:
     held: Vector
     clips: Clips
     server: State = field(default_factory=lambda: NOTHING)
-    overdue: Mapping[str, bytes] = field(default_factory=dict)
+    stale_updates: Mapping[str, bytes] = field(default_factory=dict)
     rebasing: Rebasing | None = None
 
 
@@ -158,7 +158,7 @@ class TrainingRound:
         factors: Factors,
         terms: tuple[FactorTerms, ...],
         requests: Requests,
-        lineup: Lineup,
+        assignment: TierAssignment,
         collection: Collection,
         observe: Observer = lambda _: None,
         closing: Closing | None = None,
@@ -168,21 +168,21 @@ class TrainingRound:
         self.factors = factors
         self.terms = terms
         self.requests = requests
-        self.cohort = tuple(lineup.trained)
-        self._lineup = lineup
+        self.cohort = tuple(assignment.trained)
+        self._assignment = assignment
         self._collection = collection
         self._observe = observe
         self._closing = closing
         self._started = time.monotonic()
         self._records = {
-            name: ClientRecord(name, tier=lineup.own[name], rank=tier) for name, tier in lineup.trained.items()
+            name: ClientRecord(name, tier=assignment.own[name], rank=tier) for name, tier in assignment.trained.items()
         }
         self._settled: set[str] = set()  # whose update is in, or will not come
         self._exchange: Exchange | None = None
         self._waiting: set[str] = set()
         self._aborted: str | None = None
-        self._overdue: dict[str, bytes] = {}
-        for name, tier in lineup.trained.items():
+        self._stale: dict[str, bytes] = {}
+        for name, tier in assignment.trained.items():
             if not tier:
                 self._settle(name, dropped=SAT_OUT)
 
@@ -210,11 +210,11 @@ class TrainingRound:
         factors = federation.aggregator.factors(number)
         learning_rate = scheduled_learning_rate(job, number)
         cohort = tuple(federation.selection.cohort(number, population))
-        lineup = assign_tiers(cohort, ranks, job) if ranks else all_alike(cohort, layout.rank)
-        trained = {name: tier for name, tier in lineup.trained.items() if tier}
-        mixed = lineup.tiers != (layout.rank,)
+        assignment = assign_tiers(cohort, ranks, job) if ranks else all_alike(cohort, layout.rank)
+        trained = {name: tier for name, tier in assignment.trained.items() if tier}
+        mixed = assignment.tiers != (layout.rank,)
         deadline = federation.selection.deadline(population)
-        uplink = _uplink(federation, state, factors, len(trained), lineup.tiers if mixed else ())
+        uplink = _uplink(federation, state, factors, len(trained), assignment.tiers if mixed else ())
         terms = factor_terms(uplink, layout, factors, job.training.seed, number)
 
         def request(adapter: Downlink, tier: int) -> TrainRequest:
@@ -245,10 +245,10 @@ class TrainingRound:
                 slices = round_slices(uplink, layout, job.training.seed, number)
                 accumulator = federation.aggregator.accumulator(layout, factors, state.adapter, state.server, slices)
                 reduction = ClearReduction(accumulator, terms)
-            collection = ClearCollection(number, uplink, reduction, terms, asked, state.overdue)
+            collection = ClearCollection(number, uplink, reduction, terms, asked, state.stale_updates)
         wanted = cohort_size(federation.selection.wanted, len(population))
         closing = None if deadline is None else _closing(job, deadline, wanted, len(trained))
-        return cls(federation, state, factors, terms, requests, lineup, collection, observe, closing)
+        return cls(federation, state, factors, terms, requests, assignment, collection, observe, closing)
 
     @property
     def number(self) -> int:
@@ -298,11 +298,11 @@ class TrainingRound:
         if name not in self._settled:
             self._settle(name, dropped=reason)
 
-    def take_overdue(self, name: str, payload: bytes) -> None:
+    def take_stale(self, name: str, payload: bytes) -> None:
         """Keeps the answer of a client that was given up for being late; the next round may use it."""
-        if name in self._settled and self._records[name].dropped is not None and name not in self._overdue:
+        if name in self._settled and self._records[name].dropped is not None and name not in self._stale:
             self._count(name, self._records[name].traffic.received("update", len(payload)))
-            self._overdue[name] = payload
+            self._stale[name] = payload
             self.requests.broadcast.sent(name, self.state.held)
 
     def close(self) -> tuple[FederationState, RoundRecord]:
@@ -315,7 +315,7 @@ class TrainingRound:
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
         state, collected, aborted = replace(self.state, round=self.number), None, self._aborted
-        notes = self._lineup.notes
+        notes = self._assignment.notes
         if aborted is None and len(survivors) < least:
             aborted = f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
         if aborted is None:
@@ -326,7 +326,7 @@ class TrainingRound:
         if collected is not None:
             state, changes = self._rebalanced(self._after(collected))
             notes += collected.notes + changes
-        state = replace(state, overdue=self._overdue)
+        state = replace(state, stale_updates=self._stale)
         record = RoundRecord(
             round=self.number,
             seconds=time.monotonic() - self._started,
@@ -457,7 +457,7 @@ def _uplink(
         weight=job.federation.weight,
         weight_cap=min(cap, round(state.clips[WEIGHT])) if compression.form == "ring" else cap,
         n_max=max(clients, 1),
-        turns=tuple(sum(letter in trained for trained in earlier) for letter in letters),
+        selection_phases=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),
         rotation=compression.rotation,
         tiers=tiers,

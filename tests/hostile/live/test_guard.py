@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from door import Door, listening
+from endpoint import Endpoint, listening
 from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import TIMESTAMP_HEADER
@@ -59,7 +59,7 @@ from fedtune.server.live.certificates import make_authority, make_server_certifi
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("door"))
 
 
@@ -86,11 +86,11 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
-def test_nothing_but_device_calls_exists_for_the_outside(door: Door, path: str) -> None:
-    assert door.post(path).status_code == 404
-    assert door.post(path).content == b""
+def test_nothing_but_device_calls_exists_for_the_outside(endpoint: Endpoint, path: str) -> None:
+    assert endpoint.post(path).status_code == 404
+    assert endpoint.post(path).content == b""
     # Nor does the control key open anything there: it counts on the private socket only.
-    assert door.post(path, {CONTROL_HEADER: door.key}).status_code == 404
+    assert endpoint.post(path, {CONTROL_HEADER: endpoint.key}).status_code == 404
 
 
 TRICKS = [
@@ -111,57 +111,57 @@ TRICKS = [
 
 @pytest.mark.parametrize("target", TRICKS)
 @pytest.mark.parametrize("extra", ["", "x-forwarded-for: 127.0.0.1\r\nx-forwarded-prefix: /v1/fleet\r\n"])
-def test_paths_that_play_tricks_lead_nowhere(door: Door, target: str, extra: str) -> None:
-    head = f"POST {target} HTTP/1.1\r\nhost: localhost:{door.listener.private_port}\r\n{extra}"
+def test_paths_that_play_tricks_lead_nowhere(endpoint: Endpoint, target: str, extra: str) -> None:
+    head = f"POST {target} HTTP/1.1\r\nhost: localhost:{endpoint.listener.private_port}\r\n{extra}"
     request = f"{head}content-type: application/protobuf\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-    answer = door.raw(request.encode())
+    answer = endpoint.raw(request.encode())
     assert answer.split()[1:2] in ([b"404"], [b"400"]), answer[:200]
     assert b"run" not in answer.partition(b"\r\n\r\n")[2]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE"])
-def test_other_methods_lead_nowhere(door: Door, method: str) -> None:
-    answer = door.raw(f"{method} /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+def test_other_methods_lead_nowhere(endpoint: Endpoint, method: str) -> None:
+    answer = endpoint.raw(f"{method} /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
     assert answer.split()[1:2] in ([b"404"], [b"400"])
 
 
-def test_a_websocket_is_refused(door: Door) -> None:
+def test_a_websocket_is_refused(endpoint: Endpoint) -> None:
     upgrade = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-    answer = door.raw(b"GET /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
+    answer = endpoint.raw(b"GET /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
     assert b" 101 " not in answer.split(b"\r\n")[0]
 
 
-def test_a_body_is_measured_before_it_is_read(door: Door) -> None:
+def test_a_body_is_measured_before_it_is_read(endpoint: Endpoint) -> None:
     head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\n"
-    too_large = door.raw(head + f"content-length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+    too_large = endpoint.raw(head + f"content-length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
     assert too_large.split()[1] == b"413"
-    absurd = door.raw(head + b"content-length: 99999999999999999999\r\n\r\n")
+    absurd = endpoint.raw(head + b"content-length: 99999999999999999999\r\n\r\n")
     assert absurd.split()[1] in (b"413", b"400")
-    assert door.raw(head + b"connection: close\r\n\r\n").split()[1] == b"411"
-    chunked = door.raw(head + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+    assert endpoint.raw(head + b"connection: close\r\n\r\n").split()[1] == b"411"
+    chunked = endpoint.raw(head + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
     assert chunked.split()[1] == b"411"
 
 
 @pytest.mark.parametrize("path", [TAKE, BRING, "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
-def test_no_byte_of_a_strangers_body_is_read(door: Door, path: str) -> None:
+def test_no_byte_of_a_strangers_body_is_read(endpoint: Endpoint, path: str) -> None:
     """Nor of one that is not all there: who waits for its rest keeps what has come."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: {MAX_BODY_BYTES}\r\n"
     )
-    assert door.raw(head.encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
+    assert endpoint.raw(head.encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
     stranger = signed(load_node_key(make_node_key()))
     shown = "".join(f"{name}: {value}\r\n" for name, value in stranger.items())
-    assert door.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
+    assert endpoint.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
 
 
-def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(door: Door) -> None:
-    key = load_node_key(door.bundles["eve"].node_key)
-    node = Node(node_id=door.device("eve").activate())
+def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(endpoint: Endpoint) -> None:
+    key = load_node_key(endpoint.bundles["eve"].node_key)
+    node = Node(node_id=endpoint.device("eve").activate())
     parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
     head = MessageProto(metadata=MetadataProto(src_node_id=node.node_id, run_id=1))
     tree = ObjectTree(object_id="whole", children=parts)
     request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree])
-    assert door.post("/v1/fleet/push-messages", signed(key), body=request.SerializeToString()).status_code == 400
+    assert endpoint.post("/v1/fleet/push-messages", signed(key), body=request.SerializeToString()).status_code == 400
 
 
 def bundle(
@@ -175,8 +175,8 @@ def bundle(
     return BringReply(request.SerializeToString(), objects or {})
 
 
-def test_a_bundle_is_one_reply_of_its_sender_and_bounded(door: Door) -> None:
-    device = door.newcomer()
+def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
     key, node_id = device._signer._key, device.activate()
     many = {f"{number:064x}": b"" for number in range(MAX_OBJECTS + 1)}
     parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
@@ -191,14 +191,14 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(door: Door) -> None:
         BringReply(b"\xff" * 100, {}),
         BringReply(deep.SerializeToString(), {}),
     ):
-        assert door.post(BRING, signed(key), body=encode(bad)).status_code == 400, bad
+        assert endpoint.post(BRING, signed(key), body=encode(bad)).status_code == 400, bad
     huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
-    assert door.post(BRING, signed(key), body=encode(huge)).status_code == 413
-    assert door.post(TAKE, signed(key), body=b"\xff" * 1000).status_code == 400
+    assert endpoint.post(BRING, signed(key), body=encode(huge)).status_code == 413
+    assert endpoint.post(TAKE, signed(key), body=b"\xff" * 1000).status_code == 400
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing"])
-def test_of_a_spoilt_bundle_nothing_is_kept(door: Door, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
+def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
     whole = fleet._bundle
 
     def spoilt(reply: Message) -> dict[str, bytes]:
@@ -210,8 +210,8 @@ def test_of_a_spoilt_bundle_nothing_is_kept(door: Door, monkeypatch: pytest.Monk
             else {name: objects[name] for name in objects if name != last}
         )
 
-    device = door.newcomer()
-    with door.link.open_run(60.0) as grid:
+    device = endpoint.newcomer()
+    with endpoint.link.open_run(60.0) as grid:
         device.activate()
         (message_id,) = grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
         task = device.pull()
@@ -229,20 +229,20 @@ def test_of_a_spoilt_bundle_nothing_is_kept(door: Door, monkeypatch: pytest.Monk
         assert unseal(heard) == b"answer"
 
 
-def test_the_servers_own_bundles_want_the_token_of_a_run_too(door: Door) -> None:
-    shown = {CONTROL_HEADER: door.key}
+def test_the_servers_own_bundles_want_the_token_of_a_run_too(endpoint: Endpoint) -> None:
+    shown = {CONTROL_HEADER: endpoint.key}
     for path, payload in (
         (SEND, SendMessages(b"", {}, ())),
         (COLLECT, CollectReplies(())),
     ):
-        assert door.post(path, shown, server=door.private, body=encode(payload)).status_code == 401
-        assert door.post(path, server=door.private, body=encode(payload)).status_code == 404
+        assert endpoint.post(path, shown, server=endpoint.private, body=encode(payload)).status_code == 401
+        assert endpoint.post(path, server=endpoint.private, body=encode(payload)).status_code == 404
 
 
-def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(door: Door) -> None:
+def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoint: Endpoint) -> None:
     """Eve names what is to come as a part of her reply, and says that it consists of nothing."""
-    eve, ada = door.newcomer(), door.newcomer()
-    with door.link.open_run(60.0) as grid:
+    eve, ada = endpoint.newcomer(), endpoint.newcomer()
+    with endpoint.link.open_run(60.0) as grid:
         eve.activate()
         ada.activate()
         grid.push_messages([Message(seal(b"open"), eve.node_id, "query.open", ttl=600)])
@@ -271,7 +271,7 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(door: D
             message_object_trees=[lie],
             clientapp_runtime_list=[0.0],
         )
-        pushed = door.post("/v1/fleet/push-messages", signed(eve._signer._key), body=request.SerializeToString())
+        pushed = endpoint.post("/v1/fleet/push-messages", signed(eve._signer._key), body=request.SerializeToString())
         assert pushed.status_code == 200
         assert all(grid.push_messages([coming]))
         heard = ada.pull()
@@ -280,11 +280,11 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(door: D
 
 
 def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "MAX_REPLY_BYTES", 100_000)
-    device = door.newcomer()
-    with door.link.open_run(60.0) as grid:
+    device = endpoint.newcomer()
+    with endpoint.link.open_run(60.0) as grid:
         device.activate()
         grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
         task = device.pull()
@@ -296,21 +296,21 @@ def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
         assert reply.error.reason == "the reply has more than 100000 bytes"
 
 
-def test_garbage_in_a_device_call_is_refused_and_harms_nothing(door: Door) -> None:
+def test_garbage_in_a_device_call_is_refused_and_harms_nothing(endpoint: Endpoint) -> None:
     for path in sorted(DEVICE_CALLS):
-        assert 400 <= door.post(path, body=b"\xff" * 1000).status_code < 600
-    assert door.newcomer().activate() > 0
+        assert 400 <= endpoint.post(path, body=b"\xff" * 1000).status_code < 600
+    assert endpoint.newcomer().activate() > 0
 
 
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/health", "/docs"])
-def test_the_private_socket_wants_the_control_key_from_local_users_too(door: Door, path: str) -> None:
-    assert door.post(path, server=door.private).status_code == 404
-    assert door.post(path, {CONTROL_HEADER: "0" * 64}, server=door.private).status_code == 404
+def test_the_private_socket_wants_the_control_key_from_local_users_too(endpoint: Endpoint, path: str) -> None:
+    assert endpoint.post(path, server=endpoint.private).status_code == 404
+    assert endpoint.post(path, {CONTROL_HEADER: "0" * 64}, server=endpoint.private).status_code == 404
     with pytest.raises(UnreachableError, match="not a fedtune server"):
-        door.device("bob", door.private).activate()
+        endpoint.device("bob", endpoint.private).activate()
 
 
-def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(door: Door, tmp_path: Path) -> None:
+def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     code = f"import pathlib\npathlib.Path({str(trap)!r}).write_text('run')\nimport flwr.serverapp\n"
     files = {
@@ -323,16 +323,16 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(door: Door, tmp_path: P
     }
     app = build_fab_from_files(files)[0]
     # Eve has got hold of the control key, so this is the last line of defence.
-    control = door.link._control
+    control = endpoint.link._control
     fab = fab_to_proto(Fab("", app, {}))
     run_id = control.StartRun(StartRunRequest(fab=fab)).run_id
-    door.link.refuse_foreign_runs()
+    endpoint.link.refuse_foreign_runs()
     run = control.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
     assert (run.status.status, run.status.sub_status) == ("finished", "failed")
-    assert any("refused foreign run" in report for report in door.reports)
+    assert any("refused foreign run" in report for report in endpoint.reports)
     # And while we begin a run of our own: hers does not come in between.
     control.StartRun(StartRunRequest(fab=fab))
-    with door.link.open_run(60.0) as grid:
+    with endpoint.link.open_run(60.0) as grid:
         assert grid.run.fab_id == "fedtune/fedtune"
     assert not trap.exists()
 
@@ -346,56 +346,56 @@ def signed(key: ec.EllipticCurvePrivateKey, moment: datetime.datetime | None = N
     }
 
 
-def test_a_request_without_a_signature_is_refused(door: Door) -> None:
+def test_a_request_without_a_signature_is_refused(endpoint: Endpoint) -> None:
     for path in sorted(DEVICE_CALLS):
-        assert door.post(path).status_code in (401, 400), path  # 400: it does not even say who it is from
+        assert endpoint.post(path).status_code in (401, 400), path  # 400: it does not even say who it is from
 
 
-def test_a_key_that_was_never_enrolled_does_not_get_in(door: Door) -> None:
-    stranger = FleetLink(door.public, door.home.authority, make_node_key())
-    door.lines.append(stranger)
+def test_a_key_that_was_never_enrolled_does_not_get_in(endpoint: Endpoint) -> None:
+    stranger = FleetLink(endpoint.public, endpoint.home.authority, make_node_key())
+    endpoint.lines.append(stranger)
     with pytest.raises((NotAdmittedError, UnknownDeviceError)):
         stranger.activate()
 
 
-def test_a_device_cannot_speak_as_another(door: Door) -> None:
-    ada, eve = door.device("ada"), load_node_key(door.bundles["eve"].node_key)
+def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:
+    ada, eve = endpoint.device("ada"), load_node_key(endpoint.bundles["eve"].node_key)
     node_id = ada.activate()
     for body in (encode(TakeMessage(node_id)), encode(TakeMessage(0))):
-        assert door.post(TAKE, signed(eve), body=body).status_code == 401
-        assert door.post(TAKE, body=body).status_code == 401  # not signed at all
-    assert door.post(BRING, signed(eve), body=encode(bundle(node_id))).status_code == 401
-    assert door.post(BRING, body=encode(bundle(node_id))).status_code == 401
+        assert endpoint.post(TAKE, signed(eve), body=body).status_code == 401
+        assert endpoint.post(TAKE, body=body).status_code == 401  # not signed at all
+    assert endpoint.post(BRING, signed(eve), body=encode(bundle(node_id))).status_code == 401
+    assert endpoint.post(BRING, body=encode(bundle(node_id))).status_code == 401
     claim = ActivateNodeRequest(
-        public_key=public_key_to_bytes(load_node_key(door.bundles["bob"].node_key).public_key()),
+        public_key=public_key_to_bytes(load_node_key(endpoint.bundles["bob"].node_key).public_key()),
         heartbeat_interval=30,
     ).SerializeToString()
-    assert door.post("/v1/fleet/activate-node", signed(eve), body=claim).status_code == 401
+    assert endpoint.post("/v1/fleet/activate-node", signed(eve), body=claim).status_code == 401
 
 
-def test_an_old_signature_is_refused(door: Door) -> None:
-    eve = load_node_key(door.bundles["eve"].node_key)
+def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
+    eve = load_node_key(endpoint.bundles["eve"].node_key)
     claim = ActivateNodeRequest(public_key=public_key_to_bytes(eve.public_key()), heartbeat_interval=30)
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
     body = claim.SerializeToString()
-    assert door.post("/v1/fleet/activate-node", signed(eve, old), body=body).status_code == 401
+    assert endpoint.post("/v1/fleet/activate-node", signed(eve, old), body=body).status_code == 401
     garbled = signed(eve) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
-    assert door.post("/v1/fleet/activate-node", garbled, body=body).status_code == 401
+    assert endpoint.post("/v1/fleet/activate-node", garbled, body=body).status_code == 401
 
 
-def test_a_wrong_clock_is_corrected_by_the_servers(door: Door) -> None:
-    device = door.newcomer()
+def test_a_wrong_clock_is_corrected_by_the_servers(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
     device._signer.ahead = -3600.0  # as if this machine's clock were an hour ahead
     device.activate()
     assert abs(device.clock_error) < 2.0
     device.deactivate(device.node_id)
 
 
-def test_a_revoked_device_is_cut_off_at_its_next_request(door: Door) -> None:
-    device = door.newcomer()
+def test_a_revoked_device_is_cut_off_at_its_next_request(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
     node_id = device.activate()
     assert device.pull() is None
-    door.link.unregister(node_id)
+    endpoint.link.unregister(node_id)
     with pytest.raises(UnknownDeviceError, match="revoked"):
         device.pull()
     with pytest.raises(UnknownDeviceError):
@@ -404,16 +404,16 @@ def test_a_revoked_device_is_cut_off_at_its_next_request(door: Door) -> None:
         device.activate()
 
 
-def test_a_device_trusts_its_own_authority_only(door: Door) -> None:
-    device = FleetLink(door.public, make_authority().certificate, door.bundles["ada"].node_key)
-    door.lines.append(device)
+def test_a_device_trusts_its_own_authority_only(endpoint: Endpoint) -> None:
+    device = FleetLink(endpoint.public, make_authority().certificate, endpoint.bundles["ada"].node_key)
+    endpoint.lines.append(device)
     with pytest.raises(UntrustedError, match="certificate"):
         device.activate()
 
 
-def test_a_server_under_another_name_is_not_trusted(door: Door) -> None:
-    device = FleetLink(f"127.1:{door.listener.port}", door.home.authority, door.bundles["ada"].node_key)
-    door.lines.append(device)
+def test_a_server_under_another_name_is_not_trusted(endpoint: Endpoint) -> None:
+    device = FleetLink(f"127.1:{endpoint.listener.port}", endpoint.home.authority, endpoint.bundles["ada"].node_key)
+    endpoint.lines.append(device)
     with pytest.raises(UntrustedError, match=r"certificate"):
         device.activate()
 

@@ -1,4 +1,4 @@
-"""Pulling a model over real TLS: broken lines, lying servers and strangers; no half-written version ever counts."""
+"""Pulling a model over real TLS: broken lines, lying servers, unauthenticated clients; no half version counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from door import Door, listening
+from endpoint import Endpoint, listening
 from live_helpers import Proxy, free_port
 
 from fedtune.client.inference import model_pull as module
@@ -29,7 +29,7 @@ from fedtune.core.protocol.model_requests import (
     MAX_PIECE_BYTES,
     READ,
     DescribeModel,
-    ModelOffer,
+    ModelDescription,
     ReadModel,
     sign_request,
 )
@@ -41,25 +41,25 @@ BIG = 3_000_000
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("door"))
 
 
 @pytest.fixture
-def offered(door: Door) -> Iterator[Door]:
+def offered(endpoint: Endpoint) -> Iterator[Endpoint]:
     """The door, with one finished job that has int4 and fp32."""
-    offer(door, "first", "fp32", 2 * BIG)
-    offer(door, "first", "int4", BIG)
-    finish(door, "first", 1)
-    yield door
+    offer(endpoint, "first", "fp32", 2 * BIG)
+    offer(endpoint, "first", "int4", BIG)
+    finish(endpoint, "first", 1)
+    yield endpoint
     for folder in ("runs", "jobs/finished"):
-        for path in (door.home.path / folder).iterdir():
+        for path in (endpoint.home.path / folder).iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def offer(door: Door, job: str, form: str, size: int, seed: int = 0, kind: str = "model") -> Path:
+def offer(endpoint: Endpoint, job: str, form: str, size: int, seed: int = 0, kind: str = "model") -> Path:
     """An exported directory of a run: not a model, but pulled like one."""
-    directory = door.home.path / "runs" / job / "onnx" / form
+    directory = endpoint.home.path / "runs" / job / "onnx" / form
     (directory / "deep").mkdir(parents=True)
     (directory / "model.onnx.data").write_bytes(bytes([seed]) * size)
     (directory / "deep" / "tokenizer.json").write_bytes(b"{}" * 50_000)
@@ -69,8 +69,8 @@ def offer(door: Door, job: str, form: str, size: int, seed: int = 0, kind: str =
     return directory
 
 
-def finish(door: Door, job: str, number: int) -> None:
-    folder = door.home.path / "jobs" / "finished"
+def finish(endpoint: Endpoint, job: str, number: int) -> None:
+    folder = endpoint.home.path / "jobs" / "finished"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{number:06d}-{job}.toml").touch()
 
@@ -80,7 +80,7 @@ def line_of(bundle: Bundle, server: str) -> ModelLine:
 
 
 @pytest.fixture
-def line(offered: Door) -> Iterator[ModelLine]:
+def line(offered: Endpoint) -> Iterator[ModelLine]:
     line = line_of(offered.bundles["ada"], offered.public)
     yield line
     line.close()
@@ -96,7 +96,7 @@ def names(versions: Versions) -> list[str]:
 
 
 def test_the_last_finished_job_is_pulled_in_its_smallest_format(
-    offered: Door, line: ModelLine, versions: Versions
+    offered: Endpoint, line: ModelLine, versions: Versions
 ) -> None:
     shown: list[tuple[int, int]] = []
     pulled = pull(line, versions, progress=lambda done, total: shown.append((done, total)))
@@ -113,7 +113,7 @@ def test_the_last_finished_job_is_pulled_in_its_smallest_format(
     assert pull(line, versions).path == pulled.path
 
 
-def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Versions, offered: Door) -> None:
+def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Versions, offered: Endpoint) -> None:
     offer(offered, "running", "int4", 10)
     for job, form, words in (
         ("none", None, "job none: no exported model is offered; jobs with one: first"),
@@ -129,7 +129,7 @@ def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Ve
 
 
 def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
-    offered: Door, line: ModelLine, versions: Versions
+    offered: Endpoint, line: ModelLine, versions: Versions
 ) -> None:
     with pytest.raises(InputError, match="no previous version"):
         versions.roll_back()
@@ -180,7 +180,7 @@ def test_a_pull_that_was_broken_off_goes_on_where_it_was(
 
 
 def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
-    offered: Door, versions: Versions, monkeypatch: pytest.MonkeyPatch
+    offered: Endpoint, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAUSES", (0.05,) * 40)
     proxy = Proxy()
@@ -215,7 +215,7 @@ def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions, mo
     line.close()
 
 
-def test_only_enrolled_devices_may_ask(offered: Door, versions: Versions, tmp_path: Path) -> None:
+def test_only_enrolled_devices_may_ask(offered: Endpoint, versions: Versions, tmp_path: Path) -> None:
     bundle = offered.bundles["ada"]
     for wrong in (replace(bundle, node_key=make_node_key()), replace(bundle, name="nobody")):
         line = line_of(wrong, offered.public)
@@ -231,7 +231,7 @@ def test_only_enrolled_devices_may_ask(offered: Door, versions: Versions, tmp_pa
     line.close()
 
 
-def test_a_signature_is_good_for_one_request_and_one_minute(offered: Door) -> None:
+def test_a_signature_is_good_for_one_request_and_one_minute(offered: Endpoint) -> None:
     body, key = encode(DescribeModel(PROTOCOL_VERSION)), load_node_key(offered.bundles["ada"].node_key)
     headers = sign_request(key, "ada", DESCRIBE, int(time.time()), body)
     assert offered.post(DESCRIBE, headers, body=body).status_code == 200
@@ -252,7 +252,7 @@ def test_a_device_whose_clock_is_wrong_pulls_all_the_same(
     assert pull(line, versions).received > BIG
 
 
-def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Door, line: ModelLine) -> None:
+def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, line: ModelLine) -> None:
     described = line.describe(None, None)
     digest = hashlib.sha256(described.manifest).hexdigest()
 
@@ -281,8 +281,8 @@ class Liar(ModelLine):
         self.manifest = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
         self.content, self.job = content, job
 
-    def describe(self, job: str | None, form: str | None) -> ModelOffer:
-        return ModelOffer(PROTOCOL_VERSION, self.job, "int4", self.manifest)
+    def describe(self, job: str | None, form: str | None) -> ModelDescription:
+        return ModelDescription(PROTOCOL_VERSION, self.job, "int4", self.manifest)
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
         yield self.content[wanted.offset : wanted.offset + wanted.size]
@@ -336,7 +336,11 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_travels(vers
 
 @pytest.mark.parametrize("kilobytes", [200, 1500, 3100])
 def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitted(
-    offered: Door, line: ModelLine, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, kilobytes: int
+    offered: Endpoint,
+    line: ModelLine,
+    small_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kilobytes: int,
 ) -> None:
     disk = small_disk(kilobytes)
     versions = Versions(disk / "models")
@@ -377,7 +381,7 @@ def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(
     assert shown < 70
 
 
-def test_a_version_that_was_tampered_with_is_pulled_anew(line: ModelLine, versions: Versions) -> None:
+def test_a_version_that_was_tampered_with_is_pulled_again(line: ModelLine, versions: Versions) -> None:
     path = pull(line, versions).path
     with (path / "model.onnx.data").open("r+b") as file:
         file.write(b"\x01")
@@ -385,12 +389,12 @@ def test_a_version_that_was_tampered_with_is_pulled_anew(line: ModelLine, versio
     verify(path)
 
 
-def test_an_export_that_was_made_anew_meanwhile_is_said(
-    offered: Door, line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+def test_an_export_that_was_made_again_meanwhile_is_said(
+    offered: Endpoint, line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ModelLine.describe
 
-    def described(self: ModelLine, job: str | None, form: str | None) -> ModelOffer:
+    def described(self: ModelLine, job: str | None, form: str | None) -> ModelDescription:
         found = real(self, job, form)
         path = offered.home.path / "runs" / "first" / "onnx" / "int4" / MANIFEST
         path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))

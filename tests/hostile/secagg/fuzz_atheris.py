@@ -19,13 +19,13 @@ import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 sys.path.insert(0, str(Path(__file__).parents[2] / "federation"))
 
 with atheris.instrument_imports(include=["fedtune"]):
-    from secure_stand import Stand
+    from secure_fixture import Fixture
 
     from fedtune.core.errors import PeerError
 
 NAMES = [f"client-{index}" for index in range(5)]
 VICTIM = NAMES[0]
-HONEST = Stand(NAMES)
+HONEST = Fixture(NAMES)
 HONEST.run()
 
 
@@ -33,24 +33,24 @@ def one_input(data: bytes) -> None:
     provider: Any = atheris.FuzzedDataProvider(data)
     stage, to_client = provider.ConsumeIntInRange(0, 4), provider.ConsumeBool()
     noise = provider.ConsumeBytes(provider.remaining_bytes())
-    stand = Stand(NAMES)
-    round_ = stand.open()
+    fixture = Fixture(NAMES)
+    round_ = fixture.open()
     for reached, exchange in enumerate(round_.exchanges()):
         for name in exchange.requests:
             if reached == stage and name == VICTIM:
                 if to_client:
                     with contextlib.suppress(PeerError):
-                        deliver(stand.rounds, stage, noise, exchange.requests[VICTIM][-1])
+                        deliver(fixture.rounds, stage, noise, exchange.requests[VICTIM][-1])
                 else:
                     round_.take_in(name, noise)
                     continue
             try:
-                round_.take_in(name, stand.answer(name, exchange))
+                round_.take_in(name, fixture.answer(name, exchange))
             except PeerError as error:
                 round_.give_up(name, str(error))
-    stand.state, record = round_.close()
+    fixture.state, record = round_.close()
     if len(record.survivors) == len(NAMES) and record.aborted is None:
-        assert stand.digest == HONEST.digest, "every update is in the sum, and the sum is another"
+        assert fixture.digest == HONEST.digest, "every update is in the sum, and the sum is another"
 
 
 def deliver(rounds: Any, stage: int, noise: bytes, request: bytes) -> None:

@@ -68,13 +68,15 @@ MUTANTS = (
     Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
     Mutant("policy's minimum of a tier", "config.py", "if lowest < least:", "if False:"),
     Mutant("who may collude in a tier", "config.py", "least = max(least, part(", "least = max(least, 0 * part("),
-    Mutant("strangers in the cohort", "client.py", "        if strangers:", "        if False:"),
-    Mutant("own invitation", "client.py", "if not seats or self.roster", "if self.roster"),
+    Mutant(
+        "unauthenticated clients in the cohort", "client.py", "        if unauthenticated clients:", "        if False:"
+    ),
+    Mutant("own invitation", "client.py", "if not client indices or self.roster", "if self.roster"),
     Mutant(
         "own pinned identity",
         "client.py",
-        "if not seats or self.roster.keys[self.client] != self.identity.public:",
-        "if not seats:",
+        "if not client indices or self.roster.keys[self.client] != self.identity.public:",
+        "if not client indices:",
     ),
     Mutant("base and adapter digests", "client.py", "            if theirs != ours:", "            if False:"),
     Mutant("round served before", "client.py", "if last is not None and mark <= last:", "if False:"),
@@ -92,7 +94,7 @@ MUTANTS = (
     ),
     # what a client asks of the key list
     Mutant("own entry in the key list", "client.py", "if state.entry not in keys.entries:", "if False:"),
-    Mutant("keys unique", "client.py", "entry.mask_key)}) != 2 * len(seats):", "entry.mask_key)}) < 0:"),
+    Mutant("keys unique", "client.py", "entry.mask_key)}) != 2 * len(client indices):", "entry.mask_key)}) < 0:"),
     Mutant("keys of small order", "client.py", "if is_weak(entry.share_key) or is_weak(entry.mask_key):", "if False:"),
     Mutant(
         "signatures over keys",
@@ -101,20 +103,28 @@ MUTANTS = (
         "if False:",
     ),
     Mutant("enough advertisers", "client.py", '        _check_enough(state.config, advertisers, "advertisers")\n', ""),
-    # what a client asks of the boxes
+    # what a client asks of the encrypted shares
     Mutant("enough sharers", "client.py", '        _check_enough(config, sharers, "sharers")\n', ""),
-    Mutant("number of boxes", "client.py", "if len(delivery.boxes) != BOX_BYTES * len(senders):", "if False:"),
     Mutant(
-        "tag of a box", "client.py", "    if opened is None:", "    if opened is None and not (opened := bytes(64)):"
+        "number of encrypted shares",
+        "client.py",
+        "if len(delivery.encrypted shares) != ENCRYPTED_SHARE_BYTES * len(senders):",
+        "if False:",
     ),
     Mutant(
-        "direction of a box",
+        "tag of an encrypted share",
+        "client.py",
+        "    if opened is None:",
+        "    if opened is None and not (opened := bytes(64)):",
+    ),
+    Mutant(
+        "direction of an encrypted share",
         "transcript.py",
-        '"box", sender, receiver)\n\n    def box_associated',
-        '"box")\n\n    def box_associated',
+        '"encrypted share", sender, receiver)\n\n    def share_associated',
+        '"encrypted share")\n\n    def share_associated',
     ),
     Mutant(
-        "boxes bound to the key list",
+        "encrypted shares bound to the key list",
         "transcript.py",
         "self.salt = self.digest + config_digest",
         "self.salt = config_digest",
@@ -126,7 +136,7 @@ MUTANTS = (
     ),
     Mutant("a tier's own minimum", "config.py", "if by_tier[tier] < config.tier_minimums[tier]:", "if False:"),
     Mutant("sets within the set before", "client.py", "if not found <= frozenset(within):", "if False:"),
-    Mutant("sets increasing", "client.py", "if not increasing(seats):", "if False:"),
+    Mutant("sets increasing", "client.py", "if not increasing(client indices):", "if False:"),
     Mutant("client in every set", "client.py", "if own is not None and own not in found:", "if False:"),
     Mutant("votes reach the quorum", "client.py", "if len(voters) < config.quorum:", "if False:"),
     Mutant(
@@ -185,10 +195,10 @@ MUTANTS = (
     Mutant(
         "server: asked at all",
         "server.py",
-        "if exchange is None or seat is None or seat not in self._asked:",
-        "if exchange is None or seat is None:",
+        "if exchange is None or client index is None or client index not in self._asked:",
+        "if exchange is None or client index is None:",
     ),
-    Mutant("server: answered once", "server.py", "if seat in self._answered:", "if False:"),
+    Mutant("server: answered once", "server.py", "if client index in self._answered:", "if False:"),
     Mutant(
         "server: messages of one round",
         "server.py",
@@ -203,7 +213,12 @@ MUTANTS = (
     ),
     Mutant("server: keys unique", "server.py", "if len(keys) < 2 or keys & self._keys_in_use:", "if False:"),
     Mutant("server: keys of small order", "server.py", "if any(is_weak(key) for key in keys):", "if False:"),
-    Mutant("server: number of boxes", "server.py", "if len(message.boxes) != BOX_BYTES * len(receivers):", "if False:"),
+    Mutant(
+        "server: number of encrypted shares",
+        "server.py",
+        "if len(message.encrypted shares) != ENCRYPTED_SHARE_BYTES * len(receivers):",
+        "if False:",
+    ),
     Mutant("server: number of segments", "server.py", "if len(message.segments) != len(indices):", "if False:"),
     Mutant("server: size of segments", "server.py", "            if len(data) != size:", "            if False:"),
     Mutant(

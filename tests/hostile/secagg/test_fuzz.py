@@ -65,7 +65,9 @@ def test_damaged_answers_never_crash_the_server_and_never_spoil_the_sum_of_other
     first = data.draw(st.sampled_from([Stage.ADVERTISE, Stage.SHARE, Stage.VOTE, Stage.UNMASK]))
     requests = rehearsal.until(first, updates)
     silent: set[str] = set()
-    with contextlib.suppress(RoundAbortedError, ServerFaultError):  # the latter where a box of it does not open
+    with contextlib.suppress(
+        RoundAbortedError, ServerFaultError
+    ):  # the latter where an encrypted share of it does not open
         while requests:
             if "client-0" in requests and "client-0" not in silent and rehearsal.server.stage is not Stage.MASK:
                 answer = rehearsal.answer("client-0", requests["client-0"], updates)

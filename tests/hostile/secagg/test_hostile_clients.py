@@ -10,9 +10,9 @@ import pytest
 
 from fedtune.core.secagg import ClientFaultError, Identity, RoundAbortedError, Segment, ServerFaultError, Stage
 from fedtune.core.secagg.exchanged import (
-    BOX_BYTES,
+    ENCRYPTED_SHARE_BYTES,
     Advertisement,
-    Boxes,
+    EncryptedShares,
     MaskedInput,
     Message,
     Reveal,
@@ -26,18 +26,20 @@ from fedtune.core.secagg.transcript import advertisement_statement
 
 SEGMENTS = (Segment("v", 16, 13, 1000, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
 STAGES = (Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.VOTE, Stage.UNMASK)
-KINDS = dict(zip(STAGES, ("Advertisement", "Boxes", "MaskedInput", "Vote", "Reveal"), strict=True))
+KINDS = dict(zip(STAGES, ("Advertisement", "EncryptedShares", "MaskedInput", "Vote", "Reveal"), strict=True))
 ANY_SIZE = 1 << 24
 
 
-class Stand:
+class Fixture:
     """Five clients up to one exchange, where client-0 turns hostile."""
 
     def __init__(self, stage: Stage, gone: tuple[int, ...] = ()) -> None:
         self.rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
         self.server = self.rehearsal.server
         self.updates = random_updates(self.server.config)
-        self.requests = self.rehearsal.until(stage, self.updates, {Stage.MASK: {f"client-{seat}" for seat in gone}})
+        self.requests = self.rehearsal.until(
+            stage, self.updates, {Stage.MASK: {f"client-{client_index}" for client_index in gone}}
+        )
 
     def honest(self, kind: type[Any], client: str = "client-0") -> Any:
         """What the client would have answered."""
@@ -68,8 +70,8 @@ def changed(message: Any, **fields: Any) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("spoil", ["empty", "cut", "longer", "huge", "text", "other kind"])
 def test_malformed_and_oversized_answers_are_refused_in_every_exchange(stage: Stage, spoil: str) -> None:
-    stand = Stand(stage)
-    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    fixture = Fixture(stage)
+    reply = fixture.rehearsal.answer("client-0", fixture.requests["client-0"], fixture.updates)
     other = Vote(bytes(32), bytes(64)) if stage is not Stage.VOTE else Reveal(bytes(32), b"")
     spoilt = {
         "empty": b"",
@@ -79,49 +81,49 @@ def test_malformed_and_oversized_answers_are_refused_in_every_exchange(stage: St
         "text": b'["Vote", "..."]',
         "other kind": encode(other),
     }[spoil]
-    stand.refuses(spoilt, "expected at most" if spoil == "huge" else KINDS[stage])
+    fixture.refuses(spoilt, "expected at most" if spoil == "huge" else KINDS[stage])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_second_answer_is_refused_in_every_exchange(stage: Stage) -> None:
-    stand = Stand(stage)
-    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
-    stand.server.receive("client-0", reply)
+    fixture = Fixture(stage)
+    reply = fixture.rehearsal.answer("client-0", fixture.requests["client-0"], fixture.updates)
+    fixture.server.receive("client-0", reply)
     with pytest.raises(ClientFaultError, match="has answered already"):
-        stand.server.receive("client-0", reply)
-    for client in stand.server.waiting:
-        stand.server.receive(client, stand.rehearsal.answer(client, stand.requests[client], stand.updates))
-    requests = stand.server.advance()
+        fixture.server.receive("client-0", reply)
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, fixture.rehearsal.answer(client, fixture.requests[client], fixture.updates))
+    requests = fixture.server.advance()
     while requests:
-        requests = stand.rehearsal.exchange(requests, stand.updates)
-    result = stand.server.result
-    assert np.array_equal(result.sums["v"], plain_sum(stand.updates, "v", result.survivors))
+        requests = fixture.rehearsal.exchange(requests, fixture.updates)
+    result = fixture.server.result
+    assert np.array_equal(result.sums["v"], plain_sum(fixture.updates, "v", result.survivors))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_answer_that_comes_after_its_exchange_is_refused(stage: Stage) -> None:
-    stand = Stand(stage)
-    late = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
-    stand.requests = stand.rehearsal.exchange(stand.requests, stand.updates, {"client-0"})
+    fixture = Fixture(stage)
+    late = fixture.rehearsal.answer("client-0", fixture.requests["client-0"], fixture.updates)
+    fixture.requests = fixture.rehearsal.exchange(fixture.requests, fixture.updates, {"client-0"})
     with pytest.raises(ClientFaultError, match="nothing is asked of it"):
-        stand.server.receive("client-0", late)
-    stand.finish_without_client_0()
+        fixture.server.receive("client-0", late)
+    fixture.finish_without_client_0()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_answer_of_another_round_is_refused_in_every_exchange(stage: Stage) -> None:
-    stand, other = Stand(stage), Stand(stage)
+    fixture, other = Fixture(stage), Fixture(stage)
     replayed = other.rehearsal.answer("client-0", other.requests["client-0"], other.updates)
-    stand.refuses(replayed, "belongs to another round")
+    fixture.refuses(replayed, "belongs to another round")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_answer_from_somebody_who_was_not_asked_is_refused(stage: Stage) -> None:
-    stand = Stand(stage)
-    reply = stand.rehearsal.answer("client-0", stand.requests["client-0"], stand.updates)
+    fixture = Fixture(stage)
+    reply = fixture.rehearsal.answer("client-0", fixture.requests["client-0"], fixture.updates)
     with pytest.raises(ClientFaultError, match="nothing is asked of it"):
-        stand.server.receive("stranger", reply)
-    stand.finish_without_client_0()
+        fixture.server.receive("stranger", reply)
+    fixture.finish_without_client_0()
 
 
 def test_nothing_is_taken_before_the_round_is_opened_or_after_it_ended() -> None:
@@ -137,27 +139,27 @@ def test_nothing_is_taken_before_the_round_is_opened_or_after_it_ended() -> None
 
 
 def test_there_is_no_sum_before_the_last_exchange() -> None:
-    stand = Stand(Stage.UNMASK)
+    fixture = Fixture(Stage.UNMASK)
     with pytest.raises(RoundAbortedError, match="there is no sum at unmask"):
-        _ = stand.server.result
+        _ = fixture.server.result
 
 
 def test_keys_that_are_not_signed_by_the_pinned_identity_are_refused() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    honest = stand.honest(Advertisement)
+    fixture = Fixture(Stage.ADVERTISE)
+    honest = fixture.honest(Advertisement)
     statement = advertisement_statement(honest.config, 0, honest.share_key, honest.mask_key)
-    stand.refuses(changed(honest, signature=Identity.generate().sign(statement)), "not signed by its pinned identity")
+    fixture.refuses(changed(honest, signature=Identity.generate().sign(statement)), "not signed by its pinned identity")
 
 
 def test_keys_copied_from_another_client_are_refused() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    theirs = stand.honest(Advertisement, "client-1")
-    stand.server.receive("client-1", encode(theirs))
-    stand.requests.pop("client-1")
-    copied = stand.rehearsal.clients["client-0"].identity.sign(
+    fixture = Fixture(Stage.ADVERTISE)
+    theirs = fixture.honest(Advertisement, "client-1")
+    fixture.server.receive("client-1", encode(theirs))
+    fixture.requests.pop("client-1")
+    copied = fixture.rehearsal.clients["client-0"].identity.sign(
         advertisement_statement(theirs.config, 0, theirs.mask_key, theirs.share_key)
     )
-    stand.refuses(Advertisement(theirs.config, theirs.mask_key, theirs.share_key, copied), "in use already")
+    fixture.refuses(Advertisement(theirs.config, theirs.mask_key, theirs.share_key, copied), "in use already")
 
 
 @pytest.mark.parametrize(
@@ -169,17 +171,22 @@ def test_keys_copied_from_another_client_are_refused() -> None:
     ],
 )
 def test_weak_and_repeated_keys_are_refused(share_key: bytes, mask_key: bytes, reason: str) -> None:
-    stand = Stand(Stage.ADVERTISE)
-    config = stand.honest(Advertisement).config
-    identity = stand.rehearsal.clients["client-0"].identity
+    fixture = Fixture(Stage.ADVERTISE)
+    config = fixture.honest(Advertisement).config
+    identity = fixture.rehearsal.clients["client-0"].identity
     signature = identity.sign(advertisement_statement(config, 0, share_key, mask_key))
-    stand.refuses(Advertisement(config, share_key, mask_key, signature), reason)
+    fixture.refuses(Advertisement(config, share_key, mask_key, signature), reason)
 
 
-@pytest.mark.parametrize("size", [0, BOX_BYTES * 3, BOX_BYTES * 4 + 1, BOX_BYTES * 5])
-def test_another_number_of_boxes_than_there_are_holders_is_refused(size: int) -> None:
-    stand = Stand(Stage.SHARE)
-    stand.refuses(changed(stand.honest(Boxes), boxes=bytes(size)), f"{size} bytes of boxes, expected 80")
+@pytest.mark.parametrize(
+    "size", [0, ENCRYPTED_SHARE_BYTES * 3, ENCRYPTED_SHARE_BYTES * 4 + 1, ENCRYPTED_SHARE_BYTES * 5]
+)
+def test_another_number_of_encrypted_shares_than_there_are_holders_is_refused(size: int) -> None:
+    fixture = Fixture(Stage.SHARE)
+    fixture.refuses(
+        changed(fixture.honest(EncryptedShares), encrypted_shares=bytes(size)),
+        f"{size} bytes of encrypted shares, expected 80",
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,29 +202,29 @@ def test_another_number_of_boxes_than_there_are_holders_is_refused(size: int) ->
 def test_a_masked_input_of_another_size_is_refused_and_leaves_no_trace(
     segments: tuple[bytes, ...], reason: str
 ) -> None:
-    stand = Stand(Stage.MASK)
-    stand.refuses(MaskedInput(stand.honest(MaskedInput).config, segments), reason)
+    fixture = Fixture(Stage.MASK)
+    fixture.refuses(MaskedInput(fixture.honest(MaskedInput).config, segments), reason)
 
 
 def test_a_masked_input_whose_second_segment_is_wrong_leaves_no_trace_of_the_first() -> None:
-    stand = Stand(Stage.MASK)
-    honest = stand.honest(MaskedInput)
-    stand.refuses(changed(honest, segments=(honest.segments[0], b"")), "segment weight: 0 bytes")
+    fixture = Fixture(Stage.MASK)
+    honest = fixture.honest(MaskedInput)
+    fixture.refuses(changed(honest, segments=(honest.segments[0], b"")), "segment weight: 0 bytes")
 
 
 def test_a_vote_for_other_survivors_is_refused() -> None:
-    stand = Stand(Stage.VOTE)
-    honest = stand.honest(Vote)
-    transcript = stand.rehearsal.clients["client-0"].state.transcript  # type: ignore[attr-defined]
-    other = stand.rehearsal.clients["client-0"].identity.sign(transcript.vote_statement(range(5), range(4)))
-    stand.refuses(changed(honest, signature=other), "not for these survivors")
+    fixture = Fixture(Stage.VOTE)
+    honest = fixture.honest(Vote)
+    transcript = fixture.rehearsal.clients["client-0"].state.transcript  # type: ignore[attr-defined]
+    other = fixture.rehearsal.clients["client-0"].identity.sign(transcript.vote_statement(range(5), range(4)))
+    fixture.refuses(changed(honest, signature=other), "not for these survivors")
 
 
 def test_a_vote_signed_by_somebody_else_is_refused() -> None:
-    stand = Stand(Stage.VOTE)
-    theirs = stand.honest(Vote, "client-1")
-    stand.requests.pop("client-1")
-    stand.refuses(theirs, "not signed by its pinned identity")
+    fixture = Fixture(Stage.VOTE)
+    theirs = fixture.honest(Vote, "client-1")
+    fixture.requests.pop("client-1")
+    fixture.refuses(theirs, "not signed by its pinned identity")
 
 
 @pytest.mark.parametrize(
@@ -230,59 +237,61 @@ def test_a_vote_signed_by_somebody_else_is_refused() -> None:
     ],
 )
 def test_shares_of_another_number_or_out_of_the_field_are_refused(shares: bytes, reason: str) -> None:
-    stand = Stand(Stage.UNMASK)
-    stand.refuses(changed(stand.honest(Reveal), shares=shares), reason)
+    fixture = Fixture(Stage.UNMASK)
+    fixture.refuses(changed(fixture.honest(Reveal), shares=shares), reason)
 
 
 def test_wrong_shares_never_spoil_the_sum_and_their_sender_is_named() -> None:
-    stand = Stand(Stage.UNMASK)
-    stand.server.receive("client-0", encode(changed(stand.honest(Reveal), shares=bytes(32 * 5))))
-    for client in stand.server.waiting:
-        stand.server.receive(client, encode(stand.honest(Reveal, client)))
-    stand.server.advance()
-    assert stand.server.result.liars == ("client-0",)
-    assert np.array_equal(stand.server.result.sums["v"], plain_sum(stand.updates, "v", stand.server.result.survivors))
+    fixture = Fixture(Stage.UNMASK)
+    fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 5))))
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
+    fixture.server.advance()
+    assert fixture.server.result.liars == ("client-0",)
+    assert np.array_equal(
+        fixture.server.result.sums["v"], plain_sum(fixture.updates, "v", fixture.server.result.survivors)
+    )
 
 
 def test_more_wrong_shares_than_can_be_corrected_abort_the_round_instead_of_giving_a_wrong_sum() -> None:
-    stand = Stand(Stage.UNMASK, gone=(4,))
-    stand.server.receive("client-0", encode(changed(stand.honest(Reveal), shares=bytes(32 * 5))))
-    for client in stand.server.waiting:
-        stand.server.receive(client, encode(stand.honest(Reveal, client)))
+    fixture = Fixture(Stage.UNMASK, gone=(4,))
+    fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 5))))
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     with pytest.raises(RoundAbortedError, match="the shares of client-0 do not fit together"):
-        stand.server.advance()
-    assert stand.server.stage is Stage.ABORTED
+        fixture.server.advance()
+    assert fixture.server.stage is Stage.ABORTED
 
 
 def test_a_wrong_share_of_a_dropout_alone_is_noticed_too() -> None:
-    stand = Stand(Stage.UNMASK, gone=(4,))
-    honest = stand.honest(Reveal)
-    stand.server.receive("client-0", encode(changed(honest, shares=honest.shares[: 4 * 32] + bytes(32))))
-    for client in stand.server.waiting:
-        stand.server.receive(client, encode(stand.honest(Reveal, client)))
+    fixture = Fixture(Stage.UNMASK, gone=(4,))
+    honest = fixture.honest(Reveal)
+    fixture.server.receive("client-0", encode(changed(honest, shares=honest.shares[: 4 * 32] + bytes(32))))
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     with pytest.raises(RoundAbortedError, match="the shares of client-4 do not fit together"):
-        stand.server.advance()
+        fixture.server.advance()
 
 
-def test_a_client_that_deals_boxes_nobody_can_open_is_found_by_its_receivers() -> None:
-    stand = Stand(Stage.SHARE)
-    honest = stand.honest(Boxes)
-    stand.server.receive("client-0", encode(changed(honest, boxes=bytes(len(honest.boxes)))))
-    for client in stand.server.waiting:
-        stand.server.receive(client, encode(stand.honest(Boxes, client)))
-    requests = stand.server.advance()
+def test_a_client_that_deals_encrypted_shares_nobody_can_open_is_found_by_its_receivers() -> None:
+    fixture = Fixture(Stage.SHARE)
+    honest = fixture.honest(EncryptedShares)
+    fixture.server.receive("client-0", encode(changed(honest, encrypted_shares=bytes(len(honest.encrypted_shares)))))
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, encode(fixture.honest(EncryptedShares, client)))
+    requests = fixture.server.advance()
     with pytest.raises(ServerFaultError, match="was changed on its way or is not from it") as refusal:
-        stand.rehearsal.answer("client-1", requests["client-1"], stand.updates)
+        fixture.rehearsal.answer("client-1", requests["client-1"], fixture.updates)
     assert refusal.value.suspect == "client-0"
 
 
 def test_a_commitment_to_another_seed_aborts_the_round_and_names_its_owner() -> None:
-    stand = Stand(Stage.SHARE)
-    stand.server.receive("client-0", encode(changed(stand.honest(Boxes), commitment=bytes(32))))
-    for client in stand.server.waiting:
-        stand.server.receive(client, encode(stand.honest(Boxes, client)))
-    requests = stand.server.advance()
-    while stand.server.stage is not Stage.UNMASK:
-        requests = stand.rehearsal.exchange(requests, stand.updates)
+    fixture = Fixture(Stage.SHARE)
+    fixture.server.receive("client-0", encode(changed(fixture.honest(EncryptedShares), commitment=bytes(32))))
+    for client in fixture.server.waiting:
+        fixture.server.receive(client, encode(fixture.honest(EncryptedShares, client)))
+    requests = fixture.server.advance()
+    while fixture.server.stage is not Stage.UNMASK:
+        requests = fixture.rehearsal.exchange(requests, fixture.updates)
     with pytest.raises(RoundAbortedError, match="the shares of client-0 do not fit together"):
-        stand.rehearsal.exchange(requests, stand.updates)
+        fixture.rehearsal.exchange(requests, fixture.updates)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secure_stand import LAYOUT, Stand
+from secure_fixture import LAYOUT, Fixture
 
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import PeerError
@@ -25,15 +25,15 @@ NAMES = [f"client-{index}" for index in range(6)]
 VICTIM = NAMES[0]
 
 
-def in_the_open(stand: Stand, request: TrainRequest, names: list[str]) -> Vector:
+def in_the_open(fixture: Fixture, request: TrainRequest, names: list[str]) -> Vector:
     """What the round must come to: the same contributions, added where all can see them."""
     from fedtune.core.codec import MaskableCodec
     from fedtune.core.codec.uplink import RingSum, ring_zero
 
-    terms = stand.device.terms(request)
+    terms = fixture.device.terms(request)
     totals = [ring_zero(each) for each in terms]
     for name in names:
-        parts = stand.device.contribute(name, request).parts
+        parts = fixture.device.contribute(name, request).parts
         totals = [RingSum(MaskableCodec(each.bits).add(sum_.total, part, each.context()), sum_.contributors + 1)
                   for each, sum_, part in zip(terms, totals, parts, strict=True)]  # fmt: skip
     return finish_ring(totals, terms)[0]
@@ -44,38 +44,40 @@ def in_the_open(stand: Stand, request: TrainRequest, names: list[str]) -> Vector
 def test_whoever_vanishes_whenever_the_sum_is_that_of_the_survivors_or_there_is_none(
     losses: list[tuple[str, str]],
 ) -> None:
-    stand = Stand(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])
-    before = stand.state
+    fixture = Fixture(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])
+    before = fixture.state
     gone = dict(losses)
     order = {kind: index for index, kind in enumerate(SECURE_EXCHANGES)}
-    record = stand.run(lambda name, kind: name in gone and order[kind] >= order[gone[name]])
+    record = fixture.run(lambda name, kind: name in gone and order[kind] >= order[gone[name]])
     survivors = [name for name in NAMES if name not in gone or order[gone[name]] > 2]
     assert len(gone) > 2 or record.aborted is None
     assert [client.id for client in record.survivors] == survivors or record.aborted
     if record.aborted:
-        assert stand.state.adapter.tobytes() == before.adapter.tobytes()
+        assert fixture.state.adapter.tobytes() == before.adapter.tobytes()
         assert record.secure is None
     else:
         request = decode(
-            TrainingRequest.of(Stand(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])),
+            TrainingRequest.of(
+                Fixture(NAMES, ["secure_aggregation.max_dropout=0.34", "federation.aggregation=fedavg"])
+            ),
             TrainRequest,
         )
         expected = before.adapter.copy()
-        expected[LAYOUT.segment("ab")] += in_the_open(stand, request, survivors)
-        assert stand.state.adapter.tobytes() == expected.tobytes()
-    assert stand.run().aborted is None, "the next round runs, whatever became of this one"
+        expected[LAYOUT.segment("ab")] += in_the_open(fixture, request, survivors)
+        assert fixture.state.adapter.tobytes() == expected.tobytes()
+    assert fixture.run().aborted is None, "the next round runs, whatever became of this one"
 
 
 class TrainingRequest:
     """What a server asks for in its first round."""
 
     @staticmethod
-    def of(stand: Stand) -> bytes:
-        return stand.open().requests.payload(VICTIM)
+    def of(fixture: Fixture) -> bytes:
+        return fixture.open().requests.payload(VICTIM)
 
 
-def first_message(stand: Stand) -> tuple[bytes, bytes]:
-    exchange = next(stand.open().exchanges())
+def first_message(fixture: Fixture) -> tuple[bytes, bytes]:
+    exchange = next(fixture.open().exchanges())
     config, request = exchange.requests[VICTIM]
     return config, request
 
@@ -120,84 +122,84 @@ def of_work(**changes: Any) -> Callable[[TrainRequest], TrainRequest]:
 def test_a_configuration_that_is_not_about_the_request_beside_it_is_refused(
     lie: Callable[[bytes, bytes], tuple[bytes, bytes]], refusal: str
 ) -> None:
-    stand = Stand(NAMES)
-    honest = first_message(stand)
+    fixture = Fixture(NAMES)
+    honest = first_message(fixture)
     with pytest.raises(PeerError, match=refusal):
-        stand.rounds.open(VICTIM, *lie(*honest))
-    assert stand.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
+        fixture.rounds.open(VICTIM, *lie(*honest))
+    assert fixture.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
 
 
-def test_a_client_that_is_asked_for_another_tier_than_its_seats_refuses() -> None:
+def test_a_client_that_is_asked_for_another_tier_than_its_client_indices_refuses() -> None:
     names = [f"client-{index}" for index in range(12)]
     ranks = {name: 2 if index % 2 else 4 for index, name in enumerate(names)}
-    stand = Stand(names, ["adapter.tiers=[2, 4]"], ranks)
-    honest = first_message(stand)
+    fixture = Fixture(names, ["adapter.tiers=[2, 4]"], ranks)
+    honest = first_message(fixture)
     assert decode(honest[1], TrainRequest).tier == 4
     with pytest.raises(PeerError, match=r"not about what client-0 is asked: tier$"):
-        stand.rounds.open(VICTIM, *changed_request(lambda request: msgspec.structs.replace(request, tier=2))(*honest))
-    assert stand.rounds.open(VICTIM, *honest)
+        fixture.rounds.open(VICTIM, *changed_request(lambda request: msgspec.structs.replace(request, tier=2))(*honest))
+    assert fixture.rounds.open(VICTIM, *honest)
 
 
 def test_a_client_trains_once_a_round_and_sends_one_masked_update() -> None:
-    stand = Stand(NAMES)
-    round_ = stand.open()
+    fixture = Fixture(NAMES)
+    round_ = fixture.open()
     exchanges = round_.exchanges()
     for _ in range(2):
         exchange = next(exchanges)
         for name in NAMES:
-            round_.take_in(name, stand.answer(name, exchange))
+            round_.take_in(name, fixture.answer(name, exchange))
     (delivery,) = next(exchanges).requests[VICTIM]
-    assert stand.rounds.train(VICTIM, delivery)
+    assert fixture.rounds.train(VICTIM, delivery)
     with pytest.raises(PeerError, match="out of order"):
-        stand.rounds.train(VICTIM, delivery)
+        fixture.rounds.train(VICTIM, delivery)
 
 
 def test_no_exchange_is_answered_before_a_round_is_open_or_after_it_is_over() -> None:
-    stand = Stand(NAMES)
-    for step in (stand.rounds.share, stand.rounds.train, stand.rounds.vote, stand.rounds.unmask):
+    fixture = Fixture(NAMES)
+    for step in (fixture.rounds.share, fixture.rounds.train, fixture.rounds.vote, fixture.rounds.unmask):
         with pytest.raises(PeerError, match="no secure round is open"):
             step(VICTIM, b"")
-    stand.run()
+    fixture.run()
     with pytest.raises(PeerError, match="no secure round is open"):
-        stand.rounds.unmask(VICTIM, b"")
+        fixture.rounds.unmask(VICTIM, b"")
 
 
 def test_a_round_that_was_opened_is_never_served_again() -> None:
-    stand = Stand(NAMES)
-    before = stand.state
-    stand.run()
-    stand.state = before
-    again = stand.run()
+    fixture = Fixture(NAMES)
+    before = fixture.state
+    fixture.run()
+    fixture.state = before
+    again = fixture.run()
     assert "0 clients" in (again.aborted or "")
     assert all("the last one served" in (client.dropped or "") for client in again.clients)
 
 
 def test_a_round_that_was_cut_off_early_is_tried_again_by_a_server_that_restarts() -> None:
-    stand = Stand(NAMES)
-    exchange = next(stand.open().exchanges())
+    fixture = Fixture(NAMES)
+    exchange = next(fixture.open().exchanges())
     for name in NAMES:
-        stand.answer(name, exchange)  # and the server is gone
-    assert stand.run().aborted is None
+        fixture.answer(name, exchange)  # and the server is gone
+    assert fixture.run().aborted is None
 
 
 def test_residuals_are_settled_by_those_who_opened_the_sum_and_by_nobody_else() -> None:
-    stand = Stand(NAMES)
-    stand.run(lambda name, kind: name == VICTIM and kind == SECURE_EXCHANGES[4])
-    assert stand.device.kept == NAMES[1:]
+    fixture = Fixture(NAMES)
+    fixture.run(lambda name, kind: name == VICTIM and kind == SECURE_EXCHANGES[4])
+    assert fixture.device.kept == NAMES[1:]
 
 
 def test_a_new_round_ends_the_one_that_was_open() -> None:
-    stand = Stand(NAMES)
-    stand.rounds.open(VICTIM, *first_message(stand))
-    stand.rounds.open(VICTIM, *first_message(stand))
-    assert stand.run().aborted is None
+    fixture = Fixture(NAMES)
+    fixture.rounds.open(VICTIM, *first_message(fixture))
+    fixture.rounds.open(VICTIM, *first_message(fixture))
+    assert fixture.run().aborted is None
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 4), st.binary(max_size=300), st.booleans(), st.integers(0, 1 << 20))
 def test_bytes_from_nowhere_are_refused_and_change_nothing(stage: int, noise: bytes, mutate: bool, place: int) -> None:
-    stand = Stand(NAMES)
-    round_ = stand.open()
+    fixture = Fixture(NAMES)
+    round_ = fixture.open()
     for reached, exchange in enumerate(round_.exchanges()):
         if reached == stage:
             parts = list(exchange.requests[VICTIM])
@@ -207,12 +209,18 @@ def test_bytes_from_nowhere_are_refused_and_change_nothing(stage: int, noise: by
                 parts[0] = bytes(spoiled)
             else:
                 parts[0] = noise
-            steps = (stand.rounds.open, stand.rounds.share, stand.rounds.train, stand.rounds.vote, stand.rounds.unmask)
+            steps = (
+                fixture.rounds.open,
+                fixture.rounds.share,
+                fixture.rounds.train,
+                fixture.rounds.vote,
+                fixture.rounds.unmask,
+            )
             with pytest.raises(PeerError):
                 steps[stage](VICTIM, *parts)
             round_.take_in(NAMES[1], noise)  # and the server refuses a client's noise
         for name in exchange.requests:
-            round_.take_in(name, stand.answer(name, exchange) if reached < stage or name != NAMES[1] else noise)
+            round_.take_in(name, fixture.answer(name, exchange) if reached < stage or name != NAMES[1] else noise)
     after, record = round_.close()
     assert np.isfinite(after.adapter).all()
-    assert record.aborted is None or after.adapter.tobytes() == stand.state.adapter.tobytes()
+    assert record.aborted is None or after.adapter.tobytes() == fixture.state.adapter.tobytes()

@@ -28,7 +28,7 @@ from fedtune.core.secagg import (
 )
 from fedtune.core.secagg.client_session import Ended
 from fedtune.core.secagg.exchanged import (
-    BOX_BYTES,
+    ENCRYPTED_SHARE_BYTES,
     Advertisement,
     Delivery,
     KeyEntry,
@@ -54,14 +54,14 @@ SEGMENTS = (Segment("v", 16, 16, 1000, (0,)),)
 ANY_SIZE = 1 << 24
 
 
-class Stand:
+class Fixture:
     """An honest cohort up to one exchange, and the victim's next request for a test to tamper with."""
 
     def __init__(self, stage: Stage, clients: int = 5, gone: tuple[int, ...] = ()) -> None:
         self.rehearsal = Rehearsal.prepare([0] * clients, SEGMENTS)
         self.config = self.rehearsal.server.config
         self.updates = random_updates(self.config)
-        silent = {Stage.MASK: {f"client-{seat}" for seat in gone}}
+        silent = {Stage.MASK: {f"client-{client_index}" for client_index in gone}}
         self.requests = self.rehearsal.until(stage, self.updates, silent)
         self.victim = self.rehearsal.clients["client-0"]
 
@@ -114,15 +114,15 @@ def changed(message: Any, **fields: Any) -> Any:
 def test_a_configuration_that_takes_less_care_or_contradicts_itself_is_refused(
     fields: dict[str, object], reason: str
 ) -> None:
-    stand = Stand(Stage.ADVERTISE)
-    stand.refuses(changed(stand.config, **fields), reason)
+    fixture = Fixture(Stage.ADVERTISE)
+    fixture.refuses(changed(fixture.config, **fields), reason)
 
 
 def test_a_configuration_below_the_clients_own_minimum_is_refused() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    session = fresh_session(stand, policy=Policy(0.1, min_survivors=5, min_tier_survivors=1))
+    fixture = Fixture(Stage.ADVERTISE)
+    session = fresh_session(fixture, policy=Policy(0.1, min_survivors=5, min_tier_survivors=1))
     with pytest.raises(ServerFaultError, match="minimum of 4 survivors is below this client's 5"):
-        advertise(session, stand.config)
+        advertise(session, fixture.config)
 
 
 def test_a_tier_in_which_all_but_one_may_collude_is_refused() -> None:
@@ -139,123 +139,127 @@ def test_a_tier_in_which_all_but_one_may_collude_is_refused() -> None:
 
 
 def test_more_collusion_than_the_server_admits_needs_a_higher_threshold() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    session = fresh_session(stand, policy=Policy(max_corrupt=0.4, min_survivors=2, min_tier_survivors=1))
+    fixture = Fixture(Stage.ADVERTISE)
+    session = fresh_session(fixture, policy=Policy(max_corrupt=0.4, min_survivors=2, min_tier_survivors=1))
     with pytest.raises(ServerFaultError, match="threshold 3 of 5 is below 4"):
-        advertise(session, stand.config)
+        advertise(session, fixture.config)
 
 
 def test_a_cohort_without_this_client_is_refused() -> None:
-    stand = Stand(Stage.ADVERTISE, clients=6)
-    others = changed(stand.config, cohort=tuple(stand.config.cohort[1:]), degree=4, threshold=3, quorum=3, minimum=4)
-    stand.refuses(others, "client-0 is not invited")
+    fixture = Fixture(Stage.ADVERTISE, clients=6)
+    others = changed(
+        fixture.config, cohort=tuple(fixture.config.cohort[1:]), degree=4, threshold=3, quorum=3, minimum=4
+    )
+    fixture.refuses(others, "client-0 is not invited")
 
 
 def test_a_roster_that_pins_another_key_for_this_client_is_refused() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    session = fresh_session(stand, identity=Identity.generate())
+    fixture = Fixture(Stage.ADVERTISE)
+    session = fresh_session(fixture, identity=Identity.generate())
     with pytest.raises(ServerFaultError, match="pinned under another key"):
-        advertise(session, stand.config)
+        advertise(session, fixture.config)
 
 
 @pytest.mark.parametrize("mark", [RoundMark(1, 0), RoundMark(0, 9), RoundMark(1, 1)])
 def test_a_round_that_was_served_or_is_older_is_refused_even_after_a_restart(tmp_path: Path, mark: RoundMark) -> None:
-    stand = Stand(Stage.ADVERTISE)
+    fixture = Fixture(Stage.ADVERTISE)
     log = tmp_path / "rounds.json"
-    served = changed(stand.config, round=1, attempt=1)
-    advertise(fresh_session(stand, log=FileRoundLog(log)), served)
-    restarted = fresh_session(stand, log=FileRoundLog(log))
+    served = changed(fixture.config, round=1, attempt=1)
+    advertise(fresh_session(fixture, log=FileRoundLog(log)), served)
+    restarted = fresh_session(fixture, log=FileRoundLog(log))
     with pytest.raises(ServerFaultError, match="is not after"):
-        advertise(restarted, changed(stand.config, round=mark.round, attempt=mark.attempt, nonce=bytes(32)))
-    advertise(restarted, changed(stand.config, round=1, attempt=2))
+        advertise(restarted, changed(fixture.config, round=mark.round, attempt=mark.attempt, nonce=bytes(32)))
+    advertise(restarted, changed(fixture.config, round=1, attempt=2))
 
 
 def test_a_round_is_remembered_before_the_first_byte_is_answered(tmp_path: Path) -> None:
-    stand = Stand(Stage.ADVERTISE)
+    fixture = Fixture(Stage.ADVERTISE)
     unwritable = FileRoundLog(tmp_path / "missing" / "rounds.json")
-    session = fresh_session(stand, log=unwritable)
+    session = fresh_session(fixture, log=unwritable)
     with pytest.raises(OSError, match="missing"):
-        advertise(session, stand.config)
+        advertise(session, fixture.config)
 
 
 def test_a_round_whose_sum_was_revealed_is_never_summed_a_second_time(tmp_path: Path) -> None:
     """Two sums of the same updates, one of them without client-4, would show what client-4 sent."""
-    stand = Stand(Stage.ADVERTISE)
+    fixture = Fixture(Stage.ADVERTISE)
     logs = {f"client-{i}": FileRoundLog(tmp_path / f"{i}.json") for i in range(5)}
-    identities = {name: session.identity for name, session in stand.rehearsal.clients.items()}
-    Rehearsal.start(stand.config, identities, stand.victim.roster, logs).run(stand.updates)
-    session = fresh_session(stand, log=logs["client-0"])
+    identities = {name: session.identity for name, session in fixture.rehearsal.clients.items()}
+    Rehearsal.start(fixture.config, identities, fixture.victim.roster, logs).run(fixture.updates)
+    session = fresh_session(fixture, log=logs["client-0"])
     with pytest.raises(ServerFaultError, match="is not after"):
-        advertise(session, changed(stand.config, attempt=7, nonce=bytes(32)))
-    advertise(session, changed(stand.config, round=2, nonce=bytes(32)))
+        advertise(session, changed(fixture.config, attempt=7, nonce=bytes(32)))
+    advertise(session, changed(fixture.config, round=2, nonce=bytes(32)))
 
 
 # Exchange 1: keys
 
 
 def test_keys_swapped_between_two_clients_are_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
     a, b = keys.entries[1], keys.entries[2]
     swapped = changed(a, share_key=b.share_key), changed(b, share_key=a.share_key)
-    stand.refuses(changed(keys, entries=(keys.entries[0], *swapped, *keys.entries[3:])), "did not sign")
+    fixture.refuses(changed(keys, entries=(keys.entries[0], *swapped, *keys.entries[3:])), "did not sign")
 
 
 @pytest.mark.parametrize("field", ["share_key", "mask_key"])
 def test_keys_of_the_servers_own_are_refused(field: str) -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
     forged = changed(keys.entries[3], **{field: Agreement(b"\x01" * 32).public})
-    stand.refuses(changed(keys, entries=(*keys.entries[:3], forged, *keys.entries[4:])), "did not sign")
+    fixture.refuses(changed(keys, entries=(*keys.entries[:3], forged, *keys.entries[4:])), "did not sign")
 
 
 def test_keys_signed_by_somebody_else_are_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    stand.refuses(
-        changed(keys, entries=(*keys.entries[:4], signed_entry(stand, 4, Identity.generate()))),
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    fixture.refuses(
+        changed(keys, entries=(*keys.entries[:4], signed_entry(fixture, 4, Identity.generate()))),
         "client-4 did not sign",
     )
 
 
 def test_keys_of_another_round_are_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    earlier = msgspec.structs.replace(stand.config, nonce=bytes(32))
-    replayed = signed_entry(stand, 4, stand.rehearsal.clients["client-4"].identity, earlier)
-    stand.refuses(changed(keys, entries=(*keys.entries[:4], replayed)), "client-4 did not sign")
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    earlier = msgspec.structs.replace(fixture.config, nonce=bytes(32))
+    replayed = signed_entry(fixture, 4, fixture.rehearsal.clients["client-4"].identity, earlier)
+    fixture.refuses(changed(keys, entries=(*keys.entries[:4], replayed)), "client-4 did not sign")
 
 
-def test_one_clients_keys_listed_a_second_time_under_another_seat_are_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    stand.refuses(changed(keys, entries=(*keys.entries[:4], changed(keys.entries[3], seat=4))), "a key occurs twice")
+def test_one_clients_keys_listed_a_second_time_under_another_client_index_are_refused() -> None:
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    fixture.refuses(
+        changed(keys, entries=(*keys.entries[:4], changed(keys.entries[3], client_index=4))), "a key occurs twice"
+    )
 
 
 def test_two_keys_shared_by_two_clients_that_both_signed_are_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    colluder = stand.rehearsal.clients["client-4"].identity
-    copied = signed_entry(stand, 4, colluder, mask_key=keys.entries[3].mask_key)
-    stand.refuses(changed(keys, entries=(*keys.entries[:4], copied)), "a key occurs twice")
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    colluder = fixture.rehearsal.clients["client-4"].identity
+    copied = signed_entry(fixture, 4, colluder, mask_key=keys.entries[3].mask_key)
+    fixture.refuses(changed(keys, entries=(*keys.entries[:4], copied)), "a key occurs twice")
 
 
 @pytest.mark.parametrize("field", ["share_key", "mask_key"])
 @pytest.mark.parametrize("weak", [bytes(32), b"\x01" + bytes(31), (2**255 - 20).to_bytes(32, "little")])
 def test_keys_of_small_order_are_refused(field: str, weak: bytes) -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    colluder = stand.rehearsal.clients["client-4"].identity
-    entry = signed_entry(stand, 4, colluder, share_key=weak) if field == "share_key" else None
-    entry = entry or signed_entry(stand, 4, colluder, mask_key=weak)
-    stand.refuses(changed(keys, entries=(*keys.entries[:4], entry)), "is weak")
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    colluder = fixture.rehearsal.clients["client-4"].identity
+    entry = signed_entry(fixture, 4, colluder, share_key=weak) if field == "share_key" else None
+    entry = entry or signed_entry(fixture, 4, colluder, mask_key=weak)
+    fixture.refuses(changed(keys, entries=(*keys.entries[:4], entry)), "is weak")
 
 
 def test_an_own_entry_that_was_replaced_is_refused_even_with_a_good_signature() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    stand.refuses(
-        changed(keys, entries=(signed_entry(stand, 0, stand.victim.identity), *keys.entries[1:])), "own entry"
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    fixture.refuses(
+        changed(keys, entries=(signed_entry(fixture, 0, fixture.victim.identity), *keys.entries[1:])), "own entry"
     )
 
 
@@ -269,60 +273,75 @@ def test_an_own_entry_that_was_replaced_is_refused_even_with_a_good_signature() 
     ],
 )
 def test_a_key_list_that_is_too_short_or_out_of_order_is_refused(chosen: tuple[int, ...], reason: str) -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    stand.refuses(changed(keys, entries=tuple(keys.entries[seat] for seat in chosen)), reason)
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    fixture.refuses(changed(keys, entries=tuple(keys.entries[client_index] for client_index in chosen)), reason)
 
 
-def test_a_seat_that_was_not_invited_is_refused() -> None:
-    stand = Stand(Stage.SHARE)
-    keys = stand.read(KeyList)
-    stand.refuses(changed(keys, entries=(*keys.entries[:4], changed(keys.entries[4], seat=7))), "cannot be there")
+def test_a_client_index_that_was_not_invited_is_refused() -> None:
+    fixture = Fixture(Stage.SHARE)
+    keys = fixture.read(KeyList)
+    fixture.refuses(
+        changed(keys, entries=(*keys.entries[:4], changed(keys.entries[4], client_index=7))), "cannot be there"
+    )
 
 
-# Exchange 2: boxes
+# Exchange 2: encrypted shares
 
 
-@pytest.mark.parametrize("position", [0, 40, BOX_BYTES - 1])
+@pytest.mark.parametrize("position", [0, 40, ENCRYPTED_SHARE_BYTES - 1])
 def test_a_box_with_one_bit_changed_is_refused(position: int) -> None:
-    stand = Stand(Stage.MASK)
-    delivery = stand.read(Delivery)
-    boxes = bytearray(delivery.boxes)
-    boxes[2 * BOX_BYTES + position] ^= 1
-    stand.refuses(changed(delivery, boxes=bytes(boxes)), "the one from client-3 was changed")
+    fixture = Fixture(Stage.MASK)
+    delivery = fixture.read(Delivery)
+    encrypted_shares = bytearray(delivery.encrypted_shares)
+    encrypted_shares[2 * ENCRYPTED_SHARE_BYTES + position] ^= 1
+    fixture.refuses(changed(delivery, encrypted_shares=bytes(encrypted_shares)), "the one from client-3 was changed")
 
 
-def test_boxes_routed_to_the_wrong_place_are_refused() -> None:
-    stand = Stand(Stage.MASK)
-    delivery = stand.read(Delivery)
-    first, second, *rest = pieces(delivery.boxes, BOX_BYTES)
-    stand.refuses(changed(delivery, boxes=b"".join([second, first, *rest])), "from client-1 was changed")
+def test_encrypted_shares_routed_to_the_wrong_place_are_refused() -> None:
+    fixture = Fixture(Stage.MASK)
+    delivery = fixture.read(Delivery)
+    first, second, *rest = pieces(delivery.encrypted_shares, ENCRYPTED_SHARE_BYTES)
+    fixture.refuses(changed(delivery, encrypted_shares=b"".join([second, first, *rest])), "from client-1 was changed")
 
 
 def test_a_box_for_another_receiver_is_refused() -> None:
-    stand = Stand(Stage.MASK)
-    delivery = stand.read(Delivery)
-    theirs = pieces(stand.read(Delivery, "client-1").boxes, BOX_BYTES)  # from client-0, -2, -3, -4
-    ours = pieces(delivery.boxes, BOX_BYTES)  # from client-1, -2, -3, -4
-    stand.refuses(changed(delivery, boxes=b"".join([ours[0], theirs[1], *ours[2:]])), "from client-2 was changed")
+    fixture = Fixture(Stage.MASK)
+    delivery = fixture.read(Delivery)
+    theirs = pieces(
+        fixture.read(Delivery, "client-1").encrypted_shares, ENCRYPTED_SHARE_BYTES
+    )  # from client-0, -2, -3, -4
+    ours = pieces(delivery.encrypted_shares, ENCRYPTED_SHARE_BYTES)  # from client-1, -2, -3, -4
+    fixture.refuses(
+        changed(delivery, encrypted_shares=b"".join([ours[0], theirs[1], *ours[2:]])), "from client-2 was changed"
+    )
 
 
 def test_a_clients_own_box_sent_back_to_it_is_refused() -> None:
-    stand = Stand(Stage.MASK)
-    delivery = stand.read(Delivery)
-    own = pieces(stand.read(Delivery, "client-1").boxes, BOX_BYTES)[0]  # client-0's box for client-1
-    stand.refuses(changed(delivery, boxes=own + delivery.boxes[BOX_BYTES:]), "from client-1 was changed")
+    fixture = Fixture(Stage.MASK)
+    delivery = fixture.read(Delivery)
+    own = pieces(fixture.read(Delivery, "client-1").encrypted_shares, ENCRYPTED_SHARE_BYTES)[
+        0
+    ]  # client-0's encrypted share for client-1
+    fixture.refuses(
+        changed(delivery, encrypted_shares=own + delivery.encrypted_shares[ENCRYPTED_SHARE_BYTES:]),
+        "from client-1 was changed",
+    )
 
 
-def test_boxes_of_another_round_are_refused() -> None:
-    stand, earlier = Stand(Stage.MASK), Stand(Stage.MASK)
-    stand.refuses(changed(stand.read(Delivery), boxes=earlier.read(Delivery).boxes), "was changed")
+def test_encrypted_shares_of_another_round_are_refused() -> None:
+    fixture, earlier = Fixture(Stage.MASK), Fixture(Stage.MASK)
+    fixture.refuses(
+        changed(fixture.read(Delivery), encrypted_shares=earlier.read(Delivery).encrypted_shares), "was changed"
+    )
 
 
-@pytest.mark.parametrize("size", [0, BOX_BYTES * 3, BOX_BYTES * 4 - 1, BOX_BYTES * 5])
-def test_another_number_of_boxes_than_there_are_senders_is_refused(size: int) -> None:
-    stand = Stand(Stage.MASK)
-    stand.refuses(changed(stand.read(Delivery), boxes=bytes(size)), f"boxes: {size} bytes")
+@pytest.mark.parametrize(
+    "size", [0, ENCRYPTED_SHARE_BYTES * 3, ENCRYPTED_SHARE_BYTES * 4 - 1, ENCRYPTED_SHARE_BYTES * 5]
+)
+def test_another_number_of_encrypted_shares_than_there_are_senders_is_refused(size: int) -> None:
+    fixture = Fixture(Stage.MASK)
+    fixture.refuses(changed(fixture.read(Delivery), encrypted_shares=bytes(size)), f"encrypted shares: {size} bytes")
 
 
 @pytest.mark.parametrize(
@@ -337,9 +356,9 @@ def test_another_number_of_boxes_than_there_are_senders_is_refused(size: int) ->
 def test_a_set_of_sharers_that_is_too_small_or_not_a_part_of_the_key_list_is_refused(
     sharers: tuple[int, ...], reason: str
 ) -> None:
-    stand = Stand(Stage.MASK)
-    boxes = stand.read(Delivery).boxes[: BOX_BYTES * (len(sharers) - 1)]
-    stand.refuses(Delivery(config_digest(stand.config), sharers, boxes), reason)
+    fixture = Fixture(Stage.MASK)
+    encrypted_shares = fixture.read(Delivery).encrypted_shares[: ENCRYPTED_SHARE_BYTES * (len(sharers) - 1)]
+    fixture.refuses(Delivery(config_digest(fixture.config), sharers, encrypted_shares), reason)
 
 
 # Exchange 3: survivors
@@ -357,8 +376,8 @@ def test_a_set_of_sharers_that_is_too_small_or_not_a_part_of_the_key_list_is_ref
 def test_a_set_of_survivors_that_is_too_small_or_not_a_part_of_the_sharers_is_refused(
     survivors: tuple[int, ...], reason: str
 ) -> None:
-    stand = Stand(Stage.VOTE)
-    stand.refuses(Survivors(config_digest(stand.config), survivors), reason)
+    fixture = Fixture(Stage.VOTE)
+    fixture.refuses(Survivors(config_digest(fixture.config), survivors), reason)
 
 
 def test_a_survivor_that_never_shared_is_refused() -> None:
@@ -380,7 +399,9 @@ def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
         honest: Any = decode(rehearsal.until(stage, updates)["client-0"], kind, ANY_SIZE)
         without_last = {
             KeyList: lambda m: changed(m, entries=m.entries[:5]),
-            Delivery: lambda m: changed(m, sharers=m.sharers[:5], boxes=m.boxes[: 4 * BOX_BYTES]),
+            Delivery: lambda m: changed(
+                m, sharers=m.sharers[:5], encrypted_shares=m.encrypted_shares[: 4 * ENCRYPTED_SHARE_BYTES]
+            ),
             Survivors: lambda m: changed(m, survivors=m.survivors[:5]),
         }
         with pytest.raises(ServerFaultError, match="1 clients in tier 1, expected at least 2"):
@@ -388,76 +409,78 @@ def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
 
 
 def test_a_client_never_votes_for_a_second_set_of_survivors() -> None:
-    stand = Stand(Stage.VOTE)
-    stand.victim.vote(stand.requests["client-0"])
+    fixture = Fixture(Stage.VOTE)
+    fixture.victim.vote(fixture.requests["client-0"])
     for survivors in ((0, 1, 2, 3), (0, 1, 2, 3, 4)):
         with pytest.raises(ServerFaultError, match="out of order"):
-            stand.victim.vote(encode(Survivors(config_digest(stand.config), survivors)))
+            fixture.victim.vote(encode(Survivors(config_digest(fixture.config), survivors)))
 
 
 # Exchange 4: votes
 
 
 def test_fewer_votes_than_the_quorum_are_refused() -> None:
-    stand = Stand(Stage.UNMASK)
-    quorum = stand.read(Quorum)
-    stand.refuses(changed(quorum, voters=quorum.voters[:2], signatures=quorum.signatures[:128]), "votes: 2, expected")
+    fixture = Fixture(Stage.UNMASK)
+    quorum = fixture.read(Quorum)
+    fixture.refuses(changed(quorum, voters=quorum.voters[:2], signatures=quorum.signatures[:128]), "votes: 2, expected")
 
 
 def test_one_vote_counted_twice_is_refused() -> None:
-    stand = Stand(Stage.UNMASK)
-    quorum = stand.read(Quorum)
+    fixture = Fixture(Stage.UNMASK)
+    quorum = fixture.read(Quorum)
     once = quorum.signatures[:64]
-    stand.refuses(changed(quorum, voters=(0, 0, 0), signatures=once * 3), "strictly increasing")
+    fixture.refuses(changed(quorum, voters=(0, 0, 0), signatures=once * 3), "strictly increasing")
 
 
 def test_one_vote_under_several_names_is_refused() -> None:
-    stand = Stand(Stage.UNMASK)
-    quorum = stand.read(Quorum)
-    stand.refuses(changed(quorum, voters=(0, 1, 2), signatures=quorum.signatures[:64] * 3), "client-1 did not sign")
+    fixture = Fixture(Stage.UNMASK)
+    quorum = fixture.read(Quorum)
+    fixture.refuses(changed(quorum, voters=(0, 1, 2), signatures=quorum.signatures[:64] * 3), "client-1 did not sign")
 
 
 def test_a_forged_vote_is_refused() -> None:
-    stand = Stand(Stage.UNMASK)
-    quorum = stand.read(Quorum)
-    stand.refuses(changed(quorum, signatures=quorum.signatures[:-64] + bytes(64)), "client-2 did not sign")
+    fixture = Fixture(Stage.UNMASK)
+    quorum = fixture.read(Quorum)
+    fixture.refuses(changed(quorum, signatures=quorum.signatures[:-64] + bytes(64)), "client-2 did not sign")
 
 
 def test_a_vote_by_somebody_who_did_not_survive_is_refused() -> None:
-    stand = Stand(Stage.UNMASK, gone=(4,))
-    quorum = stand.read(Quorum)
-    stand.refuses(changed(quorum, voters=(*quorum.voters[:2], 4)), "cannot be there")
+    fixture = Fixture(Stage.UNMASK, gone=(4,))
+    quorum = fixture.read(Quorum)
+    fixture.refuses(changed(quorum, voters=(*quorum.voters[:2], 4)), "cannot be there")
 
 
 @pytest.mark.parametrize("size", [0, 64 * 3 - 1, 64 * 4])
 def test_another_number_of_signatures_than_voters_is_refused(size: int) -> None:
-    stand = Stand(Stage.UNMASK)
-    stand.refuses(changed(stand.read(Quorum), signatures=bytes(size)), f"{size} bytes of signatures")
+    fixture = Fixture(Stage.UNMASK)
+    fixture.refuses(changed(fixture.read(Quorum), signatures=bytes(size)), f"{size} bytes of signatures")
 
 
 def test_an_advertisement_does_not_pass_for_a_vote() -> None:
-    stand = Stand(Stage.UNMASK)
-    quorum = stand.read(Quorum)
-    entries = [advertised_entry(stand, seat) for seat in quorum.voters]
-    stand.refuses(changed(quorum, signatures=b"".join(entry.signature for entry in entries)), "did not sign")
+    fixture = Fixture(Stage.UNMASK)
+    quorum = fixture.read(Quorum)
+    entries = [advertised_entry(fixture, client_index) for client_index in quorum.voters]
+    fixture.refuses(changed(quorum, signatures=b"".join(entry.signature for entry in entries)), "did not sign")
 
 
 def test_two_views_of_the_survivors_never_both_find_a_quorum() -> None:
     """Half of the clients are told that client-3 dropped out, the others that client-4 did."""
-    stand = Stand(Stage.VOTE, clients=6)
-    digest, clients = config_digest(stand.config), stand.rehearsal.clients
+    fixture = Fixture(Stage.VOTE, clients=6)
+    digest, clients = config_digest(fixture.config), fixture.rehearsal.clients
     views = {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4), 2: (0, 1, 2, 3, 4), 3: (0, 1, 2, 3, 5), 5: (0, 1, 2, 3, 5)}
     votes = {
-        seat: decode(clients[f"client-{seat}"].vote(encode(Survivors(digest, view))), Vote, ANY_SIZE).signature
-        for seat, view in views.items()
+        client_index: decode(
+            clients[f"client-{client_index}"].vote(encode(Survivors(digest, view))), Vote, ANY_SIZE
+        ).signature
+        for client_index, view in views.items()
     }
-    assert stand.config.quorum == 4
+    assert fixture.config.quorum == 4
     for view in set(views.values()):
-        voters = [seat for seat in sorted(votes) if seat in view][:4]
-        both = encode(Quorum(digest, tuple(voters), b"".join(votes[seat] for seat in voters)))
-        for seat in (seat for seat in voters if views[seat] == view):
+        voters = [client_index for client_index in sorted(votes) if client_index in view][:4]
+        both = encode(Quorum(digest, tuple(voters), b"".join(votes[client_index] for client_index in voters)))
+        for client_index in (client_index for client_index in voters if views[client_index] == view):
             with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
-                clients[f"client-{seat}"].unmask(both)
+                clients[f"client-{client_index}"].unmask(both)
 
 
 def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
@@ -466,14 +489,16 @@ def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
     config, updates = rehearsal.server.config, random_updates(rehearsal.server.config)
     requests = rehearsal.until(Stage.MASK, updates)
     honest = decode(requests["client-0"], Delivery, ANY_SIZE)
-    narrowed = Delivery(honest.config, honest.sharers[:5], honest.boxes[: 4 * BOX_BYTES])
+    narrowed = Delivery(honest.config, honest.sharers[:5], honest.encrypted_shares[: 4 * ENCRYPTED_SHARE_BYTES])
     rehearsal.clients["client-0"].mask(encode(narrowed), updates["client-0"])
     votes = []
-    for seat in range(5):
-        if seat:
-            rehearsal.clients[f"client-{seat}"].mask(requests[f"client-{seat}"], updates[f"client-{seat}"])
+    for client_index in range(5):
+        if client_index:
+            rehearsal.clients[f"client-{client_index}"].mask(
+                requests[f"client-{client_index}"], updates[f"client-{client_index}"]
+            )
         told = encode(Survivors(config_digest(config), tuple(range(5))))
-        votes.append(decode(rehearsal.clients[f"client-{seat}"].vote(told), Vote, ANY_SIZE).signature)
+        votes.append(decode(rehearsal.clients[f"client-{client_index}"].vote(told), Vote, ANY_SIZE).signature)
     quorum = Quorum(config_digest(config), (1, 2, 3, 4), b"".join(votes[1:]))
     with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
         rehearsal.clients["client-0"].unmask(encode(quorum))
@@ -483,31 +508,31 @@ def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
 
 
 def test_a_client_reveals_once_and_then_nothing_more() -> None:
-    stand = Stand(Stage.UNMASK, gone=(4,))
-    secrets = list(stand.victim.state.secrets())
-    stand.victim.unmask(stand.requests["client-0"])
-    assert isinstance(stand.victim.state, Ended)
+    fixture = Fixture(Stage.UNMASK, gone=(4,))
+    secrets = list(fixture.victim.state.secrets())
+    fixture.victim.unmask(fixture.requests["client-0"])
+    assert isinstance(fixture.victim.state, Ended)
     assert all(secret.wiped for secret in secrets)
-    everybody_dropped = Survivors(config_digest(stand.config), (0, 1, 2, 3, 4))
+    everybody_dropped = Survivors(config_digest(fixture.config), (0, 1, 2, 3, 4))
     for step, message in (
-        (stand.victim.unmask, stand.requests["client-0"]),
-        (stand.victim.vote, encode(everybody_dropped)),
+        (fixture.victim.unmask, fixture.requests["client-0"]),
+        (fixture.victim.vote, encode(everybody_dropped)),
     ):
         with pytest.raises(ServerFaultError, match="this client is ended"):
             step(message)
 
 
 def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_the_other() -> None:
-    stand = Stand(Stage.SHARE)
-    states = {seat: stand.rehearsal.clients[f"client-{seat}"].state for seat in range(5)}
-    b = {seat: state.self_seed.value for seat, state in states.items()}  # type: ignore[attr-defined]
-    sigma = {seat: state.mask_seed.value for seat, state in states.items()}  # type: ignore[attr-defined]
-    requests = stand.requests
-    while stand.rehearsal.server.stage is not Stage.UNMASK:
-        silent = {"client-4"} if stand.rehearsal.server.stage is Stage.MASK else set()
-        requests = stand.rehearsal.exchange(requests, stand.updates, silent)
+    fixture = Fixture(Stage.SHARE)
+    states = {client_index: fixture.rehearsal.clients[f"client-{client_index}"].state for client_index in range(5)}
+    b = {client_index: state.self_seed.value for client_index, state in states.items()}  # type: ignore[attr-defined]
+    sigma = {client_index: state.mask_seed.value for client_index, state in states.items()}  # type: ignore[attr-defined]
+    requests = fixture.requests
+    while fixture.rehearsal.server.stage is not Stage.UNMASK:
+        silent = {"client-4"} if fixture.rehearsal.server.stage is Stage.MASK else set()
+        requests = fixture.rehearsal.exchange(requests, fixture.updates, silent)
     revealed = [
-        decode(stand.rehearsal.answer(c, r, stand.updates), Reveal, ANY_SIZE).shares for c, r in requests.items()
+        decode(fixture.rehearsal.answer(c, r, fixture.updates), Reveal, ANY_SIZE).shares for c, r in requests.items()
     ]
     for owner in range(5):
         shares = [to_element(pieces(each, 32)[owner]) for each in revealed]
@@ -519,20 +544,20 @@ def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_t
 
 def test_the_masked_input_of_a_recovered_dropout_stays_hidden_behind_its_self_mask() -> None:
     """The server keeps a late masked input back, has its owner's σ recovered, and takes off every pairwise mask."""
-    stand = Stand(Stage.SHARE)
-    sigma = stand.rehearsal.clients["client-4"].state.mask_seed.value  # type: ignore[attr-defined]
-    entries = decode(stand.requests["client-0"], KeyList, ANY_SIZE).entries
-    requests = stand.rehearsal.exchange(stand.requests, stand.updates)
-    late = decode(stand.rehearsal.answer("client-4", requests["client-4"], stand.updates), MaskedInput, ANY_SIZE)
-    requests = stand.rehearsal.exchange(requests, stand.updates, {"client-4"})
+    fixture = Fixture(Stage.SHARE)
+    sigma = fixture.rehearsal.clients["client-4"].state.mask_seed.value  # type: ignore[attr-defined]
+    entries = decode(fixture.requests["client-0"], KeyList, ANY_SIZE).entries
+    requests = fixture.rehearsal.exchange(fixture.requests, fixture.updates)
+    late = decode(fixture.rehearsal.answer("client-4", requests["client-4"], fixture.updates), MaskedInput, ANY_SIZE)
+    requests = fixture.rehearsal.exchange(requests, fixture.updates, {"client-4"})
     with pytest.raises(ClientFaultError, match="nothing is asked of it"):
-        stand.rehearsal.server.receive("client-4", encode(late))
+        fixture.rehearsal.server.receive("client-4", encode(late))
     words = {0: np.frombuffer(late.segments[0], word_type(16)).copy()}
-    transcript = Transcript(stand.config, config_digest(stand.config), entries)
+    transcript = Transcript(fixture.config, config_digest(fixture.config), entries)
     alone = words[0].copy()
     unmask_sums({0: alone}, transcript, frozenset(range(4)), {4: sigma})
     pairwise = words[0] - alone
-    plain = stand.updates["client-4"]["v"]
+    plain = fixture.updates["client-4"]["v"]
     assert pairwise.any()
     for exposed in (words[0] - pairwise, words[0] + pairwise):  # one of the two has the sign that client-4 gave them
         assert np.count_nonzero(exposed == plain) < 3
@@ -540,40 +565,46 @@ def test_the_masked_input_of_a_recovered_dropout_stays_hidden_behind_its_self_ma
 
 @pytest.mark.parametrize("stage", [Stage.SHARE, Stage.MASK, Stage.VOTE, Stage.UNMASK])
 def test_a_message_of_another_round_is_refused_in_every_exchange(stage: Stage) -> None:
-    stand, other = Stand(stage), Stand(stage)
-    before = stand.victim.state
+    fixture, other = Fixture(stage), Fixture(stage)
+    before = fixture.victim.state
     with pytest.raises(ServerFaultError, match="belongs to another round"):
-        stand.rehearsal.answer("client-0", other.requests["client-0"], stand.updates)
-    assert stand.victim.state is before
+        fixture.rehearsal.answer("client-0", other.requests["client-0"], fixture.updates)
+    assert fixture.victim.state is before
 
 
 def test_clients_that_were_shown_different_adapters_do_not_recognise_each_others_keys() -> None:
-    stand = Stand(Stage.ADVERTISE)
-    configs = {0: stand.config, **{seat: changed(stand.config, adapter_digest="3" * 64) for seat in range(1, 5)}}
+    fixture = Fixture(Stage.ADVERTISE)
+    configs = {
+        0: fixture.config,
+        **{client_index: changed(fixture.config, adapter_digest="3" * 64) for client_index in range(1, 5)},
+    }
     entries = []
-    for seat, config in configs.items():
-        session = stand.rehearsal.clients[f"client-{seat}"]
+    for client_index, config in configs.items():
+        session = fixture.rehearsal.clients[f"client-{client_index}"]
         answer = decode(advertise(session, config), Advertisement, ANY_SIZE)
-        entries.append(KeyEntry(seat, answer.share_key, answer.mask_key, answer.signature))
+        entries.append(KeyEntry(client_index, answer.share_key, answer.mask_key, answer.signature))
     with pytest.raises(ServerFaultError, match="client-1 did not sign"):
-        stand.victim.share(encode(KeyList(config_digest(stand.config), tuple(entries))))
+        fixture.victim.share(encode(KeyList(config_digest(fixture.config), tuple(entries))))
 
 
-def test_clients_that_were_shown_different_keys_cannot_open_each_others_boxes() -> None:
+def test_clients_that_were_shown_different_keys_cannot_open_each_others_encrypted_shares() -> None:
     """Two key lists, both well signed, differ in whether client-5 advertised."""
-    stand = Stand(Stage.SHARE, clients=6)
-    keys = stand.read(KeyList)
+    fixture = Fixture(Stage.SHARE, clients=6)
+    keys = fixture.read(KeyList)
     without = encode(changed(keys, entries=keys.entries[:5]))
-    for seat in range(1, 6):
-        stand.rehearsal.server.receive(
-            f"client-{seat}", stand.rehearsal.answer(f"client-{seat}", stand.requests[f"client-{seat}"], stand.updates)
+    for client_index in range(1, 6):
+        fixture.rehearsal.server.receive(
+            f"client-{client_index}",
+            fixture.rehearsal.answer(
+                f"client-{client_index}", fixture.requests[f"client-{client_index}"], fixture.updates
+            ),
         )
-    stand.victim.share(without)
-    requests = stand.rehearsal.server.advance()
+    fixture.victim.share(without)
+    requests = fixture.rehearsal.server.advance()
     honest = decode(requests["client-1"], Delivery, ANY_SIZE)
-    told = Delivery(honest.config, (0, 1, 2, 3, 4), honest.boxes[: 4 * BOX_BYTES])
+    told = Delivery(honest.config, (0, 1, 2, 3, 4), honest.encrypted_shares[: 4 * ENCRYPTED_SHARE_BYTES])
     with pytest.raises(ServerFaultError, match="from client-1 was changed"):
-        stand.victim.mask(encode(told), stand.updates["client-0"])
+        fixture.victim.mask(encode(told), fixture.updates["client-0"])
 
 
 def test_a_refusal_never_shows_a_secret() -> None:
@@ -583,25 +614,25 @@ def test_a_refusal_never_shows_a_secret() -> None:
         (Stage.VOTE, Survivors),
         (Stage.UNMASK, Quorum),
     ):
-        stand = Stand(stage)
-        secrets = [secret.value for secret in stand.victim.state.secrets()]
+        fixture = Fixture(stage)
+        secrets = [secret.value for secret in fixture.victim.state.secrets()]
         for spoilt in (
             b"",
             bytes(100),
-            stand.requests["client-0"][:-1],
-            encode(changed(stand.read(kind), config=bytes(32))),
+            fixture.requests["client-0"][:-1],
+            encode(changed(fixture.read(kind), config=bytes(32))),
         ):
             with pytest.raises(ServerFaultError) as refusal:
-                stand.rehearsal.answer("client-0", spoilt, stand.updates)
+                fixture.rehearsal.answer("client-0", spoilt, fixture.updates)
             shown = f"{refusal.value!r} {refusal.value.__cause__!r}"
             assert not any(secret.hex() in shown or repr(secret)[2:-1] in shown for secret in secrets)
 
 
 def fresh_session(
-    stand: Stand, identity: Identity | None = None, policy: Policy = LENIENT, log: FileRoundLog | None = None
+    fixture: Fixture, identity: Identity | None = None, policy: Policy = LENIENT, log: FileRoundLog | None = None
 ) -> ClientSession:
     """Another session of client-0, as after a restart."""
-    old = stand.victim
+    old = fixture.victim
     return ClientSession("client-0", identity or old.identity, Roster(old.roster.keys), policy, log or old.log)
 
 
@@ -611,8 +642,8 @@ def advertise(session: ClientSession, config: RoundConfig) -> bytes:
 
 
 def signed_entry(
-    stand: Stand,
-    seat: int,
+    fixture: Fixture,
+    client_index: int,
     signer: Identity,
     config: RoundConfig | None = None,
     share_key: bytes | None = None,
@@ -620,12 +651,12 @@ def signed_entry(
 ) -> KeyEntry:
     """Keys of the server's choice with a signature over them."""
     share_key, mask_key = share_key or Agreement(b"\x02" * 32).public, mask_key or Agreement(b"\x03" * 32).public
-    statement = advertisement_statement(config_digest(config or stand.config), seat, share_key, mask_key)
-    return KeyEntry(seat, share_key, mask_key, signer.sign(statement))
+    statement = advertisement_statement(config_digest(config or fixture.config), client_index, share_key, mask_key)
+    return KeyEntry(client_index, share_key, mask_key, signer.sign(statement))
 
 
-def advertised_entry(stand: Stand, seat: int) -> KeyEntry:
+def advertised_entry(fixture: Fixture, client_index: int) -> KeyEntry:
     """The entry of a client in the key list that everybody agreed on."""
-    state: Any = stand.victim.state
-    entry: KeyEntry = state.transcript.keys[seat]
+    state: Any = fixture.victim.state
+    entry: KeyEntry = state.transcript.keys[client_index]
     return entry

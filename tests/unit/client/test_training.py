@@ -99,7 +99,7 @@ def test_the_loop_is_adamw_on_the_mean_loss_with_clipping(make_model: MakeModel)
     for step in steps_of_epoch(examples, task.batch_tokens, task.seed, 0)[:3]:
         model.gradient.zero_()
         batch = collate(step, model.base.device)
-        loss = completion_loss(model.readout, batch)
+        loss = completion_loss(model.lm_head, batch)
         torch.autograd.backward(loss / len(batch.targets))
         losses, tokens = losses + float(loss.detach()), tokens + len(batch.targets)
         adapter.grad = model.gradient * min(1.0, 0.05 / float(model.gradient.norm()))
@@ -179,8 +179,8 @@ def test_epochs_are_passes_over_the_examples(make_model: MakeModel, epochs: floa
     assert train_locally(model, examples, start_of(model), task).steps == steps
 
 
-def exploding_loss(readout: Any, batch: Any) -> torch.Tensor:
-    loss = completion_loss(readout, batch)
+def exploding_loss(lm_head: Any, batch: Any) -> torch.Tensor:
+    loss = completion_loss(lm_head, batch)
     loss.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
     return loss
 

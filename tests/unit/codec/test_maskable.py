@@ -21,7 +21,7 @@ COUNTS = st.sampled_from([0, 1, 2, 3, 31, 33, 64, 100, 257, 1000, 1025, 2100])
 def context_of(
     count: int, density: float = 1.0, clip: float = 1.0, n_max: int = 20, rotation: bool = True
 ) -> RoundContext:
-    return RoundContext(5, select_public(count, density, seed=5, turn=count), clip, n_max, rotation)
+    return RoundContext(5, select_public(count, density, seed=5, selection_phase=count), clip, n_max, rotation)
 
 
 def vector_of(count: int, seed: int, scale: float = 0.05) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_the_sum_in_the_ring_is_the_plain_sum_and_decodes_to_the_sum_of_what_eac
     assert total.words.tolist() == np.sum([contribution.words for contribution in contributions], axis=0).tolist()
 
     mean = codec.decode_sum(total, len(weights), context)
-    own_weights = [contribution.lanes[0] / 65536 for contribution in contributions]
+    own_weights = [contribution.auxiliary[0] / 65536 for contribution in contributions]
     expected = sum(
         weight * codec.transmitted(contribution, context).astype(np.float64)
         for weight, contribution in zip(own_weights, contributions, strict=True)
@@ -173,7 +173,7 @@ def test_without_rotation_nothing_is_padded_and_one_large_value_is_cut_at_the_ra
 def test_an_update_beyond_the_clip_is_shortened_to_it_and_its_norm_counts_as_at_most_four_clips() -> None:
     codec, context = MaskableCodec(8), context_of(3000, clip=1.0)
     contribution = codec.encode(vector_of(3000, 0, scale=1.0), 1.0, 11, context)
-    assert contribution.lanes.tolist() == [65536, 65536]
+    assert contribution.auxiliary.tolist() == [65536, 65536]
     assert np.linalg.norm(codec.transmitted(contribution, context)) == pytest.approx(1.0, rel=0.01)
 
 
@@ -221,12 +221,12 @@ def test_sums_that_cannot_be_are_refused() -> None:
     codec, context = MaskableCodec(4), context_of(100)
     good = codec.encode(vector_of(100, 0), 1.0, 11, context)
     with pytest.raises(PeerError, match="100 words"):
-        codec.decode_sum(RingUpdate(good.words[1:], good.lanes), 1, context)
+        codec.decode_sum(RingUpdate(good.words[1:], good.auxiliary), 1, context)
     with pytest.raises(PeerError, match="the masks did not cancel"):
-        codec.decode_sum(RingUpdate(good.words + np.uint32(16), good.lanes), 1, context)
+        codec.decode_sum(RingUpdate(good.words + np.uint32(16), good.auxiliary), 1, context)
     with pytest.raises(PeerError, match="weights"):
-        codec.decode_sum(RingUpdate(good.words, good.lanes * np.uint32(0)), 1, context)
-    with pytest.raises(PeerError, match="a lane of 1 clients"):
-        codec.decode_sum(RingUpdate(good.words, good.lanes + np.uint32(65536)), 1, context)
+        codec.decode_sum(RingUpdate(good.words, good.auxiliary * np.uint32(0)), 1, context)
+    with pytest.raises(PeerError, match="an auxiliary sum of 1 clients"):
+        codec.decode_sum(RingUpdate(good.words, good.auxiliary + np.uint32(65536)), 1, context)
     with pytest.raises(RunError, match="survivors"):
         codec.decode_sum(good, 21, context)

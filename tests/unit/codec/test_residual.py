@@ -78,7 +78,7 @@ def test_the_residual_is_exactly_what_was_not_sent() -> None:
 
 def test_under_masks_the_residual_holds_what_selection_clip_and_rounding_left_out() -> None:
     update, codec = centres()[0], MaskableCodec(bits=8)
-    context = RoundContext(3, select_public(COUNT, 0.5, 3, turn=0), clip=1.0, n_max=CLIENTS)
+    context = RoundContext(3, select_public(COUNT, 0.5, 3, selection_phase=0), clip=1.0, n_max=CLIENTS)
     unsent = update - codec.transmitted(codec.encode(update, 1.0, 11, context), context)
     assert np.array_equal(unsent[~context.selection], update[~context.selection])
     selected = update[context.selection]

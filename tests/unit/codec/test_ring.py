@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from fedtune.core.codec.quantization import dequantize_sum, quantize
-from fedtune.core.codec.ring import LANE_ONE, MAX_COHORT, Ring, lane_sum, norm_word, weight_word
+from fedtune.core.codec.ring import AUXILIARY_ONE, MAX_COHORT, Ring, auxiliary_total, norm_word, weight_word
 from fedtune.core.errors import JobError, PeerError, RunError
 
 EXTREMES = np.array([3.4e38, -3.4e38, 1.0, -1.0, 1.0000001, 0.99999994, 0.0, -0.0, 1e-45], dtype=np.float32)
@@ -78,8 +78,10 @@ def test_a_sum_that_no_honest_clients_have_is_refused() -> None:
 @given(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=20))
 def test_summed_weights_are_the_weights_that_were_used(weights: list[float]) -> None:
     words = [weight_word(weight) for weight in weights]
-    assert lane_sum(sum(words), len(words)) == sum(words) / LANE_ONE
-    assert all(abs(word / LANE_ONE - weight) <= 1 / LANE_ONE for word, weight in zip(words, weights, strict=True))
+    assert auxiliary_total(sum(words), len(words)) == sum(words) / AUXILIARY_ONE
+    assert all(
+        abs(word / AUXILIARY_ONE - weight) <= 1 / AUXILIARY_ONE for word, weight in zip(words, weights, strict=True)
+    )
 
 
 def test_the_weight_lane_cannot_wrap_at_the_largest_cohort() -> None:
@@ -93,8 +95,8 @@ def test_a_weight_out_of_range_is_refused(weight: float) -> None:
 
 
 def test_an_impossible_sum_in_a_lane_is_refused() -> None:
-    with pytest.raises(PeerError, match="a lane of 2 clients"):
-        lane_sum(2 * LANE_ONE + 1, 2)
+    with pytest.raises(PeerError, match="an auxiliary sum of 2 clients"):
+        auxiliary_total(2 * AUXILIARY_ONE + 1, 2)
 
 
 @given(st.floats(0, 1e30), st.floats(1e-12, 1e30))

@@ -28,9 +28,9 @@ def test_private_selection_takes_the_largest_and_prefers_lower_positions_among_e
 
 
 @given(st.integers(0, 500), densities, st.integers(0, 1 << 62), st.integers(0, 1 << 40))
-def test_no_coordinate_waits_longer_than_its_turn(count: int, density: float, seed: int, turn: int) -> None:
+def test_no_coordinate_waits_longer_than_its_turn(count: int, density: float, seed: int, selection_phase: int) -> None:
     rounds = min(ceil(1 / density), 50)
-    masks = [select_public(count, density, seed, turn + later) for later in range(rounds)]
+    masks = [select_public(count, density, seed, selection_phase + later) for later in range(rounds)]
     sent = np.sum(masks, axis=0)
     if rounds == ceil(1 / density):
         assert (sent >= 1).all()
@@ -38,15 +38,23 @@ def test_no_coordinate_waits_longer_than_its_turn(count: int, density: float, se
 
 
 def test_a_public_selection_is_random_and_of_about_the_wanted_size() -> None:
-    first, other = select_public(100_000, 0.25, seed=1, turn=0), select_public(100_000, 0.25, seed=2, turn=0)
+    first, other = (
+        select_public(100_000, 0.25, seed=1, selection_phase=0),
+        select_public(100_000, 0.25, seed=2, selection_phase=0),
+    )
     assert first.mean() == pytest.approx(0.25, abs=0.01)
     assert (first & other).mean() == pytest.approx(0.0625, abs=0.01)
 
 
 def test_turns_share_nothing_until_everybody_had_one() -> None:
-    turns = [select_public(10_000, 0.25, seed=1, turn=turn) for turn in range(8)]
-    assert np.array_equal(np.sum(turns[:4], axis=0), np.ones(10_000))
-    assert all(np.array_equal(turns[turn], turns[turn + 4]) for turn in range(4))
+    selection_phases = [
+        select_public(10_000, 0.25, seed=1, selection_phase=selection_phase) for selection_phase in range(8)
+    ]
+    assert np.array_equal(np.sum(selection_phases[:4], axis=0), np.ones(10_000))
+    assert all(
+        np.array_equal(selection_phases[selection_phase], selection_phases[selection_phase + 4])
+        for selection_phase in range(4)
+    )
 
 
 def test_a_segment_with_coordinates_always_sends_one() -> None:

@@ -10,14 +10,14 @@ import pytest
 
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
-from fedtune.core.protocol.registration import PROTOCOL_VERSION, GreetingReply, Terms, check_plan, two_digits
+from fedtune.core.protocol.registration import PROTOCOL_VERSION, RegistrationReply, Terms, check_plan, two_digits
 
 TERMS = Terms(Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64), 288, 5, 0.0, "auto", "auto", False, 0.0)
-REPLY = GreetingReply(PROTOCOL_VERSION, "0.1", 3, 4, 8000, "", "", 16, "dequantized", 64, 120, 1.5)
+REPLY = RegistrationReply(PROTOCOL_VERSION, "0.1", 3, 4, 8000, "", "", 16, "dequantized", 64, 120, 1.5)
 
 
-def read(**changes: Any) -> GreetingReply:
-    reply = decode(encode(msgspec.structs.replace(REPLY, **changes)), GreetingReply, HEADER_BYTES)
+def read(**changes: Any) -> RegistrationReply:
+    reply = decode(encode(msgspec.structs.replace(REPLY, **changes)), RegistrationReply, HEADER_BYTES)
     check_plan(reply, TERMS)
     return reply
 
@@ -47,7 +47,7 @@ def test_a_plan_reads_back_equal() -> None:
     ],
 )
 def test_what_is_out_of_bounds_is_not_read(absurd: dict[str, Any]) -> None:
-    with pytest.raises(PeerError, match="GreetingReply"):
+    with pytest.raises(PeerError, match="RegistrationReply"):
         read(**absurd)
 
 

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import MessageType
 
 from fedtune.core.codec import MaskableCodec, RingUpdate
-from fedtune.core.codec.masked import LANES_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
+from fedtune.core.codec.masked import AUXILIARY_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
 from fedtune.core.codec.uplink import FactorTerms, Part, RingSum, ring_contribution, ring_zero
 from fedtune.core.protocol import actions
 
@@ -39,18 +39,18 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
     for summed, each in zip(totals, opened, strict=True):
         assert summed.contributors == each.contributors == CLIENTS
         assert (summed.total.words == each.total.words).all()
-        assert (summed.total.lanes == each.total.lanes).all()
+        assert (summed.total.auxiliary == each.total.auxiliary).all()
     assert mean_loss == pytest.approx((0.25 + 1.5 + 0.0 + 3.0 + MOST_LOSS) / 5, abs=MOST_LOSS / (1 << 16))
 
 
-def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_lanes_of_its_own() -> None:
+def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_sums_of_its_own() -> None:
     parts = {4: Part(4, np.arange(0, 20), 70), 16: Part(16, np.arange(20, 70), 70)}
-    terms = [FactorTerms("ring", 4, 1.0, len(part.places), 1, 3, letter, 0, 0.7, CLIENTS, part=part)  # type: ignore[arg-type]
+    terms = [FactorTerms("ring", 4, 1.0, len(part.indices), 1, 3, letter, 0, 0.7, CLIENTS, part=part)  # type: ignore[arg-type]
              for letter in "ab" for part in parts.values()]  # fmt: skip
     segments = masked_segments(terms, (4, 16))
     assert [(segment.name, segment.tiers) for segment in segments] == [
         ("lora_a.4", (0, 1)), ("lora_a.16", (1,)), ("lora_b.4", (0, 1)), ("lora_b.16", (1,)),
-        ("lanes.4", (0, 1)), ("lanes.16", (1,)),
+        ("auxiliary.4", (0, 1)), ("auxiliary.16", (1,)),
     ]  # fmt: skip
     assert [segment.length for segment in segments[-2:]] == [5, 4]  # the loss is in the first alone
     small = [each for each in terms if each.tier == 4]
@@ -63,9 +63,9 @@ def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_lanes_of_its
 
 def test_a_factor_of_nothing_but_padding_still_has_a_ring() -> None:
     one = FactorTerms("ring", 1, 1.0, 1, 1, 1, "b", 0, 1.0, 1)
-    words, lanes = masked_segments([one])
+    words, auxiliary = masked_segments([one])
     assert (words.name, words.bits) == ("lora_b", 1)
-    assert lanes.name == LANES_NAME
+    assert auxiliary.name == AUXILIARY_NAME
 
 
 def test_actions_are_flower_s_message_types() -> None:

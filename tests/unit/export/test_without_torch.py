@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from door import Door, listening
+from endpoint import Endpoint, listening
 
 from fedtune.server.export.exporter import export_run
 from fedtune.server.run_display import Silent
@@ -19,19 +19,19 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Door]:
+def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Endpoint]:
     """A listening server with one finished job, exported."""
     listener = listening(tmp_path)
-    door = next(listener)
-    export_run(make_run(), ["fp32"], door.home.path / "runs" / "first" / "onnx", Silent())
-    (door.home.path / "jobs" / "finished").mkdir(parents=True, exist_ok=True)
-    (door.home.path / "jobs" / "finished" / "000001-first.toml").touch()
-    yield door
+    endpoint = next(listener)
+    export_run(make_run(), ["fp32"], endpoint.home.path / "runs" / "first" / "onnx", Silent())
+    (endpoint.home.path / "jobs" / "finished").mkdir(parents=True, exist_ok=True)
+    (endpoint.home.path / "jobs" / "finished" / "000001-first.toml").touch()
+    yield endpoint
     next(listener, None)
 
 
 @pytest.mark.slow
-def test_an_environment_without_torch_pulls_serves_and_chats(offering: Door, tmp_path: Path) -> None:
+def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv" / "bin"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

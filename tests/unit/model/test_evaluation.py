@@ -58,9 +58,9 @@ def test_a_model_s_limits_cut_batches_and_not_the_score(make_model: MakeModel, m
     examples = [Example(np.arange(3, 15 + number, dtype=np.int32), 4) for number in range(8)]
     sizes: list[int] = []
 
-    def seen(readout: Any, batch: Any) -> Any:
+    def seen(lm_head: Any, batch: Any) -> Any:
         sizes.append(batch.ids.numel())
-        return score(readout, batch)
+        return score(lm_head, batch)
 
     monkeypatch.setattr("fedtune.model.scoring.score", seen)
     whole = evaluate(model, examples)

@@ -17,10 +17,10 @@ from fedtune.data.examples import Example
 from fedtune.model import loss as loss_module
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
-from fedtune.model.loss import Readout, completion_loss, score
+from fedtune.model.loss import LanguageModelHead, completion_loss, score
 
 MakeModel = Callable[..., Path]
-# Architectures with something between head and logits, and one whose split the readout cannot know.
+# Architectures with something between head and logits, and one whose split the language-model head cannot know.
 CAPPED: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"final_logit_softcapping": 0.05}),
     ("cohere", {"logit_scale": 0.3}),
@@ -66,9 +66,9 @@ def test_padded_chunked_loss_and_gradient_are_the_plain_ones(
 ) -> None:
     monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     model = load_adapted(make_model(architecture))
-    assert model.readout.split
+    assert model.lm_head.split
     batch = collate(examples(), torch.device("cpu"))
-    loss, gradient = loss_and_gradient(model, lambda: completion_loss(model.readout, batch))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(model.lm_head, batch))
     expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(model.base.network))
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
@@ -79,10 +79,10 @@ def test_scaled_and_capped_logits_are_read_out_as_the_model_does(
     make_model: MakeModel, architecture: str, settings: dict[str, Any]
 ) -> None:
     model = load_adapted(make_model(architecture, **settings))
-    assert model.readout.split
+    assert model.lm_head.split
     batch = collate(examples(), torch.device("cpu"))
     expected = float(plain_loss(model.base.network).detach())
-    assert float(completion_loss(model.readout, batch).detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(completion_loss(model.lm_head, batch).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(make_model: MakeModel) -> None:
@@ -96,10 +96,10 @@ def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(m
         return output
 
     network.forward = shifted
-    readout = Readout(model.base)
-    assert not readout.split
+    lm_head = LanguageModelHead(model.base)
+    assert not lm_head.split
     batch = collate(examples(), torch.device("cpu"))
-    loss, gradient = loss_and_gradient(model, lambda: completion_loss(readout, batch))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(lm_head, batch))
     expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(network))
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
@@ -108,7 +108,7 @@ def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(m
 def test_scores_are_per_target(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     batch = collate(examples(), torch.device("cpu"))
-    losses, right = score(model.readout, batch)
+    losses, right = score(model.lm_head, batch)
     assert losses.shape == right.shape == batch.targets.shape
     assert float(losses.sum()) == pytest.approx(float(plain_loss(model.base.network).detach()), rel=1e-5)
 
@@ -119,9 +119,9 @@ def test_logits_of_no_more_than_a_chunk_exist_at_once(make_model: MakeModel, mon
     rows: list[int] = []
     model.base.head.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
     batch = collate(examples(), torch.device("cpu"))
-    model.readout  # noqa: B018  # checks itself on full logits first
+    model.lm_head  # noqa: B018  # checks itself on full logits first
     rows.clear()
-    torch.autograd.backward(completion_loss(model.readout, batch))
+    torch.autograd.backward(completion_loss(model.lm_head, batch))
     assert len(rows) > 1
     assert max(rows) <= 2000 // len(model.base.tokenizer)
     assert sum(rows) == len(batch.targets)

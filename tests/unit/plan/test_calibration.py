@@ -52,7 +52,7 @@ def test_what_was_measured_corrects_the_next_plan(monkeypatch: pytest.MonkeyPatc
     assert again.seconds_per_step == pytest.approx(1.5)
 
 
-def test_a_step_that_takes_more_than_may_be_used_is_planned_anew(
+def test_a_step_that_takes_more_than_may_be_used_is_planned_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tried: list[Case] = []

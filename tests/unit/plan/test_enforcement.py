@@ -28,10 +28,10 @@ TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=256)
 def scarce(limit: int) -> Any:
     """A loss that finds no memory for batches of more tokens than the limit."""
 
-    def loss(readout: Any, batch: Any) -> torch.Tensor:
+    def loss(lm_head: Any, batch: Any) -> torch.Tensor:
         if batch.ids.numel() > limit:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return completion_loss(readout, batch)
+        return completion_loss(lm_head, batch)
 
     return loss
 
@@ -87,7 +87,7 @@ def test_with_memory_enough_the_bits_are_the_same(world: Any) -> None:
 def test_another_error_is_not_taken_for_want_of_memory(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples, received = world
 
-    def broken(readout: Any, batch: Any) -> torch.Tensor:
+    def broken(lm_head: Any, batch: Any) -> torch.Tensor:
         raise RuntimeError("a kernel is missing")
 
     monkeypatch.setattr(training, "completion_loss", broken)

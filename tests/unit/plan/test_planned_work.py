@@ -65,7 +65,7 @@ def peak(folder: Path, **changes: Any) -> int:
     return predict_memory(shape_of(ModelSettings(str(folder))), replace(whole, **changes), target_share=0.3).peak
 
 
-class Stand:
+class Fixture:
     """A device with so much memory as the test says, and whatever its meter shall show."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bases: Sequence[Path], data: Path) -> None:
@@ -95,8 +95,8 @@ class Stand:
 
 
 @pytest.fixture
-def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, data: Path) -> Stand:
-    return Stand(monkeypatch, tmp_path, [folder], data)
+def fixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, data: Path) -> Fixture:
+    return Fixture(monkeypatch, tmp_path, [folder], data)
 
 
 def simulated(folder: Path, data: Path) -> Vector:
@@ -106,41 +106,41 @@ def simulated(folder: Path, data: Path) -> Vector:
 
 
 def test_with_memory_to_spare_a_device_trains_what_a_simulation_does_bit_for_bit(
-    stand: Stand, folder: Path, data: Path
+    fixture: Fixture, folder: Path, data: Path
 ) -> None:
     terms = terms_for(folder)
-    outcome = stand.work.take_on(terms)
+    outcome = fixture.work.take_on(terms)
     assert (outcome.plan.choices.weights, outcome.plan.choices.tokens) == ("dequantized", 250)
     assert outcome.plan.sequence_length == 96
-    assert np.array_equal(stand.update(terms), simulated(folder, data))
+    assert np.array_equal(fixture.update(terms), simulated(folder, data))
 
 
 def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same_up_to_rounding(
-    stand: Stand, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: Fixture, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "measure", measured_as_predicted)
     terms = terms_for(folder, weights="packed", gradient_checkpointing=True)
-    stand.free = peak(folder, weights="packed", checkpointing=True, tokens=72)
-    outcome = stand.work.take_on(terms)
+    fixture.free = peak(folder, weights="packed", checkpointing=True, tokens=72)
+    outcome = fixture.work.take_on(terms)
     assert outcome.plan.choices.tokens < 100
     assert outcome.plan.accumulation > 2
-    update = stand.update(terms)
-    model = stand.work.open_model(terms.base)
+    update = fixture.update(terms)
+    model = fixture.work.open_model(terms.base)
     assert model.base.weights == "packed"
     assert (model.limits.tokens, model.limits.checkpointing) == (outcome.plan.choices.tokens, True)
     np.testing.assert_allclose(update, simulated(folder, data), rtol=1e-2, atol=TASK.learning_rate * 0.02)
 
 
-def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(stand: Stand, folder: Path) -> None:
-    stand.free = 300_000
+def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(fixture: Fixture, folder: Path) -> None:
+    fixture.free = 300_000
     with pytest.raises(NoPlanError, match=r"needs \d+ MB over the program itself, and 0 MB may be used") as refused:
-        stand.work.take_on(terms_for(folder))
+        fixture.work.take_on(terms_for(folder))
     assert str(folder) not in str(refused.value)
-    assert stand.work.to_json() is None
+    assert fixture.work.to_json() is None
     with pytest.raises(NoPlanError):
-        stand.work.open_model(terms_for(folder).base)
-    stand.free = LARGE
-    assert stand.work.take_on(terms_for(folder)).plan.tier == 4  # asked again, with memory free
+        fixture.work.open_model(terms_for(folder).base)
+    fixture.free = LARGE
+    assert fixture.work.take_on(terms_for(folder)).plan.tier == 4  # asked again, with memory free
 
 
 def measured_as_predicted(case: Case) -> Measured:
@@ -154,7 +154,7 @@ def measured_as_predicted(case: Case) -> Measured:
 
 
 def test_a_real_step_is_tried_once_and_only_where_it_could_change_the_plan(
-    stand: Stand, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: Fixture, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[Case] = []
 
@@ -163,74 +163,74 @@ def test_a_real_step_is_tried_once_and_only_where_it_could_change_the_plan(
         return measured_as_predicted(case)
 
     monkeypatch.setattr(command, "measure", count)
-    stand.work.take_on(terms_for(folder))
+    fixture.work.take_on(terms_for(folder))
     assert not tried
-    stand.free = round(peak(folder) * 1.5)
-    stand.work.take_on(terms_for(folder, local_steps=3))
+    fixture.free = round(peak(folder) * 1.5)
+    fixture.work.take_on(terms_for(folder, local_steps=3))
     assert len(tried) == 1
-    stand.work.take_on(terms_for(folder, local_steps=4))
-    again = PlannedWork([folder], data, tmp_path / "calibration", stand.shown.append)  # the process began anew
+    fixture.work.take_on(terms_for(folder, local_steps=4))
+    again = PlannedWork([folder], data, tmp_path / "calibration", fixture.shown.append)  # the process began anew
     again.take_on(terms_for(folder))
     assert len(tried) == 1
 
 
 def test_a_step_that_is_killed_leaves_the_prediction_to_go_by(
-    stand: Stand, folder: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: Fixture, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(case: Case) -> Measured:
         raise RunError("the calibration step was killed by signal 9")
 
     monkeypatch.setattr(command, "measure", killed)
-    stand.free = round(peak(folder) * 1.5)
-    assert stand.work.take_on(terms_for(folder)).measured is None
-    assert any("killed by signal 9; going by the prediction" in line for line in stand.shown)
+    fixture.free = round(peak(folder) * 1.5)
+    assert fixture.work.take_on(terms_for(folder)).measured is None
+    assert any("killed by signal 9; going by the prediction" in line for line in fixture.shown)
 
 
 def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with_the_numbers(
-    stand: Stand, folder: Path
+    fixture: Fixture, folder: Path
 ) -> None:
     terms = terms_for(folder)
-    outcome = stand.work.take_on(terms)
-    stand.update(terms)
-    model = stand.work.open_model(terms.base)
-    stand.free, stand.used = 0, outcome.plan.budget + 1
-    with stand.work.watched():
+    outcome = fixture.work.take_on(terms)
+    fixture.update(terms)
+    model = fixture.work.open_model(terms.base)
+    fixture.free, fixture.used = 0, outcome.plan.budget + 1
+    with fixture.work.watched():
         pass
-    assert "may be used; planning anew" in stand.shown[-1]
-    with pytest.raises(NoPlanError, match=r"needs .* and \d+ MB may be used"), stand.work.watched():
+    assert "may be used; planning anew" in fixture.shown[-1]
+    with pytest.raises(NoPlanError, match=r"needs .* and \d+ MB may be used"), fixture.work.watched():
         pass
     assert model.limits.tokens == 250
 
 
 def test_memory_that_betrays_the_prediction_lowers_the_limits_of_the_next_round(
-    stand: Stand, folder: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: Fixture, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "measure", measured_as_predicted)
     terms = terms_for(folder, weights="dequantized")
-    stand.free = round(peak(folder) * 1.1)
-    outcome = stand.work.take_on(terms)
+    fixture.free = round(peak(folder) * 1.1)
+    outcome = fixture.work.take_on(terms)
     assert outcome.plan.choices.tokens == 250
-    stand.update(terms)
-    model = stand.work.open_model(terms.base)
-    stand.used = round(outcome.plan.budget * 1.3)
-    with stand.work.watched():
+    fixture.update(terms)
+    model = fixture.work.open_model(terms.base)
+    fixture.used = round(outcome.plan.budget * 1.3)
+    with fixture.work.watched():
         pass
     assert model.limits.tokens is not None
     assert model.limits.tokens < 250
-    corrected = stand.work.to_json()
+    corrected = fixture.work.to_json()
     assert corrected is not None
     assert corrected["predicted"]["kappa"] > 1.2
 
 
-def test_predicted_and_measured_stand_side_by_side(stand: Stand, folder: Path) -> None:
+def test_predicted_and_measured_stand_side_by_side(fixture: Fixture, folder: Path) -> None:
     terms = terms_for(folder)
-    stand.work.take_on(terms)
-    before = stand.work.to_json()
+    fixture.work.take_on(terms)
+    before = fixture.work.to_json()
     assert before is not None
     assert before["took"]["rounds"] == 0
-    stand.used = 12_000_000
-    stand.update(terms)
-    after = stand.work.to_json()
+    fixture.used = 12_000_000
+    fixture.update(terms)
+    after = fixture.work.to_json()
     assert after is not None
     took = after["took"]
     assert took["rounds"] == 1
@@ -239,14 +239,14 @@ def test_predicted_and_measured_stand_side_by_side(stand: Stand, folder: Path) -
     assert took["predicted_peak_bytes"] == after["predicted"]["peak"]
 
 
-def test_only_the_base_that_was_planned_for_is_opened(stand: Stand, folder: Path) -> None:
+def test_only_the_base_that_was_planned_for_is_opened(fixture: Fixture, folder: Path) -> None:
     terms = terms_for(folder)
-    with pytest.raises(PeerError, match="at the greeting"):
-        stand.work.open_model(terms.base)
-    stand.work.take_on(terms)
+    with pytest.raises(PeerError, match="at the registration"):
+        fixture.work.open_model(terms.base)
+    fixture.work.take_on(terms)
     other = msgspec.structs.replace(terms.base, rank=8)
-    with pytest.raises(PeerError, match="another base model or adapter than at the greeting"):
-        stand.work.open_model(other)
+    with pytest.raises(PeerError, match="another base model or adapter than at the registration"):
+        fixture.work.open_model(other)
 
 
 def test_a_device_without_the_base_says_which_it_has(
@@ -254,35 +254,35 @@ def test_a_device_without_the_base_says_which_it_has(
 ) -> None:
     terms = terms_for(folder)
     other = make_model("llama", hidden_size=32)
-    work = Stand(monkeypatch, tmp_path, [other], data).work
+    work = Fixture(monkeypatch, tmp_path, [other], data).work
     work.take_on(terms)
     with pytest.raises(ModelError, match=r"this device has .*\(digest [0-9a-f]{16}…\). Join with --base DIR"):
         work.open_model(terms.base)
     with pytest.raises(ModelError, match="this device has none"):
-        Stand(monkeypatch, tmp_path, [], data).work.take_on(terms)
-    both = Stand(monkeypatch, tmp_path, [other, folder], data).work
+        Fixture(monkeypatch, tmp_path, [], data).work.take_on(terms)
+    both = Fixture(monkeypatch, tmp_path, [other, folder], data).work
     both.take_on(terms)
     assert both.open_model(terms.base).base.digest == terms.base.digest
 
 
-def test_another_format_than_the_loaded_one_is_loaded_anew(stand: Stand, folder: Path) -> None:
+def test_another_format_than_the_loaded_one_is_loaded_again(fixture: Fixture, folder: Path) -> None:
     terms = terms_for(folder)
-    stand.work.take_on(terms)
-    stand.work.open_model(terms.base)
-    stand.work.take_on(terms_for(folder, local_steps=5))
-    assert not stand.work.must_reload
-    stand.work.take_on(terms_for(folder, weights="packed"))
-    assert stand.work.must_reload
+    fixture.work.take_on(terms)
+    fixture.work.open_model(terms.base)
+    fixture.work.take_on(terms_for(folder, local_steps=5))
+    assert not fixture.work.must_reload
+    fixture.work.take_on(terms_for(folder, weights="packed"))
+    assert fixture.work.must_reload
 
 
-def test_the_line_decides_the_tier_and_a_slow_upload_bars_nobody_for_good(stand: Stand, folder: Path) -> None:
+def test_the_line_decides_the_tier_and_a_slow_upload_bars_nobody_for_good(fixture: Fixture, folder: Path) -> None:
     shape = shape_of(ModelSettings(str(folder)))
     terms = terms_for(folder, deadline=40.0)
     timed = msgspec.structs.replace(terms, base=msgspec.structs.replace(terms.base, rank=16))
-    stand.work.uplink = upload_bytes(shape, 8) / 10
-    assert stand.work.take_on(timed).plan.tier == 8
-    stand.work.uplink = 1.0
+    fixture.work.uplink = upload_bytes(shape, 8) / 10
+    assert fixture.work.take_on(timed).plan.tier == 8
+    fixture.work.uplink = 1.0
     slower = msgspec.structs.replace(timed, local_steps=3)
     with pytest.raises(NoPlanError, match="at 1 bytes a second"):
-        stand.work.take_on(slower)
-    assert stand.work.take_on(slower).plan.tier == 16
+        fixture.work.take_on(slower)
+    assert fixture.work.take_on(slower).plan.tier == 16

@@ -10,8 +10,8 @@ import pytest
 
 from fedtune.client.plan.memory import Choices, kappa_of, predict_memory
 from fedtune.client.plan.planner import (
+    Constraints,
     NoPlanError,
-    Wishes,
     affordable_rank,
     choose,
     longest_example,
@@ -28,7 +28,7 @@ from fedtune.model.shape import ModelShape, shape_of
 
 LINEAR = tuple(AdaptedModule(f"layer.{index}", 1024, 1024) for index in range(100))
 SHAPE = ModelShape("box", LINEAR, 32_000_000, 12, 1024, 1024, 512, 2048, True, 32_000, 2048, 0)
-WISHES = Wishes("nf4", "bf16", 16, 512, 512, 4096, 20)
+CONSTRAINTS = Constraints("nf4", "bf16", 16, 512, 512, 4096, 20)
 ONE = Choices("dequantized", "bf16", 16, 512, 512, False)
 LARGE = 1 << 40
 
@@ -56,7 +56,7 @@ def test_what_is_no_model_has_no_sizes() -> None:
 
 
 def test_with_memory_to_spare_the_plan_is_what_a_simulation_does() -> None:
-    plan = choose(SHAPE, replace(WISHES, batch_tokens=4000), LARGE)
+    plan = choose(SHAPE, replace(CONSTRAINTS, batch_tokens=4000), LARGE)
     assert (plan.choices.weights, plan.choices.checkpointing, plan.sequence_length) == ("dequantized", False, 512)
     assert (plan.choices.tokens, plan.accumulation, plan.tier) == (4000, 1, 16)  # whole steps, no power of two
 
@@ -70,7 +70,7 @@ def test_less_memory_costs_micro_batch_then_format_then_checkpointing_then_lengt
         peak(weights="packed", checkpointing=True, sequence_length=256, tokens=256),
     ]
     assert budgets == sorted(budgets, reverse=True)
-    plans = [choose(SHAPE, WISHES, budget) for budget in budgets]
+    plans = [choose(SHAPE, CONSTRAINTS, budget) for budget in budgets]
     seen = [(p.choices.tokens, p.choices.weights, p.choices.checkpointing, p.sequence_length) for p in plans]
     assert seen == [
         (2048, "dequantized", False, 512),
@@ -81,11 +81,11 @@ def test_less_memory_costs_micro_batch_then_format_then_checkpointing_then_lengt
     ]
     for plan, budget in zip(plans, budgets, strict=True):
         assert plan.memory.peak <= budget
-        assert plan.accumulation * plan.choices.tokens >= WISHES.batch_tokens
+        assert plan.accumulation * plan.choices.tokens >= CONSTRAINTS.batch_tokens
 
 
 def test_examples_that_are_all_short_need_less_and_are_cut_no_shorter() -> None:
-    short = replace(WISHES, longest=40)
+    short = replace(CONSTRAINTS, longest=40)
     plan = choose(SHAPE, short, peak(sequence_length=40, tokens=40))
     assert (plan.choices.sequence_length, plan.choices.tokens, plan.sequence_length) == (40, 40, 512)
 
@@ -94,16 +94,16 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(
         NoPlanError, match=r"the base model does not fit this device: the smallest plan \(packed.*checkpointed\)"
     ) as caught:
-        choose(SHAPE, WISHES, 1_000_000)
+        choose(SHAPE, CONSTRAINTS, 1_000_000)
     assert isinstance(caught.value, InputError)
     needed, allowed = re.findall(r"(\d+) MB", str(caught.value))
     assert (int(needed) > 50, allowed) == (True, "1")
 
 
 def test_a_job_that_insists_on_a_format_gets_it_or_a_refusal() -> None:
-    assert choose(SHAPE, replace(WISHES, weights="packed"), LARGE).choices.weights == "packed"
-    assert choose(SHAPE, replace(WISHES, checkpointing=True), LARGE).choices.checkpointing
-    plain = replace(WISHES, quantization="none")
+    assert choose(SHAPE, replace(CONSTRAINTS, weights="packed"), LARGE).choices.weights == "packed"
+    assert choose(SHAPE, replace(CONSTRAINTS, checkpointing=True), LARGE).choices.checkpointing
+    plain = replace(CONSTRAINTS, quantization="none")
     assert choose(SHAPE, plain, peak(checkpointing=True)).choices.checkpointing
     with pytest.raises(NoPlanError):
         choose(SHAPE, plain, peak(weights="packed", checkpointing=True, sequence_length=64, tokens=64))
@@ -113,8 +113,8 @@ def test_the_rank_tier_follows_the_line() -> None:
     assert rank_tiers(16) == (4, 8, 16)
     assert rank_tiers(24) == (4, 8, 16, 24)
     assert rank_tiers(2) == (2,)
-    assert affordable_rank(SHAPE, WISHES) == 16
-    slow = replace(WISHES, deadline=40.0, bandwidth_up=upload_bytes(SHAPE, 8) / 10)
+    assert affordable_rank(SHAPE, CONSTRAINTS) == 16
+    slow = replace(CONSTRAINTS, deadline=40.0, bandwidth_up=upload_bytes(SHAPE, 8) / 10)
     assert affordable_rank(SHAPE, slow) == 8
     with pytest.raises(NoPlanError, match=r"sending a rank-4 update takes \d+ s for 212,992 bytes"):
         affordable_rank(SHAPE, replace(slow, bandwidth_up=10.0))

@@ -74,14 +74,14 @@ def test_a_client_sees_what_is_unsafe_in_thresholds(thresholds: Thresholds, comp
 @given(st.integers(3, 60), st.integers(1, 20), st.binary(min_size=4, max_size=4))
 def test_graphs_are_symmetric_regular_and_connected(n: int, half: int, seed: bytes) -> None:
     graph = Graph(range(n), 2 * half, seed)
-    for seat in range(n):
-        assert len(graph.neighbours(seat)) == min(2 * half, n - 1)
-        assert all(seat in graph.neighbours(other) for other in graph.neighbours(seat))
-        assert seat not in graph.neighbours(seat)
-        assert (seat in graph.holders(seat)) == graph.complete
+    for client_index in range(n):
+        assert len(graph.neighbours(client_index)) == min(2 * half, n - 1)
+        assert all(client_index in graph.neighbours(other) for other in graph.neighbours(client_index))
+        assert client_index not in graph.neighbours(client_index)
+        assert (client_index in graph.holders(client_index)) == graph.complete
     reached, frontier = {0}, {0}
     while frontier:
-        frontier = {other for seat in frontier for other in graph.neighbours(seat)} - reached
+        frontier = {other for client_index in frontier for other in graph.neighbours(client_index)} - reached
         reached |= frontier
     assert len(reached) == n
 
@@ -90,5 +90,5 @@ def test_another_seed_gives_other_neighbours() -> None:
     assert Graph(range(300), 20, b"a").neighbours(0) != Graph(range(300), 20, b"b").neighbours(0)
 
 
-def test_a_seat_outside_the_graph_has_no_neighbours() -> None:
+def test_a_client_index_outside_the_graph_has_no_neighbours() -> None:
     assert Graph([1, 2, 3], 2, b"").neighbours(0) == frozenset()

@@ -68,12 +68,12 @@ def test_streams_of_different_keys_share_nothing() -> None:
             assert np.count_nonzero(streams[i] == streams[j]) < 10  # 0.06 expected
 
 
-def test_a_mask_key_is_bound_to_its_secret_round_seats_and_segment() -> None:
+def test_a_mask_key_is_bound_to_its_secret_round_client_indices_and_segment() -> None:
     own = [
-        self_mask_key(seed, context, seat, segment)
+        self_mask_key(seed, context, client_index, segment)
         for seed in (b"b" * 32, b"c" * 32)
         for context in (b"round 1", b"round 2")
-        for seat in (0, 1)
+        for client_index in (0, 1)
         for segment in (0, 1)
     ]
     pairs = [

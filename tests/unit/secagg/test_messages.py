@@ -11,8 +11,8 @@ from fedtune.core.errors import PeerError
 from fedtune.core.secagg import exchanged as messages
 from fedtune.core.secagg.exchanged import (
     Advertisement,
-    Boxes,
     Delivery,
+    EncryptedShares,
     KeyEntry,
     KeyList,
     MaskedInput,
@@ -29,21 +29,21 @@ from fedtune.core.secagg.exchanged import (
 LIMIT = 1 << 20
 digests = st.binary(min_size=32, max_size=32)
 signatures = st.binary(min_size=64, max_size=64)
-seats = st.integers(0, messages.MAX_COHORT - 1)
-seat_lists = st.lists(seats, max_size=5).map(tuple)
-entries = st.builds(KeyEntry, seats, digests, digests, signatures)
+client_indices = st.integers(0, messages.MAX_COHORT - 1)
+index_lists = st.lists(client_indices, max_size=5).map(tuple)
+entries = st.builds(KeyEntry, client_indices, digests, digests, signatures)
 EVERY_MESSAGE = st.one_of(
     st.builds(Advertisement, digests, digests, digests, signatures),
     st.builds(KeyList, digests, st.lists(entries, max_size=3).map(tuple)),
-    st.builds(Boxes, digests, digests, st.binary(max_size=200)),
-    st.builds(Delivery, digests, seat_lists, st.binary(max_size=200)),
+    st.builds(EncryptedShares, digests, digests, st.binary(max_size=200)),
+    st.builds(Delivery, digests, index_lists, st.binary(max_size=200)),
     st.builds(MaskedInput, digests, st.lists(st.binary(max_size=20), max_size=4).map(tuple)),
-    st.builds(Survivors, digests, seat_lists),
+    st.builds(Survivors, digests, index_lists),
     st.builds(Vote, digests, signatures),
-    st.builds(Quorum, digests, seat_lists, st.binary(max_size=200)),
+    st.builds(Quorum, digests, index_lists, st.binary(max_size=200)),
     st.builds(Reveal, digests, st.binary(max_size=200)),
 )
-KINDS = (Advertisement, KeyList, Boxes, Delivery, MaskedInput, Survivors, Vote, Quorum, Reveal)
+KINDS = (Advertisement, KeyList, EncryptedShares, Delivery, MaskedInput, Survivors, Vote, Quorum, Reveal)
 
 
 @settings(deadline=None)
@@ -118,5 +118,5 @@ def test_fields_out_of_bounds_are_refused(content: list[object]) -> None:
 @pytest.mark.parametrize(
     ("listed", "holds"), [((), True), ((3,), True), ((1, 2), True), ((1, 1), False), ((2, 1), False)]
 )
-def test_lists_of_seats_are_strictly_increasing(listed: tuple[int, ...], holds: bool) -> None:
+def test_lists_of_client_indices_are_strictly_increasing(listed: tuple[int, ...], holds: bool) -> None:
     assert increasing(listed) is holds

@@ -48,15 +48,15 @@ def test_the_sum_is_exact_for_any_tiers_and_any_dropouts_up_to_the_limit(data: s
     keepers = {tiers.index(0), tiers.index(1)}  # nobody is left to be summed in a tier that vanishes as a whole
     leavers = data.draw(
         st.lists(
-            st.sampled_from([seat for seat in range(len(tiers)) if seat not in keepers]),
+            st.sampled_from([client_index for client_index in range(len(tiers)) if client_index not in keepers]),
             max_size=len(tiers) - config.minimum,
             unique=True,
         ),
         "leavers",
     )
     silent: dict[Stage, set[str]] = {stage: set() for stage in ASKING}
-    for seat in leavers:
-        silent[data.draw(st.sampled_from(ASKING), "when")].add(f"client-{seat}")
+    for client_index in leavers:
+        silent[data.draw(st.sampled_from(ASKING), "when")].add(f"client-{client_index}")
     updates = random_updates(config, seed=len(leavers))
     result = rehearsal.run(updates, silent)
     gone = silent[Stage.ADVERTISE] | silent[Stage.SHARE] | silent[Stage.MASK]
@@ -103,7 +103,7 @@ def test_a_sparse_round_without_a_quorum_of_votes_aborts_even_if_its_shares_woul
     identities, roster = enrol(member.client for member in config.cohort)
     rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1, 0))
     with pytest.raises(RoundAbortedError, match="12 clients voted, expected at least 13"):
-        rehearsal.run(random_updates(config), {Stage.VOTE: {f"client-{seat}" for seat in range(12)}})
+        rehearsal.run(random_updates(config), {Stage.VOTE: {f"client-{client_index}" for client_index in range(12)}})
 
 
 @pytest.mark.parametrize("stage", ASKING)

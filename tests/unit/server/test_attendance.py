@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from fedtune.core.job.job_file import load_job
-from fedtune.server.live import client_manager as attendance
-from fedtune.server.live.client_manager import Attendance
+from fedtune.server.live import client_manager as client_manager
+from fedtune.server.live.client_manager import ClientManager
 
 NAMES = ("ann", "bob", "cid", "dan")
 
 
-class Stand:
+class Fixture:
     """A greeter, its board and a clock that only sleep moves; dan comes at second 3 and is away from second 4 on."""
 
     def __init__(self) -> None:
@@ -32,22 +32,22 @@ class Stand:
 
 
 def test_only_the_first_round_waits_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand: Any = Stand()
-    monkeypatch.setattr(attendance, "time", stand)
+    fixture: Any = Fixture()
+    monkeypatch.setattr(client_manager, "time", fixture)
     grid: Any = None
-    attend = Attendance(grid, stand, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)
+    attend = ClientManager(grid, fixture, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)
     assert set(attend(grid)) == set(NAMES)
-    assert stand.now == pytest.approx(3.0, abs=0.3)
-    assert stand.states[0] == "waiting for devices: 3 of 4 are there"
-    stand.now = 5.0
+    assert fixture.now == pytest.approx(3.0, abs=0.3)
+    assert fixture.states[0] == "waiting for devices: 3 of 4 are there"
+    fixture.now = 5.0
     assert set(attend(grid)) == {"ann", "bob", "cid"}
-    assert stand.now == 5.0
+    assert fixture.now == 5.0
 
 
 def test_what_a_round_waits_for_says_how_many_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand: Any = Stand()
-    stand.left_out = 2
-    monkeypatch.setattr(attendance, "time", stand)
+    fixture: Any = Fixture()
+    fixture.left_out = 2
+    monkeypatch.setattr(client_manager, "time", fixture)
     grid: Any = None
-    Attendance(grid, stand, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)(grid)
-    assert stand.states[0] == "waiting for devices: 3 of 4 are there, 2 more refuse or sit out"
+    ClientManager(grid, fixture, load_job(None, ["federation.clients_per_round=1.0"]), set(NAMES), 60.0)(grid)
+    assert fixture.states[0] == "waiting for devices: 3 of 4 are there, 2 more refuse or sit out"

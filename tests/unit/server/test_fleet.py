@@ -19,7 +19,7 @@ from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.cohorts.selection import UniformSelection
 
 NAMES = [f"{index:03d}" for index in range(100)]
@@ -108,11 +108,11 @@ def test_a_kind_with_little_memory_trains_on_examples_cut_to_its_plan(tmp_path: 
     for name in NAMES:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(long) + "\n", encoding="utf-8")
     settings = ("data.sequence_length=128", f"data.train={tmp_path}/*.jsonl", "data.evaluation=", "export.formats=[]")
-    workshop = Workshop(job(*settings, f"simulation.fleet={file}"), tmp_path / "clients")
-    assert workshop.devices is not None
+    simulation_context = SimulationContext(job(*settings, f"simulation.fleet={file}"), tmp_path / "clients")
+    assert simulation_context.devices is not None
     longest = {
-        kind.name: max(len(example.ids) for example in workshop.examples(name, workshop.model, 128))
-        for name, kind in workshop.devices.kinds.items()
+        kind.name: max(len(example.ids) for example in simulation_context.examples(name, simulation_context.model, 128))
+        for name, kind in simulation_context.devices.kinds.items()
     }
     assert longest["phone"] == 64
     assert longest["laptop"] > 64

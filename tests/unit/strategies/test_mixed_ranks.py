@@ -34,8 +34,8 @@ def trained_mask(factor: str, owned: Any) -> np.ndarray:
 @pytest.mark.parametrize("tier", [1, 2, 4])
 def test_coordinates_are_the_owned_rows_of_a_or_columns_of_b(factor: Any, tier: int) -> None:
     owned = rank_indices(3, 5, LAYOUT.rank, tier)
-    places = coordinates(LAYOUT, factor, owned)
-    assert np.array_equal(np.sort(places), np.flatnonzero(trained_mask(factor, owned)))
+    indices = coordinates(LAYOUT, factor, owned)
+    assert np.array_equal(np.sort(indices), np.flatnonzero(trained_mask(factor, owned)))
 
 
 def test_tiers_are_nested_public_and_reach_every_index_over_the_rounds() -> None:

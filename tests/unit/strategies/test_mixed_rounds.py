@@ -64,7 +64,7 @@ def answer(name: str, round_: TrainingRound, tier: int | None = None) -> bytes:
     terms = factor_terms(uplink, LAYOUT, factors, request.job_seed, request.round, asked)
     update = trained(name, round_)
     weight, seed = WEIGHTS[name] / uplink.weight_cap, WEIGHTS[name]
-    parts = [update[LAYOUT.segment(each.factor)][each.places] for each in terms]
+    parts = [update[LAYOUT.segment(each.factor)][each.indices] for each in terms]
     payloads = [encode_factor(part, each, seed, weight)[0] for part, each in zip(parts, terms, strict=True)]
     return encode(TrainReply(request.round, WEIGHTS[name], 100, 20, 1.0, 0.1, tuple(payloads)))
 
@@ -183,12 +183,12 @@ def test_means_of_products_keep_what_a_client_did_not_train(aggregation: str) ->
 def test_under_secure_aggregation_a_tier_needs_enough_clients_of_its_own() -> None:
     job = load_job(None, ["adapter.rank=8", "adapter.tiers=[2, 4, 8]"])
     cohort = {f"c{index}": rank for index, rank in enumerate([8, 8, 4, 4, 4, 2, 2, 2, 1])}
-    lineup = assign_tiers(sorted(cohort), cohort.__getitem__, job)
-    assert list(lineup.trained.values()) == [4, 4, 4, 4, 4, 2, 2, 2, 0]
-    assert list(lineup.own.values()) == [8, 8, 4, 4, 4, 2, 2, 2, 0]
-    assert lineup.notes[0] == "tier 8: 2 of at least 3 clients; trained as tier 4"
-    assert "smallest tier" in lineup.notes[1]
-    assert lineup.tiers == (2, 4)
+    assignment = assign_tiers(sorted(cohort), cohort.__getitem__, job)
+    assert list(assignment.trained.values()) == [4, 4, 4, 4, 4, 2, 2, 2, 0]
+    assert list(assignment.own.values()) == [8, 8, 4, 4, 4, 2, 2, 2, 0]
+    assert assignment.notes[0] == "tier 8: 2 of at least 3 clients; trained as tier 4"
+    assert "smallest tier" in assignment.notes[1]
+    assert assignment.tiers == (2, 4)
 
 
 def test_where_more_may_collude_or_vanish_a_tier_needs_more_clients() -> None:
@@ -240,5 +240,5 @@ def test_a_slice_s_coordinates_take_turns_as_the_whole_factor_s_do() -> None:
         together = np.zeros(whole.count, dtype=bool)
         for each in mixed.terms:
             if each.factor == letter:
-                together[each.places] = each.context().selection
+                together[each.indices] = each.context().selection
         assert np.array_equal(together, whole.context().selection)

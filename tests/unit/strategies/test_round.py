@@ -306,23 +306,23 @@ def next_round(first: TrainingRound) -> TrainingRound:
 def test_a_late_update_counts_in_the_next_round_at_less_weight_and_only_there() -> None:
     first = next_round(opened(1, FEDAVG))
     late = reply(first, 4.0, 20)
-    first.take_overdue("ann", late)
-    first.take_overdue("ann", reply(first, 9.0, 20))  # a second answer is ignored
-    first.take_overdue("cid", reply(first, 9.0, 20))  # it was in time
+    first.take_stale("ann", late)
+    first.take_stale("ann", reply(first, 9.0, 20))  # a second answer is ignored
+    first.take_stale("cid", reply(first, 9.0, 20))  # it was in time
     state, _ = first.close()
-    assert state.overdue == {"ann": late}
+    assert state.stale_updates == {"ann": late}
     second = asked(TrainingRound.open(federation(FEDAVG), state, NAMES, broadcast()))
     second.take_in("bob", reply(second, 1.0, 10))
     after, record = second.close()
     weight = round(20 / 2**0.5)
     assert after.adapter - state.adapter == pytest.approx((10 * 1.0 + weight * 4.0) / (10 + weight), abs=1e-6)
     assert record.notes == ("the late update of ann was taken at 0.71 of its weight",)
-    assert after.overdue == {}
+    assert after.stale_updates == {}
 
 
 def test_who_is_in_time_again_has_no_late_update_beside_it() -> None:
     first = next_round(opened(1, FEDAVG))
-    first.take_overdue("ann", reply(first, 4.0, 20))
+    first.take_stale("ann", reply(first, 4.0, 20))
     state, _ = first.close()
     second = asked(TrainingRound.open(federation(FEDAVG), state, NAMES, broadcast()))
     second.take_in("ann", reply(second, 1.0, 10))
@@ -341,7 +341,7 @@ def test_a_late_update_that_cannot_be_used_is_dropped_with_the_reason(bad: str) 
         "nan": reply(first, 4.0, update=(payload(float("nan"), 8), payload(1.0))),
         "no examples": reply(first, 4.0, 0),
     }
-    first.take_overdue("ann", answers[bad])
+    first.take_stale("ann", answers[bad])
     state, _ = first.close()
     second = asked(TrainingRound.open(federation(FEDAVG), state, NAMES, broadcast()))
     second.take_in("bob", reply(second, 1.0, 10))
@@ -356,7 +356,7 @@ def test_absurd_claims_buy_a_client_no_more_than_the_cap_in_time_or_late() -> No
     first.take_in("cid", reply(first, 1.0, 10))
     first.take_in("bob", reply(first, 3.0, **absurd))
     first.give_up("ann", LATE)
-    first.take_overdue("ann", reply(first, 4.0, **absurd))
+    first.take_stale("ann", reply(first, 4.0, **absurd))
     state, record = first.close()
     assert state.adapter - first.state.adapter == pytest.approx(2.0)
     assert record.aborted is None

@@ -63,7 +63,7 @@ def create_app(model: ExportedModel, scheduler: Scheduler, token: str | None = N
 
     app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
-    app.add_middleware(_Door, service=service, token=token)
+    app.add_middleware(_Endpoint, service=service, token=token)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
@@ -201,7 +201,7 @@ class _Service:
             self.metrics.seconds.observe(time.monotonic() - began)
 
 
-class _Door:
+class _Endpoint:
     """Lets in who brings the token, and counts who was answered how. Plain ASGI, which hides no disconnect."""
 
     def __init__(self, app: ASGIApp, service: _Service, token: str | None) -> None:

@@ -40,11 +40,11 @@ from fedtune.core.protocol.model_manifest import (
 )
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
-    MAX_OFFER_BYTES,
+    MAX_DESCRIPTION_BYTES,
     MAX_PIECE_BYTES,
     READ,
     DescribeModel,
-    ModelOffer,
+    ModelDescription,
     ReadModel,
     sign_request,
 )
@@ -105,7 +105,7 @@ class ModelLine:
         """Gives the connection back."""
         self._client.close()
 
-    def describe(self, job: str | None, form: str | None) -> ModelOffer:
+    def describe(self, job: str | None, form: str | None) -> ModelDescription:
         """What the server has.
 
         Raises:
@@ -117,9 +117,9 @@ class ModelLine:
             content = bytearray()
             for chunk in response.iter_bytes(_CHUNK):
                 content += chunk
-                if len(content) > MAX_OFFER_BYTES:
-                    raise PeerError(f"the server's offer is larger than {MAX_OFFER_BYTES:,} bytes")
-        return decode(bytes(content), ModelOffer, MAX_OFFER_BYTES)
+                if len(content) > MAX_DESCRIPTION_BYTES:
+                    raise PeerError(f"the server's offer is larger than {MAX_DESCRIPTION_BYTES:,} bytes")
+        return decode(bytes(content), ModelDescription, MAX_DESCRIPTION_BYTES)
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
         """A piece of a file, as it comes in; never more than was asked for.
@@ -211,7 +211,7 @@ def _fetch(
     line: ModelLine,
     versions: Versions,
     version: str,
-    offer: ModelOffer,
+    offer: ModelDescription,
     digest: str,
     manifest: Manifest,
     progress: Progress | None,
@@ -277,7 +277,7 @@ def _through_breaks(line: ModelLine, wanted: ReadModel) -> Iterator[bytes]:
             failures += 1
 
 
-def _patiently(ask: Callable[[], ModelOffer]) -> ModelOffer:
+def _patiently(ask: Callable[[], ModelDescription]) -> ModelDescription:
     failures = 0
     while True:
         try:
@@ -307,7 +307,7 @@ class _Pace:
             self.size = max(self.size // 2, SHORTEST_PIECE)
 
 
-def _checked(offer: ModelOffer) -> Manifest:
+def _checked(offer: ModelDescription) -> Manifest:
     try:
         manifest = parse_manifest(offer.manifest, "the server's offer")
     except ExportError as error:

@@ -41,11 +41,11 @@ from fedtune.core.protocol.enrolment import SignedRoster
 from fedtune.core.protocol.payloads import decode, encode
 from fedtune.core.protocol.registration import (
     ACTION,
-    MAX_GREETING_BYTES,
+    MAX_REGISTRATION_BYTES,
     PROTOCOL_VERSION,
     SITS_OUT,
-    Greeting,
-    GreetingReply,
+    Registration,
+    RegistrationReply,
     Terms,
     two_digits,
 )
@@ -270,7 +270,7 @@ class Service:
         )
         try:
             if kind == ACTION:
-                return self._greet(message)
+                return self._ask(message)
             if self._planned.terms is None:  # an earlier process was greeted
                 self._take_on(decode(self._memory.terms, Terms))
             secure = self._memory.secure
@@ -336,16 +336,16 @@ class Service:
         except (OSError, ValueError):
             return None
 
-    def _greet(self, message: Message) -> Message:
-        greeting = decode(unseal(message), Greeting, limit=MAX_GREETING_BYTES)
-        self._home.renew_roster(SignedRoster.from_bytes(greeting.roster))
-        if not (greeting.secure or self._home.config.allow_clear):
+    def _ask(self, message: Message) -> Message:
+        registration = decode(unseal(message), Registration, limit=MAX_REGISTRATION_BYTES)
+        self._home.renew_roster(SignedRoster.from_bytes(registration.roster))
+        if not (registration.secure or self._home.config.allow_clear):
             raise UpdateError(
                 "this device takes part in secure aggregation only; its owner may join with --allow-clear"
             )
-        self._memory.begin(greeting.job, greeting.secure, encode(greeting.terms))
-        outcome = self._take_on(greeting.terms)
-        answer = GreetingReply(
+        self._memory.begin(registration.job, registration.secure, encode(registration.terms))
+        outcome = self._take_on(registration.terms)
+        answer = RegistrationReply(
             PROTOCOL_VERSION,
             version("fedtune"),
             self._home.roster.version,

@@ -1,6 +1,6 @@
 """From what a machine has to what it trains under: the first plan, in order of preference, that fits.
 
-    plan = choose(shape, wishes, budget)
+    plan = choose(shape, constraints, budget)
 
 Order of choice: the job's sequence length; the largest rank whose upload fits the link; the fastest weights format that
 fits, checkpointing only where none fits without; whole steps, or micro-batches of a power of two of the longest
@@ -38,7 +38,7 @@ class NoPlanError(InputError):
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Constraints:
     """What the job asks of every device.
 
     Args:
@@ -95,7 +95,9 @@ class Plan:
     bytes_down: int
 
 
-def choose(shape: ModelShape, wishes: Wishes, budget: int, *, target_share: float = 1.0, kappa: float = 1.0) -> Plan:
+def choose(
+    shape: ModelShape, constraints: Constraints, budget: int, *, target_share: float = 1.0, kappa: float = 1.0
+) -> Plan:
     """The best plan whose predicted peak is within the budget.
 
     Args:
@@ -108,19 +110,19 @@ def choose(shape: ModelShape, wishes: Wishes, budget: int, *, target_share: floa
     def predicted(choices: Choices) -> MemoryPrediction:
         return predict_memory(shape, choices, target_share=target_share, kappa=kappa)
 
-    tier = affordable_rank(shape, wishes)
+    tier = affordable_rank(shape, constraints)
     smallest: tuple[int, Choices] | None = None
-    for length, choices in _candidates(shape, wishes):
+    for length, choices in _candidates(shape, constraints):
         peak = predicted(choices).peak
         if smallest is None or peak < smallest[0]:
             smallest = peak, choices
         if peak <= budget:
-            for tokens in _wider(choices.tokens, wishes.batch_tokens):
+            for tokens in _wider(choices.tokens, constraints.batch_tokens):
                 wider = replace(choices, tokens=tokens)
                 if predicted(wider).peak > budget:
                     break
                 choices = wider
-            return _plan(shape, wishes, length, choices, tier, predicted(choices), budget)
+            return _plan(shape, constraints, length, choices, tier, predicted(choices), budget)
     assert smallest is not None  # there is always a candidate
     peak, choices = smallest
     raise NoPlanError(
@@ -130,22 +132,22 @@ def choose(shape: ModelShape, wishes: Wishes, budget: int, *, target_share: floa
     )
 
 
-def affordable_rank(shape: ModelShape, wishes: Wishes) -> int:
+def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
     """The largest rank of 4, 8, … r_max whose upload takes at most its share of the deadline.
 
     Raises:
         NoPlanError: even the smallest tier's upload takes longer.
     """
-    tiers = rank_tiers(wishes.rank)
-    if wishes.deadline is None or wishes.bandwidth_up is None:
+    tiers = rank_tiers(constraints.rank)
+    if constraints.deadline is None or constraints.bandwidth_up is None:
         return tiers[-1]
-    seconds = wishes.deadline * UPLOAD_SHARE
-    fitting = [rank for rank in tiers if upload_bytes(shape, rank) <= seconds * wishes.bandwidth_up]
+    seconds = constraints.deadline * UPLOAD_SHARE
+    fitting = [rank for rank in tiers if upload_bytes(shape, rank) <= seconds * constraints.bandwidth_up]
     if not fitting:
         needed = upload_bytes(shape, tiers[0])
         raise NoPlanError(
-            f"sending a rank-{tiers[0]} update takes {needed / wishes.bandwidth_up:.0f} s for {needed:,} bytes at "
-            f"{wishes.bandwidth_up:,.0f} bytes a second; {seconds:.0f} s of the round's deadline are for that"
+            f"sending a rank-{tiers[0]} update takes {needed / constraints.bandwidth_up:.0f} s for {needed:,} bytes at "
+            f"{constraints.bandwidth_up:,.0f} bytes a second; {seconds:.0f} s of the round's deadline are for that"
         )
     return fitting[-1]
 
@@ -174,17 +176,22 @@ def megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _candidates(shape: ModelShape, wishes: Wishes) -> Iterator[tuple[int, Choices]]:
+def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[int, Choices]]:
     """What may be chosen, best first, one example a micro-batch: (length to which examples are cut, choices)."""
-    length = min(wishes.sequence_length, shape.positions)
+    length = min(constraints.sequence_length, shape.positions)
     while True:
-        longest = min(length, wishes.longest)
+        longest = min(length, constraints.longest)
         for weights, checkpointing in _FORMATS:
-            if weights == "packed" and wishes.quantization == "none":
+            if weights == "packed" and constraints.quantization == "none":
                 continue
-            if wishes.weights not in ("auto", weights) or (wishes.checkpointing and not checkpointing):
+            if constraints.weights not in ("auto", weights) or (constraints.checkpointing and not checkpointing):
                 continue
-            yield length, Choices(weights, wishes.precision, wishes.rank, longest, longest, checkpointing, wishes.cuda)
+            yield (
+                length,
+                Choices(
+                    weights, constraints.precision, constraints.rank, longest, longest, checkpointing, constraints.cuda
+                ),
+            )
         if length // 2 < SHORTEST_SEQUENCE:
             return
         length //= 2
@@ -199,7 +206,7 @@ def _wider(tokens: int, whole: int) -> Iterator[int]:
 
 def _plan(
     shape: ModelShape,
-    wishes: Wishes,
+    constraints: Constraints,
     length: int,
     choices: Choices,
     tier: int,
@@ -210,11 +217,11 @@ def _plan(
         choices=choices,
         tier=tier,
         sequence_length=length,
-        accumulation=-(-wishes.batch_tokens // choices.tokens),
+        accumulation=-(-constraints.batch_tokens // choices.tokens),
         memory=memory,
         budget=budget,
         bytes_up=upload_bytes(shape, tier),
-        bytes_down=round(shape.adapter_parameters(wishes.rank) * BYTES_PER_PARAMETER_DOWN),
+        bytes_down=round(shape.adapter_parameters(constraints.rank) * BYTES_PER_PARAMETER_DOWN),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.memory import Choices, kappa_of, predict_memory
-from fedtune.client.plan.planner import RESERVE, NoPlanError, Plan, Wishes, choose, longest_example
+from fedtune.client.plan.planner import RESERVE, Constraints, NoPlanError, Plan, choose, longest_example
 from fedtune.client.torch.calibration import Calibration, CalibrationStore, Case, Measured, measure
 from fedtune.client.torch.seconds import product_rate, step_seconds
 from fedtune.core.errors import DataError
@@ -161,7 +161,7 @@ def make_plan(
     machine = probe()
     device = torch.device("cuda" if machine.gpus else "cpu")
     own = int(psutil.Process().memory_info().rss)
-    wishes = Wishes(
+    constraints = Constraints(
         quantization=job.model.quantization,
         precision=best_precision(device) if job.training.precision == "auto" else job.training.precision,
         rank=job.adapter.rank,
@@ -186,11 +186,11 @@ def make_plan(
     foretold: tuple[int, float] | None = None
     for attempt in range(1 if trial == "never" else _ATTEMPTS):
         kappa = known.kappa if known else 1.0
-        plan = choose(shape, wishes, budget, target_share=target_share, kappa=kappa)
+        plan = choose(shape, constraints, budget, target_share=target_share, kappa=kappa)
         key = calibration_key(machine, shape, plan)
         if known is None and (known := store.get(key)):
             kappa = known.kappa
-            plan = choose(shape, wishes, budget, target_share=target_share, kappa=kappa)
+            plan = choose(shape, constraints, budget, target_share=target_share, kappa=kappa)
         tight = known is None and plan.memory.peak * ROOMY > budget
         if trial == "never" or (trial == "where tight" and not tight) or (measured and measured.peak <= budget):
             break
@@ -219,9 +219,9 @@ def make_plan(
         runtime=runtime,
         native_unpacking=bitsandbytes_works(device.type),
         target_share=target_share,
-        local_steps=wishes.local_steps,
+        local_steps=constraints.local_steps,
         seconds_per_step=per_step,
-        seconds_per_round=per_step * wishes.local_steps + sending + receiving,
+        seconds_per_round=per_step * constraints.local_steps + sending + receiving,
         kappa=kappa,
         measured=measured,
         predicted_measured=foretold,

@@ -1,7 +1,7 @@
 """A live device's work under its plan: what it can do for a job, the model it loads for it, and what training took.
 
     work = PlannedWork(bases, data, calibrations, show)
-    outcome = work.take_on(terms)           # at the greeting; NoPlanError with the numbers where nothing fits
+    outcome = work.take_on(terms)           # at the registration; NoPlanError with the numbers where nothing fits
     model = work.open_model(base)           # when the first round asks for it, and within the plan
     with work.watched(): ...                # around a round's training
 
@@ -121,7 +121,7 @@ class PlannedWork:
             NoPlanError: it does not fit.
         """
         if self._terms is None or base != self._terms.base:
-            raise PeerError("asked for another base model or adapter than at the greeting")
+            raise PeerError("asked for another base model or adapter than at the registration")
         self._model = loaded = None  # free the old one before the new one is loaded
         start, found = time.monotonic(), []
         refusal: NoPlanError | None = None

@@ -180,7 +180,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
     loss, tokens = torch.zeros((), device=model.base.device), 0
     for part in micro_batches(examples, task.micro_batch_tokens or task.batch_tokens):
         batch = collate(part, model.base.device)
-        part_loss = completion_loss(model.readout, batch)
+        part_loss = completion_loss(model.lm_head, batch)
         torch.autograd.backward(scaler.scale(part_loss / targets))
         loss += part_loss.detach()
         tokens += batch.ids.numel()
@@ -191,7 +191,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
 def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
     """Training mode with its own random stream for dropout, and evaluation mode again after."""
     network = model.base.network
-    model.readout  # noqa: B018  # its self-check wants evaluation mode
+    model.lm_head  # noqa: B018  # its self-check wants evaluation mode
     devices = [model.base.device] if model.base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(task.seed)

@@ -24,7 +24,7 @@ from fedtune.core.codec.streams import draw_uint32, open_stream
 _CIRCLE = 1 << 32
 
 
-def select_public(count: int, density: float, seed: int, turn: int) -> NDArray[np.bool_]:
+def select_public(count: int, density: float, seed: int, selection_phase: int) -> NDArray[np.bool_]:
     """The coordinates whose turn it is.
 
     Every coordinate has a random place on a circle, and a window of width `density` moves on by its own width each
@@ -46,7 +46,7 @@ def select_public(count: int, density: float, seed: int, turn: int) -> NDArray[n
         return np.ones(count, dtype=np.bool_)
     width = ceil(density * _CIRCLE)
     places = draw_uint32(open_stream(seed, "selection"), count)
-    mask: NDArray[np.bool_] = places - np.uint32(turn * width % _CIRCLE) < width
+    mask: NDArray[np.bool_] = places - np.uint32(selection_phase * width % _CIRCLE) < width
     return mask
 
 

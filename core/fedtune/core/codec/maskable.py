@@ -1,6 +1,6 @@
 """The codec for updates under masks: every step is linear and public, so words may be added before they are decoded.
 
-    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, lanes
+    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, sums
     sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
     server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
 
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from fedtune.core.codec.clip_range import NORM_BOUND
 from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, check_update, clip_factor, finite_norm
 from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
-from fedtune.core.codec.ring import LANE_ONE, Ring, lane_sum, norm_word, weight_word
+from fedtune.core.codec.ring import AUXILIARY_ONE, Ring, auxiliary_total, norm_word, weight_word
 from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
 from fedtune.core.errors import PeerError, UpdateError
 
-WEIGHT_LANE, NORM_LANE = range(2)
-LANES = 2
+WEIGHT_SUM, NORM_SUM = range(2)
+AUXILIARY_SUMS = 2
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class RingUpdate:
 
     Args:
         words: uint32, shape (word_count,), below 2^ℓ; a lone contribution's are at most L.
-        lanes: uint32, shape (LANES,), modulo 2^32: in units of 2^-16, the weight, and the norm over 4c.
+        auxiliary sums: uint32, shape (LANES,), modulo 2^32: in units of 2^-16, the weight, and the norm over 4c.
     """
 
     words: NDArray[np.uint32]
-    lanes: NDArray[np.uint32]
+    auxiliary: NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class MaskableCodec:
             raise UpdateError(f"this segment has {context.selection.size} coordinates, the update has {update.size}")
         fixed_weight = weight_word(weight)
         norm = finite_norm(update[context.selection])
-        factor = np.float32(fixed_weight / LANE_ONE * clip_factor(norm, context.clip))
+        factor = np.float32(fixed_weight / AUXILIARY_ONE * clip_factor(norm, context.clip))
         values = update[context.selection] * factor
         if context.rotation:
             values = rotate(values, context.seed)
@@ -135,11 +135,13 @@ class MaskableCodec:
 
     def zero(self, context: RoundContext) -> RingUpdate:
         """The empty sum."""
-        return RingUpdate(np.zeros(self.word_count(context), dtype=np.uint32), np.zeros(LANES, dtype=np.uint32))
+        return RingUpdate(
+            np.zeros(self.word_count(context), dtype=np.uint32), np.zeros(AUXILIARY_SUMS, dtype=np.uint32)
+        )
 
     def add(self, left: RingUpdate, right: RingUpdate, context: RoundContext) -> RingUpdate:
-        """The sum in the ring; addition of lanes wraps at 2^32 as their type does."""
-        return RingUpdate(self.ring(context).add(left.words, right.words), left.lanes + right.lanes)
+        """The sum in the ring; addition of auxiliary sums wraps at 2^32 as their type does."""
+        return RingUpdate(self.ring(context).add(left.words, right.words), left.auxiliary + right.auxiliary)
 
     def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> RingMean:
         """The mean of the `survivors` contributions in `total`.
@@ -149,14 +151,14 @@ class MaskableCodec:
             PeerError: the sum is of another size, or no sum of that many contributions.
         """
         expected = self.word_count(context)
-        if total.words.shape != (expected,) or total.lanes.shape != (LANES,):
+        if total.words.shape != (expected,) or total.auxiliary.shape != (AUXILIARY_SUMS,):
             raise PeerError(
-                f"a masked sum of {expected} words and {LANES} lanes is expected, "
-                f"got {total.words.size} and {total.lanes.size}"
+                f"a masked sum of {expected} words and {AUXILIARY_SUMS} auxiliary sums is expected, "
+                f"got {total.words.size} and {total.auxiliary.size}"
             )
         self.ring(context).check_sum(total.words, survivors)
-        weight = lane_sum(int(total.lanes[WEIGHT_LANE]), survivors)
-        norms = lane_sum(int(total.lanes[NORM_LANE]), survivors)
+        weight = auxiliary_total(int(total.auxiliary[WEIGHT_SUM]), survivors)
+        norms = auxiliary_total(int(total.auxiliary[NORM_SUM]), survivors)
         if not weight:
             raise PeerError(f"the weights of {survivors} clients sum to nothing")
         mean = np.zeros(context.selection.size, dtype=np.float32)

@@ -1,14 +1,14 @@
-"""What a secure round sums: the ring words of each factor, and beside them segments of lanes.
+"""What a secure round sums: the ring words of each factor, and beside them segments of auxiliary sums.
 
     segments = masked_segments(terms, tiers)                # goes into the round's configuration
     words = masked_words(own_terms, contributions, loss)    # a client's part: what its masks are added to
     totals, mean_loss = opened_sums(sums, contributors, terms)      # what the unmasked sums mean
 
-The lanes are whole numbers modulo 2^32, each at most 2^16 a client: for each factor the client's weight and its
-update's norm, then its training loss. Nothing of a single client travels beside them in the clear.
+The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 a client: for each factor the client's weight and
+its update's norm, then its training loss. Nothing of a single client travels beside them in the clear.
 
 Where devices train different ranks, each slice of a factor is a segment that only its owners carry, and so are its
-lanes; the training loss stands in those of the first slice, which everybody owns.
+auxiliary sums; the training loss stands in those of the first slice, which everybody owns.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedtune.core.codec import MaskableCodec, RingUpdate
-from fedtune.core.codec.maskable import LANES
-from fedtune.core.codec.ring import LANE_BITS, LANE_ONE, lane_sum
+from fedtune.core.codec.maskable import AUXILIARY_SUMS
+from fedtune.core.codec.ring import AUXILIARY_BITS, AUXILIARY_ONE, auxiliary_total
 from fedtune.core.codec.uplink import FactorTerms, RingSum
 from fedtune.core.secagg import Segment
 from fedtune.core.secagg.masks import Words
 
-LANES_NAME = "lanes"
+AUXILIARY_NAME = "auxiliary"
 MOST_LOSS = 16.0  # nats; a greater training loss counts as this one
 
 
 def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> tuple[Segment, ...]:
-    """One segment for each of the terms, in their order, and one for the lanes of each slice.
+    """One segment for each of the terms, in their order, and one for the auxiliary sums of each slice.
 
     Args:
         terms: of the whole round.
@@ -42,8 +42,8 @@ def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> 
         owners = _owners(each.tier, tiers)
         segments.append(Segment(_name(each), codec.word_count(context), max(ring.width, 1), ring.levels, owners))
     for place, (tier, part) in enumerate(_slices(terms).items()):
-        lanes = LANES * len(part) + (place == 0)
-        segments.append(Segment(_lanes_name(tier), lanes, LANE_BITS, LANE_ONE, _owners(tier, tiers)))
+        auxiliary = AUXILIARY_SUMS * len(part) + (place == 0)
+        segments.append(Segment(_auxiliary_name(tier), auxiliary, AUXILIARY_BITS, AUXILIARY_ONE, _owners(tier, tiers)))
     return tuple(segments)
 
 
@@ -58,12 +58,12 @@ def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdat
     words: dict[str, Words] = {
         _name(each): contribution.words for each, contribution in zip(terms, contributions, strict=True)
     }
-    loss_word = round(min(loss, MOST_LOSS) / MOST_LOSS * LANE_ONE)
+    loss_word = round(min(loss, MOST_LOSS) / MOST_LOSS * AUXILIARY_ONE)
     for place, (tier, part) in enumerate(_slices(terms).items()):
-        lanes = [contributions[index].lanes for index in part]
+        auxiliary = [contributions[index].auxiliary for index in part]
         if place == 0:
-            lanes.append(np.array([loss_word], dtype=np.uint32))
-        words[_lanes_name(tier)] = np.concatenate(lanes)
+            auxiliary.append(np.array([loss_word], dtype=np.uint32))
+        words[_auxiliary_name(tier)] = np.concatenate(auxiliary)
     return words
 
 
@@ -81,13 +81,15 @@ def opened_sums(
     slices = _slices(terms)
     totals: dict[int, RingSum] = {}
     for tier, part in slices.items():
-        lanes = sums[_lanes_name(tier)].astype(np.uint32)
+        auxiliary = sums[_auxiliary_name(tier)].astype(np.uint32)
         for place, index in enumerate(part):
             name = _name(terms[index])
-            total = RingUpdate(sums[name].astype(np.uint32), lanes[LANES * place : LANES * (place + 1)])
+            total = RingUpdate(
+                sums[name].astype(np.uint32), auxiliary[AUXILIARY_SUMS * place : AUXILIARY_SUMS * (place + 1)]
+            )
             totals[index] = RingSum(total, contributors[name])
-    first = _lanes_name(next(iter(slices)))
-    losses = lane_sum(int(sums[first][-1]), contributors[first]) / contributors[first]
+    first = _auxiliary_name(next(iter(slices)))
+    losses = auxiliary_total(int(sums[first][-1]), contributors[first]) / contributors[first]
     return tuple(totals[index] for index in range(len(terms))), MOST_LOSS * losses
 
 
@@ -108,5 +110,5 @@ def _name(terms: FactorTerms) -> str:
     return f"lora_{terms.factor}.{terms.tier}" if terms.tier else f"lora_{terms.factor}"
 
 
-def _lanes_name(tier: int) -> str:
-    return f"{LANES_NAME}.{tier}" if tier else LANES_NAME
+def _auxiliary_name(tier: int) -> str:
+    return f"{AUXILIARY_NAME}.{tier}" if tier else AUXILIARY_NAME

@@ -4,8 +4,8 @@ A client contributes one word u per coordinate, 0 <= u <= L with L = 2^b - 1. At
 
     Σu <= n_max·L < 2^ℓ    with    ℓ = ceil(log2(n_max·L + 1)),
 
-hence the sum in the ring *is* the sum. Beside the words of a segment travel two whole numbers, its *lanes*: the
-client's weight and its update's norm, in fixed point. They are added modulo 2^32 and have the same proof.
+hence the sum in the ring *is* the sum. Beside the words of a segment travel two whole numbers, its *auxiliary sums*:
+the client's weight and its update's norm, in fixed point. They are added modulo 2^32 and have the same proof.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fedtune.core.errors import JobError, PeerError, RunError
 
 MIN_QUANTIZER_BITS = 1
 MAX_QUANTIZER_BITS = 8
-LANE_BITS = 32
-LANE_ONE = 1 << 16  # fixed-point 1.0; what a lane carries lies in [0, 1]
-MAX_COHORT = (1 << LANE_BITS) // LANE_ONE - 1  # a sum of this many ones still fits the lane
+AUXILIARY_BITS = 32
+AUXILIARY_ONE = 1 << 16  # fixed-point 1.0; what an auxiliary sum carries lies in [0, 1]
+MAX_COHORT = (1 << AUXILIARY_BITS) // AUXILIARY_ONE - 1  # a sum of this many ones still fits the auxiliary sum
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,22 @@ def weight_word(weight: float) -> int:
     """The fixed-point form of a weight in (0, 1], at least 1."""
     if not 0 < weight <= 1:
         raise ValueError(f"an aggregation weight lies in (0, 1], got {weight}")
-    return max(1, round(weight * LANE_ONE))
+    return max(1, round(weight * AUXILIARY_ONE))
 
 
 def norm_word(norm: float, most: float) -> int:
     """The fixed-point form of norm/most, at most 1."""
-    return round(min(norm / most, 1.0) * LANE_ONE)
+    return round(min(norm / most, 1.0) * AUXILIARY_ONE)
 
 
-def lane_sum(word: int, survivors: int) -> float:
-    """The number that a summed lane means: the sum of `survivors` numbers in [0, 1].
+def auxiliary_total(word: int, survivors: int) -> float:
+    """The number that a summed auxiliary sum means: the sum of `survivors` numbers in [0, 1].
 
     Raises:
         PeerError: no such numbers have this sum.
     """
-    if word > survivors * LANE_ONE:
-        raise PeerError(f"a lane of {survivors} clients sums to at most {survivors * LANE_ONE}, got {word}")
-    return word / LANE_ONE
+    if word > survivors * AUXILIARY_ONE:
+        raise PeerError(
+            f"an auxiliary sum of {survivors} clients sums to at most {survivors * AUXILIARY_ONE}, got {word}"
+        )
+    return word / AUXILIARY_ONE

@@ -24,7 +24,7 @@ from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector, 
 from fedtune.core.adapter.tiers import Indices, RankSlice, coordinates, rank_slices
 from fedtune.core.codec import ExactCodec, MaskableCodec, RingMean, RingUpdate, RoundContext, SparseCodec
 from fedtune.core.codec.coordinate_selection import select_public
-from fedtune.core.codec.maskable import LANES
+from fedtune.core.codec.maskable import AUXILIARY_SUMS
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
@@ -34,7 +34,7 @@ from fedtune.core.seeds import derive_seed
 
 Form = Literal["exact", "sparse", "ring"]
 
-_LANE_BYTES = 4 * LANES
+_AUXILIARY_BYTES = 4 * AUXILIARY_SUMS
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Part:
     """
 
     tier: int
-    places: Indices
+    indices: Indices
     whole: int
 
 
@@ -120,7 +120,7 @@ class FactorTerms:
     seed: int
     round: int
     factor: Factor
-    turn: int
+    selection_phase: int
     clip: float
     n_max: int
     rotation: bool = True
@@ -138,9 +138,9 @@ class FactorTerms:
         return self.part.whole if self.part else self.count
 
     @property
-    def places(self) -> Indices | slice:
+    def indices(self) -> Indices | slice:
         """Where these coordinates lie in the factor."""
-        return self.part.places if self.part else slice(None)
+        return self.part.indices if self.part else slice(None)
 
     @property
     def label(self) -> tuple[str | int, ...]:
@@ -153,10 +153,12 @@ class FactorTerms:
         Turns are taken over the whole factor, so that a coordinate's turn does not depend on whose slice it is in. A
         slice's clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
         """
-        selection = select_public(self.whole, self.density, derive_seed(self.seed, "selection", self.factor), self.turn)
+        selection = select_public(
+            self.whole, self.density, derive_seed(self.seed, "selection", self.factor), self.selection_phase
+        )
         return RoundContext(
             seed=derive_seed(self.seed, "codec", self.round, *self.label),
-            selection=selection[self.places],
+            selection=selection[self.indices],
             clip=self.clip * sqrt(self.count / self.whole),
             n_max=self.n_max,
             rotation=self.rotation,
@@ -174,13 +176,15 @@ def factor_terms(
     Raises:
         PeerError: the uplink does not have one turn and one clip for each of them, or no such tier.
     """
-    if not len(factors) == len(uplink.turns) == len(uplink.clips):
-        raise PeerError(f"{len(uplink.turns)} turns and {len(uplink.clips)} clips for the factors {factors}")
+    if not len(factors) == len(uplink.selection_phases) == len(uplink.clips):
+        raise PeerError(f"{len(uplink.selection_phases)} turns and {len(uplink.clips)} clips for the factors {factors}")
     slices = round_slices(uplink, layout, seed, round_number)
     if tier and tier not in uplink.tiers:
         raise PeerError(f"a request to train {tier} rank indices; this round has the tiers {list(uplink.tiers)}")
     terms = []
-    for letter, turn, clip in zip(factor_letters(factors), uplink.turns, uplink.clips, strict=True):
+    for letter, selection_phase, clip in zip(
+        factor_letters(factors), uplink.selection_phases, uplink.clips, strict=True
+    ):
         segment = layout.segment(letter)
         whole = segment.stop - segment.start
         parts: list[Part | None] = [Part(each.tier, coordinates(layout, letter, each.owned), whole) for each in slices]
@@ -189,11 +193,11 @@ def factor_terms(
                 uplink.form,
                 uplink.bits,
                 uplink.density,
-                len(part.places) if part else whole,
+                len(part.indices) if part else whole,
                 seed,
                 round_number,
                 letter,
-                turn,
+                selection_phase,
                 clip,
                 uplink.n_max,
                 uplink.rotation,
@@ -251,14 +255,14 @@ def encode_factor(update: Vector, terms: FactorTerms, private_seed: int, weight:
         case "ring":
             contribution, sent = ring_contribution(update, terms, private_seed, weight)
             width = MaskableCodec(terms.bits).ring(terms.context()).width
-            body = pack(contribution.words, width) + contribution.lanes.astype("<u4").tobytes()
+            body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
             return frame(Kind.RING, terms.count, body), sent
 
 
 def ring_contribution(
     update: Vector, terms: FactorTerms, private_seed: int, weight: float
 ) -> tuple[RingUpdate, Vector]:
-    """A client's words and lanes for one factor in a ring, and what of the update they carry; see `encode_factor`."""
+    """A client's words and auxiliary sums for one factor, and what of the update they carry; see `encode_factor`."""
     codec, context = MaskableCodec(terms.bits), terms.context()
     contribution = codec.encode(update, weight, private_seed, context)
     return contribution, codec.transmitted(contribution, context)
@@ -297,9 +301,11 @@ def add_ring(sum_: RingSum, payload: bytes, terms: FactorTerms) -> RingSum:
     codec, context = MaskableCodec(terms.bits), terms.context()
     width, words = codec.ring(context).width, codec.word_count(context)
     size = packed_size(words, width)
-    _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _LANE_BYTES)
-    if len(body) != size + _LANE_BYTES:
-        raise PeerError(f"payload: {words} words of {width} bits and lanes take {size + _LANE_BYTES} bytes")
+    _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _AUXILIARY_BYTES)
+    if len(body) != size + _AUXILIARY_BYTES:
+        raise PeerError(
+            f"payload: {words} words of {width} bits and auxiliary sums take {size + _AUXILIARY_BYTES} bytes"
+        )
     contribution = RingUpdate(
         unpack(body[:size], width, words).astype(np.uint32, copy=False),
         np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),

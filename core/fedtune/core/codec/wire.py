@@ -37,7 +37,7 @@ class Kind(IntEnum):
     SPARSE = 2  # a client update as levels and a step
     DELTA = 3  # levels and a step, to be added to what the device holds
     WHOLE = 4  # levels and a step, to replace what the device holds
-    RING = 5  # packed ring words and lanes, to be added to those of others
+    RING = 5  # packed ring words and auxiliary sums, to be added to those of others
 
 
 def frame(kind: Kind, count: int, body: bytes) -> bytes:

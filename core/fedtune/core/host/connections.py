@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections as both servers, the fleet's and the model's, take them from strangers.
+"""HTTP/1.1 connections as both servers, the fleet's and the model's, take them from unauthenticated clients.
 
     uvicorn.Config(app, http=BoundedHttp, h11_max_incomplete_event_size=MAX_HEAD_BYTES, ...)
 
@@ -22,7 +22,7 @@ class BoundedHttp(H11Protocol):
     """Closes a connection whose next request does not come whole, but for its body, in time after its first byte; the
     first request's time begins with the connection. Between requests uvicorn's `timeout_keep_alive` counts."""
 
-    _overdue: asyncio.TimerHandle | None = None
+    _stale: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The clock starts."""
@@ -43,10 +43,10 @@ class BoundedHttp(H11Protocol):
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering or self.transport.is_closing():
             self._stop()
-        elif self._overdue is None:
-            self._overdue = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+        elif self._stale is None:
+            self._stale = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
 
     def _stop(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
+        if self._stale is not None:
+            self._stale.cancel()
+            self._stale = None

@@ -10,7 +10,7 @@ broke off, and costs a message of a hundred bytes eight requests. So what has no
 whole; everything larger goes Flower's way. What Flower itself says is carried as it is, as serialised protobuf.
 
 Bundles state no protocol version but that in their paths: a device that speaks another one must still be reached by the
-greeting, which tells both sides so in words.
+registration, which tells both sides so in words.
 """
 
 from __future__ import annotations

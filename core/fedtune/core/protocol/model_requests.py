@@ -1,6 +1,6 @@
 """How a device pulls an exported model from its server: what it asks, what it is told, and how a request is signed.
 
-    POST /v1/fleet/describe-model    DescribeModel -> ModelOffer
+    POST /v1/fleet/describe-model    DescribeModel -> ModelDescription
     POST /v1/fleet/read-model        ReadModel -> bytes of one file
 
 Both go over the server's public TLS socket and carry the device's signature, with the key it was enrolled with. What
@@ -28,7 +28,7 @@ from fedtune.core.secagg.primitives import framed
 DESCRIBE, READ = "/v1/fleet/describe-model", "/v1/fleet/read-model"
 MAX_PIECE_BYTES = 4 << 20  # of a file, in one answer
 MAX_REQUEST_BYTES = 16 << 10
-MAX_OFFER_BYTES = MAX_MANIFEST_BYTES + 4096
+MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + 4096
 MAX_CLOCK_ERROR = 60  # seconds between a request's time and the server's
 DEVICE_HEADER, TIME_HEADER, SIGNATURE_HEADER = "fedtune-device", "fedtune-time", "fedtune-signature"
 _MAX_HEADER = 256
@@ -51,7 +51,7 @@ class DescribeModel(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
     format: _Format | None = None
 
 
-class ModelOffer(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class ModelDescription(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """One exported model: `manifest` is its fedtune.json, byte for byte."""
 
     version: int

@@ -78,7 +78,7 @@ class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """How updates travel up; `turns` and `clips` have one entry a trained factor, see `fedtune.core.codec.uplink`.
+    """How updates travel up; `selection_phases` and `clips` have one entry a trained factor.
 
     Args:
         tiers: how many rank indices clients of this round train, ascending; none where everybody trains them all.
@@ -91,7 +91,7 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     weight: Literal["examples", "tokens", "uniform"]
     weight_cap: Annotated[int, Meta(ge=1, le=1 << 20)]
     n_max: Annotated[int, Meta(ge=1, le=65_535)]
-    turns: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
+    selection_phases: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
     rotation: bool
     tiers: Annotated[tuple[_Tier, ...], Meta(max_length=MAX_TIERS)] = ()

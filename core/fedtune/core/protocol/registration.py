@@ -18,10 +18,10 @@ from msgspec import Meta
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.payloads import PROTOCOL_VERSION, Base, Payload
 
-ACTION = "query.greeting"
+ACTION = "query.registration"
 """The Flower message type that carries it."""
 
-MAX_GREETING_BYTES = 20 << 20
+MAX_REGISTRATION_BYTES = 20 << 20
 
 SITS_OUT = "sits out"
 """How a device's refusal to train begins where one of its owner's conditions does not hold."""
@@ -47,7 +47,7 @@ class Terms(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
     deadline: Annotated[float, Meta(ge=0)]
 
 
-class Greeting(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """What the server says.
 
     Args:
@@ -68,7 +68,7 @@ class Greeting(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
     roster: Annotated[bytes, Meta(max_length=16 << 20)]
 
 
-class GreetingReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """What a device answers.
 
     Args:
@@ -105,7 +105,7 @@ def two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def check_plan(reply: GreetingReply, terms: Terms) -> None:
+def check_plan(reply: RegistrationReply, terms: Terms) -> None:
     """Refuses a plan that cannot be one for these terms on that machine.
 
     Raises:
@@ -127,11 +127,11 @@ def check_plan(reply: GreetingReply, terms: Terms) -> None:
 
 __all__ = [
     "ACTION",
-    "MAX_GREETING_BYTES",
+    "MAX_REGISTRATION_BYTES",
     "PROTOCOL_VERSION",
     "SITS_OUT",
-    "Greeting",
-    "GreetingReply",
+    "Registration",
+    "RegistrationReply",
     "Terms",
     "check_plan",
     "two_digits",

@@ -25,12 +25,12 @@ from fedtune.core.errors import PeerError, UpdateError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import (
-    BOX_BYTES,
+    ENCRYPTED_SHARE_BYTES,
     MAX_CONFIG_BYTES,
     MAX_COUNTER,
     Advertisement,
-    Boxes,
     Delivery,
+    EncryptedShares,
     KeyEntry,
     KeyList,
     MaskedInput,
@@ -78,11 +78,11 @@ class Idle(State):
 
 @dataclass(frozen=True)
 class Advertised(State):
-    """The keys are out. `self_seed` is b, `mask_seed` is σ, `share_key` the X25519 key that boxes are sealed with."""
+    """The keys are out. `self_seed` is b, `mask_seed` is σ, `share_key` the X25519 key for sharing."""
 
     config: RoundConfig
     digest: bytes
-    seat: int
+    client_index: int
     self_seed: Secret
     mask_seed: Secret
     share_key: Secret
@@ -94,10 +94,10 @@ class Advertised(State):
 
 @dataclass(frozen=True)
 class Shared(State):
-    """The shares are out. `open_keys` open the boxes of others; `kept` is this client's pair of its own secrets."""
+    """The shares are out. `open_keys` decrypt the shares of others; `kept` is this client's pair of its own secrets."""
 
     transcript: Transcript
-    seat: int
+    client_index: int
     self_seed: Secret
     mask_seed: Secret
     open_keys: dict[int, Secret]
@@ -112,7 +112,7 @@ class Masked(State):
     """The masked input is out; only other clients' shares (and the kept pair) are left. `sharers` is U2."""
 
     transcript: Transcript
-    seat: int
+    client_index: int
     sharers: frozenset[int]
     held: dict[int, SharePair]
 
@@ -125,7 +125,7 @@ class Voted(State):
     """The survivor set U3 is signed, and this client will never agree to another."""
 
     transcript: Transcript
-    seat: int
+    client_index: int
     sharers: frozenset[int]
     survivors: frozenset[int]
     held: dict[int, SharePair]
@@ -184,15 +184,15 @@ class ClientSession:
                 clients, belongs to another adapter, or is of a round that was served before.
         """
         _, config = self._take(Idle, RoundConfig, message)
-        seat = self._check_config(config, base_digest, adapter_digest)
+        client_index = self._check_config(config, base_digest, adapter_digest)
         digest = config_digest(config)
         self.log.record(config.job, RoundMark(config.round, config.attempt))
         self_seed, mask_seed = (Secret(shamir.to_bytes(shamir.random_element(self.random))) for _ in range(2))
         share_key = Secret(self.random(KEY_BYTES))
         keys = Agreement(share_key.value).public, mask_agreement(mask_seed.value).public
-        signature = self.identity.sign(advertisement_statement(digest, seat, *keys))
-        entry = KeyEntry(seat, *keys, signature)
-        self._move(Advertised(config, digest, seat, self_seed, mask_seed, share_key, entry))
+        signature = self.identity.sign(advertisement_statement(digest, client_index, *keys))
+        entry = KeyEntry(client_index, *keys, signature)
+        self._move(Advertised(config, digest, client_index, self_seed, mask_seed, share_key, entry))
         return encode(Advertisement(digest, *keys, signature))
 
     def share(self, message: bytes) -> bytes:
@@ -205,7 +205,7 @@ class ClientSession:
         state, keys = self._take(Advertised, KeyList, message)
         self._check_keys(state, keys)
         transcript = Transcript(state.config, state.digest, keys.entries)
-        holders = sorted(transcript.holders(state.seat))
+        holders = sorted(transcript.holders(state.client_index))
         points = [holder + 1 for holder in holders]
         threshold = state.config.threshold
         dealt = [
@@ -213,21 +213,23 @@ class ClientSession:
             for seed in (state.self_seed, state.mask_seed)
         ]
         agree = Agreement(state.share_key.value)
-        boxes: list[bytes] = []
+        encrypted_shares: list[bytes] = []
         open_keys: dict[int, Secret] = {}
         kept: dict[int, SharePair] = {}
         for holder, of_self, of_mask in zip(holders, *dealt, strict=True):
             pair = shamir.to_bytes(of_self), shamir.to_bytes(of_mask)
-            if holder == state.seat:
+            if holder == state.client_index:
                 kept[holder] = Secret(pair[0]), Secret(pair[1])
                 continue
             shared = agree(transcript.keys[holder].share_key)
-            seal_key = transcript.box_key(shared, sender=state.seat, receiver=holder)
-            boxes.append(seal(seal_key, b"".join(pair), transcript.box_associated(state.seat, holder)))
-            open_keys[holder] = Secret(transcript.box_key(shared, sender=holder, receiver=state.seat))
-        bound = commitment(state.self_seed.value, state.digest, state.seat)
-        self._move(Shared(transcript, state.seat, state.self_seed, state.mask_seed, open_keys, kept))
-        return encode(Boxes(state.digest, bound, b"".join(boxes)))
+            seal_key = transcript.share_key_for(shared, sender=state.client_index, receiver=holder)
+            encrypted_shares.append(
+                seal(seal_key, b"".join(pair), transcript.share_associated(state.client_index, holder))
+            )
+            open_keys[holder] = Secret(transcript.share_key_for(shared, sender=holder, receiver=state.client_index))
+        bound = commitment(state.self_seed.value, state.digest, state.client_index)
+        self._move(Shared(transcript, state.client_index, state.self_seed, state.mask_seed, open_keys, kept))
+        return encode(EncryptedShares(state.digest, bound, b"".join(encrypted_shares)))
 
     def mask(self, message: bytes, update: Mapping[str, Words]) -> bytes:
         """Exchange 2: takes the shares of others, gives the masked update.
@@ -238,27 +240,29 @@ class ClientSession:
             update: for each segment of this client's tier, unsigned words of shape (length,), none above its limit.
 
         Raises:
-            ServerFaultError: U2 is not a part of U1 with this client in it, is too small, or a box does not open.
+            ServerFaultError: U2 is not a part of U1 with this client in it, is too small, or a share does not decrypt.
             UpdateError: the update does not fit the segments.
         """
         state, delivery = self._take(Shared, Delivery, message)
-        config, transcript, seat = state.transcript.config, state.transcript, state.seat
-        sharers = _seat_set(delivery.sharers, transcript.keys.keys(), seat, "sharers")
+        config, transcript, client_index = state.transcript.config, state.transcript, state.client_index
+        sharers = _index_set(delivery.sharers, transcript.keys.keys(), client_index, "sharers")
         _check_enough(config, sharers, "sharers")
-        senders = sorted(transcript.holders(seat) & sharers - {seat})
-        if len(delivery.boxes) != BOX_BYTES * len(senders):
-            expected = f"{BOX_BYTES} from each of {len(senders)}"
-            raise ServerFaultError(f"boxes: {len(delivery.boxes)} bytes, expected {expected}")
+        senders = sorted(transcript.holders(client_index) & sharers - {client_index})
+        if len(delivery.encrypted_shares) != ENCRYPTED_SHARE_BYTES * len(senders):
+            expected = f"{ENCRYPTED_SHARE_BYTES} from each of {len(senders)}"
+            raise ServerFaultError(f"encrypted shares: {len(delivery.encrypted_shares)} bytes, expected {expected}")
         held = dict(state.kept)
-        for sender, box in zip(senders, pieces(delivery.boxes, BOX_BYTES), strict=True):
-            held[sender] = _open(state, sender, box)
-        words = _checked_update(config, seat, update)
-        mask_update(words, transcript, seat, sharers, (state.self_seed.value, state.mask_seed.value))
+        for sender, encrypted_share in zip(
+            senders, pieces(delivery.encrypted_shares, ENCRYPTED_SHARE_BYTES), strict=True
+        ):
+            held[sender] = _open(state, sender, encrypted_share)
+        words = _checked_update(config, client_index, update)
+        mask_update(words, transcript, client_index, sharers, (state.self_seed.value, state.mask_seed.value))
         packed = tuple(
             pack(reduce(masked, config.segments[index].bits), config.segments[index].bits)
             for index, masked in words.items()
         )
-        self._move(Masked(transcript, seat, sharers, held))
+        self._move(Masked(transcript, client_index, sharers, held))
         return encode(MaskedInput(transcript.config_digest, packed))
 
     def vote(self, message: bytes) -> bytes:
@@ -268,10 +272,10 @@ class ClientSession:
             ServerFaultError: U3 is not a part of U2 with this client in it, or is too small.
         """
         state, announced = self._take(Masked, Survivors, message)
-        survivors = _seat_set(announced.survivors, state.sharers, state.seat, "survivors")
+        survivors = _index_set(announced.survivors, state.sharers, state.client_index, "survivors")
         _check_enough(state.transcript.config, survivors, "survivors")
         signature = self.identity.sign(state.transcript.vote_statement(state.sharers, survivors))
-        self._move(Voted(state.transcript, state.seat, state.sharers, survivors, state.held))
+        self._move(Voted(state.transcript, state.client_index, state.sharers, survivors, state.held))
         return encode(Vote(state.transcript.config_digest, signature))
 
     def unmask(self, message: bytes) -> bytes:
@@ -320,15 +324,17 @@ class ClientSession:
                 secret.wipe()
 
     def _check_config(self, config: RoundConfig, base_digest: str, adapter_digest: str) -> int:
-        """This client's seat in a configuration it can agree to."""
+        """This client's client index in a configuration it can agree to."""
         found = config_problems(config) or policy_problems(config, self.policy)
         if found:
             raise ServerFaultError("configuration: " + "; ".join(found))
         strangers = [member.client for member in config.cohort if member.client not in self.roster.keys]
         if strangers:
             raise ServerFaultError(f"configuration: {strangers[0]} is not in this client's roster")
-        seats = [seat for seat, member in enumerate(config.cohort) if member.client == self.client]
-        if not seats or self.roster.keys[self.client] != self.identity.public:
+        client_indices = [
+            client_index for client_index, member in enumerate(config.cohort) if member.client == self.client
+        ]
+        if not client_indices or self.roster.keys[self.client] != self.identity.public:
             raise ServerFaultError(f"configuration: {self.client} is not invited, or pinned under another key")
         asked, loaded = (config.base_digest, config.adapter_digest), (base_digest, adapter_digest)
         for what, theirs, ours in zip(("base", "adapter"), asked, loaded, strict=True):
@@ -337,27 +343,27 @@ class ClientSession:
         mark, last = RoundMark(config.round, config.attempt), self.log.last(config.job)
         if last is not None and mark <= last:
             raise ServerFaultError(f"configuration: round {mark} is not after {last}, the last one served")
-        return seats[0]
+        return client_indices[0]
 
     def _check_keys(self, state: Advertised, keys: KeyList) -> None:
-        seats = [entry.seat for entry in keys.entries]
-        advertisers = _seat_set(seats, range(len(state.config.cohort)), state.seat, "keys")
+        client_indices = [entry.client_index for entry in keys.entries]
+        advertisers = _index_set(client_indices, range(len(state.config.cohort)), state.client_index, "keys")
         _check_enough(state.config, advertisers, "advertisers")
         if state.entry not in keys.entries:
             raise ServerFaultError("keys: this client's own entry is not what it advertised")
-        if len({key for entry in keys.entries for key in (entry.share_key, entry.mask_key)}) != 2 * len(seats):
+        if len({key for entry in keys.entries for key in (entry.share_key, entry.mask_key)}) != 2 * len(client_indices):
             raise ServerFaultError("keys: a key occurs twice")
         for entry in keys.entries:
-            client = state.config.cohort[entry.seat].client
+            client = state.config.cohort[entry.client_index].client
             if is_weak(entry.share_key) or is_weak(entry.mask_key):
                 raise ServerFaultError(f"keys: a key of {client} is weak")
-            statement = advertisement_statement(state.digest, entry.seat, entry.share_key, entry.mask_key)
+            statement = advertisement_statement(state.digest, entry.client_index, entry.share_key, entry.mask_key)
             if not self.roster.verify(client, statement, entry.signature):
                 raise ServerFaultError(f"keys: {client} did not sign the keys listed for it")
 
     def _check_votes(self, state: Voted, quorum: Quorum) -> None:
         config = state.transcript.config
-        voters = _seat_set(quorum.voters, state.survivors, None, "voters")
+        voters = _index_set(quorum.voters, state.survivors, None, "voters")
         if len(voters) < config.quorum:
             raise ServerFaultError(f"votes: {len(voters)}, expected at least {config.quorum}")
         if len(quorum.signatures) != SIGNATURE_BYTES * len(voters):
@@ -383,43 +389,47 @@ def _flat(pairs: Mapping[int, SharePair]) -> list[Secret]:
     return [secret for pair in pairs.values() for secret in pair]
 
 
-def _open(state: Shared, sender: int, box: bytes) -> SharePair:
-    """The pair in a box from `sender` to this client."""
+def _open(state: Shared, sender: int, encrypted_share: bytes) -> SharePair:
+    """The pair in an encrypted share from `sender` to this client."""
     transcript = state.transcript
-    opened = unseal(state.open_keys[sender].value, box, transcript.box_associated(sender, state.seat))
+    opened = unseal(
+        state.open_keys[sender].value, encrypted_share, transcript.share_associated(sender, state.client_index)
+    )
     client = transcript.config.cohort[sender].client
     if opened is None:
-        raise ServerFaultError(f"boxes: the one from {client} was changed on its way or is not from it", client)
+        raise ServerFaultError(
+            f"encrypted shares: the one from {client} was changed on its way or is not from it", client
+        )
     pair = pieces(opened, shamir.ELEMENT_BYTES)
     try:
         for share in pair:
             shamir.to_element(share)
     except ValueError:
-        raise ServerFaultError(f"boxes: the one from {client} does not hold shares", client) from None
+        raise ServerFaultError(f"encrypted shares: the one from {client} does not hold shares", client) from None
     return Secret(pair[0]), Secret(pair[1])
 
 
-def _seat_set(seats: Sequence[int], within: Iterable[int], own: int | None, what: str) -> frozenset[int]:
-    """A list of seats as a set: increasing, part of the set before it, and with this client in it where it must be."""
-    found = frozenset(seats)
-    if not increasing(seats):
-        raise ServerFaultError(f"{what}: seats must be strictly increasing")
+def _index_set(client_indices: Sequence[int], within: Iterable[int], own: int | None, what: str) -> frozenset[int]:
+    """A list of client indices as a set: increasing, part of the set before it, with this client where it must be."""
+    found = frozenset(client_indices)
+    if not increasing(client_indices):
+        raise ServerFaultError(f"{what}: client indices must be strictly increasing")
     if not found <= frozenset(within):
-        raise ServerFaultError(f"{what}: a seat is listed that cannot be there")
+        raise ServerFaultError(f"{what}: a client index is listed that cannot be there")
     if own is not None and own not in found:
         raise ServerFaultError(f"{what}: this client is not among them")
     return found
 
 
-def _check_enough(config: RoundConfig, seats: Iterable[int], what: str) -> None:
-    missing = shortfall(config, seats)
+def _check_enough(config: RoundConfig, client_indices: Iterable[int], what: str) -> None:
+    missing = shortfall(config, client_indices)
     if missing:
         raise ServerFaultError(f"{what}: {missing}")
 
 
-def _checked_update(config: RoundConfig, seat: int, update: Mapping[str, Words]) -> dict[int, Words]:
+def _checked_update(config: RoundConfig, client_index: int, update: Mapping[str, Words]) -> dict[int, Words]:
     """A copy of the update by segment index, in machine words that masks can be added to."""
-    wanted = segments_of(config, seat)
+    wanted = segments_of(config, client_index)
     names = {config.segments[index].name for index in wanted}
     if names != update.keys():
         raise UpdateError(f"update has segments {sorted(update)}, the round sums {sorted(names)}")

@@ -95,7 +95,7 @@ def config_problems(config: RoundConfig) -> list[str]:
         if not increasing(segment.tiers) or segment.tiers[-1] >= tiers:
             found.append(f"segment {segment.name}: tiers must be increasing and below {tiers}")
             continue
-        carriers = len(segment_seats(config, segment))
+        carriers = len(segment_indices(config, segment))
         if carriers * segment.limit >= 1 << segment.bits:
             found.append(f"segment {segment.name}: {carriers} words up to {segment.limit} overflow {segment.bits} bits")
     if not 1 <= config.degree < n:
@@ -119,24 +119,24 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
     return found
 
 
-def shortfall(config: RoundConfig, seats: Iterable[int]) -> str | None:
+def shortfall(config: RoundConfig, client_indices: Iterable[int]) -> str | None:
     """Why these clients are too few to be summed: fewer than the minimum, or a tier below its own; None if enough."""
-    present = list(seats)
+    present = list(client_indices)
     if len(present) < config.minimum:
         return f"{len(present)} clients, expected at least {config.minimum}"
-    by_tier = Counter(config.cohort[seat].tier for seat in present)
+    by_tier = Counter(config.cohort[client_index].tier for client_index in present)
     for tier in sorted({member.tier for member in config.cohort}):
         if by_tier[tier] < config.tier_minimums[tier]:
             return f"{by_tier[tier]} clients in tier {tier}, expected at least {config.tier_minimums[tier]}"
     return None
 
 
-def segment_seats(config: RoundConfig, segment: Segment) -> frozenset[int]:
-    """The seats whose tier carries the segment."""
-    return frozenset(seat for seat, member in enumerate(config.cohort) if member.tier in segment.tiers)
+def segment_indices(config: RoundConfig, segment: Segment) -> frozenset[int]:
+    """The client indices whose tier carries the segment."""
+    return frozenset(client_index for client_index, member in enumerate(config.cohort) if member.tier in segment.tiers)
 
 
-def segments_of(config: RoundConfig, seat: int) -> list[int]:
-    """The indices of the segments that the client at this seat contributes to."""
-    tier = config.cohort[seat].tier
+def segments_of(config: RoundConfig, client_index: int) -> list[int]:
+    """The indices of the segments that the client at this client index contributes to."""
+    tier = config.cohort[client_index].tier
     return [index for index, segment in enumerate(config.segments) if tier in segment.tiers]

@@ -2,13 +2,14 @@
 
     exchange          server to client        client to server
     0  advertise      RoundConfig             Advertisement
-    1  share          KeyList                 Boxes
+    1  share          KeyList                 EncryptedShares
     2  masked input   Delivery                MaskedInput
     3  consistency    Survivors               Vote
     4  unmask         Quorum                  Reveal
 
-A message is one msgpack array, its name first. Clients are named by their *seat*, the position in the configuration's
-cohort. Lists of seats are strictly increasing; what belongs to an agreed list of seats is joined without lengths.
+A message is one msgpack array, its name first. Clients are named by their *client index*, the position in the
+configuration's cohort. Lists of client indices are strictly increasing; what belongs to an agreed list of client
+indices is joined without lengths.
 A message has one form only: bytes that would not be written again the same way are refused.
 """
 
@@ -33,11 +34,11 @@ MAX_TIERS = 256
 MAX_LENGTH = 1 << 36
 MAX_COUNTER = 1 << 53
 MAX_CONTEXT = 64 << 10
-BOX_BYTES = 2 * ELEMENT_BYTES + TAG_BYTES
+ENCRYPTED_SHARE_BYTES = 2 * ELEMENT_BYTES + TAG_BYTES
 MAX_CONFIG_BYTES = 8 << 20
 
 _NAME_OVERHEAD = 64  # more than any message's name, list headers and config digest take beside what is counted
-_SEAT_BYTES = 3  # msgpack takes at most this for a number below MAX_COHORT
+_INDEX_BYTES = 3  # msgpack takes at most this for a number below MAX_COHORT
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f]+$")]
 HexDigest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -46,8 +47,8 @@ Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
 Count = Annotated[int, Meta(ge=0, le=MAX_COHORT)]
-Seat = Annotated[int, Meta(ge=0, lt=MAX_COHORT)]
-Seats = Annotated[tuple[Seat, ...], Meta(max_length=MAX_COHORT)]
+ClientIndex = Annotated[int, Meta(ge=0, lt=MAX_COHORT)]
+ClientIndices = Annotated[tuple[ClientIndex, ...], Meta(max_length=MAX_COHORT)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_TIERS)]
 
 
@@ -88,7 +89,7 @@ class RoundConfig(Message, frozen=True, array_like=True, tag=True, forbid_unknow
         nonce: drawn by the server for this round.
         base_digest, adapter_digest: what the client must have loaded before it trains.
         context: the codec's public parameters (selection seed, clip, bits), opaque here.
-        cohort: the invited clients; a position is a seat.
+        cohort: the invited clients; a position is a client index.
         tier_minimums: for each tier, the survivors below which the round has no sum.
         segments: what is summed.
         degree, threshold, quorum, minimum: see `graph.Thresholds`.
@@ -122,33 +123,33 @@ class Advertisement(Message, frozen=True, array_like=True, tag=True, forbid_unkn
 class KeyEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One client's advertisement as everybody gets to see it."""
 
-    seat: Seat
+    client_index: ClientIndex
     share_key: Key
     mask_key: Key
     signature: Signature
 
 
 class KeyList(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The keys of all who advertised, by increasing seat: the set U1."""
+    """The keys of all who advertised, by increasing client index: the set U1."""
 
     config: Digest
     entries: Annotated[tuple[KeyEntry, ...], Meta(max_length=MAX_COHORT)]
 
 
-class Boxes(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A client's shares, one sealed box for each other holder in U1, by increasing seat, and a commitment to b."""
+class EncryptedShares(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """A client's shares, encrypted for each other holder in U1, by increasing client index, and a commitment to b."""
 
     config: Digest
     commitment: Digest
-    boxes: Annotated[bytes, Meta(max_length=MAX_COHORT * BOX_BYTES)]
+    encrypted_shares: Annotated[bytes, Meta(max_length=MAX_COHORT * ENCRYPTED_SHARE_BYTES)]
 
 
 class Delivery(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Who has shared (the set U2), and the boxes for one client from the other holders in U2, by increasing seat."""
+    """Who has shared (the set U2), and the encrypted shares for one client from the others in U2, by client index."""
 
     config: Digest
-    sharers: Seats
-    boxes: Annotated[bytes, Meta(max_length=MAX_COHORT * BOX_BYTES)]
+    sharers: ClientIndices
+    encrypted_shares: Annotated[bytes, Meta(max_length=MAX_COHORT * ENCRYPTED_SHARE_BYTES)]
 
 
 class MaskedInput(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -162,7 +163,7 @@ class Survivors(Message, frozen=True, array_like=True, tag=True, forbid_unknown_
     """Whose masked input is in the sum: the set U3."""
 
     config: Digest
-    survivors: Seats
+    survivors: ClientIndices
 
 
 class Vote(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -173,15 +174,15 @@ class Vote(Message, frozen=True, array_like=True, tag=True, forbid_unknown_field
 
 
 class Quorum(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Enough votes for the sets that were announced, by increasing seat."""
+    """Enough votes for the sets that were announced, by increasing client index."""
 
     config: Digest
-    voters: Seats
+    voters: ClientIndices
     signatures: Annotated[bytes, Meta(max_length=MAX_COHORT * SIGNATURE_BYTES)]
 
 
 class Reveal(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """For each owner in U2 whose shares the client holds, by increasing seat: the b share in U3, else the σ share."""
+    """For each owner in U2 whose shares the client holds, by client index: the b share in U3, else the σ share."""
 
     config: Digest
     shares: Annotated[bytes, Meta(max_length=MAX_COHORT * ELEMENT_BYTES)]
@@ -219,20 +220,20 @@ def size_limit(expected: type[Message], config: RoundConfig) -> int:
     body = {
         Advertisement: 2 * KEY_BYTES + SIGNATURE_BYTES,
         KeyList: n * (2 * KEY_BYTES + SIGNATURE_BYTES + 16),
-        Boxes: DIGEST_BYTES + n * BOX_BYTES,
-        Delivery: n * (BOX_BYTES + _SEAT_BYTES),
+        EncryptedShares: DIGEST_BYTES + n * ENCRYPTED_SHARE_BYTES,
+        Delivery: n * (ENCRYPTED_SHARE_BYTES + _INDEX_BYTES),
         MaskedInput: sum(8 + -(-segment.length * segment.bits // 8) for segment in config.segments),
-        Survivors: n * _SEAT_BYTES,
+        Survivors: n * _INDEX_BYTES,
         Vote: SIGNATURE_BYTES,
-        Quorum: n * (SIGNATURE_BYTES + _SEAT_BYTES),
+        Quorum: n * (SIGNATURE_BYTES + _INDEX_BYTES),
         Reveal: n * ELEMENT_BYTES,
     }
     return _NAME_OVERHEAD + DIGEST_BYTES + body[expected]
 
 
-def increasing(seats: Sequence[int]) -> bool:
-    """Whether a list of seats is in its one form: strictly increasing, so without repetition."""
-    return all(before < after for before, after in pairwise(seats))
+def increasing(client_indices: Sequence[int]) -> bool:
+    """Whether a list of client indices is in its one form: strictly increasing, so without repetition."""
+    return all(before < after for before, after in pairwise(client_indices))
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:

@@ -1,7 +1,7 @@
 """Who masks with whom and who holds whose shares: the communication graph and the thresholds that make it safe.
 
-Up to `COMPLETE_UP_TO` clients everybody is joined with everybody. Above, a k-regular graph: the seats on a circle in a
-drawn order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
+Up to `COMPLETE_UP_TO` clients everybody is joined with everybody. Above, a k-regular graph: the client indices on a
+circle in a drawn order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
 
 Fractions: γ (`corrupt`) of the cohort colludes with the server, δ (`dropout`) vanishes.
 """
@@ -134,41 +134,45 @@ def majority(holders: int, colluding: int) -> int:
 
 
 class Graph:
-    """A regular graph on some seats, symmetric, the same for everybody who knows the seed.
+    """A regular graph on some client indices, symmetric, the same for everybody who knows the seed.
 
     Args:
-        seats: the cohort's seats, distinct.
-        degree: k; len(seats) − 1 or more gives the complete graph, otherwise an even number.
-        seed: orders the circle by SHA-256(seed ‖ seat), seat as 4 big-endian bytes.
+        client indices: the cohort's client indices, distinct.
+        degree: k; len(client indices) − 1 or more gives the complete graph, otherwise an even number.
+        seed: orders the circle by SHA-256(seed ‖ client index), client index as 4 big-endian bytes.
     """
 
-    def __init__(self, seats: Iterable[int], degree: int, seed: bytes) -> None:
-        self.seats = tuple(sorted(seats))
-        self.complete = degree >= len(self.seats) - 1
+    def __init__(self, client_indices: Iterable[int], degree: int, seed: bytes) -> None:
+        self.client_indices = tuple(sorted(client_indices))
+        self.complete = degree >= len(self.client_indices) - 1
         self._reach = degree // 2
-        self._circle = self.seats if self.complete else tuple(sorted(self.seats, key=lambda seat: _draw(seed, seat)))
-        self._position = {seat: index for index, seat in enumerate(self._circle)}
+        self._circle = (
+            self.client_indices
+            if self.complete
+            else tuple(sorted(self.client_indices, key=lambda client_index: _draw(seed, client_index)))
+        )
+        self._position = {client_index: index for index, client_index in enumerate(self._circle)}
 
-    def neighbours(self, seat: int) -> frozenset[int]:
-        """The seats joined to this one, which is not among them; none for a seat outside the graph."""
-        if seat not in self._position:
+    def neighbours(self, client_index: int) -> frozenset[int]:
+        """The client indices joined to this one, which is not among them; none for a client index outside the graph."""
+        if client_index not in self._position:
             return frozenset()
         if self.complete:
-            return frozenset(self.seats) - {seat}
-        here, size = self._position[seat], len(self._circle)
+            return frozenset(self.client_indices) - {client_index}
+        here, size = self._position[client_index], len(self._circle)
         steps = (step for step in range(-self._reach, self._reach + 1) if step)
         return frozenset(self._circle[(here + step) % size] for step in steps)
 
-    def holders(self, seat: int) -> frozenset[int]:
-        """The seats that hold shares of this one's secrets: its neighbours, and in the complete graph itself.
+    def holders(self, client_index: int) -> frozenset[int]:
+        """The client indices that hold shares of this one's secrets: its neighbours, and in the complete graph itself.
 
         In the complete graph every survivor's share may be needed, so the owner keeps one too; the thresholds count it.
         """
-        return self.neighbours(seat) | {seat} if self.complete else self.neighbours(seat)
+        return self.neighbours(client_index) | {client_index} if self.complete else self.neighbours(client_index)
 
 
-def _draw(seed: bytes, seat: int) -> bytes:
-    return hashlib.sha256(seed + seat.to_bytes(4, "big")).digest()
+def _draw(seed: bytes, client_index: int) -> bytes:
+    return hashlib.sha256(seed + client_index.to_bytes(4, "big")).digest()
 
 
 def _stays_connected(n: int, k: int, missing: int) -> bool:

@@ -16,7 +16,7 @@ from fedtune.core.secagg.transcript import Transcript, mask_agreement
 def mask_update(
     words: Mapping[int, Words],
     transcript: Transcript,
-    seat: int,
+    client_index: int,
     sharers: Set[int],
     seeds: tuple[bytes, bytes],
 ) -> None:
@@ -31,11 +31,11 @@ def mask_update(
         ValueError: a partner's mask key is of small order.
     """
     self_seed, mask_seed = seeds
-    added = {index: [self_mask_key(self_seed, transcript.salt, seat, index)] for index in words}
+    added = {index: [self_mask_key(self_seed, transcript.salt, client_index, index)] for index in words}
     subtracted: dict[int, list[bytes]] = {index: [] for index in words}
-    for partner, keys in _pair_keys(transcript, seat, mask_seed, sharers).items():
+    for partner, keys in _pair_keys(transcript, client_index, mask_seed, sharers).items():
         for index, key in keys.items():
-            (added if seat < partner else subtracted)[index].append(key)
+            (added if client_index < partner else subtracted)[index].append(key)
     for index, masked in words.items():
         add_masks(masked, added[index], subtracted[index])
 
@@ -51,7 +51,7 @@ def unmask_sums(
     Args:
         sums: machine words by segment index, Σ y_i over the survivors that carry the segment.
         survivors: U3.
-        seeds: for every seat in U2, b if it survived, else σ.
+        seeds: for every client index in U2, b if it survived, else σ.
     """
     added: dict[int, list[bytes]] = {index: [] for index in sums}
     subtracted: dict[int, list[bytes]] = {index: [] for index in sums}
@@ -67,13 +67,20 @@ def unmask_sums(
         add_masks(words, added[index], subtracted[index])
 
 
-def _pair_keys(transcript: Transcript, seat: int, mask_seed: bytes, others: Set[int]) -> dict[int, dict[int, bytes]]:
-    """The pairwise mask keys of one seat, by partner among `others` and segment index."""
+def _pair_keys(
+    transcript: Transcript, client_index: int, mask_seed: bytes, others: Set[int]
+) -> dict[int, dict[int, bytes]]:
+    """The pairwise mask keys of one client index, by partner among `others` and segment index."""
     agree = mask_agreement(mask_seed)
-    partners = {index: transcript.partners(seat, index) & others for index in segments_of(transcript.config, seat)}
+    partners = {
+        index: transcript.partners(client_index, index) & others
+        for index in segments_of(transcript.config, client_index)
+    }
     keys = {}
     for partner in sorted(frozenset().union(*partners.values())):
         common = [index for index in partners if partner in partners[index]]
         shared = agree(transcript.keys[partner].mask_key)
-        keys[partner] = dict(zip(common, pair_mask_keys(shared, transcript.salt, (seat, partner), common), strict=True))
+        keys[partner] = dict(
+            zip(common, pair_mask_keys(shared, transcript.salt, (client_index, partner), common), strict=True)
+        )
     return keys

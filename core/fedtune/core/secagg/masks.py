@@ -57,14 +57,14 @@ def reduce(words: Words, bits: int) -> NDArray[np.uint32] | NDArray[np.uint64]:
     return words.astype(np.uint64) & np.uint64((1 << bits) - 1)
 
 
-def self_mask_key(seed: bytes, context: bytes, seat: int, segment: int) -> bytes:
+def self_mask_key(seed: bytes, context: bytes, client_index: int, segment: int) -> bytes:
     """The key of PRG(b_i) on one segment: HKDF(b_i, salt = context, info = F("self mask", i, segment))."""
-    return derive(seed, context, "self mask", seat, segment)
+    return derive(seed, context, "self mask", client_index, segment)
 
 
 def pair_mask_keys(shared: bytes, context: bytes, pair: tuple[int, int], segments: Iterable[int]) -> list[bytes]:
     """The keys of PRG(s_ij), one per segment: HKDF(DH, salt = context, info = F("pair mask", min, max, segment)).
 
-    Both ends of the pair get the same keys. The smaller seat adds the stream and the greater one subtracts it.
+    Both ends of the pair get the same keys. The smaller client index adds the stream and the greater one subtracts it.
     """
     return [derive(shared, context, "pair mask", min(pair), max(pair), segment) for segment in segments]

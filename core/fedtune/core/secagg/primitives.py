@@ -1,4 +1,4 @@
-"""The cryptographic primitives, each under one name: framing, hashes, key derivation, key agreement, boxes, secrets.
+"""The cryptographic primitives, each under one name: framing, hashes, key derivation, agreement, encryption, secrets.
 
 Everything that is hashed, signed, authenticated or fed to a key derivation goes through `framed`, so that no two
 different statements ever have the same bytes.
@@ -25,7 +25,9 @@ PROTOCOL = "fedtune secure aggregation 1"
 Random = Callable[[int], bytes]
 """Gives that many bytes nobody else can predict: `os.urandom`, or a fixed stream for known-answer tests."""
 
-_ONCE_ONLY_NONCE = bytes(12)  # every box key is derived for one direction of one pair in one round and used once
+_ONCE_ONLY_NONCE = bytes(
+    12
+)  # every encrypted share key is derived for one direction of one pair in one round and used once
 
 
 class Secret:
@@ -99,14 +101,14 @@ def is_weak(public: bytes) -> bool:
 
 
 def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
-    """ChaCha20-Poly1305 [RFC 8439] under a key that is used for this one box; 16 bytes longer than the plaintext."""
+    """ChaCha20-Poly1305 [RFC 8439] under a key that is used this once; 16 bytes longer than the plaintext."""
     return ChaCha20Poly1305(key).encrypt(_ONCE_ONLY_NONCE, plaintext, associated)
 
 
-def unseal(key: bytes, box: bytes, associated: bytes) -> bytes | None:
-    """The plaintext of a box, or None when the box was not sealed under this key and associated data."""
+def unseal(key: bytes, encrypted_share: bytes, associated: bytes) -> bytes | None:
+    """The plaintext, or None where it was not encrypted under this key and associated data."""
     try:
-        return ChaCha20Poly1305(key).decrypt(_ONCE_ONLY_NONCE, box, associated)
+        return ChaCha20Poly1305(key).decrypt(_ONCE_ONLY_NONCE, encrypted_share, associated)
     except InvalidTag:
         return None
 

@@ -55,7 +55,7 @@ class Rehearsal:
         random: Random = os.urandom,
     ) -> Rehearsal:
         """Invents everything but the cohort's tiers and the segments; clients are called client-0, client-1 ..."""
-        members = [Member(f"client-{seat}", tier) for seat, tier in enumerate(tiers)]
+        members = [Member(f"client-{client_index}", tier) for client_index, tier in enumerate(tiers)]
         identities, roster = enrol([member.client for member in members], random)
         config = round_config(
             job="rehearsal",
@@ -144,8 +144,8 @@ def random_updates(config: RoundConfig, seed: int = 0) -> dict[str, Update]:
     """Words from 0 to each segment's limit for every client, drawn from one seed."""
     rng = np.random.default_rng(seed)
     updates: dict[str, Update] = {}
-    for seat, member in enumerate(config.cohort):
-        carried = [config.segments[index] for index in segments_of(config, seat)]
+    for client_index, member in enumerate(config.cohort):
+        carried = [config.segments[index] for index in segments_of(config, client_index)]
         updates[member.client] = {s.name: rng.integers(0, s.limit, s.length, np.uint64, True) for s in carried}
     return updates
 

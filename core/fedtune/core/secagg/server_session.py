@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from fedtune.core.codec.packing import packed_size, unpack
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.secagg import shamir
-from fedtune.core.secagg.config import config_problems, segment_seats, segments_of, shortfall
+from fedtune.core.secagg.config import config_problems, segment_indices, segments_of, shortfall
 from fedtune.core.secagg.exchanged import (
-    BOX_BYTES,
+    ENCRYPTED_SHARE_BYTES,
     Advertisement,
-    Boxes,
     Delivery,
+    EncryptedShares,
     KeyEntry,
     KeyList,
     MaskedInput,
@@ -106,12 +106,12 @@ class ServerSession:
         self.stage = Stage.NEW
         self._roster = roster
         self._digest = config_digest(config)
-        self._seats = {member.client: seat for seat, member in enumerate(config.cohort)}
+        self._client_indices = {member.client: client_index for client_index, member in enumerate(config.cohort)}
         self._asked: frozenset[int] = frozenset()
         self._answered: set[int] = set()
         self._entries: dict[int, KeyEntry] = {}
         self._keys_in_use: set[bytes] = set()
-        self._boxes: dict[int, dict[int, bytes]] = {}
+        self._encrypted_shares: dict[int, dict[int, bytes]] = {}
         self._commitments: dict[int, bytes] = {}
         self._sums: dict[int, Words] = {}
         self._votes: dict[int, bytes] = {}
@@ -130,7 +130,7 @@ class ServerSession:
     @property
     def waiting(self) -> frozenset[str]:
         """The clients that have been asked and have not answered yet."""
-        return frozenset(self.config.cohort[seat].client for seat in self._asked - self._answered)
+        return frozenset(self.config.cohort[client_index].client for client_index in self._asked - self._answered)
 
     @property
     def result(self) -> SecureSum:
@@ -147,10 +147,10 @@ class ServerSession:
                 the session is as before.
         """
         exchange = _EXCHANGES.get(self.stage)
-        seat = self._seats.get(client)
-        if exchange is None or seat is None or seat not in self._asked:
+        client_index = self._client_indices.get(client)
+        if exchange is None or client_index is None or client_index not in self._asked:
             raise ClientFaultError(client, f"nothing is asked of it at {self.stage.value}")
-        if seat in self._answered:
+        if client_index in self._answered:
             raise ClientFaultError(client, f"it has answered already at {self.stage.value}")
         try:
             message = decode(reply, exchange.kind, size_limit(exchange.kind, self.config))
@@ -158,10 +158,10 @@ class ServerSession:
             raise ClientFaultError(client, str(error)) from None
         if getattr(message, "config", None) != self._digest:
             raise ClientFaultError(client, "its answer belongs to another round")
-        problem = exchange.take(self, seat, message)
+        problem = exchange.take(self, client_index, message)
         if problem:
             raise ClientFaultError(client, problem)
-        self._answered.add(seat)
+        self._answered.add(client_index)
 
     def advance(self) -> dict[str, bytes]:
         """Ends the current exchange and starts the next one with those who answered.
@@ -183,9 +183,9 @@ class ServerSession:
 
     # Exchange 0: keys
 
-    def _take_keys(self, seat: int, message: Advertisement) -> str | None:
-        statement = advertisement_statement(self._digest, seat, message.share_key, message.mask_key)
-        if not self._roster.verify(self.config.cohort[seat].client, statement, message.signature):
+    def _take_keys(self, client_index: int, message: Advertisement) -> str | None:
+        statement = advertisement_statement(self._digest, client_index, message.share_key, message.mask_key)
+        if not self._roster.verify(self.config.cohort[client_index].client, statement, message.signature):
             return "its keys are not signed by its pinned identity"
         keys = {message.share_key, message.mask_key}
         if len(keys) < 2 or keys & self._keys_in_use:
@@ -193,45 +193,48 @@ class ServerSession:
         if any(is_weak(key) for key in keys):
             return "a key of it is weak"
         self._keys_in_use |= keys
-        self._entries[seat] = KeyEntry(seat, message.share_key, message.mask_key, message.signature)
+        self._entries[client_index] = KeyEntry(client_index, message.share_key, message.mask_key, message.signature)
         return None
 
     def _close_keys(self) -> dict[str, bytes]:
         self._require_enough(self._entries, "advertised")
-        entries = tuple(self._entries[seat] for seat in sorted(self._entries))
+        entries = tuple(self._entries[client_index] for client_index in sorted(self._entries))
         self._transcript = Transcript(self.config, self._digest, entries)
         return self._ask(Stage.SHARE, self._entries, KeyList(self._digest, entries))
 
     # Exchange 1: shares
 
-    def _take_boxes(self, seat: int, message: Boxes) -> str | None:
-        receivers = sorted(self._agreed.holders(seat) - {seat})
-        if len(message.boxes) != BOX_BYTES * len(receivers):
-            return f"{len(message.boxes)} bytes of boxes, expected {BOX_BYTES} for each of {len(receivers)} holders"
-        self._boxes[seat] = dict(zip(receivers, pieces(message.boxes, BOX_BYTES), strict=True))
-        self._commitments[seat] = message.commitment
+    def _take_encrypted_shares(self, client_index: int, message: EncryptedShares) -> str | None:
+        receivers = sorted(self._agreed.holders(client_index) - {client_index})
+        if len(message.encrypted_shares) != ENCRYPTED_SHARE_BYTES * len(receivers):
+            expected = f"expected {ENCRYPTED_SHARE_BYTES} for each of {len(receivers)} holders"
+            return f"{len(message.encrypted_shares)} bytes of encrypted shares, {expected}"
+        self._encrypted_shares[client_index] = dict(
+            zip(receivers, pieces(message.encrypted_shares, ENCRYPTED_SHARE_BYTES), strict=True)
+        )
+        self._commitments[client_index] = message.commitment
         return None
 
-    def _close_boxes(self) -> dict[str, bytes]:
-        self._require_enough(self._boxes, "shared")
-        self._sharers = frozenset(self._boxes)
+    def _close_encrypted_shares(self) -> dict[str, bytes]:
+        self._require_enough(self._encrypted_shares, "shared")
+        self._sharers = frozenset(self._encrypted_shares)
         self._require_holders(self._sharers, self._sharers, "shared")
         for index, segment in enumerate(self.config.segments):
             self._sums[index] = np.zeros(segment.length, dtype=word_type(segment.bits))
         listed = tuple(sorted(self._sharers))
         requests: dict[str, bytes] = {}
-        for seat in listed:
-            senders = sorted(self._agreed.holders(seat) & self._sharers - {seat})
-            boxes = b"".join(self._boxes[sender][seat] for sender in senders)
-            requests[self.config.cohort[seat].client] = encode(Delivery(self._digest, listed, boxes))
-        self._boxes = {}
+        for client_index in listed:
+            senders = sorted(self._agreed.holders(client_index) & self._sharers - {client_index})
+            encrypted_shares = b"".join(self._encrypted_shares[sender][client_index] for sender in senders)
+            requests[self.config.cohort[client_index].client] = encode(Delivery(self._digest, listed, encrypted_shares))
+        self._encrypted_shares = {}
         self._enter(Stage.MASK, self._sharers)
         return requests
 
     # Exchange 2: masked inputs
 
-    def _take_masked(self, seat: int, message: MaskedInput) -> str | None:
-        indices = segments_of(self.config, seat)
+    def _take_masked(self, client_index: int, message: MaskedInput) -> str | None:
+        indices = segments_of(self.config, client_index)
         if len(message.segments) != len(indices):
             return f"{len(message.segments)} segments, expected {len(indices)}"
         segments = [self.config.segments[index] for index in indices]
@@ -257,11 +260,11 @@ class ServerSession:
 
     # Exchange 3: votes
 
-    def _take_vote(self, seat: int, message: Vote) -> str | None:
+    def _take_vote(self, client_index: int, message: Vote) -> str | None:
         statement = self._agreed.vote_statement(self._sharers, self._survivors)
-        if not self._roster.verify(self.config.cohort[seat].client, statement, message.signature):
+        if not self._roster.verify(self.config.cohort[client_index].client, statement, message.signature):
             return "its vote is not for these survivors, or not signed by its pinned identity"
-        self._votes[seat] = message.signature
+        self._votes[client_index] = message.signature
         return None
 
     def _close_votes(self) -> dict[str, bytes]:
@@ -269,20 +272,20 @@ class ServerSession:
             raise RoundAbortedError(f"{len(self._votes)} clients voted, expected at least {self.config.quorum}")
         self._require_holders(self._sharers, self._votes, "voted")
         shown = tuple(sorted(self._votes))[: self.config.quorum]
-        signatures = b"".join(self._votes[seat] for seat in shown)
+        signatures = b"".join(self._votes[client_index] for client_index in shown)
         return self._ask(Stage.UNMASK, self._votes, Quorum(self._digest, shown, signatures))
 
     # Exchange 4: unmask
 
-    def _take_shares(self, seat: int, message: Reveal) -> str | None:
-        owners = sorted(self._agreed.holders(seat) & self._sharers)
+    def _take_shares(self, client_index: int, message: Reveal) -> str | None:
+        owners = sorted(self._agreed.holders(client_index) & self._sharers)
         if len(message.shares) != shamir.ELEMENT_BYTES * len(owners):
             return f"{len(message.shares)} bytes of shares, expected {shamir.ELEMENT_BYTES} for each of {len(owners)}"
         try:
             shares = [shamir.to_element(share) for share in pieces(message.shares, shamir.ELEMENT_BYTES)]
         except ValueError:
             return "a share is not an element of the field"
-        self._revealed[seat] = dict(zip(owners, shares, strict=True))
+        self._revealed[client_index] = dict(zip(owners, shares, strict=True))
         return None
 
     def _close_shares(self) -> dict[str, bytes]:
@@ -295,10 +298,14 @@ class ServerSession:
         everybody = range(len(self.config.cohort))
         self._result = SecureSum(
             sums=sums,
-            contributors={s.name: len(segment_seats(self.config, s) & self._survivors) for s in self.config.segments},
-            survivors=tuple(self.config.cohort[seat].client for seat in sorted(self._survivors)),
-            dropouts=tuple(self.config.cohort[seat].client for seat in everybody if seat not in self._survivors),
-            liars=tuple(self.config.cohort[seat].client for seat in sorted(liars)),
+            contributors={s.name: len(segment_indices(self.config, s) & self._survivors) for s in self.config.segments},
+            survivors=tuple(self.config.cohort[client_index].client for client_index in sorted(self._survivors)),
+            dropouts=tuple(
+                self.config.cohort[client_index].client
+                for client_index in everybody
+                if client_index not in self._survivors
+            ),
+            liars=tuple(self.config.cohort[client_index].client for client_index in sorted(liars)),
         )
         self._end(Stage.DONE)
         return {}
@@ -310,8 +317,14 @@ class ServerSession:
         seeds: dict[int, bytes] = {}
         liars: set[int] = set()
         for owner in sorted(self._sharers):
-            trusted_first = sorted(self._revealed, key=lambda seat: (seat in liars, seat))  # each lie is corrected once
-            shares = {seat + 1: self._revealed[seat][owner] for seat in trusted_first if owner in self._revealed[seat]}
+            trusted_first = sorted(
+                self._revealed, key=lambda client_index: (client_index in liars, client_index)
+            )  # each lie is corrected once
+            shares = {
+                client_index + 1: self._revealed[client_index][owner]
+                for client_index in trusted_first
+                if owner in self._revealed[client_index]
+            }
             points = tuple(shares)[:threshold]
             if points not in combiners:
                 combiners[points] = shamir.Combiner(points)
@@ -337,19 +350,19 @@ class ServerSession:
         assert self._transcript is not None, "set when the keys are closed, before any stage that needs it"
         return self._transcript
 
-    def _ask(self, stage: Stage, seats: Iterable[int], message: Message) -> dict[str, bytes]:
-        """Enters a stage and addresses one message to some seats."""
-        self._enter(stage, seats)
+    def _ask(self, stage: Stage, client_indices: Iterable[int], message: Message) -> dict[str, bytes]:
+        """Enters a stage and addresses one message to some client indices."""
+        self._enter(stage, client_indices)
         data = encode(message)
-        return {self.config.cohort[seat].client: data for seat in sorted(self._asked)}
+        return {self.config.cohort[client_index].client: data for client_index in sorted(self._asked)}
 
-    def _enter(self, stage: Stage, seats: Iterable[int]) -> None:
-        """From here on an answer is waited for from these seats."""
+    def _enter(self, stage: Stage, client_indices: Iterable[int]) -> None:
+        """From here on an answer is waited for from these client indices."""
         self.stage = stage
-        self._asked, self._answered = frozenset(seats), set()
+        self._asked, self._answered = frozenset(client_indices), set()
 
-    def _require_enough(self, seats: Iterable[int], what: str) -> None:
-        missing = shortfall(self.config, seats)
+    def _require_enough(self, client_indices: Iterable[int], what: str) -> None:
+        missing = shortfall(self.config, client_indices)
         if missing:
             raise RoundAbortedError(f"too few clients {what}: {missing}")
 
@@ -367,7 +380,7 @@ class ServerSession:
     def _end(self, stage: Stage) -> None:
         """Drops everything that a masked sum could be opened with."""
         self._enter(stage, ())
-        self._boxes, self._commitments, self._sums, self._revealed = {}, {}, {}, {}
+        self._encrypted_shares, self._commitments, self._sums, self._revealed = {}, {}, {}, {}
 
 
 @dataclass(frozen=True)
@@ -387,7 +400,9 @@ class _Exchange:
 
 _EXCHANGES: Mapping[Stage, _Exchange] = {
     Stage.ADVERTISE: _Exchange(Advertisement, ServerSession._take_keys, ServerSession._close_keys),
-    Stage.SHARE: _Exchange(Boxes, ServerSession._take_boxes, ServerSession._close_boxes),
+    Stage.SHARE: _Exchange(
+        EncryptedShares, ServerSession._take_encrypted_shares, ServerSession._close_encrypted_shares
+    ),
     Stage.MASK: _Exchange(MaskedInput, ServerSession._take_masked, ServerSession._close_masked),
     Stage.VOTE: _Exchange(Vote, ServerSession._take_vote, ServerSession._close_votes),
     Stage.UNMASK: _Exchange(Reveal, ServerSession._take_shares, ServerSession._close_shares),

@@ -3,7 +3,7 @@
     shares = split(secret, threshold, points, random)          # shares[i] belongs to points[i]
     secret = Combiner(points[:threshold]).combine(shares[:threshold])
 
-A secret and a share are field elements, carried as 32 big-endian bytes. A point is the seat of a client plus one.
+A secret and a share are field elements, carried as 32 big-endian bytes. A point is a client index plus one.
 """
 
 from __future__ import annotations

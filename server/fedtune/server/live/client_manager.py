@@ -9,14 +9,14 @@ from flwr.serverapp import Grid
 from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.flower.run_grid import RunGrid
-from fedtune.server.live.registrar import Greeter
+from fedtune.server.live.registrar import Registrar
 from fedtune.strategies.cohorts.selection import cohort_size
 
 MAX_LEAST = 1000  # devices that a round may need
 _POLL_SECONDS = 0.2
 
 
-class Attendance:
+class ClientManager:
     """The population of a run's rounds.
 
     Args:
@@ -26,16 +26,16 @@ class Attendance:
         wait_seconds: how long the first round waits for everyone.
     """
 
-    def __init__(self, grid: RunGrid, greeter: Greeter, job: Job, known: set[str], wait_seconds: float) -> None:
-        self._grid, self._greeter, self._job, self._known = grid, greeter, job, known
+    def __init__(self, grid: RunGrid, registrar: Registrar, job: Job, known: set[str], wait_seconds: float) -> None:
+        self._grid, self._registrar, self._job, self._known = grid, registrar, job, known
         self._until = time.monotonic() + wait_seconds
 
     def __call__(self, grid: Grid) -> dict[str, int]:
         """Device -> node, as soon as a round of them can come to something."""
         del grid  # it is the one this was made with
-        board = self._greeter.board
+        board = self._registrar.board
         while True:
-            present = {name: node for name, node in self._greeter.present(self._grid).items() if name in self._known}
+            present = {name: node for name, node in self._registrar.present(self._grid).items() if name in self._known}
             everyone = len(present) == len(self._known) or time.monotonic() >= self._until
             if everyone and self._enough(len(present)):
                 self._until = 0.0  # later rounds wait for no more than they need
@@ -43,7 +43,7 @@ class Attendance:
                 return present
             least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
             wanted = least if time.monotonic() >= self._until else max(least, len(self._known))
-            left_out = self._greeter.left_out
+            left_out = self._registrar.left_out
             unwilling = f", {left_out} more refuse or sit out" if left_out else ""
             board.working(state=f"waiting for devices: {len(present)} of {wanted} are there{unwilling}")
             time.sleep(_POLL_SECONDS)

@@ -20,7 +20,7 @@ from fedtune.core.host.private_files import read_bounded
 from fedtune.flower.guard import Guard
 from fedtune.flower.superlink import link_app
 from fedtune.server.live.enrolled_devices import EnrolledKeys
-from fedtune.server.live.model_registry import Offers
+from fedtune.server.live.model_registry import ModelEndpoints
 from fedtune.server.live.server_home import ServerHome
 
 OPEN = b"open\n"
@@ -37,10 +37,10 @@ def main() -> None:
     from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
 
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # strangers' failures would fill the log
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # unauthenticated clients' failures would fill the log
     key = read_bounded(home / CONTROL_KEY, "the control key").decode()
     name = private.getsockname()
-    app = Offers(link_app(home / DATABASE, key), ServerHome(home))
+    app = ModelEndpoints(link_app(home / DATABASE, key), ServerHome(home))
     guard = Guard(app, (name[0], name[1]), key, EnrolledKeys(ServerHome(home)))
     config = uvicorn.Config(
         guard,

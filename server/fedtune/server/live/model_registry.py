@@ -20,7 +20,7 @@ from fedtune.core.protocol.model_requests import (
     MAX_REQUEST_BYTES,
     READ,
     DescribeModel,
-    ModelOffer,
+    ModelDescription,
     ReadModel,
     check_request,
 )
@@ -35,11 +35,11 @@ _CHUNK_BYTES = 256 << 10  # read at once, so that many slow devices take little 
 _NAMED = 10  # jobs in a refusal
 
 
-class NotOfferedError(FedtuneError):
+class NoSuchModelError(FedtuneError):
     """What a device asks for is not there; the message says what is."""
 
 
-class Shelf:
+class ModelRegistry:
     """What a server offers: `runs/JOB/onnx/FORMAT` of every finished job."""
 
     def __init__(self, home: ServerHome) -> None:
@@ -50,7 +50,7 @@ class Shelf:
         """Job, format and directory of the model that is meant.
 
         Raises:
-            NotOfferedError: there is none.
+            NoSuchModelError: there is none.
         """
         finished = self._jobs.finished()
         wanted = reversed(finished) if job is None else [job] if job in finished else []
@@ -58,12 +58,12 @@ class Shelf:
         if not forms:
             known = ", ".join([name for name in reversed(finished) if self._formats(name)][:_NAMED]) or "none yet"
             asked = f"job {job}" if job else "finished jobs"
-            raise NotOfferedError(
+            raise NoSuchModelError(
                 f"{asked}: no exported model is offered; jobs with one: {known}. A job exports at its end what its "
                 "[export] names; later, on the server: fedtune export RUN_DIR"
             )
         if form is not None and form not in forms:
-            raise NotOfferedError(f"job {name} was not exported as {form}; it was as {', '.join(forms)}")
+            raise NoSuchModelError(f"job {name} was not exported as {form}; it was as {', '.join(forms)}")
         chosen = form or forms[0]
         return name, chosen, self._path(name, chosen)
 
@@ -74,7 +74,7 @@ class Shelf:
         return self._home.path / "runs" / name / FOLDER / form
 
 
-class Offers:
+class ModelEndpoints:
     """An ASGI application around Flower's.
 
     Args:
@@ -83,7 +83,7 @@ class Offers:
     """
 
     def __init__(self, app: App, home: ServerHome) -> None:
-        self._app, self._home, self._shelf = app, home, Shelf(home)
+        self._app, self._home, self._registry = app, home, ModelRegistry(home)
         self._keys: Mapping[str, bytes] = {}
         self._keys_seen = -1
 
@@ -109,30 +109,30 @@ class Offers:
                 await self._read(decode(body, ReadModel, MAX_REQUEST_BYTES), send)
         except PeerError as error:
             await _say(send, 400, str(error))
-        except NotOfferedError as error:
+        except NoSuchModelError as error:
             await _say(send, 404, str(error))
 
     async def _describe(self, asked: DescribeModel, send: Send) -> None:
-        name, form, directory = self._shelf.find(asked.job, asked.format)
+        name, form, directory = self._registry.find(asked.job, asked.format)
         text, manifest = _manifest(directory)
         if manifest.kind != "model":
-            raise NotOfferedError(f"job {name} was exported as {manifest.kind}; expected a model")
-        await _begin(send, len(content := encode(ModelOffer(PROTOCOL_VERSION, name, form, text))))
+            raise NoSuchModelError(f"job {name} was exported as {manifest.kind}; expected a model")
+        await _begin(send, len(content := encode(ModelDescription(PROTOCOL_VERSION, name, form, text))))
         await send({"type": "http.response.body", "body": content})
 
     async def _read(self, asked: ReadModel, send: Send) -> None:
-        _, _, directory = self._shelf.find(asked.job, asked.format)
+        _, _, directory = self._registry.find(asked.job, asked.format)
         text, manifest = _manifest(directory)
         entry = manifest.files.get(asked.file)
         if hashlib.sha256(text).hexdigest() != asked.manifest or entry is None:
-            raise NotOfferedError(f"job {asked.job} was exported anew; ask again what there is")
+            raise NoSuchModelError(f"job {asked.job} was exported anew; ask again what there is")
         if asked.offset >= entry.bytes:
             raise PeerError(f"{asked.file} has {entry.bytes} bytes; none of them is at {asked.offset}")
         left = min(asked.size, entry.bytes - asked.offset)
         try:
             file = (directory / asked.file).open("rb")
         except OSError:
-            raise NotOfferedError(f"{asked.file} cannot be read on the server") from None
+            raise NoSuchModelError(f"{asked.file} cannot be read on the server") from None
         with file:
             file.seek(asked.offset)
             await _begin(send, left)
@@ -153,7 +153,7 @@ def _manifest(directory: Path) -> tuple[bytes, Manifest]:
         text = read_bounded(directory / MANIFEST, "a manifest", MAX_MANIFEST_BYTES)
         return text, parse_manifest(text, "the manifest")
     except InputError:
-        raise NotOfferedError("the model's manifest cannot be read on the server") from None
+        raise NoSuchModelError("the model's manifest cannot be read on the server") from None
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -17,8 +17,8 @@ from fedtune.core.protocol.registration import (
     ACTION,
     PROTOCOL_VERSION,
     SITS_OUT,
-    Greeting,
-    GreetingReply,
+    Registration,
+    RegistrationReply,
     Terms,
     check_plan,
 )
@@ -30,7 +30,7 @@ from fedtune.flower.superlink import NodeState
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.status_board import Board, DeviceState, PlanStatus
 
-GREETING_SECONDS = 30.0
+REGISTRATION_SECONDS = 30.0
 REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 
 
@@ -51,7 +51,7 @@ class _LeftOut:
     since: float
 
 
-class Greeter:
+class Registrar:
     """Greets devices, and keeps what they answered.
 
     Args:
@@ -64,7 +64,7 @@ class Greeter:
         self.board = board
         self._nodes, self._devices = nodes, devices
         self._job: CurrentJob | None = None
-        self._greeted: dict[int, int] = {}
+        self._registered: dict[int, int] = {}
         self._left_out: dict[int, _LeftOut] = {}
         self.tiers: dict[str, int] = {}
         """Device -> how many rank indices its plan trains, of those that the current job has greeted."""
@@ -72,7 +72,7 @@ class Greeter:
         """Device -> what it predicts that a round of the current job takes it."""
 
     def begin(self, identifier: str, job: Job, base: Base) -> CurrentJob:
-        """Greets everyone anew, for a greeting also says which job is next."""
+        """Greets everyone anew, for a registration also says which job is next."""
         self.forget()
         self.tiers.clear()
         self.seconds.clear()
@@ -81,7 +81,7 @@ class Greeter:
 
     def forget(self) -> None:
         """The SuperLink began anew, and its devices have other numbers."""
-        self._greeted.clear()
+        self._registered.clear()
         self._left_out.clear()
 
     @property
@@ -109,24 +109,28 @@ class Greeter:
         ask = {
             name: node_id
             for name, node_id in online.items()
-            if self._greeted.get(node_id, -1) < newest.version
+            if self._registered.get(node_id, -1) < newest.version
             and (node_id not in self._left_out or time.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS)
         }
-        self._greet(grid, ask, newest)
-        return {name: node_id for name, node_id in online.items() if self._greeted.get(node_id, -1) >= newest.version}
+        self._ask(grid, ask, newest)
+        return {
+            name: node_id for name, node_id in online.items() if self._registered.get(node_id, -1) >= newest.version
+        }
 
-    def _greet(self, grid: RunGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
+    def _ask(self, grid: RunGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
         job = self._job
         assert job is not None
         software = version("fedtune")
-        greeting = seal(encode(Greeting(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes())))
-        messages = [Message(greeting, node_id, ACTION, group_id="greeting") for node_id in nodes.values()]
+        registration = seal(
+            encode(Registration(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes()))
+        )
+        messages = [Message(registration, node_id, ACTION, group_id="registration") for node_id in nodes.values()]
         names = {node_id: name for name, node_id in nodes.items()}
-        for reply in grid.send_and_receive(messages, timeout=GREETING_SECONDS):
+        for reply in grid.send_and_receive(messages, timeout=REGISTRATION_SECONDS):
             node_id = reply.metadata.src_node_id
             name = names[node_id]
             try:
-                answer = decode(unseal(reply), GreetingReply, limit=HEADER_BYTES)
+                answer = decode(unseal(reply), RegistrationReply, limit=HEADER_BYTES)
                 check_plan(answer, job.terms)
             except PeerError as error:
                 self._left_out[node_id] = _LeftOut("refused", time.monotonic())
@@ -142,7 +146,7 @@ class Greeter:
                 self._left_out[node_id] = _LeftOut("sits out", time.monotonic())
                 self.board.device(name, state="sits out", dropped=f"{SITS_OUT}: {one_line(answer.sits_out)}")
                 continue
-            self._greeted[node_id] = answer.roster_version
+            self._registered[node_id] = answer.roster_version
             self._left_out.pop(node_id, None)
             self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
 
@@ -150,7 +154,7 @@ class Greeter:
         """Shows what became of a device in a round; one that sits out is greeted again before the next."""
         if record.dropped and SITS_OUT in record.dropped:
             nodes = {node.public_key: node.node_id for node in self._nodes()}
-            self._greeted.pop(nodes.get(self._devices().node_keys.get(record.id, b""), 0), None)
+            self._registered.pop(nodes.get(self._devices().node_keys.get(record.id, b""), 0), None)
         self.board.client(record)
 
 

@@ -27,11 +27,11 @@ from fedtune.model.lora import AdaptedModel
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.last_step import check_export, export_finished
 from fedtune.server.job_model import describe_base, open_model
-from fedtune.server.live.client_manager import Attendance
+from fedtune.server.live.client_manager import ClientManager
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.registrar import Greeter
+from fedtune.server.live.registrar import Registrar
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
@@ -67,7 +67,7 @@ class Service:
         self._board = Board(home.path / STATUS, home.config.address, display)
         self._devices = Devices.load(home)
         self._devices_seen = -1
-        self._greeter = Greeter(self._board, lambda: self._link.nodes(), lambda: self._devices)
+        self._registrar = Registrar(self._board, lambda: self._link.nodes(), lambda: self._devices)
         self._model: tuple[Job, AdaptedModel] | None = None
         self._stumbles: Counter[str] = Counter()
         self._ending = threading.Event()
@@ -164,17 +164,19 @@ class Service:
         try:
             evaluator = ModelEvaluator(model, job.data)
             self._board.working(state="waiting for devices")
-            current = self._greeter.begin(queued.path.stem, job, base)
+            current = self._registrar.begin(queued.path.stem, job, base)
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 federation = federation_from_job(job, base, model.layout)
                 identities = self._devices.roster.roster
                 wanted = cohort_size(job.federation.clients_per_round, len(identities.keys))
-                if timed := timed_selection(job, wanted, self._greeter.seconds):
+                if timed := timed_selection(job, wanted, self._registrar.seconds):
                     federation = replace(federation, selection=timed)
                 secure = SecureAggregation(current.id, identities) if current.secure else None
-                attendance = Attendance(grid, self._greeter, job, set(identities.keys), self._home.config.wait_seconds)
-                ranks = self._greeter.tiers.__getitem__
-                strategy = AdapterStrategy(federation, attendance, self._greeter.observe, secure, ranks)
+                client_manager = ClientManager(
+                    grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
+                )
+                ranks = self._registrar.tiers.__getitem__
+                strategy = AdapterStrategy(federation, client_manager, self._registrar.observe, secure, ranks)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
@@ -203,7 +205,7 @@ class Service:
         key = self._listener.start()
         link = self._listener.link(key, self._board.problem)
         link.wait_until_ready()
-        self._greeter.forget()
+        self._registrar.forget()
         self._link = link
         self._register()
         self._listener.open()
@@ -252,7 +254,7 @@ class Service:
             heard = (
                 max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
             )
-            self._board.device(name, state=self._greeter.state(node), last_heard=heard)
+            self._board.device(name, state=self._registrar.state(node), last_heard=heard)
 
 
 def _model_settings(job: Job) -> tuple[object, ...]:

@@ -33,7 +33,7 @@ DeviceState = Literal["never seen", "online", "offline", "refused", "sits out"]
 
 @dataclass(frozen=True)
 class PlanStatus:
-    """What a device says it trains under, and expects of it: as its `GreetingReply` has it."""
+    """What a device says it trains under, and expects of it: as its `RegistrationReply` has it."""
 
     rank: int
     weights: str

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAMED_CLIENTS = 40  # more cannot be told apart: a distribution is drawn instead
-DRAWN_CLIENTS = 60  # lanes of a time line without names
+DRAWN_CLIENTS = 60  # auxiliary sums of a time line without names
 TIMED_ROUNDS = 5
 NAME_LENGTH = 18
 ROW_INCHES = 0.2
@@ -192,7 +192,7 @@ def time_line(run: Run) -> Plot | None:
         return None
     everyone = names(shown)
     named = len(everyone) <= NAMED_CLIENTS
-    lanes = {name: lane for lane, name in enumerate(everyone)} if named else None
+    auxiliary = {name: auxiliary_sum for auxiliary_sum, name in enumerate(everyone)} if named else None
     rows = len(everyone) if named else min(max(len(line.clients) for line in shown), DRAWN_CLIENTS)
     first = f"rounds {shown[0].round} to {shown[-1].round}" if len(shown) > 1 else f"round {shown[0].round}"
     words = (
@@ -208,7 +208,7 @@ def time_line(run: Run) -> Plot | None:
         words += f", and {rows} of up to {most:,} are drawn." if most > rows else "."
     row_inches = ROW_INCHES if named else ROW_INCHES / 3
     height = HEAD_INCHES + row_inches * max(rows, 6)
-    return draw("Time line", words, lambda axes: _lanes(axes, shown, lanes), height, wide=True)
+    return draw("Time line", words, lambda axes: _auxiliary(axes, shown, auxiliary), height, wide=True)
 
 
 def _score_bars(axes: Axes, scores: Sequence[tuple[float, str]], mean: float) -> None:
@@ -270,19 +270,19 @@ def _loss_bands(axes: Axes, rounds: Sequence[Round]) -> None:
     round_axis(axes, rounds[0].round, rounds[-1].round)
 
 
-def _lanes(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) -> None:
-    # Survivors, and dropouts that are known to have worked, as (lane, from, to); where a dropout was given up.
+def _auxiliary(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) -> None:
+    # Survivors, and dropouts that are known to have worked, as (auxiliary sum, from, to); where a dropout was given up.
     worked: list[tuple[float, float, float]] = []
     lost: list[tuple[float, float, float]] = []
     crosses: list[tuple[float, float]] = []
     begin, starts = 0.0, []
     for line in rounds:
         starts.append(begin)
-        for lane, client in _in_lanes(line, named):
+        for auxiliary_sum, client in _in_auxiliary(line, named):
             start, end = line.span(client)
-            (worked if client.dropped is None else lost).append((lane, begin + start, begin + end))
+            (worked if client.dropped is None else lost).append((auxiliary_sum, begin + start, begin + end))
             if client.dropped is not None:
-                crosses.append((begin + end, lane))
+                crosses.append((begin + end, auxiliary_sum))
         axes.text(
             begin + line.seconds / 2, 1.0, f"round {line.round}", transform=axes.get_xaxis_transform(), ha="center"
         )
@@ -308,12 +308,12 @@ def _lanes(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) ->
         axes.set_ylabel("clients")
 
 
-def _in_lanes(line: Round, named: dict[str, int] | None) -> list[tuple[int, Client]]:
+def _in_auxiliary(line: Round, named: dict[str, int] | None) -> list[tuple[int, Client]]:
     if named is not None:
         return [(named[client.id], client) for client in line.clients]
     ordered = sorted(line.clients, key=lambda client: client.answered if client.answered is not None else math.inf)
     stride = max(len(ordered) / DRAWN_CLIENTS, 1.0)
-    drawn = [ordered[int(lane * stride)] for lane in range(min(len(ordered), DRAWN_CLIENTS))]
+    drawn = [ordered[int(auxiliary_sum * stride)] for auxiliary_sum in range(min(len(ordered), DRAWN_CLIENTS))]
     return list(enumerate(drawn))
 
 

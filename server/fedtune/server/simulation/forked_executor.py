@@ -28,7 +28,7 @@ from fedtune.flower.in_process_grid import WorkerReport
 from fedtune.flower.message_bytes import WireMessage, to_wire
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.simulation.local_executor import answer
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 _REPORT = None  # what a worker is sent to be asked for its report
 _ENDING_SECONDS = 5.0  # that a worker has to end by itself
@@ -40,21 +40,21 @@ class ForkedExecutor:
     """Spreads clients over forks of this process.
 
     Args:
-        workshop: its model is loaded before the forks, which share it.
+        simulation context: its model is loaded before the forks, which share it.
         clients: node id -> name of the client it stands for.
         workers: how many forks.
     """
 
-    def __init__(self, workshop: Workshop, clients: Mapping[int, str], workers: int) -> None:
-        app = workshop.client_app()
-        workshop.model  # noqa: B018  # loaded here, not in every fork
+    def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str], workers: int) -> None:
+        app = simulation_context.client_app()
+        simulation_context.model  # noqa: B018  # loaded here, not in every fork
         context = get_context("fork")
         self._workers: list[tuple[BaseProcess, Connection]] = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
             inherited = [ours, *(connection for _, connection in self._workers)]
             process = context.Process(
-                target=_serve, args=(theirs, inherited, os.getpid(), app, workshop, clients), daemon=True
+                target=_serve, args=(theirs, inherited, os.getpid(), app, simulation_context, clients), daemon=True
             )
             process.start()
             theirs.close()
@@ -137,7 +137,7 @@ def _serve(
     inherited: Sequence[Connection],
     parent: int,
     app: ClientApp,
-    workshop: Workshop,
+    simulation_context: SimulationContext,
     clients: Mapping[int, str],
 ) -> None:
     """A fork's life: answers questions until nobody can ask any more."""
@@ -152,7 +152,7 @@ def _serve(
         except EOFError:
             return
         if question is _REPORT:
-            connection.send(WorkerReport(_own_peak_mb(), workshop.cleaning))
+            connection.send(WorkerReport(_own_peak_mb(), simulation_context.cleaning))
             continue
         wire, node_id = question
         connection.send(_outcome(app, wire, node_id, clients[node_id]))

@@ -10,20 +10,20 @@ from flwr.clientapp import ClientApp
 
 from fedtune.flower.in_process_grid import RUN_ID, WorkerReport
 from fedtune.flower.message_bytes import WireMessage, from_wire, to_wire
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 
 class LocalExecutor:
     """Runs one ClientApp for every node, one message at a time, in the order of submission.
 
     Args:
-        workshop: makes the ClientApp.
+        simulation context: makes the ClientApp.
         clients: node id -> name of the client it stands for.
     """
 
-    def __init__(self, workshop: Workshop, clients: Mapping[int, str]) -> None:
-        self._workshop = workshop
-        self._app = workshop.client_app()
+    def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str]) -> None:
+        self._simulation_context = simulation_context
+        self._app = simulation_context.client_app()
         self._clients = clients
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-client")
 
@@ -33,7 +33,7 @@ class LocalExecutor:
 
     def workers(self) -> Sequence[WorkerReport]:
         """One worker, which is this process."""
-        return [WorkerReport(0.0, self._workshop.cleaning)]
+        return [WorkerReport(0.0, self._simulation_context.cleaning)]
 
     def close(self) -> None:
         """Drops what still waits."""

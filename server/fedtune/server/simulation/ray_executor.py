@@ -21,7 +21,7 @@ from fedtune.flower.in_process_grid import WorkerReport, take_task_identity
 from fedtune.flower.message_bytes import WireMessage, to_wire
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.simulation.local_executor import answer
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 RESTARTS_PER_WORKER = 3
 
@@ -30,12 +30,12 @@ class RayExecutor:
     """Spreads clients over actors.
 
     Args:
-        workshop: every actor makes its own of the same job and folder.
+        simulation context: every actor makes its own of the same job and folder.
         clients: node id -> name of the client it stands for.
         workers: how many actors.
     """
 
-    def __init__(self, workshop: Workshop, clients: Mapping[int, str], workers: int) -> None:
+    def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str], workers: int) -> None:
         try:
             import ray
         except ImportError as error:
@@ -49,7 +49,9 @@ class RayExecutor:
         actor: Any = ray.remote(_Worker).options(
             num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
         )
-        self._actors: list[Any] = [actor.remote(workshop.job, workshop.folder) for _ in range(workers)]
+        self._actors: list[Any] = [
+            actor.remote(simulation_context.job, simulation_context.folder) for _ in range(workers)
+        ]
         # One thread an actor, which only waits for it. A client stays with its actor: its secrets of a secure round
         # live there from one exchange to the next.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
@@ -85,8 +87,8 @@ class _Worker:
 
     def __init__(self, job: Job, folder: Path) -> None:
         take_task_identity()
-        self._workshop = Workshop(job, folder)
-        self._app = self._workshop.client_app()
+        self._simulation_context = SimulationContext(job, folder)
+        self._app = self._simulation_context.client_app()
 
     def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:
         """Lets the named client answer one message."""
@@ -94,4 +96,4 @@ class _Worker:
 
     def report(self) -> WorkerReport:
         """What this actor has to say."""
-        return WorkerReport(peak_rss_mb(), self._workshop.cleaning)
+        return WorkerReport(peak_rss_mb(), self._simulation_context.cleaning)

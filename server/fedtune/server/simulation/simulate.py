@@ -26,7 +26,7 @@ from fedtune.server.simulation.edge_answers import export_and_answer
 from fedtune.server.simulation.forked_executor import ForkedExecutor
 from fedtune.server.simulation.local_executor import LocalExecutor
 from fedtune.server.simulation.simulated_fleet import FleetGrid
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.workers import worker_count
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.cohorts.tier_assignment import Ranks
@@ -46,10 +46,10 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
         InputError: the job, its data or its model cannot be used, or the directory is in the way; nothing was written.
         RunError: the run could not go on; it can be resumed.
     """
-    workshop = _open(job, path, display)
-    directory = RunDirectory.create(path, job, workshop.base.digest, force)
+    simulation_context = _open(job, path, display)
+    directory = RunDirectory.create(path, job, simulation_context.base.digest, force)
     try:
-        summary = _run(workshop, directory, display)
+        summary = _run(simulation_context, directory, display)
     finally:
         directory.close()
     export_and_answer(job, path, summary, display)
@@ -70,54 +70,63 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
     return summary
 
 
-def _open(job: Job, path: Path, display: Display) -> Workshop:
+def _open(job: Job, path: Path, display: Display) -> SimulationContext:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_export(job)
-    workshop = Workshop(job, path / CLIENTS)
-    _ = workshop.devices, workshop.evaluator  # mistakes in their files are told before anything is written
-    clients = len(workshop.population.names)
+    simulation_context = SimulationContext(job, path / CLIENTS)
+    _ = (
+        simulation_context.devices,
+        simulation_context.evaluator,
+    )  # mistakes in their files are told before anything is written
+    clients = len(simulation_context.population.names)
     if job.secure_aggregation.enabled and (
         problems := secure_cohort_problems(job, cohort_size(job.federation.clients_per_round, clients))
     ):
         raise JobError(problems)
     wanted, selection = job.federation.clients_per_round, job.federation.selection
-    if selection != "uniform" and workshop.devices is None:
+    if selection != "uniform" and simulation_context.devices is None:
         reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
         raise JobError([f'federation.selection is "{selection}", but {reason}'])
     if isinstance(wanted, int) and wanted > clients:
         display.note(
             f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"
         )
-    model = workshop.model
+    model = simulation_context.model
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
         f"adapter of {model.layout.size:,} parameters, {clients} clients"
     )
-    return workshop
+    return simulation_context
 
 
-def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[str, Any]:
-    job = workshop.job
-    clients = {FIRST_NODE_ID + index: name for index, name in enumerate(workshop.population.names)}
+def _run(simulation_context: SimulationContext, directory: RunDirectory, display: Display) -> dict[str, Any]:
+    job = simulation_context.job
+    clients = {FIRST_NODE_ID + index: name for index, name in enumerate(simulation_context.population.names)}
     nodes = {name: node_id for node_id, name in clients.items()}
-    executor = _executor(workshop, clients)
-    federation = federation_from_job(job, workshop.base, workshop.model.layout)
+    executor = _executor(simulation_context, clients)
+    federation = federation_from_job(job, simulation_context.base, simulation_context.model.layout)
     grid = InProcessGrid(executor, list(clients))
-    devices = workshop.devices
+    devices = simulation_context.devices
     if devices is not None:
         for refusal in devices.refusals.values():
             display.note(f"sits out: {refusal}")
         federation = replace(federation, selection=devices.selection(federation.selection))
         grid = FleetGrid(executor, list(clients), clients, devices, directory.path / VIRTUAL)
-    secure = SecureAggregation(SIMULATION, workshop.enrolment.roster) if job.secure_aggregation.enabled else None
-    strategy = AdapterStrategy(federation, lambda _: nodes, display.client, secure, _ranks(workshop), grid.overdue)
+    secure = (
+        SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
+    )
+    strategy = AdapterStrategy(
+        federation, lambda _: nodes, display.client, secure, _ranks(simulation_context), grid.stale_updates
+    )
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        summary.update(run_rounds(strategy, directory, grid, workshop.evaluator, display, lambda: _facts(executor)))
+        summary.update(
+            run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))
+        )
 
     try:
         server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), {}))
@@ -128,13 +137,13 @@ def _run(workshop: Workshop, directory: RunDirectory, display: Display) -> dict[
     return summary
 
 
-def _ranks(workshop: Workshop) -> Ranks | None:
+def _ranks(simulation_context: SimulationContext) -> Ranks | None:
     """What each client can train, where the job or its fleet says so."""
-    if workshop.devices is not None:
-        return workshop.devices.rank
-    if not (dealt := workshop.job.simulation.ranks):
+    if simulation_context.devices is not None:
+        return simulation_context.devices.rank
+    if not (dealt := simulation_context.job.simulation.ranks):
         return None
-    names = sorted(workshop.population.names)
+    names = sorted(simulation_context.population.names)
     return {name: dealt[index % len(dealt)] for index, name in enumerate(names)}.__getitem__
 
 
@@ -153,10 +162,14 @@ def _facts(executor: Executor) -> Facts:
     return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records))
 
 
-def _executor(workshop: Workshop, clients: dict[int, str]) -> Executor:
-    workers = worker_count(workshop.job, workshop.model.base, len(clients))
-    if workshop.job.simulation.backend == "ray":
+def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> Executor:
+    workers = worker_count(simulation_context.job, simulation_context.model.base, len(clients))
+    if simulation_context.job.simulation.backend == "ray":
         from fedtune.server.simulation.ray_executor import RayExecutor
 
-        return RayExecutor(workshop, clients, workers)
-    return ForkedExecutor(workshop, clients, workers) if workers > 1 else LocalExecutor(workshop, clients)
+        return RayExecutor(simulation_context, clients, workers)
+    return (
+        ForkedExecutor(simulation_context, clients, workers)
+        if workers > 1
+        else LocalExecutor(simulation_context, clients)
+    )

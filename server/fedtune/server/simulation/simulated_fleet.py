@@ -25,9 +25,9 @@ from flwr.app import Message
 from fedtune.client.plan.planner import (
     BYTES_PER_PARAMETER_DOWN,
     RESERVE,
+    Constraints,
     NoPlanError,
     Plan,
-    Wishes,
     choose,
     upload_bytes,
 )
@@ -195,7 +195,7 @@ class FleetGrid(InProcessGrid):
         self._rounds: dict[int, VirtualRound] = {}
         self._late: list[str] = []
 
-    def overdue(self) -> Iterable[Message]:
+    def stale_updates(self) -> Iterable[Message]:
         """The answers of clients that were late, where the next round may use them."""
         waiting, self._late = self._late, []
         replies: list[Message] = []
@@ -282,7 +282,7 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
         [_seconds(job, kind, shape, job.adapter.rank) for kind in fleet.kind for _ in range(kind.count)]
     )
     training = job.training
-    wishes = Wishes(
+    constraints = Constraints(
         job.model.quantization,
         "fp32",
         job.adapter.rank,
@@ -296,7 +296,7 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
     for kind in fleet.kind:
         budget = round(kind.memory_mb * 1e6 * (1 - RESERVE)) - PROGRAM_BYTES
         try:
-            plan = choose(shape, replace(wishes, bandwidth_up=kind.uplink_kbit * 1000 / 8), budget)
+            plan = choose(shape, replace(constraints, bandwidth_up=kind.uplink_kbit * 1000 / 8), budget)
         except NoPlanError as error:
             refusals[kind.name] = f"{kind.name}: {error}"
             continue

@@ -30,7 +30,7 @@ from fedtune.server.simulation.simulated_identities import Enrolment
 
 
 @dataclass(frozen=True)
-class Workshop:
+class SimulationContext:
     """One process's share of a simulation; what it holds is made when first asked for, and then stays.
 
     Args:

@@ -27,7 +27,7 @@ from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
-from fedtune.server.simulation.simulation_context import Workshop
+from fedtune.server.simulation.simulation_context import SimulationContext
 
 
 def flower_server_app() -> ServerApp:
@@ -38,13 +38,13 @@ def flower_server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         job = _job(context)
         path = Path(str(context.run_config["out"]))
-        workshop = Workshop(job, path / CLIENTS)
-        directory = RunDirectory.create(path, job, workshop.base.digest)
+        simulation_context = SimulationContext(job, path / CLIENTS)
+        directory = RunDirectory.create(path, job, simulation_context.base.digest)
         try:
             with Terminal() as display:
-                federation = federation_from_job(job, workshop.base, workshop.model.layout)
+                federation = federation_from_job(job, simulation_context.base, simulation_context.model.layout)
                 strategy = AdapterStrategy(federation, observe=display.client)
-                evaluator = ModelEvaluator(workshop.model, job.data)
+                evaluator = ModelEvaluator(simulation_context.model, job.data)
                 run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
@@ -70,7 +70,7 @@ def flower_client_app() -> ClientApp:
 def _answer(message: Message, context: Context) -> Message:
     job = _job(context)
     folder = Path(str(context.run_config["out"])) / CLIENTS
-    names = _workshop(job, folder).population.names
+    names = _simulation_context(job, folder).population.names
     context.node_config["client"] = names[int(context.node_config["partition-id"]) % len(names)]
     return _client_app(job, folder)(message, context)
 
@@ -86,10 +86,10 @@ def _job(context: Context) -> Job:
 
 # A process that Flower keeps for several messages loads the base once.
 @functools.lru_cache(maxsize=1)
-def _workshop(job: Job, folder: Path) -> Workshop:
-    return Workshop(job, folder)
+def _simulation_context(job: Job, folder: Path) -> SimulationContext:
+    return SimulationContext(job, folder)
 
 
 @functools.lru_cache(maxsize=1)
 def _client_app(job: Job, folder: Path) -> ClientApp:
-    return _workshop(job, folder).client_app()
+    return _simulation_context(job, folder).client_app()

@@ -34,13 +34,13 @@ class OwnedMean:
         # Of each slice: the smallest tier that owns it, its places in the segment, and its sum.
         self._slices: list[tuple[int, Indices | slice, ExactSum]] = []
         for each in slices:
-            places = np.concatenate(
+            indices = np.concatenate(
                 [
                     layout.segment(letter).start - segment.start + coordinates(layout, letter, each.owned)
                     for letter in factor_letters(factors)
                 ]
             )
-            self._slices.append((each.tier, places, ExactSum(len(places))))
+            self._slices.append((each.tier, indices, ExactSum(len(indices))))
         if not slices:
             self._slices.append((0, slice(None), ExactSum(self._size)))
 
@@ -59,7 +59,7 @@ class OwnedMean:
             raise UpdateError(f"an update of tier {tier}; this round has the tiers {tiers}")
         if update.shape != (self._size,):
             raise UpdateError(f"an update of {update.size} values; expected {self._size}")
-        owned = [(total, update[places]) for smallest, places, total in self._slices if smallest <= tier]
+        owned = [(total, update[indices]) for smallest, indices, total in self._slices if smallest <= tier]
         for total, part in owned:
             total.check(part, weight)
         for total, part in owned:
@@ -68,6 +68,6 @@ class OwnedMean:
     def finish(self) -> Vector:
         """The aggregate over the segment, float32; zero where nobody owned."""
         aggregate = np.zeros(self._size, dtype=np.float32)
-        for _, places, total in self._slices:
-            aggregate[places] = total.mean()
+        for _, indices, total in self._slices:
+            aggregate[indices] = total.mean()
         return aggregate

@@ -120,7 +120,7 @@ def _joined(terms: Sequence[FactorTerms], parts: Mapping[FactorTerms, Vector]) -
     """Over the segment of the round's factors; zero where there is no part."""
     factors = {each.factor: np.zeros(each.whole, dtype=np.float32) for each in terms}
     for each, part in parts.items():
-        factors[each.factor][each.places] = part
+        factors[each.factor][each.indices] = part
     return np.concatenate(list(factors.values()))
 
 

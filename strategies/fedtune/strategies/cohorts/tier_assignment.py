@@ -23,7 +23,7 @@ Ranks = Callable[[str], int]
 
 
 @dataclass(frozen=True)
-class Lineup:
+class TierAssignment:
     """The tiers of one round.
 
     Args:
@@ -42,7 +42,7 @@ class Lineup:
         return tuple(sorted(set(self.trained.values()) - {0}))
 
 
-def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> Lineup:
+def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> TierAssignment:
     """The tier of every client of a cohort."""
     own = {name: tier_for(ranks(name), job.tiers) for name in cohort}
     counts = Counter(tier for tier in own.values() if tier)
@@ -56,13 +56,13 @@ def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> Lineup:
     ]
     if unable := sum(tier == 0 for tier in own.values()):
         notes.append(f"clients that cannot train the smallest tier, {job.tiers[0]}: {unable}; sat out")
-    return Lineup(own, {name: moved[tier] for name, tier in own.items()}, tuple(notes))
+    return TierAssignment(own, {name: moved[tier] for name, tier in own.items()}, tuple(notes))
 
 
-def all_alike(cohort: Sequence[str], rank: int) -> Lineup:
+def all_alike(cohort: Sequence[str], rank: int) -> TierAssignment:
     """Everybody trains the whole adapter."""
     everything = dict.fromkeys(cohort, rank)
-    return Lineup(everything, everything)
+    return TierAssignment(everything, everything)
 
 
 def tier_minimum(job: Job, cohort: int) -> int:

@@ -23,7 +23,7 @@ FLOWER = {"flwr-package-name": "flwr", "flwr-package-version": "1.41.0", "flwr-c
 
 
 @dataclass
-class Door:
+class Endpoint:
     """A listening server as it is in production, and the keys of two devices."""
 
     home: ServerHome
@@ -80,7 +80,7 @@ class Door:
             return answer
 
 
-def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Door]:
+def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Endpoint]:
     home = ServerHome.create(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 0), hosts or [])
     bundles = {name: enroll(home, name, folder / f"{name}.bundle") for name in ("ada", "bob", "eve")}
     reports: list[str] = []
@@ -91,8 +91,8 @@ def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Door]:
         for name, public_key in Devices.load(home).node_keys.items():
             link.register(name, public_key)
         listener.open()
-        door = Door(home, listener, link, key, bundles, reports)
-        yield door
-        for line in door.lines:
+        endpoint = Endpoint(home, listener, link, key, bundles, reports)
+        yield endpoint
+        for line in endpoint.lines:
             line.close()
         link.close()

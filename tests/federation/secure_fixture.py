@@ -51,7 +51,7 @@ class Untrained:
         parts, unsent = [], []
         for each in terms:
             whole = 0.01 * generator(9, client, number, each.factor).standard_normal(each.whole)
-            update = whole.astype(np.float32)[each.places]
+            update = whole.astype(np.float32)[each.indices]
             part, sent = ring_contribution(update, each, derive_seed(7, client, number, *each.label), 0.5)
             parts.append(part)
             unsent.append(update - sent)
@@ -62,7 +62,7 @@ class Untrained:
 
 
 @dataclass
-class Stand:
+class Fixture:
     """A server and the clients it invites."""
 
     names: Sequence[str]
