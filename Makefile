@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench-simulation bench-inference table clean
+.PHONY: demo test test-slow lint format house bench-simulation bench-inference table clean
 
 demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
@@ -24,6 +24,9 @@ lint: $(READY)  ## Check style and types.
 format: $(READY)  ## Bring the code into its style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+house: $(READY)  ## Draw the packages and their imports into docs/architecture.md.
+	$(BIN)/python tools/house.py
 
 bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower's LLM example.
 	$(BIN)/python benchmarks/simulation/run.py

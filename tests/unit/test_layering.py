@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-ROOTS = ("core", "strategies", "client", "server")
+from house import ROOT, ROOTS, imports, longest, modules, within
 
 # What each package may import of fedtune, by dotted prefix; the longest prefix that matches a module decides.
 ALLOWED = {
@@ -47,30 +43,10 @@ FOREIGN = {
 }
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for root in ROOTS:
-        for path in sorted((ROOT / root).rglob("*.py")):
-            parts = path.relative_to(ROOT / root).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
-
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-
-
-def within(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
-
-
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("module", "path"), modules().items(), ids=modules())
 def test_a_module_imports_only_what_its_layer_may(module: str, path: Path) -> None:
-    layer = max((prefix for prefix in ALLOWED if within(module, prefix)), key=len)
-    for name in imports(path):
+    layer = longest(module, ALLOWED)
+    for name in (one.name for one in imports(path)):
         if within(name, "fedtune"):
             assert any(within(name, prefix) for prefix in ALLOWED[layer]), f"{module} imports {name}"
         for prefix, forbidden in FOREIGN.items():
