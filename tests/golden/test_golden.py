@@ -155,7 +155,7 @@ def test_a_recorded_job_gives_the_same_adapter_and_moves_the_same_bytes(
 
 
 if __name__ == "__main__":
-    device_module.train_within_memory = numpy_trainer.train  # type: ignore[attr-defined]
+    device_module.train_within_memory = numpy_trainer.train  # type: ignore[attr-defined,assignment]
     with tempfile.TemporaryDirectory() as scratch:
         recorded = {each: run(each, Path(scratch) / each) for each in JOBS}
     RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
