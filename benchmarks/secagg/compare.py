@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+from pathlib import Path
 
 import numpy as np
 from flower_round import flower_round
 from measure import Clock, Cost
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
+
+from rehearsal import Rehearsal, Update, plain_sum
+
 from fedtune.core.secagg import Segment, Stage
-from fedtune.core.secagg.rehearsal import Rehearsal, Update, plain_sum
 
 BITS = 4  # of a quantized update; the ring has as many more as n of them need
 WEIGHT_LIMIT = 1 << 16

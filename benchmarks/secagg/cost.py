@@ -23,7 +23,7 @@ from measure import Cost
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.secagg import Identity, Roster, choose_thresholds
 from fedtune.core.secagg.exchanged import ENCRYPTED_SHARE_BYTES
-from fedtune.core.secagg.masks import add_masks, word_type
+from fedtune.core.secagg.masking import add_masks, word_type
 from fedtune.core.secagg.primitives import Agreement, derive, seal, unseal
 from fedtune.core.secagg.shamir import split
 

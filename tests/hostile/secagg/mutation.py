@@ -5,6 +5,7 @@ against the copy. A mutant that no test notices is a check nobody would miss: th
 
     python tests/hostile/secagg/mutation.py                  # all of them, as a Markdown table
     python tests/hostile/secagg/mutation.py --only quorum    # those with a word in their name
+    python tests/hostile/secagg/mutation.py --dry-run        # only whether each still finds its check in the sources
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ UNCHANGED = Mutant("none", "__init__.py", "__all__ = [", "__all__ = [")
 MUTANTS = (
     # what a client asks of a configuration
     Mutant(
-        "configuration contradicts itself", "client.py", "config_problems(config) or policy_problems", "policy_problems"
+        "configuration contradicts itself",
+        "client_checks.py",
+        "config_problems(config) or policy_problems",
+        "policy_problems",
     ),
-    Mutant("ring cannot overflow", "config.py", "carriers * segment.limit >= 1 << segment.bits", "False"),
+    Mutant("ring cannot overflow", "config.py", "count * segment.limit >= 1 << segment.bits", "False"),
     Mutant("client invited twice", "config.py", "if repeated:", "if False:"),
-    Mutant("client's own policy", "client.py", " or policy_problems(config, self.policy)", ""),
+    Mutant("client's own policy", "client_checks.py", " or policy_problems(config, policy)", ""),
     Mutant("threshold against both shares", "graph.py", "if t < majority(n, colluding):", "if False:"),
     Mutant("quorum is a majority of the honest", "graph.py", "if q < majority(n, colluding):", "if False:"),
     Mutant("minimum at least the quorum", "graph.py", "if thresholds.minimum < q:", "if False:"),
@@ -68,60 +72,63 @@ MUTANTS = (
     Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
     Mutant("policy's minimum of a tier", "config.py", "if lowest < least:", "if False:"),
     Mutant("who may collude in a tier", "config.py", "least = max(least, part(", "least = max(least, 0 * part("),
-    Mutant(
-        "unauthenticated clients in the cohort", "client.py", "        if unauthenticated clients:", "        if False:"
-    ),
-    Mutant("own invitation", "client.py", "if not client indices or self.roster", "if self.roster"),
+    Mutant("unauthenticated clients in the cohort", "client_checks.py", "    if unknown:", "    if False:"),
+    Mutant("own invitation", "client_checks.py", "if not invited or roster", "if roster"),
     Mutant(
         "own pinned identity",
-        "client.py",
-        "if not client indices or self.roster.keys[self.client] != self.identity.public:",
-        "if not client indices:",
+        "client_checks.py",
+        "if not invited or roster.keys[client] != public:",
+        "if not invited:",
     ),
-    Mutant("base and adapter digests", "client.py", "            if theirs != ours:", "            if False:"),
-    Mutant("round served before", "client.py", "if last is not None and mark <= last:", "if False:"),
+    Mutant("base and adapter digests", "client_checks.py", "        if theirs != ours:", "        if False:"),
+    Mutant("round served before", "client_checks.py", "if last is not None and mark <= last:", "if False:"),
     Mutant(
         "round remembered",
-        "client.py",
-        "        self.log.record(config.job, RoundMark(config.round, config.attempt))\n",
+        "client_session.py",
+        "        self.log.record(config.job, mark)\n",
         "",
     ),
     Mutant(
         "round closed once revealed",
-        "client.py",
-        "        self.log.record(state.transcript.config.job, RoundMark(state.transcript.config.round, MAX_COUNTER))\n",
+        "client_session.py",
+        "        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))\n",
         "",
     ),
     # what a client asks of the key list
-    Mutant("own entry in the key list", "client.py", "if state.entry not in keys.entries:", "if False:"),
-    Mutant("keys unique", "client.py", "entry.mask_key)}) != 2 * len(client indices):", "entry.mask_key)}) < 0:"),
-    Mutant("keys of small order", "client.py", "if is_weak(entry.share_key) or is_weak(entry.mask_key):", "if False:"),
+    Mutant("own entry in the key list", "client_checks.py", "if own not in keys.entries:", "if False:"),
+    Mutant("keys unique", "client_checks.py", "entry.mask_key)}) != 2 * len(listed):", "entry.mask_key)}) < 0:"),
     Mutant(
-        "signatures over keys",
-        "client.py",
-        "if not self.roster.verify(client, statement, entry.signature):",
+        "keys of small order",
+        "client_checks.py",
+        "if is_weak(entry.share_key) or is_weak(entry.mask_key):",
         "if False:",
     ),
-    Mutant("enough advertisers", "client.py", '        _check_enough(state.config, advertisers, "advertisers")\n', ""),
+    Mutant(
+        "signatures over keys",
+        "client_checks.py",
+        "if not roster.verify(client, statement, entry.signature):",
+        "if False:",
+    ),
+    Mutant("enough advertisers", "client_checks.py", '    check_enough(config, advertisers, "advertisers")\n', ""),
     # what a client asks of the encrypted shares
-    Mutant("enough sharers", "client.py", '        _check_enough(config, sharers, "sharers")\n', ""),
+    Mutant("enough sharers", "client_session.py", '        check_enough(config, sharers, "sharers")\n', ""),
     Mutant(
         "number of encrypted shares",
-        "client.py",
-        "if len(delivery.encrypted shares) != ENCRYPTED_SHARE_BYTES * len(senders):",
+        "client_session.py",
+        "if len(delivery.encrypted_shares) != ENCRYPTED_SHARE_BYTES * len(senders):",
         "if False:",
     ),
     Mutant(
         "tag of an encrypted share",
-        "client.py",
+        "client_checks.py",
         "    if opened is None:",
         "    if opened is None and not (opened := bytes(64)):",
     ),
     Mutant(
         "direction of an encrypted share",
         "transcript.py",
-        '"encrypted share", sender, receiver)\n\n    def share_associated',
-        '"encrypted share")\n\n    def share_associated',
+        '"encrypted_share", sender, receiver)\n\n    def associated_data',
+        '"encrypted_share")\n\n    def associated_data',
     ),
     Mutant(
         "encrypted shares bound to the key list",
@@ -129,24 +136,32 @@ MUTANTS = (
         "self.salt = self.digest + config_digest",
         "self.salt = config_digest",
     ),
-    Mutant("update within the limit", "client.py", "if given.size and int(given.max()) > segment.limit:", "if False:"),
+    Mutant(
+        "update within the limit",
+        "client_checks.py",
+        "if given.size and int(given.max()) > segment.limit:",
+        "if False:",
+    ),
     # what a client asks of the survivor set and the votes
     Mutant(
-        "enough survivors", "client.py", '        _check_enough(state.transcript.config, survivors, "survivors")\n', ""
+        "enough survivors", "client_session.py", '        check_enough(transcript.config, survivors, "survivors")\n', ""
     ),
     Mutant("a tier's own minimum", "config.py", "if by_tier[tier] < config.tier_minimums[tier]:", "if False:"),
-    Mutant("sets within the set before", "client.py", "if not found <= frozenset(within):", "if False:"),
-    Mutant("sets increasing", "client.py", "if not increasing(client indices):", "if False:"),
-    Mutant("client in every set", "client.py", "if own is not None and own not in found:", "if False:"),
-    Mutant("votes reach the quorum", "client.py", "if len(voters) < config.quorum:", "if False:"),
+    Mutant("sets within the set before", "client_checks.py", "if not found <= frozenset(within):", "if False:"),
+    Mutant("sets increasing", "client_checks.py", "if not increasing(listed):", "if False:"),
+    Mutant("client in every set", "client_checks.py", "if own is not None and own not in found:", "if False:"),
+    Mutant("votes reach the quorum", "client_checks.py", "if len(voters) < config.quorum:", "if False:"),
     Mutant(
         "votes are signed",
-        "client.py",
+        "client_checks.py",
         "verify(config.cohort[voter].client, statement, signature):",
         "verify and False:",
     ),
     Mutant(
-        "number of signatures", "client.py", "if len(quorum.signatures) != SIGNATURE_BYTES * len(voters):", "if False:"
+        "number of signatures",
+        "client_checks.py",
+        "if len(quorum.signatures) != SIGNATURE_BYTES * len(voters):",
+        "if False:",
     ),
     Mutant("vote covers U2", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(survivors)"),
     Mutant("vote covers U3", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(sharers)"),
@@ -154,123 +169,136 @@ MUTANTS = (
     # what a client never does
     Mutant(
         "order of exchanges",
-        "client.py",
-        "if not isinstance(state, expected):",
-        "if isinstance(state, Idle) != (expected is Idle):",
+        "client_session.py",
+        "if exchange is None or exchange.message is not kind:",
+        "if exchange is None:",
     ),
+    Mutant("state after an exchange", "client_session.py", "if type(after) is not exchange.after:", "if False:"),
     Mutant(
         "reveals once",
-        "client.py",
-        "        self._move(Ended())\n        return encode(Reveal",
-        "        return encode(Reveal",
+        "client_session.py",
+        "        self._move(after)\n",
+        "        if type(after) is not Ended:\n            self._move(after)\n",
     ),
     Mutant(
         "one share an owner, of the right kind",
-        "client.py",
+        "client_session.py",
         "(of_self if owner in state.survivors else of_mask)",
         "of_self",
     ),
-    Mutant("secrets wiped", "client.py", "                secret.wipe()", "                pass"),
-    Mutant("self mask keyed by b", "masks.py", "derive(seed, context, ", "derive(bytes(32), context, "),
+    Mutant("secrets wiped", "client_session.py", "                secret.wipe()", "                pass"),
+    Mutant("self mask keyed by b", "masking.py", "derive(seed, salt, ", "derive(bytes(32), salt, "),
     Mutant(
         "pairwise mask keyed by the pair's secret",
-        "masks.py",
-        "derive(shared, context, ",
-        "derive(bytes(32), context, ",
+        "masking.py",
+        "derive(shared, salt, ",
+        "derive(bytes(32), salt, ",
     ),
     Mutant(
         "mask keys bound to the round", "transcript.py", "self.salt = self.digest + config_digest", 'self.salt = b""'
     ),
     Mutant(
         "client: messages of one round",
-        "client.py",
-        'if agreed and getattr(decoded, "config", None) != agreed[1]:',
+        "client_session.py",
+        'if agreed and getattr(message, "config", None) != agreed[1]:',
         "if False:",
     ),
     # what everybody asks of bytes
-    Mutant("size before reading", "messages.py", "if len(data) > limit:", "if False:"),
-    Mutant("one byte form", "messages.py", "if encode(message) != data:", "if False:"),
+    Mutant("size before reading", "exchanged.py", "if len(data) > limit:", "if False:"),
+    Mutant("one byte form", "exchanged.py", "if encode(message) != data:", "if False:"),
     Mutant("field elements", "shamir.py", "if len(data) != ELEMENT_BYTES or element >= PRIME:", "if False:"),
     # what the server asks of its clients
     Mutant(
         "server: asked at all",
-        "server.py",
-        "if exchange is None or client index is None or client index not in self._asked:",
-        "if exchange is None or client index is None:",
+        "server_session.py",
+        "if exchange is None or index is None or index not in self._asked:",
+        "if exchange is None or index is None:",
     ),
-    Mutant("server: answered once", "server.py", "if client index in self._answered:", "if False:"),
+    Mutant("server: answered once", "server_session.py", "if index in self._answered:", "if False:"),
     Mutant(
         "server: messages of one round",
-        "server.py",
+        "server_session.py",
         'if getattr(message, "config", None) != self._digest:',
         "if False:",
     ),
     Mutant(
         "server: signatures over keys",
-        "server.py",
+        "server_session.py",
         'statement, message.signature):\n            return "its keys',
         'statement, message.signature) and False:\n            return "its keys',
     ),
-    Mutant("server: keys unique", "server.py", "if len(keys) < 2 or keys & self._keys_in_use:", "if False:"),
-    Mutant("server: keys of small order", "server.py", "if any(is_weak(key) for key in keys):", "if False:"),
+    Mutant("server: keys unique", "server_session.py", "if len(keys) < 2 or keys & self._keys_in_use:", "if False:"),
+    Mutant("server: keys of small order", "server_session.py", "if any(is_weak(key) for key in keys):", "if False:"),
     Mutant(
         "server: number of encrypted shares",
-        "server.py",
-        "if len(message.encrypted shares) != ENCRYPTED_SHARE_BYTES * len(receivers):",
+        "server_session.py",
+        "if len(message.encrypted_shares) != ENCRYPTED_SHARE_BYTES * len(receivers):",
         "if False:",
     ),
-    Mutant("server: number of segments", "server.py", "if len(message.segments) != len(indices):", "if False:"),
-    Mutant("server: size of segments", "server.py", "            if len(data) != size:", "            if False:"),
+    Mutant("server: number of segments", "server_session.py", "if len(message.segments) != len(indices):", "if False:"),
+    Mutant(
+        "server: size of segments", "server_session.py", "            if len(data) != size:", "            if False:"
+    ),
     Mutant(
         "server: votes are signed",
-        "server.py",
+        "server_session.py",
         'message.signature):\n            return "its vote',
         'message.signature) and False:\n            return "its vote',
     ),
     Mutant(
         "server: number of shares",
-        "server.py",
+        "server_session.py",
         "if len(message.shares) != shamir.ELEMENT_BYTES * len(owners):",
         "if False:",
     ),
     Mutant(
         "server: recovered secrets checked",
-        "server.py",
+        "server_session.py",
         "            if not self._is_seed_of(owner, seed):",
         "            if False:",
     ),
     Mutant(
         "server: σ against the mask key",
-        "server.py",
+        "server_session.py",
         "return mask_agreement(seed).public == self._agreed.keys[owner].mask_key",
         "return True",
     ),
     Mutant(
         "server: b against its commitment",
-        "server.py",
+        "server_session.py",
         "return commitment(seed, self._digest, owner) == self._commitments[owner]",
         "return True",
     ),
-    Mutant("server: enough clients", "server.py", "        if missing:\n", "        if False:\n"),
-    Mutant("server: enough votes", "server.py", "if len(self._votes) < self.config.quorum:", "if False:"),
-    Mutant("server: enough share holders", "server.py", "if left < self.config.threshold:", "if False:"),
+    Mutant("server: enough clients", "server_session.py", "        if missing:\n", "        if False:\n"),
+    Mutant("server: enough votes", "server_session.py", "if len(self._votes) < self.config.quorum:", "if False:"),
+    Mutant("server: enough share holders", "server_session.py", "if left < self.config.threshold:", "if False:"),
     # what ties a secure round to the training it is about
-    Mutant("round: only what can be masked", "secure.py", 'if request.uplink.form != "ring":', "if False:", CLIENT),
-    Mutant("round: number", "secure.py", '"round": (config.round, request.round),', "", CLIENT),
-    Mutant("round: work", "secure.py", '"work and codec": (config.context, terms_digest(request)),', "", CLIENT),
-    Mutant("round: segments", "secure.py", '"segments": (config.segments, masked_segments(terms, tiers)),', "", CLIENT),
+    Mutant(
+        "round: only what can be masked", "secure_rounds.py", 'if request.uplink.form != "ring":', "if False:", CLIENT
+    ),
+    Mutant("round: number", "secure_rounds.py", '"round": (config.round, request.round),', "", CLIENT),
+    Mutant("round: work", "secure_rounds.py", '"work and codec": (config.context, terms_digest(request)),', "", CLIENT),
+    Mutant(
+        "round: segments",
+        "secure_rounds.py",
+        '"segments": (config.segments, masked_segments(terms, tiers)),',
+        "",
+        CLIENT,
+    ),
     Mutant(
         "round: tier",
-        "secure.py",
+        "secure_rounds.py",
         '"tier": ({member.tier for member in config.cohort if member.client == client}, {tier}),',
         "",
         CLIENT,
     ),
-    Mutant("round: ring's room", "secure.py", "if len(config.cohort) > request.uplink.n_max:", "if False:", CLIENT),
-    Mutant("round: open first", "secure.py", "if client not in self._rounds:", "if False:", CLIENT),
+    Mutant(
+        "round: ring's room", "secure_rounds.py", "if len(config.cohort) > request.uplink.n_max:", "if False:", CLIENT
+    ),
+    Mutant("round: open first", "secure_rounds.py", "if client not in self._rounds:", "if False:", CLIENT),
     Mutant(
         "round: residuals settled last",
-        "secure.py",
+        "secure_rounds.py",
         "            self._device.keep_residuals(client, round_.contribution)\n",
         "            pass\n",
         CLIENT,
@@ -292,7 +320,13 @@ MUTANTS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the mutants whose check contains this")
-    chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant.check]
+    parser.add_argument("--dry-run", action="store_true", help="only look whether every mutant still applies")
+    options = parser.parse_args()
+    if lost := inapplicable():
+        raise SystemExit("\n".join(lost))
+    if options.dry_run:
+        return 0
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.check]
     if broken := first_failure(UNCHANGED):
         raise SystemExit(f"the tests fail without any mutant: {broken}")
     print("| check removed | caught by |\n|---|---|")
@@ -305,6 +339,16 @@ def main() -> int:
     return 1 if missed else 0
 
 
+def inapplicable() -> list[str]:
+    """The mutants whose check is no longer in the sources as it is written here."""
+    lost = []
+    for mutant in MUTANTS:
+        count = (ROOT / mutant.package / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        if count != 1:
+            lost.append(f"{mutant.check}: {mutant.old!r} occurs {count} times in {mutant.file}")
+    return lost
+
+
 def first_failure(mutant: Mutant) -> str | None:
     """The first test that fails on the mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
@@ -312,10 +356,7 @@ def first_failure(mutant: Mutant) -> str | None:
         for root in roots:
             shutil.copytree(ROOT / root.name, root, ignore=shutil.ignore_patterns("__pycache__"))
         path = Path(folder) / mutant.package / mutant.file
-        source = path.read_text(encoding="utf-8")
-        if source.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.check}: {mutant.old!r} occurs {source.count(mutant.old)} times in {mutant.file}")
-        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
         for suite in SUITES:
             run = subprocess.run(
                 [sys.executable, "-m", "pytest", suite, "-x", "-q", "--no-header", "-p", "no:cacheprovider"],

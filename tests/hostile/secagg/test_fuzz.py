@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rehearsal import Rehearsal, plain_sum, random_updates
 
 from fedtune.core.secagg import ClientFaultError, RoundAbortedError, Segment, ServerFaultError, Stage
-from fedtune.core.secagg.rehearsal import Rehearsal, plain_sum, random_updates
 
 SEGMENTS = (Segment("v", 5, 8, 15, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
 

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from rehearsal import Rehearsal, plain_sum, random_updates
 
 from fedtune.core.secagg import ClientFaultError, Identity, RoundAbortedError, Segment, ServerFaultError, Stage
 from fedtune.core.secagg.exchanged import (
@@ -21,7 +22,6 @@ from fedtune.core.secagg.exchanged import (
     encode,
 )
 from fedtune.core.secagg.primitives import Agreement
-from fedtune.core.secagg.rehearsal import Rehearsal, plain_sum, random_updates
 from fedtune.core.secagg.transcript import advertisement_statement
 
 SEGMENTS = (Segment("v", 16, 13, 1000, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
@@ -37,21 +37,24 @@ class Fixture:
         self.rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
         self.server = self.rehearsal.server
         self.updates = random_updates(self.server.config)
-        self.requests = self.rehearsal.until(
-            stage, self.updates, {Stage.MASK: {f"client-{client_index}" for client_index in gone}}
-        )
+        self.requests = self.rehearsal.until(stage, self.updates, {Stage.MASK: {f"client-{index}" for index in gone}})
 
     def honest(self, kind: type[Any], client: str = "client-0") -> Any:
         """What the client would have answered."""
         return decode(self.rehearsal.answer(client, self.requests[client], self.updates), kind, ANY_SIZE)
 
+    def waiting(self) -> frozenset[str]:
+        """The clients that the server has asked and that have not answered yet."""
+        left = self.server._asked - self.server._answered
+        return frozenset(self.server.config.cohort[index].client for index in left)
+
     def refuses(self, reply: bytes | Message, reason: str) -> None:
         """The server refuses an answer of client-0, names it, still waits for it, and goes on without it."""
-        waiting = self.server.waiting
+        waiting = self.waiting()
         with pytest.raises(ClientFaultError, match=reason) as refusal:
             self.server.receive("client-0", reply if isinstance(reply, bytes) else encode(reply))
         assert refusal.value.client == "client-0"
-        assert self.server.waiting == waiting
+        assert self.waiting() == waiting
         self.finish_without_client_0()
 
     def finish_without_client_0(self) -> None:
@@ -91,7 +94,7 @@ def test_a_second_answer_is_refused_in_every_exchange(stage: Stage) -> None:
     fixture.server.receive("client-0", reply)
     with pytest.raises(ClientFaultError, match="has answered already"):
         fixture.server.receive("client-0", reply)
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, fixture.rehearsal.answer(client, fixture.requests[client], fixture.updates))
     requests = fixture.server.advance()
     while requests:
@@ -244,7 +247,7 @@ def test_shares_of_another_number_or_out_of_the_field_are_refused(shares: bytes,
 def test_wrong_shares_never_spoil_the_sum_and_their_sender_is_named() -> None:
     fixture = Fixture(Stage.UNMASK)
     fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 5))))
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     fixture.server.advance()
     assert fixture.server.result.liars == ("client-0",)
@@ -256,7 +259,7 @@ def test_wrong_shares_never_spoil_the_sum_and_their_sender_is_named() -> None:
 def test_more_wrong_shares_than_can_be_corrected_abort_the_round_instead_of_giving_a_wrong_sum() -> None:
     fixture = Fixture(Stage.UNMASK, gone=(4,))
     fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 5))))
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     with pytest.raises(RoundAbortedError, match="the shares of client-0 do not fit together"):
         fixture.server.advance()
@@ -267,7 +270,7 @@ def test_a_wrong_share_of_a_dropout_alone_is_noticed_too() -> None:
     fixture = Fixture(Stage.UNMASK, gone=(4,))
     honest = fixture.honest(Reveal)
     fixture.server.receive("client-0", encode(changed(honest, shares=honest.shares[: 4 * 32] + bytes(32))))
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     with pytest.raises(RoundAbortedError, match="the shares of client-4 do not fit together"):
         fixture.server.advance()
@@ -277,7 +280,7 @@ def test_a_client_that_deals_encrypted_shares_nobody_can_open_is_found_by_its_re
     fixture = Fixture(Stage.SHARE)
     honest = fixture.honest(EncryptedShares)
     fixture.server.receive("client-0", encode(changed(honest, encrypted_shares=bytes(len(honest.encrypted_shares)))))
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(EncryptedShares, client)))
     requests = fixture.server.advance()
     with pytest.raises(ServerFaultError, match="was changed on its way or is not from it") as refusal:
@@ -288,7 +291,7 @@ def test_a_client_that_deals_encrypted_shares_nobody_can_open_is_found_by_its_re
 def test_a_commitment_to_another_seed_aborts_the_round_and_names_its_owner() -> None:
     fixture = Fixture(Stage.SHARE)
     fixture.server.receive("client-0", encode(changed(fixture.honest(EncryptedShares), commitment=bytes(32))))
-    for client in fixture.server.waiting:
+    for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(EncryptedShares, client)))
     requests = fixture.server.advance()
     while fixture.server.stage is not Stage.UNMASK:

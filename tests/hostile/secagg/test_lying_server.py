@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from rehearsal import LENIENT, Rehearsal, enrol, plain_sum, random_updates
 
 from fedtune.core.secagg import (
     ClientFaultError,
@@ -43,10 +44,8 @@ from fedtune.core.secagg.exchanged import (
     encode,
     pieces,
 )
-from fedtune.core.secagg.masking import unmask_sums
-from fedtune.core.secagg.masks import word_type
+from fedtune.core.secagg.masking import unmask_sums, word_type
 from fedtune.core.secagg.primitives import Agreement
-from fedtune.core.secagg.rehearsal import LENIENT, Rehearsal, enrol, plain_sum, random_updates
 from fedtune.core.secagg.shamir import Combiner, to_bytes, to_element
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement, config_digest
 
@@ -61,7 +60,7 @@ class Fixture:
         self.rehearsal = Rehearsal.prepare([0] * clients, SEGMENTS)
         self.config = self.rehearsal.server.config
         self.updates = random_updates(self.config)
-        silent = {Stage.MASK: {f"client-{client_index}" for client_index in gone}}
+        silent = {Stage.MASK: {f"client-{index}" for index in gone}}
         self.requests = self.rehearsal.until(stage, self.updates, silent)
         self.victim = self.rehearsal.clients["client-0"]
 
@@ -275,7 +274,7 @@ def test_an_own_entry_that_was_replaced_is_refused_even_with_a_good_signature() 
 def test_a_key_list_that_is_too_short_or_out_of_order_is_refused(chosen: tuple[int, ...], reason: str) -> None:
     fixture = Fixture(Stage.SHARE)
     keys = fixture.read(KeyList)
-    fixture.refuses(changed(keys, entries=tuple(keys.entries[client_index] for client_index in chosen)), reason)
+    fixture.refuses(changed(keys, entries=tuple(keys.entries[index] for index in chosen)), reason)
 
 
 def test_a_client_index_that_was_not_invited_is_refused() -> None:
@@ -459,7 +458,7 @@ def test_another_number_of_signatures_than_voters_is_refused(size: int) -> None:
 def test_an_advertisement_does_not_pass_for_a_vote() -> None:
     fixture = Fixture(Stage.UNMASK)
     quorum = fixture.read(Quorum)
-    entries = [advertised_entry(fixture, client_index) for client_index in quorum.voters]
+    entries = [advertised_entry(fixture, index) for index in quorum.voters]
     fixture.refuses(changed(quorum, signatures=b"".join(entry.signature for entry in entries)), "did not sign")
 
 
@@ -469,18 +468,16 @@ def test_two_views_of_the_survivors_never_both_find_a_quorum() -> None:
     digest, clients = config_digest(fixture.config), fixture.rehearsal.clients
     views = {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4), 2: (0, 1, 2, 3, 4), 3: (0, 1, 2, 3, 5), 5: (0, 1, 2, 3, 5)}
     votes = {
-        client_index: decode(
-            clients[f"client-{client_index}"].vote(encode(Survivors(digest, view))), Vote, ANY_SIZE
-        ).signature
-        for client_index, view in views.items()
+        index: decode(clients[f"client-{index}"].vote(encode(Survivors(digest, view))), Vote, ANY_SIZE).signature
+        for index, view in views.items()
     }
     assert fixture.config.quorum == 4
     for view in set(views.values()):
-        voters = [client_index for client_index in sorted(votes) if client_index in view][:4]
-        both = encode(Quorum(digest, tuple(voters), b"".join(votes[client_index] for client_index in voters)))
-        for client_index in (client_index for client_index in voters if views[client_index] == view):
+        voters = [index for index in sorted(votes) if index in view][:4]
+        both = encode(Quorum(digest, tuple(voters), b"".join(votes[index] for index in voters)))
+        for index in (index for index in voters if views[index] == view):
             with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
-                clients[f"client-{client_index}"].unmask(both)
+                clients[f"client-{index}"].unmask(both)
 
 
 def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
@@ -492,13 +489,11 @@ def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
     narrowed = Delivery(honest.config, honest.sharers[:5], honest.encrypted_shares[: 4 * ENCRYPTED_SHARE_BYTES])
     rehearsal.clients["client-0"].mask(encode(narrowed), updates["client-0"])
     votes = []
-    for client_index in range(5):
-        if client_index:
-            rehearsal.clients[f"client-{client_index}"].mask(
-                requests[f"client-{client_index}"], updates[f"client-{client_index}"]
-            )
+    for index in range(5):
+        if index:
+            rehearsal.clients[f"client-{index}"].mask(requests[f"client-{index}"], updates[f"client-{index}"])
         told = encode(Survivors(config_digest(config), tuple(range(5))))
-        votes.append(decode(rehearsal.clients[f"client-{client_index}"].vote(told), Vote, ANY_SIZE).signature)
+        votes.append(decode(rehearsal.clients[f"client-{index}"].vote(told), Vote, ANY_SIZE).signature)
     quorum = Quorum(config_digest(config), (1, 2, 3, 4), b"".join(votes[1:]))
     with pytest.raises(ServerFaultError, match="did not sign what this client signed"):
         rehearsal.clients["client-0"].unmask(encode(quorum))
@@ -524,9 +519,9 @@ def test_a_client_reveals_once_and_then_nothing_more() -> None:
 
 def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_the_other() -> None:
     fixture = Fixture(Stage.SHARE)
-    states = {client_index: fixture.rehearsal.clients[f"client-{client_index}"].state for client_index in range(5)}
-    b = {client_index: state.self_seed.value for client_index, state in states.items()}  # type: ignore[attr-defined]
-    sigma = {client_index: state.mask_seed.value for client_index, state in states.items()}  # type: ignore[attr-defined]
+    states = {index: fixture.rehearsal.clients[f"client-{index}"].state for index in range(5)}
+    b = {index: state.self_seed.value for index, state in states.items()}  # type: ignore[attr-defined]
+    sigma = {index: state.mask_seed.value for index, state in states.items()}  # type: ignore[attr-defined]
     requests = fixture.requests
     while fixture.rehearsal.server.stage is not Stage.UNMASK:
         silent = {"client-4"} if fixture.rehearsal.server.stage is Stage.MASK else set()
@@ -576,13 +571,13 @@ def test_clients_that_were_shown_different_adapters_do_not_recognise_each_others
     fixture = Fixture(Stage.ADVERTISE)
     configs = {
         0: fixture.config,
-        **{client_index: changed(fixture.config, adapter_digest="3" * 64) for client_index in range(1, 5)},
+        **{index: changed(fixture.config, adapter_digest="3" * 64) for index in range(1, 5)},
     }
     entries = []
-    for client_index, config in configs.items():
-        session = fixture.rehearsal.clients[f"client-{client_index}"]
+    for index, config in configs.items():
+        session = fixture.rehearsal.clients[f"client-{index}"]
         answer = decode(advertise(session, config), Advertisement, ANY_SIZE)
-        entries.append(KeyEntry(client_index, answer.share_key, answer.mask_key, answer.signature))
+        entries.append(KeyEntry(index, answer.share_key, answer.mask_key, answer.signature))
     with pytest.raises(ServerFaultError, match="client-1 did not sign"):
         fixture.victim.share(encode(KeyList(config_digest(fixture.config), tuple(entries))))
 
@@ -592,12 +587,10 @@ def test_clients_that_were_shown_different_keys_cannot_open_each_others_encrypte
     fixture = Fixture(Stage.SHARE, clients=6)
     keys = fixture.read(KeyList)
     without = encode(changed(keys, entries=keys.entries[:5]))
-    for client_index in range(1, 6):
+    for index in range(1, 6):
         fixture.rehearsal.server.receive(
-            f"client-{client_index}",
-            fixture.rehearsal.answer(
-                f"client-{client_index}", fixture.requests[f"client-{client_index}"], fixture.updates
-            ),
+            f"client-{index}",
+            fixture.rehearsal.answer(f"client-{index}", fixture.requests[f"client-{index}"], fixture.updates),
         )
     fixture.victim.share(without)
     requests = fixture.rehearsal.server.advance()
@@ -643,7 +636,7 @@ def advertise(session: ClientSession, config: RoundConfig) -> bytes:
 
 def signed_entry(
     fixture: Fixture,
-    client_index: int,
+    index: int,
     signer: Identity,
     config: RoundConfig | None = None,
     share_key: bytes | None = None,
@@ -651,12 +644,12 @@ def signed_entry(
 ) -> KeyEntry:
     """Keys of the server's choice with a signature over them."""
     share_key, mask_key = share_key or Agreement(b"\x02" * 32).public, mask_key or Agreement(b"\x03" * 32).public
-    statement = advertisement_statement(config_digest(config or fixture.config), client_index, share_key, mask_key)
-    return KeyEntry(client_index, share_key, mask_key, signer.sign(statement))
+    statement = advertisement_statement(config_digest(config or fixture.config), index, share_key, mask_key)
+    return KeyEntry(index, share_key, mask_key, signer.sign(statement))
 
 
-def advertised_entry(fixture: Fixture, client_index: int) -> KeyEntry:
+def advertised_entry(fixture: Fixture, index: int) -> KeyEntry:
     """The entry of a client in the key list that everybody agreed on."""
     state: Any = fixture.victim.state
-    entry: KeyEntry = state.transcript.keys[client_index]
+    entry: KeyEntry = state.transcript.keys[index]
     return entry

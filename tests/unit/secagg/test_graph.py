@@ -74,14 +74,14 @@ def test_a_client_sees_what_is_unsafe_in_thresholds(thresholds: Thresholds, comp
 @given(st.integers(3, 60), st.integers(1, 20), st.binary(min_size=4, max_size=4))
 def test_graphs_are_symmetric_regular_and_connected(n: int, half: int, seed: bytes) -> None:
     graph = Graph(range(n), 2 * half, seed)
-    for client_index in range(n):
-        assert len(graph.neighbours(client_index)) == min(2 * half, n - 1)
-        assert all(client_index in graph.neighbours(other) for other in graph.neighbours(client_index))
-        assert client_index not in graph.neighbours(client_index)
-        assert (client_index in graph.holders(client_index)) == graph.complete
+    for client in range(n):
+        assert len(graph.neighbours(client)) == min(2 * half, n - 1)
+        assert all(client in graph.neighbours(other) for other in graph.neighbours(client))
+        assert client not in graph.neighbours(client)
+        assert (client in graph.holders(client)) == graph.complete
     reached, frontier = {0}, {0}
     while frontier:
-        frontier = {other for client_index in frontier for other in graph.neighbours(client_index)} - reached
+        frontier = {other for client in frontier for other in graph.neighbours(client)} - reached
         reached |= frontier
     assert len(reached) == n
 

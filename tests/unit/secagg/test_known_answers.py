@@ -3,7 +3,9 @@
 `known_answers.json` holds the primitives on small inputs and every message of one round of four clients, the last of
 which shares its secrets and then vanishes. Secrets come from `Stream`, so that a reader can follow each one.
 
-    python tests/unit/secagg/test_known_answers.py      # records them anew; only after a deliberate change of protocol
+    PYTHONPATH=tests/helpers python tests/unit/secagg/test_known_answers.py    # records them again
+
+That is done only after a deliberate change of the protocol.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rehearsal import LENIENT, Rehearsal, Update, enrol
 
 from fedtune.core.secagg import (
     ClientSession,
@@ -27,9 +30,8 @@ from fedtune.core.secagg import (
     round_config,
 )
 from fedtune.core.secagg.graph import Graph
-from fedtune.core.secagg.masks import add_masks, word_type
+from fedtune.core.secagg.masking import add_masks, word_type
 from fedtune.core.secagg.primitives import Agreement, derive, digest, framed, seal
-from fedtune.core.secagg.rehearsal import LENIENT, Rehearsal, Update, enrol
 from fedtune.core.secagg.shamir import split
 
 PATH = Path(__file__).with_name("known_answers.json")

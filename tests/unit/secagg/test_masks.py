@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.secagg.masks import add_masks, pair_mask_keys, reduce, self_mask_key, word_type
+from fedtune.core.secagg.masking import add_masks, pair_mask_keys, reduce, self_mask_key, word_type
 
 KEYS = [bytes([value]) * 32 for value in range(1, 6)]
 
@@ -70,10 +70,10 @@ def test_streams_of_different_keys_share_nothing() -> None:
 
 def test_a_mask_key_is_bound_to_its_secret_round_client_indices_and_segment() -> None:
     own = [
-        self_mask_key(seed, context, client_index, segment)
+        self_mask_key(seed, context, owner, segment)
         for seed in (b"b" * 32, b"c" * 32)
         for context in (b"round 1", b"round 2")
-        for client_index in (0, 1)
+        for owner in (0, 1)
         for segment in (0, 1)
     ]
     pairs = [

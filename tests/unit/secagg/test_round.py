@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rehearsal import Rehearsal, Update, enrol, plain_sum, random_updates
 
 from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.secagg import (
+    ClientFaultError,
     Policy,
     RoundAbortedError,
     RoundMark,
@@ -23,10 +26,22 @@ from fedtune.core.secagg import (
     graph,
     round_config,
 )
-from fedtune.core.secagg.client_session import EXCHANGES, ClientSession, Ended, Idle, State
-from fedtune.core.secagg.exchanged import Member, Message, Reveal, decode, encode
+from fedtune.core.secagg.client_session import EXCHANGES as CLIENT
+from fedtune.core.secagg.client_session import ClientSession, Ended, Idle, Masked, State
+from fedtune.core.secagg.exchanged import (
+    Delivery,
+    KeyList,
+    Member,
+    Message,
+    Quorum,
+    Reveal,
+    RoundConfig,
+    Survivors,
+    decode,
+    encode,
+)
 from fedtune.core.secagg.primitives import Secret
-from fedtune.core.secagg.rehearsal import Rehearsal, Update, enrol, plain_sum, random_updates
+from fedtune.core.secagg.server_session import EXCHANGES as SERVER
 
 PLAIN = (Segment("v", 7, 8, 15, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)))
 TIERED = (
@@ -48,15 +63,15 @@ def test_the_sum_is_exact_for_any_tiers_and_any_dropouts_up_to_the_limit(data: s
     keepers = {tiers.index(0), tiers.index(1)}  # nobody is left to be summed in a tier that vanishes as a whole
     leavers = data.draw(
         st.lists(
-            st.sampled_from([client_index for client_index in range(len(tiers)) if client_index not in keepers]),
+            st.sampled_from([index for index in range(len(tiers)) if index not in keepers]),
             max_size=len(tiers) - config.minimum,
             unique=True,
         ),
         "leavers",
     )
     silent: dict[Stage, set[str]] = {stage: set() for stage in ASKING}
-    for client_index in leavers:
-        silent[data.draw(st.sampled_from(ASKING), "when")].add(f"client-{client_index}")
+    for index in leavers:
+        silent[data.draw(st.sampled_from(ASKING), "when")].add(f"client-{index}")
     updates = random_updates(config, seed=len(leavers))
     result = rehearsal.run(updates, silent)
     gone = silent[Stage.ADVERTISE] | silent[Stage.SHARE] | silent[Stage.MASK]
@@ -103,7 +118,7 @@ def test_a_sparse_round_without_a_quorum_of_votes_aborts_even_if_its_shares_woul
     identities, roster = enrol(member.client for member in config.cohort)
     rehearsal = Rehearsal.start(config, identities, roster, policy=Policy(0.0, 2, 1, 0))
     with pytest.raises(RoundAbortedError, match="12 clients voted, expected at least 13"):
-        rehearsal.run(random_updates(config), {Stage.VOTE: {f"client-{client_index}" for client_index in range(12)}})
+        rehearsal.run(random_updates(config), {Stage.VOTE: {f"client-{index}" for index in range(12)}})
 
 
 @pytest.mark.parametrize("stage", ASKING)
@@ -211,36 +226,120 @@ def test_no_secret_shows_in_the_repr_of_a_session() -> None:
     assert not any(secret.value.hex() in shown or repr(secret.value) in shown for secret in session.state.secrets())
 
 
-def test_every_message_out_of_order_is_refused_and_leaves_the_client_as_it_was() -> None:
-    updates = random_updates(Rehearsal.prepare([0] * 4, PLAIN).server.config)
-    for count in range(len(ASKING) + 1):
-        rehearsal, recorded = Rehearsal.prepare([0] * 4, PLAIN), []
-        requests = rehearsal.server.open()
-        for _ in range(count):
-            recorded.append(requests["client-0"])
-            requests = rehearsal.exchange(requests, updates)
-        session = rehearsal.clients["client-0"]
-        before = session.state
-        steps = _steps(session, rehearsal, updates)
-        expected = list(EXCHANGES).index(type(before)) if type(before) in EXCHANGES else None
-        for number, step in enumerate(steps):
-            if number == expected:
-                continue
-            message = recorded[number] if number < len(recorded) else b""
-            with pytest.raises(ServerFaultError, match="out of order"):
-                step(message)
-            assert session.state is before
-        if requests:
-            rehearsal.exchange(requests, updates)  # and it still goes on
+@pytest.mark.parametrize("state", [*CLIENT, Ended])
+@pytest.mark.parametrize("kind", [exchange.message for exchange in CLIENT.values()])
+def test_a_client_accepts_in_each_state_what_its_table_says_and_nothing_else(
+    state: type[State], kind: type[Message]
+) -> None:
+    rehearsal, seen = Rehearsal.prepare([0] * 4, PLAIN), {}
+    updates = random_updates(rehearsal.server.config)
+    session, requests = rehearsal.clients["client-0"], rehearsal.server.open()
+    for exchange in list(CLIENT.values()):
+        if type(session.state) is state:
+            break
+        seen[exchange.message] = requests["client-0"]
+        requests = rehearsal.exchange(requests, updates)
+    before = session.state
+    assert type(before) is state
+    if state in CLIENT and CLIENT[state].message is kind:
+        step(session, rehearsal, updates, kind, requests["client-0"])
+        assert type(session.state) is CLIENT[state].after
+        return
+    with pytest.raises(ServerFaultError, match="out of order"):
+        step(session, rehearsal, updates, kind, seen.get(kind, b""))
+    assert session.state is before
+    while requests:
+        requests = rehearsal.exchange(requests, updates)  # and it still goes on
+
+
+@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize("kind", [exchange.message for exchange in SERVER.values()])
+def test_the_server_accepts_at_each_stage_what_its_table_says_and_nothing_else(
+    stage: Stage, kind: type[Message]
+) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, PLAIN)
+    server, updates = rehearsal.server, random_updates(rehearsal.server.config)
+    replies: dict[type[Message], bytes] = {}
+    requests: dict[str, bytes] = {}
+    while server.stage is not stage:
+        if server.stage is Stage.NEW:
+            requests = server.open()
+        elif stage is Stage.ABORTED:
+            with pytest.raises(RoundAbortedError):
+                server.advance()
+        else:
+            row = SERVER[server.stage]
+            for client, request in requests.items():
+                replies[row.message] = reply = rehearsal.answer(client, request, updates)
+                server.receive(client, reply)
+            requests = server.advance()
+            assert server.stage is row.after
+    if stage in SERVER and SERVER[stage].message is kind:
+        server.receive("client-3", rehearsal.answer("client-3", requests["client-3"], updates))
+        return
+    with pytest.raises(ClientFaultError):
+        server.receive("client-3", replies.get(kind, b""))
+    assert server.stage is stage
+    if stage not in SERVER:
+        with pytest.raises(ClientFaultError, match="nothing is asked of it"):
+            server.receive("client-3", b"")
+        if stage is not Stage.NEW:
+            with pytest.raises(RoundAbortedError, match="nothing to end"):
+                server.advance()
+
+
+def test_a_client_whose_table_has_no_row_for_a_state_accepts_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, PLAIN)
+    requests = rehearsal.until(Stage.VOTE, random_updates(rehearsal.server.config))
+    session = rehearsal.clients["client-0"]
+    monkeypatch.delitem(CLIENT, Masked)
+    with pytest.raises(ServerFaultError, match="Survivors came out of order: this client is masked"):
+        session.vote(requests["client-0"])
+    assert type(session.state) is Masked
+
+
+def test_a_client_whose_table_names_another_message_takes_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, PLAIN)
+    requests = rehearsal.until(Stage.VOTE, random_updates(rehearsal.server.config))
+    session = rehearsal.clients["client-0"]
+    monkeypatch.setitem(CLIENT, Masked, replace(CLIENT[Masked], message=Quorum))
+    with pytest.raises(ServerFaultError, match="Survivors came out of order"):
+        session.vote(requests["client-0"])
+    with pytest.raises(ServerFaultError, match="Quorum: Expected `array`"):  # taken for one, and then read
+        session.unmask(requests["client-0"])
+
+
+def test_a_client_goes_nowhere_but_where_its_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, PLAIN)
+    requests = rehearsal.until(Stage.VOTE, random_updates(rehearsal.server.config))
+    session = rehearsal.clients["client-0"]
+    monkeypatch.setitem(CLIENT, Masked, replace(CLIENT[Masked], after=Ended))
+    with pytest.raises(TypeError, match="Survivors leads to Voted; the table says Ended"):
+        session.vote(requests["client-0"])
+    assert type(session.state) is Masked
+
+
+def test_the_server_goes_where_its_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal.prepare([0] * 4, PLAIN)
+    updates = random_updates(rehearsal.server.config)
+    requests = rehearsal.until(Stage.VOTE, updates)
+    monkeypatch.setitem(SERVER, Stage.VOTE, replace(SERVER[Stage.VOTE], after=Stage.DONE))
+    rehearsal.exchange(requests, updates)
+    assert rehearsal.server.stage is Stage.DONE
 
 
 def test_the_exchanges_are_one_chain_from_idle_to_ended() -> None:
     state: type[State] = Idle
     visited: list[type[Message]] = []
     while state is not Ended:
-        message, state = EXCHANGES[state]
-        visited.append(message)
+        visited.append(CLIENT[state].message)
+        state = CLIENT[state].after
     assert [kind.__name__ for kind in visited] == ["RoundConfig", "KeyList", "Delivery", "Survivors", "Quorum"]
+    stage, answered = Stage.ADVERTISE, []
+    while stage is not Stage.DONE:
+        answered.append(SERVER[stage].message)
+        stage = SERVER[stage].after
+    assert [kind.__name__ for kind in answered] == ["Advertisement", "EncryptedShares", "MaskedInput", "Vote", "Reveal"]
 
 
 @pytest.mark.parametrize(
@@ -309,15 +408,14 @@ def assert_exact(result: SecureSum, updates: Mapping[str, Update]) -> None:
         assert np.array_equal(got, plain_sum(updates, name, carriers)), name
 
 
-def _steps(
-    session: ClientSession, rehearsal: Rehearsal, updates: Mapping[str, Update]
-) -> list[Callable[[bytes], bytes]]:
-    """The client's five steps, each waiting for its message."""
+def step(
+    session: ClientSession, rehearsal: Rehearsal, updates: Mapping[str, Update], kind: type[Message], message: bytes
+) -> bytes:
+    """The client's step that is about this kind of message."""
     config = rehearsal.server.config
-    return [
-        lambda m: session.advertise(m, base_digest=config.base_digest, adapter_digest=config.adapter_digest),
-        session.share,
-        lambda m: session.mask(m, updates["client-0"]),
-        session.vote,
-        session.unmask,
-    ]
+    if kind is RoundConfig:
+        return session.advertise(message, base_digest=config.base_digest, adapter_digest=config.adapter_digest)
+    if kind is Delivery:
+        return session.mask(message, updates["client-0"])
+    steps = {KeyList: session.share, Survivors: session.vote, Quorum: session.unmask}
+    return steps[kind](message)

@@ -22,7 +22,7 @@ from fedtune.core.codec.maskable import AUXILIARY_SUMS
 from fedtune.core.codec.ring import AUXILIARY_BITS, AUXILIARY_ONE, auxiliary_total
 from fedtune.core.codec.uplink import FactorTerms, RingSum
 from fedtune.core.secagg import Segment
-from fedtune.core.secagg.masks import Words
+from fedtune.core.secagg.masking import Words
 
 AUXILIARY_NAME = "auxiliary"
 MOST_LOSS = 16.0  # nats; a greater training loss counts as this one

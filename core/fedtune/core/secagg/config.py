@@ -95,9 +95,9 @@ def config_problems(config: RoundConfig) -> list[str]:
         if not increasing(segment.tiers) or segment.tiers[-1] >= tiers:
             found.append(f"segment {segment.name}: tiers must be increasing and below {tiers}")
             continue
-        carriers = len(segment_indices(config, segment))
-        if carriers * segment.limit >= 1 << segment.bits:
-            found.append(f"segment {segment.name}: {carriers} words up to {segment.limit} overflow {segment.bits} bits")
+        count = len(carriers(config, segment))
+        if count * segment.limit >= 1 << segment.bits:
+            found.append(f"segment {segment.name}: {count} words up to {segment.limit} overflow {segment.bits} bits")
     if not 1 <= config.degree < n:
         found.append(f"degree {config.degree} is not in 1 to {n - 1}")
     for name, value in (("threshold", config.threshold), ("quorum", config.quorum), ("minimum", config.minimum)):
@@ -119,24 +119,28 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
     return found
 
 
-def shortfall(config: RoundConfig, client_indices: Iterable[int]) -> str | None:
-    """Why these clients are too few to be summed: fewer than the minimum, or a tier below its own; None if enough."""
-    present = list(client_indices)
-    if len(present) < config.minimum:
-        return f"{len(present)} clients, expected at least {config.minimum}"
-    by_tier = Counter(config.cohort[client_index].tier for client_index in present)
+def shortfall(config: RoundConfig, present: Iterable[int]) -> str | None:
+    """Why these clients are too few to be summed: fewer than the minimum, or a tier below its own; None if enough.
+
+    Args:
+        present: their indices in the cohort.
+    """
+    clients = list(present)
+    if len(clients) < config.minimum:
+        return f"{len(clients)} clients, expected at least {config.minimum}"
+    by_tier = Counter(config.cohort[index].tier for index in clients)
     for tier in sorted({member.tier for member in config.cohort}):
         if by_tier[tier] < config.tier_minimums[tier]:
             return f"{by_tier[tier]} clients in tier {tier}, expected at least {config.tier_minimums[tier]}"
     return None
 
 
-def segment_indices(config: RoundConfig, segment: Segment) -> frozenset[int]:
-    """The client indices whose tier carries the segment."""
-    return frozenset(client_index for client_index, member in enumerate(config.cohort) if member.tier in segment.tiers)
+def carriers(config: RoundConfig, segment: Segment) -> frozenset[int]:
+    """The indices of the clients whose tier carries the segment."""
+    return frozenset(index for index, member in enumerate(config.cohort) if member.tier in segment.tiers)
 
 
-def segments_of(config: RoundConfig, client_index: int) -> list[int]:
-    """The indices of the segments that the client at this client index contributes to."""
-    tier = config.cohort[client_index].tier
+def segments_of(config: RoundConfig, client: int) -> list[int]:
+    """The indices of the segments that the client at this index contributes to."""
+    tier = config.cohort[client].tier
     return [index for index, segment in enumerate(config.segments) if tier in segment.tiers]

@@ -8,9 +8,8 @@
     4  unmask         Quorum                  Reveal
 
 A message is one msgpack array, its name first. Clients are named by their *client index*, the position in the
-configuration's cohort. Lists of client indices are strictly increasing; what belongs to an agreed list of client
-indices is joined without lengths.
-A message has one form only: bytes that would not be written again the same way are refused.
+configuration's cohort. Lists of client indices are strictly increasing, and values for each client of an agreed list
+are joined without lengths. A message has one form only: bytes that would not be written again the same way are refused.
 """
 
 from __future__ import annotations
@@ -231,13 +230,13 @@ def size_limit(expected: type[Message], config: RoundConfig) -> int:
     return _NAME_OVERHEAD + DIGEST_BYTES + body[expected]
 
 
-def increasing(client_indices: Sequence[int]) -> bool:
-    """Whether a list of client indices is in its one form: strictly increasing, so without repetition."""
-    return all(before < after for before, after in pairwise(client_indices))
+def increasing(indices: Sequence[int]) -> bool:
+    """Whether a list of indices is in its one form: strictly increasing, so without repetition."""
+    return all(before < after for before, after in pairwise(indices))
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:
-    """Cuts what was joined out of equal pieces."""
+    """Cuts bytes into the equal pieces that they were joined from."""
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 

@@ -1,7 +1,7 @@
 """Who masks with whom and who holds whose shares: the communication graph and the thresholds that make it safe.
 
-Up to `COMPLETE_UP_TO` clients everybody is joined with everybody. Above, a k-regular graph: the client indices on a
-circle in a drawn order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
+Up to `COMPLETE_UP_TO` clients everybody is joined with everybody. Above, a k-regular graph: the clients on a circle in
+a drawn order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
 
 Fractions: γ (`corrupt`) of the cohort colludes with the server, δ (`dropout`) vanishes.
 """
@@ -134,45 +134,42 @@ def majority(holders: int, colluding: int) -> int:
 
 
 class Graph:
-    """A regular graph on some client indices, symmetric, the same for everybody who knows the seed.
+    """A regular graph on some clients of a cohort, symmetric, the same for everybody who knows the seed.
 
     Args:
-        client indices: the cohort's client indices, distinct.
-        degree: k; len(client indices) − 1 or more gives the complete graph, otherwise an even number.
+        clients: their indices in the cohort, distinct.
+        degree: k; len(clients) − 1 or more gives the complete graph, otherwise an even number.
         seed: orders the circle by SHA-256(seed ‖ client index), client index as 4 big-endian bytes.
     """
 
-    def __init__(self, client_indices: Iterable[int], degree: int, seed: bytes) -> None:
-        self.client_indices = tuple(sorted(client_indices))
-        self.complete = degree >= len(self.client_indices) - 1
+    def __init__(self, clients: Iterable[int], degree: int, seed: bytes) -> None:
+        self.clients = tuple(sorted(clients))
+        self.complete = degree >= len(self.clients) - 1
         self._reach = degree // 2
-        self._circle = (
-            self.client_indices
-            if self.complete
-            else tuple(sorted(self.client_indices, key=lambda client_index: _draw(seed, client_index)))
-        )
-        self._position = {client_index: index for index, client_index in enumerate(self._circle)}
+        drawn = self.clients if self.complete else sorted(self.clients, key=lambda client: _draw(seed, client))
+        self._circle = tuple(drawn)
+        self._position = {client: position for position, client in enumerate(self._circle)}
 
-    def neighbours(self, client_index: int) -> frozenset[int]:
-        """The client indices joined to this one, which is not among them; none for a client index outside the graph."""
-        if client_index not in self._position:
+    def neighbours(self, client: int) -> frozenset[int]:
+        """The clients joined to this one, which is not among them; none for a client outside the graph."""
+        if client not in self._position:
             return frozenset()
         if self.complete:
-            return frozenset(self.client_indices) - {client_index}
-        here, size = self._position[client_index], len(self._circle)
+            return frozenset(self.clients) - {client}
+        here, size = self._position[client], len(self._circle)
         steps = (step for step in range(-self._reach, self._reach + 1) if step)
         return frozenset(self._circle[(here + step) % size] for step in steps)
 
-    def holders(self, client_index: int) -> frozenset[int]:
-        """The client indices that hold shares of this one's secrets: its neighbours, and in the complete graph itself.
+    def holders(self, owner: int) -> frozenset[int]:
+        """The clients that hold shares of the owner's secrets: its neighbours, and in the complete graph itself.
 
         In the complete graph every survivor's share may be needed, so the owner keeps one too; the thresholds count it.
         """
-        return self.neighbours(client_index) | {client_index} if self.complete else self.neighbours(client_index)
+        return self.neighbours(owner) | {owner} if self.complete else self.neighbours(owner)
 
 
-def _draw(seed: bytes, client_index: int) -> bytes:
-    return hashlib.sha256(seed + client_index.to_bytes(4, "big")).digest()
+def _draw(seed: bytes, client: int) -> bytes:
+    return hashlib.sha256(seed + client.to_bytes(4, "big")).digest()
 
 
 def _stays_connected(n: int, k: int, missing: int) -> bool:

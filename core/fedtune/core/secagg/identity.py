@@ -1,4 +1,4 @@
-"""Who is who across rounds: a device's long-lived key, the roster it pins, and the memory of the last round it served.
+"""Identity across rounds: a device's long-lived key, the roster it pins, and the memory of the last round it served.
 
 A roster is what the whole protocol stands on: it must reach a device from whoever enrols the fleet, not from the server
 of the round. Whoever writes rosters can enrol clients that do not exist.
@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedtune.core.errors import InputError
 from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
 
-MAX_ROSTER_BYTES = 16 << 20
 MAX_LOG_BYTES = 1 << 20
 _MARK_BYTES = 40  # by which one may grow
 MAX_NAME = 128
@@ -103,25 +102,6 @@ class Roster:
     def digest(self) -> bytes:
         """One hash for the whole roster, for people to compare over another channel."""
         return digest("roster", *(part for name in sorted(self.keys) for part in (name.encode(), self.keys[name])))
-
-    @classmethod
-    def load(cls, path: Path) -> Roster:
-        """Reads a JSON object of client name to key in hexadecimal digits.
-
-        Raises:
-            InputError: no such file, too large, or not such an object.
-        """
-        content = _read_json(path, MAX_ROSTER_BYTES, "roster")
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content.values()):
-            raise InputError(f"{path}: a roster is one JSON object of client name to key")
-        try:
-            return cls({client: bytes.fromhex(key) for client, key in content.items()})
-        except ValueError as error:
-            raise InputError(f"{path}: cannot read a roster: {error}") from None
-
-    def save(self, path: Path) -> None:
-        keys = {client: self.keys[client].hex() for client in sorted(self.keys)}
-        _write_atomically(path, json.dumps(keys, indent=1) + "\n")
 
 
 class RoundMark(NamedTuple):

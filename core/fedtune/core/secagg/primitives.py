@@ -25,9 +25,7 @@ PROTOCOL = "fedtune secure aggregation 1"
 Random = Callable[[int], bytes]
 """Gives that many bytes nobody else can predict: `os.urandom`, or a fixed stream for known-answer tests."""
 
-_ONCE_ONLY_NONCE = bytes(
-    12
-)  # every encrypted share key is derived for one direction of one pair in one round and used once
+_ONCE_ONLY_NONCE = bytes(12)  # a sealing key is derived for one direction of one pair in one round and used once
 
 
 class Secret:
@@ -105,10 +103,10 @@ def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
     return ChaCha20Poly1305(key).encrypt(_ONCE_ONLY_NONCE, plaintext, associated)
 
 
-def unseal(key: bytes, encrypted_share: bytes, associated: bytes) -> bytes | None:
+def unseal(key: bytes, sealed: bytes, associated: bytes) -> bytes | None:
     """The plaintext, or None where it was not encrypted under this key and associated data."""
     try:
-        return ChaCha20Poly1305(key).decrypt(_ONCE_ONLY_NONCE, encrypted_share, associated)
+        return ChaCha20Poly1305(key).decrypt(_ONCE_ONLY_NONCE, sealed, associated)
     except InvalidTag:
         return None
 

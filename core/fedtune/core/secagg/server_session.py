@@ -8,8 +8,9 @@
         requests = session.advance()                # raises RoundAbortedError: start over with a new attempt
     result = session.result
 
-The caller says when an exchange is over; who has not answered by then has dropped out. Who sent a reply must come from
-something that knows, such as Flower's node identity over TLS.
+`EXCHANGES` is the state machine: which message is taken at which stage, and which stage follows. The caller says when
+an exchange is over; a client that has not answered by then has dropped out. Who sent a reply must come from something
+that knows, such as Flower's node identity over TLS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from fedtune.core.codec.packing import packed_size, unpack
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.secagg import shamir
-from fedtune.core.secagg.config import config_problems, segment_indices, segments_of, shortfall
+from fedtune.core.secagg.config import carriers, config_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import (
     ENCRYPTED_SHARE_BYTES,
     Advertisement,
@@ -46,8 +47,7 @@ from fedtune.core.secagg.exchanged import (
     size_limit,
 )
 from fedtune.core.secagg.identity import Roster
-from fedtune.core.secagg.masking import unmask_sums
-from fedtune.core.secagg.masks import Words, reduce, word_type
+from fedtune.core.secagg.masking import Words, reduce, unmask_sums, word_type
 from fedtune.core.secagg.primitives import is_weak
 from fedtune.core.secagg.session_errors import ClientFaultError, RoundAbortedError
 from fedtune.core.secagg.transcript import (
@@ -74,7 +74,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class SecureSum:
-    """What a round gave.
+    """The outcome of a round.
 
     Attributes:
         sums: for each segment the sum of the survivors' words modulo 2^ℓ, uint32 up to 32 bits, else uint64.
@@ -106,12 +106,12 @@ class ServerSession:
         self.stage = Stage.NEW
         self._roster = roster
         self._digest = config_digest(config)
-        self._client_indices = {member.client: client_index for client_index, member in enumerate(config.cohort)}
+        self._indices = {member.client: index for index, member in enumerate(config.cohort)}
         self._asked: frozenset[int] = frozenset()
         self._answered: set[int] = set()
         self._entries: dict[int, KeyEntry] = {}
         self._keys_in_use: set[bytes] = set()
-        self._encrypted_shares: dict[int, dict[int, bytes]] = {}
+        self._sealed: dict[int, dict[int, bytes]] = {}
         self._commitments: dict[int, bytes] = {}
         self._sums: dict[int, Words] = {}
         self._votes: dict[int, bytes] = {}
@@ -125,12 +125,7 @@ class ServerSession:
         """Starts the round: the configuration, for everybody invited."""
         if self.stage is not Stage.NEW:
             raise RoundAbortedError(f"this session is at {self.stage.value}: a round is opened once")
-        return self._ask(Stage.ADVERTISE, range(len(self.config.cohort)), self.config)
-
-    @property
-    def waiting(self) -> frozenset[str]:
-        """The clients that have been asked and have not answered yet."""
-        return frozenset(self.config.cohort[client_index].client for client_index in self._asked - self._answered)
+        return self._enter(Stage.ADVERTISE, self._to(range(len(self.config.cohort)), self.config))
 
     @property
     def result(self) -> SecureSum:
@@ -146,22 +141,21 @@ class ServerSession:
             ClientFaultError: nothing is asked of this client now, it has answered already, or the answer is not right;
                 the session is as before.
         """
-        exchange = _EXCHANGES.get(self.stage)
-        client_index = self._client_indices.get(client)
-        if exchange is None or client_index is None or client_index not in self._asked:
+        exchange, index = EXCHANGES.get(self.stage), self._indices.get(client)
+        if exchange is None or index is None or index not in self._asked:
             raise ClientFaultError(client, f"nothing is asked of it at {self.stage.value}")
-        if client_index in self._answered:
+        if index in self._answered:
             raise ClientFaultError(client, f"it has answered already at {self.stage.value}")
         try:
-            message = decode(reply, exchange.kind, size_limit(exchange.kind, self.config))
+            message = decode(reply, exchange.message, size_limit(exchange.message, self.config))
         except PeerError as error:
             raise ClientFaultError(client, str(error)) from None
         if getattr(message, "config", None) != self._digest:
             raise ClientFaultError(client, "its answer belongs to another round")
-        problem = exchange.take(self, client_index, message)
+        problem = exchange.take(self, index, message)
         if problem:
             raise ClientFaultError(client, problem)
-        self._answered.add(client_index)
+        self._answered.add(index)
 
     def advance(self) -> dict[str, bytes]:
         """Ends the current exchange and starts the next one with those who answered.
@@ -172,20 +166,21 @@ class ServerSession:
         Raises:
             RoundAbortedError: too few are left, or their shares do not give the secrets back. The session is over.
         """
-        exchange = _EXCHANGES.get(self.stage)
+        exchange = EXCHANGES.get(self.stage)
         if exchange is None:
             raise RoundAbortedError(f"there is nothing to end at {self.stage.value}")
         try:
-            return exchange.close(self)
+            requests = exchange.close(self)
         except RoundAbortedError:
-            self._end(Stage.ABORTED)
+            self._enter(Stage.ABORTED, {})
             raise
+        return self._enter(exchange.after, requests)
 
     # Exchange 0: keys
 
-    def _take_keys(self, client_index: int, message: Advertisement) -> str | None:
-        statement = advertisement_statement(self._digest, client_index, message.share_key, message.mask_key)
-        if not self._roster.verify(self.config.cohort[client_index].client, statement, message.signature):
+    def _take_keys(self, sender: int, message: Advertisement) -> str | None:
+        statement = advertisement_statement(self._digest, sender, message.share_key, message.mask_key)
+        if not self._roster.verify(self._name(sender), statement, message.signature):
             return "its keys are not signed by its pinned identity"
         keys = {message.share_key, message.mask_key}
         if len(keys) < 2 or keys & self._keys_in_use:
@@ -193,48 +188,46 @@ class ServerSession:
         if any(is_weak(key) for key in keys):
             return "a key of it is weak"
         self._keys_in_use |= keys
-        self._entries[client_index] = KeyEntry(client_index, message.share_key, message.mask_key, message.signature)
+        self._entries[sender] = KeyEntry(sender, message.share_key, message.mask_key, message.signature)
         return None
 
-    def _close_keys(self) -> dict[str, bytes]:
+    def _close_keys(self) -> dict[int, bytes]:
         self._require_enough(self._entries, "advertised")
-        entries = tuple(self._entries[client_index] for client_index in sorted(self._entries))
+        entries = tuple(self._entries[index] for index in sorted(self._entries))
         self._transcript = Transcript(self.config, self._digest, entries)
-        return self._ask(Stage.SHARE, self._entries, KeyList(self._digest, entries))
+        return self._to(self._entries, KeyList(self._digest, entries))
 
     # Exchange 1: shares
 
-    def _take_encrypted_shares(self, client_index: int, message: EncryptedShares) -> str | None:
-        receivers = sorted(self._agreed.holders(client_index) - {client_index})
+    def _take_sealed(self, sender: int, message: EncryptedShares) -> str | None:
+        receivers = sorted(self._agreed.holders(sender) - {sender})
         if len(message.encrypted_shares) != ENCRYPTED_SHARE_BYTES * len(receivers):
             expected = f"expected {ENCRYPTED_SHARE_BYTES} for each of {len(receivers)} holders"
             return f"{len(message.encrypted_shares)} bytes of encrypted shares, {expected}"
-        self._encrypted_shares[client_index] = dict(
-            zip(receivers, pieces(message.encrypted_shares, ENCRYPTED_SHARE_BYTES), strict=True)
-        )
-        self._commitments[client_index] = message.commitment
+        sealed = pieces(message.encrypted_shares, ENCRYPTED_SHARE_BYTES)
+        self._sealed[sender] = dict(zip(receivers, sealed, strict=True))
+        self._commitments[sender] = message.commitment
         return None
 
-    def _close_encrypted_shares(self) -> dict[str, bytes]:
-        self._require_enough(self._encrypted_shares, "shared")
-        self._sharers = frozenset(self._encrypted_shares)
+    def _close_sealed(self) -> dict[int, bytes]:
+        self._require_enough(self._sealed, "shared")
+        self._sharers = frozenset(self._sealed)
         self._require_holders(self._sharers, self._sharers, "shared")
         for index, segment in enumerate(self.config.segments):
             self._sums[index] = np.zeros(segment.length, dtype=word_type(segment.bits))
         listed = tuple(sorted(self._sharers))
-        requests: dict[str, bytes] = {}
-        for client_index in listed:
-            senders = sorted(self._agreed.holders(client_index) & self._sharers - {client_index})
-            encrypted_shares = b"".join(self._encrypted_shares[sender][client_index] for sender in senders)
-            requests[self.config.cohort[client_index].client] = encode(Delivery(self._digest, listed, encrypted_shares))
-        self._encrypted_shares = {}
-        self._enter(Stage.MASK, self._sharers)
+        requests: dict[int, bytes] = {}
+        for receiver in listed:
+            senders = sorted(self._agreed.holders(receiver) & self._sharers - {receiver})
+            sealed = b"".join(self._sealed[sender][receiver] for sender in senders)
+            requests[receiver] = encode(Delivery(self._digest, listed, sealed))
+        self._sealed = {}
         return requests
 
     # Exchange 2: masked inputs
 
-    def _take_masked(self, client_index: int, message: MaskedInput) -> str | None:
-        indices = segments_of(self.config, client_index)
+    def _take_masked(self, sender: int, message: MaskedInput) -> str | None:
+        indices = segments_of(self.config, sender)
         if len(message.segments) != len(indices):
             return f"{len(message.segments)} segments, expected {len(indices)}"
         segments = [self.config.segments[index] for index in indices]
@@ -253,61 +246,53 @@ class ServerSession:
             self._sums[index] += masked.astype(self._sums[index].dtype)
         return None
 
-    def _close_masked(self) -> dict[str, bytes]:
+    def _close_masked(self) -> dict[int, bytes]:
         self._require_enough(self._answered, "sent a masked input")
         self._survivors = frozenset(self._answered)
-        return self._ask(Stage.VOTE, self._survivors, Survivors(self._digest, tuple(sorted(self._survivors))))
+        return self._to(self._survivors, Survivors(self._digest, tuple(sorted(self._survivors))))
 
     # Exchange 3: votes
 
-    def _take_vote(self, client_index: int, message: Vote) -> str | None:
+    def _take_vote(self, voter: int, message: Vote) -> str | None:
         statement = self._agreed.vote_statement(self._sharers, self._survivors)
-        if not self._roster.verify(self.config.cohort[client_index].client, statement, message.signature):
+        if not self._roster.verify(self._name(voter), statement, message.signature):
             return "its vote is not for these survivors, or not signed by its pinned identity"
-        self._votes[client_index] = message.signature
+        self._votes[voter] = message.signature
         return None
 
-    def _close_votes(self) -> dict[str, bytes]:
+    def _close_votes(self) -> dict[int, bytes]:
         if len(self._votes) < self.config.quorum:
             raise RoundAbortedError(f"{len(self._votes)} clients voted, expected at least {self.config.quorum}")
         self._require_holders(self._sharers, self._votes, "voted")
         shown = tuple(sorted(self._votes))[: self.config.quorum]
-        signatures = b"".join(self._votes[client_index] for client_index in shown)
-        return self._ask(Stage.UNMASK, self._votes, Quorum(self._digest, shown, signatures))
+        signatures = b"".join(self._votes[voter] for voter in shown)
+        return self._to(self._votes, Quorum(self._digest, shown, signatures))
 
     # Exchange 4: unmask
 
-    def _take_shares(self, client_index: int, message: Reveal) -> str | None:
-        owners = sorted(self._agreed.holders(client_index) & self._sharers)
+    def _take_shares(self, holder: int, message: Reveal) -> str | None:
+        owners = sorted(self._agreed.holders(holder) & self._sharers)
         if len(message.shares) != shamir.ELEMENT_BYTES * len(owners):
             return f"{len(message.shares)} bytes of shares, expected {shamir.ELEMENT_BYTES} for each of {len(owners)}"
         try:
             shares = [shamir.to_element(share) for share in pieces(message.shares, shamir.ELEMENT_BYTES)]
         except ValueError:
             return "a share is not an element of the field"
-        self._revealed[client_index] = dict(zip(owners, shares, strict=True))
+        self._revealed[holder] = dict(zip(owners, shares, strict=True))
         return None
 
-    def _close_shares(self) -> dict[str, bytes]:
+    def _close_shares(self) -> dict[int, bytes]:
         self._require_holders(self._sharers, self._revealed, "revealed their shares")
         seeds, liars = self._recover()
         unmask_sums(self._sums, self._agreed, self._survivors, seeds)
-        sums = {
-            segment.name: reduce(self._sums[index], segment.bits) for index, segment in enumerate(self.config.segments)
-        }
-        everybody = range(len(self.config.cohort))
+        segments, survivors = self.config.segments, self._survivors
         self._result = SecureSum(
-            sums=sums,
-            contributors={s.name: len(segment_indices(self.config, s) & self._survivors) for s in self.config.segments},
-            survivors=tuple(self.config.cohort[client_index].client for client_index in sorted(self._survivors)),
-            dropouts=tuple(
-                self.config.cohort[client_index].client
-                for client_index in everybody
-                if client_index not in self._survivors
-            ),
-            liars=tuple(self.config.cohort[client_index].client for client_index in sorted(liars)),
+            sums={segment.name: reduce(self._sums[index], segment.bits) for index, segment in enumerate(segments)},
+            contributors={segment.name: len(carriers(self.config, segment) & survivors) for segment in segments},
+            survivors=self._names(survivors),
+            dropouts=self._names(set(range(len(self.config.cohort))) - survivors),
+            liars=self._names(liars),
         )
-        self._end(Stage.DONE)
         return {}
 
     def _recover(self) -> tuple[dict[int, bytes], set[int]]:
@@ -317,13 +302,10 @@ class ServerSession:
         seeds: dict[int, bytes] = {}
         liars: set[int] = set()
         for owner in sorted(self._sharers):
-            trusted_first = sorted(
-                self._revealed, key=lambda client_index: (client_index in liars, client_index)
-            )  # each lie is corrected once
+            # Holders that have lied already come last, so that each lie is corrected once.
+            holders = sorted(self._revealed, key=lambda holder: (holder in liars, holder))
             shares = {
-                client_index + 1: self._revealed[client_index][owner]
-                for client_index in trusted_first
-                if owner in self._revealed[client_index]
+                holder + 1: self._revealed[holder][owner] for holder in holders if owner in self._revealed[holder]
             }
             points = tuple(shares)[:threshold]
             if points not in combiners:
@@ -333,7 +315,7 @@ class ServerSession:
                 corrected = shamir.correct(list(shares), list(shares.values()), threshold)
                 seed = shamir.to_bytes(corrected.secret) if corrected else b""
                 if corrected is None or not self._is_seed_of(owner, seed):
-                    raise RoundAbortedError(f"the shares of {self.config.cohort[owner].client} do not fit together")
+                    raise RoundAbortedError(f"the shares of {self._name(owner)} do not fit together")
                 liars |= {point - 1 for point in corrected.wrong}
             seeds[owner] = seed
         return seeds, liars
@@ -343,26 +325,36 @@ class ServerSession:
             return commitment(seed, self._digest, owner) == self._commitments[owner]
         return mask_agreement(seed).public == self._agreed.keys[owner].mask_key
 
-    # What all exchanges share
+    # Used by all exchanges
 
     @property
     def _agreed(self) -> Transcript:
         assert self._transcript is not None, "set when the keys are closed, before any stage that needs it"
         return self._transcript
 
-    def _ask(self, stage: Stage, client_indices: Iterable[int], message: Message) -> dict[str, bytes]:
-        """Enters a stage and addresses one message to some client indices."""
-        self._enter(stage, client_indices)
-        data = encode(message)
-        return {self.config.cohort[client_index].client: data for client_index in sorted(self._asked)}
+    def _name(self, index: int) -> str:
+        return self.config.cohort[index].client
 
-    def _enter(self, stage: Stage, client_indices: Iterable[int]) -> None:
-        """From here on an answer is waited for from these client indices."""
+    def _names(self, indices: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self._name(index) for index in sorted(indices))
+
+    def _to(self, indices: Iterable[int], message: Message) -> dict[int, bytes]:
+        """One message for each of these clients."""
+        return dict.fromkeys(sorted(indices), encode(message))
+
+    def _enter(self, stage: Stage, requests: Mapping[int, bytes]) -> dict[str, bytes]:
+        """Enters a stage in which these clients are asked, and addresses their requests by name.
+
+        Where nobody is asked the round is over, and everything that a masked sum could be opened with is dropped.
+        """
         self.stage = stage
-        self._asked, self._answered = frozenset(client_indices), set()
+        self._asked, self._answered = frozenset(requests), set()
+        if not requests:
+            self._sealed, self._commitments, self._sums, self._revealed = {}, {}, {}, {}
+        return {self._name(index): request for index, request in requests.items()}
 
-    def _require_enough(self, client_indices: Iterable[int], what: str) -> None:
-        missing = shortfall(self.config, client_indices)
+    def _require_enough(self, present: Iterable[int], what: str) -> None:
+        missing = shortfall(self.config, present)
         if missing:
             raise RoundAbortedError(f"too few clients {what}: {missing}")
 
@@ -372,38 +364,34 @@ class ServerSession:
         for owner in sorted(owners):
             left = len(self._agreed.holders(owner) & here)
             if left < self.config.threshold:
-                client = self.config.cohort[owner].client
                 raise RoundAbortedError(
-                    f"too few clients {what}: {left} hold shares of {client}, expected at least {self.config.threshold}"
+                    f"too few clients {what}: {left} hold shares of {self._name(owner)}, "
+                    f"expected at least {self.config.threshold}"
                 )
-
-    def _end(self, stage: Stage) -> None:
-        """Drops everything that a masked sum could be opened with."""
-        self._enter(stage, ())
-        self._encrypted_shares, self._commitments, self._sums, self._revealed = {}, {}, {}, {}
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """What the server does in one stage.
+class Exchange:
+    """One row of the server's state machine.
 
     Attributes:
-        kind: the message it takes.
+        message: the kind that it takes.
         take: checks one and keeps what is in it; gives the problem, and keeps nothing, if there is one.
-        close: ends the stage and gives the next requests.
+        close: ends the exchange with those who answered; gives the next requests by client index, or raises.
+        after: the stage that follows.
     """
 
-    kind: type[Message]
+    message: type[Message]
     take: Callable[[ServerSession, int, Any], str | None]
-    close: Callable[[ServerSession], dict[str, bytes]]
+    close: Callable[[ServerSession], dict[int, bytes]]
+    after: Stage
 
 
-_EXCHANGES: Mapping[Stage, _Exchange] = {
-    Stage.ADVERTISE: _Exchange(Advertisement, ServerSession._take_keys, ServerSession._close_keys),
-    Stage.SHARE: _Exchange(
-        EncryptedShares, ServerSession._take_encrypted_shares, ServerSession._close_encrypted_shares
-    ),
-    Stage.MASK: _Exchange(MaskedInput, ServerSession._take_masked, ServerSession._close_masked),
-    Stage.VOTE: _Exchange(Vote, ServerSession._take_vote, ServerSession._close_votes),
-    Stage.UNMASK: _Exchange(Reveal, ServerSession._take_shares, ServerSession._close_shares),
+EXCHANGES: Mapping[Stage, Exchange] = {
+    Stage.ADVERTISE: Exchange(Advertisement, ServerSession._take_keys, ServerSession._close_keys, Stage.SHARE),
+    Stage.SHARE: Exchange(EncryptedShares, ServerSession._take_sealed, ServerSession._close_sealed, Stage.MASK),
+    Stage.MASK: Exchange(MaskedInput, ServerSession._take_masked, ServerSession._close_masked, Stage.VOTE),
+    Stage.VOTE: Exchange(Vote, ServerSession._take_vote, ServerSession._close_votes, Stage.UNMASK),
+    Stage.UNMASK: Exchange(Reveal, ServerSession._take_shares, ServerSession._close_shares, Stage.DONE),
 }
+"""What the server accepts where; at a stage without a row it accepts nothing."""

@@ -1,4 +1,4 @@
-"""What has been agreed in a round so far, and every statement, key and graph that is bound to it.
+"""The transcript of a round: all that has been agreed so far, and every statement, key and graph bound to it.
 
 Both sides build a transcript out of the configuration and the key list. If two clients were shown anything different,
 their transcripts differ, and then signatures fail, encrypted shares do not open and masks do not cancel.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedtune.core.secagg.config import segment_indices
+from fedtune.core.secagg.config import carriers
 from fedtune.core.secagg.exchanged import KeyEntry, RoundConfig, encode
 from fedtune.core.secagg.graph import Graph
 from fedtune.core.secagg.primitives import Agreement, derive, digest, framed
@@ -19,17 +19,17 @@ def config_digest(config: RoundConfig) -> bytes:
     return digest("config", encode(config))
 
 
-def advertisement_statement(config: bytes, client_index: int, share_key: bytes, mask_key: bytes) -> bytes:
-    """What a client signs in exchange 0: F("advertise", H(cfg), client index, share key, mask key)."""
-    return framed("advertise", config, client_index, share_key, mask_key)
+def advertisement_statement(config_digest: bytes, index: int, share_key: bytes, mask_key: bytes) -> bytes:
+    """The statement that client i signs in exchange 0: F("advertise", H(cfg), i, share key, mask key)."""
+    return framed("advertise", config_digest, index, share_key, mask_key)
 
 
-def commitment(seed: bytes, config: bytes, client_index: int) -> bytes:
-    """A client's commitment to its self-mask seed: HKDF(b, salt = H(cfg), info = F("commitment", client index)).
+def commitment(seed: bytes, config_digest: bytes, index: int) -> bytes:
+    """Client i's commitment to its self-mask seed: HKDF(b, salt = H(cfg), info = F("commitment", i)).
 
-    Lets the server notice a wrong share before it spoils the sum; it hides b, which has 255 bits of entropy.
+    It lets the server notice a wrong share before it spoils the sum, and hides b, which has 255 bits of entropy.
     """
-    return derive(seed, config, "commitment", client_index)
+    return derive(seed, config_digest, "commitment", index)
 
 
 def mask_agreement(seed: bytes) -> Agreement:
@@ -43,8 +43,8 @@ class Transcript:
     Attributes:
         config: the configuration.
         config_digest: H(cfg).
-        keys: the key list by client index; its client indices are U1.
-        digest: H(keys) = SHA-256(F("keys", H(cfg), seat_1, share key_1, mask key_1, signature_1, ...)).
+        keys: the key list by client index; its keys are U1.
+        digest: H(keys) = SHA-256(F("keys", H(cfg), index_1, share key_1, mask key_1, signature_1, ...)).
         salt: H(keys) ‖ H(cfg), the salt of every key that is derived from here on.
     """
 
@@ -58,24 +58,33 @@ class Transcript:
         self._sharing = Graph(range(len(config.cohort)), config.degree, digest("share graph", self.digest))
         self._masking = self._mask_graphs()
 
-    def holders(self, client_index: int) -> frozenset[int]:
-        """The client indices in U1 that hold shares of this one's secrets; the relation is symmetric."""
-        return self._sharing.holders(client_index) & self.keys.keys()
+    def holders(self, owner: int) -> frozenset[int]:
+        """The clients in U1 that hold shares of the owner's secrets; the relation is symmetric."""
+        return self._sharing.holders(owner) & self.keys.keys()
 
-    def partners(self, client_index: int, segment: int) -> frozenset[int]:
-        """The client indices in U1 that mask this segment together with this one; the relation is symmetric."""
-        return self._masking[segment].neighbours(client_index) & self.keys.keys()
+    def partners(self, client: int, segment: int) -> frozenset[int]:
+        """The clients in U1 that mask this segment together with this one; the relation is symmetric."""
+        return self._masking[segment].neighbours(client) & self.keys.keys()
 
-    def share_key_for(self, shared: bytes, sender: int, receiver: int) -> bytes:
-        """HKDF(DH, salt, info = F("encrypted share", sender, receiver)): encrypts what the sender shares."""
+    def sealing_key(self, shared: bytes, sender: int, receiver: int) -> bytes:
+        """The key that seals the shares of one pair in one direction.
+
+        HKDF(DH, salt, info = F("encrypted_share", sender, receiver))
+        """
         return derive(shared, self.salt, "encrypted_share", sender, receiver)
 
-    def share_associated(self, sender: int, receiver: int) -> bytes:
-        """What it authenticates besides its content: F("encrypted share", H(cfg), H(keys), sender, receiver)."""
+    def associated_data(self, sender: int, receiver: int) -> bytes:
+        """The statement that is authenticated along with sealed shares.
+
+        F("encrypted_share", H(cfg), H(keys), sender, receiver)
+        """
         return framed("encrypted_share", self.config_digest, self.digest, sender, receiver)
 
     def vote_statement(self, sharers: Iterable[int], survivors: Iterable[int]) -> bytes:
-        """What a client signs in exchange 3: F("vote", H(cfg), H(keys), U2, U3), each set as joined client indices."""
+        """The statement that a client signs in exchange 3: F("vote", H(cfg), H(keys), U2, U3).
+
+        A set is written as its indices in increasing order, 4 big-endian bytes each.
+        """
         return framed("vote", self.config_digest, self.digest, _joined(sharers), _joined(survivors))
 
     def _mask_graphs(self) -> list[Graph]:
@@ -85,10 +94,10 @@ class Transcript:
         for segment in self.config.segments:
             if segment.tiers not in by_tiers:
                 seed = digest("mask graph", self.digest, *segment.tiers)
-                by_tiers[segment.tiers] = Graph(segment_indices(self.config, segment), self.config.degree, seed)
+                by_tiers[segment.tiers] = Graph(carriers(self.config, segment), self.config.degree, seed)
             graphs.append(by_tiers[segment.tiers])
         return graphs
 
 
-def _joined(client_indices: Iterable[int]) -> bytes:
-    return b"".join(client_index.to_bytes(4, "big") for client_index in sorted(client_indices))
+def _joined(clients: Iterable[int]) -> bytes:
+    return b"".join(index.to_bytes(4, "big") for index in sorted(clients))

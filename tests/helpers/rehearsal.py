@@ -1,4 +1,4 @@
-"""A whole cohort in one process: the five exchanges as a loop, for simulation, tests and benchmarks.
+"""A whole cohort in one process: the five exchanges as a loop, for tests and benchmarks.
 
 rehearsal = Rehearsal.prepare(tiers=[0] * 10, segments=[Segment("v", 1000, 8, 15, (0,))])
 updates = random_updates(rehearsal.server.config)
@@ -19,7 +19,7 @@ from fedtune.core.secagg.client_session import ClientSession
 from fedtune.core.secagg.config import Policy, round_config, segments_of
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.identity import Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
-from fedtune.core.secagg.masks import Words
+from fedtune.core.secagg.masking import Words
 from fedtune.core.secagg.primitives import Random
 from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
 
@@ -55,7 +55,7 @@ class Rehearsal:
         random: Random = os.urandom,
     ) -> Rehearsal:
         """Invents everything but the cohort's tiers and the segments; clients are called client-0, client-1 ..."""
-        members = [Member(f"client-{client_index}", tier) for client_index, tier in enumerate(tiers)]
+        members = [Member(f"client-{index}", tier) for index, tier in enumerate(tiers)]
         identities, roster = enrol([member.client for member in members], random)
         config = round_config(
             job="rehearsal",
@@ -144,8 +144,8 @@ def random_updates(config: RoundConfig, seed: int = 0) -> dict[str, Update]:
     """Words from 0 to each segment's limit for every client, drawn from one seed."""
     rng = np.random.default_rng(seed)
     updates: dict[str, Update] = {}
-    for client_index, member in enumerate(config.cohort):
-        carried = [config.segments[index] for index in segments_of(config, client_index)]
+    for client, member in enumerate(config.cohort):
+        carried = [config.segments[index] for index in segments_of(config, client)]
         updates[member.client] = {s.name: rng.integers(0, s.limit, s.length, np.uint64, True) for s in carried}
     return updates
 

@@ -1,0 +1,154 @@
+"""What a client asks of each message of the server before it answers; whatever falls short raises `ServerFaultError`.
+
+None of these changes anything: a client that has refused a message is where it was, and may get a better one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fedtune.core.errors import UpdateError
+from fedtune.core.secagg import shamir
+from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
+from fedtune.core.secagg.exchanged import KeyEntry, KeyList, Quorum, RoundConfig, increasing, pieces
+from fedtune.core.secagg.identity import Roster, RoundMark
+from fedtune.core.secagg.masking import Words, word_type
+from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
+from fedtune.core.secagg.session_errors import ServerFaultError
+from fedtune.core.secagg.transcript import Transcript, advertisement_statement
+
+
+def check_config(config: RoundConfig, policy: Policy, roster: Roster) -> None:
+    """Asks for a configuration that agrees with itself, with the client's policy and with its roster."""
+    found = config_problems(config) or policy_problems(config, policy)
+    if found:
+        raise ServerFaultError("configuration: " + "; ".join(found))
+    unknown = [member.client for member in config.cohort if member.client not in roster.keys]
+    if unknown:
+        raise ServerFaultError(f"configuration: {unknown[0]} is not in this client's roster")
+
+
+def own_index(config: RoundConfig, client: str, public: bytes, roster: Roster) -> int:
+    """This client's index in the cohort.
+
+    Args:
+        public: its identity key, which the roster must name.
+    """
+    invited = [index for index, member in enumerate(config.cohort) if member.client == client]
+    if not invited or roster.keys[client] != public:
+        raise ServerFaultError(f"configuration: {client} is not invited, or pinned under another key")
+    return invited[0]
+
+
+def check_holdings(config: RoundConfig, base_digest: str, adapter_digest: str) -> None:
+    """Asks that the round trains the base model and the adapter which this client holds."""
+    asked, loaded = (config.base_digest, config.adapter_digest), (base_digest, adapter_digest)
+    for what, theirs, ours in zip(("base", "adapter"), asked, loaded, strict=True):
+        if theirs != ours:
+            raise ServerFaultError(f"configuration: {what} {theirs[:12]}, this client holds {ours[:12]}")
+
+
+def check_later(mark: RoundMark, last: RoundMark | None) -> None:
+    """Asks for a round, or an attempt at it, after the last one that this client served."""
+    if last is not None and mark <= last:
+        raise ServerFaultError(f"configuration: round {mark} is not after {last}, the last one served")
+
+
+def check_keys(config: RoundConfig, digest: bytes, roster: Roster, own: KeyEntry, keys: KeyList) -> None:
+    """Asks for keys that are fresh, strong and signed by enough of the cohort, this client's own among them.
+
+    Args:
+        digest: H(cfg).
+    """
+    listed = [entry.client_index for entry in keys.entries]
+    advertisers = index_set(listed, range(len(config.cohort)), own.client_index, "keys")
+    check_enough(config, advertisers, "advertisers")
+    if own not in keys.entries:
+        raise ServerFaultError("keys: this client's own entry is not what it advertised")
+    if len({key for entry in keys.entries for key in (entry.share_key, entry.mask_key)}) != 2 * len(listed):
+        raise ServerFaultError("keys: a key occurs twice")
+    for entry in keys.entries:
+        client = config.cohort[entry.client_index].client
+        if is_weak(entry.share_key) or is_weak(entry.mask_key):
+            raise ServerFaultError(f"keys: a key of {client} is weak")
+        statement = advertisement_statement(digest, entry.client_index, entry.share_key, entry.mask_key)
+        if not roster.verify(client, statement, entry.signature):
+            raise ServerFaultError(f"keys: {client} did not sign the keys listed for it")
+
+
+def opened_pair(
+    transcript: Transcript, key: bytes, sender: int, receiver: int, encrypted: bytes
+) -> tuple[bytes, bytes]:
+    """The sender's shares of b and of σ, each 32 bytes, out of what the server passed on to the receiver."""
+    opened = unseal(key, encrypted, transcript.associated_data(sender, receiver))
+    client = transcript.config.cohort[sender].client
+    if opened is None:
+        raise ServerFaultError(
+            f"encrypted shares: the one from {client} was changed on its way or is not from it", client
+        )
+    of_self, of_mask = pieces(opened, shamir.ELEMENT_BYTES)
+    try:
+        shamir.to_element(of_self), shamir.to_element(of_mask)
+    except ValueError:
+        raise ServerFaultError(f"encrypted shares: the one from {client} does not hold shares", client) from None
+    return of_self, of_mask
+
+
+def check_votes(
+    transcript: Transcript, roster: Roster, sharers: frozenset[int], survivors: frozenset[int], quorum: Quorum
+) -> None:
+    """Asks for a quorum of survivors that have signed these two sets, U2 and U3."""
+    config = transcript.config
+    voters = index_set(quorum.voters, survivors, None, "voters")
+    if len(voters) < config.quorum:
+        raise ServerFaultError(f"votes: {len(voters)}, expected at least {config.quorum}")
+    if len(quorum.signatures) != SIGNATURE_BYTES * len(voters):
+        raise ServerFaultError(f"votes: {len(quorum.signatures)} bytes of signatures for {len(voters)} voters")
+    statement = transcript.vote_statement(sharers, survivors)
+    for voter, signature in zip(quorum.voters, pieces(quorum.signatures, SIGNATURE_BYTES), strict=True):
+        if not roster.verify(config.cohort[voter].client, statement, signature):
+            raise ServerFaultError(f"votes: {config.cohort[voter].client} did not sign what this client signed")
+
+
+def index_set(listed: Sequence[int], within: Iterable[int], own: int | None, what: str) -> frozenset[int]:
+    """A list of client indices as a set: increasing, part of the set before it, with this client where it must be."""
+    found = frozenset(listed)
+    if not increasing(listed):
+        raise ServerFaultError(f"{what}: client indices must be strictly increasing")
+    if not found <= frozenset(within):
+        raise ServerFaultError(f"{what}: a client index is listed that cannot be there")
+    if own is not None and own not in found:
+        raise ServerFaultError(f"{what}: this client is not among them")
+    return found
+
+
+def check_enough(config: RoundConfig, present: Iterable[int], what: str) -> None:
+    """Asks that these clients are enough to be summed, in all and in every tier."""
+    missing = shortfall(config, present)
+    if missing:
+        raise ServerFaultError(f"{what}: {missing}")
+
+
+def checked_update(config: RoundConfig, own: int, update: Mapping[str, Words]) -> dict[int, Words]:
+    """A copy of this client's update by segment index, in machine words that masks can be added to.
+
+    Raises:
+        UpdateError: it does not fit the segments of the client's tier.
+    """
+    wanted = segments_of(config, own)
+    names = {config.segments[segment].name for segment in wanted}
+    if names != update.keys():
+        raise UpdateError(f"update has segments {sorted(update)}, the round sums {sorted(names)}")
+    words: dict[int, Words] = {}
+    for index in wanted:
+        segment = config.segments[index]
+        given = update[segment.name]
+        if given.dtype.kind != "u" or given.shape != (segment.length,):
+            got = f"{given.dtype} of shape {given.shape}"
+            raise UpdateError(f"segment {segment.name}: expected {segment.length} unsigned words, got {got}")
+        if given.size and int(given.max()) > segment.limit:
+            raise UpdateError(f"segment {segment.name}: {int(given.max())} is above the limit of {segment.limit}")
+        words[index] = np.array(given, dtype=word_type(segment.bits))
+    return words
