@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec import ExactCodec, Residual
-from fedtune.core.codec.adapter_versions import REMEMBERED_VERSIONS
+from fedtune.core.codec.downlink import REMEMBERED_VERSIONS
 from fedtune.core.errors import PeerError
 
 KEPT_RESIDUALS = 3  # of one factor: the one in use, and those of the rounds that a server may still repeat

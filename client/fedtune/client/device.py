@@ -20,7 +20,7 @@ from fedtune.core.adapter.layout import Factor, Vector, adapter_digest
 from fedtune.core.adapter.rebalance import Basis, basis_changes, follow
 from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
-from fedtune.core.codec.adapter_versions import FIRST, receive
+from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.protocol.payloads import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest

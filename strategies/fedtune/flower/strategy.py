@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector
-from fedtune.core.codec.adapter_versions import advance
+from fedtune.core.codec.downlink import advance
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.settings import Job

@@ -22,8 +22,9 @@ import numpy as np
 
 from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.adapter.rebalance import basis_changes, changed, follow
-from fedtune.core.codec import initial_clip, weight_cap
-from fedtune.core.codec.adapter_versions import FIRST, advance, refreshed
+from fedtune.core.codec import initial_clip
+from fedtune.core.codec.adaptive_ranges import FIRST_WEIGHT_CAP
+from fedtune.core.codec.downlink import FIRST, advance, refreshed
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
@@ -398,7 +399,7 @@ def initial_state(federation: Federation) -> FederationState:
         letter: initial_clip(job.training.learning_rate, steps, half.size).clip
         for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
     }
-    return FederationState(0, adapter, adapter, clips | {WEIGHT: weight_cap.FIRST[job.federation.weight]})
+    return FederationState(0, adapter, adapter, clips | {WEIGHT: FIRST_WEIGHT_CAP[job.federation.weight]})
 
 
 def scheduled_learning_rate(job: Job, number: int) -> float:

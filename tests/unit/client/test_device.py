@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.client.device import Device
 from fedtune.client.live.device_home import JobMemory
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
-from fedtune.core.codec.adapter_versions import FIRST
+from fedtune.core.codec.downlink import FIRST
 from fedtune.strategies.broadcast import Broadcast
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)

@@ -9,7 +9,7 @@ import numpy as np
 from fedtune.client.client_store import KEPT_RESIDUALS, ClientStore
 from fedtune.core.adapter.layout import adapter_digest
 from fedtune.core.codec import Residual
-from fedtune.core.codec.adapter_versions import REMEMBERED_VERSIONS
+from fedtune.core.codec.downlink import REMEMBERED_VERSIONS
 
 
 def residual(value: float) -> Residual:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.codec import ExactCodec, apply, check_digest, digest, encode_catch_up, encode_delta, encode_refresh
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.codec import ExactCodec, apply, encode_catch_up, encode_delta, encode_refresh
+from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.entropy import encode_levels
 from fedtune.core.codec.quantization import MAX_LEVEL, MAX_STEP
 from fedtune.core.codec.sparse import encode_step
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.protocol.payloads import Downlink
 
 COUNT = 3000
 KIND_POSITION = 3
@@ -42,7 +46,7 @@ def test_a_device_that_applies_every_delta_holds_what_the_server_thinks_it_holds
     held = versions[0]
     for delta in deltas:
         held = apply(held, delta)
-    check_digest(held, digest(versions[-1]))
+    assert adapter_digest(held) == adapter_digest(versions[-1])
 
 
 @pytest.mark.parametrize("version", range(10))
@@ -122,11 +126,17 @@ def test_empty_and_single_factors_work() -> None:
 
 
 def test_another_adapter_is_noticed_by_its_digest() -> None:
-    held = change_of(0)
+    layout = AdapterLayout((AdaptedModule("q", 8, 6),), rank=4, alpha=8.0)
+    held = change_of(0, layout.size)
     other = held.copy()
     other[5] = np.nextafter(other[5], np.float32(1))
+    halves = layout.halves(np.zeros_like(held)), layout.halves(held)
+    parts = tuple(encode_catch_up(old, new) for old, new in zip(*halves, strict=True))
+    sent = Downlink(FIRST, adapter_digest(held), parts)  # type: ignore[arg-type]
+    assert same_bits(receive(layout, np.zeros_like(held), sent), held)
+    meant = msgspec.structs.replace(sent, digest=adapter_digest(other))
     with pytest.raises(PeerError, match="digest"):
-        check_digest(other, digest(held))
+        receive(layout, np.zeros_like(held), meant)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

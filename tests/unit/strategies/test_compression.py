@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
-from fedtune.core.codec.adapter_versions import FIRST, REMEMBERED_VERSIONS, advance, receive
+from fedtune.core.codec.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
 from fedtune.core.codec.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job

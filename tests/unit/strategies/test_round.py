@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
 from fedtune.core.codec import ExactCodec
-from fedtune.core.codec.adapter_versions import receive
+from fedtune.core.codec.downlink import receive
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import (

@@ -4,24 +4,15 @@
 what was not sent, and `downlink` carries the adapter to the devices.
 """
 
-from fedtune.core.codec.clip_range import ClipRange, initial_clip
+from fedtune.core.codec.adaptive_ranges import ClipRange, initial_clip, next_weight_cap
 from fedtune.core.codec.coordinate_selection import select_largest, select_public
-from fedtune.core.codec.downlink import (
-    apply,
-    check_digest,
-    digest,
-    encode_catch_up,
-    encode_delta,
-    encode_refresh,
-    encode_whole,
-)
+from fedtune.core.codec.downlink import apply, encode_catch_up, encode_delta, encode_refresh, encode_whole
 from fedtune.core.codec.exact import ExactCodec
 from fedtune.core.codec.maskable import MaskableCodec, RingMean, RingUpdate, RoundContext
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.residual import Residual
 from fedtune.core.codec.ring import Ring
 from fedtune.core.codec.sparse import SparseCodec
-from fedtune.core.codec.weight_cap import next_weight_cap
 
 __all__ = [
     "ClipRange",
@@ -34,8 +25,6 @@ __all__ = [
     "RoundContext",
     "SparseCodec",
     "apply",
-    "check_digest",
-    "digest",
     "encode_catch_up",
     "encode_delta",
     "encode_refresh",

@@ -4,8 +4,13 @@ The server keeps two vectors per factor: `target`, the adapter as it would have 
 devices have it. A *delta* carries the difference, coarsely; the server applies it to its own `held` as every device
 does, so `target - held`, what has not come across yet, is the server's residual and needs no state of its own.
 
+    held = advance(layout, held, target, factors, bits)     # on the server, after a round
+    held = receive(layout, basis, request.adapter)          # on a device: the same bits, from whichever version
+
+For one factor that is
+
     data = encode_delta(held, target, bits)
-    held = apply(held, data)                          # on the server, and on every device
+    held = apply(held, data)                                # on the server, and on every device
 
 `apply` is one product and one sum per coordinate, each a single IEEE operation: x86 and ARM agree. Steps are powers
 of two, so `held` stays on a binary grid, and the difference of any two versions is a vector of whole numbers. A
@@ -15,12 +20,12 @@ replaces everything at 8 bits, for everybody at once: after a change of basis, o
 
 from __future__ import annotations
 
-from hashlib import sha256
 from math import frexp, ldexp, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, adapter_digest, factor_letters
 from fedtune.core.codec.clipping import check_update
 from fedtune.core.codec.entropy import encode_levels
 from fedtune.core.codec.exact import ExactCodec, exact_size, exact_values
@@ -28,7 +33,10 @@ from fedtune.core.codec.quantization import MAX_LEVEL, MIN_STEP, nearest_levels,
 from fedtune.core.codec.sparse import decode_values, encode_step, max_levels_size
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
+from fedtune.core.protocol.payloads import Downlink
 
+FIRST = ""  # the basis that everybody knows from the job's seed
+REMEMBERED_VERSIONS = 8  # a device that is further behind starts again from the job's first adapter
 REFRESH_BITS = 8
 GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on the grid are exact in float32
 # What a delta leaves out is spread evenly over a step, ±√3 of its root mean square. At 2 bits a step is 2 of those; up
@@ -36,6 +44,48 @@ GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on
 STRETCH = 1.7
 
 _KINDS = frozenset({Kind.DELTA, Kind.WHOLE, Kind.EXACT})
+
+
+def advance(layout: AdapterLayout, held: Vector, target: Vector, factors: Factors, bits: int | None) -> Vector:
+    """The adapter that devices shall hold after a round.
+
+    Args:
+        held: what they hold now; float32, (size,).
+        target: what they should hold; float32, (size,).
+        factors: which factors the round changed; the others stay as they are.
+        bits: how fine the change is sent; None sends the target itself, as float32.
+    """
+    if bits is None:
+        return target.copy()
+    after = held.copy()
+    for factor in factor_letters(factors):
+        segment = layout.segment(factor)
+        after[segment] = apply(held[segment], encode_delta(held[segment], target[segment], bits))
+    return after
+
+
+def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector:
+    """The adapter that devices shall hold after a change of basis: all of the target, at 8 bits.
+
+    Args:
+        bits: as `advance`; None for the target itself.
+    """
+    if bits is None:
+        return target.copy()
+    return np.concatenate([apply(half, encode_refresh(half)) for half in layout.halves(target)])
+
+
+def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
+    """The adapter on a device: the basis, changed by what arrived; float32, (size,).
+
+    Raises:
+        PeerError: a payload is malformed, or the result is not the adapter that was meant.
+    """
+    halves = zip(layout.halves(basis), adapter.parts, strict=True)
+    held = np.concatenate([apply(half, part) for half, part in halves])
+    if adapter_digest(held) != adapter.digest:
+        raise PeerError("the adapter that arrived is not the one that the request was made for (its digest differs)")
+    return held
 
 
 def encode_delta(held: NDArray[np.float32], target: NDArray[np.float32], bits: int) -> bytes:
@@ -113,24 +163,6 @@ def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.flo
     if not np.isfinite(values).all():
         raise PeerError("payload: it leads to NaN or infinity")
     return values
-
-
-def digest(held: NDArray[np.float32]) -> bytes:
-    """SHA-256 of the values as little-endian float32: equal if and only if two devices hold the same bits."""
-    return sha256(held.astype("<f4", copy=False).tobytes()).digest()
-
-
-def check_digest(held: NDArray[np.float32], expected: bytes) -> None:
-    """Refuse to train from an adapter that is not the cohort's.
-
-    Raises:
-        PeerError: the digests differ; a catch-up from zeros mends it.
-    """
-    actual = digest(held)
-    if actual != expected:
-        raise PeerError(
-            f"this device holds an adapter with digest {actual.hex()[:16]}, the round is for {expected.hex()[:16]}"
-        )
 
 
 def max_body_size(count: int) -> int:

@@ -54,15 +54,6 @@ class Ring:
         """ℓ = ceil(log2(n_max·L + 1)), the bits of a word on the wire."""
         return (self.n_max * self.levels).bit_length()
 
-    def admit(self, cohort: int) -> None:
-        """Refuse a cohort that could make a sum wrap around.
-
-        Raises:
-            JobError: the cohort has more than n_max clients.
-        """
-        if cohort > self.n_max:
-            raise JobError([f"a cohort of {cohort} clients could overflow a ring that was made for {self.n_max}"])
-
     def add(self, left: NDArray[np.uint32], right: NDArray[np.uint32]) -> NDArray[np.uint32]:
         """(left + right) mod 2^ℓ, elementwise."""
         return (left + right) & np.uint32((1 << self.width) - 1)
