@@ -18,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,17 @@ from unittest.mock import patch
 
 import numpy as np
 
-from fedtune.client import device
-from fedtune.client.torch.enforcement import train_within_memory
-from fedtune.client.torch.training import LocalResult, LocalTask
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, tiers
+from fedtune.client.torch.torch_trainer import TorchTrainer
+from fedtune.client.trainer import LocalResult, LocalTask
+from fedtune.core.adapter import tiers
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.job.job_file import load_job
+from fedtune.data.examples import Example
 from fedtune.demo import JOB
 from fedtune.flower import strategy
-from fedtune.model.lora import AdaptedModel
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
+from fedtune.server.simulation import simulation_context
 from fedtune.server.simulation.simulate import simulate
 from fedtune.strategies.aggregation import FedAvg
 from fedtune.strategies.aggregation.owned import OwnedMean
@@ -112,15 +113,18 @@ def zero_padding() -> Iterator[None]:
     """Federations in here do as HeteroLoRA does: fixed prefixes of the rank indices, alone in the forward pass, and
     sums divided by the whole cohort's weight."""
 
-    def alone(model: AdaptedModel, examples: Any, received: Vector, task: LocalTask) -> LocalResult:
-        seen = received.copy()
-        for _, lora_b in model.layout.views(seen).values():
-            lora_b[:, np.setdiff1d(np.arange(model.layout.rank), task.owned or np.arange(model.layout.rank))] = 0
-        return train_within_memory(model, examples, seen, task)
+    class Alone(TorchTrainer):
+        """Sees its own rank indices only."""
+
+        def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+            seen, every = received.copy(), np.arange(self.layout.rank)
+            for _, lora_b in self.layout.views(seen).values():
+                lora_b[:, np.setdiff1d(every, task.owned or every)] = 0
+            return super().train(examples, seen, task)
 
     with (
         patch.object(tiers, "_order", lambda seed, number, rank: np.arange(rank)),  # noqa: ARG005
-        patch.object(device, "train_within_memory", alone),
+        patch.object(simulation_context, "TorchTrainer", Alone),
         patch.object(strategy, "aggregator_for", lambda _: DividedByAll()),
     ):
         yield

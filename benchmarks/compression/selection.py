@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tables import publish
 
-from fedtune.client.torch.training import LocalTask, train_locally
+from fedtune.client.torch.training import train_locally
+from fedtune.client.trainer import LocalTask
 from fedtune.core.adapter.layout import FACTORS
 from fedtune.core.codec import select_largest, select_public
 from fedtune.core.job.job_file import load_job

@@ -13,7 +13,9 @@ import numpy as np
 
 from fedtune.client.device import Contribution
 from fedtune.client.secure_rounds import Credentials, SecureRounds
+from fedtune.client.trainer import LocalResult
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.codec import RingUpdate
 from fedtune.core.codec.uplink import FactorTerms, factor_terms, ring_contribution
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
@@ -45,7 +47,7 @@ class Untrained:
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
         return factor_terms(request.uplink, LAYOUT, request.work.factors, request.job_seed, request.round)
 
-    def contribute(self, client: str, request: TrainRequest) -> Contribution:
+    def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
         uplink, number = request.uplink, request.round
         terms = factor_terms(uplink, LAYOUT, request.work.factors, request.job_seed, number, request.tier)
         parts, unsent = [], []
@@ -55,9 +57,10 @@ class Untrained:
             part, sent = ring_contribution(update, each, derive_seed(7, client, number, *each.label), 0.5)
             parts.append(part)
             unsent.append(update - sent)
-        return Contribution(terms, tuple(parts), 1.0, request, tuple(unsent))
+        result = LocalResult(whole.astype(np.float32), 1, 1, 1.0, 1, 1, 0.0)
+        return Contribution(request, result, terms, tuple(parts), tuple(unsent))
 
-    def keep_residuals(self, client: str, contribution: Contribution) -> None:
+    def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
         self.kept.append(client)
 
 

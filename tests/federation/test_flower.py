@@ -22,7 +22,7 @@ NODES = {1000: "000", 1001: "001", 1002: "002", 1003: "003"}
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Federation]:
-    simulation_context = SimulationContext(small_job(), tmp_path / "clients")
+    simulation_context = SimulationContext.begin(small_job(), tmp_path / "clients")
     executor = LocalExecutor(simulation_context, NODES)
     strategy = AdapterStrategy(
         federation_from_job(simulation_context.job, simulation_context.base, simulation_context.model.layout),

@@ -48,7 +48,7 @@ def test_the_number_of_workers_changes_no_bit(kind: tuple[str, ...], simulate: S
 
 def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
     job = small_job("simulation.slow=1.0", "simulation.slow_seconds=3600.0")
-    executor = ForkedExecutor(SimulationContext(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
+    executor = ForkedExecutor(SimulationContext.begin(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
     grid = InProcessGrid(executor, range(9))
 
     def push(nodes: Sequence[int], number: int) -> list[int]:

@@ -169,14 +169,14 @@ def test_a_client_that_masks_another_tier_than_it_was_asked_for_is_refused() -> 
 
 @pytest.fixture
 def simulation_context(tmp_path: Path) -> SimulationContext:
-    return SimulationContext(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
+    return SimulationContext.begin(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
 
 
 def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
     simulation_context: SimulationContext, tmp_path: Path
 ) -> None:
     job, layout, store = simulation_context.job, simulation_context.model.layout, ClientStore(tmp_path / "clients")
-    device = Device(lambda _: simulation_context.model, simulation_context.examples, store)
+    device = Device(lambda _: simulation_context.trainer, simulation_context.examples, store)
     federation = federation_from_job(job, simulation_context.base, layout)
     state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), exact=False)
     ranks: Callable[[str], int] = {"000": 4, "001": 16, "002": 16}.__getitem__

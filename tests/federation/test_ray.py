@@ -22,7 +22,7 @@ def test_a_pool_of_workers_trains_the_same_adapter(simulate: Simulate, tmp_path:
     faults = ("simulation.dropout=0.2", "simulation.failing=0.2", "federation.rounds=3")
     local = simulate(*faults, name="local")
     spread = simulate(*faults, "simulation.backend=ray", "simulation.workers=2", name="ray")
-    layout = SimulationContext(small_job(), tmp_path).model.layout
+    layout = SimulationContext.begin(small_job(), tmp_path).model.layout
     adapters = [load_adapter(tmp_path / name / "adapter", layout) for name in ("local", "ray")]
     np.testing.assert_allclose(adapters[0], adapters[1], rtol=1e-4, atol=1e-6)
     assert spread["eval_after"]["loss"] == pytest.approx(local["eval_after"]["loss"], rel=1e-4)

@@ -34,9 +34,9 @@ class Fixture:
     """Rounds on one device, one call each."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        self.simulation_context = SimulationContext(small_job(EVERY, "federation.rounds=8", *overrides), folder)
+        self.simulation_context = SimulationContext.begin(small_job(EVERY, "federation.rounds=8", *overrides), folder)
         self.store = ClientStore(folder)
-        self.device = Device(lambda _: self.simulation_context.model, self.simulation_context.examples, self.store)
+        self.device = Device(lambda _: self.simulation_context.trainer, self.simulation_context.examples, self.store)
         self.layout: AdapterLayout = self.simulation_context.model.layout
         self.federation = federation_from_job(self.simulation_context.job, self.simulation_context.base, self.layout)
         self.broadcast = Broadcast(self.layout, self.layout.initial(0), exact=False, rebased=True)

@@ -149,7 +149,7 @@ def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, 
     from fedtune.flower.strategy import AdapterStrategy, federation_from_job
     from fedtune.server.simulation.local_executor import LocalExecutor
 
-    simulation_context = SimulationContext(small_job(*SECURE), tmp_path / "clients")
+    simulation_context = SimulationContext.begin(small_job(*SECURE), tmp_path / "clients")
     executor = LocalExecutor(simulation_context, {1000 + index: f"00{index}" for index in range(6)})
     lying = small_job(*SECURE, "secure_aggregation.enabled=false", "compression.form=sparse")
     strategy = AdapterStrategy(

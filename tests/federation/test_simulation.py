@@ -200,7 +200,7 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
     from fedtune.server.simulation.simulation_context import SimulationContext
 
     job = small_job()
-    ours = SimulationContext(job, tmp_path / "clients").model
+    ours = SimulationContext.begin(job, tmp_path / "clients").model
     ours.load(load_adapter(tmp_path / "run" / "adapter", ours.layout))
     examples, _ = prepare(evaluation_records(job.data)[:40], ours.base.tokenizer, job.data.sequence_length)
     assert evaluate(ours, examples).loss == pytest.approx(theirs, rel=1e-3)

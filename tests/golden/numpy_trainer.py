@@ -7,14 +7,15 @@ float32 and numpy's promised random streams are used, so that a digest recorded 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fedtune.client.torch.training import LocalResult, LocalTask
+from fedtune.client.trainer import LocalResult, LocalTask, Trainer
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, factor_letters
 from fedtune.core.adapter.tiers import coordinates
+from fedtune.core.round_records import Evaluation
 from fedtune.core.seeds import generator
 from fedtune.data.examples import Example
 
@@ -25,33 +26,41 @@ DIGEST = "ab" * 32
 FIRST_CLIENTS_EXAMPLES = 6
 
 
-class FakeModel:
-    """As much of a model as a device looks at itself."""
-
-    layout = LAYOUT
-    base: Any = SimpleNamespace(digest=DIGEST, name="golden")
-
-
-def load_examples(client: str, model: object, sequence_length: int) -> list[Example]:
+def load_examples(client: str, trainer: Trainer, sequence_length: int) -> list[Example]:
     """A client's examples: more of them the later its name."""
-    del model, sequence_length
+    del trainer, sequence_length
     count = FIRST_CLIENTS_EXAMPLES + 3 * int(client)
     return [Example(np.arange(4 + index % 5, dtype=np.int32), 2) for index in range(count)]
 
 
-def train(model: FakeModel, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-    """The update that the task asks for: float32, zero where this client owns nothing."""
-    layout = model.layout
-    segment = layout.segment(task.factors)
-    size = segment.stop - segment.start
-    target = generator(len(examples), "golden-target").uniform(-0.2, 0.2, layout.size).astype(np.float32)[segment]
-    noise = generator(task.seed, "golden-noise").uniform(-0.02, 0.02, size).astype(np.float32)
-    update = (target - received[segment]) * np.float32(0.125) + noise
-    if task.owned is not None:
-        owned = np.zeros(size, dtype=np.bool_)
-        for letter in factor_letters(task.factors):
-            start = layout.segment(letter).start - segment.start
-            owned[start + coordinates(layout, letter, np.asarray(task.owned, dtype=np.intp))] = True
-        update = np.where(owned, update, np.float32(0.0))
-    tokens = sum(example.target_tokens for example in examples)
-    return LocalResult(update.astype(np.float32), len(examples), tokens, 1.5, task.local_steps or 1, 8 * tokens, 0.0)
+@dataclass(frozen=True)
+class NumpyTrainer:
+    """A trainer without torch."""
+
+    layout: AdapterLayout = LAYOUT
+    digest: str = DIGEST
+    name: str = "golden"
+    tokenizer: Any = None
+
+    def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+        """Gives the update that the task asks for: float32, zero where this client owns nothing."""
+        layout = self.layout
+        segment = layout.segment(task.factors)
+        size = segment.stop - segment.start
+        target = generator(len(examples), "golden-target").uniform(-0.2, 0.2, layout.size).astype(np.float32)[segment]
+        noise = generator(task.seed, "golden-noise").uniform(-0.02, 0.02, size).astype(np.float32)
+        update = (target - received[segment]) * np.float32(0.125) + noise
+        if task.owned is not None:
+            owned = np.zeros(size, dtype=np.bool_)
+            for letter in factor_letters(task.factors):
+                start = layout.segment(letter).start - segment.start
+                owned[start + coordinates(layout, letter, np.asarray(task.owned, dtype=np.intp))] = True
+            update = np.where(owned, update, np.float32(0.0))
+        tokens = sum(example.target_tokens for example in examples)
+        return LocalResult(
+            update.astype(np.float32), len(examples), tokens, 1.5, task.local_steps or 1, 8 * tokens, 0.0
+        )
+
+    def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
+        """Scores nothing: the recorded jobs hold no examples back."""
+        raise NotImplementedError

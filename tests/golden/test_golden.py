@@ -15,12 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy_trainer
 import pytest
 from flwr.app import Message
-from numpy_trainer import DIGEST, LAYOUT, FakeModel, load_examples
+from numpy_trainer import DIGEST, LAYOUT, NumpyTrainer, load_examples
 
-from fedtune.client import device as device_module
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
 from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
@@ -115,7 +113,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     enrolment = Enrolment.rehearse(list(nodes), job)
     fleet = SimulatedFleet(job, FLEET, list(nodes), SHAPE) if "fleet" in name else None
     share = fleet.work if fleet else lambda client, request: 1.0
-    device = Device(lambda base: FakeModel(), load_examples, ClientStore(folder / "clients"), share)  # type: ignore[arg-type,return-value]
+    device = Device(lambda base: NumpyTrainer(), load_examples, ClientStore(folder / "clients"), share)
     secure = job.secure_aggregation.enabled
     mods = [fault_mod(job.simulation, job.training.seed, secure)]
     executor = _Inline(client_app(device, mods, enrolment.credentials if secure else None), clients)
@@ -147,15 +145,11 @@ def _clock() -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_recorded_job_gives_the_same_adapter_and_moves_the_same_bytes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_module, "train_within_memory", numpy_trainer.train)
+def test_a_recorded_job_gives_the_same_adapter_and_moves_the_same_bytes(name: str, tmp_path: Path) -> None:
     assert run(name, tmp_path) == json.loads(RECORDED.read_text())[name]
 
 
 if __name__ == "__main__":
-    device_module.train_within_memory = numpy_trainer.train  # type: ignore[attr-defined,assignment]
     with tempfile.TemporaryDirectory() as scratch:
         recorded = {each: run(each, Path(scratch) / each) for each in JOBS}
     RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")

@@ -9,14 +9,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from fedtune.client.client_store import ClientStore
-from fedtune.client.torch.enforcement import train_within_memory
-from fedtune.client.torch.training import LocalResult, LocalTask
+from fedtune.client.trainer import LocalResult, LocalTask, Trainer
 from fedtune.core.adapter.alignment import align_update
-from fedtune.core.adapter.layout import Factor, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Vector, adapter_digest
 from fedtune.core.adapter.rebalance import Basis, basis_changes, follow
 from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
@@ -26,43 +26,34 @@ from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.protocol.payloads import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
 from fedtune.data.examples import Example, hold_out
-from fedtune.model.lora import AdaptedModel
-from fedtune.model.scoring import evaluate
 
 CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this are read and tokenised again
 
-OpenModel = Callable[[Base], AdaptedModel]
-LoadExamples = Callable[[str, AdaptedModel, int], Sequence[Example]]
+OpenTrainer = Callable[[Base], Trainer]
+LoadExamples = Callable[[str, Trainer, int], Sequence[Example]]
 WorkShare = Callable[[str, TrainRequest], float]
+Postprocess = Callable[[AdapterLayout, Vector, Vector], Vector]
+Part = TypeVar("Part")
+Encode = Callable[[Vector, FactorTerms, int, float], tuple[Part, Vector]]
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """A trained update, ready to be masked.
+class Contribution(Generic[Part]):
+    """A trained update in the form in which it travels.
 
     Args:
-        terms: the codec's, one for each trained factor, or for each slice of it that the client owns.
-        parts: words and auxiliary sums, one for each.
-        loss: mean training loss, nats.
         request: what was asked.
+        result: what training came to.
+        terms: the codec's, one for each trained factor, or for each slice of it that the client owns.
+        parts: one for each: payloads in the clear, or words and auxiliary sums that can be masked.
         unsent: what the parts do not carry, one for each.
     """
 
-    terms: tuple[FactorTerms, ...]
-    parts: tuple[RingUpdate, ...]
-    loss: float
     request: TrainRequest
+    result: LocalResult
+    terms: tuple[FactorTerms, ...]
+    parts: tuple[Part, ...]
     unsent: tuple[Vector, ...]
-
-
-@dataclass(frozen=True)
-class _Outgoing:
-    """The update of a factor, or of a slice of it, on its way into a codec: the arguments of `encode_factor`."""
-
-    terms: FactorTerms
-    update: Vector
-    private_seed: int
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -75,27 +66,32 @@ class Device:
     """Answers training and evaluation requests, one at a time.
 
     Args:
-        open_model: loads and adapts the base model that a request names; called once for each.
-        load_examples: (client, model, sequence length) -> that client's examples.
+        open_trainer: loads the base model that a request names; called once for each.
+        load_examples: (client, trainer, sequence length) -> that client's examples.
         store: what clients remember between rounds.
         share: (client, request) -> how much of the local work that is asked for the client can do in time. It is the
             device that cuts it: a server that could would tell a client's update from those of idle ones in their sum.
+        postprocess: each changes the trained update before it is encoded, in this order, after the alignment that a
+            request may ask for: (layout, received adapter, update) -> update. The update is the segment of the factors
+            that the request trains, float32.
     """
 
     def __init__(
         self,
-        open_model: OpenModel,
+        open_trainer: OpenTrainer,
         load_examples: LoadExamples,
         store: ClientStore,
         share: WorkShare = lambda client, request: 1.0,  # noqa: ARG005
+        postprocess: Sequence[Postprocess] = (),
     ) -> None:
-        self._open_model = open_model
+        self._open_trainer = open_trainer
         self._load_examples = load_examples
         self._store = store
         self._share = share
+        self._postprocess = tuple(postprocess)
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
-        self._model: tuple[Base, AdaptedModel] | None = None
+        self._trainer: tuple[Base, Trainer] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -108,13 +104,9 @@ class Device:
             UpdateError: training gave nothing that may be sent.
         """
         with self._lock:
-            result, outgoing = self._train(client, request)
-            payloads, unsent = [], []
-            for each in outgoing:
-                payload, sent = encode_factor(each.update, each.terms, each.private_seed, each.weight)
-                payloads.append(payload)
-                unsent.append(each.update - sent)
-            self._keep(client, request, [each.terms for each in outgoing], unsent)
+            made = self._contribution(client, request, encode_factor)
+            self._keep(client, made)
+        result = made.result
         return TrainReply(
             round=request.round,
             examples=result.examples,
@@ -122,23 +114,18 @@ class Device:
             steps=result.steps,
             loss=result.loss,
             seconds=result.seconds,
-            update=tuple(payloads),
+            update=made.parts,
         )
 
-    def contribute(self, client: str, request: TrainRequest) -> Contribution:
+    def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
         """As `train`, but as words that can be masked; the residuals stay as they are until `keep_residuals`."""
         with self._lock:
-            result, outgoing = self._train(client, request)
-            parts, unsent = [], []
-            for each in outgoing:
-                part, sent = ring_contribution(each.update, each.terms, each.private_seed, each.weight)
-                parts.append(part)
-                unsent.append(each.update - sent)
-        return Contribution(tuple(each.terms for each in outgoing), tuple(parts), result.loss, request, tuple(unsent))
+            return self._contribution(client, request, ring_contribution)
 
-    def keep_residuals(self, client: str, contribution: Contribution) -> None:
+    def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
         """Remembers what a contribution did not carry; call it when the contribution is certain to count."""
-        self._keep(client, contribution.request, contribution.terms, contribution.unsent)
+        with self._lock:
+            self._keep(client, contribution)
 
     def hold(self, request: TrainRequest) -> str:
         """Takes a request's adapter in; gives the digest of what this device holds then.
@@ -147,12 +134,12 @@ class Device:
             PeerError, ModelError: as `train`.
         """
         with self._lock:
-            return adapter_digest(self._receive(self._model_for(request.base), request.adapter, request.job_seed))
+            return adapter_digest(self._receive(self._trainer_for(request.base), request.adapter, request.job_seed))
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
         """The codec's terms for each factor that a round trains, all slices of it; errors are those of `hold`."""
         with self._lock:
-            layout = self._model_for(request.base).layout
+            layout = self._trainer_for(request.base).layout
         return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
 
     def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
@@ -163,17 +150,16 @@ class Device:
             UpdateError: the client keeps nothing back.
         """
         with self._lock:
-            model = self._model_for(request.base)
-            received = self._receive(model, request.adapter, request.job_seed)
-            held_out = self._split(client, model, request.base, request.holdout, request.job_seed).held_out
+            trainer = self._trainer_for(request.base)
+            received = self._receive(trainer, request.adapter, request.job_seed)
+            held_out = self._split(client, trainer, request.base, request.holdout, request.job_seed).held_out
             if not held_out:
                 raise UpdateError("the client keeps no examples back to evaluate on")
-            model.load(received)
-            score = evaluate(model, held_out)
+            score = trainer.evaluate(received, held_out)
         return EvaluateReply(request.round, score.examples, score.tokens, score.loss, score.exact_match)
 
-    def _receive(self, model: AdaptedModel, adapter: Downlink, seed: int) -> Vector:
-        layout = model.layout
+    def _receive(self, trainer: Trainer, adapter: Downlink, seed: int) -> Vector:
+        layout = trainer.layout
         if adapter.digest == self._held[0]:
             self._store.keep_adapter(*self._held)  # the store may be another job's by now, and this its first adapter
             return self._held[1]
@@ -185,31 +171,38 @@ class Device:
         self._held = (adapter.digest, held)
         return held
 
-    def _train(self, client: str, request: TrainRequest) -> tuple[LocalResult, list[_Outgoing]]:
-        """Trains, and gives for each trained factor the update with what earlier ones did not carry added."""
-        model = self._model_for(request.base)
-        received = self._receive(model, request.adapter, request.job_seed)
-        split = self._split(client, model, request.base, request.work.holdout, request.job_seed)
-        work = request.work
-        if work.align and work.factors != "ab":
-            raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
-        layout, uplink, seed, number = model.layout, request.uplink, request.job_seed, request.round
-        terms = factor_terms(uplink, layout, work.factors, seed, number, own_tier(request))
-        owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
-        task = _local_task(client, request, owned, self._share(client, request))
-        result = train_within_memory(model, split.training, received, task)
-        if work.align:
-            result = replace(result, update=align_update(layout, received, result.update))
+    def _contribution(self, client: str, request: TrainRequest, encode: Encode[Part]) -> Contribution[Part]:
+        """Trains, and encodes each trained factor's update with what earlier ones did not carry added."""
+        result, terms = self._train(client, request)
+        uplink, segment_of = request.uplink, self._trainer_for(request.base).layout.segment
         weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
-        start = layout.segment(work.factors).start
-        outgoing = []
+        start = segment_of(request.work.factors).start
+        parts, unsent = [], []
         for each in terms:
-            segment = layout.segment(each.factor)
+            segment = segment_of(each.factor)
             trained = result.update[segment.start - start : segment.stop - start][each.indices]
             update = self._residual(client, request, each).compensate(trained, each.indices)
-            private_seed = derive_seed(seed, "dither", number, client, *each.label)
-            outgoing.append(_Outgoing(each, update, private_seed, weight))
-        return result, outgoing
+            private_seed = derive_seed(request.job_seed, "dither", request.round, client, *each.label)
+            part, sent = encode(update, each, private_seed, weight)
+            parts.append(part)
+            unsent.append(update - sent)
+        return Contribution(request, result, terms, tuple(parts), tuple(unsent))
+
+    def _train(self, client: str, request: TrainRequest) -> tuple[LocalResult, tuple[FactorTerms, ...]]:
+        """Trains, and gives what that came to with the codec's terms for each part of the update that travels."""
+        trainer, work = self._trainer_for(request.base), request.work
+        received = self._receive(trainer, request.adapter, request.job_seed)
+        split = self._split(client, trainer, request.base, work.holdout, request.job_seed)
+        if work.align and work.factors != "ab":
+            raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
+        layout, seed, number = trainer.layout, request.job_seed, request.round
+        terms = factor_terms(request.uplink, layout, work.factors, seed, number, own_tier(request))
+        owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
+        task = _local_task(client, request, owned, self._share(client, request))
+        result = trainer.train(split.training, received, task)
+        for change in (*((align_update,) if work.align else ()), *self._postprocess):
+            result = replace(result, update=change(layout, received, result.update))
+        return result, terms
 
     def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
         """What the client had not sent of a whole factor before this round, in the basis of this round.
@@ -226,43 +219,44 @@ class Device:
         changes = self._basis_changes(request, rebasing.digest) if kept > rebasing.before else None
         if changes is None:
             return Residual.empty(terms.whole)
-        return Residual(follow(self._model_for(request.base).layout, changes, terms.factor, residual.values))
+        return Residual(follow(self._trainer_for(request.base).layout, changes, terms.factor, residual.values))
 
     def _basis_changes(self, request: TrainRequest, digest: str) -> dict[str, Basis] | None:
         """How the basis changed after the round of this adapter; None where this device never held it."""
         if digest != self._rebasing[0]:
-            layout = self._model_for(request.base).layout
+            layout = self._trainer_for(request.base).layout
             held = self._store.adapter(digest, layout.size)
             self._rebasing = (digest, None if held is None else basis_changes(layout, held))
         return self._rebasing[1]
 
-    def _keep(self, client: str, request: TrainRequest, terms: Sequence[FactorTerms], unsent: Sequence[Vector]) -> None:
+    def _keep(self, client: str, made: Contribution[Part]) -> None:
         """Remembers what was not sent now; of what this client does not own in this round, what was not sent before."""
+        request = made.request
         if not request.uplink.error_feedback:
             return
         residuals: dict[Factor, Residual] = {}
-        for each, rest in zip(terms, unsent, strict=True):
+        for each, rest in zip(made.terms, made.unsent, strict=True):
             before = residuals.get(each.factor) or self._residual(client, request, each)
             residuals[each.factor] = before.carry(rest, each.indices)
         for factor, residual in residuals.items():
             self._store.keep_residual(client, factor, request.round, residual)
 
-    def _model_for(self, base: Base) -> AdaptedModel:
-        if self._model is None or self._model[0] != base:
-            self._model = None  # free the old one before the new one is loaded
-            model = self._open_model(base)
-            if model.base.digest != base.digest:
+    def _trainer_for(self, base: Base) -> Trainer:
+        if self._trainer is None or self._trainer[0] != base:
+            self._trainer = None  # free the old one before the new one is loaded
+            trainer = self._open_trainer(base)
+            if trainer.digest != base.digest:
                 raise ModelError(
-                    f"this device's base model {model.base.name} has digest {model.base.digest[:16]}…; "
+                    f"this device's base model {trainer.name} has digest {trainer.digest[:16]}…; "
                     f"the job is for {base.digest[:16]}…"
                 )
-            self._model = (base, model)
-        return self._model[1]
+            self._trainer = (base, trainer)
+        return self._trainer[1]
 
-    def _split(self, client: str, model: AdaptedModel, base: Base, share: float, seed: int) -> _Split:
+    def _split(self, client: str, trainer: Trainer, base: Base, share: float, seed: int) -> _Split:
         key = (client, base, share, seed)
         if key not in self._splits:
-            examples = self._load_examples(client, model, base.sequence_length)
+            examples = self._load_examples(client, trainer, base.sequence_length)
             self._splits[key] = _Split(*hold_out(examples, share, derive_seed(seed, "holdout", client)))
             while len(self._splits) > CACHED_CLIENTS:
                 self._splits.popitem(last=False)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedtune.client.device import Contribution, Device, own_tier
+from fedtune.core.codec import RingUpdate
 from fedtune.core.codec.masked import masked_segments, masked_words
 from fedtune.core.protocol.payloads import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
@@ -48,7 +49,7 @@ class _Round:
 
     session: ClientSession
     request: TrainRequest
-    contribution: Contribution | None = None
+    contribution: Contribution[RingUpdate] | None = None
 
 
 class SecureRounds:
@@ -94,7 +95,7 @@ class SecureRounds:
         if round_.contribution is None:
             round_.contribution = self._device.contribute(client, round_.request)
         made = round_.contribution
-        return round_.session.mask(message, masked_words(made.terms, made.parts, made.loss))
+        return round_.session.mask(message, masked_words(made.terms, made.parts, made.result.loss))
 
     def vote(self, client: str, message: bytes) -> bytes:
         """Takes who is in the sum; gives this client's signature over that."""

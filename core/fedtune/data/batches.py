@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from fedtune.core.seeds import generator
 from fedtune.data.examples import Example
@@ -21,7 +20,7 @@ LENGTH_STEP = 8  # padded lengths are multiples of it: few distinct shapes, so k
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples as tensors, padded on the right, where causal attention cannot see the padding.
+    """Examples as arrays, padded on the right, where causal attention cannot see the padding.
 
     Args:
         ids: int64, (examples, length).
@@ -30,10 +29,10 @@ class Batch:
         owners: int64, (targets,): the row of each target.
     """
 
-    ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
+    ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    owners: npt.NDArray[np.int64]
 
 
 def steps_of_epoch(examples: Sequence[Example], budget: int, seed: int, epoch: int) -> list[list[Example]]:
@@ -66,13 +65,13 @@ def split(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     return runs
 
 
-def in_order_of_length(examples: Sequence[Example], budget: int, device: torch.device) -> Iterator[Batch]:
-    """All examples in batches with little padding, for evaluation."""
+def in_order_of_length(examples: Sequence[Example], budget: int) -> Iterator[Batch]:
+    """Gives all examples in batches with little padding, for evaluation."""
     for run in micro_batches(examples, budget):
-        yield collate(run, device)
+        yield collate(run)
 
 
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """Lays examples into one padded batch. The padding's token is 0; nothing ever reads its output."""
     length = max(map(_padded_length, examples))
     ids = np.zeros((len(examples), length), dtype=np.int64)
@@ -87,7 +86,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     owners = np.repeat(np.arange(len(examples)), [example.target_tokens for example in examples])
     # The token after a position is its target.
     targets = ids.reshape(-1)[positions + 1]
-    return Batch(*(torch.from_numpy(array).to(device) for array in (ids, positions, targets, owners)))
+    return Batch(ids, positions, targets, owners)
 
 
 def _padded_length(example: Example) -> int:

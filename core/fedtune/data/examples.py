@@ -16,15 +16,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.seeds import generator
 from fedtune.core.text import nfc
 from fedtune.data.records import Message, Record, read_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import DEMO, ModelSettings
 from fedtune.model.nf4 import RECIPE, PackedLinear, dequantize, quantize
+from fedtune.model.shape import Precision, Weights
 
-Precision = Literal["fp32", "bf16", "fp16"]
-Weights = Literal["packed", "dequantized"]
 Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

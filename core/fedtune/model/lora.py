@@ -15,7 +15,6 @@ where the values live, and that the sum above is one operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -34,24 +33,6 @@ _ADAPTER = "default"  # peft's name for the one adapter
 _LISTED_ENDINGS = 20  # how many existing names an error lists
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
-
-    Args:
-        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
-            longer is a pass of its own.
-        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
-    """
-
-    tokens: int | None = None
-    checkpointing: bool = False
-
-    def at_once(self, asked: int) -> int:
-        """Tokens of a forward pass, where so many are asked for."""
-        return asked if self.tokens is None else min(asked, self.tokens)
-
-
 class AdaptedModel:
     """A base model with one adapter attached, whose values are swapped in place.
 
@@ -59,8 +40,6 @@ class AdaptedModel:
         base: not to be adapted a second time.
         layout: where each factor lies in the vector.
     """
-
-    limits = Limits()
 
     def __init__(self, base: BaseModel, layout: AdapterLayout) -> None:
         self.base = base
@@ -75,18 +54,15 @@ class AdaptedModel:
         )
         config._register_custom_module({nn.Linear: AdaptedLinear})
         inject_adapter_in_model(config, base.network, _ADAPTER)
-        values, gradients = _views(layout, self.parameters), _views(layout, self.gradient)
         self._factors = {}
-        for module in layout.modules:
-            layer = base.network.get_submodule(module.name)
+        for name, extents in layout.extents.items():
+            layer = base.network.get_submodule(name)
             factors = []
-            for holder, value, gradient in zip(
-                (layer.lora_A, layer.lora_B), values[module.name], gradients[module.name], strict=True
-            ):
-                holder[_ADAPTER].weight = nn.Parameter(value)
-                holder[_ADAPTER].weight.grad = gradient
+            for holder, extent in zip((layer.lora_A, layer.lora_B), extents, strict=True):
+                holder[_ADAPTER].weight = nn.Parameter(self.parameters[extent.where].view(extent.shape))
+                holder[_ADAPTER].weight.grad = self.gradient[extent.where].view(extent.shape)
                 factors.append(holder[_ADAPTER].weight)
-            self._factors[module.name] = factors
+            self._factors[name] = factors
         base.network.requires_grad_(False)
         self.train_factors("ab")
 
@@ -177,18 +153,6 @@ class _LowRankSum(torch.autograd.Function):
         if needs_b:
             to_b = (flat.T @ thin).float().mul_(ctx.scaling)
         return gradient, to_x, to_a, to_b, None
-
-
-def _views(layout: AdapterLayout, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """`AdapterLayout.views` of a tensor."""
-    views = {}
-    start_a, start_b = 0, layout.size_a
-    for module in layout.modules:
-        lora_a = flat[start_a : start_a + layout.rank * module.d_in].view(layout.rank, module.d_in)
-        lora_b = flat[start_b : start_b + module.d_out * layout.rank].view(module.d_out, layout.rank)
-        views[module.name] = (lora_a, lora_b)
-        start_a, start_b = start_a + lora_a.numel(), start_b + lora_b.numel()
-    return views
 
 
 def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:

@@ -9,6 +9,7 @@ by chunk in the forward pass, and a chunk's logits are dropped before the next. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,26 @@ from torch import Tensor, nn
 
 from fedtune.data.batches import Batch
 from fedtune.model.base_model import BaseModel
+from fedtune.model.shape import MAX_CHUNK_LOGITS
 
-MAX_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 _CHECKED_TOKENS = 8
 _AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBatch:
+    """A batch as tensors on one device; the shapes are those of `Batch`."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
+def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    """Copies a batch to where the model computes."""
+    arrays = (batch.ids, batch.positions, batch.targets, batch.owners)
+    return DeviceBatch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 class LanguageModelHead:
@@ -27,9 +44,13 @@ class LanguageModelHead:
 
     The last hidden state goes through the head and the scaling or soft cap that some architectures put behind it. An
     architecture that does more is found out by comparing a few logits, and its own full logits are used instead.
+
+    Args:
+        base: its network must be in evaluation mode.
+        chunk_logits: how many logits exist at once, at least one position's.
     """
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, chunk_logits: int = MAX_CHUNK_LOGITS) -> None:
         self._network = base.network
         self._head = base.head
         config = base.network.config.get_text_config()
@@ -37,10 +58,12 @@ class LanguageModelHead:
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._vocabulary = int(config.vocab_size)
+        self.chunk = max(1, chunk_logits // self._vocabulary)
+        """How many positions' logits are computed at once."""
         self.split = True
         self.split = self._agrees(base.device)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: DeviceBatch) -> Tensor:
         """The states before the batch's targets, (targets, d); with gradient where it is enabled."""
         states = self._states(batch.ids)
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
@@ -53,11 +76,6 @@ class LanguageModelHead:
         if self._scale != 1.0:
             logits = logits * self._scale
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
-
-    @property
-    def chunk(self) -> int:
-        """How many positions' logits are computed at once."""
-        return max(1, MAX_CHUNK_LOGITS // self._vocabulary)
 
     def _states(self, ids: Tensor) -> Tensor:
         if self.split:
@@ -75,14 +93,14 @@ class LanguageModelHead:
         return split.shape == whole.shape and bool((split - whole).abs().max() <= _AGREEMENT * whole.abs().max())
 
 
-def completion_loss(lm_head: LanguageModelHead, batch: Batch) -> Tensor:
+def completion_loss(lm_head: LanguageModelHead, batch: DeviceBatch) -> Tensor:
     """The summed cross-entropy of a batch's targets: float32, (), differentiable."""
     hidden = lm_head.hidden(batch)
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, lm_head))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def score(lm_head: LanguageModelHead, batch: Batch) -> tuple[Tensor, Tensor]:
+def score(lm_head: LanguageModelHead, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
     """Per target: its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
     losses, right = [], []
     for rows, targets in _chunks(lm_head, lm_head.hidden(batch), batch.targets):

@@ -17,7 +17,7 @@ from fedtune.core.round_records import Evaluation
 from fedtune.data.batches import in_order_of_length
 from fedtune.data.examples import Example, start_tokens
 from fedtune.model.lora import AdaptedModel
-from fedtune.model.loss import score
+from fedtune.model.loss import on_device, score
 
 EVALUATION_TOKENS = 8192  # a batch; nothing is kept for a backward pass, so more than training's
 ANSWERED_TOGETHER = 16
@@ -28,7 +28,7 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     """Scores the adapter that the model holds.
 
     Args:
-        batch_tokens: tokens computed at once, padding included; fewer where the model's limits say so.
+        batch_tokens: tokens computed at once, padding included.
 
     Raises:
         InputError: there is no example.
@@ -39,7 +39,8 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     device = model.base.device
     loss = 0.0
     tokens = exact = 0
-    for batch in in_order_of_length(examples, model.limits.at_once(batch_tokens), device):
+    for arrays in in_order_of_length(examples, batch_tokens):
+        batch = on_device(arrays, device)
         losses, right = score(model.lm_head, batch)
         wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
         loss += float(losses.cpu().double().sum())

@@ -3,24 +3,23 @@
     shape = shape_of(ModelSettings("demo"))
 
 The network is built without storage (torch's meta device), so the counts are those of the real one, whatever its
-architecture calls its layers.
+architecture calls its layers. Only `shape_of` needs torch, and imports it when it is called: a plan is made of sizes
+alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from typing import Any, Literal
 
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
-from fedtune.model.base_model import load_config, quiet, source_of
+
+Precision = Literal["fp32", "bf16", "fp16"]  # of the arithmetic
+Weights = Literal["packed", "dequantized"]  # how the linear weights are held
+MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,11 @@ def shape_of(settings: ModelSettings) -> ModelShape:
     Raises:
         ModelError: not a model directory, not a causal LM, or a configuration that no network can be built from.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fedtune.model.base_model import load_config, quiet, source_of
+
     with quiet():
         source = source_of(settings.base)
         config = load_config(source)
@@ -112,6 +116,9 @@ def shape_of(settings: ModelSettings) -> ModelShape:
 
 
 def _linear_modules(network: Any) -> list[AdaptedModule]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     head = network.get_output_embeddings()
     found = []
     for name, module in network.named_modules():

@@ -17,8 +17,8 @@ LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 
 def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Path) -> None:
     memory, first = JobMemory(tmp_path), LAYOUT.initial(0)
-    model: Any = SimpleNamespace(layout=LAYOUT, base=SimpleNamespace(digest="0" * 64))
-    device = Device(lambda base: model, lambda *asked: [], memory)
+    trainer: Any = SimpleNamespace(layout=LAYOUT, digest="0" * 64)
+    device = Device(lambda base: trainer, lambda *asked: [], memory)
     adapter = Broadcast(LAYOUT, first, exact=False).write(FIRST, first)
     request: Any = SimpleNamespace(base=SimpleNamespace(digest="0" * 64), adapter=adapter, job_seed=0)
     for job in ("one", "two"):

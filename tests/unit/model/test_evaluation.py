@@ -15,8 +15,7 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, Limits, adapt
-from fedtune.model.loss import score
+from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.scoring import answer, evaluate
 
 MakeModel = Callable[..., Path]
@@ -51,24 +50,6 @@ def test_an_example_matches_exactly_when_greedy_decoding_writes_it(model: Adapte
     assert evaluate(model, right).exact_match == 1.0
     assert evaluate(model, wrong).exact_match == 0.0
     assert evaluate(model, right + wrong, batch_tokens=64).exact_match == 0.5
-
-
-def test_a_model_s_limits_cut_batches_and_not_the_score(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapt(load_base(ModelSettings(str(make_model())), precision="fp32"), AdapterSettings(rank=4))
-    examples = [Example(np.arange(3, 15 + number, dtype=np.int32), 4) for number in range(8)]
-    sizes: list[int] = []
-
-    def seen(lm_head: Any, batch: Any) -> Any:
-        sizes.append(batch.ids.numel())
-        return score(lm_head, batch)
-
-    monkeypatch.setattr("fedtune.model.scoring.score", seen)
-    whole = evaluate(model, examples)
-    assert max(sizes) > 48
-    sizes.clear()
-    model.limits = Limits(48)
-    assert evaluate(model, examples).loss == pytest.approx(whole.loss, rel=1e-6)
-    assert max(sizes) <= 48
 
 
 def test_answers_of_a_batch_are_those_of_decoding_alone(model: AdaptedModel) -> None:

@@ -14,10 +14,9 @@ from torch import nn
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate
 from fedtune.data.examples import Example
-from fedtune.model import loss as loss_module
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
-from fedtune.model.loss import LanguageModelHead, completion_loss, score
+from fedtune.model.loss import LanguageModelHead, completion_loss, on_device, score
 
 MakeModel = Callable[..., Path]
 # Architectures with something between head and logits, and one whose split the language-model head cannot know.
@@ -62,13 +61,13 @@ def loss_and_gradient(model: AdaptedModel, compute: Callable[[], torch.Tensor]) 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 24, 2000, 1])
 def test_padded_chunked_loss_and_gradient_are_the_plain_ones(
-    make_model: MakeModel, architecture: str, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, architecture: str, chunk_logits: int
 ) -> None:
-    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     model = load_adapted(make_model(architecture))
-    assert model.lm_head.split
-    batch = collate(examples(), torch.device("cpu"))
-    loss, gradient = loss_and_gradient(model, lambda: completion_loss(model.lm_head, batch))
+    lm_head = LanguageModelHead(model.base, chunk_logits)
+    assert lm_head.split
+    batch = on_device(collate(examples()), torch.device("cpu"))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(lm_head, batch))
     expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(model.base.network))
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
@@ -80,7 +79,7 @@ def test_scaled_and_capped_logits_are_read_out_as_the_model_does(
 ) -> None:
     model = load_adapted(make_model(architecture, **settings))
     assert model.lm_head.split
-    batch = collate(examples(), torch.device("cpu"))
+    batch = on_device(collate(examples()), torch.device("cpu"))
     expected = float(plain_loss(model.base.network).detach())
     assert float(completion_loss(model.lm_head, batch).detach()) == pytest.approx(expected, rel=1e-5)
 
@@ -98,7 +97,7 @@ def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(m
     network.forward = shifted
     lm_head = LanguageModelHead(model.base)
     assert not lm_head.split
-    batch = collate(examples(), torch.device("cpu"))
+    batch = on_device(collate(examples()), torch.device("cpu"))
     loss, gradient = loss_and_gradient(model, lambda: completion_loss(lm_head, batch))
     expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(network))
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -107,21 +106,19 @@ def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(m
 
 def test_scores_are_per_target(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
-    batch = collate(examples(), torch.device("cpu"))
+    batch = on_device(collate(examples()), torch.device("cpu"))
     losses, right = score(model.lm_head, batch)
     assert losses.shape == right.shape == batch.targets.shape
     assert float(losses.sum()) == pytest.approx(float(plain_loss(model.base.network).detach()), rel=1e-5)
 
 
-def test_logits_of_no_more_than_a_chunk_exist_at_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 2000)
+def test_logits_of_no_more_than_a_chunk_exist_at_once(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
+    lm_head = LanguageModelHead(model.base, 2000)
     rows: list[int] = []
     model.base.head.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
-    batch = collate(examples(), torch.device("cpu"))
-    model.lm_head  # noqa: B018  # checks itself on full logits first
-    rows.clear()
-    torch.autograd.backward(completion_loss(model.lm_head, batch))
+    batch = on_device(collate(examples()), torch.device("cpu"))
+    torch.autograd.backward(completion_loss(lm_head, batch))
     assert len(rows) > 1
     assert max(rows) <= 2000 // len(model.base.tokenizer)
     assert sum(rows) == len(batch.targets)

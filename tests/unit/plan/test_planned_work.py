@@ -18,9 +18,9 @@ from fedtune.client.plan.memory import Choices, predict_memory
 from fedtune.client.plan.planner import NoPlanError, upload_bytes
 from fedtune.client.torch import device_plan as command
 from fedtune.client.torch.calibration import Case, Measured
-from fedtune.client.torch.enforcement import train_within_memory
 from fedtune.client.torch.planned_work import PlannedWork
-from fedtune.client.torch.training import LocalTask, train_locally
+from fedtune.client.torch.training import train_locally
+from fedtune.client.trainer import LocalTask
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
@@ -88,10 +88,10 @@ class Fixture:
 
     def update(self, terms: Terms) -> Vector:
         """One round's training, as a device does it."""
-        model = self.work.open_model(terms.base)
+        trainer = self.work.open_trainer(terms.base)
         with self.work.watched():
-            examples = self.work.load_examples("", model, terms.base.sequence_length)
-            return train_within_memory(model, examples, model.layout.initial(0), TASK).update
+            examples = self.work.load_examples("", trainer, terms.base.sequence_length)
+            return trainer.train(examples, trainer.layout.initial(0), TASK).update
 
 
 @pytest.fixture
@@ -125,9 +125,9 @@ def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same
     assert outcome.plan.choices.tokens < 100
     assert outcome.plan.accumulation > 2
     update = fixture.update(terms)
-    model = fixture.work.open_model(terms.base)
-    assert model.base.weights == "packed"
-    assert (model.limits.tokens, model.limits.checkpointing) == (outcome.plan.choices.tokens, True)
+    trainer = fixture.work.open_trainer(terms.base)
+    assert trainer.model.base.weights == "packed"
+    assert (trainer.limits.tokens, trainer.limits.checkpointing) == (outcome.plan.choices.tokens, True)
     np.testing.assert_allclose(update, simulated(folder, data), rtol=1e-2, atol=TASK.learning_rate * 0.02)
 
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(fixture: F
     assert str(folder) not in str(refused.value)
     assert fixture.work.to_json() is None
     with pytest.raises(NoPlanError):
-        fixture.work.open_model(terms_for(folder).base)
+        fixture.work.open_trainer(terms_for(folder).base)
     fixture.free = LARGE
     assert fixture.work.take_on(terms_for(folder)).plan.tier == 4  # asked again, with memory free
 
@@ -192,14 +192,14 @@ def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with
     terms = terms_for(folder)
     outcome = fixture.work.take_on(terms)
     fixture.update(terms)
-    model = fixture.work.open_model(terms.base)
+    trainer = fixture.work.open_trainer(terms.base)
     fixture.free, fixture.used = 0, outcome.plan.budget + 1
     with fixture.work.watched():
         pass
     assert "may be used; planning anew" in fixture.shown[-1]
     with pytest.raises(NoPlanError, match=r"needs .* and \d+ MB may be used"), fixture.work.watched():
         pass
-    assert model.limits.tokens == 250
+    assert trainer.limits.tokens == 250
 
 
 def test_memory_that_betrays_the_prediction_lowers_the_limits_of_the_next_round(
@@ -211,12 +211,12 @@ def test_memory_that_betrays_the_prediction_lowers_the_limits_of_the_next_round(
     outcome = fixture.work.take_on(terms)
     assert outcome.plan.choices.tokens == 250
     fixture.update(terms)
-    model = fixture.work.open_model(terms.base)
+    trainer = fixture.work.open_trainer(terms.base)
     fixture.used = round(outcome.plan.budget * 1.3)
     with fixture.work.watched():
         pass
-    assert model.limits.tokens is not None
-    assert model.limits.tokens < 250
+    assert trainer.limits.tokens is not None
+    assert trainer.limits.tokens < 250
     corrected = fixture.work.to_json()
     assert corrected is not None
     assert corrected["predicted"]["kappa"] > 1.2
@@ -242,11 +242,11 @@ def test_predicted_and_measured_stand_side_by_side(fixture: Fixture, folder: Pat
 def test_only_the_base_that_was_planned_for_is_opened(fixture: Fixture, folder: Path) -> None:
     terms = terms_for(folder)
     with pytest.raises(PeerError, match="at the registration"):
-        fixture.work.open_model(terms.base)
+        fixture.work.open_trainer(terms.base)
     fixture.work.take_on(terms)
     other = msgspec.structs.replace(terms.base, rank=8)
     with pytest.raises(PeerError, match="another base model or adapter than at the registration"):
-        fixture.work.open_model(other)
+        fixture.work.open_trainer(other)
 
 
 def test_a_device_without_the_base_says_which_it_has(
@@ -257,18 +257,18 @@ def test_a_device_without_the_base_says_which_it_has(
     work = Fixture(monkeypatch, tmp_path, [other], data).work
     work.take_on(terms)
     with pytest.raises(ModelError, match=r"this device has .*\(digest [0-9a-f]{16}…\). Join with --base DIR"):
-        work.open_model(terms.base)
+        work.open_trainer(terms.base)
     with pytest.raises(ModelError, match="this device has none"):
         Fixture(monkeypatch, tmp_path, [], data).work.take_on(terms)
     both = Fixture(monkeypatch, tmp_path, [other, folder], data).work
     both.take_on(terms)
-    assert both.open_model(terms.base).base.digest == terms.base.digest
+    assert both.open_trainer(terms.base).digest == terms.base.digest
 
 
 def test_another_format_than_the_loaded_one_is_loaded_again(fixture: Fixture, folder: Path) -> None:
     terms = terms_for(folder)
     fixture.work.take_on(terms)
-    fixture.work.open_model(terms.base)
+    fixture.work.open_trainer(terms.base)
     fixture.work.take_on(terms_for(folder, local_steps=5))
     assert not fixture.work.must_reload
     fixture.work.take_on(terms_for(folder, weights="packed"))

@@ -15,13 +15,12 @@ from fedtune.client.plan.planner import (
     affordable_rank,
     choose,
     longest_example,
-    rank_tiers,
     upload_bytes,
 )
 from fedtune.client.torch.seconds import operations_per_token, step_seconds
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import InputError, ModelError
-from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.core.job.settings import AdapterSettings, ModelSettings, rank_tiers
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
 from fedtune.model.shape import ModelShape, shape_of

@@ -108,10 +108,12 @@ def test_a_kind_with_little_memory_trains_on_examples_cut_to_its_plan(tmp_path: 
     for name in NAMES:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(long) + "\n", encoding="utf-8")
     settings = ("data.sequence_length=128", f"data.train={tmp_path}/*.jsonl", "data.evaluation=", "export.formats=[]")
-    simulation_context = SimulationContext(job(*settings, f"simulation.fleet={file}"), tmp_path / "clients")
+    simulation_context = SimulationContext.begin(job(*settings, f"simulation.fleet={file}"), tmp_path / "clients")
     assert simulation_context.devices is not None
     longest = {
-        kind.name: max(len(example.ids) for example in simulation_context.examples(name, simulation_context.model, 128))
+        kind.name: max(
+            len(example.ids) for example in simulation_context.examples(name, simulation_context.trainer, 128)
+        )
         for name, kind in simulation_context.devices.kinds.items()
     }
     assert longest["phone"] == 64

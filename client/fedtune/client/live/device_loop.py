@@ -372,7 +372,7 @@ class Service:
 
     def _make_apps(self) -> None:
         planned = self._planned
-        device = Device(planned.open_model, planned.load_examples, self._memory, planned.share)
+        device = Device(planned.open_trainer, planned.load_examples, self._memory, planned.share)
         self._secure_app = client_app(device, credentials=self._credentials)
         self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
 

@@ -20,13 +20,8 @@ correction, measured over predicted, from one real step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from fedtune.model.loss import MAX_CHUNK_LOGITS
-from fedtune.model.shape import ModelShape
-
-Weights = Literal["packed", "dequantized"]
-Precision = Literal["fp32", "bf16", "fp16"]
+from fedtune.model.shape import MAX_CHUNK_LOGITS, ModelShape, Precision, Weights
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 4.127 / 8

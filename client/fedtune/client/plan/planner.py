@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedtune.client.plan.memory import Choices, MemoryPrediction, Precision, Weights, predict_memory
+from fedtune.client.plan.memory import Choices, MemoryPrediction, predict_memory
 from fedtune.core.errors import InputError
+from fedtune.core.job.settings import rank_tiers
 from fedtune.data.batches import LENGTH_STEP
-from fedtune.model.shape import ModelShape
+from fedtune.model.shape import ModelShape, Precision, Weights
 
 RESERVE = 0.25  # of the free memory stays free
 UPLOAD_SHARE = 0.25  # of a round's deadline that may go to sending
-SMALLEST_RANK = 4
 SHORTEST_SEQUENCE = 64
 # Of the default, masked: 63,648 bytes up and 19,604 down for 245,760 parameters, protocol included (benchmarks/demo).
 BYTES_PER_PARAMETER_UP, BYTES_PER_PARAMETER_DOWN = 0.26, 0.08
@@ -150,15 +150,6 @@ def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
             f"{constraints.bandwidth_up:,.0f} bytes a second; {seconds:.0f} s of the round's deadline are for that"
         )
     return fitting[-1]
-
-
-def rank_tiers(largest: int) -> tuple[int, ...]:
-    """4, 8, 16, … and the largest itself."""
-    tiers, rank = [], SMALLEST_RANK
-    while rank < largest:
-        tiers.append(rank)
-        rank *= 2
-    return (*tiers, largest)
 
 
 def upload_bytes(shape: ModelShape, rank: int) -> int:

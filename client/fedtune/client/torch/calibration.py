@@ -24,9 +24,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.client.plan.memory import Precision, Weights
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import DEMO
+from fedtune.model.shape import Precision, Weights
 
 STEPS = 5  # after which glibc's heap has settled
 LIKELY_KAPPA = (0.2, 5.0)
@@ -263,7 +263,8 @@ def _load(case: Case) -> Any:
 
 def _train(model: Any, case: Case) -> float:
     """One optimizer step on random tokens of the full length; its seconds."""
-    from fedtune.client.torch.training import LocalTask, train_locally
+    from fedtune.client.torch.training import train_locally
+    from fedtune.client.trainer import LocalTask
     from fedtune.data.examples import Example
 
     random = np.random.default_rng(0)

@@ -2,7 +2,7 @@
 
     work = PlannedWork(bases, data, calibrations, show)
     outcome = work.take_on(terms)           # at the registration; NoPlanError with the numbers where nothing fits
-    model = work.open_model(base)           # when the first round asks for it, and within the plan
+    trainer = work.open_trainer(base)       # when the first round asks for it, and within the plan
     with work.watched(): ...                # around a round's training
 
 Where memory is plenty the plan is what a simulation of the job does, bit for bit. Where it is short the device cuts
@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
-from fedtune.client.plan.memory import Precision, Weights, kappa_of
+from fedtune.client.plan.memory import kappa_of
 from fedtune.client.plan.planner import NoPlanError, megabytes
 from fedtune.client.torch.calibration import LIKELY_KAPPA, Calibration, CalibrationStore, Meter, meter_for, warm_up
 from fedtune.client.torch.device_plan import Link, Outcome, Trial, calibration_key, make_plan
+from fedtune.client.torch.torch_trainer import Limits, TorchTrainer
+from fedtune.client.trainer import Trainer
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
 from fedtune.core.protocol.payloads import Base, TrainRequest
@@ -31,7 +33,8 @@ from fedtune.core.protocol.registration import Terms
 from fedtune.core.timing import done_share
 from fedtune.data.examples import Example, load_examples
 from fedtune.model.base_model import best_precision, load_base
-from fedtune.model.lora import AdaptedModel, Limits, adapt
+from fedtune.model.lora import adapt
+from fedtune.model.shape import Precision, Weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class PlannedWork:
         self._terms: Terms | None = None
         self._plans: dict[str, Outcome | NoPlanError] = {}
         self._source = ""  # whose plan holds: of the base in memory, or the likeliest
-        self._model: tuple[str, Base, AdaptedModel] | None = None
+        self._held: tuple[str, Base, TorchTrainer] | None = None
         self._meter: Meter | None = None
         self._runtime: int | None = None
         self._preparing, self._warm = 0.0, False
@@ -81,9 +84,9 @@ class PlannedWork:
     @property
     def must_reload(self) -> bool:
         """Whether the model in memory is of the right base but not as the plan wants it."""
-        if self._model is None or self._terms is None or self._model[1] != self._terms.base:
+        if self._held is None or self._terms is None or self._held[1] != self._terms.base:
             return False
-        planned, base = self._plans.get(self._model[0]), self._model[2].base
+        planned, base = self._plans.get(self._held[0]), self._held[2].model.base
         return isinstance(planned, Outcome) and (base.weights, base.precision) != _form(planned)
 
     def take_on(self, terms: Terms) -> Outcome:
@@ -106,14 +109,14 @@ class PlannedWork:
             except NoPlanError as error:
                 refusal = error
                 continue
-            if self._model and self._model[0] == source:
-                self._model[2].limits = _limits(outcome)
+            if self._held and self._held[0] == source:
+                self._held[2].limits = _limits(outcome)
             return outcome
         self.uplink = None  # where that was why nothing fits, it is measured anew; one slow upload bars nobody for good
         raise refusal or self._no_base(terms.base, ["none"])
 
-    def open_model(self, base: Base) -> AdaptedModel:
-        """The model of the digest that the server names, from this device's directories, never the server's path.
+    def open_trainer(self, base: Base) -> TorchTrainer:
+        """Opens the model of the digest that the server names, from this device's directories, never the server's path.
 
         Raises:
             PeerError: it is not the base that was planned for.
@@ -122,7 +125,7 @@ class PlannedWork:
         """
         if self._terms is None or base != self._terms.base:
             raise PeerError("asked for another base model or adapter than at the registration")
-        self._model = loaded = None  # free the old one before the new one is loaded
+        self._held = loaded = None  # free the old one before the new one is loaded
         start, found = time.monotonic(), []
         refusal: NoPlanError | None = None
         for source in self._sources(base):
@@ -138,20 +141,19 @@ class PlannedWork:
             if loaded.digest != base.digest:
                 found.append(f"{source} (digest {loaded.digest[:16]}…)")
                 continue
-            model = adapt(loaded, _adapter(base))
-            model.limits = _limits(outcome)
-            self._model, self._source, self._runtime = (source, base, model), source, runtime
+            trainer = TorchTrainer(adapt(loaded, _adapter(base)), _limits(outcome))
+            self._held, self._source, self._runtime = (source, base, trainer), source, runtime
             self._look()
             self._preparing += time.monotonic() - start
-            return model
+            return trainer
         raise refusal or self._no_base(base, found or ["none"])
 
-    def load_examples(self, client: str, model: AdaptedModel, sequence_length: int) -> list[Example]:
+    def load_examples(self, client: str, trainer: Trainer, sequence_length: int) -> list[Example]:
         """This device's examples, cut to the plan's length."""
         del client  # there is but one here
         start = time.monotonic()
         length = min(sequence_length, self._current().plan.sequence_length)
-        examples, report = load_examples(self._data, model.base.tokenizer, length, skip_bad=True)
+        examples, report = load_examples(self._data, trainer.tokenizer, length, skip_bad=True)
         self._show(f"data: {report}")
         self._preparing += time.monotonic() - start
         return examples
@@ -168,7 +170,7 @@ class PlannedWork:
         Raises:
             NoPlanError: an earlier round took more memory than any plan may.
         """
-        if self._model is not None:
+        if self._held is not None:
             self._current()
             self._reset()
         self._preparing, start = 0.0, time.monotonic()
@@ -213,7 +215,7 @@ class PlannedWork:
         assert self._terms is not None
         known: dict[str, Any] = {
             "link": Link(up=self.uplink, deadline=self._terms.deadline or None),
-            "runtime": self._runtime if self._model else None,
+            "runtime": self._runtime if self._held else None,
             "store": self._store,
             "note": self._show,
         }
@@ -226,16 +228,16 @@ class PlannedWork:
     def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:
         """Corrects this device's κ by a round that took more than it may, and trains the next under less."""
         self._show(f"training took {megabytes(peak)}, and {megabytes(outcome.plan.budget)} may be used; planning anew")
-        assert self._model is not None
+        assert self._held is not None
         assert self._terms is not None
-        source, _, model = self._model
+        source, _, trainer = self._held
         choices, plan = outcome.plan.choices, outcome.plan
         kappa = kappa_of(outcome.shape, choices, peak, target_share=outcome.target_share)
         tokens = outcome.local_steps * plan.accumulation * choices.tokens
         corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
         self._store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
-        job = _job(self._terms, source)
-        held = replace(job, training=replace(job.training, weights=model.base.weights, precision=model.base.precision))
+        job, base = _job(self._terms, source), trainer.model.base
+        held = replace(job, training=replace(job.training, weights=base.weights, precision=base.precision))
         self.took = replace(self.took, peak_bytes=None)
         try:
             anew = self._make(held, "never")
@@ -246,7 +248,7 @@ class PlannedWork:
             numbers = f"it takes {megabytes(peak)}, and {megabytes(anew.plan.budget)} may be used"
             self._plans[source] = NoPlanError(f"training does not fit this device: {numbers}")
             return
-        self._plans[source], model.limits = anew, _limits(anew)
+        self._plans[source], trainer.limits = anew, _limits(anew)
 
     def _warm_up(self) -> None:
         """Once: what every training brings in counts as the program's own, as it does where κ is measured."""
@@ -259,7 +261,7 @@ class PlannedWork:
         """This device's directories, the likeliest first."""
         if base.name == DEMO:
             return [DEMO]
-        held = self._model[0] if self._model and self._model[1] == base else ""
+        held = self._held[0] if self._held and self._held[1] == base else ""
         return sorted(map(str, self._bases), key=lambda path: (path != held, Path(path).name != Path(base.name).name))
 
     def _no_base(self, base: Base, found: list[str]) -> ModelError:

@@ -12,13 +12,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import coordinates
 from fedtune.core.errors import UpdateError
@@ -26,65 +26,9 @@ from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS
 from fedtune.data.batches import collate, micro_batches, steps_of_epoch
 from fedtune.data.examples import Example
 from fedtune.model.lora import AdaptedModel
-from fedtune.model.loss import completion_loss
+from fedtune.model.loss import completion_loss, on_device
 
 _MAX_SKIPPED_STEPS = 16  # in a row: fp16's loss scale starts at 2**16 and halves with each, down to 1
-
-
-@dataclass(frozen=True)
-class LocalTask:
-    """What a client is asked to do in one round.
-
-    Args:
-        seed: of the order of the examples and of dropout; derive it from job seed, round and client.
-        learning_rate: this round's.
-        factors: which factors are trained; the others stay as received.
-        owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
-        local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
-        local_epochs: passes over the examples, instead.
-        batch_tokens: tokens an optimizer step, padding included.
-        micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
-        weight_decay: of AdamW.
-        max_gradient_norm: longer gradients are scaled down to it.
-        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
-        gradient_checkpointing: compute activations twice rather than keep them.
-    """
-
-    seed: int
-    learning_rate: float
-    factors: Factors = "ab"
-    owned: tuple[int, ...] | None = None
-    local_steps: int | None = None
-    local_epochs: float | None = None
-    batch_tokens: int = 2048
-    micro_batch_tokens: int | None = None
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    proximal: float = 0.0
-    gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class LocalResult:
-    """What a client's training came to.
-
-    Args:
-        update: trained minus received, float32, the segment of the trained factors.
-        examples: how many examples the client trains on: a weight for aggregation.
-        target_tokens: tokens that the loss counts in those examples: another.
-        loss: mean over the target tokens of all steps, each before its own step.
-        steps: optimizer steps taken.
-        tokens: tokens computed, padding included.
-        seconds: from receiving to result.
-    """
-
-    update: Vector
-    examples: int
-    target_tokens: int
-    loss: float
-    steps: int
-    tokens: int
-    seconds: float
 
 
 def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
@@ -179,7 +123,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
     for part in micro_batches(examples, task.micro_batch_tokens or task.batch_tokens):
-        batch = collate(part, model.base.device)
+        batch = on_device(collate(part), model.base.device)
         part_loss = completion_loss(model.lm_head, batch)
         torch.autograd.backward(scaler.scale(part_loss / targets))
         loss += part_loss.detach()

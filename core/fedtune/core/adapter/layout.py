@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,13 @@ class AdaptedModule:
     name: str
     d_in: int
     d_out: int
+
+
+class Extent(NamedTuple):
+    """Where one factor of a module lies in the flat vector, row-major, and its shape."""
+
+    where: slice
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,20 @@ class AdapterLayout:
             case "ab":
                 return slice(0, self.size)
 
+    @cached_property
+    def extents(self) -> dict[str, tuple[Extent, Extent]]:
+        """Module name -> where its lora_a, (R, d_in), and its lora_b, (d_out, R), lie."""
+        extents = {}
+        start_a, start_b = 0, self.size_a
+        for module in self.modules:
+            stop_a, stop_b = start_a + self.rank * module.d_in, start_b + module.d_out * self.rank
+            extents[module.name] = (
+                Extent(slice(start_a, stop_a), (self.rank, module.d_in)),
+                Extent(slice(start_b, stop_b), (module.d_out, self.rank)),
+            )
+            start_a, start_b = stop_a, stop_b
+        return extents
+
     def views(self, vector: Vector) -> dict[str, tuple[Vector, Vector]]:
         """Names the parts of a flat vector.
 
@@ -106,15 +127,10 @@ class AdapterLayout:
             Module name -> (lora_a of shape (R, d_in), lora_b of shape (d_out, R)), both views into `vector`.
         """
         self.check(vector)
-        views = {}
-        start_a, start_b = 0, self.size_a
-        for module in self.modules:
-            stop_a, stop_b = start_a + self.rank * module.d_in, start_b + module.d_out * self.rank
-            lora_a = vector[start_a:stop_a].reshape(self.rank, module.d_in)
-            lora_b = vector[start_b:stop_b].reshape(module.d_out, self.rank)
-            views[module.name] = (lora_a, lora_b)
-            start_a, start_b = stop_a, stop_b
-        return views
+        return {
+            name: (vector[a.where].reshape(a.shape), vector[b.where].reshape(b.shape))
+            for name, (a, b) in self.extents.items()
+        }
 
     def initial(self, seed: int) -> Vector:
         """The adapter a job starts from: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0.

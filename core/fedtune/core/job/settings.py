@@ -281,4 +281,13 @@ class Job:
             return self.adapter.tiers
         if self.needs_equal_ranks:
             return (rank,)
-        return (*(SMALLEST_TIER << power for power in range(8) if SMALLEST_TIER << power < rank), rank)
+        return rank_tiers(rank)
+
+
+def rank_tiers(largest: int) -> tuple[int, ...]:
+    """Gives 4, 8, 16, … and the largest itself."""
+    tiers, rank = [], SMALLEST_TIER
+    while rank < largest:
+        tiers.append(rank)
+        rank *= 2
+    return (*tiers, largest)

@@ -87,7 +87,7 @@ class _Worker:
 
     def __init__(self, job: Job, folder: Path) -> None:
         take_task_identity()
-        self._simulation_context = SimulationContext(job, folder)
+        self._simulation_context = SimulationContext.begin(job, folder)
         self._app = self._simulation_context.client_app()
 
     def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:

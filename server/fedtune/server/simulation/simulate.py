@@ -73,7 +73,7 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
 def _open(job: Job, path: Path, display: Display) -> SimulationContext:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_export(job)
-    simulation_context = SimulationContext(job, path / CLIENTS)
+    simulation_context = SimulationContext.begin(job, path / CLIENTS)
     _ = (
         simulation_context.devices,
         simulation_context.evaluator,

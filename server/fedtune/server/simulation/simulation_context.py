@@ -12,6 +12,8 @@ from flwr.clientapp import ClientApp
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
+from fedtune.client.torch.torch_trainer import TorchTrainer
+from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
 from fedtune.core.job.device_kinds import load_fleet
 from fedtune.core.job.settings import BUNDLED, Job
@@ -33,6 +35,8 @@ from fedtune.server.simulation.simulated_identities import Enrolment
 class SimulationContext:
     """One process's share of a simulation; what it holds is made when first asked for, and then stays.
 
+    `begin` makes it, since torch must compute with the job's threads before anything is computed.
+
     Args:
         folder: where clients keep what they remember between rounds; the processes of a simulation share it.
     """
@@ -40,6 +44,13 @@ class SimulationContext:
     job: Job
     folder: Path
     _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, job: Job, folder: Path) -> SimulationContext:
+        """Makes this process one of the simulation's: from here on torch computes with the job's threads."""
+        if threads := job.simulation.threads:
+            torch.set_num_threads(threads)
+        return cls(job, folder)
 
     @property
     def cleaning(self) -> dict[str, CleaningReport]:
@@ -49,9 +60,12 @@ class SimulationContext:
     @cached_property
     def model(self) -> AdaptedModel:
         """The adapted base model, loaded once a process."""
-        if threads := self.job.simulation.threads:
-            torch.set_num_threads(threads)
         return open_model(self.job)
+
+    @cached_property
+    def trainer(self) -> TorchTrainer:
+        """What every client trains with."""
+        return TorchTrainer(self.model)
 
     @cached_property
     def population(self) -> Population:
@@ -90,17 +104,17 @@ class SimulationContext:
         mods = [fault_mod(simulation, self.job.training.seed, secure.enabled)] if faulty else []
         store = ClientStore(self.folder)
         if self.devices is None:
-            device = Device(lambda _: self.model, self.examples, store)
+            device = Device(lambda _: self.trainer, self.examples, store)
         else:
-            device = Device(lambda _: self.model, self.examples, store, self.devices.work)
+            device = Device(lambda _: self.trainer, self.examples, store, self.devices.work)
         return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
 
-    def examples(self, client: str, model: AdaptedModel, sequence_length: int) -> Sequence[Example]:
+    def examples(self, client: str, trainer: Trainer, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""
         records = self.population.records(client)
         if self.devices is not None:
             sequence_length = self.devices.sequence_length(client, sequence_length)
-        examples, report = prepare(records, model.base.tokenizer, sequence_length)
+        examples, report = prepare(records, trainer.tokenizer, sequence_length)
         self._cleaning[client] = report
         if not examples:
             source = self.population.source(client)

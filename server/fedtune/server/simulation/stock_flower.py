@@ -38,7 +38,7 @@ def flower_server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         job = _job(context)
         path = Path(str(context.run_config["out"]))
-        simulation_context = SimulationContext(job, path / CLIENTS)
+        simulation_context = SimulationContext.begin(job, path / CLIENTS)
         directory = RunDirectory.create(path, job, simulation_context.base.digest)
         try:
             with Terminal() as display:
@@ -87,7 +87,7 @@ def _job(context: Context) -> Job:
 # A process that Flower keeps for several messages loads the base once.
 @functools.lru_cache(maxsize=1)
 def _simulation_context(job: Job, folder: Path) -> SimulationContext:
-    return SimulationContext(job, folder)
+    return SimulationContext.begin(job, folder)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,121 @@
+"""The trainer that computes with torch, within a device's memory: under limits, and where memory runs out in spite of
+them, once more under smaller ones.
+
+    trainer = TorchTrainer(adapt(base, job.adapter), Limits(tokens=512))
+
+The gradient of a step does not depend on how it is cut into micro-batches, so what a device sends stays the same up to
+rounding; it only takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.client.torch.training import train_locally
+from fedtune.client.trainer import LocalResult, LocalTask
+from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.errors import UpdateError
+from fedtune.core.round_records import Evaluation
+from fedtune.data.examples import Example
+from fedtune.model.lora import AdaptedModel
+from fedtune.model.scoring import EVALUATION_TOKENS, evaluate
+
+SHRINK = 4  # to a quarter: memory was short, and there is one more try
+_CPU_MESSAGE = "can't allocate memory"  # of torch's CPU allocator, which has no exception of its own
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
+
+    Args:
+        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
+            longer is a pass of its own.
+        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
+    """
+
+    tokens: int | None = None
+    checkpointing: bool = False
+
+    def at_once(self, asked: int) -> int:
+        """Tokens of a forward pass, where so many are asked for."""
+        return asked if self.tokens is None else min(asked, self.tokens)
+
+
+class TorchTrainer:
+    """Trains and scores adapters on an adapted model.
+
+    Args:
+        model: its adapter is swapped; nobody else may use it meanwhile.
+        limits: of memory; they shrink by themselves where memory runs out, and a plan may set others.
+    """
+
+    def __init__(self, model: AdaptedModel, limits: Limits = Limits()) -> None:
+        self.model = model
+        self.limits = limits
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The adapter's."""
+        return self.model.layout
+
+    @property
+    def digest(self) -> str:
+        """The base model's."""
+        return self.model.base.digest
+
+    @property
+    def name(self) -> str:
+        """The base model's directory or hub id."""
+        return self.model.base.name
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self.model.base.tokenizer
+
+    def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+        """Trains under the limits, once more with a quarter of the micro-batch where memory ran out.
+
+        The smaller micro-batch stays the limit.
+
+        Raises:
+            UpdateError: as `train_locally`, and where memory ran out again; the message has the sizes that were tried.
+        """
+        first = self.limits.at_once(task.micro_batch_tokens or task.batch_tokens)
+        smaller = max(1, first // SHRINK)
+        checkpointing = task.gradient_checkpointing or self.limits.checkpointing
+        task = replace(task, micro_batch_tokens=first, gradient_checkpointing=checkpointing)
+        try:
+            return train_locally(self.model, examples, received, task)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, whose traceback would keep the failed step's tensors alive.
+        if self.model.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.limits = replace(self.limits, tokens=smaller)
+        try:
+            return train_locally(self.model, examples, received, replace(task, micro_batch_tokens=smaller))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        raise UpdateError(f"memory ran out at micro-batches of {first} tokens, and again at {smaller}")
+
+    def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
+        """Scores an adapter in batches within the limits.
+
+        Raises:
+            InputError: there is no example.
+        """
+        self.model.load(adapter)
+        return evaluate(self.model, examples, self.limits.at_once(EVALUATION_TOKENS))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not get memory, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_MESSAGE in str(error)

@@ -1,0 +1,115 @@
+"""A trainer: the base model that a device holds, and how it trains an adapter on a client's examples.
+
+    result = trainer.train(examples, received, LocalTask(seed=..., learning_rate=2e-3, local_steps=20))
+    score = trainer.evaluate(received, held_out)
+
+Everything else that a device does, from the received bytes to the encoded update, is the same for every trainer. The
+one that computes with torch is `fedtune.client.torch.torch_trainer.TorchTrainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
+from fedtune.core.round_records import Evaluation
+from fedtune.data.examples import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """Says how a client trains in one round.
+
+    Args:
+        seed: of the order of the examples and of dropout; derive it from job seed, round and client.
+        learning_rate: this round's.
+        factors: which factors are trained; the others stay as received.
+        owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
+        local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
+        local_epochs: passes over the examples, instead.
+        batch_tokens: tokens an optimizer step, padding included.
+        micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
+        weight_decay: of AdamW.
+        max_gradient_norm: longer gradients are scaled down to it.
+        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
+        gradient_checkpointing: compute activations twice rather than keep them.
+    """
+
+    seed: int
+    learning_rate: float
+    factors: Factors = "ab"
+    owned: tuple[int, ...] | None = None
+    local_steps: int | None = None
+    local_epochs: float | None = None
+    batch_tokens: int = 2048
+    micro_batch_tokens: int | None = None
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    proximal: float = 0.0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """Holds what a client's training came to.
+
+    Args:
+        update: trained minus received, float32, the segment of the trained factors; zero at indices that are not owned.
+        examples: how many examples the client trains on: a weight for aggregation.
+        target_tokens: tokens that the loss counts in those examples: another.
+        loss: mean over the target tokens of all steps, each before its own step.
+        steps: optimizer steps taken.
+        tokens: tokens computed, padding included.
+        seconds: from receiving to result.
+    """
+
+    update: Vector
+    examples: int
+    target_tokens: int
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Trainer(Protocol):
+    """Trains and scores adapters on one base model, one call at a time."""
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """Where each factor lies in the adapter's vector."""
+
+    @property
+    def digest(self) -> str:
+        """The base model's digest: 64 hexadecimal digits."""
+
+    @property
+    def name(self) -> str:
+        """The base model's directory or hub id, for messages to people."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer, which examples are made with."""
+
+    def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+        """Trains the received adapter; the same call gives the same bits, whoever was trained before.
+
+        Args:
+            received: the whole adapter, float32, (layout.size,).
+
+        Raises:
+            UpdateError: training gave nothing that may be sent.
+        """
+
+    def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
+        """Scores an adapter.
+
+        Args:
+            adapter: float32, (layout.size,).
+            examples: at least one.
+        """
