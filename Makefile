@@ -16,9 +16,11 @@ test: $(READY)  ## Run the tests: under ten minutes on two cores.
 test-slow: $(READY)  ## Run the tests that take longer.
 	$(BIN)/pytest -m slow
 
-lint: $(READY)  ## Check style and types.
+lint: $(READY)  ## Check style, spelling, prose and types: under a minute on two cores.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python tools/prose.py
 	$(BIN)/mypy
 
 format: $(READY)  ## Bring the code into its style.

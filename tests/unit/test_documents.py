@@ -1,0 +1,80 @@
+"""What the documents name exists: modules, links, paths, and the labels of secure aggregation."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from house import ROOT, longest, modules
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAME = re.compile(r"(?<![/\w.-])fedtune(?:\.\w+)+")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+FOLDERS = ("core", "strategies", "client", "server", "tests", "tools", "benchmarks", "docs", "examples", "deploy")
+PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]")
+LABEL = re.compile(r'F\("([a-z_ ]+)"|KDF\([^"]*(?:""[^"]*)?"([a-z_ ]+)"')
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+@cache
+def public_names(path: Path) -> frozenset[str]:
+    """Returns the names that the module at `path` defines or imports at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+    return frozenset(names)
+
+
+def anchors(document: Path) -> set[str]:
+    """Returns the anchors that GitHub gives to the headings of `document`."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_every_module_that_a_document_names_exists(document: Path) -> None:
+    known = modules()
+    for name in set(NAME.findall(document.read_text(encoding="utf-8"))):
+        module = longest(name, [*known, "fedtune"])
+        if module == "fedtune":  # the namespace package has no file
+            assert any(other.startswith(f"{name}.") for other in known), name
+        elif module != name:
+            assert name.removeprefix(f"{module}.").split(".")[0] in public_names(known[module]), name
+
+
+@each_document
+def test_every_link_of_a_document_leads_somewhere(document: Path) -> None:
+    for target, anchor in LINK.findall(document.read_text(encoding="utf-8")):
+        path = (document.parent / target) if target else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@each_document
+def test_every_path_that_a_document_names_exists(document: Path) -> None:
+    for path in set(PATH.findall(document.read_text(encoding="utf-8"))):
+        assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_the_glossary_is_in_alphabetical_order_and_has_each_term_once() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = [term.lower() for term in re.findall(r"^- \*\*(.+?)\*\*:", text, re.MULTILINE)]
+    assert terms == sorted(set(terms))
+
+
+def test_the_labels_of_secure_aggregation_are_those_of_the_code() -> None:
+    document = (ROOT / "docs" / "secure-aggregation.md").read_text(encoding="utf-8")
+    labels = {label for pair in LABEL.findall(document) for label in pair if label}
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "core/fedtune/core/secagg").glob("*.py"))
+    called = set(re.findall(r'(?:derive|digest|framed)\([^"]*?(?:b"", )?"([a-z_ ]+)"', code))
+    assert labels == called
