@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedtune.core.adapter.layout import adapter_digest
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import ADAPTER, AdapterStrategy, federation_from_job
-from fedtune.server.simulation.local_executor import LocalExecutor
+from fedtune.server.simulation.executors import LocalExecutor
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 Federation = tuple[AdapterStrategy, InProcessGrid]

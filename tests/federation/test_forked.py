@@ -21,7 +21,7 @@ from fedtune.core.errors import RunError
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
-from fedtune.server.simulation.forked_executor import ForkedExecutor
+from fedtune.server.simulation.executors import ForkedExecutor
 from fedtune.server.simulation.simulate import resume
 from fedtune.server.simulation.simulate import simulate as run
 from fedtune.server.simulation.simulation_context import SimulationContext

@@ -4,48 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from federation_helpers import SECURE, Simulate, small_job
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
 from fedtune.core.errors import JobError
-from fedtune.core.protocol.actions import SECURE_EXCHANGES
+from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN, Handler, Request
 from fedtune.core.protocol.payloads import TrainReply, decode
 from fedtune.core.secagg.exchanged import MaskedInput
 from fedtune.core.secagg.exchanged import decode as decode_message
-from fedtune.flower.envelope import unseal
-from fedtune.flower.message_bytes import from_wire, to_wire
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
-from fedtune.server.simulation import local_executor as local
 from fedtune.server.simulation.simulate import simulate as run
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
-Drop = Callable[[Message, Context], bool]
+Drop = Callable[[str, Request], bool]
+Wrap = Callable[[Handler], Handler]
 
 
 @pytest.fixture
-def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Drop], None]:
-    """losing(drop): from now on messages for which drop(message, context) holds are never answered."""
+def wrapping(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wrap], None]:
+    """wrapping(wrap): from now on the clients of a simulation answer through wrap(their handler)."""
+
+    def install(wrap: Wrap) -> None:
+        original = SimulationContext.handler
+        monkeypatch.setattr(SimulationContext, "handler", lambda self: wrap(original(self)))
+
+    return install
+
+
+@pytest.fixture
+def losing(wrapping: Callable[[Wrap], None]) -> Callable[[Drop], None]:
+    """losing(drop): from now on messages for which drop(client, request) holds are never answered."""
 
     def install(drop: Drop) -> None:
-        original = SimulationContext.client_app
-
-        def client_app(self: SimulationContext) -> ClientApp:
-            app = original(self)
-
-            def answer(message: Message, context: Context) -> Message:
-                if drop(message, context):
+        def wrap(handler: Handler) -> Handler:
+            def handle(client: str, request: Request) -> bytes:
+                if drop(client, request):
                     raise ConnectionError("gone")
-                return app(message, context)
+                return handler(client, request)
 
-            return answer  # type: ignore[return-value]
+            return handle
 
-        monkeypatch.setattr(SimulationContext, "client_app", client_app)
+        wrapping(wrap)
 
     return install
 
@@ -63,8 +65,8 @@ def test_the_adapter_is_the_one_that_the_same_sum_in_the_clear_gives(simulate: S
 def test_a_client_may_vanish_before_any_exchange(
     simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path, exchange: str
 ) -> None:
-    def drop(message: Message, context: Context) -> bool:
-        return message.metadata.message_type == exchange and context.node_config["client"] == "001"
+    def drop(client: str, request: Request) -> bool:
+        return request.action == exchange and client == "001"
 
     one_round = ("federation.rounds=1", "data.clients=5", "data.holdout=0")
     losing(drop)
@@ -73,7 +75,7 @@ def test_a_client_may_vanish_before_any_exchange(
     counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
     assert ("001" in line["survivors"]) is counted
     assert line["secure"]["summed"] == len(line["survivors"]) == (5 if counted else 4)
-    losing(lambda message, context: not counted and context.node_config["client"] == "001")
+    losing(lambda client, request: not counted and client == "001")
     clear = simulate(*CLEAR_RING, *one_round, name="clear")
     assert secret["adapter_digest"] == clear["adapter_digest"]
 
@@ -81,8 +83,8 @@ def test_a_client_may_vanish_before_any_exchange(
 def test_a_round_that_loses_too_many_aborts_and_the_next_one_runs(
     simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path
 ) -> None:
-    def drop(message: Message, context: Context) -> bool:
-        return message.metadata.group_id == "2" and message.metadata.message_type == SECURE_EXCHANGES[4]
+    def drop(client: str, request: Request) -> bool:
+        return request.group == "2" and request.action == SECURE_EXCHANGES[4]
 
     losing(drop)
     summary = simulate(*SECURE, "federation.rounds=3")
@@ -104,17 +106,20 @@ def test_random_dropout_up_to_the_limit_still_gives_an_adapter(simulate: Simulat
 
 
 def test_the_server_gets_nothing_of_a_client_but_words_that_look_random(
-    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    simulate: Simulate, wrapping: Callable[[Wrap], None], tmp_path: Path
 ) -> None:
     answers: list[bytes] = []
 
-    def listening(message: Message) -> Any:
-        wire = to_wire(message)
-        if message.has_content() and message.metadata.reply_to_message_id and message.metadata.message_type == "train":
-            answers.append(unseal(from_wire(wire)))
-        return wire
+    def listening(handler: Handler) -> Handler:
+        def handle(client: str, request: Request) -> bytes:
+            payload = handler(client, request)
+            if request.action == TRAIN:
+                answers.append(payload)
+            return payload
 
-    monkeypatch.setattr(local, "to_wire", listening)
+        return handle
+
+    wrapping(listening)
     simulate(*SECURE, "federation.rounds=1", "data.holdout=0")
     assert len(answers) == 5
     for answer in answers:
@@ -147,7 +152,7 @@ def test_the_ledger_tells_what_every_byte_was_for(simulate: Simulate, tmp_path: 
 def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, simulate: Simulate) -> None:
     from fedtune.flower.in_process_grid import InProcessGrid
     from fedtune.flower.strategy import AdapterStrategy, federation_from_job
-    from fedtune.server.simulation.local_executor import LocalExecutor
+    from fedtune.server.simulation.executors import LocalExecutor
 
     simulation_context = SimulationContext.begin(small_job(*SECURE), tmp_path / "clients")
     executor = LocalExecutor(simulation_context, {1000 + index: f"00{index}" for index in range(6)})

@@ -114,17 +114,18 @@ def test_data_never_leaves_a_client(
     for name in ("ann", "bob"):
         rows = [{"prompt": f"{canary} {index} =>", "completion": f"{canary} {index}"} for index in range(8)]
         (tmp_path / "clients" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from fedtune.flower.message_bytes import to_wire
-    from fedtune.server.simulation import local_executor as local
+    from fedtune.flower.envelope import answer_wire
+    from fedtune.server.simulation import executors
 
     sent: list[bytes] = []
 
-    def listening(message: Any) -> Any:
-        wire = to_wire(message)
-        sent.extend(wire.objects.values())
-        return wire
+    def listening(asked: Any, client: str, handler: Any) -> Any:
+        sent.extend(asked.objects.values())
+        reply = answer_wire(asked, client, handler)
+        sent.extend(reply.objects.values())
+        return reply
 
-    monkeypatch.setattr(local, "to_wire", listening)
+    monkeypatch.setattr(executors, "answer_wire", listening)
     simulate(f"data.train={tmp_path}/clients/*.jsonl", "federation.clients_per_round=2", "simulation.failing=0.3")
     output = capfd.readouterr()
     needle = canary.encode()

@@ -9,31 +9,30 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 from numpy_trainer import DIGEST, LAYOUT, NumpyTrainer, load_examples
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
+from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
 from fedtune.core.job.device_kinds import Fleet, Kind
 from fedtune.core.job.job_file import load_job
 from fedtune.core.ledger import Ledger
+from fedtune.core.protocol.actions import Handler
 from fedtune.core.protocol.payloads import Base
-from fedtune.flower.client_app import client_app
-from fedtune.flower.in_process_grid import InProcessGrid, WorkerReport
-from fedtune.flower.message_bytes import WireMessage, to_wire
+from fedtune.flower.envelope import WireMessage, answer_wire
+from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
 from fedtune.flower.strategy import AdapterStrategy, federation_from_job
 from fedtune.model.shape import ModelShape
-from fedtune.server.simulation.faults import fault_mod
-from fedtune.server.simulation.local_executor import answer
-from fedtune.server.simulation.simulated_fleet import FleetGrid, SimulatedFleet
+from fedtune.server.simulation.faults import with_faults
+from fedtune.server.simulation.simulated_fleet import SimulatedFleet, VirtualRounds
 from fedtune.server.simulation.simulated_identities import Enrolment
 from fedtune.strategies.round import initial_state
 from fedtune.strategies.secure_collection import SecureAggregation
@@ -84,23 +83,16 @@ RECORDED = Path(__file__).with_name("recorded.json")
 class _Inline:
     """Answers every message when it is submitted, in the order of submission."""
 
-    def __init__(self, app: Any, clients: dict[int, str]) -> None:
-        self._app, self._clients = app, clients
+    def __init__(self, handler: Handler, clients: dict[int, str]) -> None:
+        self._handler, self._clients = handler, clients
 
-    def submit(self, message: Message) -> Future[WireMessage]:
-        node_id = message.metadata.dst_node_id
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
         future: Future[WireMessage] = Future()
         try:
-            future.set_result(answer(self._app, to_wire(message), node_id, self._clients[node_id]))
+            future.set_result(answer_wire(message.pack(), self._clients[message.node], self._handler))
         except Exception as error:
             future.set_exception(error)
         return future
-
-    def workers(self) -> Sequence[WorkerReport]:
-        return ()
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
@@ -115,13 +107,13 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     share = fleet.work if fleet else lambda client, request: 1.0
     device = Device(lambda base: NumpyTrainer(), load_examples, ClientStore(folder / "clients"), share)
     secure = job.secure_aggregation.enabled
-    mods = [fault_mod(job.simulation, job.training.seed, secure)]
-    executor = _Inline(client_app(device, mods, enrolment.credentials if secure else None), clients)
+    handler = handle_under_secure_aggregation(device, enrolment.credentials) if secure else handle_in_the_clear(device)
+    executor = _Inline(with_faults(handler, job.simulation, job.training.seed, secure), clients)
     federation = federation_from_job(job, BASE, LAYOUT)
     grid = InProcessGrid(executor, list(clients))
     if fleet:
         federation = replace(federation, selection=fleet.selection(federation.selection))
-        grid = FleetGrid(executor, list(clients), clients, fleet, folder / "virtual.jsonl")
+        grid = InProcessGrid(executor, list(clients), VirtualRounds(fleet, clients, folder / "virtual.jsonl"))
     strategy = AdapterStrategy(
         federation,
         lambda _: nodes,

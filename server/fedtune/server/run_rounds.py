@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flwr.serverapp import Grid
-
 from fedtune.core.adapter.layout import Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job.settings import Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
+from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe

@@ -6,7 +6,8 @@ Measured on flwr 1.41: 100 lockstep messages take 0.16 s here, serialisation inc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,39 +19,56 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import RunError
-from fedtune.data.examples import CleaningReport
-from fedtune.flower.message_bytes import WireMessage, from_wire, set_message_id
+from fedtune.flower.envelope import WireMessage, from_wire, identified, to_wire
 
-RUN_ID = 1
+_RUN_ID = 1
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class WorkerReport:
-    """What one process saw of a simulation.
+class Outgoing:
+    """A message on its way to a client.
 
     Args:
-        peak_rss_mb: peak memory beside that of this process.
-        cleaning: what became of the records of each client whose turn came there.
+        action: its message type.
+        group: the round's number, as text.
+        node: which node it is for.
+        pack: serialises it; called when its turn comes, so that a waiting cohort shares one copy of the adapter.
     """
 
-    peak_rss_mb: float
-    cleaning: dict[str, CleaningReport]
+    action: str
+    group: str
+    node: int
+    pack: Callable[[], WireMessage]
 
 
 class Executor(Protocol):
-    """Runs the ClientApp for one message."""
+    """Lets clients answer messages."""
 
-    def submit(self, message: Message) -> Future[WireMessage]:
-        """Queues the work; the future holds the reply, the exception that the ClientApp raised, or a RunError.
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
+        """Queues the work; the future holds the reply, the exception that the client raised, or a RunError."""
 
-        The message is serialised when its turn comes, so that a waiting cohort shares one copy of the adapter.
-        """
 
-    def workers(self) -> Sequence[WorkerReport]:
-        """What each process that runs clients has to say, at the end of a run."""
+@dataclass(frozen=True)
+class Failure:
+    """A client is known to fail before it is asked.
 
-    def close(self) -> None:
-        """Frees whatever the executor holds."""
+    Args:
+        error: its reply's.
+        works_on: whether it is asked all the same, and its answer kept for `stale_updates`.
+    """
+
+    error: Exception
+    works_on: bool = False
+
+
+Fates = Callable[[Sequence[Outgoing]], Sequence[Failure | None]]
+"""Messages that are sent together -> for each, None where the client answers."""
+
+
+def everyone_answers(messages: Sequence[Outgoing]) -> Sequence[None]:
+    """The fates of clients of which nothing is known beforehand."""
+    return [None] * len(messages)
 
 
 class InProcessGrid(Grid):
@@ -59,15 +77,18 @@ class InProcessGrid(Grid):
     Args:
         executor: who runs the clients.
         node_ids: the nodes there are.
+        fates: asked with every batch of messages.
     """
 
-    def __init__(self, executor: Executor, node_ids: Sequence[int]) -> None:
-        take_task_identity()
+    def __init__(self, executor: Executor, node_ids: Sequence[int], fates: Fates = everyone_answers) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, SUPERLINK_NODE_ID
         self._executor = executor
         self._node_ids = list(node_ids)
-        self._run = Run.create_empty(run_id=RUN_ID)
+        self._fates = fates
+        self._run = Run.create_empty(run_id=_RUN_ID)
         self._numbers = itertools.count(1)
         self._pending: dict[str, tuple[Message, Future[WireMessage]]] = {}
+        self._late: list[str] = []
 
     def set_run(self, run: Run) -> None:
         """Sets what `run` returns."""
@@ -89,23 +110,13 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hands the messages to the executor."""
-        message_ids = []
-        for message in messages:
-            message_id = f"message-{next(self._numbers)}"
-            set_message_id(message, message_id)
-            self._pending[message_id] = (message, self._executor.submit(message))
-            message_ids.append(message_id)
-        return message_ids
-
-    def fail(self, message: Message, error: Exception) -> str:
-        """Takes a message as pushed whose client is known to fail; the id of its reply."""
-        message_id = f"message-{next(self._numbers)}"
-        set_message_id(message, message_id)
-        failed: Future[WireMessage] = Future()
-        failed.set_exception(error)
-        self._pending[message_id] = (message, failed)
-        return message_id
+        """Hands the messages to the executor, except for clients that fail."""
+        numbered = [identified(message, f"message-{next(self._numbers)}") for message in messages]
+        outgoing = [_outgoing(message) for message in numbered]
+        return [
+            self._push(message, each, fate)
+            for message, each, fate in zip(numbered, outgoing, self._fates(outgoing), strict=True)
+        ]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there by now, each once.
@@ -119,8 +130,13 @@ class InProcessGrid(Grid):
                 yield _reply(message, future)
 
     def stale_updates(self) -> Iterable[Message]:
-        """The answers that came when their round had closed; here none does."""
-        return ()
+        """Waits for the answers that came when their round had closed."""
+        waiting, self._late = self._late, []
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies += self.pull_messages(waiting)
+            time.sleep(_POLL_SECONDS)
+        return [reply for reply in replies if reply.has_content()]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Pushes, waits for all replies or the timeout, and pulls."""
@@ -128,10 +144,25 @@ class InProcessGrid(Grid):
         wait([self._pending[message_id][1] for message_id in message_ids], timeout)
         return list(self.pull_messages(message_ids))
 
+    def _push(self, message: Message, outgoing: Outgoing, failure: Failure | None) -> str:
+        """Takes a message as pushed; returns the id that its reply is pulled by."""
+        message_id = message.metadata.message_id
+        if failure is None:
+            self._pending[message_id] = (message, self._executor.submit(outgoing))
+            return message_id
+        if failure.works_on:
+            late = identified(message, f"{message_id}-late")
+            self._pending[late.metadata.message_id] = (late, self._executor.submit(_outgoing(late)))
+            self._late.append(late.metadata.message_id)
+        failed: Future[WireMessage] = Future()
+        failed.set_exception(failure.error)
+        self._pending[message_id] = (message, failed)
+        return message_id
 
-def take_task_identity() -> None:
-    """Tells Flower who this process is, which a Message outside Flower's own processes needs."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SUPERLINK_NODE_ID
+
+def _outgoing(message: Message) -> Outgoing:
+    told = message.metadata
+    return Outgoing(told.message_type, told.group_id, told.dst_node_id, lambda: to_wire(message))
 
 
 def _reply(message: Message, future: Future[WireMessage]) -> Message:

@@ -6,53 +6,42 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import SimulationSettings
-from fedtune.flower.envelope import seal, unseal, unseal_parts
-from fedtune.flower.in_process_grid import InProcessGrid, WorkerReport
-from fedtune.flower.message_bytes import WireMessage, from_wire, to_wire
+from fedtune.core.protocol.actions import EVALUATE, Handler, Request
+from fedtune.flower.envelope import WireMessage, answer_wire, from_wire, seal, to_wire, unseal, unseal_parts
+from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
 from fedtune.flower.replies import stream_replies
-from fedtune.server.simulation.faults import fault_mod
-from fedtune.server.simulation.local_executor import answer
+from fedtune.server.simulation.faults import with_faults
 
 
-class Echo:
-    """An executor whose clients send back what they got, reversed."""
+class Threads:
+    """An executor of so many threads, whose clients are called like their nodes."""
 
-    def __init__(self, app: ClientApp, threads: int) -> None:
-        self._app = app
+    def __init__(self, handler: Handler, threads: int) -> None:
+        self._handler = handler
         self._threads = ThreadPoolExecutor(threads)
 
-    def submit(self, message: Message) -> Future[WireMessage]:
-        node_id = message.metadata.dst_node_id
-        return self._threads.submit(lambda: answer(self._app, to_wire(message), node_id, str(node_id)))
-
-    def workers(self) -> Sequence[WorkerReport]:
-        return []
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
+        return self._threads.submit(lambda: answer_wire(message.pack(), str(message.node), self._handler))
 
     def close(self) -> None:
         self._threads.shutdown()
 
 
-def echo_app(mods: Sequence[object] = ()) -> ClientApp:
-    app = ClientApp(mods=list(mods))  # type: ignore[arg-type]
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        if context.node_config["client"] == "13":
-            raise ValueError("thirteen")
-        return Message(seal(unseal(message)[::-1]), reply_to=message)
-
-    return app
+def echo(client: str, request: Request) -> bytes:
+    """What it got, reversed."""
+    if client == "13" and request.action != EVALUATE:
+        raise ValueError("thirteen")
+    return request.parts[0][::-1]
 
 
 @pytest.fixture
 def grid() -> Iterator[InProcessGrid]:
-    executor = Echo(echo_app(), threads=3)
+    executor = Threads(echo, threads=3)
     yield InProcessGrid(executor, [11, 12, 13])
     executor.close()
 
@@ -114,7 +103,7 @@ def test_an_empty_payload_is_a_payload(grid: InProcessGrid) -> None:
 def test_injected_faults_follow_from_the_seed_and_spare_evaluation() -> None:
     def outcomes(seed: int, kind: str = "train") -> list[str]:
         settings = SimulationSettings(dropout=0.4, failing=0.4)
-        executor = Echo(_both(fault_mod(settings, seed, secure=False)), threads=1)
+        executor = Threads(with_faults(echo, settings, seed, secure=False), threads=1)
         grid = InProcessGrid(executor, range(20))
         replies = grid.send_and_receive([grid.create_message(seal(b""), kind, node, "1") for node in range(20)])
         executor.close()
@@ -123,14 +112,3 @@ def test_injected_faults_follow_from_the_seed_and_spare_evaluation() -> None:
     assert outcomes(0) == outcomes(0) != outcomes(1)
     assert set(outcomes(0)) == {"VanishedError", "InjectedError", "answered"}
     assert set(outcomes(0, "evaluate")) == {"answered"}
-
-
-def _both(mod: object) -> ClientApp:
-    app = echo_app([mod])
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        del context
-        return Message(seal(b""), reply_to=message)
-
-    return app

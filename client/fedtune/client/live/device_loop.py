@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 
 from fedtune.client.device import Device
 from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, JobMemory
+from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.plan.eligibility import not_now
 from fedtune.client.plan.machine import sense
 from fedtune.client.plan.planner import NoPlanError
@@ -51,8 +52,7 @@ from fedtune.core.protocol.registration import (
 )
 from fedtune.core.secagg import Policy
 from fedtune.core.text import one_line
-from fedtune.flower.client_app import client_app
-from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.envelope import request_of, seal, unseal
 from fedtune.flower.fleet_link import (
     FleetLink,
     IncompatibleError,
@@ -265,28 +265,25 @@ class Service:
     def _reply(self, message: Message) -> Message:
         """The answer of the installed app, or an error that says why there is none; never what the data says."""
         kind = message.metadata.message_type
-        context = Context(
-            message.metadata.run_id, self._link.node_id, {"client": self._home.config.name}, RecordDict(), {}
-        )
         try:
             if kind == ACTION:
                 return self._ask(message)
             if self._planned.terms is None:  # an earlier process was greeted
                 self._take_on(decode(self._memory.terms, Terms))
             secure = self._memory.secure
-            app = self._secure_app if secure else self._clear_app
+            handler = self._secure_handler if secure else self._clear_handler
             if kind == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
                 raise UpdateError(f"{SITS_OUT}: {condition}")
             if kind == EVALUATE and not self._home.config.scores:
                 return error_reply(message, "this device scores nothing for a server; its owner may join with --scores")
+            request, name = request_of(message), self._home.config.name
             if kind != TRAIN:
-                return app(message, context)
+                return Message(seal(handler(name, request)), reply_to=message)
             with self._planned.watched():
-                reply = app(message, context)
+                payload = handler(name, request)
             self._tell(plan=self._planned.to_json())
-            if not reply.has_error():
-                self._show(f"trained for {self._planned.took.seconds or 0.0:.1f} s")
-            return reply
+            self._show(f"trained for {self._planned.took.seconds or 0.0:.1f} s")
+            return Message(seal(payload), reply_to=message)
         except (PeerError, UpdateError, NoPlanError) as error:
             problem, reason = str(error), str(error)
         except (ModelError, DataError, InputError) as error:
@@ -373,8 +370,9 @@ class Service:
     def _make_apps(self) -> None:
         planned = self._planned
         device = Device(planned.open_trainer, planned.load_examples, self._memory, planned.share)
-        self._secure_app = client_app(device, credentials=self._credentials)
-        self._clear_app = client_app(device)  # reached only where this device's owner allows it, see _greet
+        self._secure_handler = handle_under_secure_aggregation(device, self._credentials)
+        # Reached only where the owner allows it, see _ask.
+        self._clear_handler = handle_in_the_clear(device)
 
     def _sits_out(self) -> str:
         """Which of its owner's conditions keeps the device from training now, or ""."""

@@ -6,6 +6,9 @@ A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 TRAIN, EVALUATE = "train", "evaluate"  # flwr.app.MessageType's
 OPEN, SHARE, VOTE, UNMASK = "open", "share", "vote", "unmask"  # actions of query messages
 
@@ -16,3 +19,29 @@ def query(action: str) -> str:
 
 
 SECURE_EXCHANGES = (query(OPEN), query(SHARE), TRAIN, query(VOTE), query(UNMASK))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One message to a client, as plain values.
+
+    Args:
+        action: its message type.
+        group: what the messages of one round have in common, such as the round's number.
+        node: the number of the node that is asked.
+        parts: payloads, `parts_of(action)` of them.
+    """
+
+    action: str
+    group: str
+    node: int
+    parts: tuple[bytes, ...]
+
+
+Handler = Callable[[str, Request], bytes]
+"""(client, request) -> the payload of its reply; an error that it raises becomes an error reply."""
+
+
+def parts_of(action: str) -> int:
+    """How many payloads a message of this type carries: a round's configuration and the request open a secure round."""
+    return 2 if action == query(OPEN) else 1

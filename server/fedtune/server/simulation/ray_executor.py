@@ -1,7 +1,7 @@
 """The `ray` backend: a pool of Ray actors, each with one base model, that simulated clients take turns on.
 
 For several processes, GPUs or machines. Ray is Flower's optional companion; it is not Flower's Ray engine, which hands
-out one message a node per 0.1 s and makes the model anew for every message.
+out one message a node per 0.1 s and loads the model again for every message.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
-
 from fedtune.core.errors import MissingExtraError
 from fedtune.core.job.settings import Job
-from fedtune.flower.in_process_grid import WorkerReport, take_task_identity
-from fedtune.flower.message_bytes import WireMessage, to_wire
+from fedtune.flower.envelope import WireMessage, answer_wire
+from fedtune.flower.in_process_grid import Outgoing
 from fedtune.server.run_facts import peak_rss_mb
-from fedtune.server.simulation.local_executor import answer
+from fedtune.server.simulation.executors import WorkerReport
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 RESTARTS_PER_WORKER = 3
@@ -30,7 +28,7 @@ class RayExecutor:
     """Spreads clients over actors.
 
     Args:
-        simulation context: every actor makes its own of the same job and folder.
+        simulation_context: every actor makes its own of the same job and folder.
         clients: node id -> name of the client it stands for.
         workers: how many actors.
     """
@@ -56,9 +54,9 @@ class RayExecutor:
         # live there from one exchange to the next.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
 
-    def submit(self, message: Message) -> Future[WireMessage]:
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's actor."""
-        worker = message.metadata.dst_node_id % len(self._actors)
+        worker = message.node % len(self._actors)
         return self._threads[worker].submit(self._run, worker, message)
 
     def workers(self) -> Sequence[WorkerReport]:
@@ -72,28 +70,26 @@ class RayExecutor:
             thread.shutdown(wait=True, cancel_futures=True)
         self._ray.shutdown()
 
-    def _run(self, worker: int, message: Message) -> WireMessage:
-        node_id = message.metadata.dst_node_id
+    def _run(self, worker: int, message: Outgoing) -> WireMessage:
         actor = self._actors[worker]
         try:
-            reply: WireMessage = self._ray.get(actor.answer.remote(to_wire(message), node_id, self._clients[node_id]))
+            reply: WireMessage = self._ray.get(actor.answer.remote(message.pack(), self._clients[message.node]))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
         return reply
 
 
 class _Worker:
-    """What runs inside an actor."""
+    """Runs inside an actor."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        take_task_identity()
         self._simulation_context = SimulationContext.begin(job, folder)
-        self._app = self._simulation_context.client_app()
+        self._handler = self._simulation_context.handler()
 
-    def answer(self, wire: WireMessage, node_id: int, client: str) -> WireMessage:
+    def answer(self, wire: WireMessage, client: str) -> WireMessage:
         """Lets the named client answer one message."""
-        return answer(self._app, wire, node_id, client)
+        return answer_wire(wire, client, self._handler)
 
     def report(self) -> WorkerReport:
-        """What this actor has to say."""
+        """Reports on this actor."""
         return WorkerReport(peak_rss_mb(), self._simulation_context.cleaning)

@@ -8,14 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, RecordDict
-from flwr.serverapp import Grid, ServerApp
-
 from fedtune.core.errors import JobError
 from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.examples import CleaningReport
-from fedtune.flower.in_process_grid import RUN_ID, Executor, InProcessGrid
+from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import AdapterStrategy, federation_from_job
 from fedtune.server.export.last_step import check_export
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, is_finished, read_virtual
@@ -23,9 +20,8 @@ from fedtune.server.run_display import Display, format_seconds
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.edge_answers import export_and_answer
-from fedtune.server.simulation.forked_executor import ForkedExecutor
-from fedtune.server.simulation.local_executor import LocalExecutor
-from fedtune.server.simulation.simulated_fleet import FleetGrid
+from fedtune.server.simulation.executors import ForkedExecutor, LocalExecutor, WorkerPool
+from fedtune.server.simulation.simulated_fleet import VirtualRounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.workers import worker_count
 from fedtune.strategies.cohorts.selection import cohort_size
@@ -111,25 +107,15 @@ def _run(simulation_context: SimulationContext, directory: RunDirectory, display
         for refusal in devices.refusals.values():
             display.note(f"sits out: {refusal}")
         federation = replace(federation, selection=devices.selection(federation.selection))
-        grid = FleetGrid(executor, list(clients), clients, devices, directory.path / VIRTUAL)
+        grid = InProcessGrid(executor, list(clients), VirtualRounds(devices, clients, directory.path / VIRTUAL))
     secure = (
         SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     )
     strategy = AdapterStrategy(
         federation, lambda _: nodes, display.client, secure, _ranks(simulation_context), grid.stale_updates
     )
-    summary: dict[str, Any] = {}
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        del context
-        summary.update(
-            run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))
-        )
-
     try:
-        server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), {}))
+        summary = run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))
     finally:
         executor.close()
     if devices is not None:
@@ -155,14 +141,14 @@ def _course(virtual: list[dict[str, Any]]) -> str:
     return f"virtual  {format_seconds(seconds)} in {len(virtual)} rounds of the fleet; updates: {shares or 'none'}"
 
 
-def _facts(executor: Executor) -> Facts:
+def _facts(executor: WorkerPool) -> Facts:
     reports = executor.workers()
     cleaning = {client: part for report in reports for client, part in report.cleaning.items()}
     records = sum(cleaning.values(), CleaningReport())
     return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records))
 
 
-def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> Executor:
+def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> WorkerPool:
     workers = worker_count(simulation_context.job, simulation_context.model.base, len(clients))
     if simulation_context.job.simulation.backend == "ray":
         from fedtune.server.simulation.ray_executor import RayExecutor

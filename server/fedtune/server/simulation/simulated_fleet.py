@@ -4,7 +4,7 @@
     federation = replace(federation, selection=devices.selection(federation.selection))
     strategy = AdapterStrategy(federation, ..., ranks=devices.rank)
     device = Device(..., share=devices.work)
-    grid = FleetGrid(executor, node_ids, clients, devices, run_directory / "virtual.jsonl")
+    grid = InProcessGrid(executor, node_ids, VirtualRounds(devices, clients, run_directory / "virtual.jsonl"))
 
 Who is eligible, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
 resumed one goes on as it would have. Only what is used is trained: a straggler costs virtual time, not real time.
@@ -13,14 +13,11 @@ resumed one goes on as it would have. Only what is used is trained: a straggler 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from flwr.app import Message
 
 from fedtune.client.plan.planner import (
     BYTES_PER_PARAMETER_DOWN,
@@ -41,7 +38,7 @@ from fedtune.core.round_records import ClientRecord
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
 from fedtune.core.timing import done_share, round_deadline
-from fedtune.flower.in_process_grid import Executor, InProcessGrid
+from fedtune.flower.in_process_grid import Failure, Outgoing
 from fedtune.model.shape import ModelShape
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_files import storage, write_text
@@ -49,7 +46,6 @@ from fedtune.strategies.cohorts.selection import Selection
 from fedtune.strategies.cohorts.timed_selection import timed_selection
 from fedtune.strategies.cohorts.virtual_clock import Course, run_clock
 
-_POLL_SECONDS = 0.005
 PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
 
 
@@ -172,60 +168,39 @@ class SimulatedFleet:
         return wanted if isinstance(wanted, int) else max(1, round(wanted * population))
 
 
-class FleetGrid(InProcessGrid):
-    """The grid of a simulated fleet: rounds of training pass on the virtual clock, everything else as ever.
+class VirtualRounds:
+    """Whose messages of a round come to nothing by the virtual clock; everything else goes its usual way.
 
     Args:
         clients: node -> client name.
         log: a file that gets one object a round.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        node_ids: Sequence[int],
-        clients: Mapping[int, str],
-        devices: SimulatedFleet,
-        log: Path,
-    ) -> None:
-        super().__init__(executor, node_ids)
-        self._clients = clients
+    def __init__(self, devices: SimulatedFleet, clients: Mapping[int, str], log: Path) -> None:
         self._devices = devices
+        self._clients = clients
         self._log = log
         self._rounds: dict[int, VirtualRound] = {}
-        self._late: list[str] = []
 
-    def stale_updates(self) -> Iterable[Message]:
-        """The answers of clients that were late, where the next round may use them."""
-        waiting, self._late = self._late, []
-        replies: list[Message] = []
-        while len(replies) < len(waiting):
-            replies += self.pull_messages(waiting)
-            time.sleep(_POLL_SECONDS)
-        return [reply for reply in replies if reply.has_content()]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hands over what will arrive in time, and lets the rest fail."""
-        waiting = list(messages)
-        if not waiting or waiting[0].metadata.message_type not in SECURE_EXCHANGES:
-            return super().push_messages(waiting)
-        number = int(waiting[0].metadata.group_id)
+    def __call__(self, messages: Sequence[Outgoing]) -> Sequence[Failure | None]:
+        """The fates of messages that are sent together."""
+        if not messages or messages[0].action not in SECURE_EXCHANGES:
+            return [None] * len(messages)
+        number = int(messages[0].group)
         if number not in self._rounds:
-            cohort = [self._clients[message.metadata.dst_node_id] for message in waiting]
+            cohort = [self._clients[message.node] for message in messages]
             self._rounds = {number: self._devices.round(number, cohort)}
             self._write(number)
-        return [self._push(message, self._rounds[number]) for message in waiting]
+        return [self._fate(message, self._rounds[number]) for message in messages]
 
-    def _push(self, message: Message, virtual: VirtualRound) -> str:
-        name, kind = self._clients[message.metadata.dst_node_id], message.metadata.message_type
-        if kind == virtual.vanishes.get(name):
-            return self.fail(message, LateError("vanished"))
-        if kind == TRAIN and name not in virtual.course.arrived:
-            if self._devices.keeps_late:
-                self._late += super().push_messages([message])
-            return self.fail(message, LateError(f"not there after {virtual.course.seconds:.1f} virtual seconds"))
-        (message_id,) = super().push_messages([message])
-        return message_id
+    def _fate(self, message: Outgoing, virtual: VirtualRound) -> Failure | None:
+        name = self._clients[message.node]
+        if message.action == virtual.vanishes.get(name):
+            return Failure(LateError("vanished"))
+        if message.action == TRAIN and name not in virtual.course.arrived:
+            late = LateError(f"not there after {virtual.course.seconds:.1f} virtual seconds")
+            return Failure(late, works_on=self._devices.keeps_late)
+        return None
 
     def _write(self, number: int) -> None:
         virtual = self._rounds[number]
@@ -247,7 +222,7 @@ class FleetGrid(InProcessGrid):
                 for name, seconds in virtual.seconds.items()
             ],
         }
-        earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is written anew
+        earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is written again
         with storage(self._log.parent):
             write_text(self._log, "".join(json.dumps(each) + "\n" for each in [*earlier, line]))
 

@@ -1,4 +1,4 @@
-"""What every process of a simulation builds from the job: the base model once, the population, and the ClientApp."""
+"""What every process of a simulation builds from the job: the base model once, the population, and the clients."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from flwr.clientapp import ClientApp
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
+from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
 from fedtune.core.job.device_kinds import load_fleet
 from fedtune.core.job.settings import BUNDLED, Job
+from fedtune.core.protocol.actions import Handler
 from fedtune.core.protocol.payloads import Base
 from fedtune.data.examples import CleaningReport, Example, prepare
 from fedtune.data.population import Population
 from fedtune.demo import FLEET
-from fedtune.flower.client_app import client_app
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.shape import shape_of
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.job_model import describe_base, open_model
-from fedtune.server.simulation.faults import fault_mod
+from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.server.simulation.simulated_identities import Enrolment
 
@@ -96,18 +96,21 @@ class SimulationContext:
         kinds = load_fleet(FLEET if fleet == BUNDLED else Path(fleet))
         return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
 
-    def client_app(self) -> ClientApp:
-        """A ClientApp that stands for every client, with the faults that the job injects."""
-        simulation = self.job.simulation
-        faulty = simulation.dropout or simulation.failing or simulation.slow
-        secure = self.job.secure_aggregation
-        mods = [fault_mod(simulation, self.job.training.seed, secure.enabled)] if faulty else []
+    def handler(self) -> Handler:
+        """The handler of every client's messages, with the faults that the job injects."""
         store = ClientStore(self.folder)
         if self.devices is None:
             device = Device(lambda _: self.trainer, self.examples, store)
         else:
             device = Device(lambda _: self.trainer, self.examples, store, self.devices.work)
-        return client_app(device, mods, self.enrolment.credentials if secure.enabled else None)
+        secure, simulation = self.job.secure_aggregation.enabled, self.job.simulation
+        if secure:
+            handler = handle_under_secure_aggregation(device, self.enrolment.credentials)
+        else:
+            handler = handle_in_the_clear(device)
+        if simulation.dropout or simulation.failing or simulation.slow:
+            handler = with_faults(handler, simulation, self.job.training.seed, secure)
+        return handler
 
     def examples(self, client: str, trainer: Trainer, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""

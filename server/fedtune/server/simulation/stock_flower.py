@@ -5,8 +5,8 @@
     app = flower_client_app()                                # client_app.py
 
 The run configuration says what to run: `job` (a job file, "" for the demo), `set` (overrides as on the command line,
-separated by spaces) and `out` (the run directory). See examples/flower-app. Flower's engine makes its clients anew for
-every message, so they cannot go through a secure round's five: the job must say secure_aggregation.enabled = false.
+separated by spaces) and `out` (the run directory). See examples/flower-app. Flower's engine makes new clients
+for every message, so they cannot go through a secure round's five: the job must say secure_aggregation.enabled = false.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
+from fedtune.core.protocol.actions import Handler, Request
+from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
 from fedtune.flower.strategy import AdapterStrategy, federation_from_job
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.run_directory import CLIENTS, RunDirectory
@@ -32,12 +30,10 @@ from fedtune.server.simulation.simulation_context import SimulationContext
 
 def flower_server_app() -> ServerApp:
     """A ServerApp that runs the job of its run configuration."""
-    app = ServerApp()
 
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        job = _job(context)
-        path = Path(str(context.run_config["out"]))
+    def main(grid: Grid, config: RunConfig) -> None:
+        job = _job(config)
+        path = Path(str(config["out"]))
         simulation_context = SimulationContext.begin(job, path / CLIENTS)
         directory = RunDirectory.create(path, job, simulation_context.base.digest)
         try:
@@ -49,35 +45,24 @@ def flower_server_app() -> ServerApp:
         finally:
             directory.close()
 
-    return app
+    return server_app(main)
 
 
 def flower_client_app() -> ClientApp:
     """A ClientApp that stands for the client that its node's partition names."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return _answer(message, context)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context)
-
-    return app
+    return client_app(_answer)
 
 
-def _answer(message: Message, context: Context) -> Message:
-    job = _job(context)
-    folder = Path(str(context.run_config["out"])) / CLIENTS
+def _answer(config: RunConfig, partition: int, request: Request) -> bytes:
+    job = _job(config)
+    folder = Path(str(config["out"])) / CLIENTS
     names = _simulation_context(job, folder).population.names
-    context.node_config["client"] = names[int(context.node_config["partition-id"]) % len(names)]
-    return _client_app(job, folder)(message, context)
+    return _handler(job, folder)(names[partition % len(names)], request)
 
 
-def _job(context: Context) -> Job:
-    path = str(context.run_config.get("job", ""))
-    job = load_job(Path(path) if path else None, str(context.run_config.get("set", "")).split())
+def _job(config: RunConfig) -> Job:
+    path = str(config.get("job", ""))
+    job = load_job(Path(path) if path else None, str(config.get("set", "")).split())
     if job.secure_aggregation.enabled:
         problem = "secure_aggregation.enabled is true, but Flower's engine makes clients anew for every message"
         raise JobError([f"{problem}; put secure_aggregation.enabled=false into the run configuration's set"])
@@ -91,5 +76,5 @@ def _simulation_context(job: Job, folder: Path) -> SimulationContext:
 
 
 @functools.lru_cache(maxsize=1)
-def _client_app(job: Job, folder: Path) -> ClientApp:
-    return _simulation_context(job, folder).client_app()
+def _handler(job: Job, folder: Path) -> Handler:
+    return _simulation_context(job, folder).handler()

@@ -1,7 +1,7 @@
-"""The default backend where it has several workers: forks of this process, which share its base model.
+"""Who runs the clients of a simulation on this machine: one thread of this process, or forks of it.
 
-A fork is there in milliseconds and copies nothing: the base lies in memory once, and what a worker writes is its own.
-What a client answers depends on the job and the message alone, so a job's adapter is the same, bit for bit, whatever
+A fork shares the base model of this process: it is there in milliseconds and copies nothing, and what it writes is its
+own. A client's answer depends on the job and the message alone, so a job's adapter is the same, bit for bit, whatever
 the number of workers.
 """
 
@@ -15,19 +15,20 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Protocol
 
 import psutil  # type: ignore[import-untyped]
-from flwr.app import Message
-from flwr.clientapp import ClientApp
 
 from fedtune.core.errors import RunError
-from fedtune.flower.in_process_grid import WorkerReport
-from fedtune.flower.message_bytes import WireMessage, to_wire
+from fedtune.core.protocol.actions import Handler
+from fedtune.data.examples import CleaningReport
+from fedtune.flower.envelope import WireMessage, answer_wire
+from fedtune.flower.in_process_grid import Executor, Outgoing
 from fedtune.server.run_facts import peak_rss_mb
-from fedtune.server.simulation.local_executor import answer
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 _REPORT = None  # what a worker is sent to be asked for its report
@@ -36,17 +37,70 @@ _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its paren
 _MIB = 1 << 20
 
 
+@dataclass(frozen=True)
+class WorkerReport:
+    """The end of a run as one process saw it.
+
+    Args:
+        peak_rss_mb: peak memory beside that of this process.
+        cleaning: for each client that was run there, what became of its records.
+    """
+
+    peak_rss_mb: float
+    cleaning: dict[str, CleaningReport]
+
+
+class WorkerPool(Executor, Protocol):
+    """An executor with processes of its own."""
+
+    def workers(self) -> Sequence[WorkerReport]:
+        """Asks each process that runs clients for its report, at the end of a run."""
+
+    def close(self) -> None:
+        """Frees whatever the executor holds."""
+
+
+class LocalExecutor:
+    """Runs every client on one thread, one message at a time, in the order of submission.
+
+    Args:
+        simulation_context: makes the handler of the clients' messages.
+        clients: node id -> name of the client it stands for.
+    """
+
+    def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str]) -> None:
+        self._simulation_context = simulation_context
+        self._handler = simulation_context.handler()
+        self._clients = clients
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-client")
+
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
+        """Queues the message for its client."""
+        return self._thread.submit(self._run, message)
+
+    def workers(self) -> Sequence[WorkerReport]:
+        """Reports on one worker, which is this process."""
+        return [WorkerReport(0.0, self._simulation_context.cleaning)]
+
+    def close(self) -> None:
+        """Drops what still waits."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, message: Outgoing) -> WireMessage:
+        return answer_wire(message.pack(), self._clients[message.node], self._handler)
+
+
 class ForkedExecutor:
     """Spreads clients over forks of this process.
 
     Args:
-        simulation context: its model is loaded before the forks, which share it.
+        simulation_context: its model is loaded before the forks, which share it.
         clients: node id -> name of the client it stands for.
         workers: how many forks.
     """
 
     def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str], workers: int) -> None:
-        app = simulation_context.client_app()
+        handler = simulation_context.handler()
         simulation_context.model  # noqa: B018  # loaded here, not in every fork
         context = get_context("fork")
         self._workers: list[tuple[BaseProcess, Connection]] = []
@@ -54,7 +108,7 @@ class ForkedExecutor:
             ours, theirs = context.Pipe()
             inherited = [ours, *(connection for _, connection in self._workers)]
             process = context.Process(
-                target=_serve, args=(theirs, inherited, os.getpid(), app, simulation_context, clients), daemon=True
+                target=_serve, args=(theirs, inherited, os.getpid(), handler, simulation_context, clients), daemon=True
             )
             process.start()
             theirs.close()
@@ -65,11 +119,11 @@ class ForkedExecutor:
         self._places: dict[int, int] = {}
         self._latest: dict[int, Future[WireMessage]] = {}
 
-    def submit(self, message: Message) -> Future[WireMessage]:
+    def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's worker."""
-        worker, node_id = self._find_place(message), message.metadata.dst_node_id
-        self._latest[node_id] = self._threads[worker].submit(self._run, worker, message)
-        return self._latest[node_id]
+        worker = self._find_place(message)
+        self._latest[message.node] = self._threads[worker].submit(self._run, worker, message)
+        return self._latest[message.node]
 
     def place(self, node_id: int) -> int:
         """Which worker has a client that has been given work this round."""
@@ -97,22 +151,22 @@ class ForkedExecutor:
                 process.kill()
                 process.join()
 
-    def _find_place(self, message: Message) -> int:
+    def _find_place(self, message: Outgoing) -> int:
         """The worker with the fewest clients this round; there a client stays for the round, with its secrets.
 
         One that is still busy with the round before stays where it is, so that nobody works in two places at once.
         """
-        if message.metadata.group_id != self._round:
-            self._round = message.metadata.group_id
+        if message.group != self._round:
+            self._round = message.group
             busy = {node_id for node_id, future in self._latest.items() if not future.done()}
             self._places = {node_id: place for node_id, place in self._places.items() if node_id in busy}
             self._latest = {node_id: future for node_id, future in self._latest.items() if node_id in busy}
         load = Counter(self._places.values())
         fewest = min(range(len(self._workers)), key=lambda worker: load[worker])
-        return self._places.setdefault(message.metadata.dst_node_id, fewest)
+        return self._places.setdefault(message.node, fewest)
 
-    def _run(self, worker: int, message: Message) -> WireMessage:
-        reply = self._ask(worker, (to_wire(message), message.metadata.dst_node_id))
+    def _run(self, worker: int, message: Outgoing) -> WireMessage:
+        reply = self._ask(worker, (message.pack(), message.node))
         if isinstance(reply, Exception):
             raise reply
         assert isinstance(reply, WireMessage)
@@ -136,7 +190,7 @@ def _serve(
     connection: Connection,
     inherited: Sequence[Connection],
     parent: int,
-    app: ClientApp,
+    handler: Handler,
     simulation_context: SimulationContext,
     clients: Mapping[int, str],
 ) -> None:
@@ -155,13 +209,13 @@ def _serve(
             connection.send(WorkerReport(_own_peak_mb(), simulation_context.cleaning))
             continue
         wire, node_id = question
-        connection.send(_outcome(app, wire, node_id, clients[node_id]))
+        connection.send(_outcome(handler, wire, clients[node_id]))
 
 
-def _outcome(app: ClientApp, wire: WireMessage, node_id: int, client: str) -> WireMessage | Exception:
+def _outcome(handler: Handler, wire: WireMessage, client: str) -> WireMessage | Exception:
     try:
-        return answer(app, wire, node_id, client)
-    except Exception as error:  # of whatever type a ClientApp raises; it is raised again in the parent
+        return answer_wire(wire, client, handler)
+    except Exception as error:  # of whatever type a handler raises; it is raised again in the parent
         return _sendable(error)
 
 
