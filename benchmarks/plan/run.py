@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from fedtune.client.plan.memory import Choices, MemoryPrediction, predict_memory
-from fedtune.client.torch.calibration import Case, Measured, measure
-from fedtune.core.job.settings import ModelSettings
+from fedtune.client.plan.backend import Case, Measured
+from fedtune.client.plan.step_costs import Choices, MemoryPrediction, predict_memory
+from fedtune.client.torch.trial_step import measure
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.model.shape import shape_of
 
 HERE = Path(__file__).parent
@@ -68,12 +69,12 @@ class Outcome:
 
     def cells(self) -> list[str]:
         """A row of the table."""
-        loading, training = self.predicted.loading, self.predicted.training
+        loading, training, choices = self.predicted.loading, self.predicted.training, self.case.choices
         return [
             self.model,
-            "nf4" if self.case.weights == "packed" else self.case.precision,
-            "on" if self.case.checkpointing else "off",
-            f"{self.case.micro_batch} × {self.case.sequence_length}",
+            "nf4" if choices.weights == "packed" else choices.precision,
+            "on" if choices.checkpointing else "off",
+            f"{self.case.micro_batch} × {choices.sequence_length}",
             f"{_mb(loading)} / {_mb(self.measured.loading)}",
             f"{_mb(training)} / {_mb(self.measured.training)}",
             f"{_mb(self.predicted.peak)} / {_mb(self.measured.peak)}",
@@ -108,7 +109,7 @@ def run_model(model: str, folder: Path) -> list[Outcome]:
     outcomes = []
     for weights, checkpointing, length in itertools.product(("packed", "dequantized"), (False, True), LENGTHS[model]):
         choices = Choices(weights, "bf16", RANK, length, TOKENS, checkpointing)  # type: ignore[arg-type]
-        case = Case(base, "nf4", weights, "bf16", RANK, ALPHA, length, TOKENS // length, checkpointing)
+        case = Case(ModelSettings(base), AdapterSettings(RANK, ALPHA), choices)
         outcome = Outcome(model, case, predict_memory(shape, choices), measure(case))
         print("  ".join(outcome.cells()), flush=True)
         outcomes.append(outcome)

@@ -17,8 +17,11 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.client.live import device_loop as service
-from fedtune.client.live.device_home import ClientHome
+from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
 from fedtune.client.live.device_loop import BACKOFF_SECONDS, Backoff
+from fedtune.client.plan.calibration import CalibrationStore
+from fedtune.client.plan.device_plan import DevicePlanner
+from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import InputError
 from fedtune.core.protocol.enrolment import Bundle
 from fedtune.flower.envelope import seal
@@ -180,7 +183,8 @@ def test_a_stopped_server_still_knows_who_is_enrolled(
 def device(home: ServerHome, tmp_path: Path) -> Iterator[service.Service]:
     """A device's service, in this process and without a server."""
     joined = ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
-    made = service.Service(joined, lambda line: None)
+    planner = DevicePlanner(TorchBackend(), CalibrationStore(joined.path / CALIBRATIONS))
+    made = service.Service(joined, planner, lambda line: None)
     yield made
     made._link.close()
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import psutil  # type: ignore[import-untyped]
 import pytest
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import Fleet, MakeFleet
 
 from fedtune.client.live import device_loop as service
-from fedtune.client.live.device_home import ClientHome
+from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
+from fedtune.client.plan.backend import Measured
+from fedtune.client.plan.calibration import CalibrationStore
+from fedtune.client.plan.device_plan import DevicePlanner
 from fedtune.client.plan.eligibility import Requirements, Sensors
-from fedtune.client.torch import device_plan as command
-from fedtune.client.torch.calibration import Measured
+from fedtune.client.plan.planner import RESERVE
+from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, query
@@ -68,19 +74,25 @@ def fleet(make_fleet: MakeFleet) -> Fleet:
     return fleet
 
 
-def device_of(fleet: Fleet, name: str, monkeypatch: pytest.MonkeyPatch) -> service.Service:
-    monkeypatch.setattr("fedtune.client.torch.planned_work.warm_up", lambda precision, device: None)
-    return service.Service(ClientHome(fleet.client_home(name)), lambda line: None)
+class Warm(TorchBackend):
+    """The test's process is warm."""
+
+    def warm_up(self) -> None:
+        pass
 
 
-def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_data(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def device_of(fleet: Fleet, name: str, reserve: float = RESERVE) -> service.Service:
+    home = ClientHome(fleet.client_home(name))
+    planner = DevicePlanner(Warm(), CalibrationStore(home.path / CALIBRATIONS), reserve=reserve)
+    return service.Service(home, planner, lambda line: None)
+
+
+def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_data(fleet: Fleet) -> None:
     short, usual = fleet.names
     rows = [{"prompt": "dim =>", "completion": f" {number}"} for number in range(20)]
     data = fleet.folder / "data" / "clients" / f"{short}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = [greet(device_of(fleet, name, monkeypatch), fleet) for name in (short, usual)]
+    replies = [greet(device_of(fleet, name), fleet) for name in (short, usual)]
     assert [(reply.rank, reply.weights, reply.sequence_length, reply.sits_out) for reply in replies] == [
         (16, "dequantized", 64, ""),
         (16, "dequantized", 64, ""),
@@ -90,10 +102,8 @@ def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_
     assert status["plan"]["took"]["rounds"] == 0
 
 
-def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = device_of(fleet, fleet.names[0], monkeypatch)
+def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(fleet: Fleet) -> None:
+    device = device_of(fleet, fleet.names[0])
     greet(device, fleet)
     predicted = device._planned._current().seconds_per_round
 
@@ -107,23 +117,20 @@ def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(
 
 
 @pytest.mark.parametrize("scores", [False, True])
-def test_a_device_scores_for_a_server_only_where_its_owner_says_so(
-    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch, scores: bool
-) -> None:
+def test_a_device_scores_for_a_server_only_where_its_owner_says_so(make_fleet: MakeFleet, scores: bool) -> None:
     fleet = make_fleet(1)
     name = fleet.names[0]
     data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
     ClientHome.join(fleet.client_home(name), Bundle.load(fleet.folder / f"{name}.bundle"), data, scores=scores)
-    device = device_of(fleet, name, monkeypatch)
+    device = device_of(fleet, name)
     greet(device, fleet)
     answer = ask(device, EVALUATE, seal(b""))
     assert ("scores nothing for a server" in str(answer.error.reason)) != scores
 
 
-def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "RESERVE", 1.0)  # of everything
+def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet) -> None:
     with pytest.raises(PeerError, match=r"does not fit this device: the smallest plan .* needs \d+ MB .* 0 MB may be"):
-        greet(device_of(fleet, fleet.names[0], monkeypatch), fleet)
+        greet(device_of(fleet, fleet.names[0], reserve=1.0), fleet)  # of everything
     assert "may be used" in fleet.device_status(fleet.names[0])["problem"]
 
 
@@ -131,7 +138,7 @@ def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_read
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = fleet.names[0]
-    device = device_of(fleet, name, monkeypatch)
+    device = device_of(fleet, name)
     monkeypatch.setattr(service, "sense", lambda: Sensors(41.0, False, None, None))
     reply = greet(device, fleet)
     assert reply.sits_out == "battery low"
@@ -144,23 +151,19 @@ def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_read
     assert fleet.device_status(name)["sits_out"] == ""
 
 
-def test_a_process_that_begins_again_plans_for_the_job_it_was_registered_for(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_begins_again_plans_for_the_job_it_was_registered_for(fleet: Fleet) -> None:
     name = fleet.names[0]
-    unknown = ask(device_of(fleet, name, monkeypatch), query(OPEN), seal(b"", b""))
+    unknown = ask(device_of(fleet, name), query(OPEN), seal(b"", b""))
     assert "has not been greeted" in str(unknown.error.reason)
-    greet(device_of(fleet, name, monkeypatch), fleet)
-    again = device_of(fleet, name, monkeypatch)
+    greet(device_of(fleet, name), fleet)
+    again = device_of(fleet, name)
     assert "greeted" not in str(ask(again, query(OPEN), seal(b"", b"")).error.reason)
     assert fleet.device_status(name)["plan"]["plan"]["rank"] == 16
 
 
-def test_how_fast_an_update_went_up_is_remembered_and_an_error_tells_nothing(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_fast_an_update_went_up_is_remembered_and_an_error_tells_nothing(fleet: Fleet) -> None:
     name = fleet.names[0]
-    device = device_of(fleet, name, monkeypatch)
+    device = device_of(fleet, name)
     refusal = ask(device, TRAIN, seal(b""))
     device._time_link(refusal, 1.0)
     for size, seconds in ((60_000, 2.0), (100, 1.0)):
@@ -168,7 +171,7 @@ def test_how_fast_an_update_went_up_is_remembered_and_an_error_tells_nothing(
         request = Message(seal(b""), DEVICE, TRAIN, group_id="1")
         TaskIdentity.node_id = DEVICE
         device._time_link(Message(seal(bytes(size)), reply_to=request), seconds)
-    again = device_of(fleet, name, monkeypatch)
+    again = device_of(fleet, name)
     assert again._planned.uplink == pytest.approx(30_000, rel=0.02)
 
 
@@ -206,12 +209,14 @@ def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
     data = str(fleet.folder / "data" / "clients" / f"{name}.jsonl")
     join = ["client", "join", str(fleet.folder / f"{name}.bundle"), "--data", data, "--home", str(home)]
     with monkeypatch.context() as scarce:
-        scarce.setattr(command, "RESERVE", 1.0)
+        none_free = psutil.virtual_memory()._replace(available=0)
+        scarce.setattr(psutil, "virtual_memory", lambda: none_free)
         assert run(scarce, *join) == 2
     assert "demo: the base model does not fit this device: the smallest plan" in capsys.readouterr().err
     assert not home.exists()
     chosen = ["--only-charging", "--battery-reserve", "30", "--max-temperature", "70", "--unmetered-only"]
-    monkeypatch.setattr(command, "measure", lambda case: Measured(0, 9, 9, 40_000_000, 0.1, 256))
+    measured = json.dumps(asdict(Measured(0, 9, 9, 40_000_000, 0.1, 256)))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, measured, ""))
     assert run(monkeypatch, *join, *chosen) == 0
     said = capsys.readouterr().out
     assert "plan for demo: dequantized once" in said
@@ -245,9 +250,7 @@ class Replies:
         return replies
 
 
-def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absurd_things(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absurd_things(fleet: Fleet) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     fine = RegistrationReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "", 8, "packed", 64, 120, 1.5)
     absurd = msgspec.structs.replace(fine, rank=512)
@@ -298,9 +301,7 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     assert cloud._registrar.present(grid) == {}
 
 
-def test_words_of_a_device_and_of_a_server_steer_no_terminal(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     from fedtune.server.live.status_board import print_status, read_status
@@ -320,7 +321,7 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(
     assert "[/red]" in line
     assert line.isprintable()
 
-    device = device_of(fleet, name, monkeypatch)
+    device = device_of(fleet, name)
     base = msgspec.structs.replace(terms().base, name=hostile, digest="0" * 64)
     roster = Devices.load(fleet.home).roster.to_bytes()
     registration = Registration(

@@ -100,6 +100,8 @@ def join(
 @app.command()
 def start(home: _Home = None) -> None:
     """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
+    from fedtune.client.live.device_home import CALIBRATIONS
+    from fedtune.client.plan.calibration import CalibrationStore
     from fedtune.core.host.environment import limit_pieces
 
     limit_pieces(PIECE_BYTES)
@@ -107,9 +109,16 @@ def start(home: _Home = None) -> None:
     with device.lock:  # from here on it counts as starting: torch takes its time
         try:
             from fedtune.client.live.device_loop import Service
+            from fedtune.client.plan.device_plan import DevicePlanner
+            from fedtune.client.torch.torch_backend import TorchBackend
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-        Service(device, lambda line: print(line, flush=True)).run()
+
+        def show(line: str) -> None:
+            print(line, flush=True)
+
+        planner = DevicePlanner(TorchBackend(), CalibrationStore(device.path / CALIBRATIONS), show)
+        Service(device, planner, show).run()
 
 
 @app.command()
@@ -242,11 +251,15 @@ def _print(found: dict[str, Any]) -> None:
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
     """What this machine would train under, by base model; none where it is installed for answering only."""
     try:
-        from fedtune.client.torch.device_plan import plan_bases
+        from fedtune.client.torch.torch_backend import TorchBackend
     except ModuleNotFoundError:
         print("no torch here: this device can pull models and answer. To train: pip install 'fedtune[client]'")
         return []
-    outcomes = plan_bases(bases, data, calibrations, "always" if try_step else "never", print)
+    from fedtune.client.plan.calibration import CalibrationStore
+    from fedtune.client.plan.device_plan import DevicePlanner, plan_bases
+
+    planner = DevicePlanner(TorchBackend(), CalibrationStore(calibrations), print)
+    outcomes = plan_bases(planner, bases, data, "always" if try_step else "never")
     return [outcome.to_json() for outcome in outcomes]
 
 

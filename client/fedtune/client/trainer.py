@@ -77,6 +77,27 @@ class LocalResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
+
+    Args:
+        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
+            longer is a pass of its own.
+        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
+    """
+
+    tokens: int | None = None
+    checkpointing: bool = False
+
+    def at_once(self, asked: int) -> int:
+        """Tokens of a forward pass, where so many are asked for."""
+        return asked if self.tokens is None else min(asked, self.tokens)
+
+
+UNLIMITED = Limits()
+
+
 class Trainer(Protocol):
     """Trains and scores adapters on one base model, one call at a time."""
 

@@ -157,21 +157,23 @@ def plan(
 
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
+    from fedtune.client.plan.calibration import CalibrationStore
+    from fedtune.client.plan.device_plan import DevicePlanner, Link, default_folder
     from fedtune.client.plan.plan_table import print_plan
-    from fedtune.client.torch.device_plan import Link, make_plan
+    from fedtune.client.torch.torch_backend import TorchBackend
     from fedtune.core.job.job_file import load_job
     from fedtune.demo import JOB
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []
     resolved = load_job(job or (None if base else JOB), [*(overrides or []), *chosen])
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
-    outcome = make_plan(
+    note = (lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False))
+    outcome = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()), note).plan(
         resolved,
         data,
-        link=Link(per_second[0], per_second[1], deadline),
+        Link(per_second[0], per_second[1], deadline),
+        "always" if try_step else "never",
         memory=round(memory * 1e6) if memory else None,
-        trial="always" if try_step else "never",
-        note=(lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False)),
     )
     if as_json:
         print(json.dumps(outcome.to_json(), indent=2))

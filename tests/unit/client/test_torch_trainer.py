@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.torch.torch_trainer import Limits, TorchTrainer
+from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
-from fedtune.client.trainer import LocalTask
+from fedtune.client.trainer import Limits, LocalTask
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings

@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.client.plan.planner import NoPlanError
-from fedtune.client.torch import device_plan as command
-from fedtune.client.torch.calibration import Calibration, CalibrationStore, Case, Measured, measure
-from fedtune.client.torch.device_plan import make_plan
+from fedtune.client.plan.backend import Case, Measured
+from fedtune.client.plan.calibration import Calibration, CalibrationStore
+from fedtune.client.plan.device_plan import DevicePlanner
+from fedtune.client.plan.planner import RESERVE, NoPlanError
+from fedtune.client.plan.step_costs import Choices
+from fedtune.client.torch.torch_backend import TorchBackend
+from fedtune.client.torch.trial_step import measure
 from fedtune.core.errors import DataError, RunError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.server import cli
 
-CASE = Case("demo", "nf4", "packed", "bf16", 16, 32.0, 64, 2, False)
 JOB = ["data.sequence_length=64", "training.batch_tokens=256"]
 
 
-def planned(tmp_path: Path, *overrides: str, **options: Any) -> Any:
-    return make_plan(load_job(None, [*JOB, *overrides]), store=CalibrationStore(tmp_path), **options)
+class Told(TorchBackend):
+    """Measures what the test says."""
+
+    def __init__(self, measured: Callable[[Case], Measured]) -> None:
+        super().__init__()
+        self._measured = measured
+
+    def measure(self, case: Case) -> Measured:
+        return self._measured(case)
+
+
+def never(case: Case) -> Measured:
+    pytest.fail(f"a step was tried: {case}")
+
+
+def planned(
+    tmp_path: Path, *overrides: str, measured: Callable[[Case], Measured] = never, reserve: float = RESERVE, **ask: Any
+) -> Any:
+    planner = DevicePlanner(Told(measured), CalibrationStore(tmp_path), reserve=reserve)
+    return planner.plan(load_job(None, [*JOB, *overrides]), **ask)
 
 
 def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
@@ -40,42 +62,35 @@ def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
     assert len(list((tmp_path / "fedtune" / "calibration").iterdir())) == 1
 
 
-def test_what_was_measured_corrects_the_next_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_measured_corrects_the_next_plan(tmp_path: Path) -> None:
     first = planned(tmp_path, trial="never")
     assert (first.kappa, first.measured) == (1.0, None)
     twice = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens)
-    monkeypatch.setattr(command, "measure", lambda case: twice)
-    planned(tmp_path)
+    planned(tmp_path, measured=lambda case: twice)
     again = planned(tmp_path, trial="never")
     assert again.kappa > 2
     assert again.plan.memory.training == pytest.approx(2 * first.plan.memory.training, rel=1e-6)
     assert again.seconds_per_step == pytest.approx(1.5)
 
 
-def test_a_step_that_takes_more_than_may_be_used_is_planned_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_step_that_takes_more_than_may_be_used_is_planned_again(tmp_path: Path) -> None:
     tried: list[Case] = []
 
     def hungry(case: Case) -> Measured:
         tried.append(case)
-        tokens = case.micro_batch * case.sequence_length
+        tokens = case.choices.tokens
         return Measured(1, 1, 1, 30_000_000 + 3_000_000 * tokens, 0.1, tokens)
 
-    monkeypatch.setattr(command, "measure", hungry)
     free = 1000
-    monkeypatch.setattr(command, "RESERVE", 0.0)
     own = planned(tmp_path / "none", trial="never").runtime // 1_000_000
-    outcome = planned(tmp_path, "training.batch_tokens=4096", memory=(own + free) * 1_000_000)
+    memory = (own + free) * 1_000_000
+    outcome = planned(tmp_path, "training.batch_tokens=4096", measured=hungry, reserve=0.0, memory=memory)
     assert len(tried) == 2
     assert tried[1].micro_batch < tried[0].micro_batch
     assert outcome.measured.peak == 30_000_000 + 3_000_000 * outcome.plan.choices.tokens
 
 
-def test_a_device_too_small_is_told_so_before_anything_is_tried(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(command, "measure", lambda case: pytest.fail("a step was tried"))
+def test_a_device_too_small_is_told_so_before_anything_is_tried(tmp_path: Path) -> None:
     with pytest.raises(NoPlanError, match="does not fit this device"):
         planned(tmp_path, memory=1_000_000)
 
@@ -105,5 +120,6 @@ def test_a_calibration_that_is_damaged_or_absurd_is_as_good_as_none(tmp_path: Pa
 
 
 def test_a_step_that_fails_says_why(tmp_path: Path) -> None:
+    choices = Choices("packed", "bf16", 16, 64, 128, False)
     with pytest.raises(RunError, match=r"the calibration step failed: .*not a directory"):
-        measure(Case(str(tmp_path / "none"), "nf4", "packed", "bf16", 16, 32.0, 64, 2, False))
+        measure(Case(ModelSettings(str(tmp_path / "none")), AdapterSettings(), choices))

@@ -12,13 +12,17 @@ import msgspec
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
+import torch
 
-from fedtune.client.plan.machine import probe
-from fedtune.client.plan.memory import Choices, predict_memory
+from fedtune.client.plan.backend import Case, Measured, Meter
+from fedtune.client.plan.calibration import CalibrationStore
+from fedtune.client.plan.device_plan import DevicePlanner
+from fedtune.client.plan.machine import Machine, probe
+from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import NoPlanError, upload_bytes
-from fedtune.client.torch import device_plan as command
-from fedtune.client.torch.calibration import Case, Measured
-from fedtune.client.torch.planned_work import PlannedWork
+from fedtune.client.plan.step_costs import Choices, predict_memory
+from fedtune.client.torch.torch_backend import TorchBackend
+from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
 from fedtune.client.trainer import LocalTask
 from fedtune.core.adapter.layout import Vector
@@ -34,12 +38,6 @@ from fedtune.model.shape import shape_of
 MakeModel = Callable[..., Path]
 LARGE = 1 << 40
 TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=250)
-
-
-@pytest.fixture(autouse=True)
-def no_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure", lambda case: pytest.fail("a step was tried"))
-    monkeypatch.setattr("fedtune.client.torch.planned_work.warm_up", lambda precision, device: None)
 
 
 @pytest.fixture
@@ -65,17 +63,33 @@ def peak(folder: Path, **changes: Any) -> int:
     return predict_memory(shape_of(ModelSettings(str(folder))), replace(whole, **changes), target_share=0.3).peak
 
 
-class Fixture:
-    """A device with so much memory as the test says, and whatever its meter shall show."""
+def never(case: Case) -> Measured:
+    pytest.fail(f"a step was tried: {case}")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bases: Sequence[Path], data: Path) -> None:
+
+class Fixture(TorchBackend):
+    """A device with as much memory as the test says, and whatever its meter and its trial steps shall show."""
+
+    def __init__(self, tmp_path: Path, bases: Sequence[Path], data: Path) -> None:
+        super().__init__(torch.device("cpu"))
         self.shown: list[str] = []
         self.free = LARGE
         self.used = 0
-        monkeypatch.setattr(command, "RESERVE", 0.0)
-        monkeypatch.setattr(command, "probe", self._probe)
-        monkeypatch.setattr("fedtune.client.torch.planned_work.meter_for", lambda device: self)
-        self.work = PlannedWork(bases, data, tmp_path / "calibration", self.shown.append)
+        self.measured: Callable[[Case], Measured] = never
+        store = CalibrationStore(tmp_path / "calibration")
+        planner = DevicePlanner(self, store, self.shown.append, probe=self._probe, reserve=0.0)
+        self.work = PlannedWork(bases, data, planner)
+        self.again = PlannedWork(bases, data, planner)
+        """The same device in a process that has begun again."""
+
+    def warm_up(self) -> None:
+        """The test's process is warm."""
+
+    def measure(self, case: Case) -> Measured:
+        return self.measured(case)
+
+    def meter(self) -> Meter:
+        return self
 
     def reset(self) -> int:
         return int(psutil.Process().memory_info().rss)
@@ -83,7 +97,7 @@ class Fixture:
     def peak(self) -> int:
         return self.reset() + self.used
 
-    def _probe(self) -> Any:
+    def _probe(self) -> Machine:
         return replace(probe(), memory_free=self.free, gpus=())
 
     def update(self, terms: Terms) -> Vector:
@@ -95,8 +109,8 @@ class Fixture:
 
 
 @pytest.fixture
-def fixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, data: Path) -> Fixture:
-    return Fixture(monkeypatch, tmp_path, [folder], data)
+def fixture(tmp_path: Path, folder: Path, data: Path) -> Fixture:
+    return Fixture(tmp_path, [folder], data)
 
 
 def simulated(folder: Path, data: Path) -> Vector:
@@ -116,9 +130,9 @@ def test_with_memory_to_spare_a_device_trains_what_a_simulation_does_bit_for_bit
 
 
 def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same_up_to_rounding(
-    fixture: Fixture, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: Fixture, folder: Path, data: Path
 ) -> None:
-    monkeypatch.setattr(command, "measure", measured_as_predicted)
+    fixture.measured = measured_as_predicted
     terms = terms_for(folder, weights="packed", gradient_checkpointing=True)
     fixture.free = peak(folder, weights="packed", checkpointing=True, tokens=72)
     outcome = fixture.work.take_on(terms)
@@ -126,6 +140,7 @@ def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same
     assert outcome.plan.accumulation > 2
     update = fixture.update(terms)
     trainer = fixture.work.open_trainer(terms.base)
+    assert isinstance(trainer, TorchTrainer)
     assert trainer.model.base.weights == "packed"
     assert (trainer.limits.tokens, trainer.limits.checkpointing) == (outcome.plan.choices.tokens, True)
     np.testing.assert_allclose(update, simulated(folder, data), rtol=1e-2, atol=TASK.learning_rate * 0.02)
@@ -144,43 +159,33 @@ def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(fixture: F
 
 
 def measured_as_predicted(case: Case) -> Measured:
-    choices = Choices(
-        case.weights, case.precision, case.rank, case.sequence_length, case.micro_batch * case.sequence_length,
-        case.checkpointing,
-    )  # fmt: skip
-    shape = shape_of(ModelSettings(case.base))
-    took = predict_memory(shape, choices, target_share=case.target_share).training
-    return Measured(0, 0, 0, took, 0.1, choices.tokens)
+    took = predict_memory(shape_of(case.model), case.choices, target_share=case.target_share).training
+    return Measured(0, 0, 0, took, 0.1, case.choices.tokens)
 
 
-def test_a_real_step_is_tried_once_and_only_where_it_could_change_the_plan(
-    fixture: Fixture, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_step_is_tried_once_and_only_where_it_could_change_the_plan(fixture: Fixture, folder: Path) -> None:
     tried: list[Case] = []
 
     def count(case: Case) -> Measured:
         tried.append(case)
         return measured_as_predicted(case)
 
-    monkeypatch.setattr(command, "measure", count)
+    fixture.measured = count
     fixture.work.take_on(terms_for(folder))
     assert not tried
     fixture.free = round(peak(folder) * 1.5)
     fixture.work.take_on(terms_for(folder, local_steps=3))
     assert len(tried) == 1
     fixture.work.take_on(terms_for(folder, local_steps=4))
-    again = PlannedWork([folder], data, tmp_path / "calibration", fixture.shown.append)  # the process began anew
-    again.take_on(terms_for(folder))
+    fixture.again.take_on(terms_for(folder))
     assert len(tried) == 1
 
 
-def test_a_step_that_is_killed_leaves_the_prediction_to_go_by(
-    fixture: Fixture, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_is_killed_leaves_the_prediction_to_go_by(fixture: Fixture, folder: Path) -> None:
     def killed(case: Case) -> Measured:
         raise RunError("the calibration step was killed by signal 9")
 
-    monkeypatch.setattr(command, "measure", killed)
+    fixture.measured = killed
     fixture.free = round(peak(folder) * 1.5)
     assert fixture.work.take_on(terms_for(folder)).measured is None
     assert any("killed by signal 9; going by the prediction" in line for line in fixture.shown)
@@ -202,10 +207,8 @@ def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with
     assert trainer.limits.tokens == 250
 
 
-def test_memory_that_betrays_the_prediction_lowers_the_limits_of_the_next_round(
-    fixture: Fixture, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "measure", measured_as_predicted)
+def test_memory_that_betrays_the_prediction_lowers_the_limits_of_the_next_round(fixture: Fixture, folder: Path) -> None:
+    fixture.measured = measured_as_predicted
     terms = terms_for(folder, weights="dequantized")
     fixture.free = round(peak(folder) * 1.1)
     outcome = fixture.work.take_on(terms)
@@ -250,17 +253,17 @@ def test_only_the_base_that_was_planned_for_is_opened(fixture: Fixture, folder: 
 
 
 def test_a_device_without_the_base_says_which_it_has(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_model: MakeModel, folder: Path, data: Path
+    tmp_path: Path, make_model: MakeModel, folder: Path, data: Path
 ) -> None:
     terms = terms_for(folder)
     other = make_model("llama", hidden_size=32)
-    work = Fixture(monkeypatch, tmp_path, [other], data).work
+    work = Fixture(tmp_path, [other], data).work
     work.take_on(terms)
     with pytest.raises(ModelError, match=r"this device has .*\(digest [0-9a-f]{16}…\). Join with --base DIR"):
         work.open_trainer(terms.base)
     with pytest.raises(ModelError, match="this device has none"):
-        Fixture(monkeypatch, tmp_path, [], data).work.take_on(terms)
-    both = Fixture(monkeypatch, tmp_path, [other, folder], data).work
+        Fixture(tmp_path, [], data).work.take_on(terms)
+    both = Fixture(tmp_path, [other, folder], data).work
     both.take_on(terms)
     assert both.open_trainer(terms.base).digest == terms.base.digest
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.plan.memory import Choices, kappa_of, predict_memory
 from fedtune.client.plan.planner import (
     Constraints,
     NoPlanError,
@@ -17,7 +16,13 @@ from fedtune.client.plan.planner import (
     longest_example,
     upload_bytes,
 )
-from fedtune.client.torch.seconds import operations_per_token, step_seconds
+from fedtune.client.plan.step_costs import (
+    Choices,
+    kappa_of,
+    operations_per_token,
+    predict_memory,
+    step_seconds,
+)
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import InputError, ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings, rank_tiers

@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
-import torch
 from flwr.app import Message
 
 from fedtune.client.device import Device
-from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, JobMemory
+from fedtune.client.live.device_home import ClientHome, JobMemory
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
+from fedtune.client.plan.device_plan import DevicePlanner, Outcome
 from fedtune.client.plan.eligibility import not_now
 from fedtune.client.plan.machine import sense
+from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
-from fedtune.client.torch.device_plan import Outcome
-from fedtune.client.torch.planned_work import PlannedWork
 from fedtune.core.errors import DataError, FedtuneError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.host.private_files import remove_unfinished, write_private
 from fedtune.core.host.stopping import Stopped, stopping
@@ -134,10 +133,11 @@ class Service:
 
     Args:
         home: whose lock this process holds.
+        planner: plans for this device, and opens the models it trains.
         show: what people see, line by line.
     """
 
-    def __init__(self, home: ClientHome, show: Callable[[str], None]) -> None:
+    def __init__(self, home: ClientHome, planner: DevicePlanner, show: Callable[[str], None]) -> None:
         self._home, self._show_line = home, show
         remove_unfinished(home.path)
         config = home.config
@@ -145,7 +145,7 @@ class Service:
         self._status_lock = threading.Lock()
         self._memory = JobMemory(home.path / "jobs")
         bases = tuple(map(Path, config.bases))
-        self._planned = PlannedWork(bases, Path(config.data), home.path / CALIBRATIONS, show)
+        self._planned = PlannedWork(bases, Path(config.data), planner)
         self._planned.uplink = self._uplink_before()
         self._make_apps()
         self._backoff = Backoff()
@@ -348,7 +348,7 @@ class Service:
             self._home.roster.version,
             os.cpu_count() or 0,
             psutil.virtual_memory().total >> 20,
-            torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            outcome.machine.gpus[0].name if outcome.machine.gpus else "",
             self._sits_out(),
             outcome.plan.tier,
             outcome.plan.choices.weights,

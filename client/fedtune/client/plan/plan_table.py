@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.planner import megabytes
-from fedtune.client.torch.device_plan import Outcome
 
 
 def print_plan(console: Console, outcome: Outcome) -> None:

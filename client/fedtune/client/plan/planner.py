@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedtune.client.plan.memory import Choices, MemoryPrediction, predict_memory
+from fedtune.client.plan.step_costs import Choices, MemoryPrediction, predict_memory
 from fedtune.core.errors import InputError
-from fedtune.core.job.settings import rank_tiers
+from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job, rank_tiers
 from fedtune.data.batches import LENGTH_STEP
 from fedtune.model.shape import ModelShape, Precision, Weights
 
@@ -70,6 +70,22 @@ class Constraints:
     weights: str = "auto"
     checkpointing: bool = False
 
+    @classmethod
+    def of(cls, job: Job, precision: Precision) -> Constraints:
+        """Gives what a job asks of a device of which nothing is known but its arithmetic."""
+        training = job.training
+        return cls(
+            quantization=job.model.quantization,
+            precision=precision,
+            rank=job.adapter.rank,
+            sequence_length=job.data.sequence_length,
+            longest=job.data.sequence_length,
+            batch_tokens=training.batch_tokens,
+            local_steps=training.local_steps or DEFAULT_LOCAL_STEPS,
+            weights=training.weights,
+            checkpointing=training.gradient_checkpointing,
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,7 +138,16 @@ def choose(
                 if predicted(wider).peak > budget:
                     break
                 choices = wider
-            return _plan(shape, constraints, length, choices, tier, predicted(choices), budget)
+            return Plan(
+                choices=choices,
+                tier=tier,
+                sequence_length=length,
+                accumulation=-(-constraints.batch_tokens // choices.tokens),
+                memory=predicted(choices),
+                budget=budget,
+                bytes_up=upload_bytes(shape, tier),
+                bytes_down=round(shape.adapter_parameters(constraints.rank) * BYTES_PER_PARAMETER_DOWN),
+            )
     assert smallest is not None  # there is always a candidate
     peak, choices = smallest
     raise NoPlanError(
@@ -180,7 +205,13 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
             yield (
                 length,
                 Choices(
-                    weights, constraints.precision, constraints.rank, longest, longest, checkpointing, constraints.cuda
+                    weights=weights,
+                    precision=constraints.precision,
+                    rank=constraints.rank,
+                    sequence_length=longest,
+                    tokens=longest,
+                    checkpointing=checkpointing,
+                    cuda=constraints.cuda,
                 ),
             )
         if length // 2 < SHORTEST_SEQUENCE:
@@ -193,27 +224,6 @@ def _wider(tokens: int, whole: int) -> Iterator[int]:
     while (tokens := tokens * 2) < whole:
         yield tokens
     yield whole
-
-
-def _plan(
-    shape: ModelShape,
-    constraints: Constraints,
-    length: int,
-    choices: Choices,
-    tier: int,
-    memory: MemoryPrediction,
-    budget: int,
-) -> Plan:
-    return Plan(
-        choices=choices,
-        tier=tier,
-        sequence_length=length,
-        accumulation=-(-constraints.batch_tokens // choices.tokens),
-        memory=memory,
-        budget=budget,
-        bytes_up=upload_bytes(shape, tier),
-        bytes_down=round(shape.adapter_parameters(constraints.rank) * BYTES_PER_PARAMETER_DOWN),
-    )
 
 
 def _describe(choices: Choices) -> str:

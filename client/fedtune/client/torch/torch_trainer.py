@@ -10,13 +10,13 @@ rounding; it only takes longer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.client.torch.training import train_locally
-from fedtune.client.trainer import LocalResult, LocalTask
+from fedtune.client.trainer import UNLIMITED, Limits, LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.round_records import Evaluation
@@ -28,24 +28,6 @@ SHRINK = 4  # to a quarter: memory was short, and there is one more try
 _CPU_MESSAGE = "can't allocate memory"  # of torch's CPU allocator, which has no exception of its own
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
-
-    Args:
-        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
-            longer is a pass of its own.
-        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
-    """
-
-    tokens: int | None = None
-    checkpointing: bool = False
-
-    def at_once(self, asked: int) -> int:
-        """Tokens of a forward pass, where so many are asked for."""
-        return asked if self.tokens is None else min(asked, self.tokens)
-
-
 class TorchTrainer:
     """Trains and scores adapters on an adapted model.
 
@@ -54,7 +36,7 @@ class TorchTrainer:
         limits: of memory; they shrink by themselves where memory runs out, and a plan may set others.
     """
 
-    def __init__(self, model: AdaptedModel, limits: Limits = Limits()) -> None:
+    def __init__(self, model: AdaptedModel, limits: Limits = UNLIMITED) -> None:
         self.model = model
         self.limits = limits
 

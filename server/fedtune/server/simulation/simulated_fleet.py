@@ -256,17 +256,7 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
     deadline = round_deadline(
         [_seconds(job, kind, shape, job.adapter.rank) for kind in fleet.kind for _ in range(kind.count)]
     )
-    training = job.training
-    constraints = Constraints(
-        job.model.quantization,
-        "fp32",
-        job.adapter.rank,
-        job.data.sequence_length,
-        job.data.sequence_length,
-        training.batch_tokens,
-        training.local_steps or DEFAULT_LOCAL_STEPS,
-        deadline,
-    )
+    constraints = replace(Constraints.of(job, "fp32"), weights="auto", checkpointing=False, deadline=deadline)
     plans, refusals = {}, {}
     for kind in fleet.kind:
         budget = round(kind.memory_mb * 1e6 * (1 - RESERVE)) - PROGRAM_BYTES

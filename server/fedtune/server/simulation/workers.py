@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedtune.client.plan.machine import probe
-from fedtune.client.plan.memory import Choices, predict_memory
 from fedtune.client.plan.planner import RESERVE
+from fedtune.client.plan.step_costs import Choices, predict_memory
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
 from fedtune.model.base_model import BaseModel

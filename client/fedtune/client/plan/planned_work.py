@@ -1,6 +1,6 @@
 """A live device's work under its plan: what it can do for a job, the model it loads for it, and what training took.
 
-    work = PlannedWork(bases, data, calibrations, show)
+    work = PlannedWork(bases, data, planner)
     outcome = work.take_on(terms)           # at the registration; NoPlanError with the numbers where nothing fits
     trainer = work.open_trainer(base)       # when the first round asks for it, and within the plan
     with work.watched(): ...                # around a round's training
@@ -12,34 +12,29 @@ steps into micro-batches, holds the base packed, computes activations twice or, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedtune.client.plan.memory import kappa_of
+from fedtune.client.plan.backend import Backend, LimitedTrainer, Meter, WrongBaseError
+from fedtune.client.plan.calibration import LIKELY_KAPPA, Calibration
+from fedtune.client.plan.device_plan import DevicePlanner, Link, Outcome, Trial, calibration_key
 from fedtune.client.plan.planner import NoPlanError, megabytes
-from fedtune.client.torch.calibration import LIKELY_KAPPA, Calibration, CalibrationStore, Meter, meter_for, warm_up
-from fedtune.client.torch.device_plan import Link, Outcome, Trial, calibration_key, make_plan
-from fedtune.client.torch.torch_trainer import Limits, TorchTrainer
-from fedtune.client.trainer import Trainer
+from fedtune.client.plan.step_costs import Choices, kappa_of
+from fedtune.client.trainer import Limits, Trainer
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
 from fedtune.core.protocol.payloads import Base, TrainRequest
 from fedtune.core.protocol.registration import Terms
 from fedtune.core.timing import done_share
 from fedtune.data.examples import Example, load_examples
-from fedtune.model.base_model import best_precision, load_base
-from fedtune.model.lora import adapt
-from fedtune.model.shape import Precision, Weights
 
 
 @dataclass(frozen=True)
 class Took:
-    """What training took under the plan.
+    """Holds what training took under the plan.
 
     Args:
         rounds: how many were trained.
@@ -52,25 +47,59 @@ class Took:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class _Held:
+    """The base in memory: which directory it came from, and how its plan holds it."""
+
+    source: str
+    base: Base
+    trainer: LimitedTrainer
+    choices: Choices
+
+
+class _Gauge:
+    """Measures the peak of this process's memory over the program itself, where that can be measured."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._meter: Meter | None = None
+        self.runtime: int | None = None
+        """What the process took before it loaded the model."""
+
+    def reset(self) -> int | None:
+        """Forgets the peak so far; gives what the process takes now, or None where that cannot be measured."""
+        try:
+            self._meter = self._meter or self._backend.meter()
+            return self._meter.reset()
+        except (OSError, RunError):  # no /proc here, or it may not be written
+            return None
+
+    def peak(self) -> int | None:
+        """Gives the peak since the reset, over the program itself."""
+        if self._meter is None or self.runtime is None:
+            return None
+        try:
+            return self._meter.peak() - self.runtime
+        except (OSError, RunError):
+            return None
+
+
 class PlannedWork:
     """The base models and the data of a device, used as its plan says.
 
     Args:
         bases: model directories of this device; a job's base is found among them by its digest.
         data: this device's examples.
-        calibrations: folder in which real steps are remembered.
-        show: told what is going on.
+        planner: plans for this device; its backend opens the models, and its note is told what is going on.
     """
 
-    def __init__(self, bases: Sequence[Path], data: Path, calibrations: Path, show: Callable[[str], None]) -> None:
-        self._bases, self._data, self._show = bases, data, show
-        self._store = CalibrationStore(calibrations)
+    def __init__(self, bases: Sequence[Path], data: Path, planner: DevicePlanner) -> None:
+        self._bases, self._data, self._planner = bases, data, planner
         self._terms: Terms | None = None
         self._plans: dict[str, Outcome | NoPlanError] = {}
         self._source = ""  # whose plan holds: of the base in memory, or the likeliest
-        self._held: tuple[str, Base, TorchTrainer] | None = None
-        self._meter: Meter | None = None
-        self._runtime: int | None = None
+        self._held: _Held | None = None
+        self._gauge = _Gauge(planner.backend)
         self._preparing, self._warm = 0.0, False
         self.took = Took()
         self.uplink: float | None = None
@@ -84,10 +113,11 @@ class PlannedWork:
     @property
     def must_reload(self) -> bool:
         """Whether the model in memory is of the right base but not as the plan wants it."""
-        if self._held is None or self._terms is None or self._held[1] != self._terms.base:
+        held = self._held
+        if held is None or self._terms is None or held.base != self._terms.base:
             return False
-        planned, base = self._plans.get(self._held[0]), self._held[2].model.base
-        return isinstance(planned, Outcome) and (base.weights, base.precision) != _form(planned)
+        planned = self._plans.get(held.source)
+        return isinstance(planned, Outcome) and not _same_form(held.choices, planned.plan.choices)
 
     def take_on(self, terms: Terms) -> Outcome:
         """Plans for a job; the same terms again change no plan, but what did not fit is tried anew.
@@ -109,13 +139,13 @@ class PlannedWork:
             except NoPlanError as error:
                 refusal = error
                 continue
-            if self._held and self._held[0] == source:
-                self._held[2].limits = _limits(outcome)
+            if self._held and self._held.source == source:
+                self._held.trainer.limits = _limits(outcome)
             return outcome
         self.uplink = None  # where that was why nothing fits, it is measured anew; one slow upload bars nobody for good
         raise refusal or self._no_base(terms.base, ["none"])
 
-    def open_trainer(self, base: Base) -> TorchTrainer:
+    def open_trainer(self, base: Base) -> LimitedTrainer:
         """Opens the model of the digest that the server names, from this device's directories, never the server's path.
 
         Raises:
@@ -125,24 +155,24 @@ class PlannedWork:
         """
         if self._terms is None or base != self._terms.base:
             raise PeerError("asked for another base model or adapter than at the registration")
-        self._held = loaded = None  # free the old one before the new one is loaded
+        self._held = None  # free the old one before the new one is loaded
         start, found = time.monotonic(), []
         refusal: NoPlanError | None = None
         for source in self._sources(base):
-            loaded = None
             try:
                 outcome = self._plan(source)
             except NoPlanError as error:
                 refusal = error
                 continue
-            weights, precision = _form(outcome)
-            runtime = self._reset()
-            loaded = load_base(ModelSettings(source, base.quantization), weights=weights, precision=precision)
-            if loaded.digest != base.digest:
-                found.append(f"{source} (digest {loaded.digest[:16]}…)")
+            choices, runtime = outcome.plan.choices, self._gauge.reset()
+            settings = ModelSettings(source, base.quantization)
+            try:
+                trainer = self._planner.backend.open(settings, _adapter(base), choices, base.digest)
+            except WrongBaseError as error:
+                found.append(f"{source} (digest {error.digest[:16]}…)")
                 continue
-            trainer = TorchTrainer(adapt(loaded, _adapter(base)), _limits(outcome))
-            self._held, self._source, self._runtime = (source, base, trainer), source, runtime
+            trainer.limits = _limits(outcome)
+            self._held, self._source, self._gauge.runtime = _Held(source, base, trainer, choices), source, runtime
             self._look()
             self._preparing += time.monotonic() - start
             return trainer
@@ -154,7 +184,7 @@ class PlannedWork:
         start = time.monotonic()
         length = min(sequence_length, self._current().plan.sequence_length)
         examples, report = load_examples(self._data, trainer.tokenizer, length, skip_bad=True)
-        self._show(f"data: {report}")
+        self._planner.note(f"data: {report}")
         self._preparing += time.monotonic() - start
         return examples
 
@@ -172,7 +202,7 @@ class PlannedWork:
         """
         if self._held is not None:
             self._current()
-            self._reset()
+            self._gauge.reset()
         self._preparing, start = 0.0, time.monotonic()
         yield
         seconds = time.monotonic() - start - self._preparing
@@ -213,55 +243,50 @@ class PlannedWork:
 
     def _make(self, job: Job, trial: Trial = "where tight") -> Outcome:
         assert self._terms is not None
-        known: dict[str, Any] = {
-            "link": Link(up=self.uplink, deadline=self._terms.deadline or None),
-            "runtime": self._runtime if self._held else None,
-            "store": self._store,
-            "note": self._show,
-        }
+        link = Link(up=self.uplink, deadline=self._terms.deadline or None)
+        runtime = self._gauge.runtime if self._held else None
         try:
-            return make_plan(job, self._data, trial=trial, **known)
+            return self._planner.plan(job, self._data, link, trial, runtime=runtime)
         except RunError as error:  # this process and the one that tried do not fit side by side
-            self._show(f"{error}; going by the prediction")
-            return make_plan(job, self._data, trial="never", **known)
+            self._planner.note(f"{error}; going by the prediction")
+            return self._planner.plan(job, self._data, link, "never", runtime=runtime)
 
     def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:
         """Corrects this device's κ by a round that took more than it may, and trains the next under less."""
-        self._show(f"training took {megabytes(peak)}, and {megabytes(outcome.plan.budget)} may be used; planning anew")
+        plan, choices = outcome.plan, outcome.plan.choices
+        self._planner.note(f"training took {megabytes(peak)}, and {megabytes(plan.budget)} may be used; planning anew")
         assert self._held is not None
         assert self._terms is not None
-        source, _, trainer = self._held
-        choices, plan = outcome.plan.choices, outcome.plan
+        held = self._held
         kappa = kappa_of(outcome.shape, choices, peak, target_share=outcome.target_share)
         tokens = outcome.local_steps * plan.accumulation * choices.tokens
         corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
-        self._store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
-        job, base = _job(self._terms, source), trainer.model.base
-        held = replace(job, training=replace(job.training, weights=base.weights, precision=base.precision))
+        self._planner.store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
+        job, form = _job(self._terms, held.source), held.choices
+        job = replace(job, training=replace(job.training, weights=form.weights, precision=form.precision))
         self.took = replace(self.took, peak_bytes=None)
         try:
-            anew = self._make(held, "never")
+            anew = self._make(job, "never")
         except NoPlanError as error:
-            self._plans[source] = error
+            self._plans[held.source] = error
             return
         if anew.plan.sequence_length < plan.sequence_length:  # but the examples are cut already
             numbers = f"it takes {megabytes(peak)}, and {megabytes(anew.plan.budget)} may be used"
-            self._plans[source] = NoPlanError(f"training does not fit this device: {numbers}")
+            self._plans[held.source] = NoPlanError(f"training does not fit this device: {numbers}")
             return
-        self._plans[source], trainer.limits = anew, _limits(anew)
+        self._plans[held.source], held.trainer.limits = anew, _limits(anew)
 
     def _warm_up(self) -> None:
         """Once: what every training brings in counts as the program's own, as it does where κ is measured."""
         if not self._warm:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            warm_up(best_precision(device), device.type)
+            self._planner.backend.warm_up()
             self._warm = True
 
     def _sources(self, base: Base) -> list[str]:
         """This device's directories, the likeliest first."""
         if base.name == DEMO:
             return [DEMO]
-        held = self._held[0] if self._held and self._held[1] == base else ""
+        held = self._held.source if self._held and self._held.base == base else ""
         return sorted(map(str, self._bases), key=lambda path: (path != held, Path(path).name != Path(base.name).name))
 
     def _no_base(self, base: Base, found: list[str]) -> ModelError:
@@ -270,21 +295,10 @@ class PlannedWork:
             f"{', '.join(found)}. Join with --base DIR for the directory that holds it"
         )
 
-    def _reset(self) -> int | None:
-        """Forgets the peak so far; what the process takes now, or None where that cannot be measured."""
-        try:
-            self._meter = self._meter or meter_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            return self._meter.reset()
-        except (OSError, RunError):  # no /proc here, or it may not be written
-            return None
-
     def _look(self) -> None:
         """Takes the peak since the reset into account."""
-        if self._meter is None or self._runtime is None:
-            return
-        with suppress(OSError, RunError):
-            peak = max(self.took.peak_bytes or 0, self._meter.peak() - self._runtime)
-            self.took = replace(self.took, peak_bytes=peak)
+        if (peak := self._gauge.peak()) is not None:
+            self.took = replace(self.took, peak_bytes=max(self.took.peak_bytes or 0, peak))
 
 
 def _job(terms: Terms, source: str) -> Job:
@@ -315,6 +329,6 @@ def _limits(outcome: Outcome) -> Limits:
     return Limits(choices.tokens, choices.checkpointing)
 
 
-def _form(outcome: Outcome) -> tuple[Weights, Precision]:
-    """How the plan holds the base."""
-    return outcome.plan.choices.weights, outcome.plan.choices.precision
+def _same_form(held: Choices, planned: Choices) -> bool:
+    """Whether a plan holds the base as it lies in memory."""
+    return (held.weights, held.precision) == (planned.weights, planned.precision)

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, from a model's sizes and a plan's choices. Pure arithmetic; bytes.
+"""How much memory and time a training step takes, from a model's sizes and a plan's choices. Pure arithmetic.
 
 With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parameters of the full rank:
 
@@ -14,7 +14,15 @@ With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parame
 
 The constants were fitted to measurements, see benchmarks/plan: glibc's heap does not give a phase's blocks back to the
 next, so on CPUs phases add up and HEAP of fragmentation come on top. On GPUs attention works in β. κ is a device's own
-correction, measured over predicted, from one real step.
+correction, measured over predicted, from one real step. Time is operations over a measured rate:
+
+    forward   2·N_lin + 2·V·d·share + 4·L·s·q     a token: products with frozen weights, logits of targets, attention
+    backward  2·N_lin + 2·V·d·share + 8·L·s·q     input gradients only; frozen weights have none
+    recompute the forward pass of the blocks, where activations are checkpointed
+    adapter   6·P
+
+A step never reaches the rate of its largest product alone; EFFICIENCY is what benchmarks/plan found. One real step
+replaces the whole estimate of time, per device and model.
 """
 
 from __future__ import annotations
@@ -28,6 +36,8 @@ NF4_BYTES = 4.127 / 8
 HEAP = 1.3
 FLOOR = 5 << 20  # code and tables that the first step of a process brings in
 QUANTIZER_BYTES = 20  # a parameter of the layer that is being packed
+EFFICIENCY = 0.35
+PACKED_SLOWDOWN = 1.3  # what unpacking NF4 for every product costs on CPUs
 
 
 @dataclass(frozen=True)
@@ -125,3 +135,19 @@ def kappa_of(shape: ModelShape, choices: Choices, measured_training: int, *, tar
     floor = 0 if choices.cuda else FLOOR
     fixed = predicted.weights + predicted.adapter + floor
     return max(measured_training - fixed, 1) / max(predicted.training - fixed, 1)
+
+
+def operations_per_token(shape: ModelShape, choices: Choices, target_share: float = 1.0) -> float:
+    """Floating-point operations a token of a training step."""
+    products = 2.0 * shape.linear_parameters
+    attention = 4.0 * shape.layers * choices.sequence_length * shape.query_width
+    head = 2.0 * shape.vocabulary * shape.width * target_share
+    adapter = 6.0 * shape.adapter_parameters(choices.rank)
+    recompute = products + attention if choices.checkpointing else 0.0
+    return 2 * products + 3 * attention + 2 * head + recompute + adapter
+
+
+def step_seconds(shape: ModelShape, choices: Choices, rate: float, tokens: int, target_share: float = 1.0) -> float:
+    """Seconds for a step of so many tokens on a device whose products reach `rate` operations a second."""
+    seconds = tokens * operations_per_token(shape, choices, target_share) / (rate * EFFICIENCY)
+    return seconds * (PACKED_SLOWDOWN if choices.weights == "packed" else 1.0)

@@ -1,0 +1,58 @@
+"""What a device remembers of trial steps: by how much a prediction was off, and how long a token took.
+
+store.keep(key, Calibration(kappa=..., seconds_per_token=...))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LIKELY_KAPPA = (0.2, 5.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Holds what is remembered of one device and model.
+
+    Args:
+        kappa: measured over predicted, of what a plan can change.
+        seconds_per_token: of a training step.
+    """
+
+    kappa: float
+    seconds_per_token: float
+
+
+class CalibrationStore:
+    """Calibrations on disk, one small file each.
+
+    Args:
+        folder: made when first needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: str) -> Calibration | None:
+        """Gives what is known, or None; a file that is damaged or says impossible things is as good as none."""
+        try:
+            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+            calibration = Calibration(float(found["kappa"]), float(found["seconds_per_token"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        low, high = LIKELY_KAPPA
+        return calibration if low <= calibration.kappa <= high and 0 < calibration.seconds_per_token < 3600 else None
+
+    def keep(self, key: str, calibration: Calibration) -> None:
+        """Remembers one."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(calibration)), encoding="utf-8")
+        temporary.replace(path)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -1,0 +1,381 @@
+"""`fedtune plan`: what this device would train under, and how true that is.
+
+planner = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()))
+print(planner.plan(job, Path("mine.jsonl")).to_json())
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+
+from fedtune.client.plan.backend import Backend, Case, Measured
+from fedtune.client.plan.calibration import Calibration, CalibrationStore
+from fedtune.client.plan.machine import Machine, probe
+from fedtune.client.plan.planner import RESERVE, Constraints, NoPlanError, Plan, choose, longest_example
+from fedtune.client.plan.step_costs import Choices, kappa_of, predict_memory, step_seconds
+from fedtune.core.errors import DataError
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import (
+    DEFAULT_LOCAL_STEPS,
+    DEMO,
+    AdapterSettings,
+    Job,
+    ModelSettings,
+    TrainingSettings,
+)
+from fedtune.data.examples import load_examples
+from fedtune.demo import JOB
+from fedtune.model.shape import ModelShape, shape_of
+
+ROOMY = 2.0  # a prediction is off by less: where so many times as much may be used, no real step would change the plan
+
+Trial = Literal["always", "where tight", "never"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What is known of the line to the server: bytes a second and seconds, or None."""
+
+    up: float | None = None
+    down: float | None = None
+    deadline: float | None = None
+
+    def seconds(self, plan: Plan) -> float:
+        """Gives how long a round's update and adapter travel, as far as that is known."""
+        return (plan.bytes_up / self.up if self.up else 0.0) + (plan.bytes_down / self.down if self.down else 0.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan with its prediction, and what one real step took.
+
+    Args:
+        local_steps: of a round.
+        seconds_per_step: predicted, of an optimizer step.
+        seconds_per_round: predicted; the line counts where its speed is known.
+        kappa: the correction the prediction was made with; 1 on a device that has never measured.
+        measured: None where no step was tried.
+        predicted_measured: what the plan said of the very step that was measured, peak and seconds.
+    """
+
+    machine: Machine
+    shape: ModelShape
+    plan: Plan
+    runtime: int
+    native_unpacking: bool
+    target_share: float
+    local_steps: int
+    seconds_per_step: float
+    seconds_per_round: float
+    kappa: float
+    measured: Measured | None
+    predicted_measured: tuple[int, float] | None
+
+    @property
+    def training_seconds(self) -> float:
+        """Predicted, of a round, without the line."""
+        return self.local_steps * self.seconds_per_step
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes and seconds."""
+        choices, plan = self.plan.choices, self.plan
+        measured = None
+        if self.measured and self.predicted_measured:
+            peak, seconds = self.predicted_measured
+            measured = {
+                "peak_bytes": self.measured.peak,
+                "runtime_bytes": self.measured.runtime,
+                "micro_batch_seconds": self.measured.step_seconds,
+                "predicted_peak_bytes": peak,
+                "predicted_micro_batch_seconds": seconds,
+                "peak_ratio": peak / self.measured.peak,
+            }
+        return {
+            "device": asdict(self.machine),
+            "model": {
+                "base": self.shape.name,
+                "linear_parameters": self.shape.linear_parameters,
+                "other_parameters": self.shape.other_parameters,
+                "layers": self.shape.layers,
+                "vocabulary": self.shape.vocabulary,
+            },
+            "plan": {
+                "weights": choices.weights,
+                "precision": choices.precision,
+                "native_nf4": self.native_unpacking,
+                "rank": choices.rank,
+                "tier": plan.tier,
+                "sequence_length": plan.sequence_length,
+                "longest_example": choices.sequence_length,
+                "micro_batch_tokens": choices.tokens,
+                "accumulation": plan.accumulation,
+                "gradient_checkpointing": choices.checkpointing,
+            },
+            "predicted": {
+                **asdict(plan.memory),
+                "peak": plan.memory.peak,
+                "runtime": self.runtime,
+                "budget": plan.budget,
+                "kappa": self.kappa,
+                "seconds_per_step": self.seconds_per_step,
+                "seconds_per_round": self.seconds_per_round,
+                "bytes_up": plan.bytes_up,
+                "bytes_down": plan.bytes_down,
+            },
+            "measured": measured,
+        }
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a plan is asked for: this machine's memory, a model, and what the job asks of it."""
+
+    machine: Machine
+    shape: ModelShape
+    constraints: Constraints
+    budget: int
+    target_share: float
+
+    def choose(self, kappa: float) -> Plan:
+        return choose(self.shape, self.constraints, self.budget, target_share=self.target_share, kappa=kappa)
+
+    def predicted_peak(self, choices: Choices, kappa: float) -> int:
+        return predict_memory(self.shape, choices, target_share=self.target_share, kappa=kappa).peak
+
+    def calibration(self, choices: Choices, measured: Measured) -> Calibration:
+        kappa = kappa_of(self.shape, choices, measured.training, target_share=self.target_share)
+        return Calibration(kappa, measured.step_seconds / measured.tokens)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A plan, what it goes by, and the trial step that spoke for it."""
+
+    plan: Plan
+    kappa: float
+    known: Calibration | None
+    measured: Measured | None = None
+    predicted_measured: tuple[int, float] | None = None
+
+
+class DevicePlanner:
+    """Probes this device and plans for jobs.
+
+        planner = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()))
+        outcome = planner.plan(job, Path("mine.jsonl"))
+
+    Args:
+        backend: what trains here.
+        store: where κ is remembered.
+        note: told what is going on.
+        probe: looks at the machine.
+        reserve: share of the free memory that stays free.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        store: CalibrationStore,
+        note: Callable[[str], None] = lambda _: None,
+        *,
+        probe: Callable[[], Machine] = probe,
+        reserve: float = RESERVE,
+    ) -> None:
+        self.backend = backend
+        self.store = store
+        self.note = note
+        self._probe = probe
+        self._reserve = reserve
+
+    def plan(
+        self,
+        job: Job,
+        data: Path | None = None,
+        link: Link = Link(),
+        trial: Trial = "always",
+        *,
+        memory: int | None = None,
+        runtime: int | None = None,
+    ) -> Outcome:
+        """Plans for a job.
+
+        Args:
+            job: base model, rank, batch and steps.
+            data: a file of this device's examples; its lengths decide the sequence length.
+            link: the line to the server.
+            trial: when to try one real step, correct the plan by it and remember κ; "where tight" is once a model, and
+                only where it could change the plan.
+            memory: bytes to plan for instead of what is free now.
+            runtime: bytes that this process takes without a model; None where it holds none now.
+
+        Raises:
+            NoPlanError: nothing fits; the message has the numbers.
+            DataError, ModelError: the data or the model cannot be used.
+            RunError: the real step failed.
+        """
+        shape = shape_of(job.model)
+        lengths, target_share = _lengths(job, data)
+        machine = self._probe()
+        own = int(psutil.Process().memory_info().rss)
+        runtime = own if runtime is None else runtime
+        budget = self._budget(machine, memory, own, runtime)
+        question = _Question(machine, shape, self._constraints(job, lengths, link), budget, target_share)
+        answer = self._answer(job, question, trial)
+        plan, steps = answer.plan, question.constraints.local_steps
+        per_step = self._seconds(question, plan.choices, answer.known) * plan.accumulation
+        return Outcome(
+            machine=machine,
+            shape=shape,
+            plan=plan,
+            runtime=runtime,
+            native_unpacking=self.backend.native_unpacking(),
+            target_share=target_share,
+            local_steps=steps,
+            seconds_per_step=per_step,
+            seconds_per_round=per_step * steps + link.seconds(plan),
+            kappa=answer.kappa,
+            measured=answer.measured,
+            predicted_measured=answer.predicted_measured,
+        )
+
+    def _constraints(self, job: Job, lengths: Sequence[int], link: Link) -> Constraints:
+        training = job.training
+        precision = self.backend.best_precision() if training.precision == "auto" else training.precision
+        return replace(
+            Constraints.of(job, precision),
+            longest=longest_example(lengths, job.data.sequence_length),
+            local_steps=_local_steps(training, lengths),
+            deadline=link.deadline,
+            bandwidth_up=link.up,
+            bandwidth_down=link.down,
+            cuda=self.backend.on_gpu,
+        )
+
+    def _budget(self, machine: Machine, memory: int | None, own: int, runtime: int) -> int:
+        """Bytes that a model may take; a process already holds the libraries that the training process will hold."""
+        if self.backend.on_gpu:
+            return round((memory or machine.gpus[0].free + self.backend.reserved_bytes()) * (1 - self._reserve))
+        return round((memory or machine.memory_free + own) * (1 - self._reserve)) - runtime
+
+    def _answer(self, job: Job, question: _Question, trial: Trial) -> _Answer:
+        """Chooses a plan by what is known of this device, and by a trial step where that is wanted."""
+        answer = self._by_memory(question)
+        if trial == "never":
+            return answer
+        tight = answer.known is None and answer.plan.memory.peak * ROOMY > question.budget
+        if trial == "where tight" and not tight:
+            return answer
+        answer = self._tried(job, question, answer)
+        assert answer.measured is not None
+        assert answer.known is not None
+        if answer.measured.peak <= question.budget:
+            return answer
+        self.note("it took more than predicted; planning anew")  # a first real step may show that the plan was too bold
+        plan = question.choose(answer.known.kappa)
+        answer = replace(answer, plan=plan, kappa=answer.known.kappa)
+        return self._tried(job, question, answer) if trial == "always" else answer
+
+    def _by_memory(self, question: _Question) -> _Answer:
+        """Chooses by the prediction, corrected by an earlier trial step of the plan that it leads to."""
+        plan = question.choose(1.0)
+        if known := self.store.get(calibration_key(question.machine, question.shape, plan)):
+            return _Answer(question.choose(known.kappa), known.kappa, known)
+        return _Answer(plan, 1.0, None)
+
+    def _tried(self, job: Job, question: _Question, answer: _Answer) -> _Answer:
+        """Takes one real step under the plan, and remembers what it showed."""
+        case = _case(job, answer.plan, question.target_share)
+        seconds = self._seconds(question, case.choices, answer.known)
+        foretold = (question.predicted_peak(case.choices, answer.kappa), seconds)
+        self.note(f"trying one step of {case.micro_batch} × {case.choices.sequence_length} tokens")
+        measured = self.backend.measure(case)
+        known = question.calibration(case.choices, measured)
+        self.store.keep(calibration_key(question.machine, question.shape, answer.plan), known)
+        return replace(answer, known=known, measured=measured, predicted_measured=foretold)
+
+    def _seconds(self, question: _Question, choices: Choices, known: Calibration | None) -> float:
+        """Of a micro-batch."""
+        if known:
+            return known.seconds_per_token * choices.tokens
+        rate = self.backend.product_rate(question.shape, choices)
+        return step_seconds(question.shape, choices, rate, choices.tokens, question.target_share)
+
+
+def plan_bases(planner: DevicePlanner, bases: Sequence[Path], data: Path, trial: Trial) -> list[Outcome]:
+    """Plans for each base model that a device brings, or for the bundled one, before any job is known.
+
+    Rank, batch and lengths are those of a job that says nothing of them.
+
+    Raises:
+        NoPlanError: none of them fits; the message has the numbers of each.
+        DataError, ModelError, RunError: as `DevicePlanner.plan`.
+    """
+    plans, refusals = [], []
+    for base in [str(path.absolute()) for path in bases] or [DEMO]:
+        job = load_job(JOB) if base == DEMO else Job()
+        job = replace(job, model=replace(job.model, base=base), data=replace(job.data, skip_bad=True))
+        try:
+            plans.append(planner.plan(job, data, trial=trial))
+        except NoPlanError as error:
+            refusals.append(f"{base}: {error}")
+            planner.note(refusals[-1])
+    if not plans:
+        raise NoPlanError("\n".join(refusals))
+    return plans
+
+
+def default_folder() -> Path:
+    """Where this device remembers its calibrations."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "fedtune" / "calibration"
+
+
+def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
+    """What a calibration holds for: this device, this model's sizes, and the format of the plan."""
+    gpu = machine.gpus[0].name if machine.gpus else ""
+    sizes = hashlib.sha256(repr(replace(shape, name="", file_bytes=0)).encode()).hexdigest()
+    choices = plan.choices
+    form = f"{choices.weights} {choices.precision} {choices.checkpointing}"
+    return f"{machine.processor}|{machine.cores}|{machine.memory_total}|{gpu}|{sizes}|{form}"
+
+
+def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
+    """Optimizer steps a round; for a job that counts epochs, about as many as this data makes."""
+    if training.local_epochs is None:
+        return training.local_steps or DEFAULT_LOCAL_STEPS
+    return max(1, round(training.local_epochs * -(-sum(lengths) // training.batch_tokens)))
+
+
+def _lengths(job: Job, data: Path | None) -> tuple[list[int], float]:
+    """Token counts of the examples, and the share of tokens that the loss counts; without data, all of them."""
+    if data is None:
+        return [], 1.0
+    if not data.is_file():
+        raise DataError(data, "no such file; expected one with this device's examples")
+    from fedtune.model.base_model import load_tokenizer, quiet, source_of
+
+    with quiet():
+        tokenizer = load_tokenizer(source_of(job.model.base))
+    examples, _ = load_examples(data, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)
+    lengths = [len(example.ids) for example in examples]
+    return lengths, sum(example.target_tokens for example in examples) / sum(lengths)
+
+
+def _case(job: Job, plan: Plan, target_share: float) -> Case:
+    choices, base = plan.choices, job.model.base
+    if base != DEMO and Path(base).is_dir():
+        base = str(Path(base).absolute())
+    examples = max(1, choices.tokens // choices.sequence_length)
+    return Case(
+        model=ModelSettings(base, job.model.quantization),
+        adapter=AdapterSettings(choices.rank, job.adapter.alpha),
+        choices=replace(choices, tokens=examples * choices.sequence_length),
+        target_share=target_share,
+    )

@@ -1,0 +1,96 @@
+"""Torch as the library that trains on this machine: on its first GPU, or on its processor."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fedtune.client.plan.backend import Case, Measured, Meter, WrongBaseError
+from fedtune.client.plan.step_costs import Choices
+from fedtune.client.torch.torch_trainer import TorchTrainer
+from fedtune.client.torch.trial_step import device_of, measure, meter_for, warm_up
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.model.base_model import DTYPES, best_precision, load_base
+from fedtune.model.lora import adapt
+from fedtune.model.nf4 import bitsandbytes_works
+from fedtune.model.shape import ModelShape, Precision
+
+_PRODUCT_ROWS = 512
+_PRODUCT_SECONDS = 0.2
+
+
+class TorchBackend:
+    """Implements `fedtune.client.plan.backend.Backend`.
+
+    Args:
+        device: where torch computes; None takes the first GPU, or the processor.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether torch computes on a GPU."""
+        return self._device.type == "cuda"
+
+    def best_precision(self) -> Precision:
+        """Gives bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
+        return best_precision(self._device)
+
+    def native_unpacking(self) -> bool:
+        """Whether bitsandbytes works here."""
+        return bitsandbytes_works(self._device.type)
+
+    def reserved_bytes(self) -> int:
+        """Counts what torch's allocator holds on the GPU."""
+        return torch.cuda.memory_reserved() if self.on_gpu else 0
+
+    def product_rate(self, shape: ModelShape, choices: Choices) -> float:
+        """Measures operations a second of products of the model's own size, on one thread as a training process."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return _product_rate(shape, choices)
+        finally:
+            torch.set_num_threads(threads)
+
+    def warm_up(self) -> None:
+        """Trains the bundled model for a step."""
+        warm_up(self.best_precision(), self._device)
+
+    def meter(self) -> Meter:
+        """Gives the resident set's meter, or the GPU allocator's."""
+        return meter_for(self._device)
+
+    def measure(self, case: Case) -> Measured:
+        """Trains one step in a process of its own; RunError where that died."""
+        return measure(case)
+
+    def open(self, model: ModelSettings, adapter: AdapterSettings, choices: Choices, digest: str) -> TorchTrainer:
+        """Loads a base model as the choices hold it.
+
+        Raises:
+            WrongBaseError: its digest is another one than `digest`.
+            ModelError: it cannot be loaded, or the adapter does not fit it.
+        """
+        loaded = load_base(model, weights=choices.weights, precision=choices.precision, device=self._device)
+        if loaded.digest != digest:
+            raise WrongBaseError(loaded.digest)
+        return TorchTrainer(adapt(loaded, adapter))
+
+
+def _product_rate(shape: ModelShape, choices: Choices) -> float:
+    device, dtype = device_of(choices), DTYPES[choices.precision]
+    largest = max(shape.linear, key=lambda module: module.d_in * module.d_out)
+    left = torch.randn(_PRODUCT_ROWS, largest.d_in, device=device).to(dtype)
+    right = torch.randn(largest.d_out, largest.d_in, device=device).to(dtype)
+    torch.nn.functional.linear(left, right)  # kernels are chosen at the first call
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < _PRODUCT_SECONDS:
+        torch.nn.functional.linear(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += 1
+    return 2.0 * _PRODUCT_ROWS * largest.d_in * largest.d_out * done / elapsed
