@@ -31,7 +31,7 @@ from fedtune.data.examples import prepare
 from fedtune.data.population import Population
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapt
-from fedtune.strategies.round import scheduled_learning_rate
+from fedtune.strategies.federation import scheduled_learning_rate
 
 JOB = Path(__file__).parent.parent / "demo" / "job.toml"
 QUESTION = "How much of what clients trained has come across, by how a ring's coordinates are chosen?"

@@ -16,7 +16,8 @@ from fedtune.client.secure_rounds import Credentials, SecureRounds
 from fedtune.client.trainer import LocalResult
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
 from fedtune.core.codec import RingUpdate
-from fedtune.core.codec.uplink import FactorTerms, factor_terms, ring_contribution
+from fedtune.core.codec.update_forms import RING
+from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
@@ -24,11 +25,12 @@ from fedtune.core.protocol.payloads import Base, TrainRequest
 from fedtune.core.round_records import RoundRecord
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster
 from fedtune.core.seeds import derive_seed, generator
-from fedtune.flower.strategy import federation_from_job
+from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.exchange import Exchange
-from fedtune.strategies.round import Federation, FederationState, TrainingRound, initial_state
-from fedtune.strategies.secure_collection import SecureAggregation
+from fedtune.strategies.collection import Exchange
+from fedtune.strategies.federation import Federation, FederationState, initial_state
+from fedtune.strategies.round import TrainingRound
+from fedtune.strategies.secure_sum import SecureAggregation
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 8, 6), AdaptedModule("up", 6, 10)), rank=4, alpha=8.0)
 BASE = Base("demo", "0" * 64, "nf4", 4, 8.0, ("all-linear",), 256)
@@ -54,7 +56,7 @@ class Untrained:
         for each in terms:
             whole = 0.01 * generator(9, client, number, each.factor).standard_normal(each.whole)
             update = whole.astype(np.float32)[each.indices]
-            part, sent = ring_contribution(update, each, derive_seed(7, client, number, *each.label), 0.5)
+            part, sent = RING.contribute(update, each, derive_seed(7, client, number, *each.label), 0.5)
             parts.append(part)
             unsent.append(update - sent)
         result = LocalResult(whole.astype(np.float32), 1, 1, 1.0, 1, 1, 0.0)
@@ -82,22 +84,16 @@ class Fixture:
             lambda name: Credentials(identities[name], self.roster, Policy(), logs[name]),
         )
         job = load_job(None, ["federation.clients_per_round=1.0", "adapter.rank=4", *self.overrides])
-        self.federation: Federation = federation_from_job(job, BASE, LAYOUT)
+        clients = Clients(ranks=self.ranks.__getitem__ if self.ranks else None)
+        secure = SecureAggregation("a run", self.roster, self._clock) if job.secure_aggregation.enabled else None
+        self.federation: Federation = assemble(job, BASE, LAYOUT, clients, secure=secure)
         self.state: FederationState = initial_state(self.federation)
         self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), exact=False)
         self._ticks = 0
 
     def open(self) -> TrainingRound:
         """The next round, nobody asked yet."""
-        secure = SecureAggregation("a run", self.roster, self._clock)
-        return TrainingRound.open(
-            self.federation,
-            self.state,
-            self.names,
-            self.broadcast,
-            secure=secure,
-            ranks=self.ranks.__getitem__ if self.ranks else None,
-        )
+        return TrainingRound.open(self.federation, self.state, self.names, self.broadcast)
 
     def answer(self, name: str, exchange: Exchange) -> bytes:
         """What a client answers."""

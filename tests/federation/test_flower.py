@@ -12,9 +12,10 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.core.adapter.layout import adapter_digest
 from fedtune.flower.in_process_grid import InProcessGrid
-from fedtune.flower.strategy import ADAPTER, AdapterStrategy, federation_from_job
+from fedtune.flower.strategy import ADAPTER, AdapterStrategy
 from fedtune.server.simulation.executors import LocalExecutor
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.strategies.assembly import assemble
 
 Federation = tuple[AdapterStrategy, InProcessGrid]
 NODES = {1000: "000", 1001: "001", 1002: "002", 1003: "003"}
@@ -25,7 +26,7 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
     simulation_context = SimulationContext.begin(small_job(), tmp_path / "clients")
     executor = LocalExecutor(simulation_context, NODES)
     strategy = AdapterStrategy(
-        federation_from_job(simulation_context.job, simulation_context.base, simulation_context.model.layout),
+        assemble(simulation_context.job, simulation_context.base, simulation_context.model.layout),
         lambda _: {name: node_id for node_id, name in NODES.items()},
     )
     yield strategy, InProcessGrid(executor, list(NODES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,11 +21,12 @@ from fedtune.core.errors import PeerError
 from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.protocol.payloads import TrainReply, TrainRequest, decode, encode
 from fedtune.core.round_records import RoundRecord
-from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.round import TrainingRound, initial_state
+from fedtune.strategies.federation import initial_state
+from fedtune.strategies.round import TrainingRound
 
 QUICK = ("data.evaluation=", "data.holdout=0", "federation.rounds=2", "training.batch_tokens=256")
 NAMES = [f"client-{index}" for index in range(9)]
@@ -75,9 +76,7 @@ def test_under_secure_aggregation_mixed_ranks_come_to_the_adapter_that_the_same_
 
 def in_the_clear(fixture: Fixture, survivors: Sequence[str] = NAMES) -> RoundRecord:
     """A round of the same contributions, added where all can see them."""
-    round_ = TrainingRound.open(
-        fixture.federation, fixture.state, fixture.names, fixture.broadcast, ranks=fixture.ranks.__getitem__
-    )
+    round_ = fixture.open()
     exchange = next(round_.exchanges())
     for name in survivors:
         made = fixture.device.contribute(name, decode(exchange.requests[name][0], TrainRequest))
@@ -177,12 +176,12 @@ def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
 ) -> None:
     job, layout, store = simulation_context.job, simulation_context.model.layout, ClientStore(tmp_path / "clients")
     device = Device(lambda _: simulation_context.trainer, simulation_context.examples, store)
-    federation = federation_from_job(job, simulation_context.base, layout)
+    clients = Clients(ranks={"000": 4, "001": 16, "002": 16}.__getitem__)
+    federation = assemble(job, simulation_context.base, layout, clients)
     state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), exact=False)
-    ranks: Callable[[str], int] = {"000": 4, "001": 16, "002": 16}.__getitem__
     residuals: list[np.ndarray] = []
     for number in (1, 2, 3):
-        round_ = TrainingRound.open(federation, state, ["000", "001", "002"], broadcast, ranks=ranks)
+        round_ = TrainingRound.open(federation, state, ["000", "001", "002"], broadcast)
         next(round_.exchanges())
         request = decode(round_.requests.payload("000"), TrainRequest)
         round_.take_in("000", encode(device.train("000", request)))

@@ -19,11 +19,12 @@ from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import TrainRequest, decode, encode, terms_digest
-from fedtune.flower.strategy import federation_from_job
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.strategies.assembly import assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.round import FederationState, TrainingRound, initial_state
+from fedtune.strategies.federation import FederationState, initial_state
+from fedtune.strategies.round import TrainingRound
 
 EVERY = "federation.rebalance_every=2"
 QUICK = ("data.evaluation=", "data.holdout=0")
@@ -38,7 +39,7 @@ class Fixture:
         self.store = ClientStore(folder)
         self.device = Device(lambda _: self.simulation_context.trainer, self.simulation_context.examples, self.store)
         self.layout: AdapterLayout = self.simulation_context.model.layout
-        self.federation = federation_from_job(self.simulation_context.job, self.simulation_context.base, self.layout)
+        self.federation = assemble(self.simulation_context.job, self.simulation_context.base, self.layout)
         self.broadcast = Broadcast(self.layout, self.layout.initial(0), exact=False, rebased=True)
         self.states: list[FederationState] = [initial_state(self.federation)]
         self.requests: list[TrainRequest] = []

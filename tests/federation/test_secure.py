@@ -151,18 +151,19 @@ def test_the_ledger_tells_what_every_byte_was_for(simulate: Simulate, tmp_path: 
 
 def test_a_device_with_credentials_sends_no_update_in_the_clear(tmp_path: Path, simulate: Simulate) -> None:
     from fedtune.flower.in_process_grid import InProcessGrid
-    from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+    from fedtune.flower.strategy import AdapterStrategy
     from fedtune.server.simulation.executors import LocalExecutor
+    from fedtune.strategies.assembly import assemble
 
     simulation_context = SimulationContext.begin(small_job(*SECURE), tmp_path / "clients")
     executor = LocalExecutor(simulation_context, {1000 + index: f"00{index}" for index in range(6)})
     lying = small_job(*SECURE, "secure_aggregation.enabled=false", "compression.form=sparse")
     strategy = AdapterStrategy(
-        federation_from_job(lying, simulation_context.base, simulation_context.model.layout),
+        assemble(lying, simulation_context.base, simulation_context.model.layout),
         lambda _: {f"00{index}": 1000 + index for index in range(6)},
     )
     grid = InProcessGrid(executor, range(1000, 1006))
-    from fedtune.strategies.round import initial_state
+    from fedtune.strategies.federation import initial_state
 
     (_, record), *_ = strategy.rounds(grid, initial_state(strategy.federation), 1)
     executor.close()

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,14 @@ from fedtune.core.protocol.actions import Handler
 from fedtune.core.protocol.payloads import Base
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
-from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.flower.strategy import AdapterStrategy
 from fedtune.model.shape import ModelShape
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet, VirtualRounds
 from fedtune.server.simulation.simulated_identities import Enrolment
-from fedtune.strategies.round import initial_state
-from fedtune.strategies.secure_collection import SecureAggregation
+from fedtune.strategies.assembly import Clients, assemble
+from fedtune.strategies.federation import initial_state
+from fedtune.strategies.secure_sum import SecureAggregation
 
 BASE = Base("golden", DIGEST, "nf4", LAYOUT.rank, LAYOUT.alpha, ("all-linear",), 256)
 # Ten times as wide as the layout, so that links decide what rank a plan can afford.
@@ -109,18 +109,13 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     secure = job.secure_aggregation.enabled
     handler = handle_under_secure_aggregation(device, enrolment.credentials) if secure else handle_in_the_clear(device)
     executor = _Inline(with_faults(handler, job.simulation, job.training.seed, secure), clients)
-    federation = federation_from_job(job, BASE, LAYOUT)
-    grid = InProcessGrid(executor, list(clients))
+    known, grid = Clients(count), InProcessGrid(executor, list(clients))
     if fleet:
-        federation = replace(federation, selection=fleet.selection(federation.selection))
+        known = Clients(count, fleet.rank, fleet.predicted, fleet.present, virtual_time=True)
         grid = InProcessGrid(executor, list(clients), VirtualRounds(fleet, clients, folder / "virtual.jsonl"))
-    strategy = AdapterStrategy(
-        federation,
-        lambda _: nodes,
-        secure=SecureAggregation("golden", enrolment.roster, _clock()) if secure else None,
-        ranks=fleet.rank if fleet else None,
-        stale_updates=grid.stale_updates,
-    )
+    identities = SecureAggregation("golden", enrolment.roster, _clock()) if secure else None
+    federation = assemble(job, BASE, LAYOUT, known, secure=identities)
+    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     rounds = list(strategy.rounds(grid, initial_state(federation), job.federation.rounds))
     state, records = rounds[-1][0], [record for _, record in rounds]
     assert sum(record.aborted is None for record in records) >= 3, [record.aborted for record in records]

@@ -297,7 +297,7 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
     from fedtune.core.round_records import ClientRecord
 
     grid.answers[11] = encode(rests)
-    cloud._registrar.observe(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
+    cloud._registrar.client(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
     assert cloud._registrar.present(grid) == {}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -21,7 +21,8 @@ from fedtune.core.adapter.rebalance import Basis, basis_changes, follow
 from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive
-from fedtune.core.codec.uplink import FactorTerms, encode_factor, factor_terms, ring_contribution, uplink_weight
+from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
+from fedtune.core.codec.uplink import FactorTerms, factor_terms, uplink_weight
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.protocol.payloads import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
@@ -74,6 +75,7 @@ class Device:
         postprocess: each changes the trained update before it is encoded, in this order, after the alignment that a
             request may ask for: (layout, received adapter, update) -> update. The update is the segment of the factors
             that the request trains, float32.
+        forms: in which updates may travel up, by the name that requests call them.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class Device:
         store: ClientStore,
         share: WorkShare = lambda client, request: 1.0,  # noqa: ARG005
         postprocess: Sequence[Postprocess] = (),
+        forms: Mapping[str, UpdateForm] = FORMS,
     ) -> None:
         self._open_trainer = open_trainer
         self._load_examples = load_examples
         self._store = store
         self._share = share
         self._postprocess = tuple(postprocess)
+        self._forms = forms
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._trainer: tuple[Base, Trainer] | None = None
@@ -104,7 +108,11 @@ class Device:
             UpdateError: training gave nothing that may be sent.
         """
         with self._lock:
-            made = self._contribution(client, request, encode_factor)
+            form = self._forms.get(request.uplink.form)
+            if form is None:
+                asked = f"an update of the form {request.uplink.form!r} is asked for"
+                raise PeerError(f"{asked}; this device knows {', '.join(self._forms)}")
+            made = self._contribution(client, request, form.encode)
             self._keep(client, made)
         result = made.result
         return TrainReply(
@@ -120,7 +128,7 @@ class Device:
     def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
         """As `train`, but as words that can be masked; the residuals stay as they are until `keep_residuals`."""
         with self._lock:
-            return self._contribution(client, request, ring_contribution)
+            return self._contribution(client, request, RING.contribute)
 
     def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
         """Remembers what a contribution did not carry; call it when the contribution is certain to count."""

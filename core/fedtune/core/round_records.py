@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fedtune.core.ledger import Ledger
 
@@ -169,3 +169,13 @@ class RoundRecord:
                 for part in self.client_evaluations
             ],
         }
+
+
+class Tracker(Protocol):
+    """Told of a run as it happens: a display, a status page, a log of experiments."""
+
+    def client(self, record: ClientRecord) -> None:
+        """A client's update came in, or was given up."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round ended, and is on the disk where the run has one."""

@@ -34,7 +34,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.payloads import Rebasing
 from fedtune.core.round_records import Evaluation, RoundRecord
 from fedtune.server.run_files import append_line, new_directory, storage, write_json, write_text
-from fedtune.strategies.round import FederationState
+from fedtune.strategies.federation import FederationState
 
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"

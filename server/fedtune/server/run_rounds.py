@@ -24,7 +24,7 @@ from fedtune.server.run_display import Display, describe
 from fedtune.server.run_facts import versions
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled
-from fedtune.strategies.round import Federation, FederationState, initial_state
+from fedtune.strategies.federation import Federation, FederationState, initial_state
 
 SHOWN_PROMPTS = 3
 
@@ -115,7 +115,8 @@ def run_rounds(
             checkpoint.answers_before,
         )
         directory.acknowledge(checkpoint, record)
-        display.round(record)
+        for tracker in federation.trackers:
+            tracker.round(record)
     summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
     display.end(summary)
     if summary["status"] == FAILED:

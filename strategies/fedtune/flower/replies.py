@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.strategies.exchange import Closing
+from fedtune.strategies.schedule import Closing
 
 FIRST_POLL_SECONDS = 0.001
 LAST_POLL_SECONDS = 0.25

@@ -1,13 +1,13 @@
 """Federated training of one adapter as a Flower Strategy, usable in anyone's ServerApp:
 
-    strategy = AdapterStrategy(federation)
+    strategy = AdapterStrategy(assemble(job, base, layout))
     result = strategy.start(grid, strategy.initial_arrays(), num_rounds=20)
 
 fedtune's own server takes it round by round, state in and state out, so that it can save what each round acknowledged:
 
     for state, record in strategy.rounds(grid, state, last_round=20, evaluate=evaluate): ...
 
-What a round is stands in `fedtune.strategies.round`; here it meets Flower's grid and messages.
+`fedtune.strategies.round` says what a round is; here it meets Flower's grid and messages.
 """
 
 from __future__ import annotations
@@ -24,39 +24,19 @@ from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.codec.downlink import advance
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError
-from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import Base
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.replies import stream_replies
-from fedtune.strategies.aggregation import aggregator_for
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.cohorts.selection import UniformSelection
-from fedtune.strategies.cohorts.tier_assignment import Ranks
+from fedtune.strategies.collection import Exchange
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
-from fedtune.strategies.exchange import Exchange
-from fedtune.strategies.round import Federation, FederationState, Observer, TrainingRound, initial_state
-from fedtune.strategies.secure_collection import SecureAggregation
-from fedtune.strategies.server_optimizers import server_optimizer_named
+from fedtune.strategies.federation import Federation, FederationState, initial_state
+from fedtune.strategies.round import TrainingRound
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
 
-_SECURE_MISMATCH = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
-
 Evaluate = Callable[[int, Vector], Evaluation | None]
 Roster = Callable[[Grid], dict[str, int]]
-
-
-def federation_from_job(job: Job, base: Base, layout: AdapterLayout) -> Federation:
-    """The federation that a job file describes."""
-    return Federation(
-        job,
-        base,
-        layout,
-        aggregator_for(job.federation),
-        UniformSelection(job.federation.clients_per_round, job.training.seed),
-        server_optimizer_named(job.federation.server_optimizer, job.federation.server_learning_rate),
-    )
 
 
 def roster_by_node_id(grid: Grid) -> dict[str, int]:
@@ -70,31 +50,17 @@ class AdapterStrategy(Strategy):
     Args:
         federation: what stays the same all through the job.
         roster: client name -> Flower node, of the clients that can be reached now.
-        observe: called with every client's record as it becomes known.
-        secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
-        ranks: client name -> how many rank indices it can train, asked at the start of every round; without it, all.
-        stale: gives the answers that came when their round had closed, asked when a round has.
-
-    Raises:
-        JobError: the job wants secure aggregation, and there is nothing to do it with.
+        stale_updates: gives the answers that came when their round had closed, asked when a round has.
     """
 
     def __init__(
         self,
         federation: Federation,
         roster: Roster = roster_by_node_id,
-        observe: Observer = lambda _: None,
-        secure: SecureAggregation | None = None,
-        ranks: Ranks | None = None,
         stale_updates: Callable[[], Iterable[Message]] = tuple,
     ) -> None:
-        if federation.job.secure_aggregation.enabled != (secure is not None):
-            raise JobError([_SECURE_MISMATCH])
         self.federation = federation
         self.roster = roster
-        self.observe = observe
-        self.secure = secure
-        self.ranks = ranks
         self.stale_updates = stale_updates
         job, layout = federation.job, federation.layout
         exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
@@ -134,13 +100,11 @@ class AdapterStrategy(Strategy):
         self.federation = replace(self.federation, selection=self.federation.selection.learned(number, clients))
 
     def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
-        return TrainingRound.open(
-            self.federation, state, population, self._broadcast, self.observe, self.secure, self.ranks
-        )
+        return TrainingRound.open(self.federation, state, population, self._broadcast)
 
     def _trainable(self, roster: dict[str, int]) -> list[str]:
-        """Who can be asked to train: under secure aggregation only those whose identity the others know."""
-        return sorted(name for name in roster if self.secure is None or name in self.secure.identities.keys)
+        """The clients that can be asked to train: under secure aggregation those whose identity the others know."""
+        return sorted(name for name in roster if self.federation.collector.admits(name))
 
     def _run(self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int]) -> None:
         deadline = self.federation.job.federation.deadline
@@ -161,7 +125,7 @@ class AdapterStrategy(Strategy):
             JobError: secure aggregation takes five exchanges a round, and this call has place for one.
         """
         del config
-        if self.secure is not None:
+        if not self.federation.collector.single_exchange:
             raise JobError(["secure aggregation needs AdapterStrategy.start or .rounds to drive the rounds"])
         roster = self.roster(grid)
         state = replace(self._take_over(arrays), round=server_round - 1)

@@ -1,56 +1,109 @@
-"""How a round gets one aggregate out of its cohort: which exchanges it takes, and what they sum to.
+"""The collection of a round's updates: which exchanges it takes with the cohort, and what they sum to.
 
-`ClearCollection` asks once and reads every update, or adds it in a ring; `fedtune.strategies.secure_collection` asks
-five times and sees only the sum. A round does not care which one it has.
+    collection = collector.begin(plan, frame, inputs)
+    for exchange in collection.exchanges():
+        for name, parts in exchange.requests.items(): send parts to name as a message of exchange.message_type
+        facts = collection.take(name, payload)      # for each answer, in any order
+    collected = collection.finish(survivors)
+
+`InTheClear` asks once and sees every payload; `fedtune.strategies.secure_sum.SecureSum` asks five times and sees only
+the sum. A round does not care which one it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec.downlink import max_body_size
-from fedtune.core.codec.uplink import FactorTerms, uplink_weight
+from fedtune.core.codec.uplink import uplink_weight
 from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.ledger import Purpose
 from fedtune.core.protocol.actions import TRAIN
-from fedtune.core.protocol.payloads import HEADER_BYTES, TrainReply, Uplink, decode
+from fedtune.core.protocol.payloads import HEADER_BYTES, TrainReply, TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, SecureRecord
-from fedtune.strategies.aggregation import NOTHING, State
-from fedtune.strategies.aggregation.reduction import Clips, Reduction
+from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregation, Aggregator, Frame, Payloads
 from fedtune.strategies.cohorts.virtual_clock import staleness_weight
-from fedtune.strategies.exchange import ClientFacts, Exchange
+from fedtune.strategies.schedule import Closing
 
-NO_STALE_UPDATES: Mapping[str, bytes] = {}
+if TYPE_CHECKING:
+    from fedtune.strategies.requests import RoundPlan
+
+NO_ANSWERS: Mapping[str, bytes] = {}
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What a round gives.
+class Exchange:
+    """One exchange of a round: a message to each of some clients.
 
     Args:
-        aggregate: over the segment of the round's factors, float32.
-        clips: for the next round that trains each factor; empty where nothing is clipped.
+        message_type: Flower's, by which a client knows what to do.
+        requests: client -> the parts of its message; clients that are asked the same share the same bytes.
+        down: what each part is for, in the ledger.
+        up: what an answer is for, in the ledger.
+        carries_adapter: whether who answers holds the adapter from now on.
+        closing: None to wait for everybody, as long as the job's deadline allows.
+    """
+
+    message_type: str
+    requests: Mapping[str, tuple[bytes, ...]]
+    down: tuple[Purpose, ...]
+    up: Purpose
+    carries_adapter: bool = False
+    closing: Closing | None = None
+
+
+@dataclass(frozen=True)
+class ClientFacts:
+    """The facts that an answer tells about its client beside its update; under secure aggregation there are none.
+
+    Args:
+        seconds: of local training, as the client says.
+    """
+
+    examples: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """The outcome of a round.
+
+    Args:
         train_loss: mean over the survivors, weighted by target tokens where they are known.
-        state: what the aggregator leaves to the next round.
         secure: what the server saw, under secure aggregation.
         notes: what became of late updates, one sentence each.
     """
 
-    aggregate: Vector
-    clips: Clips
+    aggregate: Aggregate
     train_loss: float | None
-    state: State = field(default_factory=lambda: NOTHING)
     secure: SecureRecord | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The messages that a collection starts from.
+
+    Args:
+        requests: client -> its request, encoded, for those that are asked to train.
+        common: the request without what differs between clients: the tier, and the way the adapter travels.
+        stale: client -> its answer to the round before.
+    """
+
+    requests: Mapping[str, bytes]
+    common: TrainRequest
+    stale: Mapping[str, bytes] = field(default_factory=lambda: NO_ANSWERS)
 
 
 class Collection(Protocol):
     """The collection of one round's updates, under way."""
 
     def exchanges(self) -> Iterator[Exchange]:
-        """What to ask, one exchange after the other; the next one may depend on the answers to the last.
+        """The exchanges, one after the other; the next one may depend on the answers to the last.
 
         Raises:
             RoundAbortedError, JobError: the round cannot go on.
@@ -64,75 +117,83 @@ class Collection(Protocol):
         """
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
-        """What the survivors' updates come to.
+        """The outcome of the survivors' updates.
 
         Raises:
-            PeerError, RunError: to nothing that can be used.
+            PeerError, RunError: there is none that can be used.
         """
 
 
+class Collector(Protocol):
+    """A way to collect a round's updates around an aggregator of payloads."""
+
+    @property
+    def aggregator(self) -> Aggregator:
+        """What payloads, or their sum, are given to."""
+
+    @property
+    def single_exchange(self) -> bool:
+        """Whether one exchange a round is all that it takes."""
+
+    def admits(self, client: str) -> bool:
+        """Whether a client can be asked to train."""
+
+    def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> Collection:
+        """The collection of one round."""
+
+
 @dataclass(frozen=True)
-class Asked:
-    """What a client is asked.
+class InTheClear:
+    """Every payload goes to the aggregation as it arrives."""
 
-    Args:
-        request: encoded.
-        tier: how many rank indices it is asked to train; 0 where all train everything.
-    """
+    aggregator: Aggregator
+    single_exchange: bool = True
 
-    request: bytes
-    tier: int = 0
+    def admits(self, client: str) -> bool:
+        """Everybody."""
+        del client
+        return True
+
+    def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> ClearCollection:
+        """One exchange."""
+        return ClearCollection(plan, self.aggregator.begin(frame), inputs)
 
 
 class ClearCollection:
-    """One exchange; every update goes to a reduction as it arrives.
+    """One exchange. A stale update weighs less than one that is in time, and nothing where its client has answered this
+    round, or where this round's slices are not that one's."""
 
-    Args:
-        number: of the round.
-        asked: by client; what it sends must be of the tier it was asked for.
-        stale: client -> its answer to the round before. It weighs less than one that is in time, and nothing where
-            its client has answered this round, or where this round's slices are not that one's.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        uplink: Uplink,
-        reduction: Reduction,
-        terms: Sequence[FactorTerms],
-        asked: Mapping[str, Asked],
-        stale_updates: Mapping[str, bytes] = NO_STALE_UPDATES,
-    ) -> None:
-        self._number = number
-        self._uplink = uplink
-        self._reduction = reduction
-        self._limit = sum(max_body_size(each.count) for each in terms) + HEADER_BYTES
-        self._asked = asked
-        self._stale = stale_updates
+    def __init__(self, plan: RoundPlan, aggregation: Aggregation[Payloads], inputs: Inputs) -> None:
+        self._plan = plan
+        self._aggregation = aggregation
+        self._inputs = inputs
+        self._limit = sum(max_body_size(each.count) for each in plan.terms) + HEADER_BYTES
 
     def exchanges(self) -> Iterator[Exchange]:
-        requests = {name: (asked.request,) for name, asked in self._asked.items()}
+        """The one exchange."""
+        requests = {name: (request,) for name, request in self._inputs.requests.items()}
         yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
 
     def take(self, name: str, payload: bytes) -> ClientFacts:
-        reply = self._read(payload, self._number)
-        weight = uplink_weight(self._uplink, reply.examples, reply.tokens)
-        self._reduction.take(reply.update, weight, self._asked[name].tier)
+        """Adds a client's update."""
+        reply = self._read(payload, self._plan.number)
+        weight = uplink_weight(self._plan.uplink, reply.examples, reply.tokens)
+        self._aggregation.add(Payloads(reply.update, weight, self._plan.tiers[name]))
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
+        """Adds what is stale, and finishes the aggregation."""
         present = {client.id for client in survivors}
-        notes = [self._take_stale(name) for name in sorted(self._stale) if name not in present]
-        aggregate, clips = self._reduction.finish()
-        return Collected(aggregate, clips, _mean_loss(survivors), self._reduction.state, notes=tuple(notes))
+        notes = [self._take_stale(name) for name in sorted(self._inputs.stale) if name not in present]
+        return Collected(self._aggregation.finish(), _mean_loss(survivors), notes=tuple(notes))
 
     def _take_stale(self, name: str) -> str:
-        if self._uplink.tiers:
+        if self._plan.slices:
             return f"the late update of {name} was dropped: rounds of mixed ranks have slices of their own"
         try:
-            reply = self._read(self._stale[name], self._number - 1)
-            weight = uplink_weight(self._uplink, reply.examples, reply.tokens) * staleness_weight(1)
-            self._reduction.take(reply.update, max(1, round(weight)))
+            reply = self._read(self._inputs.stale[name], self._plan.number - 1)
+            weight = uplink_weight(self._plan.uplink, reply.examples, reply.tokens) * staleness_weight(1)
+            self._aggregation.add(Payloads(reply.update, max(1, round(weight))))
         except (PeerError, UpdateError) as error:
             return f"the late update of {name} was dropped: {error}"
         return f"the late update of {name} was taken at {staleness_weight(1):.2f} of its weight"

@@ -1,4 +1,4 @@
-"""One evaluation by the clients, without any I/O: whom to ask, what came back, and what all of it says together."""
+"""One evaluation by the clients, without any I/O: the requests, the answers, and all scores as one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from fedtune.core.protocol.payloads import (
 from fedtune.core.round_records import ClientEvaluation, Evaluation
 from fedtune.core.seeds import generator
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.exchange import Exchange
-from fedtune.strategies.round import LATE, Federation, FederationState, Requests
+from fedtune.strategies.collection import Exchange
+from fedtune.strategies.federation import Federation, FederationState
+from fedtune.strategies.requests import Requests
+from fedtune.strategies.round import LATE
 
 
 @dataclass

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from secure_fixture import LAYOUT, Fixture
 
 from fedtune.core.adapter.layout import Vector
+from fedtune.core.codec.update_forms import RingTotal
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.actions import SECURE_EXCHANGES
 from fedtune.core.protocol.payloads import TrainRequest, decode, encode
 from fedtune.core.secagg.exchanged import RoundConfig
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.core.secagg.exchanged import encode as encode_message
-from fedtune.strategies.aggregation.reduction import finish_ring
+from fedtune.strategies.aggregation import Frame, RingMean
 
 NAMES = [f"client-{index}" for index in range(6)]
 VICTIM = NAMES[0]
@@ -27,16 +28,13 @@ VICTIM = NAMES[0]
 
 def in_the_open(fixture: Fixture, request: TrainRequest, names: list[str]) -> Vector:
     """What the round must come to: the same contributions, added where all can see them."""
-    from fedtune.core.codec import MaskableCodec
-    from fedtune.core.codec.uplink import RingSum, ring_zero
-
     terms = fixture.device.terms(request)
-    totals = [ring_zero(each) for each in terms]
+    frame = Frame(LAYOUT, request.work.factors, fixture.state.adapter, terms=terms)
+    summed = RingMean(fixture.federation.method).begin(frame)
     for name in names:
         parts = fixture.device.contribute(name, request).parts
-        totals = [RingSum(MaskableCodec(each.bits).add(sum_.total, part, each.context()), sum_.contributors + 1)
-                  for each, sum_, part in zip(terms, totals, parts, strict=True)]  # fmt: skip
-    return finish_ring(totals, terms)[0]
+        summed.merge_totals([RingTotal(part, 1) for part in parts])
+    return summed.finish().update
 
 
 @settings(deadline=None, max_examples=40)

@@ -19,9 +19,10 @@ from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import Base, TrainRequest, decode
-from fedtune.flower.strategy import federation_from_job
+from fedtune.strategies.assembly import assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.round import TrainingRound, initial_state
+from fedtune.strategies.federation import initial_state
+from fedtune.strategies.round import TrainingRound
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 
@@ -46,7 +47,7 @@ def trained_update(folder: Path, aggregation: str, *postprocess: Postprocess) ->
     job = load_job(None, [*overrides, f"federation.aggregation={aggregation}"])
     base = Base("golden", DIGEST, "nf4", GOLDEN.rank, GOLDEN.alpha, ("all-linear",), 256)
     device = Device(lambda base: NumpyTrainer(), load_examples, ClientStore(folder), postprocess=postprocess)
-    federation = federation_from_job(job, base, GOLDEN)
+    federation = assemble(job, base, GOLDEN)
     broadcast = Broadcast(GOLDEN, GOLDEN.initial(0), exact=True)
     round_ = TrainingRound.open(federation, initial_state(federation), ["01"], broadcast)
     next(round_.exchanges())

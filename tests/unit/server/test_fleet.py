@@ -20,7 +20,8 @@ from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.server.simulation.simulation_context import SimulationContext
-from fedtune.strategies.cohorts.selection import UniformSelection
+from fedtune.strategies.cohorts.selection import AmongPresent, UniformSelection
+from fedtune.strategies.cohorts.timed_selection import timed_selection
 
 NAMES = [f"{index:03d}" for index in range(100)]
 
@@ -36,7 +37,8 @@ def devices(*overrides: str, fleet: Fleet | None = None) -> SimulatedFleet:
 
 
 def cohorts(fleet: SimulatedFleet, rounds: int = 60) -> Any:
-    selection = fleet.selection(UniformSelection(10, 0))
+    timed = timed_selection(fleet._job, 10, fleet.predicted)
+    selection = AmongPresent(timed or UniformSelection(10, 0), fleet.present)
     for number in range(1, rounds):
         cohort = selection.cohort(number, NAMES)
         yield number, cohort, fleet.round(number, cohort)

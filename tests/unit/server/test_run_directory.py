@@ -11,7 +11,7 @@ from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import Rebasing
 from fedtune.server.run_directory import Checkpoint, RunDirectory
-from fedtune.strategies.round import FederationState
+from fedtune.strategies.federation import FederationState
 
 
 def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_noticed(tmp_path: Path) -> None:

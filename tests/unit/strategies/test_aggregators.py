@@ -11,23 +11,37 @@ from fedtune.core.adapter.alignment import align_update
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
 from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.methods import AGGREGATIONS
+from fedtune.core.job.settings import FederationSettings
 from fedtune.strategies.aggregation import (
+    NOTHING,
     Aggregator,
+    Clipped,
     CoordinateMedian,
-    FedAvg,
-    Flora,
+    Frame,
+    Mean,
     MultiKrum,
-    NormClipped,
+    ProductMean,
     Robust,
     TrimmedMean,
-    aggregator_for,
-    aggregator_named,
+    Update,
+    update_aggregator,
 )
 from fedtune.strategies.aggregation.products import RESIDUAL, factors_of
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 7, 5), AdaptedModule("v", 6, 9)), rank=3, alpha=2.0)
 NAMES = ("fedavg", "fedrot", "alternating", "ffa", "flexlora", "flora")
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
+FEDAVG = Mean(AGGREGATIONS["fedavg"])
+
+
+def named(name: Any) -> Aggregator:
+    return update_aggregator(FederationSettings(aggregation=name))
+
+
+def begin(aggregator: Aggregator, factors: Any, adapter: Vector | None = None, state: Any = NOTHING) -> Any:
+    """An aggregation of a round that trains these factors."""
+    return aggregator.begin(Frame(LAYOUT, factors, LAYOUT.initial(0) if adapter is None else adapter, state))
 
 
 def cohort(factors: str, clients: int = 6, seed: int = 0) -> tuple[Vector, list[Vector], list[int]]:
@@ -43,14 +57,15 @@ def aggregate(
     aggregator: Aggregator, order: Any = None, state: Any = None, seed: int = 0
 ) -> tuple[Vector, Vector, Any]:
     """The adapter before and after a round, and the state that is left."""
-    factors = aggregator.factors(1)
+    factors = aggregator.method.factors(1)
     adapter, updates, weights = cohort(factors, seed=seed)
-    accumulator = aggregator.accumulator(LAYOUT, factors, adapter, state or {})
+    aggregation = begin(aggregator, factors, adapter, state or {})
     for index in order if order is not None else range(len(updates)):
-        accumulator.add(updates[index], weights[index])
+        aggregation.add(Update(updates[index], weights[index]))
+    aggregate = aggregation.finish()
     after = adapter.copy()
-    after[LAYOUT.segment(factors)] += accumulator.finish()
-    return adapter, after, accumulator.state
+    after[LAYOUT.segment(factors)] += aggregate.update
+    return adapter, after, aggregate.state
 
 
 def matrices(vector: Vector) -> Factors:
@@ -68,7 +83,7 @@ def matrices(vector: Vector) -> Factors:
 
 def mean_products(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Σ p·B_i·A_i, one client after the other."""
-    factors = aggregator_named(name).factors(1)
+    factors = named(name).method.factors(1)
     adapter, updates, weights = cohort(factors, seed=seed)
     shares = np.array(weights) / sum(weights)
     total: dict[str, np.ndarray] = {"q": np.zeros((5, 7)), "v": np.zeros((9, 6))}
@@ -82,7 +97,7 @@ def mean_products(name: str, seed: int = 0) -> dict[str, np.ndarray]:
 
 def deviation(name: str) -> float:
     """‖Σ p·B_i·A_i - B·A‖, with the residual counted in where there is one."""
-    _, after, state = aggregate(aggregator_named(name))
+    _, after, state = aggregate(named(name))
     wanted, square, place = mean_products(name), 0.0, 0
     residual = state.get(RESIDUAL)
     for module, (lora_a, lora_b) in matrices(after).items():
@@ -106,9 +121,9 @@ def test_averaging_both_factors_deviates(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fedavg", "fedrot", "alternating", "ffa"])
 def test_linear_aggregators_are_the_weighted_mean_of_what_is_trained(name: str) -> None:
-    aggregator = aggregator_named(name)
-    segment = LAYOUT.segment(aggregator.factors(1))
-    adapter, updates, weights = cohort(aggregator.factors(1))
+    aggregator = named(name)
+    segment = LAYOUT.segment(aggregator.method.factors(1))
+    adapter, updates, weights = cohort(aggregator.method.factors(1))
     wanted = sum(w * u.astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
     before, after, state = aggregate(aggregator)
     np.testing.assert_allclose(after[segment] - before[segment], wanted, atol=1e-6)
@@ -118,7 +133,7 @@ def test_linear_aggregators_are_the_weighted_mean_of_what_is_trained(name: str) 
 
 
 def test_what_each_trains() -> None:
-    trained = {name: "".join(f"{aggregator_named(name).factors(number)} " for number in (1, 2, 3)) for name in NAMES}
+    trained = {name: "".join(f"{named(name).method.factors(number)} " for number in (1, 2, 3)) for name in NAMES}
     assert trained == {
         "fedavg": "ab ab ab ",
         "fedrot": "ab ab ab ",
@@ -131,7 +146,7 @@ def test_what_each_trains() -> None:
 
 @pytest.mark.parametrize("name", ["flexlora", "flora"])
 def test_product_means_are_the_best_of_their_rank(name: str) -> None:
-    _, after, _ = aggregate(aggregator_named(name))
+    _, after, _ = aggregate(named(name))
     wanted = mean_products(name)
     for module, (lora_a, lora_b) in matrices(after).items():
         # Eckart and Young, by the eigenvectors of MᵀM rather than an SVD.
@@ -142,8 +157,9 @@ def test_product_means_are_the_best_of_their_rank(name: str) -> None:
 
 
 def test_floras_residual_is_added_before_the_next_cut() -> None:
-    _, _, state = aggregate(Flora())
-    _, second, again = aggregate(Flora(), state=state, seed=1)
+    flora = ProductMean(AGGREGATIONS["flora"])
+    _, _, state = aggregate(flora)
+    _, second, again = aggregate(flora, state=state, seed=1)
     wanted, place = mean_products("flora", seed=1), 0
     for module, (lora_a, lora_b) in matrices(second).items():
         size = wanted[module].size
@@ -187,8 +203,8 @@ def test_fedrot_turns_a_client_towards_the_others_and_changes_no_product() -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_order_of_arrival_does_not_change_the_aggregate(name: str) -> None:
-    _, forwards, _ = aggregate(aggregator_named(name))
-    _, backwards, _ = aggregate(aggregator_named(name), order=range(5, -1, -1))
+    _, forwards, _ = aggregate(named(name))
+    _, backwards, _ = aggregate(named(name), order=range(5, -1, -1))
     if name in ("flexlora", "flora"):
         for module, (lora_a, lora_b) in matrices(forwards).items():
             other_a, other_b = matrices(backwards)[module]
@@ -199,11 +215,11 @@ def test_order_of_arrival_does_not_change_the_aggregate(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_update_that_cannot_be_added_is_refused_and_changes_nothing(name: str) -> None:
-    aggregator = aggregator_named(name)
-    adapter, updates, _ = cohort(aggregator.factors(1))
-    clean, disturbed = (aggregator.accumulator(LAYOUT, aggregator.factors(1), adapter) for _ in range(2))
-    clean.add(updates[0], 1)
-    disturbed.add(updates[0], 1)
+    aggregator = named(name)
+    adapter, updates, _ = cohort(aggregator.method.factors(1))
+    clean, disturbed = (begin(aggregator, aggregator.method.factors(1), adapter) for _ in range(2))
+    clean.add(Update(updates[0], 1))
+    disturbed.add(Update(updates[0], 1))
     for bad, weight in (
         (np.full_like(updates[0], np.nan), 1),
         (updates[0] * 1e9, 1),
@@ -211,22 +227,23 @@ def test_an_update_that_cannot_be_added_is_refused_and_changes_nothing(name: str
         (updates[0], 0),
     ):
         with pytest.raises(UpdateError):
-            disturbed.add(bad, weight)
-    assert clean.finish().tobytes() == disturbed.finish().tobytes()
+            disturbed.add(Update(bad, weight))
+    assert clean.finish().update.tobytes() == disturbed.finish().update.tobytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_updates_nothing_changes(name: str) -> None:
-    aggregator = aggregator_named(name)
+    aggregator = named(name)
     adapter, _, _ = cohort("ab")
-    assert not aggregator.accumulator(LAYOUT, aggregator.factors(1), adapter).finish().any()
+    assert not begin(aggregator, aggregator.method.factors(1), adapter).finish().update.any()
 
 
 def reduced(rule: Any, updates: list[Vector], order: Any = None) -> Vector:
-    accumulator = Robust(FedAvg(), rule).accumulator(LAYOUT, "ab")
+    aggregation = begin(Robust(FEDAVG.method, rule), "ab")
     for index in order if order is not None else range(len(updates)):
-        accumulator.add(updates[index], 1 + index)
-    return accumulator.finish()
+        aggregation.add(Update(updates[index], 1 + index))
+    update: Vector = aggregation.finish().update
+    return update
 
 
 def test_the_median_and_the_trimmed_mean_are_those_of_every_coordinate() -> None:
@@ -261,10 +278,10 @@ def test_a_fifth_of_hostile_clients_moves_a_robust_aggregate_little_and_the_mean
     base = np.full_like(honest[0], 0.5)
     updates = [base + 0.1 * update for update in honest] + [np.full_like(base, -3.0)] * 2
     assert np.abs(reduced(rule, updates) - 0.5).mean() < 0.05
-    mean = FedAvg().accumulator(LAYOUT, "ab")
+    mean = begin(FEDAVG, "ab")
     for update in updates:
-        mean.add(update, 1)
-    assert np.abs(mean.finish() - 0.5).mean() > 0.5
+        mean.add(Update(update, 1))
+    assert np.abs(mean.finish().update - 0.5).mean() > 0.5
     assert reduced(rule, updates[:1]).tobytes() == updates[0].tobytes()
 
 
@@ -277,11 +294,11 @@ def test_rules_do_not_depend_on_the_order_of_arrival(rule: Any) -> None:
 def test_long_updates_are_scaled_to_the_clip_and_short_ones_left() -> None:
     _, updates, _ = cohort("ab", clients=2)
     updates[1] = updates[1] * np.float32(1e-3)
-    accumulator = NormClipped(FedAvg(), 0.5).accumulator(LAYOUT, "ab")
+    aggregation = begin(Clipped(FEDAVG, 0.5), "ab")
     for update in updates:
-        accumulator.add(update, 1)
+        aggregation.add(Update(update, 1))
     wanted = (updates[0] * 0.5 / np.linalg.norm(updates[0]) + updates[1]) / 2
-    np.testing.assert_allclose(accumulator.finish(), wanted, atol=1e-7)
+    np.testing.assert_allclose(aggregation.finish().update, wanted, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +336,8 @@ def test_what_cannot_be_secure_or_contradicts_itself_is_refused_when_the_job_is_
 def test_a_job_names_its_aggregator_and_what_goes_around_it() -> None:
     robust = ["federation.robust=multi-krum", "federation.robust_share=0.1", "federation.clip_norm=2.0"]
     job = load_job(None, ["secure_aggregation.enabled=false", *robust])
-    assert aggregator_for(job.federation) == NormClipped(Robust(FedAvg(), MultiKrum(0.1)), 2.0)
-    with pytest.raises(ValueError, match="no aggregator is named"):
-        aggregator_named("median-of-means")
+    assert update_aggregator(job.federation) == Clipped(Robust(FEDAVG.method, MultiKrum(0.1)), 2.0)
+    assert set(AGGREGATIONS) == set(NAMES), "every aggregation that a job may name is declared"
 
 
 # -- The linear model of RoLoRA (Chen et al. 2024), theorem 4.5 and proposition 4.6 ----------------------------------
@@ -339,10 +355,10 @@ def linear_model(train_a: bool, rounds: int) -> list[float]:
     lora_b = np.zeros(dimension)
     errors = []
     layout = AdapterLayout((AdaptedModule("x", dimension, dimension),), rank=1, alpha=1.0)
-    aggregator = aggregator_named("alternating" if train_a else "ffa")
+    aggregator = named("alternating" if train_a else "ffa")
     for number in range(1, rounds + 1):
-        factors = aggregator.factors(number)
-        accumulator = aggregator.accumulator(layout, factors)
+        factors = aggregator.method.factors(number)
+        aggregation: Any = aggregator.begin(Frame(layout, factors, layout.initial(0)))
         for client in range(clients):
             design = np.random.default_rng([number, client]).normal(size=(60, dimension))
             answers = design @ np.outer(target_a, target_b)
@@ -352,8 +368,8 @@ def linear_model(train_a: bool, rounds: int) -> list[float]:
             else:
                 wanted = answers @ lora_b / (lora_b @ lora_b)
                 update = np.linalg.lstsq(design, wanted, rcond=None)[0] - lora_a
-            accumulator.add(np.clip(update, -10, 10).astype(np.float32), 1)
-        step = accumulator.finish()
+            aggregation.add(Update(np.clip(update, -10, 10).astype(np.float32), 1))
+        step = aggregation.finish().update
         if factors == "b":
             lora_b = lora_b + step
         else:

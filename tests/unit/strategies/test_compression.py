@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,22 +12,36 @@ from hypothesis import strategies as st
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
-from fedtune.core.codec.uplink import Compression, FactorTerms, Form, decode_factor, encode_factor, factor_terms
+from fedtune.core.codec.update_forms import EXACT, FORMS, UpdateForm
+from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.protocol.payloads import Downlink, Uplink
-from fedtune.strategies.aggregation import FedAvg
-from fedtune.strategies.aggregation.reduction import WEIGHT, ClearReduction, RingReduction
+from fedtune.strategies.aggregation import Decoded, Frame, Mean, RingMean
+from fedtune.strategies.aggregation.aggregator import Payloads
+from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
 SEED = 3
 
 
-def terms(form: Form, factor: str = "b", density: float = 0.5, n_max: int = 8, rotation: bool = True) -> FactorTerms:
-    segment = LAYOUT.segment(factor)  # type: ignore[arg-type]
-    count = segment.stop - segment.start
-    return FactorTerms(form, 4, density, count, SEED, 1, factor, 0, 1.0, n_max, rotation, 100)  # type: ignore[arg-type]
+def terms(form: str, density: float = 0.5, rotation: bool = True) -> FactorTerms:
+    uplink = Uplink(form, 4, density, True, "examples", 100, 8, (0,), (1.0,), rotation)
+    return FactorTerms(uplink, SEED, 1, "b", LAYOUT.size_b, 0, 1.0)
+
+
+def aggregation(agreed: FactorTerms) -> Any:
+    """Of the form's payloads, under way."""
+    form: UpdateForm = FORMS[agreed.form]
+    method = AGGREGATIONS["ffa"]
+    aggregator = RingMean(method) if form.carries_weight else Decoded(Mean(method), form)
+    return aggregator.begin(Frame(LAYOUT, "b", LAYOUT.initial(SEED), terms=[agreed]))
+
+
+def encode(update: Vector, agreed: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+    return FORMS[agreed.form].encode(update, agreed, private_seed, weight)
 
 
 def random_update(count: int, seed: int = 0) -> Vector:
@@ -33,37 +49,36 @@ def random_update(count: int, seed: int = 0) -> Vector:
 
 
 @pytest.mark.parametrize("form", ["exact", "sparse", "ring"])
-def test_what_a_payload_carries_is_what_its_client_believes_it_carries(form: Form) -> None:
+def test_what_a_payload_carries_is_what_its_client_believes_it_carries(form: str) -> None:
     agreed = terms(form)
     update = random_update(agreed.count)
-    payload, sent = encode_factor(update, agreed, 7, 1.0)
-    reductions = {"ring": RingReduction([agreed])}
-    reduction = reductions.get(form) or ClearReduction(FedAvg().accumulator(LAYOUT, "b"), [agreed])
-    reduction.take([payload], 5)
-    aggregate, _ = reduction.finish()
-    assert aggregate == pytest.approx(sent, abs=1e-6)
+    payload, sent = encode(update, agreed, 7, 1.0)
+    summed = aggregation(agreed)
+    summed.add(Payloads([payload], 5))
+    assert summed.finish().update == pytest.approx(sent, abs=1e-6)
     assert np.linalg.norm(update - sent) < np.linalg.norm(update)
 
 
 def test_the_exact_form_loses_nothing() -> None:
     agreed = terms("exact")
     update = random_update(agreed.count)
-    payload, sent = encode_factor(update, agreed, 7, 1.0)
-    assert decode_factor(payload, agreed).tobytes() == update.tobytes() == sent.tobytes()
+    payload, sent = encode(update, agreed, 7, 1.0)
+    assert EXACT.decode(payload, agreed).tobytes() == update.tobytes() == sent.tobytes()
 
 
 @pytest.mark.parametrize("rotation", [True, False])
 def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool) -> None:
     agreed = terms("ring", density=1.0, rotation=rotation)
-    reduction = RingReduction([agreed])
+    summed = aggregation(agreed)
     weights = [0.25, 0.5, 1.0]
     sent = []
     for client, weight in enumerate(weights):
-        payload, carried = encode_factor(random_update(agreed.count, client), agreed, client, weight)
-        reduction.take([payload], 1)
+        payload, carried = encode(random_update(agreed.count, client), agreed, client, weight)
+        summed.add(Payloads([payload], 1))
         sent.append(carried)
-    aggregate, clips = reduction.finish()
-    assert aggregate == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-5)
+    aggregate = summed.finish()
+    clips = aggregate.clips
+    assert aggregate.update == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-5)
     assert clips.keys() == {"b", WEIGHT}
     assert clips[WEIGHT] == pytest.approx(1.25 * 100 * np.mean(weights), rel=1e-4)
 
@@ -71,20 +86,19 @@ def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool
 @pytest.mark.parametrize("form", ["exact", "sparse", "ring"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_damaged_payload_is_refused_and_changes_nothing(form: Form, data: st.DataObject) -> None:
+def test_a_damaged_payload_is_refused_and_changes_nothing(form: str, data: st.DataObject) -> None:
     agreed = terms(form)
-    good, _ = encode_factor(random_update(agreed.count), agreed, 7, 1.0)
+    good, _ = encode(random_update(agreed.count), agreed, 7, 1.0)
     place = data.draw(st.integers(0, len(good) - 1))
     flip = data.draw(st.integers(1, 255))
     bad = good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :]
-    reductions = {"ring": RingReduction([agreed])}
-    reduction = reductions.get(form) or ClearReduction(FedAvg().accumulator(LAYOUT, "b"), [agreed])
-    reduction.take([good], 1)
+    summed = aggregation(agreed)
+    summed.add(Payloads([good], 1))
     with pytest.raises(PeerError):
-        reduction.take([bad], 1)
+        summed.add(Payloads([bad], 1))
     with pytest.raises(PeerError):
-        reduction.take([good[:place]], 1)
-    assert reduction.finish()[0].shape == (agreed.count,)
+        summed.add(Payloads([good[:place]], 1))
+    assert summed.finish().update.shape == (agreed.count,)
 
 
 def versions(count: int) -> list[Vector]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.errors import UpdateError
-from fedtune.strategies.aggregation.exact_sum import FRACTION_BITS, MAX_VALUE, MAX_WEIGHT, ExactSum
+from fedtune.strategies.aggregation.mean import FRACTION_BITS, MAX_VALUE, MAX_WEIGHT, ExactSum
 
 values = st.floats(-MAX_VALUE, MAX_VALUE, width=32)
 updates = st.lists(st.tuples(st.lists(values, min_size=3, max_size=3), st.integers(1, 1024)), min_size=1, max_size=8)

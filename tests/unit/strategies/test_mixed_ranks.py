@@ -13,7 +13,8 @@ from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
 from fedtune.core.adapter.rebalance import follow, rebalance
 from fedtune.core.adapter.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
 from fedtune.core.errors import UpdateError
-from fedtune.strategies.aggregation.owned import OwnedMean
+from fedtune.strategies.aggregation import Frame, Update
+from fedtune.strategies.aggregation.mean import MeanOfOwners
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
 FACTORS: Any = ("a", "b")
@@ -94,8 +95,8 @@ def clients() -> list[tuple[int, int, np.ndarray]]:
     ]
 
 
-def owned_mean(factors: Any, tiers: list[int]) -> OwnedMean:
-    return OwnedMean(LAYOUT, factors, rank_slices(2, 3, LAYOUT.rank, tiers))
+def owned_mean(factors: Any, tiers: list[int]) -> MeanOfOwners:
+    return MeanOfOwners(Frame(LAYOUT, factors, LAYOUT.initial(0), slices=rank_slices(2, 3, LAYOUT.rank, tiers)))
 
 
 @pytest.mark.parametrize("factors", ["a", "b", "ab"])
@@ -106,34 +107,34 @@ def test_every_index_is_divided_by_the_weight_of_its_owners(factors: Any) -> Non
     for tier, weight, noise in clients():
         mask = np.concatenate([trained_mask(letter, rank_indices(2, 3, 4, tier)) for letter in factors])
         update = noise[:size].astype(np.float32)
-        mean.add(update, weight, tier)
+        mean.add(Update(update, weight, tier))
         top[mask] += weight * update[mask].astype(np.float64)
         bottom[mask] += weight
-    np.testing.assert_allclose(mean.finish(), top / bottom, atol=1e-7)
+    np.testing.assert_allclose(mean.finish().update, top / bottom, atol=1e-7)
 
 
 def test_an_index_that_nobody_owned_stays_as_it_is() -> None:
     mean = owned_mean("b", [1, 4])
     owned = trained_mask("b", rank_indices(2, 3, 4, 1))
-    mean.add(np.ones(owned.size, dtype=np.float32), 5, 1)
-    assert np.array_equal(mean.finish(), owned.astype(np.float32))
+    mean.add(Update(np.ones(owned.size, dtype=np.float32), 5, 1))
+    assert np.array_equal(mean.finish().update, owned.astype(np.float32))
 
 
 def test_with_one_tier_the_owned_mean_is_the_weighted_mean() -> None:
-    mean = OwnedMean(LAYOUT, "a")
+    mean = MeanOfOwners(Frame(LAYOUT, "a", LAYOUT.initial(0)))
     random = np.random.default_rng(1)
     updates = [random.normal(0, 0.1, LAYOUT.size_a).astype(np.float32) for _ in range(3)]
     for weight, update in zip((1, 2, 5), updates, strict=True):
-        mean.add(update, weight)
+        mean.add(Update(update, weight))
     wanted = (updates[0] + 2.0 * updates[1] + 5.0 * updates[2].astype(np.float64)) / 8
-    np.testing.assert_allclose(mean.finish(), wanted, atol=1e-7)
+    np.testing.assert_allclose(mean.finish().update, wanted, atol=1e-7)
 
 
 def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> None:
     mean = owned_mean("b", [2, 4])
     good = np.ones(40, dtype=np.float32)
-    mean.add(good, 1, 2)
-    before = mean.finish().tobytes()
+    mean.add(Update(good, 1, 2))
+    before = mean.finish().update.tobytes()
     late = good.copy()
     late[trained_mask("b", rank_slices(2, 3, 4, [2, 4])[1].owned)] = np.nan  # only in the last slice
     for update, weight, tier in (
@@ -146,8 +147,8 @@ def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> N
         (good, 1 << 24, 2),
     ):
         with pytest.raises(UpdateError):
-            mean.add(update.astype(np.float32), weight, tier)
-    assert mean.finish().tobytes() == before
+            mean.add(Update(update.astype(np.float32), weight, tier))
+    assert mean.finish().update.tobytes() == before
 
 
 def test_order_of_arrival_does_not_change_a_bit() -> None:
@@ -155,8 +156,8 @@ def test_order_of_arrival_does_not_change_a_bit() -> None:
     for order in (clients(), clients()[::-1]):
         mean = owned_mean("ab", [1, 2, 4])
         for tier, weight, noise in order:
-            mean.add(noise.astype(np.float32), weight, tier)
-        results.append(mean.finish().tobytes())
+            mean.add(Update(noise.astype(np.float32), weight, tier))
+        results.append(mean.finish().update.tobytes())
     assert results[0] == results[1]
 
 

@@ -12,15 +12,17 @@ import pytest
 
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, factor_letters
 from fedtune.core.adapter.tiers import rank_indices
-from fedtune.core.codec.uplink import encode_factor, factor_terms
+from fedtune.core.codec.update_forms import FORMS as UPDATE_FORMS
+from fedtune.core.codec.uplink import factor_terms
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.payloads import Base, TrainReply, TrainRequest, decode, encode
 from fedtune.core.seeds import generator
-from fedtune.flower.strategy import federation_from_job
+from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.tier_assignment import assign_tiers, tier_least
-from fedtune.strategies.round import SAT_OUT, TrainingRound, initial_state
+from fedtune.strategies.federation import initial_state
+from fedtune.strategies.round import SAT_OUT, TrainingRound
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), rank=8, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 8, 2.0, ("all-linear",), 256)
@@ -36,10 +38,10 @@ FORMS = {
 
 
 def opened(*overrides: str, ranks: Mapping[str, int] = RANKS, state: Any = None) -> TrainingRound:
-    federation = federation_from_job(load_job(None, [*MIXED, *overrides]), BASE, LAYOUT)
+    federation = assemble(load_job(None, [*MIXED, *overrides]), BASE, LAYOUT, Clients(ranks=ranks.__getitem__))
     broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), exact=True)
     start = state or initial_state(federation)
-    round_ = TrainingRound.open(federation, start, sorted(RANKS), broadcast, ranks=ranks.__getitem__)
+    round_ = TrainingRound.open(federation, start, sorted(RANKS), broadcast)
     next(round_.exchanges())
     return round_
 
@@ -65,7 +67,9 @@ def answer(name: str, round_: TrainingRound, tier: int | None = None) -> bytes:
     update = trained(name, round_)
     weight, seed = WEIGHTS[name] / uplink.weight_cap, WEIGHTS[name]
     parts = [update[LAYOUT.segment(each.factor)][each.indices] for each in terms]
-    payloads = [encode_factor(part, each, seed, weight)[0] for part, each in zip(parts, terms, strict=True)]
+    payloads = [
+        UPDATE_FORMS[each.form].encode(part, each, seed, weight)[0] for part, each in zip(parts, terms, strict=True)
+    ]
     return encode(TrainReply(request.round, WEIGHTS[name], 100, 20, 1.0, 0.1, tuple(payloads)))
 
 
@@ -99,7 +103,7 @@ def test_every_form_comes_to_the_mean_over_each_index_s_owners(form: str, aggreg
     for letter in "ab":
         segment = LAYOUT.segment(letter)  # type: ignore[arg-type]
         changed = after.adapter[segment] - round_.state.adapter[segment]
-        if letter in round_.factors:
+        if letter in round_.plan.factors:
             error = np.linalg.norm(changed - wanted[segment]) / np.linalg.norm(wanted[segment])
             assert error < {"exact": 1e-4, "sparse": 0.02, "ring": 0.1}[form]
         else:
@@ -144,7 +148,7 @@ def test_a_round_in_which_all_train_everything_is_asked_for_as_if_there_were_no_
     alike = opened(EXACT, ranks=dict.fromkeys(RANKS, 8))
     request = decode(alike.requests.payload("ann"), TrainRequest)
     assert (request.tier, request.uplink.tiers) == (0, ())
-    assert [each.part for each in alike.terms] == [None, None]
+    assert [each.part for each in alike.plan.terms] == [None, None]
 
 
 def test_a_client_that_can_train_no_tier_sits_out_and_the_record_says_so() -> None:
@@ -161,7 +165,7 @@ def test_a_client_that_can_train_no_tier_sits_out_and_the_record_says_so() -> No
 @pytest.mark.parametrize("aggregation", ["flexlora", "flora"])
 def test_means_of_products_keep_what_a_client_did_not_train(aggregation: str) -> None:
     job = load_job(None, [*MIXED, EXACT, f"federation.aggregation={aggregation}"])
-    start = initial_state(federation_from_job(job, BASE, LAYOUT))
+    start = initial_state(assemble(job, BASE, LAYOUT))
     adapter = start.adapter + (0.1 * generator(5, "start").standard_normal(LAYOUT.size)).astype(np.float32)
     round_ = opened(EXACT, f"federation.aggregation={aggregation}", state=replace(start, adapter=adapter, held=adapter))
     for name in RANKS:
@@ -193,7 +197,7 @@ def test_under_secure_aggregation_a_tier_needs_enough_clients_of_its_own() -> No
 
 def test_where_more_may_collude_or_vanish_a_tier_needs_more_clients() -> None:
     def least(*overrides: str, cohort: int = 10) -> int:
-        return tier_least(load_job(None, list(overrides)), cohort)
+        return tier_least(load_job(None, list(overrides)).secure_aggregation, cohort)
 
     assert least() == 3
     assert least("secure_aggregation.max_dropout=0.34") == 4
@@ -236,9 +240,9 @@ def test_a_device_refuses_tiers_that_do_not_fit_the_adapter(tiers: tuple[int, ..
 def test_a_slice_s_coordinates_take_turns_as_the_whole_factor_s_do() -> None:
     mixed = opened("compression.form=ring", "compression.density=0.3")
     alike = opened("compression.form=ring", "compression.density=0.3", ranks=dict.fromkeys(RANKS, 8))
-    for letter, whole in zip(factor_letters("ab"), alike.terms, strict=True):
+    for letter, whole in zip(factor_letters("ab"), alike.plan.terms, strict=True):
         together = np.zeros(whole.count, dtype=bool)
-        for each in mixed.terms:
+        for each in mixed.plan.terms:
             if each.factor == letter:
                 together[each.indices] = each.context().selection
         assert np.array_equal(together, whole.context().selection)

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.flower import replies
 from fedtune.flower.replies import stream_replies
-from fedtune.strategies.exchange import Closing
+from fedtune.strategies.schedule import Closing
 
 
 class Reply:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -23,14 +23,14 @@ from fedtune.core.protocol.payloads import (
     decode,
     encode,
 )
-from fedtune.core.round_records import ClientRecord
-from fedtune.flower.strategy import federation_from_job
-from fedtune.strategies.aggregation.reduction import WEIGHT
+from fedtune.core.round_records import ClientRecord, RoundRecord
+from fedtune.strategies.aggregation.payload_sums import WEIGHT
+from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.cohorts.timed_selection import timed_selection
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
-from fedtune.strategies.exchange import Closing
-from fedtune.strategies.round import LATE, Federation, TrainingRound, _closing, initial_state, scheduled_learning_rate
+from fedtune.strategies.federation import Federation, initial_state, scheduled_learning_rate
+from fedtune.strategies.round import LATE, TrainingRound
+from fedtune.strategies.schedule import ByDeadline, Closing
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
@@ -39,7 +39,7 @@ PLAIN = ("secure_aggregation.enabled=false", "compression.preset=none", "federat
 
 
 def federation(*overrides: str) -> Federation:
-    return federation_from_job(load_job(None, [*PLAIN, *overrides]), BASE, LAYOUT)
+    return assemble(load_job(None, [*PLAIN, *overrides]), BASE, LAYOUT)
 
 
 def payload(value: float, count: int = 6) -> bytes:
@@ -48,7 +48,7 @@ def payload(value: float, count: int = 6) -> bytes:
 
 
 def reply(round_: TrainingRound, value: float, examples: int = 10, **changes: Any) -> bytes:
-    update = tuple(ExactCodec().encode(np.full(terms.count, value, dtype=np.float32)) for terms in round_.terms)
+    update = tuple(ExactCodec().encode(np.full(terms.count, value, dtype=np.float32)) for terms in round_.plan.terms)
     answer = TrainReply(round_.number, examples, 5 * examples, 20, 1.0, 0.1, update)
     return encode(msgspec.structs.replace(answer, **changes))
 
@@ -102,18 +102,18 @@ def test_order_of_arrival_changes_nothing() -> None:
 
 def test_a_ring_starts_with_a_low_weight_cap_and_takes_it_from_the_state_up_to_the_jobs() -> None:
     ring = ("compression.preset=balanced", "compression.form=ring")
-    assert opened(1).terms[0].weight_cap == 1024
-    assert opened(1, *ring).terms[0].weight_cap == 32
-    assert opened(1, *ring, "federation.weight_cap=20").terms[0].weight_cap == 20
+    assert opened(1).plan.terms[0].uplink.weight_cap == 1024
+    assert opened(1, *ring).plan.terms[0].uplink.weight_cap == 32
+    assert opened(1, *ring, "federation.weight_cap=20").plan.terms[0].uplink.weight_cap == 20
     fed = federation(*ring)
     state = initial_state(fed)
     later = TrainingRound.open(fed, replace(state, clips=state.clips | {WEIGHT: 224.6}), NAMES, broadcast())
-    assert {terms.weight_cap for terms in later.terms} == {225}
+    assert {terms.uplink.weight_cap for terms in later.plan.terms} == {225}
 
 
 def test_alternating_rounds_change_one_factor_and_fedavg_both() -> None:
-    assert [opened(number).factors for number in (1, 2, 3)] == ["b", "a", "b"]
-    assert opened(1, "federation.aggregation=fedavg").factors == "ab"
+    assert [opened(number).plan.factors for number in (1, 2, 3)] == ["b", "a", "b"]
+    assert opened(1, "federation.aggregation=fedavg").plan.factors == "ab"
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,23 @@ def test_a_client_cannot_weigh_more_than_the_cap() -> None:
     assert round_.close()[0].adapter[LAYOUT.segment("b")] == pytest.approx(2.0)
 
 
+@dataclass
+class Seen:
+    """A tracker that keeps the clients it is told of."""
+
+    clients: list[ClientRecord]
+
+    def client(self, record: ClientRecord) -> None:
+        self.clients.append(record)
+
+    def round(self, record: RoundRecord) -> None:
+        pass
+
+
 def test_every_client_is_observed_once() -> None:
     seen: list[ClientRecord] = []
-    round_ = asked(TrainingRound.open(federation(), initial_state(federation()), NAMES, broadcast(), seen.append))
+    watched = replace(federation(), trackers=[Seen(seen)])
+    round_ = asked(TrainingRound.open(watched, initial_state(watched), NAMES, broadcast()))
     round_.take_in("bob", reply(round_, 1.0))
     round_.give_up("ann", "gone")
     round_.close()
@@ -207,12 +221,11 @@ def test_the_cohort_follows_from_seed_and_round() -> None:
 def test_a_round_by_deadline_tells_it_to_all_and_closes_by_it() -> None:
     names = [f"client-{index:02d}" for index in range(20)]
     seconds = dict.fromkeys(names, 2.0) | {"client-07": 500.0}
-    fed = federation("federation.selection=deadline", "federation.clients_per_round=10")
-    timed = timed_selection(fed.job, 10, seconds)
-    assert timed is not None
-    first = replace(fed, selection=timed)
-    assert next(TrainingRound.open(first, initial_state(fed), names, broadcast()).exchanges()).closing is None
-    fed = replace(fed, selection=timed.learned(1, [ClientRecord(name, answered=2.5) for name in names[:3]]))
+    job = load_job(None, [*PLAIN, "federation.selection=deadline", "federation.clients_per_round=10"])
+    first = assemble(job, BASE, LAYOUT, Clients(len(names), seconds=seconds))
+    assert next(TrainingRound.open(first, initial_state(first), names, broadcast()).exchanges()).closing is None
+    learned = first.selection.learned(1, [ClientRecord(name, answered=2.5) for name in names[:3]])
+    fed = replace(first, selection=learned)
     round_ = TrainingRound.open(fed, initial_state(fed), names, broadcast())
     exchange = next(round_.exchanges())
     assert exchange.closing is not None
@@ -223,7 +236,8 @@ def test_a_round_by_deadline_tells_it_to_all_and_closes_by_it() -> None:
     requests = [decode(parts[0], TrainRequest) for parts in exchange.requests.values()]
     assert {request.work.deadline for request in requests} == {exchange.closing.seconds}
     secure = load_job(None, ["secure_aggregation.max_dropout=0.2"])
-    assert _closing(secure, 2.6, 10, 13) == Closing(2.6, 11, 11)  # with fewer the sum would not be opened
+    closing = ByDeadline(secure).closing(learned, names, 13)
+    assert closing == Closing(exchange.closing.seconds, 11, 11)  # with fewer the sum would not be opened
 
 
 def test_clients_evaluate_after_the_last_round_and_as_often_as_the_job_says() -> None:

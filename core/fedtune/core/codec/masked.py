@@ -20,7 +20,8 @@ import numpy as np
 from fedtune.core.codec import MaskableCodec, RingUpdate
 from fedtune.core.codec.maskable import AUXILIARY_SUMS
 from fedtune.core.codec.ring import AUXILIARY_BITS, AUXILIARY_ONE, auxiliary_total
-from fedtune.core.codec.uplink import FactorTerms, RingSum
+from fedtune.core.codec.update_forms import RingTotal
+from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.secagg import Segment
 from fedtune.core.secagg.masking import Words
 
@@ -69,7 +70,7 @@ def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdat
 
 def opened_sums(
     sums: Mapping[str, Words], contributors: Mapping[str, int], terms: Sequence[FactorTerms]
-) -> tuple[tuple[RingSum, ...], float]:
+) -> tuple[tuple[RingTotal, ...], float]:
     """The summed contributions, one for each of the terms, and the survivors' mean loss.
 
     Args:
@@ -79,7 +80,7 @@ def opened_sums(
         PeerError: no such losses have this sum.
     """
     slices = _slices(terms)
-    totals: dict[int, RingSum] = {}
+    totals: dict[int, RingTotal] = {}
     for tier, part in slices.items():
         auxiliary = sums[_auxiliary_name(tier)].astype(np.uint32)
         for place, index in enumerate(part):
@@ -87,7 +88,7 @@ def opened_sums(
             total = RingUpdate(
                 sums[name].astype(np.uint32), auxiliary[AUXILIARY_SUMS * place : AUXILIARY_SUMS * (place + 1)]
             )
-            totals[index] = RingSum(total, contributors[name])
+            totals[index] = RingTotal(total, contributors[name])
     first = _auxiliary_name(next(iter(slices)))
     losses = auxiliary_total(int(sums[first][-1]), contributors[first]) / contributors[first]
     return tuple(totals[index] for index in range(len(terms))), MOST_LOSS * losses

@@ -1,14 +1,10 @@
-"""How one client's update travels up: one payload a factor, by the codec the job asks for, in the clear or in a ring.
+"""The terms on which updates travel up in a round: one payload a factor, in the form that the job asks for.
+
+    terms = factor_terms(request.uplink, layout, factors, seed, round_number)
 
 Where devices train different ranks, a factor travels in slices of rank indices, each with owners, payload, weight and
-sum of its own.
-
-    payload, sent = encode_factor(x, terms, private_seed, weight)        # on the client; x - sent is its residual
-    vector = decode_factor(payload, terms)                               # on the server, forms "exact" and "sparse"
-    total = add_ring(total, payload, terms)                              # on the server, form "ring"; a RingSum
-    mean = ring_mean(total, terms)
-
-`FactorTerms` is what server and clients agree on for one factor, or one slice of it, in one round; all of it is public.
+sum of its own. `FactorTerms` holds all that server and clients agree on for one factor, or one slice of it, in one
+round; all of it is public. `fedtune.core.codec.update_forms` makes payloads of it.
 """
 
 from __future__ import annotations
@@ -16,25 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from typing import Literal
 
-import numpy as np
-
-from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector, factor_letters
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, factor_letters
 from fedtune.core.adapter.tiers import Indices, RankSlice, coordinates, rank_slices
-from fedtune.core.codec import ExactCodec, MaskableCodec, RingMean, RingUpdate, RoundContext, SparseCodec
 from fedtune.core.codec.coordinate_selection import select_public
-from fedtune.core.codec.maskable import AUXILIARY_SUMS
-from fedtune.core.codec.packing import pack, packed_size, unpack
-from fedtune.core.codec.wire import Kind, frame, unframe
+from fedtune.core.codec.maskable import RoundContext
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.payloads import Uplink
 from fedtune.core.seeds import derive_seed
-
-Form = Literal["exact", "sparse", "ring"]
-
-_AUXILIARY_BYTES = 4 * AUXILIARY_SUMS
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Compression:
         form: "exact" is float32; see `CompressionSettings` for the others and for the numbers.
     """
 
-    form: Form
+    form: str
     bits: int
     density: float
     error_feedback: bool
@@ -98,34 +84,42 @@ class Part:
 
 @dataclass(frozen=True)
 class FactorTerms:
-    """What a cohort agrees on for one factor, or a slice of it, in one round.
+    """The terms of one factor, or of a slice of it, in one round.
 
     Args:
-        form, bits, density: as in `Compression`.
-        count: coordinates of the factor, or of the slice.
+        uplink: the round's, which all factors share.
         seed: the job's.
         round: number of the round.
-        turn: how many rounds before this one trained the factor; it moves the ring's public selection on.
+        factor: "a" or "b".
+        count: coordinates of the factor, or of the slice.
+        selection_phase: how many rounds before this one trained the factor; it moves the ring's public selection on.
         clip: norm to which a selected update of the whole factor is clipped; ring only.
-        n_max: most clients that are ever added; ring only.
-        rotation: as in `Compression`; ring only.
-        weight_cap: the weight, in examples or tokens, that counts as one; ring only.
         part: which coordinates of the factor; None for all.
     """
 
-    form: Form
-    bits: int
-    density: float
-    count: int
+    uplink: Uplink
     seed: int
     round: int
     factor: Factor
+    count: int
     selection_phase: int
     clip: float
-    n_max: int
-    rotation: bool = True
-    weight_cap: int = 1
     part: Part | None = None
+
+    @property
+    def form(self) -> str:
+        """The name of the form in which the factor travels."""
+        return self.uplink.form
+
+    @property
+    def bits(self) -> int:
+        """The fineness of a value, as in `Compression`."""
+        return self.uplink.bits
+
+    @property
+    def density(self) -> float:
+        """The share of coordinates that travel."""
+        return self.uplink.density
 
     @property
     def tier(self) -> int:
@@ -160,8 +154,8 @@ class FactorTerms:
             seed=derive_seed(self.seed, "codec", self.round, *self.label),
             selection=selection[self.indices],
             clip=self.clip * sqrt(self.count / self.whole),
-            n_max=self.n_max,
-            rotation=self.rotation,
+            n_max=self.uplink.n_max,
+            rotation=self.uplink.rotation,
         )
 
 
@@ -174,10 +168,11 @@ def factor_terms(
         tier: leaves out what clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the uplink does not have one turn and one clip for each of them, or no such tier.
+        PeerError: the uplink does not have one selection phase and one clip for each of them, or no such tier.
     """
     if not len(factors) == len(uplink.selection_phases) == len(uplink.clips):
-        raise PeerError(f"{len(uplink.selection_phases)} turns and {len(uplink.clips)} clips for the factors {factors}")
+        counts = f"{len(uplink.selection_phases)} selection phases and {len(uplink.clips)} clips"
+        raise PeerError(f"{counts} for the factors {factors}")
     slices = round_slices(uplink, layout, seed, round_number)
     if tier and tier not in uplink.tiers:
         raise PeerError(f"a request to train {tier} rank indices; this round has the tiers {list(uplink.tiers)}")
@@ -190,19 +185,14 @@ def factor_terms(
         parts: list[Part | None] = [Part(each.tier, coordinates(layout, letter, each.owned), whole) for each in slices]
         terms += [
             FactorTerms(
-                uplink.form,
-                uplink.bits,
-                uplink.density,
-                len(part.indices) if part else whole,
-                seed,
-                round_number,
-                letter,
-                selection_phase,
-                clip,
-                uplink.n_max,
-                uplink.rotation,
-                uplink.weight_cap,
-                part,
+                uplink=uplink,
+                seed=seed,
+                round=round_number,
+                factor=letter,
+                count=len(part.indices) if part else whole,
+                selection_phase=selection_phase,
+                clip=clip,
+                part=part,
             )
             for part in parts or [None]
             if not (tier and part) or part.tier <= tier
@@ -232,92 +222,3 @@ def uplink_weight(uplink: Uplink, examples: int, tokens: int) -> int:
             return max(1, min(tokens, uplink.weight_cap))
         case "uniform":
             return uplink.weight_cap
-
-
-def encode_factor(update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-    """A client's payload for one factor, and what of the update it carries.
-
-    Args:
-        update: float32, (count,), the residual added.
-        private_seed: of the ring's stochastic rounding; another for every client, round and factor.
-        weight: in (0, 1]; only a ring carries it inside.
-
-    Raises:
-        UpdateError: the update holds NaN, infinity or an absurd magnitude.
-    """
-    match terms.form:
-        case "exact":
-            return ExactCodec().encode(update), update
-        case "sparse":
-            codec = SparseCodec(terms.density, terms.bits)
-            payload = codec.encode(update)
-            return payload, codec.decode(payload, terms.count)
-        case "ring":
-            contribution, sent = ring_contribution(update, terms, private_seed, weight)
-            width = MaskableCodec(terms.bits).ring(terms.context()).width
-            body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
-            return frame(Kind.RING, terms.count, body), sent
-
-
-def ring_contribution(
-    update: Vector, terms: FactorTerms, private_seed: int, weight: float
-) -> tuple[RingUpdate, Vector]:
-    """A client's words and auxiliary sums for one factor, and what of the update they carry; see `encode_factor`."""
-    codec, context = MaskableCodec(terms.bits), terms.context()
-    contribution = codec.encode(update, weight, private_seed, context)
-    return contribution, codec.transmitted(contribution, context)
-
-
-def decode_factor(payload: bytes, terms: FactorTerms) -> Vector:
-    """The update that an "exact" or "sparse" payload carries; float32, (count,), finite.
-
-    Raises:
-        PeerError: malformed, with the reason.
-    """
-    if terms.form == "exact":
-        return ExactCodec().decode(payload, terms.count)
-    return SparseCodec(terms.density, terms.bits).decode(payload, terms.count)
-
-
-@dataclass(frozen=True)
-class RingSum:
-    """Contributions added in a ring, and how many they are."""
-
-    total: RingUpdate
-    contributors: int = 0
-
-
-def ring_zero(terms: FactorTerms) -> RingSum:
-    """The empty sum."""
-    return RingSum(MaskableCodec(terms.bits).zero(terms.context()))
-
-
-def add_ring(sum_: RingSum, payload: bytes, terms: FactorTerms) -> RingSum:
-    """A sum with one client's "ring" payload.
-
-    Raises:
-        PeerError: malformed, with the reason.
-    """
-    codec, context = MaskableCodec(terms.bits), terms.context()
-    width, words = codec.ring(context).width, codec.word_count(context)
-    size = packed_size(words, width)
-    _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _AUXILIARY_BYTES)
-    if len(body) != size + _AUXILIARY_BYTES:
-        raise PeerError(
-            f"payload: {words} words of {width} bits and auxiliary sums take {size + _AUXILIARY_BYTES} bytes"
-        )
-    contribution = RingUpdate(
-        unpack(body[:size], width, words).astype(np.uint32, copy=False),
-        np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
-    )
-    codec.decode_sum(contribution, 1, context)  # refuses what no single client can have sent
-    return RingSum(codec.add(sum_.total, contribution, context), sum_.contributors + 1)
-
-
-def ring_mean(sum_: RingSum, terms: FactorTerms) -> RingMean:
-    """The weighted mean of the contributions.
-
-    Raises:
-        PeerError, RunError: it is no sum of that many.
-    """
-    return MaskableCodec(terms.bits).decode_sum(sum_.total, sum_.contributors, terms.context())

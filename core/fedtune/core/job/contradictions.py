@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedtune.core.errors import JobError
+from fedtune.core.job.methods import AGGREGATIONS, RULE
 from fedtune.core.job.settings import DEMO, Job
 from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
@@ -95,50 +96,50 @@ def _tier_problems(job: Job) -> list[str]:
 
 def _late_problems(job: Job) -> list[str]:
     late, aggregation = 'federation.late is "next"', job.federation.aggregation
+    method = AGGREGATIONS[aggregation]
     problems = []
     if not job.simulation.fleet:
         problems.append(f"{late}, but simulation.fleet names no fleet")
     if job.hides_updates:
         problems.append(f"{late}, but the server sees sums only, and cannot make one update weigh less")
-    if aggregation == "alternating":
-        problems.append(f'{late}, but federation.aggregation is "alternating": the next round trains another factor')
+    if len(method.trains) > 1:
+        problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round trains another factor')
     if job.federation.rebalance_every:
         problems.append(f"{late}, but federation.rebalance_every changes the basis between rounds")
-    if aggregation in ("flexlora", "flora"):
+    if method.changes_basis:
         problems.append(f'{late}, but federation.aggregation is "{aggregation}": the next round has another basis')
     return problems
 
 
 def aggregation_problems(job: Job) -> list[str]:
-    """What in [federation] contradicts itself, or needs to see what the server is not shown."""
+    """A sentence about everything in [federation] that contradicts itself, or needs what the server is not shown."""
     federation = job.federation
-    method = f'federation.aggregation is "{federation.aggregation}"'
-    averages_products = federation.aggregation in ("flexlora", "flora")
+    name, method = f'federation.aggregation is "{federation.aggregation}"', AGGREGATIONS[federation.aggregation]
     problems = []
     if job.hides_updates:
         hidden = "but updates travel as words that only their sum can be decoded from"
-        if averages_products:
-            problems.append(f"{method}, which multiplies each client's factors, {hidden}")
+        if method.sees_updates:
+            problems.append(f"{name}, which {method.sees_updates}, {hidden}")
         if federation.robust != "none":
-            problems.append(f'federation.robust is "{federation.robust}", which compares single updates, {hidden}')
+            problems.append(f'federation.robust is "{federation.robust}", which {RULE.sees_updates}, {hidden}')
         if federation.clip_norm is not None:
             problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
-    elif averages_products and job.compression.preset != "none":
+    elif method.changes_basis and job.compression.preset != "none":
         problems.append(
-            f'{method}, which changes the basis of both factors every round; expected compression.preset = "none", '
+            f'{name}, which changes the basis of both factors every round; expected compression.preset = "none", '
             "since residuals and coarse changes belong to one basis"
         )
-    if averages_products and federation.server_optimizer != "none":
+    if method.changes_basis and federation.server_optimizer != "none":
         problems.append(
-            f'{method}, which changes the basis every round; expected federation.server_optimizer = "none", '
+            f'{name}, which changes the basis every round; expected federation.server_optimizer = "none", '
             "whose state belongs to one basis"
         )
-    if averages_products and federation.robust != "none":
-        problems.append(f'{method}; expected federation.robust = "none", whose rules reduce factors, not products')
-    if federation.rebalance_every and averages_products:
-        problems.append(f"{method}, which balances both factors every round; expected federation.rebalance_every = 0")
-    if federation.rebalance_every and federation.aggregation == "ffa":
-        problems.append(f"{method}, which keeps A as the job's seed made it; expected federation.rebalance_every = 0")
+    if method.sees_updates and federation.robust != "none":
+        problems.append(f'{name}; expected federation.robust = "none", whose rules reduce factors, not products')
+    if federation.rebalance_every and method.changes_basis:
+        problems.append(f"{name}, which balances both factors every round; expected federation.rebalance_every = 0")
+    if federation.rebalance_every and method.freezes_a:
+        problems.append(f"{name}, which keeps A as the job's seed made it; expected federation.rebalance_every = 0")
     if federation.server_learning_rate is not None and federation.server_optimizer == "none":
         problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
     return problems

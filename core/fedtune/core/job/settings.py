@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from fedtune.core.job.methods import AGGREGATIONS, RULE
+
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 BUNDLED = "bundled"  # the fleet that comes with fedtune
 DEFAULT_LOCAL_STEPS = 20
@@ -265,12 +267,12 @@ class Job:
 
     @property
     def needs_equal_ranks(self) -> str | None:
-        """Why all clients must train the same rank; None where they need not."""
+        """The reason why all clients must train the same rank; None where they need not."""
         federation = self.federation
-        if federation.aggregation == "fedrot":
-            return 'federation.aggregation is "fedrot", which turns whole factors'
+        if reason := AGGREGATIONS[federation.aggregation].equal_ranks:
+            return f'federation.aggregation is "{federation.aggregation}", which {reason}'
         if federation.robust != "none":
-            return f'federation.robust is "{federation.robust}", which compares whole updates'
+            return f'federation.robust is "{federation.robust}", which {RULE.equal_ranks}'
         return None
 
     @property

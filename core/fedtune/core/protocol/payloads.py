@@ -81,10 +81,11 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     """How updates travel up; `selection_phases` and `clips` have one entry a trained factor.
 
     Args:
+        form: the name of one of `fedtune.core.codec.update_forms`; a device refuses one that it does not know.
         tiers: how many rank indices clients of this round train, ascending; none where everybody trains them all.
     """
 
-    form: Literal["exact", "sparse", "ring"]
+    form: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")]
     bits: Annotated[int, Meta(ge=1, le=8)]
     density: Annotated[float, Meta(gt=0, le=1)]
     error_feedback: bool

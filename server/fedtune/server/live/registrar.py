@@ -22,7 +22,7 @@ from fedtune.core.protocol.registration import (
     Terms,
     check_plan,
 )
-from fedtune.core.round_records import ClientRecord
+from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.text import one_line
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.run_grid import RunGrid
@@ -150,12 +150,14 @@ class Registrar:
             self._left_out.pop(node_id, None)
             self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
 
-    def observe(self, record: ClientRecord) -> None:
-        """Shows what became of a device in a round; one that sits out is greeted again before the next."""
+    def client(self, record: ClientRecord) -> None:
+        """Registers a device that sat out a round again before the next."""
         if record.dropped and SITS_OUT in record.dropped:
             nodes = {node.public_key: node.node_id for node in self._nodes()}
             self._registered.pop(nodes.get(self._devices().node_keys.get(record.id, b""), 0), None)
-        self.board.client(record)
+
+    def round(self, record: RoundRecord) -> None:
+        """Registers nobody."""
 
 
 def terms_of(job: Job, base: Base) -> Terms:

@@ -13,15 +13,15 @@ import threading
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, RunError
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.stopping import Stopped, stopping
 from fedtune.core.job.settings import Job
+from fedtune.core.round_records import Tracker
 from fedtune.flower.calls import LinkLostError
-from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.evaluator import ModelEvaluator
@@ -39,9 +39,8 @@ from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, rea
 from fedtune.server.run_display import Display
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
-from fedtune.strategies.cohorts.selection import cohort_size
-from fedtune.strategies.cohorts.timed_selection import timed_selection
-from fedtune.strategies.secure_collection import SecureAggregation
+from fedtune.strategies.assembly import Clients, assemble
+from fedtune.strategies.secure_sum import SecureAggregation
 
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
@@ -166,17 +165,15 @@ class Service:
             self._board.working(state="waiting for devices")
             current = self._registrar.begin(queued.path.stem, job, base)
             with self._link.open_run(self._home.config.longest_answer) as grid:
-                federation = federation_from_job(job, base, model.layout)
-                identities = self._devices.roster.roster
-                wanted = cohort_size(job.federation.clients_per_round, len(identities.keys))
-                if timed := timed_selection(job, wanted, self._registrar.seconds):
-                    federation = replace(federation, selection=timed)
+                identities, registrar = self._devices.roster.roster, self._registrar
+                clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(current.id, identities) if current.secure else None
+                trackers: list[Tracker] = [registrar, self._board]
+                federation = assemble(job, base, model.layout, clients, secure=secure, trackers=trackers)
                 client_manager = ClientManager(
                     grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
                 )
-                ranks = self._registrar.tiers.__getitem__
-                strategy = AdapterStrategy(federation, client_manager, self._registrar.observe, secure, ranks)
+                strategy = AdapterStrategy(federation, client_manager)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.examples import CleaningReport
 from fedtune.flower.in_process_grid import InProcessGrid
-from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.export.last_step import check_export
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, is_finished, read_virtual
 from fedtune.server.run_display import Display, format_seconds
@@ -24,9 +24,9 @@ from fedtune.server.simulation.executors import ForkedExecutor, LocalExecutor, W
 from fedtune.server.simulation.simulated_fleet import VirtualRounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.workers import worker_count
+from fedtune.strategies.assembly import assemble
 from fedtune.strategies.cohorts.selection import cohort_size
-from fedtune.strategies.cohorts.tier_assignment import Ranks
-from fedtune.strategies.secure_collection import SecureAggregation
+from fedtune.strategies.secure_sum import SecureAggregation
 
 FIRST_NODE_ID = 1000
 SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
@@ -100,20 +100,18 @@ def _run(simulation_context: SimulationContext, directory: RunDirectory, display
     clients = {FIRST_NODE_ID + index: name for index, name in enumerate(simulation_context.population.names)}
     nodes = {name: node_id for node_id, name in clients.items()}
     executor = _executor(simulation_context, clients)
-    federation = federation_from_job(job, simulation_context.base, simulation_context.model.layout)
     grid = InProcessGrid(executor, list(clients))
     devices = simulation_context.devices
     if devices is not None:
         for refusal in devices.refusals.values():
             display.note(f"sits out: {refusal}")
-        federation = replace(federation, selection=devices.selection(federation.selection))
         grid = InProcessGrid(executor, list(clients), VirtualRounds(devices, clients, directory.path / VIRTUAL))
     secure = (
         SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     )
-    strategy = AdapterStrategy(
-        federation, lambda _: nodes, display.client, secure, _ranks(simulation_context), grid.stale_updates
-    )
+    base, layout = simulation_context.base, simulation_context.model.layout
+    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, trackers=[display])
+    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     try:
         summary = run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))
     finally:
@@ -121,16 +119,6 @@ def _run(simulation_context: SimulationContext, directory: RunDirectory, display
     if devices is not None:
         display.note(_course(read_virtual(directory.path / VIRTUAL)))
     return summary
-
-
-def _ranks(simulation_context: SimulationContext) -> Ranks | None:
-    """What each client can train, where the job or its fleet says so."""
-    if simulation_context.devices is not None:
-        return simulation_context.devices.rank
-    if not (dealt := simulation_context.job.simulation.ranks):
-        return None
-    names = sorted(simulation_context.population.names)
-    return {name: dealt[index % len(dealt)] for index, name in enumerate(names)}.__getitem__
 
 
 def _course(virtual: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """A simulated fleet: every client is a device of some kind, and rounds pass on a virtual clock.
 
     devices = SimulatedFleet(job, load_fleet(path), names, shape)
-    federation = replace(federation, selection=devices.selection(federation.selection))
-    strategy = AdapterStrategy(federation, ..., ranks=devices.rank)
+    clients = Clients(len(names), devices.rank, devices.predicted, devices.present, virtual_time=True)
+    federation = assemble(job, base, layout, clients)
     device = Device(..., share=devices.work)
     grid = InProcessGrid(executor, node_ids, VirtualRounds(devices, clients, run_directory / "virtual.jsonl"))
 
@@ -34,7 +34,6 @@ from fedtune.core.job.device_kinds import Fleet, Kind
 from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.protocol.payloads import TrainRequest
-from fedtune.core.round_records import ClientRecord
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
 from fedtune.core.timing import done_share, round_deadline
@@ -42,8 +41,6 @@ from fedtune.flower.in_process_grid import Failure, Outgoing
 from fedtune.model.shape import ModelShape
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_files import storage, write_text
-from fedtune.strategies.cohorts.selection import Selection
-from fedtune.strategies.cohorts.timed_selection import timed_selection
 from fedtune.strategies.cohorts.virtual_clock import Course, run_clock
 
 PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
@@ -121,11 +118,6 @@ class SimulatedFleet:
             if float(random.random()) >= chance:
                 return f"not {what}"
         return None
-
-    def selection(self, inner: Selection) -> Selection:
-        """The job's selection among those present."""
-        timed = timed_selection(self._job, self._wanted(len(self.kinds)), self.predicted)
-        return _AmongPresent(self, timed or inner)
 
     def work(self, name: str, request: TrainRequest) -> float:
         """How much of what a request asks a client does."""
@@ -225,26 +217,6 @@ class VirtualRounds:
         earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is written again
         with storage(self._log.parent):
             write_text(self._log, "".join(json.dumps(each) + "\n" for each in [*earlier, line]))
-
-
-@dataclass(frozen=True)
-class _AmongPresent:
-    devices: SimulatedFleet
-    inner: Selection
-
-    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        return self.inner.cohort(round_number, self.devices.present(round_number, sorted(population)))
-
-    @property
-    def wanted(self) -> int | float:
-        return self.inner.wanted
-
-    def deadline(self, population: Sequence[str]) -> None:
-        """None: the virtual clock has its own, and real time does not count."""
-        del population
-
-    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
-        return replace(self, inner=self.inner.learned(round_number, clients))
 
 
 def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], dict[str, str]]:

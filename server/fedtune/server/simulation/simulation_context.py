@@ -29,6 +29,7 @@ from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.server.simulation.simulated_identities import Enrolment
+from fedtune.strategies.assembly import Clients
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ class SimulationContext:
             return None
         kinds = load_fleet(FLEET if fleet == BUNDLED else Path(fleet))
         return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
+
+    @cached_property
+    def clients(self) -> Clients:
+        """Everything known of the clients that a cohort is chosen by."""
+        names, devices, dealt = sorted(self.population.names), self.devices, self.job.simulation.ranks
+        if devices is not None:
+            return Clients(len(names), devices.rank, devices.predicted, devices.present, virtual_time=True)
+        ranks = {name: dealt[index % len(dealt)] for index, name in enumerate(names)} if dealt else None
+        return Clients(len(names), ranks.__getitem__ if ranks else None)
 
     def handler(self) -> Handler:
         """The handler of every client's messages, with the faults that the job injects."""

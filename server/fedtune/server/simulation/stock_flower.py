@@ -19,13 +19,14 @@ from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
-from fedtune.flower.strategy import AdapterStrategy, federation_from_job
+from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
 from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.strategies.assembly import Clients, assemble
 
 
 def flower_server_app() -> ServerApp:
@@ -38,8 +39,9 @@ def flower_server_app() -> ServerApp:
         directory = RunDirectory.create(path, job, simulation_context.base.digest)
         try:
             with Terminal() as display:
-                federation = federation_from_job(job, simulation_context.base, simulation_context.model.layout)
-                strategy = AdapterStrategy(federation, observe=display.client)
+                base, layout = simulation_context.base, simulation_context.model.layout
+                federation = assemble(job, base, layout, _clients(job, grid), trackers=[display])
+                strategy = AdapterStrategy(federation)
                 evaluator = ModelEvaluator(simulation_context.model, job.data)
                 run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
         finally:
@@ -63,10 +65,24 @@ def _answer(config: RunConfig, partition: int, request: Request) -> bytes:
 def _job(config: RunConfig) -> Job:
     path = str(config.get("job", ""))
     job = load_job(Path(path) if path else None, str(config.get("set", "")).split())
+    problems = []
     if job.secure_aggregation.enabled:
         problem = "secure_aggregation.enabled is true, but Flower's engine makes clients anew for every message"
-        raise JobError([f"{problem}; put secure_aggregation.enabled=false into the run configuration's set"])
+        problems.append(f"{problem}; put secure_aggregation.enabled=false into the run configuration's set")
+    if job.simulation.fleet:
+        problem = "simulation.fleet is set, but Flower's engine has no virtual clock"
+        problems.append(f"{problem}; run it with fedtune simulate, or say simulation.ranks instead")
+    if problems:
+        raise JobError(problems)
     return job
+
+
+def _clients(job: Job, grid: Grid) -> Clients:
+    """The ranks that the job deals out, in the order of node ids, by which clients are named here."""
+    dealt = job.simulation.ranks
+    if not dealt:
+        return Clients()
+    return Clients(ranks=lambda name: dealt[sorted(roster_by_node_id(grid)).index(name) % len(dealt)])
 
 
 # A process that Flower keeps for several messages loads the base once.

@@ -1,62 +1,47 @@
-"""Reductions of client updates to one aggregate.
+"""Aggregation: client updates become one aggregate, by parts that nest.
 
-`fedavg`, `fedrot`, `alternating` and `ffa` are means of what travels; `flexlora` and `flora` average the products B·A.
-`Robust` and `NormClipped` go around them.
+`aggregator` says what all of them are; `payload_sums` are the outermost, which take what travelled; `mean`, `products`
+and `robust` are inside.
 """
 
+from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.job.settings import FederationSettings
-from fedtune.strategies.aggregation.aggregator import NOTHING, Accumulator, Aggregator, State
-from fedtune.strategies.aggregation.linear import Alternating, FedAvg, FedRot, Frozen
-from fedtune.strategies.aggregation.products import FlexLora, Flora
-from fedtune.strategies.aggregation.robust import CoordinateMedian, MultiKrum, NormClipped, Robust, TrimmedMean
+from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Aggregation, Aggregator, Frame, State, Update
+from fedtune.strategies.aggregation.mean import Mean
+from fedtune.strategies.aggregation.payload_sums import Decoded, RingMean
+from fedtune.strategies.aggregation.products import ProductMean
+from fedtune.strategies.aggregation.robust import Clipped, CoordinateMedian, MultiKrum, Robust, TrimmedMean
 
 __all__ = [
     "NOTHING",
-    "Accumulator",
+    "Aggregate",
+    "Aggregation",
     "Aggregator",
-    "Alternating",
+    "Clipped",
     "CoordinateMedian",
-    "FedAvg",
-    "FedRot",
-    "FlexLora",
-    "Flora",
-    "Frozen",
+    "Decoded",
+    "Frame",
+    "Mean",
     "MultiKrum",
-    "NormClipped",
+    "ProductMean",
+    "RingMean",
     "Robust",
     "State",
     "TrimmedMean",
-    "aggregator_for",
-    "aggregator_named",
+    "Update",
+    "update_aggregator",
 ]
 
 
-def aggregator_named(name: str) -> Aggregator:
-    """The aggregator that a job's `federation.aggregation` names."""
-    match name:
-        case "alternating":
-            return Alternating()
-        case "fedavg":
-            return FedAvg()
-        case "ffa":
-            return Frozen()
-        case "fedrot":
-            return FedRot()
-        case "flexlora":
-            return FlexLora()
-        case "flora":
-            return Flora()
-    raise ValueError(f"no aggregator is named {name!r}")
-
-
-def aggregator_for(settings: FederationSettings) -> Aggregator:
-    """A job's aggregator with its robust options around it: clipping outermost, so that rules see short updates."""
-    aggregator = aggregator_named(settings.aggregation)
+def update_aggregator(settings: FederationSettings) -> Aggregator:
+    """A job's aggregator of updates with its rules around it: clipping outermost, so that rules see short updates."""
+    declared = AGGREGATIONS[settings.aggregation]
+    aggregator: Aggregator = ProductMean(declared) if declared.changes_basis else Mean(declared)
     match settings.robust:
         case "median":
-            aggregator = Robust(aggregator, CoordinateMedian())
+            aggregator = Robust(declared, CoordinateMedian())
         case "trimmed-mean":
-            aggregator = Robust(aggregator, TrimmedMean(settings.robust_share))
+            aggregator = Robust(declared, TrimmedMean(settings.robust_share))
         case "multi-krum":
-            aggregator = Robust(aggregator, MultiKrum(settings.robust_share))
-    return aggregator if settings.clip_norm is None else NormClipped(aggregator, settings.clip_norm)
+            aggregator = Robust(declared, MultiKrum(settings.robust_share))
+    return aggregator if settings.clip_norm is None else Clipped(aggregator, settings.clip_norm)

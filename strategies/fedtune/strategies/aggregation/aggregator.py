@@ -1,65 +1,143 @@
-"""What an aggregator is: it says what a round trains, and reduces the round's updates to one aggregate as they arrive.
+"""The one idea of aggregation: it begins with a round, takes updates in as they arrive, and gives their aggregate.
 
-    factors = aggregator.factors(round_number)          # goes into every client's request
-    accumulator = aggregator.accumulator(layout, factors, adapter, state, slices)
-    for update, weight, tier in arriving:               # any order
-        accumulator.add(update, weight, tier)
-    segment = layout.segment(factors)
-    adapter[segment] += accumulator.finish()
-    state = accumulator.state                           # of aggregators that keep something; empty for the others
+    aggregation = aggregator.begin(frame)
+    for update in arriving:                     # in any order
+        aggregation.add(update)                 # raises UpdateError, and is unchanged, where it cannot be added
+    aggregation.merge(elsewhere)                # another part of the same round, aggregated by another process
+    aggregate = aggregation.finish()
+    adapter[layout.segment(frame.factors)] += aggregate.update
+    state = aggregate.state                     # for the next round's frame
 
-An update is trained minus received over the segment of the round's factors, zero where its client trained nothing.
-Aggregators hold no state between rounds: what one round leaves to the next is handed out and handed in.
+Aggregators compose by nesting, and read from the outside in as an update passes through them:
+
+    Decoded(Clipped(Mean(), norm=1.0))          # payloads are decoded, updates clipped, and averaged
+    RingSum()                                   # payloads are added as they are, and decoded once
+
+They hold no state between rounds: what one round leaves to the next is handed out and handed in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeVar
 
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.adapter.tiers import RankSlice
+from fedtune.core.codec.uplink import FactorTerms
+from fedtune.core.job.methods import Method
 
 State = Mapping[str, Vector]
 NOTHING: State = {}
+Clips = dict[str, float]
 
 
-class Accumulator(Protocol):
-    """The reduction of one round, under way."""
+@dataclass(frozen=True)
+class Frame:
+    """Everything about a round that its aggregation depends on.
 
-    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
-        """Takes one client's update in; raises UpdateError and stays unchanged where it cannot be.
+    Args:
+        layout: the adapter's.
+        factors: those that the round trains.
+        adapter: the server's own, float32, (layout.size,); methods that are not linear in the update need it.
+        state: the last round's aggregate left it.
+        slices: of the rank indices, where clients train different ranks; none where all train everything.
+        terms: of the codec, for every factor or slice of it, in the order in which payloads travel.
+    """
 
-        Args:
-            tier: how many rank indices the client trained; 0 in a round without slices.
-        """
-
-    def finish(self) -> Vector:
-        """The aggregate over the round's segment, float32; zeros where nothing was added."""
+    layout: AdapterLayout
+    factors: Factors
+    adapter: Vector
+    state: State = field(default_factory=lambda: NOTHING)
+    slices: Sequence[RankSlice] = ()
+    terms: Sequence[FactorTerms] = ()
 
     @property
-    def state(self) -> State:
-        """What the next round's accumulator is given; read after `finish`."""
+    def size(self) -> int:
+        """Values in an update: the length of the segment of the round's factors."""
+        segment = self.layout.segment(self.factors)
+        return int(segment.stop - segment.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One client's update, decoded.
+
+    Args:
+        values: trained minus received over the segment of the round's factors, float32, (frame.size,); zero where its
+            client trained nothing.
+        weight: in the mean; at least 1.
+        tier: rank indices that the client trained; 0 in a round without slices.
+    """
+
+    values: Vector
+    weight: int
+    tier: int = 0
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """One client's update as it travelled.
+
+    Args:
+        parts: one payload for each of the terms of the client's tier.
+        weight, tier: as `Update`; in a ring the weight travels inside.
+    """
+
+    parts: Sequence[bytes]
+    weight: int
+    tier: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """The outcome of a round.
+
+    Args:
+        update: to be added to the segment of the round's factors, float32; zeros where nothing was added.
+        state: for the next round.
+        clips: of a ring, for the next round: factor -> norm to which updates are clipped, and the weight cap.
+    """
+
+    update: Vector
+    state: State = field(default_factory=lambda: NOTHING)
+    clips: Clips = field(default_factory=dict)
+
+
+Added = TypeVar("Added", contravariant=True)
+
+
+class Aggregation(Protocol[Added]):
+    """One round's aggregation, under way. Most take an `Update`, the outermost `Payloads`."""
+
+    def add(self, update: Added) -> None:
+        """Takes one client's update in.
+
+        Raises:
+            PeerError, UpdateError: it cannot be added; nothing was.
+        """
+
+    def merge(self, other: Self) -> None:
+        """Takes in all that another aggregation of the same frame has taken in; the result is that of adding each.
+
+        Raises:
+            UpdateError: both together are more than may be added; nothing was.
+        """
+
+    def finish(self) -> Aggregate:
+        """The aggregate of all that was added.
+
+        Raises:
+            PeerError, RunError: it cannot be one of that many updates.
+        """
 
 
 class Aggregator(Protocol):
     """A way to combine client updates."""
 
-    def factors(self, round_number: int) -> Factors:
-        """What clients train and send in this round; rounds count from 1."""
+    @property
+    def method(self) -> Method:
+        """The declaration of its needs and effects; aggregators around others pass theirs on."""
 
-    def accumulator(
-        self,
-        layout: AdapterLayout,
-        factors: Factors,
-        adapter: Vector | None = None,
-        state: State = NOTHING,
-        slices: Sequence[RankSlice] = (),
-    ) -> Accumulator:
-        """An empty reduction for a round that trains these factors.
-
-        Args:
-            adapter: the server's, float32, (layout.size,); reductions that are not linear in the update need it.
-            state: what the last round's accumulator left.
-            slices: of the rank indices, where clients train different ranks; none where all train everything.
-        """
+    def begin(self, frame: Frame) -> Aggregation[Any]:
+        """An empty aggregation for a round."""

@@ -1,4 +1,4 @@
-"""Aggregators of the products B_i·A_i instead of the factors: exact means, brought back to rank R by an SVD.
+"""Means of the products B_i·A_i instead of the factors: exact, brought back to rank R by an SVD.
 
     M = Σ w_i·B_i·A_i / Σ w_i,    B_i = B + ΔB_i,  A_i = A + ΔA_i        per module, float64
     M = U S Vᵀ,    B' = U_R S_R^½,  A' = S_R^½ V_Rᵀ
@@ -9,18 +9,17 @@ base's linear layers in float64, whatever the cohort.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.adapter.rebalance import FRESH_ROW
-from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.errors import UpdateError
-from fedtune.strategies.aggregation.aggregator import NOTHING, Accumulator, State
-from fedtune.strategies.aggregation.exact_sum import MAX_VALUE
+from fedtune.core.job.methods import Method
+from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Frame, Update
+from fedtune.strategies.aggregation.mean import MAX_VALUE
 
 RESIDUAL = "flora.residual"
 _NEGLIGIBLE = 1e-9  # of the largest singular value
@@ -29,105 +28,88 @@ Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class FlexLora:
-    """FlexLoRA (Bai et al. 2024): the mean product, cut to rank R. What is cut is lost."""
+class ProductMean:
+    """Averages products, and cuts the mean to the adapter's rank.
 
-    def factors(self, round_number: int) -> Factors:  # noqa: ARG002 - every round trains both
-        """Both, in every round."""
-        return "ab"
+    FlexLoRA (Bai et al. 2024) loses the rest. FLoRA (Wang et al. 2024) stacks the clients' adapters, which adds their
+    products and loses nothing: the rest is a residual that the server keeps in float32 and adds to every later round's
+    mean before that is cut. An adapter of rank R does not hold it, so FLoRA's result is not exported.
 
-    def accumulator(
-        self,
-        layout: AdapterLayout,
-        factors: Factors,
-        adapter: Vector | None = None,
-        state: State = NOTHING,  # noqa: ARG002 - it keeps none
-        slices: Sequence[RankSlice] = (),  # noqa: ARG002 - what a client does not train stays in its product
-    ) -> Accumulator:
-        """An empty mean of products."""
-        return ProductMean(layout, factors, _given(adapter))
-
-
-@dataclass(frozen=True)
-class Flora:
-    """FLoRA (Wang et al. 2024): the clients' adapters stacked, which adds their products and loses nothing.
-
-    The stack has the clients' ranks in all; devices get its best part of rank R, and the rest is a residual that the
-    server keeps in float32, adds to every later round's mean before it is cut, and folds into the base at export:
-
-        ΔW = s·(B·A + residual)
+    Args:
+        method: declares which of the two it is, by `keeps_residual`.
     """
 
-    def factors(self, round_number: int) -> Factors:  # noqa: ARG002 - every round trains both
-        """Both, in every round."""
-        return "ab"
+    method: Method
 
-    def accumulator(
-        self,
-        layout: AdapterLayout,
-        factors: Factors,
-        adapter: Vector | None = None,
-        state: State = NOTHING,
-        slices: Sequence[RankSlice] = (),  # noqa: ARG002 - as FlexLora
-    ) -> Accumulator:
-        """An empty mean of products on top of the residual."""
-        size = sum(module.d_out * module.d_in for module in layout.modules)
-        return ProductMean(layout, factors, _given(adapter), state.get(RESIDUAL, np.zeros(size, dtype=np.float32)))
+    def begin(self, frame: Frame) -> MeanOfProducts:
+        """An empty mean, on top of the residual where one is kept."""
+        if not self.method.keeps_residual:
+            return MeanOfProducts(frame, None)
+        size = sum(module.d_out * module.d_in for module in frame.layout.modules)
+        return MeanOfProducts(frame, frame.state.get(RESIDUAL, np.zeros(size, dtype=np.float32)))
 
 
-class ProductMean:
+class MeanOfProducts:
     """A streaming mean of products.
 
     Args:
-        adapter: what the updates are added to.
         residual: all modules' (d_out, d_in) values one after another, float32; None where what is cut is lost.
     """
 
-    def __init__(
-        self, layout: AdapterLayout, factors: Factors, adapter: Vector, residual: Vector | None = None
-    ) -> None:
-        self._layout = layout
-        self._segment = layout.segment(factors)
-        self._adapter = adapter
+    def __init__(self, frame: Frame, residual: Vector | None) -> None:
+        self._frame = frame
         self._residual = residual
-        self._sums: dict[str, Matrix] = {m.name: np.zeros((m.d_out, m.d_in)) for m in layout.modules}
+        self._sums: dict[str, Matrix] = {m.name: np.zeros((m.d_out, m.d_in)) for m in frame.layout.modules}
         self._weight = 0
-        self.state: State = {} if residual is None else {RESIDUAL: residual}
 
-    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
-        """Adds one client's product; what it did not train is in it as it was."""
-        del tier
-        if update.shape != (self._segment.stop - self._segment.start,):
-            raise UpdateError(f"an update of {update.size} values; expected {self._segment.stop - self._segment.start}")
+    def add(self, update: Update) -> None:
+        """Adds one client's product; what it did not train is in it as it was.
+
+        Raises:
+            UpdateError: a value is not finite or too large, the length or the weight is wrong; nothing was added.
+        """
+        values, weight = update.values, update.weight
+        if values.shape != (self._frame.size,):
+            raise UpdateError(f"an update of {values.size} values; expected {self._frame.size}")
         if weight < 1:
             raise UpdateError(f"weight {weight}; expected at least 1")
-        largest = float(np.abs(update).max(initial=0.0))
+        largest = float(np.abs(values).max(initial=0.0))
         if not largest <= MAX_VALUE:  # also refuses NaN
             raise UpdateError(f"an update with a value of {largest}; expected at most {MAX_VALUE:g}")
-        trained = self._adapter.copy()
-        trained[self._segment] += update
-        for name, (lora_a, lora_b) in self._layout.views(trained).items():
+        layout = self._frame.layout
+        trained = self._frame.adapter.copy()
+        trained[layout.segment(self._frame.factors)] += values
+        for name, (lora_a, lora_b) in layout.views(trained).items():
             self._sums[name] += weight * (lora_b.astype(np.float64) @ lora_a)
         self._weight += weight
 
-    def finish(self) -> Vector:
-        """What turns the adapter into the factors of the mean product."""
+    def merge(self, other: MeanOfProducts) -> None:
+        """Adds the other's sums; float64 rounds them as the order of addition has it."""
+        for name, total in other._sums.items():
+            self._sums[name] += total
+        self._weight += other._weight
+
+    def finish(self) -> Aggregate:
+        """The change that turns the adapter into the factors of the mean product."""
+        layout, adapter = self._frame.layout, self._frame.adapter
+        kept = NOTHING if self._residual is None else {RESIDUAL: self._residual}
         if not self._weight:
-            return np.zeros(self._segment.stop - self._segment.start, dtype=np.float32)
-        adapter = np.empty_like(self._adapter)
+            return Aggregate(np.zeros(self._frame.size, dtype=np.float32), kept)
+        after = np.empty_like(adapter)
         rest = []
         start = 0
-        for name, (lora_a, lora_b) in self._layout.views(adapter).items():
+        for name, (lora_a, lora_b) in layout.views(after).items():
             mean = self._sums[name] / self._weight
             if self._residual is not None:
                 mean += self._residual[start : start + mean.size].reshape(mean.shape)
                 start += mean.size
-            lora_a[:], lora_b[:] = factors_of(mean, self._layout.rank)
+            lora_a[:], lora_b[:] = factors_of(mean, layout.rank)
             if self._residual is not None:
                 rest.append((mean - lora_b.astype(np.float64) @ lora_a).astype(np.float32).reshape(-1))
         if rest:
-            self.state = {RESIDUAL: np.concatenate(rest)}
-        return adapter[self._segment] - self._adapter[self._segment]
+            kept = {RESIDUAL: np.concatenate(rest)}
+        segment = layout.segment(self._frame.factors)
+        return Aggregate(after[segment] - adapter[segment], kept)
 
 
 def factors_of(product: Matrix, rank: int) -> tuple[Matrix, Matrix]:
@@ -144,9 +126,3 @@ def factors_of(product: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     for index in np.flatnonzero(values[:kept] <= _NEGLIGIBLE * values[0]):
         lora_a[index], lora_b[:, index] = right[index] * FRESH_ROW, 0.0
     return lora_a, lora_b
-
-
-def _given(adapter: Vector | None) -> Vector:
-    if adapter is None:
-        raise ValueError("a mean of products needs the adapter that the updates belong to")
-    return adapter

@@ -1,6 +1,7 @@
-"""Reductions that a few absurd or hostile updates cannot steer, in the clear, around any linear aggregator.
+"""Aggregations that a few absurd or hostile updates cannot steer, in the clear.
 
-    Robust(FedAvg(), CoordinateMedian())        the inner one says what a round trains, the rule reduces
+    Robust(inner.method, CoordinateMedian())        a rule in place of the mean
+    Clipped(Mean(method), norm=1.0)                 updates of bounded length for whatever is inside
 
 Each looks at single updates, so none works under secure aggregation; all but the clipping hold the whole cohort's
 updates at once.
@@ -8,17 +9,16 @@ updates at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
-from fedtune.core.adapter.tiers import RankSlice
-from fedtune.strategies.aggregation.aggregator import NOTHING, Accumulator, Aggregator, State
-from fedtune.strategies.aggregation.exact_sum import ExactSum
+from fedtune.core.adapter.layout import Vector
+from fedtune.core.job.methods import CLIPPING, RULE, Method
+from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregation, Aggregator, Frame, Update
+from fedtune.strategies.aggregation.mean import ExactSum
 
 Stack = npt.NDArray[np.float32]  # (clients, parameters)
 Weights = npt.NDArray[np.int64]
@@ -93,35 +93,63 @@ class MultiKrum:
 
 @dataclass(frozen=True)
 class Robust:
-    """An aggregator whose mean is replaced by a rule.
+    """An aggregator that reduces by a rule what the method trains.
 
     Args:
-        inner: linear; it says what rounds train.
+        declared: of the aggregation whose mean the rule replaces.
     """
 
-    inner: Aggregator
+    declared: Method
     rule: Rule
 
-    def factors(self, round_number: int) -> Factors:
-        """The inner aggregator's."""
-        return self.inner.factors(round_number)
+    @property
+    def method(self) -> Method:
+        """The aggregation's, and the needs of a rule."""
+        return self.declared.within(RULE)
 
-    def accumulator(
-        self,
-        layout: AdapterLayout,
-        factors: Factors,
-        adapter: Vector | None = None,  # noqa: ARG002 - rules see updates alone
-        state: State = NOTHING,  # noqa: ARG002
-        slices: Sequence[RankSlice] = (),
-    ) -> Accumulator:
+    def begin(self, frame: Frame) -> Cohort:
         """An empty cohort."""
-        if slices:
+        if frame.slices:
             raise ValueError("a rule compares whole updates; clients cannot train different ranks")
-        return _Cohort(layout, factors, self.rule)
+        return Cohort(frame, self.rule)
+
+
+class Cohort:
+    """All updates of a round, until a rule reduces them."""
+
+    def __init__(self, frame: Frame, rule: Rule) -> None:
+        self._check = ExactSum(frame.size)  # refuses what cannot be added, and only that
+        self._updates: list[Update] = []
+        self._rule = rule
+        # Of two factors the second, B: A's deltas are noise while B is still near zero.
+        self._selecting = slice(frame.layout.size_a, None) if frame.factors == "ab" else slice(None)
+
+    def add(self, update: Update) -> None:
+        """Keeps one client's update.
+
+        Raises:
+            UpdateError: no sum could take it.
+        """
+        self._check.add(update.values, update.weight)
+        self._updates.append(replace(update, values=update.values.copy()))
+
+    def merge(self, other: Cohort) -> None:
+        """Keeps the other's updates too."""
+        self._check.merge(other._check)
+        self._updates += other._updates
+
+    def finish(self) -> Aggregate:
+        """The rule's verdict."""
+        if not self._updates:
+            return Aggregate(self._check.mean())
+        ordered = sorted(self._updates, key=lambda update: update.values.tobytes())  # whoever arrived first
+        updates = np.stack([update.values for update in ordered])
+        weights = np.array([update.weight for update in ordered], dtype=np.int64)
+        return Aggregate(self._rule.reduce(updates, weights, self._selecting))
 
 
 @dataclass(frozen=True)
-class NormClipped:
+class Clipped:
     """An aggregator that is given updates of bounded length: Δ·min(1, c/‖Δ‖) (Sun et al. 2019), as they arrive.
 
     Args:
@@ -131,65 +159,36 @@ class NormClipped:
     inner: Aggregator
     norm: float
 
-    def factors(self, round_number: int) -> Factors:
-        """The inner aggregator's."""
-        return self.inner.factors(round_number)
+    @property
+    def method(self) -> Method:
+        """The inner aggregator's, and the needs of clipping."""
+        return self.inner.method.within(CLIPPING)
 
-    def accumulator(
-        self,
-        layout: AdapterLayout,
-        factors: Factors,
-        adapter: Vector | None = None,
-        state: State = NOTHING,
-        slices: Sequence[RankSlice] = (),
-    ) -> Accumulator:
+    def begin(self, frame: Frame) -> Clipping:
         """The inner aggregator's, behind the clipping."""
-        return _Clipping(self.inner.accumulator(layout, factors, adapter, state, slices), self.norm)
+        return Clipping(self.inner.begin(frame), self.norm)
 
 
-class _Cohort:
-    state: State = NOTHING
+class Clipping:
+    """Shortens updates on their way into another aggregation."""
 
-    def __init__(self, layout: AdapterLayout, factors: Factors, rule: Rule) -> None:
-        segment = layout.segment(factors)
-        self._check = ExactSum(segment.stop - segment.start)  # refuses what cannot be added, and only that
-        self._updates: list[Vector] = []
-        self._weights: list[int] = []
-        self._rule = rule
-        # Of two factors the second, B: A's deltas are noise while B is still near zero.
-        self._selecting = slice(layout.size_a, None) if factors == "ab" else slice(None)
-
-    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
-        del tier
-        self._check.add(update, weight)
-        self._updates.append(update.copy())
-        self._weights.append(weight)
-
-    def finish(self) -> Vector:
-        if not self._updates:
-            return self._check.mean()
-        order = _canonical_order(self._updates)
-        updates = np.stack([self._updates[index] for index in order])
-        weights = np.array([self._weights[index] for index in order], dtype=np.int64)
-        return self._rule.reduce(updates, weights, self._selecting)
-
-
-class _Clipping:
-    def __init__(self, inner: Accumulator, norm: float) -> None:
+    def __init__(self, inner: Aggregation[Update], norm: float) -> None:
         self._inner = inner
         self._norm = norm
 
-    @property
-    def state(self) -> State:
-        return self._inner.state
-
-    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
-        length = float(np.linalg.norm(update.astype(np.float64)))
+    def add(self, update: Update) -> None:
+        """Adds the update, scaled to the norm if it is longer."""
+        length = float(np.linalg.norm(update.values.astype(np.float64)))
         if length > self._norm:
-            update = (update * (self._norm / length)).astype(np.float32)
-        self._inner.add(update, weight, tier)
+            update = replace(update, values=(update.values * (self._norm / length)).astype(np.float32))
+        self._inner.add(update)
 
-    def finish(self) -> Vector:
+    def merge(self, other: Clipping) -> None:
+        """Merges the aggregations inside, whose updates are clipped already."""
+        self._inner.merge(other._inner)
+
+    def finish(self) -> Aggregate:
+        """The inner aggregate."""
         return self._inner.finish()
 
 
@@ -203,8 +202,3 @@ def krum_order(updates: Stack, faulty: int) -> list[int]:
     neighbours = max(1, min(count - faulty - 2, count - 1))
     scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
     return [int(index) for index in np.argsort(scores, kind="stable")]
-
-
-def _canonical_order(updates: Sequence[Vector]) -> list[int]:
-    """An order that does not depend on which update arrived first."""
-    return sorted(range(len(updates)), key=lambda index: updates[index].tobytes())

@@ -1,9 +1,9 @@
-"""Which clients a round asks: the cohort."""
+"""The selection of a round's cohort: the clients that are asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedtune.core.round_records import ClientRecord
@@ -62,3 +62,32 @@ class UniformSelection:
         """The same; nothing is looked at."""
         del round_number, clients
         return self
+
+
+@dataclass(frozen=True)
+class AmongPresent:
+    """Another selection, among the clients that can be asked in a round.
+
+    Args:
+        present: (round number, names) -> those of them that can be asked.
+    """
+
+    inner: Selection
+    present: Callable[[int, Sequence[str]], Sequence[str]]
+
+    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
+        """The inner selection's cohort of those."""
+        return self.inner.cohort(round_number, self.present(round_number, sorted(population)))
+
+    @property
+    def wanted(self) -> int | float:
+        """As the inner selection wants it."""
+        return self.inner.wanted
+
+    def deadline(self, population: Sequence[str]) -> float | None:
+        """The inner selection's."""
+        return self.inner.deadline(population)
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
+        """With what the inner selection has learned."""
+        return replace(self, inner=self.inner.learned(round_number, clients))

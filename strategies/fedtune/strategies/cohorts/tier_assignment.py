@@ -1,7 +1,7 @@
-"""Which tier every client of a cohort trains this round: its own, a smaller one where too few have it, or none.
+"""The tier that every client of a cohort trains in a round: its own, a smaller one where too few have it, or none.
 
-    lineup = assign_tiers(cohort, ranks, job)           # or all_alike(cohort, layout.rank)
-    lineup.trained["phone-7"]               # rank indices; 0 sits out
+    assignment = assign_tiers(cohort, ranks, job)           # or all_alike(cohort, layout.rank)
+    assignment.trained["phone-7"]                      # rank indices; 0 sits out
 
 In the clear every client trains its own tier. Under secure aggregation a tier is hidden among its own clients, so each
 needs enough of them; those of a smaller one train less, and the adapter's public permutation brings every index to
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.core.adapter.tiers import merged_tiers, tier_for
-from fedtune.core.job.settings import Job
+from fedtune.core.job.settings import Job, SecureAggregationSettings
 from fedtune.core.secagg.graph import MIN_SURVIVORS, part
 
 Ranks = Callable[[str], int]
@@ -46,7 +46,8 @@ def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> TierAssignmen
     """The tier of every client of a cohort."""
     own = {name: tier_for(ranks(name), job.tiers) for name in cohort}
     counts = Counter(tier for tier in own.values() if tier)
-    least = tier_least(job, len(cohort)) if job.secure_aggregation.enabled else 1
+    secure = job.secure_aggregation
+    least = tier_least(secure, len(cohort)) if secure.enabled else 1
     moved = {0: 0, **merged_tiers(counts, least)}
     notes = [
         f"tier {tier}: {counts[tier]} of at least {least} clients; "
@@ -65,14 +66,14 @@ def all_alike(cohort: Sequence[str], rank: int) -> TierAssignment:
     return TierAssignment(everything, everything)
 
 
-def tier_minimum(job: Job, cohort: int) -> int:
+def tier_minimum(settings: SecureAggregationSettings, cohort: int) -> int:
     """The fewest clients that a tier's sum may be over: enough that two are honest, if all that collude are in it."""
-    return max(MIN_SURVIVORS, part(job.secure_aggregation.max_corrupt, cohort) + 2)
+    return max(MIN_SURVIVORS, part(settings.max_corrupt, cohort) + 2)
 
 
-def tier_least(job: Job, cohort: int) -> int:
+def tier_least(settings: SecureAggregationSettings, cohort: int) -> int:
     """The fewest clients of a tier that leave `tier_minimum` when the share that may vanish has vanished."""
-    minimum, dropout = tier_minimum(job, cohort), job.secure_aggregation.max_dropout
+    minimum, dropout = tier_minimum(settings, cohort), settings.max_dropout
     least = minimum
     while least - part(dropout, least) < minimum:
         least += 1

@@ -1,0 +1,176 @@
+"""The forms in which one client's update of a factor travels up: exact, sparse, or as words of a ring.
+
+    payload, sent = form.encode(update, terms, private_seed, weight)     # on the client; update - sent is its residual
+    vector = form.decode(payload, terms)                                 # on the server
+
+Payloads of a ring mean nothing one by one; they are added first:
+
+    total = RING.add(RING.zero(terms), payload, terms)
+    mean = RING.mean(total, terms)
+
+A form is an object that both sides hold under its name. The server names it in every request; a device that does not
+know it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedtune.core.adapter.layout import Vector
+from fedtune.core.codec.exact import ExactCodec
+from fedtune.core.codec.maskable import AUXILIARY_SUMS, MaskableCodec, RingMean, RingUpdate
+from fedtune.core.codec.packing import pack, packed_size, unpack
+from fedtune.core.codec.sparse import SparseCodec
+from fedtune.core.codec.uplink import FactorTerms
+from fedtune.core.codec.wire import Kind, frame, unframe
+from fedtune.core.errors import PeerError
+
+_AUXILIARY_BYTES = 4 * AUXILIARY_SUMS
+
+
+class UpdateForm(Protocol):
+    """A form that a server can decode one by one."""
+
+    @property
+    def name(self) -> str:
+        """The name in jobs and requests."""
+
+    @property
+    def carries_weight(self) -> bool:
+        """Whether a client's weight travels inside its payloads, bounded by what the form has room for."""
+
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+        """A client's payload for one factor, and the part of the update that it carries.
+
+        Args:
+            update: float32, (terms.count,), the residual added.
+            private_seed: of stochastic rounding; another for every client, round and factor.
+            weight: in (0, 1]; only a ring carries it inside.
+
+        Raises:
+            UpdateError: the update holds NaN, infinity or an absurd magnitude.
+        """
+
+    def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
+        """The update that a payload carries; float32, (terms.count,), finite.
+
+        Raises:
+            PeerError: malformed, with the reason.
+        """
+
+
+@dataclass(frozen=True)
+class ExactForm:
+    """Float32 as it is."""
+
+    name: str = "exact"
+    carries_weight: bool = False
+
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+        """Four bytes a value; all of the update."""
+        del terms, private_seed, weight
+        return ExactCodec().encode(update), update
+
+    def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
+        """The very update."""
+        return ExactCodec().decode(payload, terms.count)
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """The largest values, entropy-coded."""
+
+    name: str = "sparse"
+    carries_weight: bool = False
+
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+        """The payload, and the values as the server will read them."""
+        del private_seed, weight
+        codec = SparseCodec(terms.density, terms.bits)
+        payload = codec.encode(update)
+        return payload, codec.decode(payload, terms.count)
+
+    def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
+        """The values that were sent, zero elsewhere."""
+        return SparseCodec(terms.density, terms.bits).decode(payload, terms.count)
+
+
+@dataclass(frozen=True)
+class RingTotal:
+    """Contributions added in a ring, and their number."""
+
+    total: RingUpdate
+    contributors: int = 0
+
+
+@dataclass(frozen=True)
+class RingForm:
+    """Words that are added before they are decoded: what secure aggregation masks."""
+
+    name: str = "ring"
+    carries_weight: bool = True
+
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+        """The packed words and auxiliary sums, and the part of the update that they carry."""
+        contribution, sent = self.contribute(update, terms, private_seed, weight)
+        width = MaskableCodec(terms.bits).ring(terms.context()).width
+        body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
+        return frame(Kind.RING, terms.count, body), sent
+
+    def contribute(
+        self, update: Vector, terms: FactorTerms, private_seed: int, weight: float
+    ) -> tuple[RingUpdate, Vector]:
+        """As `encode`, but words and auxiliary sums as masks are added to them."""
+        codec, context = MaskableCodec(terms.bits), terms.context()
+        contribution = codec.encode(update, weight, private_seed, context)
+        return contribution, codec.transmitted(contribution, context)
+
+    def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
+        """The mean of a sum of one."""
+        return self.mean(self.add(self.zero(terms), payload, terms), terms).update
+
+    def zero(self, terms: FactorTerms) -> RingTotal:
+        """The empty sum."""
+        return RingTotal(MaskableCodec(terms.bits).zero(terms.context()))
+
+    def add(self, summed: RingTotal, payload: bytes, terms: FactorTerms) -> RingTotal:
+        """A sum with one client's payload.
+
+        Raises:
+            PeerError: malformed, with the reason.
+        """
+        codec, context = MaskableCodec(terms.bits), terms.context()
+        width, words = codec.ring(context).width, codec.word_count(context)
+        size = packed_size(words, width)
+        _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _AUXILIARY_BYTES)
+        if len(body) != size + _AUXILIARY_BYTES:
+            raise PeerError(
+                f"payload: {words} words of {width} bits and auxiliary sums take {size + _AUXILIARY_BYTES} bytes"
+            )
+        contribution = RingUpdate(
+            unpack(body[:size], width, words).astype(np.uint32, copy=False),
+            np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
+        )
+        codec.decode_sum(contribution, 1, context)  # refuses what no single client can have sent
+        return self.join(summed, RingTotal(contribution, 1), terms)
+
+    def join(self, left: RingTotal, right: RingTotal, terms: FactorTerms) -> RingTotal:
+        """The sum of two sums."""
+        total = MaskableCodec(terms.bits).add(left.total, right.total, terms.context())
+        return RingTotal(total, left.contributors + right.contributors)
+
+    def mean(self, summed: RingTotal, terms: FactorTerms) -> RingMean:
+        """The weighted mean of the contributions.
+
+        Raises:
+            PeerError, RunError: it is no sum of that many.
+        """
+        return MaskableCodec(terms.bits).decode_sum(summed.total, summed.contributors, terms.context())
+
+
+EXACT, SPARSE, RING = ExactForm(), SparseForm(), RingForm()
+FORMS: Mapping[str, UpdateForm] = {form.name: form for form in (EXACT, SPARSE, RING)}

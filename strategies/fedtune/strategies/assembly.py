@@ -1,0 +1,140 @@
+"""The one place where a federation is put together, for simulation, live server and stock Flower alike.
+
+    federation = assemble(job, base, layout, clients, secure=SecureAggregation(...), trackers=[display])
+
+A part of one's own is an object that takes the place of the one that the job names; nothing is registered anywhere:
+
+    federation = assemble(job, base, layout, parts=Parts(aggregator=MyAggregator(), selection=MySelection()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedtune.core.adapter.layout import AdapterLayout
+from fedtune.core.codec.update_forms import FORMS, UpdateForm
+from fedtune.core.codec.uplink import Compression
+from fedtune.core.errors import JobError
+from fedtune.core.job.settings import Job
+from fedtune.core.protocol.payloads import Base
+from fedtune.core.round_records import Tracker
+from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, update_aggregator
+from fedtune.strategies.cohorts.selection import AmongPresent, Selection, UniformSelection, cohort_size
+from fedtune.strategies.cohorts.tier_assignment import Ranks
+from fedtune.strategies.cohorts.timed_selection import timed_selection
+from fedtune.strategies.collection import Collector, InTheClear
+from fedtune.strategies.federation import Federation, Postprocess
+from fedtune.strategies.schedule import ByDeadline, Schedule, Synchronous
+from fedtune.strategies.secure_sum import SecureAggregation, SecureSum
+from fedtune.strategies.server_optimizers import ServerOptimizer, server_optimizer_named
+
+Present = Callable[[int, Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Everything known of the clients that a cohort is chosen by; all of it may be unknown.
+
+    Args:
+        count: how many there are.
+        ranks: client -> how many rank indices it can train; None where all train everything.
+        seconds: client -> predicted seconds of a round; may fill up as clients register. None where nobody predicts.
+        present: (round number, names) -> the clients that can be asked; None where all can.
+        virtual_time: whether rounds pass on a virtual clock, which closes them itself.
+    """
+
+    count: int = 0
+    ranks: Ranks | None = None
+    seconds: Mapping[str, float] | None = None
+    present: Present | None = None
+    virtual_time: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of one's own in place of those that the job names; None for the job's.
+
+    Args:
+        aggregator: of decoded updates, in the clear; under masks its method must be linear.
+        form: that updates travel in; devices must hold the same.
+        postprocess: changes to the aggregate before the server takes its step.
+    """
+
+    aggregator: Aggregator | None = None
+    form: UpdateForm | None = None
+    selection: Selection | None = None
+    schedule: Schedule | None = None
+    optimizer: ServerOptimizer | None = None
+    postprocess: Sequence[Postprocess] = ()
+
+
+ANY_CLIENTS, NO_PARTS = Clients(), Parts()
+
+
+def assemble(
+    job: Job,
+    base: Base,
+    layout: AdapterLayout,
+    clients: Clients = ANY_CLIENTS,
+    *,
+    secure: SecureAggregation | None = None,
+    trackers: Sequence[Tracker] = (),
+    parts: Parts = NO_PARTS,
+) -> Federation:
+    """The federation that a job describes.
+
+    Args:
+        base: tells clients which base model the adapter belongs to.
+        secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
+        trackers: told of each client and each round.
+
+    Raises:
+        JobError: the job wants what cannot be had here: secure aggregation without identities, a selection by time
+            where nobody predicts any, single updates under masks.
+    """
+    form = parts.form or FORMS[Compression.of(job).form]
+    selection = parts.selection or _selection(job, clients)
+    timed = job.federation.selection != "uniform" and not clients.virtual_time
+    settings = job.federation
+    return Federation(
+        job=job,
+        base=base,
+        layout=layout,
+        form=form,
+        collector=_collector(job, parts.aggregator or update_aggregator(settings), form, secure),
+        selection=AmongPresent(selection, clients.present) if clients.present else selection,
+        schedule=parts.schedule or (ByDeadline(job) if timed else Synchronous()),
+        optimizer=parts.optimizer or server_optimizer_named(settings.server_optimizer, settings.server_learning_rate),
+        ranks=clients.ranks,
+        postprocess=parts.postprocess,
+        trackers=trackers,
+    )
+
+
+def _collector(job: Job, aggregator: Aggregator, form: UpdateForm, secure: SecureAggregation | None) -> Collector:
+    """SecureSum(RingMean) under masks, InTheClear(RingMean) in a ring, InTheClear(Decoded(aggregator)) otherwise."""
+    if job.secure_aggregation.enabled != (secure is not None):
+        problem = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
+        raise JobError([problem])
+    if not form.carries_weight:
+        if secure is not None:
+            raise JobError([f"updates of the form {form.name} cannot be masked; expected a ring"])
+        return InTheClear(Decoded(aggregator, form))
+    if not aggregator.method.works_under_masks:
+        problem = f"the aggregator {aggregator.method.sees_updates}, but updates travel as words of a ring"
+        raise JobError([f"{problem}; expected one that needs no more than their sum"])
+    ring = RingMean(aggregator.method)
+    return SecureSum(ring, secure, job.secure_aggregation) if secure is not None else InTheClear(ring)
+
+
+def _selection(job: Job, clients: Clients) -> Selection:
+    settings = job.federation
+    if settings.selection == "uniform":
+        return UniformSelection(settings.clients_per_round, job.training.seed)
+    if clients.seconds is None:
+        problem = f'federation.selection is "{settings.selection}", but nothing here predicts how long clients take'
+        raise JobError([f'{problem}; expected "uniform", a live fleet, or a simulated one (simulation.fleet)'])
+    timed = timed_selection(job, cohort_size(settings.clients_per_round, clients.count), clients.seconds)
+    assert timed is not None, "every selection but the uniform one goes by time"
+    return timed

@@ -1,0 +1,176 @@
+"""The translation of a round into what travels: a plan of the round, and the payloads of its requests.
+
+    plan = plan_round(federation, state, population)
+    requests = Requests(broadcast, state.held, partial(train_request, federation, state, plan), plan.tiers)
+    data = requests.payload(name)
+
+A request is the same for all clients that come from the same version of the adapter and train the same tier, so it is
+serialised once for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedtune.core.adapter.layout import Factors, Vector, factor_letters
+from fedtune.core.adapter.tiers import RankSlice
+from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
+from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.protocol.payloads import (
+    PROTOCOL_VERSION,
+    Downlink,
+    LocalWork,
+    Payload,
+    TrainRequest,
+    Uplink,
+    encode,
+)
+from fedtune.strategies.aggregation.payload_sums import WEIGHT
+from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.tier_assignment import TierAssignment, all_alike, assign_tiers
+from fedtune.strategies.federation import Federation, FederationState, scheduled_learning_rate
+from fedtune.strategies.schedule import Closing
+
+NO_TIERS: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round as it is meant to go.
+
+    Args:
+        number: rounds count from 1.
+        factors: those that are trained.
+        assignment: the cohort, and which tier each of it trains.
+        tiers: client that is asked -> the tier it trains; 0 where all train everything.
+        uplink: how updates travel.
+        terms: of the codec, all slices.
+        slices: of the rank indices; none where all train everything.
+        closing: when training goes on without those who have not answered.
+    """
+
+    number: int
+    factors: Factors
+    learning_rate: float
+    assignment: TierAssignment
+    tiers: Mapping[str, int]
+    uplink: Uplink
+    terms: tuple[FactorTerms, ...]
+    slices: tuple[RankSlice, ...]
+    closing: Closing | None
+
+
+def plan_round(federation: Federation, state: FederationState, population: Sequence[str]) -> RoundPlan:
+    """Chooses the cohort of the round after `state`, and everything that its requests say."""
+    job, layout, number = federation.job, federation.layout, state.round + 1
+    factors = federation.method.factors(number)
+    cohort = tuple(federation.selection.cohort(number, population))
+    assignment = assign_tiers(cohort, federation.ranks, job) if federation.ranks else all_alike(cohort, layout.rank)
+    trained = {name: tier for name, tier in assignment.trained.items() if tier}
+    mixed = assignment.tiers != (layout.rank,)
+    uplink = _uplink(federation, state, factors, len(trained), assignment.tiers if mixed else ())
+    return RoundPlan(
+        number=number,
+        factors=factors,
+        learning_rate=scheduled_learning_rate(job, number),
+        assignment=assignment,
+        tiers=trained if mixed else dict.fromkeys(trained, 0),
+        uplink=uplink,
+        terms=factor_terms(uplink, layout, factors, job.training.seed, number),
+        slices=round_slices(uplink, layout, job.training.seed, number),
+        closing=federation.schedule.closing(federation.selection, population, len(trained)),
+    )
+
+
+def train_request(
+    federation: Federation, state: FederationState, plan: RoundPlan, adapter: Downlink, tier: int
+) -> TrainRequest:
+    """The request to train an adapter, as it travels to clients of one tier."""
+    return TrainRequest(
+        version=PROTOCOL_VERSION,
+        job_seed=federation.job.training.seed,
+        round=plan.number,
+        base=federation.base,
+        work=_local_work(federation, plan),
+        uplink=plan.uplink,
+        adapter=adapter,
+        tier=tier,
+        rebasing=state.rebasing,
+    )
+
+
+class Requests:
+    """The payloads of a round: one for each version of the adapter that clients come from and each tier they train.
+
+    Args:
+        broadcast: what is known of the versions that clients hold.
+        held: the version that everybody shall hold.
+        write: puts an adapter and a tier into this round's request.
+        tiers: client -> the tier it trains; those that are missing have tier 0, as all have where all are alike.
+    """
+
+    def __init__(
+        self,
+        broadcast: Broadcast,
+        held: Vector,
+        write: Callable[[Downlink, int], Payload],
+        tiers: Mapping[str, int] = NO_TIERS,
+    ) -> None:
+        self.broadcast = broadcast
+        self._held = held
+        self._write = write
+        self._tiers = tiers
+        self._basis: dict[str, str] = {}
+        self._adapters: dict[str, Downlink] = {}
+        self._payloads: dict[tuple[str, int], bytes] = {}
+
+    def payload(self, name: str) -> bytes:
+        """The bytes that go to one client, the same whenever asked."""
+        basis, tier = self._basis.setdefault(name, self.broadcast.basis(name)), self._tiers.get(name, 0)
+        if (basis, tier) not in self._payloads:
+            if basis not in self._adapters:
+                self._adapters[basis] = self.broadcast.write(basis, self._held)
+            self._payloads[basis, tier] = encode(self._write(self._adapters[basis], tier))
+        return self._payloads[basis, tier]
+
+
+def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
+    job: Job = federation.job
+    training, epochs = job.training, job.training.local_epochs
+    return LocalWork(
+        factors=plan.factors,
+        local_steps=0 if epochs is not None else training.local_steps or DEFAULT_LOCAL_STEPS,
+        local_epochs=epochs or 0.0,
+        batch_tokens=training.batch_tokens,
+        learning_rate=plan.learning_rate,
+        weight_decay=training.weight_decay,
+        max_gradient_norm=training.max_gradient_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        holdout=job.data.holdout,
+        proximal=training.proximal,
+        align=federation.method.aligns,
+        deadline=plan.closing.seconds if plan.closing else 0.0,
+    )
+
+
+def _uplink(
+    federation: Federation, state: FederationState, factors: Factors, clients: int, tiers: tuple[int, ...]
+) -> Uplink:
+    job, method = federation.job, federation.method
+    compression = Compression.of(job)
+    cap, letters = job.federation.weight_cap, factor_letters(factors)
+    earlier = [method.factors(number) for number in range(1, state.round + 1)]
+    return Uplink(
+        form=federation.form.name,
+        bits=compression.bits,
+        density=compression.density,
+        error_feedback=compression.error_feedback,
+        weight=job.federation.weight,
+        weight_cap=min(cap, round(state.clips[WEIGHT])) if federation.form.carries_weight else cap,
+        n_max=max(clients, 1),
+        selection_phases=tuple(sum(letter in trained for trained in earlier) for letter in letters),
+        clips=tuple(state.clips[letter] for letter in letters),
+        rotation=compression.rotation,
+        tiers=tiers,
+    )

@@ -1,0 +1,150 @@
+"""Updates under secure aggregation: five exchanges with the cohort, and one sum at the end.
+
+    exchange          to a client                              from a client
+    query.open        the configuration; what to train         its keys for this round
+    query.share       everybody's keys                         its secrets' shares, encrypted for their holders
+    train             the shares it holds for others           its masked update
+    query.vote        who is in the sum                        its signature over that
+    query.unmask      enough signatures                        shares that take the masks off the sum
+
+The protocol is `fedtune.core.secagg`'s; here it meets a round of training. docs/secure-aggregation.md states the threat
+model. A round that must abort leaves the adapter as it was, and the next round starts afresh.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedtune.core.codec.masked import masked_segments, opened_sums
+from fedtune.core.job.settings import SecureAggregationSettings
+from fedtune.core.ledger import Purpose
+from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
+from fedtune.core.protocol.payloads import terms_digest
+from fedtune.core.round_records import ClientRecord, SecureRecord
+from fedtune.core.secagg import Member, Roster, RoundMark, ServerSession, Stage, round_config
+from fedtune.core.secagg.graph import MIN_SURVIVORS
+from fedtune.strategies.aggregation.aggregator import Frame
+from fedtune.strategies.aggregation.payload_sums import RingAggregation, RingMean
+from fedtune.strategies.cohorts.tier_assignment import tier_minimum
+from fedtune.strategies.collection import ClientFacts, Collected, Exchange, Inputs
+from fedtune.strategies.requests import RoundPlan
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """Everything that a server needs for secure rounds beside the job.
+
+    Args:
+        run: names the run, on the server and in every device's memory of the rounds it has served.
+        identities: the public identity keys of the enrolled devices; the devices pin the same.
+        clock: nanoseconds since 1970; an attempt at a round must come later than the one before, across restarts.
+    """
+
+    run: str
+    identities: Roster
+    clock: Callable[[], int] = time.time_ns
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """Collects masked updates, and gives the aggregator their sum alone: SecureSum(RingMean(...), ...).
+
+    Args:
+        aggregator: decodes the sum.
+        settings: the job's.
+    """
+
+    aggregator: RingMean
+    secure: SecureAggregation
+    settings: SecureAggregationSettings
+    single_exchange: bool = False
+
+    def admits(self, client: str) -> bool:
+        """Those whose identity the others know."""
+        return client in self.secure.identities.keys
+
+    def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> SecureCollection:
+        """Five exchanges."""
+        return SecureCollection(self, plan, self.aggregator.begin(frame), inputs)
+
+
+@dataclass(frozen=True)
+class _Travel:
+    """The way in which one stage of the protocol travels."""
+
+    message_type: str
+    down: tuple[Purpose, ...]
+    up: Purpose
+
+
+_TRAVEL: Mapping[Stage, _Travel] = {
+    Stage.ADVERTISE: _Travel(query(OPEN), ("keys", "adapter"), "keys"),
+    Stage.SHARE: _Travel(query(SHARE), ("shares",), "shares"),
+    Stage.MASK: _Travel(TRAIN, ("shares",), "update"),
+    Stage.VOTE: _Travel(query(VOTE), ("votes",), "votes"),
+    Stage.UNMASK: _Travel(query(UNMASK), ("unmasking",), "unmasking"),
+}
+
+
+class SecureCollection:
+    """Five exchanges; the server sees the sum over the survivors."""
+
+    def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: RingAggregation, inputs: Inputs) -> None:
+        self._secure, self._settings = collector.secure, collector.settings
+        self._plan = plan
+        self._aggregation = aggregation
+        self._inputs = inputs
+        self._session: ServerSession | None = None
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """The five, as long as enough clients are left."""
+        session = self._session = self._open()
+        requests = session.open()
+        while requests:
+            yield self._exchange(session, requests)
+            requests = session.advance()
+
+    def take(self, name: str, payload: bytes) -> ClientFacts | None:
+        """Hands a client's answer to the protocol; a masked update counts as in."""
+        assert self._session is not None, "set before the first exchange"
+        self._session.receive(name, payload)
+        return ClientFacts() if self._session.stage is Stage.MASK else None
+
+    def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
+        """Merges the opened sum, which the protocol knows better than anybody, into the aggregation."""
+        del survivors
+        assert self._session is not None, "set before the first exchange"
+        result, config = self._session.result, self._session.config
+        totals, loss = opened_sums(result.sums, result.contributors, self._plan.terms)
+        self._aggregation.merge_totals(totals)
+        record = SecureRecord(len(result.survivors), config.minimum, config.threshold, result.liars)
+        return Collected(self._aggregation.finish(), loss, secure=record)
+
+    def _open(self) -> ServerSession:
+        settings, tiers, request = self._settings, self._plan.uplink.tiers, self._inputs.common
+        cohort = [Member(name, tiers.index(self._plan.tiers[name]) if tiers else 0) for name in self._inputs.requests]
+        least = tier_minimum(settings, len(cohort)) if len(tiers) > 1 else MIN_SURVIVORS
+        config = round_config(
+            job=self._secure.run,
+            mark=RoundMark(request.round, self._secure.clock() // 1_000_000),
+            base_digest=request.base.digest,
+            adapter_digest=request.adapter.digest,
+            cohort=cohort,
+            segments=masked_segments(self._plan.terms, tiers),
+            max_corrupt=settings.max_corrupt,
+            max_dropout=settings.max_dropout,
+            context=terms_digest(request),
+            min_tier_survivors=least,
+        )
+        return ServerSession(config, self._secure.identities)
+
+    def _exchange(self, session: ServerSession, messages: Mapping[str, bytes]) -> Exchange:
+        stage = session.stage
+        opens = stage is Stage.ADVERTISE
+        requests = {
+            name: (message, self._inputs.requests[name]) if opens else (message,) for name, message in messages.items()
+        }
+        travel = _TRAVEL[stage]
+        return Exchange(travel.message_type, requests, travel.down, travel.up, carries_adapter=opens)
