@@ -12,6 +12,7 @@ from house import DOCUMENT, ROOT, rewritten
 from fedtune.client.live.device_loop import State
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord, SecureRecord
 from fedtune.core.secagg import client_session, server_session
+from fedtune.strategies.round import TRANSITIONS
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -31,6 +32,12 @@ def named(cells: Iterable[str]) -> set[str]:
 def test_the_drawing_has_exactly_the_arrows_of_the_code() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     assert document == rewritten(document), "run `make house`"
+
+
+def test_the_table_of_a_client_of_the_cohort_is_the_one_that_is_executed() -> None:
+    assert rows("### A client of the cohort, in the server's round") == [
+        [phase.name, event.name, after.name] for (phase, event), after in TRANSITIONS.items()
+    ]
 
 
 def test_the_table_of_a_client_in_a_secure_round_is_the_one_that_is_executed() -> None:

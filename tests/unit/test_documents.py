@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from house import ROOT, longest, modules
+from prose import of_python
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAME = re.compile(r"(?<![/\w.-])fedtune(?:\.\w+)+")
+NAME = re.compile(r"(?<![/\w.-])fedtune(?:\.(?!json|none)\w+)+")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FOLDERS = ("core", "strategies", "client", "server", "tests", "tools", "benchmarks", "docs", "examples", "deploy")
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]")
@@ -41,15 +42,29 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each_document
-def test_every_module_that_a_document_names_exists(document: Path) -> None:
-    known = modules()
-    for name in set(NAME.findall(document.read_text(encoding="utf-8"))):
+def missing_names(text: str) -> set[str]:
+    """Returns the dotted names in `text` that are no module of the house and no name at the top of one."""
+    known, missing = modules(), set()
+    for name in set(NAME.findall(text)):
         module = longest(name, [*known, "fedtune"])
         if module == "fedtune":  # the namespace package has no file
-            assert any(other.startswith(f"{name}.") for other in known), name
-        elif module != name:
-            assert name.removeprefix(f"{module}.").split(".")[0] in public_names(known[module]), name
+            exists = any(other.startswith(f"{name}.") for other in known)
+        else:
+            exists = module == name or name.removeprefix(f"{module}.").split(".")[0] in public_names(known[module])
+        if not exists:
+            missing.add(name)
+    return missing
+
+
+@each_document
+def test_every_module_that_a_document_names_exists(document: Path) -> None:
+    assert not missing_names(document.read_text(encoding="utf-8"))
+
+
+def test_every_module_that_a_docstring_comment_or_message_names_exists() -> None:
+    for path in modules().values():
+        for piece in of_python(path.read_text(encoding="utf-8")):
+            assert not missing_names(piece.text), f"{path}:{piece.line}"
 
 
 @each_document

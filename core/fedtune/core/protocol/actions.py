@@ -1,7 +1,7 @@
 """What a client can be asked, as the types of Flower messages: both sides name them alike.
 
 A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in their order;
-`fedtune.strategies.secure_collection` says what each carries.
+`fedtune.strategies.secure_sum` says what each carries.
 """
 
 from __future__ import annotations
