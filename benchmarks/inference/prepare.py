@@ -17,8 +17,8 @@ from fedtune.core.adapter.layout import adapter_digest, save_adapter
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.model_manifest import FORMATS
-from fedtune.demo import JOB
-from fedtune.model.base_model import demo_directory, load_base
+from fedtune.demo import BASE_DIRECTORY, JOB
+from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
 from fedtune.server.export.exporter import ExportOptions, export_run, held_out_examples
 from fedtune.server.export.merge import merge, open_run, save_model
@@ -80,7 +80,7 @@ def random_run(folder: Path) -> Path:
     torch.manual_seed(0)
     network: Any = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA), dtype=torch.float32)  # type: ignore[no-untyped-call]
     network.save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(demo_directory()).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(BASE_DIRECTORY).save_pretrained(folder / "base")
     data = folder / "eval.jsonl"
     rows = [{"prompt": f"turn on lamp {number} =>", "completion": " on"} for number in range(CHECKED)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -120,14 +120,14 @@ def make_llama(directory: Path) -> Path:
     """A Llama of random weights with the bundled model's tokenizer."""
     import transformers
 
-    from fedtune.model.base_model import demo_directory
+    from fedtune.demo import BASE_DIRECTORY
 
     library: Any = transformers
     library.logging.disable_progress_bar()
     torch.manual_seed(0)
     network = library.AutoModelForCausalLM.from_config(library.LlamaConfig(**LLAMA), dtype=torch.bfloat16)
     network.save_pretrained(directory)
-    library.AutoTokenizer.from_pretrained(demo_directory()).save_pretrained(directory)
+    library.AutoTokenizer.from_pretrained(BASE_DIRECTORY).save_pretrained(directory)
     return directory
 
 

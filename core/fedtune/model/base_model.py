@@ -27,7 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.core.errors import ModelError
-from fedtune.core.job.settings import DEMO, ModelSettings
+from fedtune.core.job.settings import ModelSettings
+from fedtune.data.job_inputs import source_of
 from fedtune.model.nf4 import RECIPE, PackedLinear, dequantize, quantize
 from fedtune.model.shape import Precision, Weights
 
@@ -128,31 +129,6 @@ def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             yield name, module
-
-
-def demo_directory() -> Path:
-    """Where the bundled base lies."""
-    from fedtune.demo import BASE_DIRECTORY
-
-    return Path(BASE_DIRECTORY)
-
-
-def source_of(base: str) -> str:
-    """What transformers is asked for: a directory, or a hub id.
-
-    Raises:
-        ModelError: a path that is not a model directory.
-    """
-    if base == DEMO:
-        return str(demo_directory())
-    path = Path(base)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{base}: not a model directory: it has no config.json")
-        return base
-    if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
-        raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
-    return base
 
 
 def _options(source: str) -> dict[str, bool]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
+from fedtune.data.job_inputs import source_of
 
 Precision = Literal["fp32", "bf16", "fp16"]  # of the arithmetic
 Weights = Literal["packed", "dequantized"]  # how the linear weights are held
@@ -78,7 +79,7 @@ def shape_of(settings: ModelSettings) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fedtune.model.base_model import load_config, quiet, source_of
+    from fedtune.model.base_model import load_config, quiet
 
     with quiet():
         source = source_of(settings.base)

@@ -157,15 +157,21 @@ def plan(
 
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
-    from fedtune.client.plan.calibration import CalibrationStore
-    from fedtune.client.plan.device_plan import DevicePlanner, Link, default_folder
-    from fedtune.client.plan.plan_table import print_plan
-    from fedtune.client.torch.torch_backend import TorchBackend
     from fedtune.core.job.job_file import load_job
+    from fedtune.data.job_inputs import own_data_file, source_of
+    from fedtune.data.records import read_records
     from fedtune.demo import JOB
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []
     resolved = load_job(job or (None if base else JOB), [*(overrides or []), *chosen])
+    source_of(resolved.model.base)
+    if data is not None:
+        read_records(own_data_file(data), resolved.data.skip_bad)
+    from fedtune.client.plan.calibration import CalibrationStore
+    from fedtune.client.plan.device_plan import DevicePlanner, Link, default_folder
+    from fedtune.client.plan.plan_table import print_plan
+    from fedtune.client.torch.torch_backend import TorchBackend
+
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
     note = (lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False))
     outcome = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()), note).plan(

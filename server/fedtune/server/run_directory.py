@@ -93,12 +93,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: something is in the way.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            is_run = (path / JOB).is_file() or (path / _LOCK).is_file()
-            if not force or not is_run:
-                advice = "choose another --out, or replace it with --force" if is_run else "it is not a run directory"
-                raise RunDirectoryError(f"{path}: exists already; {advice}")
-            cls(path).close()  # refuses while a process still works on it
+        if not check_free(path, force):
             shutil.rmtree(path)
         with storage(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -227,6 +222,22 @@ class RunDirectory:
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
+
+
+def check_free(path: Path, force: bool = False) -> bool:
+    """Whether there is nothing at this path yet; an earlier run may be there where `force` says so.
+
+    Raises:
+        RunDirectoryError: something is in the way, or a process still works on the run that `force` would replace.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return True
+    is_run = (path / JOB).is_file() or (path / _LOCK).is_file()
+    if not force or not is_run:
+        advice = "choose another --out, or replace it with --force" if is_run else "it is not a run directory"
+        raise RunDirectoryError(f"{path}: exists already; {advice}")
+    RunDirectory(path).close()
+    return False
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:

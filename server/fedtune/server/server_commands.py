@@ -145,18 +145,17 @@ def submit(
     Example: fedtune server submit job.toml --set federation.rounds=40 --wait
     """
     from fedtune.core.job.job_file import load_job
-    from fedtune.data.population import evaluation_records
     from fedtune.demo import JOB
-    from fedtune.model.shape import shape_of
-    from fedtune.server.export.last_step import check_export
     from fedtune.server.live.job_queue import Jobs
+    from fedtune.server.preflight import check_server_job
 
     server = _open(home)
     jobs = Jobs(server)
     resolved = load_job(job or JOB, overrides or [])
-    check_export(resolved)
-    shape_of(resolved.model)  # mistakes in what the server needs are told here, and not in its log
-    evaluation_records(resolved.data)
+    check_server_job(resolved)  # mistakes in what the server needs are told here, and not in its log
+    from fedtune.model.shape import shape_of
+
+    shape_of(resolved.model)
     queued = jobs.submit(resolved, name or jobs.free_name(job.stem if job else "demo"))
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if server.lock.holder() is None:

@@ -20,7 +20,6 @@ from fedtune.client.plan.calibration import Calibration, CalibrationStore
 from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE, Constraints, NoPlanError, Plan, choose, longest_example
 from fedtune.client.plan.step_costs import Choices, kappa_of, predict_memory, step_seconds
-from fedtune.core.errors import DataError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import (
     DEFAULT_LOCAL_STEPS,
@@ -31,6 +30,7 @@ from fedtune.core.job.settings import (
     TrainingSettings,
 )
 from fedtune.data.examples import load_examples
+from fedtune.data.job_inputs import own_data_file, source_of
 from fedtune.demo import JOB
 from fedtune.model.shape import ModelShape, shape_of
 
@@ -357,13 +357,12 @@ def _lengths(job: Job, data: Path | None) -> tuple[list[int], float]:
     """Token counts of the examples, and the share of tokens that the loss counts; without data, all of them."""
     if data is None:
         return [], 1.0
-    if not data.is_file():
-        raise DataError(data, "no such file; expected one with this device's examples")
-    from fedtune.model.base_model import load_tokenizer, quiet, source_of
+    file = own_data_file(data)
+    from fedtune.model.base_model import load_tokenizer, quiet
 
     with quiet():
         tokenizer = load_tokenizer(source_of(job.model.base))
-    examples, _ = load_examples(data, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)
+    examples, _ = load_examples(file, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)
     lengths = [len(example.ids) for example in examples]
     return lengths, sum(example.target_tokens for example in examples) / sum(lengths)
 

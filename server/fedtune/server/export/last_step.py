@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def check_export(job: Job) -> None:
         MissingExtraError: the job wants an export, and its packages are not installed.
     """
     for package in _NEEDED if job.export.formats else ():
-        if find_spec(package) is None:
+        if importlib.util.find_spec(package) is None:
             raise MissingExtraError("[export]", "export,inference", package)
 
 

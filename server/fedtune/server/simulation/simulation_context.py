@@ -15,13 +15,12 @@ from fedtune.client.message_handlers import handle_in_the_clear, handle_under_se
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
-from fedtune.core.job.device_kinds import load_fleet
-from fedtune.core.job.settings import BUNDLED, Job
+from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import Handler
 from fedtune.core.protocol.payloads import Base
 from fedtune.data.examples import CleaningReport, Example, prepare
+from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
-from fedtune.demo import FLEET
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.shape import shape_of
 from fedtune.server.evaluator import ModelEvaluator
@@ -39,19 +38,34 @@ class SimulationContext:
     `begin` makes it, since torch must compute with the job's threads before anything is computed.
 
     Args:
+        inputs: what the job's files hold.
         folder: where clients keep what they remember between rounds; the processes of a simulation share it.
     """
 
-    job: Job
+    inputs: JobInputs
     folder: Path
     _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, job: Job, folder: Path) -> SimulationContext:
-        """Makes this process one of the simulation's: from here on torch computes with the job's threads."""
+    def begin(cls, job: Job, folder: Path, inputs: JobInputs | None = None) -> SimulationContext:
+        """Makes this process one of the simulation's: from here on torch computes with the job's threads.
+
+        Args:
+            inputs: what the job's files hold, where they were read already.
+        """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
-        return cls(job, folder)
+        return cls(inputs or JobInputs(job), folder)
+
+    @property
+    def job(self) -> Job:
+        """The job that is simulated."""
+        return self.inputs.job
+
+    @property
+    def population(self) -> Population:
+        """The clients that the job's data makes."""
+        return self.inputs.population
 
     @property
     def cleaning(self) -> dict[str, CleaningReport]:
@@ -67,11 +81,6 @@ class SimulationContext:
     def trainer(self) -> TorchTrainer:
         """What every client trains with."""
         return TorchTrainer(self.model)
-
-    @cached_property
-    def population(self) -> Population:
-        """The clients that the job's data makes."""
-        return Population(self.job.data, self.job.training.seed)
 
     @cached_property
     def base(self) -> Base:
@@ -91,10 +100,9 @@ class SimulationContext:
     @cached_property
     def devices(self) -> SimulatedFleet | None:
         """The clients as devices, where the job has a fleet."""
-        fleet = self.job.simulation.fleet
-        if not fleet:
+        kinds = self.inputs.fleet
+        if kinds is None:
             return None
-        kinds = load_fleet(FLEET if fleet == BUNDLED else Path(fleet))
         return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
 
     @cached_property

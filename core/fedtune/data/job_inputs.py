@@ -1,0 +1,84 @@
+"""The files that a job names besides itself: its base model, its data, its fleet.
+
+    inputs = JobInputs(job)
+    inputs.check_server()       # InputError in a fraction of a second: nothing here needs torch
+    inputs.population.names
+
+Commands read these before they import anything heavy, so that a mistyped path is answered at once; the run then works
+on what was read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedtune.core.errors import DataError, ModelError
+from fedtune.core.job.device_kinds import Fleet, load_fleet
+from fedtune.core.job.settings import BUNDLED, DEMO, Job
+from fedtune.data.population import Population, evaluation_records
+from fedtune.data.records import Record
+from fedtune.demo import BASE_DIRECTORY, FLEET
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """What a job's files hold; each is read when it is first asked for, and then stays."""
+
+    job: Job
+
+    @cached_property
+    def population(self) -> Population:
+        """The clients that the job's data makes."""
+        return Population(self.job.data, self.job.training.seed)
+
+    @cached_property
+    def evaluation(self) -> list[Record]:
+        """The server's held-out records."""
+        return evaluation_records(self.job.data)
+
+    @cached_property
+    def fleet(self) -> Fleet | None:
+        """The kinds of device that the job simulates; None where all devices are alike."""
+        named = self.job.simulation.fleet
+        return load_fleet(FLEET if named == BUNDLED else Path(named)) if named else None
+
+    def check_server(self) -> None:
+        """Reads what a server needs of the job: its base model's place and its own examples.
+
+        Raises:
+            ModelError: the base is a path that is no model directory.
+            DataError: the held-out examples cannot be read.
+        """
+        source_of(self.job.model.base)
+        _ = self.evaluation
+
+
+def source_of(base: str) -> str:
+    """What transformers is asked for: a directory, or a hub id.
+
+    Raises:
+        ModelError: a path that is not a model directory.
+    """
+    if base == DEMO:
+        return str(BASE_DIRECTORY)
+    path = Path(base)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{base}: not a model directory: it has no config.json")
+        return base
+    if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
+        raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
+    return base
+
+
+def own_data_file(path: Path) -> Path:
+    """The file of this device's examples, if it is there.
+
+    Raises:
+        DataError: no such file.
+    """
+    if not path.is_file():
+        raise DataError(path, "no such file; expected one with this device's examples")
+    return path

@@ -1,0 +1,45 @@
+"""What is checked before a run and before torch is imported: everything that a person may have mistyped.
+
+    inputs = check_simulation(job)       # raises InputError, or returns what the job's files hold
+
+Each check is the function that the run itself reads the file with.
+"""
+
+from __future__ import annotations
+
+from fedtune.core.errors import JobError
+from fedtune.core.job.contradictions import secure_cohort_problems
+from fedtune.core.job.settings import Job
+from fedtune.data.job_inputs import JobInputs
+from fedtune.server.export.last_step import check_export
+from fedtune.strategies.cohorts.selection import cohort_size
+
+
+def check_server_job(job: Job) -> JobInputs:
+    """Reads what a server needs of a job: devices bring their own data.
+
+    Raises:
+        InputError: the base model, the held-out examples or the export cannot be used.
+    """
+    check_export(job)
+    inputs = JobInputs(job)
+    inputs.check_server()
+    return inputs
+
+
+def check_simulation(job: Job) -> JobInputs:
+    """Reads all that a simulation needs of a job.
+
+    Raises:
+        InputError: as `check_server_job`; a training file or the fleet cannot be read; or the clients that these make
+            are too few for what the job asks.
+    """
+    inputs = check_server_job(job)
+    fleet, clients = inputs.fleet, len(inputs.population.names)
+    wanted, selection = job.federation.clients_per_round, job.federation.selection
+    if job.secure_aggregation.enabled and (problems := secure_cohort_problems(job, cohort_size(wanted, clients))):
+        raise JobError(problems)
+    if selection != "uniform" and fleet is None:
+        reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
+        raise JobError([f'federation.selection is "{selection}", but {reason}'])
+    return inputs
