@@ -20,8 +20,9 @@ from fedtune.core.protocol.model_manifest import FORMATS
 from fedtune.demo import BASE_DIRECTORY, JOB
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
-from fedtune.server.export.exporter import ExportOptions, export_run, held_out_examples
+from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.merge import merge, open_run, save_model
+from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_directory import RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.simulation.simulate import simulate
@@ -58,7 +59,7 @@ def main() -> None:
         else:
             run = random_run(folder)
             options = ExportOptions(max_drop=100.0)
-        export_run(run, FORMATS, folder / "onnx", display, options)
+        export(ExportRequest(run, FORMATS, folder / "onnx", options), display)
     finished = open_run(run)
     examples = held_out_examples(finished, None)
     merge(finished)

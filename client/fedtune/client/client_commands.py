@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help
 
 STOP_SECONDS = 60.0
 PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
+_PARTS = 10  # of the bytes that are pulled: a line for each where there is no terminal
 
 _Home = Annotated[
     Path | None,
@@ -69,32 +73,8 @@ def join(
 
     Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
     """
-    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
-    from fedtune.core.protocol.enrolment import Bundle
-
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
-    folder, bases = home or default_home(), tuple(base or ())
-    made = ClientHome.join(
-        folder,
-        Bundle.load(bundle),
-        data,
-        bases,
-        allow_clear=allow_clear,
-        scores=scores,
-        requirements=requirements,
-    )
-    try:
-        plans = _plans(bases, data, folder / CALIBRATIONS, try_step)
-    except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C
-        made.leave()
-        raise
-    for plan in plans:
-        for line in _plan_lines(plan):
-            print(line)
-    roster, where = made.roster, f" --home {home}" if home else ""
-    print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
-    print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
-    print(f"now remove {bundle}, which holds the same keys; then: fedtune client start{where}")
+    make_device(Joining(bundle, data, tuple(base or ()), home, allow_clear, scores, requirements, try_step))
 
 
 @app.command()
@@ -179,14 +159,13 @@ def pull(
 
         fedtune client pull first --format fp16
     """
-    from fedtune.client.inference.byte_progress import showing
-    from fedtune.client.inference.model_pull import ModelLine
+    from fedtune.client.inference.model_line import ModelLine
     from fedtune.client.inference.model_pull import pull as run
 
     device = _open(home)
     line = ModelLine(device.config.server, device.authority, device.config.name, device.node_key)
     try:
-        with nullcontext() if quiet or as_json else showing("pulling") as progress:
+        with nullcontext() if quiet or as_json else _showing("pulling") as progress:
             pulled = run(line, device.models, job, form, progress)
     finally:
         line.close()
@@ -227,6 +206,65 @@ def leave(home: _Home = None) -> None:
     print(f"removed {device.path}; on the server: fedtune server revoke {name}")
 
 
+@dataclass(frozen=True)
+class Joining:
+    """The options of `fedtune client join`.
+
+    Args:
+        bundle: the file that `fedtune server enroll` wrote.
+        data: this device's examples.
+        bases: directories of base models; none for the bundled one.
+        home: the device's folder; None for the default.
+        allow_clear: whether the device takes part in jobs that do not mask updates.
+        scores: whether it evaluates for the server.
+        requirements: when the device takes part.
+        try_step: whether the plan is checked with one real training step.
+    """
+
+    bundle: Path
+    data: Path
+    bases: tuple[Path, ...] = ()
+    home: Path | None = None
+    allow_clear: bool = False
+    scores: bool = False
+    requirements: Requirements = DEFAULT_REQUIREMENTS
+    try_step: bool = True
+
+
+def make_device(wanted: Joining) -> None:
+    """Makes the device's folder and plans for its base models; a device that cannot train is removed again.
+
+    Raises:
+        InputError: the bundle, the data or a base model cannot be used, or a device lives in the folder already.
+        NoPlanError: none of the base models fits into this machine.
+    """
+    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
+    from fedtune.core.protocol.enrolment import Bundle
+
+    folder = wanted.home or default_home()
+    made = ClientHome.join(
+        folder,
+        Bundle.load(wanted.bundle),
+        wanted.data,
+        wanted.bases,
+        allow_clear=wanted.allow_clear,
+        scores=wanted.scores,
+        requirements=wanted.requirements,
+    )
+    try:
+        plans = _plans(wanted.bases, wanted.data, folder / CALIBRATIONS, wanted.try_step)
+    except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C
+        made.leave()
+        raise
+    for plan in plans:
+        for line in _plan_lines(plan):
+            print(line)
+    roster, where = made.roster, f" --home {wanted.home}" if wanted.home else ""
+    print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
+    print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
+    print(f"now remove {wanted.bundle}, which holds the same keys; then: fedtune client start{where}")
+
+
 def _print(found: dict[str, Any]) -> None:
     state = found["state"]
     if state == "waiting" and found.get("next_try"):
@@ -246,6 +284,33 @@ def _print(found: dict[str, Any]) -> None:
         print(f"model: {found['model']}")
     if found.get("problem"):
         print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
+
+
+@contextmanager
+def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function to call with the bytes that are there and those there will be.
+
+    It moves a bar on a terminal; elsewhere it prints a line at every tenth.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    if sys.stderr.isatty():
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        shown = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal shown
+            part = _PARTS * done // max(total, 1)
+            if part > shown:
+                shown = part
+                print(f"{what}: {done:,} of {total:,} bytes", file=sys.stderr, flush=True)
+
+        yield tell
 
 
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:

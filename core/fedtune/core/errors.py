@@ -6,7 +6,8 @@ FedtuneError                exit status 1
 │   ├── DataError           a data file; names file and line
 │   ├── ModelError          a base model or an adapter that does not fit it
 │   ├── RunDirectoryError   a run directory that is in the way, incomplete or not one
-│   ├── ExportError         an exported directory that is in the way, corrupt or not one; names the file
+│   ├── ExportError         an exported directory that is in the way, corrupt or not one; names the file; or a run
+│   │                       that no export could hold
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
 ├── RunError                the run could not go on; what was acknowledged is on disk
 ├── UpdateError             one client's update is refused; the round goes on without it
@@ -70,7 +71,7 @@ class RunDirectoryError(InputError):
 
 
 class ExportError(InputError):
-    """An exported directory is in the way, corrupt, tampered with or not one."""
+    """An exported directory is in the way, corrupt or not one; or no export could hold what a run learnt."""
 
 
 class MissingExtraError(InputError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,11 @@ from fedtune.core.host.environment import prepare_environment
 from fedtune.server import server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.run_display import Display, Silent, Terminal, error_console
+
+if TYPE_CHECKING:
+    from fedtune.core.job.settings import Job
+    from fedtune.server.export.exporter import Exported
+    from fedtune.server.export.request import ExportRequest
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -41,8 +47,36 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but e
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
 
 
+def _simulate(job: Job, path: Path, display: Display, force: bool) -> dict[str, Any]:
+    from fedtune.server.simulation.simulate import simulate as run
+
+    return run(job, path, display, force=force)
+
+
+def _resume(path: Path, display: Display) -> dict[str, Any]:
+    from fedtune.server.simulation.simulate import resume as run
+
+    return run(path, display)
+
+
+def _export(request: ExportRequest, display: Display) -> list[Exported]:
+    from fedtune.server.export.request import export as run
+
+    return run(request, display)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What the commands that compute for long call once their options are read; tests pass others to `main`."""
+
+    simulate: Callable[[Job, Path, Display, bool], dict[str, Any]] = _simulate
+    resume: Callable[[Path, Display], dict[str, Any]] = _resume
+    export: Callable[[ExportRequest, Display], list[Exported]] = _export
+
+
 @app.command()
 def simulate(
+    context: typer.Context,
     job: Annotated[
         Path | None, typer.Argument(metavar="[JOB.toml]", help="The job file; without one, the bundled demo.")
     ] = None,
@@ -76,7 +110,6 @@ def simulate(
     from fedtune.core.job.job_file import load_job
     from fedtune.core.job.settings import BUNDLED
     from fedtune.demo import JOB
-    from fedtune.server.simulation.simulate import simulate as run
 
     kinds = []
     if fleet:
@@ -85,22 +118,21 @@ def simulate(
     resolved = load_job(job or JOB, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:
-        summary = run(resolved, directory, display, force=force)
+        summary = context.obj.simulate(resolved, directory, display, force)
     if as_json:
         print(json.dumps(summary, indent=2))
 
 
 @app.command()
 def resume(
+    context: typer.Context,
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted run.")],
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
     """Go on with an interrupted run; the result is the same, bit for bit, as if nothing had happened."""
-    from fedtune.server.simulation.simulate import resume as run
-
     with _running(run_directory, quiet or as_json) as display:
-        summary = run(run_directory, display)
+        summary = context.obj.resume(run_directory, display)
     if as_json:
         print(json.dumps(summary, indent=2))
 
@@ -209,11 +241,16 @@ def common(
     del version
 
 
-def main() -> None:
-    """Runs the command line: exit status 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, programs: Programs | None = None) -> None:
+    """Runs the command line and exits: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted.
+
+    Args:
+        arguments: the words after `fedtune`; by default the process's own.
+        programs: what the commands that compute for long call; by default fedtune's own.
+    """
     prepare_environment()
     try:
-        app()
+        app(arguments, obj=programs or Programs())
     except FedtuneError as error:
         error_console().print(str(error), markup=False, style="red" if sys.stderr.isatty() else None)
         sys.exit(error.exit_status)

@@ -11,7 +11,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.job_inputs import JobInputs
-from fedtune.server.export.last_step import check_export
+from fedtune.server.export.request import check_export
 from fedtune.strategies.cohorts.selection import cohort_size
 
 

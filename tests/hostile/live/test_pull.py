@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import pytest
 from endpoint import Endpoint, listening
 from live_helpers import Proxy, free_port
 
-from fedtune.client.inference import model_pull as module
-from fedtune.client.inference.model_pull import ModelLine, pull
+from fedtune.client.inference.model_line import ModelLine
+from fedtune.client.inference.model_pull import pull
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
 from fedtune.core.protocol.enrolment import Bundle, load_node_key, make_node_key
@@ -150,39 +150,44 @@ def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
     assert versions.roll_back() == now
 
 
-def test_a_pull_that_was_broken_off_goes_on_where_it_was(
-    line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(frozen=True)
+class Passing:
+    """A line that hands everything on to another."""
+
+    line: ModelLine
+
+    def describe(self, job: str | None, form: str | None) -> ModelDescription:
+        return self.line.describe(job, form)
+
+    def read(self, wanted: ReadModel) -> Iterator[bytes]:
+        return self.line.read(wanted)
+
+
+def test_a_pull_that_was_broken_off_goes_on_where_it_was(line: ModelLine, versions: Versions) -> None:
     class Killed(BaseException):
         pass
 
-    real = ModelLine.read
+    class Dying(Passing):
+        def read(self, wanted: ReadModel) -> Iterator[bytes]:
+            for chunk in self.line.read(wanted):
+                if wanted.file.endswith("data") and wanted.offset >= BIG // 2:
+                    raise Killed
+                yield chunk
 
-    def dying(self: ModelLine, wanted: ReadModel) -> Iterator[bytes]:
-        for chunk in real(self, wanted):
-            if wanted.file.endswith("data") and wanted.offset >= BIG // 2:
-                raise Killed
-            yield chunk
-
-    monkeypatch.setattr(ModelLine, "read", dying)
     with pytest.raises(Killed):
-        pull(line, versions)
+        pull(Dying(line), versions)
     assert versions.current is None
     (incoming,) = versions.folder.glob(".incoming-*")
     assert not (incoming / MANIFEST).exists()  # nothing would take it for an export
     half = (incoming / "model.onnx.data").stat().st_size
     assert BIG // 2 <= half < BIG
-    monkeypatch.setattr(ModelLine, "read", real)
     (incoming / ".fedtune.json.abcd").touch()  # of a crash while the manifest was written
     pulled = pull(line, versions)
     assert pulled.received == BIG - half
     assert names(versions) == [pulled.path.name]
 
 
-def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
-    offered: Endpoint, versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PAUSES", (0.05,) * 40)
+def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(offered: Endpoint, versions: Versions) -> None:
     proxy = Proxy()
     proxy.target = offered.listener.port
     proxy.bytes_per_second = 6e6
@@ -198,7 +203,7 @@ def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
     cutter = threading.Thread(target=cutting)
     cutter.start()
     try:
-        pulled = pull(line, versions)
+        pulled = pull(line, versions, pauses=(0.05,) * 40)
         assert pulled.received == pulled.total
     finally:
         stop.set()
@@ -207,11 +212,10 @@ def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(
         proxy.close()
 
 
-def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSES", (0.01, 0.01))
+def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions) -> None:
     line = ModelLine(f"localhost:{free_port()}", make_authority().certificate, "ada", make_node_key())
     with pytest.raises(RunError, match=r"cannot be reached.*go on with: fedtune client pull"):
-        pull(line, versions)
+        pull(line, versions, pauses=(0.01, 0.01))
     line.close()
 
 
@@ -274,7 +278,7 @@ def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, lin
         read("deep/tokenizer.json", manifest="0" * 64)
 
 
-class Liar(ModelLine):
+class Liar:
     """A server that says and sends what it likes."""
 
     def __init__(self, manifest: Any, content: bytes = b"", job: str = "first") -> None:
@@ -390,20 +394,17 @@ def test_a_version_that_was_tampered_with_is_pulled_again(line: ModelLine, versi
 
 
 def test_an_export_that_was_made_again_meanwhile_is_said(
-    offered: Endpoint, line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+    offered: Endpoint, line: ModelLine, versions: Versions
 ) -> None:
-    real = ModelLine.describe
+    class ExportedAgain(Passing):
+        def describe(self, job: str | None, form: str | None) -> ModelDescription:
+            found = self.line.describe(job, form)
+            path = offered.home.path / "runs" / "first" / "onnx" / "int4" / MANIFEST
+            path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+            return found
 
-    def described(self: ModelLine, job: str | None, form: str | None) -> ModelDescription:
-        found = real(self, job, form)
-        path = offered.home.path / "runs" / "first" / "onnx" / "int4" / MANIFEST
-        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-        return found
-
-    monkeypatch.setattr(ModelLine, "describe", described)
     with pytest.raises(InputError, match="job first was exported anew; ask again"):
-        pull(line, versions)
-    monkeypatch.setattr(ModelLine, "describe", real)
+        pull(ExportedAgain(line), versions)
     assert pull(line, versions).manifest.provenance == {"seed": 1}
 
 

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from export_helpers import MakeRun
 
 from fedtune.core.adapter.layout import adapter_digest, save_adapter
 from fedtune.core.job.job_file import load_job
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import adapter_layout
-from fedtune.server.export import exporter as export_module
-from fedtune.server.export.build_child import build_one
-from fedtune.server.export.builder import Build
 from fedtune.server.run_directory import RunDirectory
 
-MakeRun = Callable[..., Path]
 ROWS = [{"prompt": f"turn on the lamp in room {room}", "completion": f" lamp {room} on"} for room in range(24)]
-
-
-def build_here(builds: Sequence[Build], log: Path) -> list[str]:
-    """What the child process does, without the seconds that starting one takes."""
-    root = logging.getLogger()
-    before = (list(root.handlers), root.level)
-    with (
-        log.open("a") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        tables = [json.loads(json.dumps(asdict(wanted), default=str)) for wanted in builds]
-        try:
-            return [build_one(table) for table in tables]
-        finally:
-            root.handlers, root.level = before
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_builds() -> Iterator[None]:
-    """Exports build in this process; test_architectures asks for the child itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "build", build_here)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ import onnxruntime_genai  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from fedtune.server.export.builder import RECIPES, Build, Format, build
+from fedtune.core.protocol.model_manifest import Format
+from fedtune.server.export.builder import RECIPES, Build, build
 from fedtune.server.export.exporter import held_out_examples
-from fedtune.server.export.gate import gate
+from fedtune.server.export.gate import Candidate, Reference, gate
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 
 BY_BUILDER = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
@@ -48,7 +49,7 @@ def check(written: Written, name: str, form: Format) -> None:
     runs, folder, writers = written
     directory = folder / name / form
     run = runs[name]
-    report = gate(directory, run.base, held_out_examples(run, None), form, DROP)
+    report = gate(Candidate(directory, form, DROP), Reference(run.base, held_out_examples(run, None)))
     assert report.passed, report.failures
     assert writers[directory] == ("onnxruntime-genai" if name in BY_BUILDER else "torch.onnx")
     if form == "fp32":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +12,24 @@ from typing import Any
 
 import onnx
 import pytest
+from export_helpers import HERE, MakeRun, export_adapter, export_run
 
 from fedtune.core.errors import ExportError, InputError, ModelError, RunDirectoryError, RunError
-from fedtune.core.job.job_file import load_job
+from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.protocol.model_manifest import manifest_digest, verify
 from fedtune.server import cli
-from fedtune.server.export import exporter as module
 from fedtune.server.export.builder import Build, Recipe, build
-from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
-from fedtune.server.run_display import Silent
+from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
+from fedtune.server.export.request import ExportOptions, export
 
 LENIENT = ExportOptions(max_drop=100.0)  # random weights have nothing to lose
-MakeRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def exported(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with fp32/ and int4/; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
-    export_run(make_run(), ["int4", "fp32"], out, Silent(), LENIENT)
+    export_run(make_run(), ["int4", "fp32"], out, LENIENT)
     return out
 
 
@@ -105,49 +103,42 @@ def test_a_folder_above_exports_names_them(exported: Path) -> None:
         verify(exported)
 
 
-def test_a_closed_gate_leaves_nothing_that_looks_exported(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, refused = vars(module)["gate"], []
+def test_a_closed_gate_leaves_nothing_that_looks_exported(make_run: MakeRun, tmp_path: Path) -> None:
+    refused = []
 
-    def closed(directory: Path, reference: Any, examples: Any, form: str, *more: Any) -> Any:
-        report = real(directory, reference, examples, form, *more)
-        refused.append(form)
-        return replace(report, failures=("it is worse",)) if form == "int8" else report
+    def closed(candidate: Candidate, reference: Reference) -> GateReport:
+        report = gate(candidate, reference)
+        refused.append(candidate.form)
+        return replace(report, failures=("it is worse",)) if candidate.form == "int8" else report
 
-    monkeypatch.setattr(module, "gate", closed)
     with pytest.raises(RunError, match="int8: the export differs from the merged model: it is worse; 2 recipes"):
-        export_run(make_run(), ["fp32", "int8"], tmp_path / "out", Silent())
+        export_run(make_run(), ["fp32", "int8"], tmp_path / "out", tools=replace(HERE, gate=closed))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["export.log"]
     assert refused == ["int8", "int8"]
 
 
-def test_int4_that_fails_is_quantized_better_before_it_is_given_up(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, tries = vars(module)["gate"], []
+def test_int4_that_fails_is_quantized_better_before_it_is_given_up(make_run: MakeRun, tmp_path: Path) -> None:
+    tries = []
 
-    def picky(*arguments: Any) -> Any:
-        report = real(*arguments)
+    def picky(candidate: Candidate, reference: Reference) -> GateReport:
+        report = gate(candidate, reference)
         tries.append(report.max_logit_error)
         return report if len(tries) == 4 else replace(report, failures=("not yet",))
 
-    monkeypatch.setattr(module, "gate", picky)
     run = make_run("llama", intermediate_size=128)  # k-quant takes no odd number of blocks
-    (done,) = export_run(run, ["int4"], tmp_path, Silent(), LENIENT)
+    (done,) = export_run(run, ["int4"], tmp_path, LENIENT, replace(HERE, gate=picky))
     assert done.recipe == "4 bits, k-quant, blocks of 32; head and sensitive layers in 8 bits"
     assert len(tries) == 4
     assert product_bits(done.path) == {4, 8}
     assert verify(done.path).provenance["recipe"] == done.recipe
 
 
-def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_model", full)
     with pytest.raises(RunError, match="the disk is full; nothing was exported"):
-        export_run(make_run(), ["int4"], tmp_path / "out", Silent())
+        export_run(make_run(), ["int4"], tmp_path / "out", tools=replace(HERE, save=full))
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +148,7 @@ def test_wherever_the_disk_fills_up_nothing_looks_exported(
 ) -> None:
     out = small_disk(kilobytes) / "onnx"
     with pytest.raises(RunError, match=r"disk is full|No space left"):
-        export_run(make_run(), ["fp32"], out, Silent())
+        export_run(make_run(), ["fp32"], out)
     assert not list(out.glob("**/fedtune.json"))
     assert [path.name for path in out.glob("*")] in ([], ["export.log"])
 
@@ -166,23 +157,23 @@ def test_an_earlier_export_is_replaced_only_by_force(exported: Path, make_run: M
     out = tmp_path / "onnx"
     shutil.copytree(exported, out)
     with pytest.raises(ExportError, match="fp32: exists already; choose another --out"):
-        export_run(make_run(), ["fp32"], out, Silent())
+        export_run(make_run(), ["fp32"], out)
     (out / "fp32" / "model.onnx").write_bytes(b"broken")
-    export_run(make_run(), ["fp32"], out, Silent(), replace(LENIENT, force=True))
+    export_run(make_run(), ["fp32"], out, replace(LENIENT, force=True))
     verify(out / "fp32")
     (out / "fp16").mkdir()
     with pytest.raises(ExportError, match="it is not an export"):
-        export_run(make_run(), ["fp16"], out, Silent(), replace(LENIENT, force=True))
+        export_run(make_run(), ["fp16"], out, replace(LENIENT, force=True))
 
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(make_run: MakeRun, tmp_path: Path) -> None:
     def refused(run: Path, kind: type[Exception], words: str, options: ExportOptions | None = None) -> None:
         with pytest.raises(kind, match=words):
-            export_run(run, ["fp32"], tmp_path / "out", Silent(), options)
+            export_run(run, ["fp32"], tmp_path / "out", options)
         assert not (tmp_path / "out").exists()
 
     with pytest.raises(InputError, match="--format int3: unknown; expected some of int4, int8, fp16, fp32"):
-        export_run(make_run(), ["int3", "int4"], tmp_path / "out", Silent())
+        export_run(make_run(), ["int3", "int4"], tmp_path / "out")
     refused(tmp_path, RunDirectoryError, "not a run directory")
 
     copy = shutil.copytree(make_run(), tmp_path / "no-adapter")
@@ -205,6 +196,10 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(make_run: MakeRun, t
     evaluation = load_job(copy / "job.toml").data.evaluation
     (copy / "job.toml").write_text(text.replace(evaluation, ""))
     refused(copy, InputError, "no data.evaluation to check the export on")
+    copy = shutil.copytree(make_run(), tmp_path / "flora")
+    flora = 'federation.aggregation="flora"', 'compression.preset="none"', "secure_aggregation.enabled=false"
+    (copy / "job.toml").write_text(dump_job(load_job(make_run() / "job.toml", flora)))
+    refused(copy, ExportError, 'a residual, and an export has the adapter only; expected a run with .* "flexlora"')
     refused(make_run(), InputError, "onnxruntime has no CUDAExecutionProvider", ExportOptions(provider="cuda"))
 
 
@@ -215,16 +210,16 @@ def test_a_builder_that_fails_gives_its_reason(tmp_path: Path) -> None:
 
 
 def test_adapters_apart_share_one_base(make_run: MakeRun, tmp_path: Path) -> None:
-    first = export_adapter(make_run(), "int4", tmp_path, Silent(), LENIENT)
+    first = export_adapter(make_run(), "int4", tmp_path, LENIENT)
     base = manifest_digest(tmp_path / "base-int4")
-    second = export_adapter(make_run(seed=1), "int4", tmp_path, Silent(), LENIENT)
+    second = export_adapter(make_run(seed=1), "int4", tmp_path, LENIENT)
     assert manifest_digest(tmp_path / "base-int4") == base
     assert (first.path.name, second.path.name) == ("run-0.onnx_adapter", "run-1.onnx_adapter")
     verify(tmp_path / "base-int4")
     described = json.loads((tmp_path / "run-1.json").read_text())
     assert described["provenance"]["base_digest"] == first_base_digest(tmp_path)
     with pytest.raises(ExportError, match="a base for other adapters"):
-        export_adapter(make_run("qwen3"), "int4", tmp_path, Silent(), replace(LENIENT, force=True))
+        export_adapter(make_run("qwen3"), "int4", tmp_path, replace(LENIENT, force=True))
 
 
 def first_base_digest(out: Path) -> str:
@@ -232,18 +227,19 @@ def first_base_digest(out: Path) -> str:
 
 
 def test_an_adapter_apart_is_exact_in_float32(make_run: MakeRun, tmp_path: Path) -> None:
-    done = export_adapter(make_run(), "fp32", tmp_path, Silent())
+    done = export_adapter(make_run(), "fp32", tmp_path)
     assert done.report.passed
     assert done.report.max_logit_error < 1e-4
 
 
 def test_the_command_prints_json_and_refuses_in_one_line(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    programs = cli.Programs(export=lambda request, display: export(request, display, HERE))
+
     def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["fedtune", "export", *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            cli.main(["export", *arguments], programs)
         return int(caught.value.code or 0)
 
     assert run(str(make_run()), "--format", "fp32", "--out", str(tmp_path / "onnx"), "--json") == 0

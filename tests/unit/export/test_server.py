@@ -20,28 +20,27 @@ import openai
 import pytest
 import torch
 import uvicorn
+from export_helpers import MakeRun, export_adapter, export_run
 
 from fedtune.client.inference.chat import converse
-from fedtune.client.inference.exported_model import ExportedModel, Sampling
+from fedtune.client.inference.exported_model import Adapter, ExportedModel, Sampling
 from fedtune.client.inference.http_api import create_app
 from fedtune.client.inference.inference_commands import pulled_model
 from fedtune.client.inference.model_versions import Versions
 from fedtune.client.inference.openai_bodies import event
-from fedtune.client.inference.scheduler import Piece, Scheduler, Stream
+from fedtune.client.inference.scheduler import Piece, Scheduler
 from fedtune.core.errors import ExportError, InputError
 from fedtune.core.protocol.model_manifest import digest_file
 from fedtune.server import cli
-from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
 from fedtune.server.export.merge import merge, open_run
-from fedtune.server.run_display import Silent
+from fedtune.server.export.request import ExportOptions
 
 PROMPT = "turn on the lamp"
-MakeRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def directory(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_run(make_run(), ["fp32"], tmp_path_factory.mktemp("served"), Silent())[0].path
+    return export_run(make_run(), ["fp32"], tmp_path_factory.mktemp("served"))[0].path
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,44 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
-    real = Stream._generate
+class WatchedModel(ExportedModel):
+    """Calls `before(generator, sampling)` before each token."""
 
-    def generate(stream: Stream) -> None:
-        time.sleep(seconds)
-        real(stream)
+    def __init__(self, directory: Path, before: Callable[[object, Sampling], None]) -> None:
+        super().__init__(directory, "lamp")
+        self._before = before
 
-    monkeypatch.setattr(Stream, "_generate", generate)
+    def generator(self, prompt_tokens: int, sampling: Sampling, adapter: Adapter | None = None) -> Any:
+        return WatchedGenerator(super().generator(prompt_tokens, sampling, adapter), sampling, self._before)
+
+
+class WatchedGenerator:
+    def __init__(self, real: Any, sampling: Sampling, before: Callable[[object, Sampling], None]) -> None:
+        self._real, self._sampling, self._before = real, sampling, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def generate_next_token(self) -> None:
+        self._before(self, self._sampling)
+        self._real.generate_next_token()
+
+
+class SlowReader(ExportedModel):
+    """Takes as long to tokenise as a test wants."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, "lamp")
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def encode(self, text: str) -> list[int]:
+        del text
+        self.begun.set()
+        self.go_on.wait(20)
+        return [1]
+
+    def encode_chat(self, messages: object) -> list[int]:
+        return self.encode(str(messages))
 
 
 def merged_text(run: Path, prompt: str, tokens: int) -> str:
@@ -116,31 +145,23 @@ def test_a_completion_is_what_the_merged_model_writes(client: openai.OpenAI, mak
     [("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": [{"role": "user", "content": PROMPT}]})],
 )
 def test_a_prompt_that_takes_long_to_tokenise_holds_nobody_up(
-    url: str, monkeypatch: pytest.MonkeyPatch, path: str, content: dict[str, Any]
+    directory: Path, path: str, content: dict[str, Any]
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(model: ExportedModel, given: Any) -> list[int]:
-        del model, given
-        begun.set()
-        go_on.wait(20)
-        return [1]
-
-    monkeypatch.setattr(ExportedModel, "encode", slow)
-    monkeypatch.setattr(ExportedModel, "encode_chat", slow)
+    model = SlowReader(directory)
     statuses: list[int] = []
+    with serving(model) as url:
 
-    def ask() -> None:
-        statuses.append(httpx.post(f"{url}/v1/{path}", json={"model": "lamp", **content}, timeout=60).status_code)
+        def ask() -> None:
+            statuses.append(httpx.post(f"{url}/v1/{path}", json={"model": "lamp", **content}, timeout=60).status_code)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert begun.wait(20)
-    try:
-        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
-    finally:
-        go_on.set()
-        asking.join()
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert model.begun.wait(20)
+        try:
+            assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+        finally:
+            model.go_on.set()
+            asking.join()
     assert statuses == [200]
 
 
@@ -239,10 +260,8 @@ def active(url: str) -> int:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_goes_away_frees_its_slot_within_a_second(
-    model: ExportedModel, monkeypatch: pytest.MonkeyPatch, streamed: bool
-) -> None:
-    slowly(monkeypatch, 0.05)
+def test_a_client_that_goes_away_frees_its_slot_within_a_second(directory: Path, streamed: bool) -> None:
+    model = WatchedModel(directory, lambda *_: time.sleep(0.05))
     body = {"model": "lamp", "prompt": PROMPT, "max_tokens": 200, "stream": streamed, "temperature": 0}
     with serving(model, slots=1, queue=0) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
@@ -262,15 +281,9 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_second(
             time.sleep(0.02)
 
 
-def test_streams_progress_fairly_and_all_are_answered(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[Stream] = []
-    real = Stream._generate
-
-    def generate(stream: Stream) -> None:
-        turns.append(stream)
-        real(stream)
-
-    monkeypatch.setattr(Stream, "_generate", generate)
+def test_streams_progress_fairly_and_all_are_answered(directory: Path) -> None:
+    turns: list[object] = []
+    model = WatchedModel(directory, lambda generator, _: turns.append(generator))
     scheduler = Scheduler(model, slots=16)
     done = threading.Semaphore(0)
     ends: list[str] = []
@@ -296,15 +309,13 @@ def test_streams_progress_fairly_and_all_are_answered(model: ExportedModel, monk
             assert len(set(turns[index:following])) == following - index <= 16
 
 
-def test_a_stream_that_fails_ends_alone(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Stream._generate
-
-    def generate(stream: Stream) -> None:
-        if stream._sampling.seed == 13:
+def test_a_stream_that_fails_ends_alone(directory: Path) -> None:
+    def fail(generator: object, sampling: Sampling) -> None:
+        del generator
+        if sampling.seed == 13:
             raise RuntimeError("out of memory")
-        real(stream)
 
-    monkeypatch.setattr(Stream, "_generate", generate)
+    model = WatchedModel(directory, fail)
     with serving(model) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
             client.completions.create(model="lamp", prompt=PROMPT, seed=13)
@@ -314,7 +325,7 @@ def test_a_stream_that_fails_ends_alone(model: ExportedModel, monkeypatch: pytes
 def test_adapters_are_listed_loaded_and_swapped_while_serving(make_run: MakeRun, tmp_path: Path) -> None:
     options = ExportOptions(force=True)
     for seed in (0, 1):
-        export_adapter(make_run(seed=seed), "fp32", tmp_path, Silent(), options)
+        export_adapter(make_run(seed=seed), "fp32", tmp_path, options)
     wanted = {f"run-{seed}": merged_text(make_run(seed=seed), PROMPT, 16) for seed in (0, 1)}
     assert wanted["run-0"] != wanted["run-1"]
     model = ExportedModel(tmp_path / "base-fp32", "base", tmp_path)
@@ -355,7 +366,7 @@ def test_adapters_are_listed_loaded_and_swapped_while_serving(make_run: MakeRun,
 
 def test_chat_answers_piped_lines(make_run: MakeRun, make_model: Callable[..., Path], tmp_path: Path) -> None:
     run = shutil.copytree(make_run(), tmp_path / "run")
-    (done,) = export_run(run, ["fp32"], tmp_path / "out", Silent())
+    (done,) = export_run(run, ["fp32"], tmp_path / "out")
     config = done.path / "tokenizer_config.json"
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     replaced(done.path, config.name, json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
@@ -398,15 +409,14 @@ def test_a_conversation_is_answered_whole_and_in_pieces(directory: Path, tmp_pat
 
 
 def test_a_tampered_directory_is_refused_with_the_file_named(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(directory, tmp_path / "copy")
     with (copy / "model.onnx.data").open("r+b") as file:
         file.write(b"\x01")
     for command in ("serve", "chat"):
-        monkeypatch.setattr(sys, "argv", ["fedtune", command, str(copy)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            cli.main([command, str(copy)])
         assert caught.value.code == 2
         error = capsys.readouterr().err
         assert "model.onnx.data: was changed" in error
@@ -477,9 +487,8 @@ def test_serving_others_needs_a_token(
         (["--token-file", str(tmp_path / "empty")], "empty: holds no token"),
         (["--adapters", str(tmp_path / "empty")], "not a directory"),
     ):
-        monkeypatch.setattr(sys, "argv", ["fedtune", "serve", str(directory), *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            cli.main(["serve", str(directory), *arguments])
         assert caught.value.code == 2
         assert reason in capsys.readouterr().err
 

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fedtune.server.export.exporter import export_run
-from fedtune.server.run_display import Silent
+from export_helpers import export_run
 
 PROGRAM = Path(__file__).parents[3] / "benchmarks" / "inference" / "streams.py"
 GROWTH_MB = 50.0
 
 
 def load(make_run: Callable[..., Path], folder: Path, seconds: int) -> dict[str, Any]:
-    model = export_run(make_run(), ["fp32"], folder, Silent())[0].path
+    model = export_run(make_run(), ["fp32"], folder)[0].path
     command = [sys.executable, str(PROGRAM), str(model), "--seconds", str(seconds), "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds + 120, check=False, env=os.environ.copy()

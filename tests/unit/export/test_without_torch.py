@@ -11,9 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from endpoint import Endpoint, listening
-
-from fedtune.server.export.exporter import export_run
-from fedtune.server.run_display import Silent
+from export_helpers import export_run
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,7 +21,7 @@ def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Endpoint
     """A listening server with one finished job, exported."""
     listener = listening(tmp_path)
     endpoint = next(listener)
-    export_run(make_run(), ["fp32"], endpoint.home.path / "runs" / "first" / "onnx", Silent())
+    export_run(make_run(), ["fp32"], endpoint.home.path / "runs" / "first" / "onnx")
     (endpoint.home.path / "jobs" / "finished").mkdir(parents=True, exist_ok=True)
     (endpoint.home.path / "jobs" / "finished" / "000001-first.toml").touch()
     yield endpoint

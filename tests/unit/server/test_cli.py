@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ import typer
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import BUNDLED, Job
 from fedtune.server import cli
-from fedtune.server.simulation import simulate as module
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
+def run(*arguments: str, programs: cli.Programs | None = None) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        cli.main(arguments, programs)
     return int(caught.value.code or 0)
 
 
@@ -36,7 +33,7 @@ def test_every_command_explains_itself_and_all_that_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: tuple[str, ...], command: Any
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, *path, "--help") == 0
+    assert run(*path, "--help") == 0
     shown = capsys.readouterr().out
     assert "Usage: " in shown
     for parameter in command.params:
@@ -44,13 +41,13 @@ def test_every_command_explains_itself_and_all_that_it_takes(
         assert parameter.help.replace("`", "")[:20] in shown
 
 
-def test_help_explains_arguments_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "export", "--help") == 0
+def test_help_explains_arguments_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "--help") == 0
     assert "The directory of a finished run" in capsys.readouterr().out
 
 
-def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--version") == 0
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
     assert capsys.readouterr().out.count(".") == 2
 
 
@@ -66,53 +63,49 @@ def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
 ) -> None:
-    assert run(monkeypatch, *arguments) == 2
+    assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
 
 
-def test_a_failed_run_is_exit_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    def fail(*arguments: Any, **named: Any) -> None:
+def test_a_failed_run_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def fail(*arguments: Any) -> dict[str, Any]:
         raise RunError("the disk is full")
 
-    monkeypatch.setattr(module, "simulate", fail)
-    assert run(monkeypatch, "simulate", "--out", str(tmp_path / "run")) == 1
+    assert run("simulate", "--out", str(tmp_path / "run"), programs=cli.Programs(simulate=fail)) == 1
     assert capsys.readouterr().err == "the disk is full\n"
 
 
-def test_ctrl_c_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    def interrupt(job: object, directory: Path, *arguments: Any, **named: Any) -> None:
+def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def interrupt(job: object, directory: Path, *arguments: Any) -> dict[str, Any]:
         directory.mkdir()
         (directory / "job.toml").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "simulate", interrupt)
-    assert run(monkeypatch, "simulate", "--out", str(tmp_path / "run")) == 130
+    assert run("simulate", "--out", str(tmp_path / "run"), programs=cli.Programs(simulate=interrupt)) == 130
     assert f"go on with: fedtune resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
-def test_json_is_all_that_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(module, "simulate", lambda *arguments, **named: {"status": "finished"})
-    assert run(monkeypatch, "simulate", "--json", "--out", str(tmp_path / "run")) == 0
+def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    programs = cli.Programs(simulate=lambda *arguments: {"status": "finished"})
+    assert run("simulate", "--json", "--out", str(tmp_path / "run"), programs=programs) == 0
     assert json.loads(capsys.readouterr().out) == {"status": "finished"}
 
 
 def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     chosen: list[Path] = []
-    monkeypatch.setattr(module, "simulate", lambda job, directory, *arguments, **named: chosen.append(directory))
+
+    def note(job: object, directory: Path, *arguments: Any) -> dict[str, Any]:
+        chosen.append(directory)
+        return {}
+
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
-    run(monkeypatch, "simulate", "--quiet")
+    run("simulate", "--quiet", programs=cli.Programs(simulate=note))
     assert chosen == [Path("runs/demo-2")]
 
 
@@ -120,6 +113,10 @@ def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_a_fleet_is_a_file_or_the_bundled_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fleet: str) -> None:
     monkeypatch.chdir(tmp_path)
     jobs: list[Job] = []
-    monkeypatch.setattr(module, "simulate", lambda job, *arguments, **named: jobs.append(job))
-    run(monkeypatch, "simulate", "--quiet", "--fleet", fleet)
+
+    def note(job: Job, *arguments: Any) -> dict[str, Any]:
+        jobs.append(job)
+        return {}
+
+    run("simulate", "--quiet", "--fleet", fleet, programs=cli.Programs(simulate=note))
     assert [job.simulation.fleet for job in jobs] == [fleet if fleet == BUNDLED else str(tmp_path / fleet)]

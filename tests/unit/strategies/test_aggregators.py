@@ -320,6 +320,15 @@ def test_long_updates_are_scaled_to_the_clip_and_short_ones_left() -> None:
             ["federation.aggregation=flora", "compression.preset=none", "federation.robust=median"],
             'expected federation.robust = "none"',
         ),
+        (
+            [
+                "secure_aggregation.enabled=false",
+                "federation.aggregation=flora",
+                "compression.preset=none",
+                'export.formats=["int4"]',
+            ],
+            'expected federation.aggregation = "flexlora", or export.formats = []',
+        ),
         (["federation.server_learning_rate=0.5"], 'federation.server_optimizer is "none"'),
         (["federation.robust_share=0.5"], "federation.robust_share"),
         (["federation.aggregation=fedprox"], "federation.aggregation"),

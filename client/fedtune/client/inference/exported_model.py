@@ -23,10 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from fedtune.core.errors import ExportError, InputError
-from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES, digest_file, parse_manifest, verify
+from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX, MAX_MANIFEST_BYTES, digest_file, parse_manifest, verify
 from fedtune.core.text import nfc
 
-ADAPTER_SUFFIX = ".onnx_adapter"
 MAX_ADAPTERS = 64
 _LOADED = ("library", "lib_path", "backend_path")  # in keys of onnxruntime-genai and of execution providers
 

@@ -20,12 +20,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedtune.client.inference.exported_model import ExportedModel, PromptError, Sampling
-from fedtune.client.inference.metrics import CONTENT_TYPE, Metrics
 from fedtune.client.inference.openai_bodies import (
     COMPLETION_TOKENS,
     DONE,
@@ -43,6 +43,9 @@ from fedtune.core.errors import ExportError
 
 DISCONNECT_POLL = 0.2  # seconds between looks whether the client of an answer that is not streamed is still there
 BODY_SECONDS = 30.0  # a client that takes longer to send its request is not waited for
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _OPEN = ("/health",)
 _COUNTED = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/adapters")
 
@@ -53,7 +56,7 @@ def create_app(model: ExportedModel, scheduler: Scheduler, token: str | None = N
     Args:
         token: what requests must bring as `Authorization: Bearer TOKEN`; None lets everybody in.
     """
-    service = _Service(model, scheduler, Metrics(scheduler))
+    service = _Service(model, scheduler, _Metrics(scheduler))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,10 +89,37 @@ def create_app(model: ExportedModel, scheduler: Scheduler, token: str | None = N
     return app
 
 
+class _Metrics:
+    """Counts what one server does, for Prometheus, in a registry of its own."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "fedtune_requests", "Requests answered.", ["endpoint", "status"], registry=self._registry
+        )
+        self.prompt_tokens = Counter("fedtune_prompt_tokens", "Tokens of prompts.", registry=self._registry)
+        self.completion_tokens = Counter("fedtune_completion_tokens", "Tokens of answers.", registry=self._registry)
+        self.finished = Counter("fedtune_streams", "Streams that ended.", ["reason"], registry=self._registry)
+        self.first_token = Histogram(
+            "fedtune_first_token_seconds", "Request to first text.", buckets=_FIRST_TOKEN, registry=self._registry
+        )
+        self.seconds = Histogram(
+            "fedtune_stream_seconds", "Request to last token.", buckets=_WHOLE, registry=self._registry
+        )
+        active = Gauge("fedtune_active_streams", "Streams that get tokens.", registry=self._registry)
+        active.set_function(lambda: scheduler.load[0])
+        waiting = Gauge("fedtune_waiting_streams", "Streams that wait for a slot.", registry=self._registry)
+        waiting.set_function(lambda: scheduler.load[1])
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
 class _Service:
     """The endpoints."""
 
-    def __init__(self, model: ExportedModel, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(self, model: ExportedModel, scheduler: Scheduler, metrics: _Metrics) -> None:
         self._model, self._scheduler, self.metrics = model, scheduler, metrics
         self._created = int(time.time())
 
@@ -100,7 +130,7 @@ class _Service:
         return JSONResponse(body, 200 if alive else 503)
 
     async def prometheus(self) -> Response:
-        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(self.metrics.text(), media_type=_METRICS_TYPE)
 
     async def models(self) -> Response:
         names = [self._model.name, *self._model.adapters]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fedtune.core.errors import InputError, MissingExtraError
+from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX
 
 TOKEN_VARIABLE = "FEDTUNE_TOKEN"
 MAX_TOKEN_BYTES = 4096
@@ -72,41 +75,9 @@ def serve(
 
     A program that uses the openai package needs base_url="http://localhost:8080/v1" and nothing else changed.
     """
-    try:
-        import uvicorn
-
-        from fedtune.client.inference.exported_model import ADAPTER_SUFFIX, ExportedModel
-        from fedtune.client.inference.http_api import create_app
-        from fedtune.client.inference.scheduler import Scheduler
-        from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
-
-    token = read_token(token_file)
-    if token is None and not _is_loopback(host):
-        raise InputError(f"--host {host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
-    if adapters is not None and not adapters.is_dir():
-        raise InputError(f"--adapters {adapters}: not a directory")
-    model = ExportedModel(model_directory or pulled_model(), name, adapters, threads)
-    for path in sorted(adapters.glob(f"*{ADAPTER_SUFFIX}")) if adapters else []:
-        model.load_adapter(path.name.removesuffix(ADAPTER_SUFFIX))
-    app = create_app(model, Scheduler(model, slots, queue), token)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        http=BoundedHttp,
-        limit_concurrency=2 * (slots + queue) + 32,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    answer_requests(
+        Serving(model_directory or pulled_model(), host, port, slots, queue, threads, name, adapters, token_file)
     )
-    listener = _bind(config)
-    address, bound = listener.getsockname()[:2]
-    loaded = f", adapters {', '.join(model.adapters)}" if model.adapters else ""
-    print(f"{model.name} ({model.manifest.format}{loaded}) on http://{address}:{bound}/v1", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def chat(
@@ -146,6 +117,74 @@ def chat(
 
     model = ExportedModel(model_directory or pulled_model(), threads=threads)
     converse(model, Sampling(max_tokens, temperature, top_p, seed), remember=not forget)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The options of `fedtune serve`.
+
+    Args:
+        directory: an exported model.
+        slots: answers that are written at once.
+        queue: requests that may wait for a slot.
+        threads: for each token; None leaves the number to onnxruntime.
+        name: None for the export's own.
+        adapters: a folder whose `.onnx_adapter` files are loaded.
+        token_file: None takes the token of the environment, or none.
+    """
+
+    directory: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    slots: int = 16
+    queue: int = 64
+    threads: int | None = None
+    name: str | None = None
+    adapters: Path | None = None
+    token_file: Path | None = None
+
+
+def answer_requests(wanted: Serving) -> None:
+    """Serves a model until the process is stopped.
+
+    Raises:
+        InputError: others could use the model without a token, the model cannot be loaded, or the port is taken.
+        MissingExtraError: the packages of inference are not installed.
+    """
+    try:
+        import uvicorn
+
+        from fedtune.client.inference.exported_model import ExportedModel
+        from fedtune.client.inference.http_api import create_app
+        from fedtune.client.inference.scheduler import Scheduler
+        from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
+
+    token = read_token(wanted.token_file)
+    if token is None and not _is_loopback(wanted.host):
+        raise InputError(f"--host {wanted.host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
+    if wanted.adapters is not None and not wanted.adapters.is_dir():
+        raise InputError(f"--adapters {wanted.adapters}: not a directory")
+    model = ExportedModel(wanted.directory, wanted.name, wanted.adapters, wanted.threads)
+    for path in sorted(wanted.adapters.glob(f"*{ADAPTER_SUFFIX}")) if wanted.adapters else []:
+        model.load_adapter(path.name.removesuffix(ADAPTER_SUFFIX))
+    config = uvicorn.Config(
+        create_app(model, Scheduler(model, wanted.slots, wanted.queue), token),
+        host=wanted.host,
+        port=wanted.port,
+        log_level="warning",
+        http=BoundedHttp,
+        limit_concurrency=2 * (wanted.slots + wanted.queue) + 32,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )
+    listener = _bind(wanted.host, wanted.port)
+    address, bound = listener.getsockname()[:2]
+    loaded = f", adapters {', '.join(model.adapters)}" if model.adapters else ""
+    print(f"{model.name} ({model.manifest.format}{loaded}) on http://{address}:{bound}/v1", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def pulled_model() -> Path:
@@ -190,15 +229,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _bind(config: Any) -> Any:
-    import socket
-
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((config.host, config.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise InputError(f"{config.host}:{config.port}: cannot be listened on: {error.strerror}") from error
+        raise InputError(f"{host}:{port}: cannot be listened on: {error.strerror}") from error
     return listener

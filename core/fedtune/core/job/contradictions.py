@@ -38,6 +38,10 @@ def contradictions(job: Job) -> list[str]:
             "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
             "it is published; name a file, or set export.formats = []"
         )
+    if job.export.formats and (reason := unexportable(job)):
+        problems.append(
+            f'export.formats is set, but {reason}; expected federation.aggregation = "flexlora", or export.formats = []'
+        )
     simulation = job.simulation
     if simulation.backend == "local" and simulation.threads != 1 and simulation.workers not in ("auto", 1):
         problems.append(
@@ -47,6 +51,16 @@ def contradictions(job: Job) -> list[str]:
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
     return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
+
+
+def unexportable(job: Job) -> str | None:
+    """Why an export could not hold all that the job's run learnt; None when it can."""
+    if job.federation.aggregation == "flora":
+        return (
+            'federation.aggregation is "flora": the server keeps what the rank of the adapter cannot hold as a '
+            "residual, and an export has the adapter only"
+        )
+    return None
 
 
 def _insecure(job: Job) -> list[str]:

@@ -13,13 +13,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from fedtune.core.errors import ExportError
 
 MANIFEST = "fedtune.json"
 CARD = "MODEL_CARD.md"
-FORMATS = ("int4", "int8", "fp16", "fp32")  # the smallest first
+ADAPTER_SUFFIX = ".onnx_adapter"
+Format = Literal["int4", "int8", "fp16", "fp32"]
+FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16", "fp32")  # the smallest first
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096

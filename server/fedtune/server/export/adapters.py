@@ -21,7 +21,6 @@ from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import ModelError
 from fedtune.server.export.merge import FinishedRun
 
-SUFFIX = ".onnx_adapter"
 _FACTOR = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.lora_([AB])\.MatMul\.weight")
 _BLOCKS = {"attn": "self_attn"}
 _DATA = "model.onnx.data"

@@ -14,13 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from fedtune.core.errors import RunError
-
-Format = Literal["int4", "int8", "fp16", "fp32"]
-FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16", "fp32")
-_LAST_LINES = 3  # of the log, in the message when the child dies
+from fedtune.core.protocol.model_manifest import Format
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`fedtune export`: the command line around `export_run` and `export_adapter`."""
+"""`fedtune export`: the command line around `request.export`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from fedtune.core.errors import InputError, MissingExtraError
+from fedtune.core.errors import InputError
 from fedtune.server.run_display import Display, Silent, Terminal
 
 
 def export(
+    context: typer.Context,
     run_directory: Annotated[
         Path,
         typer.Argument(metavar="RUN_DIR", help="The directory of a finished run: fedtune simulate prints its name."),
@@ -80,32 +81,20 @@ def export(
 
     Then: fedtune chat runs/demo-1/onnx/int4, or fedtune serve runs/demo-1/onnx/int4.
     """
-    try:
-        from fedtune.server.export.exporter import ExportOptions, export_adapter, export_run
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("fedtune export", "export", error.name or "onnxruntime") from error
+    from fedtune.server.export.request import ONNX, ExportOptions, ExportRequest
 
-    wanted = [form.strip() for form in formats.split(",") if form.strip()]
+    wanted = tuple(form.strip() for form in formats.split(",") if form.strip())
     chosen = ExportOptions(provider, _pairs(options or []), max_drop, data, force)
-    target = out or run_directory / "onnx"
+    request = ExportRequest(run_directory, wanted, out or run_directory / ONNX, chosen, adapter_only)
     shown: nullcontext[Display] | Terminal = nullcontext(Silent()) if quiet or as_json else Terminal()
     with shown as display:
-        if adapter_only:
-            if len(wanted) != 1:
-                raise InputError("--adapter-only takes one --format, that of the base")
-            exported = [export_adapter(run_directory, wanted[0], target, display, chosen)]
-        else:
-            exported = export_run(run_directory, wanted, target, display, chosen)
+        exported = context.obj.export(request, display)
         for done in exported:
             display.note(f"{done.format:8} {done.path}")
         if not adapter_only:
             display.note(f"try it: fedtune chat {exported[0].path}")
     if as_json:
-        summary = [
-            {"path": str(done.path), "format": done.format, "recipe": done.recipe, "gate": done.report.to_json()}
-            for done in exported
-        ]
-        print(json.dumps(summary, indent=2))
+        print(json.dumps([done.to_json() for done in exported], indent=2))
 
 
 def _pairs(options: list[str]) -> dict[str, str]:

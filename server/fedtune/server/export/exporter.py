@@ -1,58 +1,35 @@
 """The export as a whole: merge, write, gate, describe, publish. Nothing appears under its name before all gates opened.
 
-exported = export_run(Path("runs/first"), ["int4", "fp32"], Path("runs/first/onnx"), display)
-# runs/first/onnx/int4/, runs/first/onnx/fp32/
+`export_request` is what `request.export` calls once the request is checked.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.errors import DataError, ExportError, InputError, ModelError, RunError
-from fedtune.core.host.private_files import sync_directory
-from fedtune.core.protocol.model_manifest import CARD, MANIFEST, Manifest, list_files, read_manifest
-from fedtune.data.examples import Example, load_examples, prepare, start_tokens
+from fedtune.core.errors import DataError, ExportError, RunError
+from fedtune.core.protocol.model_manifest import Format, read_manifest
+from fedtune.data.examples import Example, load_examples, prepare
 from fedtune.data.population import evaluation_records
+from fedtune.model.base_model import BaseModel
 from fedtune.server.export import adapters
-from fedtune.server.export.builder import FORMATS, RECIPES, Build, Format, Recipe, build
-from fedtune.server.export.card import model_card
-from fedtune.server.export.gate import GateReport, gate, provider_name
+from fedtune.server.export.builder import RECIPES, Build, Recipe, build
+from fedtune.server.export.gate import Candidate, GateReport, Reference, gate, provider_name
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
+from fedtune.server.export.publishing import Description, describe_model, publish, publish_adapter
+from fedtune.server.export.request import WORKPLACE, ExportOptions, ExportRequest, no_held_out_examples
 from fedtune.server.run_display import Display, format_bytes
 from fedtune.server.run_facts import versions
-from fedtune.server.run_files import plain_errors, write_json, write_text
+from fedtune.server.run_files import plain_errors
 
 LOG = "export.log"
-WORKPLACE = ".export-"  # how the hidden folder of an export in progress begins
-MAX_DROP = 1.0
-_NEEDED = ("tokenizer.json", "genai_config.json", "model.onnx")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export.
-
-    Args:
-        provider: the execution provider to build and check for: "cpu", "cuda", "dml", ...
-        builder: options handed to onnxruntime-genai's model builder, over the recipe's own.
-        max_drop: points of exact match and token accuracy that int4, int8 and fp16 may lose.
-        data: held-out examples for the gate, instead of the job's own evaluation data.
-        force: replaces an earlier export.
-    """
-
-    provider: str = "cpu"
-    builder: dict[str, str] = field(default_factory=dict)
-    max_drop: float = MAX_DROP
-    data: Path | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,84 +41,92 @@ class Exported:
     recipe: str
     report: GateReport
 
+    def to_json(self) -> dict[str, Any]:
+        """For summaries and `--json`."""
+        return {
+            "format": self.format,
+            "path": str(self.path),
+            "recipe": self.recipe,
+            "gate": self.report.to_json(),
+        }
 
-def export_run(
-    run_path: Path, formats: Sequence[str], out: Path, display: Display, options: ExportOptions | None = None
-) -> list[Exported]:
-    """Exports a finished run's merged model in several formats, each into `out`/FORMAT.
+
+@dataclass(frozen=True)
+class ExportTools:
+    """The three steps that take long or fail for reasons of their own; tests put others in their place.
+
+    Args:
+        save: writes a torch model as a transformers directory.
+        build: writes ONNX models and returns by whom each was written; appends to the log.
+        gate: holds a written model against the merged one.
+    """
+
+    save: Callable[[BaseModel, Path], None] = save_model
+    build: Callable[[Sequence[Build], Path], list[str]] = build
+    gate: Callable[[Candidate, Reference], GateReport] = gate
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One export in progress.
+
+    Args:
+        work: the hidden folder where everything is made.
+        reference: the run's model and the held-out examples; merged before the first gate.
+    """
+
+    run: FinishedRun
+    reference: Reference
+    work: Path
+    options: ExportOptions
+    tools: ExportTools
+    display: Display
+
+    def build(self, builds: Sequence[Build]) -> list[str]:
+        """Writes models, and returns by whom each was written."""
+        return self.tools.build(builds, self.work / LOG)
+
+    def wanted(self, source: Path, out: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> Build:
+        """What a builder is told."""
+        return Build(source, out, form, recipe, self.options.provider, self.options.builder, adapter)
+
+    def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
+        """Holds a written model against the merged one, and says how it went."""
+        candidate = Candidate(directory, form, self.options.max_drop, self.options.provider, adapter)
+        report = self.tools.gate(candidate, self.reference)
+        self.display.note(_verdict(form, recipe, report))
+        return report
+
+    def provenance(self, recipe: Recipe, writer: str) -> dict[str, Any]:
+        """Where a written model came from."""
+        return {
+            **self.run.provenance,
+            "recipe": recipe.name,
+            "writer": writer,
+            "provider": self.options.provider,
+            "builder_options": {**recipe.options, **self.options.builder},
+            "versions": versions(),
+        }
+
+
+def export_request(request: ExportRequest, display: Display, tools: ExportTools | None = None) -> list[Exported]:
+    """Exports a finished run: merged models, or its adapter alone.
+
+    Args:
+        request: checked.
 
     Raises:
-        InputError: an unknown format, a run without an adapter, another base model, something in the way, no data.
+        InputError: the provider is not there, or the base model or the adapter is not the run's.
         RunError: the model could not be written, or a gate stayed closed; nothing was published.
     """
-    options = options or ExportOptions()
-    wanted = _known(formats)
-    provider_name(options.provider)
-    _check_free(out, [out / form for form in wanted], options.force)
-    run = open_run(run_path)
-    examples = held_out_examples(run, options.data)
-    merge(run)
-    exported = []
-    with _workplace(out) as work:
-        source = work / "merged"
-        save_model(run.base, source)
-        display.note(f"writing {', '.join(wanted)}")
-        first = [_build_of(form, RECIPES[form][0], source, work, options) for form in wanted]
-        for form, writer in zip(wanted, build(first, _log(work)), strict=True):
-            exported.append(_export_format(run, form, writer, source, work, examples, display, options))
-        for done in exported:
-            publish(done.path, out / done.format)
-    return [replace(done, path=out / done.format) for done in exported]
-
-
-def export_adapter(
-    run_path: Path, form: str, out: Path, display: Display, options: ExportOptions | None = None
-) -> Exported:
-    """Exports only the adapter, for devices that hold the base: `out`/NAME.onnx_adapter, NAME being the run's.
-
-    The base itself goes to `out`/base-FORMAT once; later runs on the same base and layout add only their adapter.
-
-    Raises:
-        InputError, RunError: as `export_run`.
-    """
-    options = options or ExportOptions()
-    (wanted,) = _known([form])
-    provider_name(options.provider)
-    run = open_run(run_path)
-    examples = held_out_examples(run, options.data)
-    name = run_path.resolve().name
-    target, base = out / f"{name}{adapters.SUFFIX}", out / f"base-{wanted}"
-    _check_free(out, [target], options.force)
-    held = _usable_base(base, run, wanted)
-    with _workplace(out) as work:
-        if not held:
-            source = work / "reference"
-            save_model(run.base, source)
-        merge(run)
-        recipes = RECIPES[wanted] if not held else (Recipe(read_manifest(base).provenance["recipe"]),)
-        for recipe in recipes:
-            directory = base
-            if not held:
-                directory = work / "base"
-                shutil.rmtree(directory, ignore_errors=True)
-                display.note(f"{wanted}: writing the base with the adapter's factors as inputs ({recipe.name})")
-                wish = Build(source, directory, wanted, recipe, options.provider, options.builder, run.path / "adapter")
-                writer = build([wish], _log(work))[0]
-                adapters.open_inputs(directory, run.layout)
-            file = work / target.name
-            adapters.write_adapter(file, directory, run)
-            report = gate(directory, run.base, examples, wanted, options.max_drop, options.provider, file)
-            display.note(_verdict(wanted, recipe, report))
-            if report.passed:
-                break
-        else:
-            raise RunError(_closed(wanted, report))
-        if not held:
-            provenance = _provenance(run, recipe, writer, options) | {"modules": adapters.modules(run.layout)}
-            _finish(directory, run, f"{name}-base", wanted, "adapter-base", provenance, report)
-            publish(directory, base)
-        publish_adapter(file, target, run, wanted, report)
-    return Exported(target, wanted, recipe.name, report)
+    provider_name(request.options.provider)
+    run = open_run(request.run)
+    reference = Reference(run.base, held_out_examples(run, request.options.data))
+    if request.adapter_only:
+        held = _usable_base(request.out / f"base-{request.wanted[0]}", run, request.wanted[0])
+    with _workplace(request.out) as work:
+        job = _Job(run, reference, work, request.options, tools or ExportTools(), display)
+        return [_export_adapter(job, request, held)] if request.adapter_only else _export_models(job, request)
 
 
 def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
@@ -155,111 +140,83 @@ def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
         return load_examples(data, tokenizer, length)[0]
     records = evaluation_records(run.job.data)
     if not records:
-        raise InputError(
-            f"{run.path}: the job has no data.evaluation to check the export on; give held-out examples: --data FILE"
-        )
+        raise no_held_out_examples(run.path)
     examples, report = prepare(records, tokenizer, length)
     if not examples:
         raise DataError(Path(run.job.data.evaluation), f"no usable example ({report})")
     return examples
 
 
-def publish(directory: Path, target: Path) -> None:
-    """Moves a finished directory to its name, synced; an older one of that name is replaced."""
-    for part in directory.rglob("*"):
-        if part.is_file():
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(directory)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    directory.rename(target)
-    sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _export_models(job: _Job, request: ExportRequest) -> list[Exported]:
+    """Writes the merged model in each format; all are published, or none."""
+    merge(job.run)
+    source, wanted = job.work / "merged", request.wanted
+    job.tools.save(job.run.base, source)
+    job.display.note(f"writing {', '.join(wanted)}")
+    first = [job.wanted(source, job.work / form, form, RECIPES[form][0]) for form in wanted]
+    exported = [
+        _export_format(job, form, writer, source) for form, writer in zip(wanted, job.build(first), strict=True)
+    ]
+    for done in exported:
+        publish(done.path, request.out / done.format)
+    return [replace(done, path=request.out / done.format) for done in exported]
 
 
-def publish_adapter(file: Path, target: Path, run: FinishedRun, form: str, report: GateReport) -> None:
-    """Moves an adapter to its name, with a JSON file beside it that says what it belongs to."""
-    provenance = dict(run.provenance) | {"modules": adapters.modules(run.layout), "gate": report.to_json()}
-    files = {target.name: list_files(file.parent)[file.name]}
-    manifest = Manifest("adapter", target.name.removesuffix(adapters.SUFFIX), form, provenance, files)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-    file.replace(target)
-    write_json(target.with_suffix(".json"), manifest.to_json())
-
-
-def _export_format(
-    run: FinishedRun,
-    form: Format,
-    writer: str,
-    source: Path,
-    work: Path,
-    examples: Sequence[Example],
-    display: Display,
-    options: ExportOptions,
-) -> Exported:
+def _export_format(job: _Job, form: Format, writer: str, source: Path) -> Exported:
     """Gates what the first recipe wrote, and tries the others until one's gate opens."""
-    directory = work / form
+    directory = job.work / form
     for recipe in RECIPES[form]:
         if not directory.exists():
             try:
-                writer = build([_build_of(form, recipe, source, work, options)], _log(work))[0]
+                (writer,) = job.build([job.wanted(source, directory, form, recipe)])
             except RunError as error:  # quantizers refuse some shapes; the next recipe may not
-                display.note(f"{form} ({recipe.name}): {error}")
+                job.display.note(f"{form} ({recipe.name}): {error}")
                 shutil.rmtree(directory, ignore_errors=True)
                 continue
-        report = gate(directory, run.base, examples, form, options.max_drop, options.provider)
-        display.note(_verdict(form, recipe, report))
+        report = job.gate(directory, form, recipe)
         if report.passed:
-            provenance = _provenance(run, recipe, writer, options)
-            _finish(directory, run, run.path.resolve().name, form, "model", provenance, report)
+            description = Description("model", job.run.path.resolve().name, form, job.provenance(recipe, writer))
+            describe_model(directory, job.run, description, report)
             return Exported(directory, form, recipe.name, report)
         shutil.rmtree(directory)
     raise RunError(_closed(form, report))
 
 
-def _build_of(form: Format, recipe: Recipe, source: Path, work: Path, options: ExportOptions) -> Build:
-    return Build(source, work / form, form, recipe, options.provider, options.builder)
+def _export_adapter(job: _Job, request: ExportRequest, held: bool) -> Exported:
+    """Writes the run's adapter, and the base that takes it where `held` says that there is none yet."""
+    (target,), (form,) = request.targets, request.wanted
+    base = request.out / f"base-{form}"
+    source = job.work / "reference"
+    if not held:
+        job.tools.save(job.run.base, source)
+    merge(job.run)
+    recipes = RECIPES[form] if not held else (Recipe(read_manifest(base).provenance["recipe"]),)
+    file = job.work / target.name
+    for recipe in recipes:
+        directory, writer = (base, "") if held else _write_base(job, source, form, recipe)
+        adapters.write_adapter(file, directory, job.run)
+        report = job.gate(directory, form, recipe, file)
+        if report.passed:
+            break
+    else:
+        raise RunError(_closed(form, report))
+    if not held:
+        provenance = job.provenance(recipe, writer) | {"modules": adapters.modules(job.run.layout)}
+        description = Description("adapter-base", f"{request.run.resolve().name}-base", form, provenance)
+        describe_model(directory, job.run, description, report)
+        publish(directory, base)
+    publish_adapter(file, target, job.run, form, report)
+    return Exported(target, form, recipe.name, report)
 
 
-def _finish(
-    directory: Path,
-    run: FinishedRun,
-    name: str,
-    form: str,
-    kind: str,
-    provenance: dict[str, Any],
-    report: GateReport,
-) -> None:
-    """Adds card and manifest to a written model."""
-    for needed in _NEEDED:
-        if not (directory / needed).is_file():
-            raise ModelError(f"{run.job.model.base}: the export has no {needed}; expected a tokenizer that saves one")
-    write_text(directory / CARD, model_card(kind, name, form, provenance, report))
-    manifest = Manifest(
-        kind=kind,
-        name=name,
-        format=form,
-        provenance=provenance | {"gate": report.to_json()},
-        files=list_files(directory),
-        start_tokens=tuple(start_tokens(run.base.tokenizer)),
-        context=int(run.base.network.config.max_position_embeddings),
-    )
-    write_json(directory / MANIFEST, manifest.to_json())
-
-
-def _provenance(run: FinishedRun, recipe: Recipe, writer: str, options: ExportOptions) -> dict[str, Any]:
-    return {
-        **run.provenance,
-        "recipe": recipe.name,
-        "writer": writer,
-        "provider": options.provider,
-        "builder_options": {**recipe.options, **options.builder},
-        "versions": versions(),
-    }
+def _write_base(job: _Job, source: Path, form: Format, recipe: Recipe) -> tuple[Path, str]:
+    """Writes the base with the adapter's factors as inputs; returns where, and by whom it was written."""
+    directory = job.work / "base"
+    shutil.rmtree(directory, ignore_errors=True)
+    job.display.note(f"{form}: writing the base with the adapter's factors as inputs ({recipe.name})")
+    (writer,) = job.build([job.wanted(source, directory, form, recipe, job.run.path / "adapter")])
+    adapters.open_inputs(directory, job.run.layout)
+    return directory, writer
 
 
 def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
@@ -278,26 +235,6 @@ def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
     return True
 
 
-def _known(formats: Sequence[str]) -> list[Format]:
-    unknown = [form for form in formats if form not in FORMATS]
-    if unknown or not formats:
-        named = ", ".join(unknown) or "nothing"
-        raise InputError(f"--format {named}: unknown; expected some of {', '.join(FORMATS)}")
-    return [form for form in FORMATS if form in formats]
-
-
-def _check_free(out: Path, targets: Sequence[Path], force: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out}: exists already and is not a directory")
-    for target in targets:
-        if not target.exists():
-            continue
-        is_export = target.is_file() or (target / MANIFEST).is_file()
-        if not force or not is_export:
-            advice = "choose another --out, or replace it with --force" if is_export else "it is not an export"
-            raise ExportError(f"{target}: exists already; {advice}")
-
-
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
     """A hidden folder inside `out`, gone afterwards whatever happens; on a failure the log stays beside it."""
@@ -308,18 +245,14 @@ def _workplace(out: Path) -> Iterator[Path]:
             try:
                 yield Path(name)
             finally:
-                if _log(Path(name)).is_file():
-                    _log(Path(name)).replace(out / LOG)
+                if (log := Path(name) / LOG).is_file():
+                    log.replace(out / LOG)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise RunError(f"{out}: {reason}; nothing was exported") from error
     finally:
         if made and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
-
-
-def _log(work: Path) -> Path:
-    return work / LOG
 
 
 def _verdict(form: str, recipe: Recipe, report: GateReport) -> str:
@@ -331,8 +264,8 @@ def _verdict(form: str, recipe: Recipe, report: GateReport) -> str:
     )
 
 
-def _closed(form: str, report: GateReport) -> str:
-    tried = len(RECIPES[form])  # type: ignore[index]
+def _closed(form: Format, report: GateReport) -> str:
+    tried = len(RECIPES[form])
     return (
         f"{form}: the export differs from the merged model: {'; '.join(report.failures)}; "
         f"{tried} {'recipe was' if tried == 1 else 'recipes were'} tried and nothing was exported"

@@ -4,7 +4,7 @@
 
     max logit error     max |R(x) - C(x)| over every position of every example and the whole vocabulary
     argmax agreement    share of positions where both would say the same next token
-    exact match         share of examples whose whole completion is the likeliest, token by token (model/evaluation.py)
+    exact match         share of examples whose whole completion is the likeliest, token by token (model/scoring.py)
     token accuracy      share of completion tokens that are the likeliest
 
 fp32 must agree to `FP32_LOGIT_ERROR` and in every argmax, and write the same text through its cache. The others may
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,37 @@ class GateReport:
         return {**asdict(self), "failures": list(self.failures)}
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A written model.
+
+    Args:
+        form: "fp32" is held to the strict rule.
+        max_drop: points (hundredths) of exact match and token accuracy that the other formats may lose.
+        provider: the execution provider it is run on: "cpu", "cuda", ...
+        adapter: an `.onnx_adapter` file that makes the base what the reference is; None for a merged model.
+    """
+
+    directory: Path
+    form: str
+    max_drop: float
+    provider: str = "cpu"
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The model that a candidate is held against.
+
+    Args:
+        base: merged, float32.
+        examples: held out; the first `PROMPTS` are used.
+    """
+
+    base: BaseModel
+    examples: Sequence[Example]
+
+
 class OnnxModel:
     """An exported model under plain onnxruntime, one sequence at a time, without its cache's past.
 
@@ -139,71 +170,78 @@ def provider_name(provider: str) -> str:
     return wanted
 
 
-def gate(
-    directory: Path,
-    reference: BaseModel,
-    examples: Sequence[Example],
-    form: str,
-    max_drop: float,
-    provider: str = "cpu",
-    adapter: Path | None = None,
-) -> GateReport:
+def gate(candidate: Candidate, reference: Reference) -> GateReport:
     """Holds a written model against the merged torch model.
-
-    Args:
-        directory: the written model.
-        reference: merged.
-        examples: held out; the first `PROMPTS` are used.
-        form: "fp32" is held to the strict rule.
-        max_drop: points (hundredths) of exact match and token accuracy that the other formats may lose.
-        adapter: an `.onnx_adapter` file that makes the base what the reference is.
 
     Raises:
         InputError: there is no example, or the provider is not there.
     """
-    if not examples:
+    if not reference.examples:
         raise InputError("there is no held-out example to check the export on")
-    examples = examples[:PROMPTS]
-    if reference.network.num_parameters() < SMALL_MODEL:
+    if reference.base.network.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
-    candidate = OnnxModel(directory, provider, adapter)
-    positions = same = targets = 0
-    error = 0.0
-    exact, right = [0, 0], [0, 0]  # of reference and candidate
-    for example in examples:
-        ids = example.ids.astype(np.int64)
-        pair = (_reference_logits(reference, ids), candidate.logits(ids))
-        error = max(error, float(np.max(np.abs(pair[0] - pair[1]))))
-        said = [logits.argmax(axis=1) for logits in pair]
-        same += int((said[0] == said[1]).sum())
-        positions += len(ids)
-        wanted = ids[example.first_target :]
-        targets += len(wanted)
-        for which in (0, 1):
-            hits = said[which][example.first_target - 1 : -1] == wanted
-            right[which] += int(hits.sum())
-            exact[which] += bool(hits.all())
-    del candidate
-    generator = _Generator(directory, adapter)
-    generated = _generated_equal(generator, reference, examples)
+    compared = _compare(candidate, reference)
+    generator = _Generator(candidate.directory, candidate.adapter)
+    generated = _generated_equal(generator, reference)
     prefill, decode = generator.speed()
     report = GateReport(
-        prompts=len(examples),
-        positions=positions,
-        max_logit_error=error,
-        argmax_agreement=same / positions,
-        exact_match=exact[1] / len(examples),
-        reference_exact_match=exact[0] / len(examples),
-        token_accuracy=right[1] / targets,
-        reference_token_accuracy=right[0] / targets,
+        prompts=compared.examples,
+        positions=compared.positions,
+        max_logit_error=compared.error,
+        argmax_agreement=compared.same / compared.positions,
+        exact_match=compared.exact[1] / compared.examples,
+        reference_exact_match=compared.exact[0] / compared.examples,
+        token_accuracy=compared.right[1] / compared.targets,
+        reference_token_accuracy=compared.right[0] / compared.targets,
         generated_equal=generated,
-        bytes=sum(path.stat().st_size for path in directory.glob("model.onnx*")),
+        bytes=sum(path.stat().st_size for path in candidate.directory.glob("model.onnx*")),
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
-        max_drop_points=0.0 if form == "fp32" else max_drop,
+        max_drop_points=0.0 if candidate.form == "fp32" else candidate.max_drop,
     )
-    failures = _strict(report) if form == "fp32" else _lenient(report)
-    return GateReport(**{**asdict(report), "failures": tuple(failures)})
+    failures = _strict(report) if candidate.form == "fp32" else _lenient(report)
+    return replace(report, failures=tuple(failures))
+
+
+@dataclass
+class _Compared:
+    """Counts over all examples; in pairs, the reference's first and the candidate's second.
+
+    Args:
+        error: the largest difference of two logits.
+        same: positions where both would say the same next token.
+        targets: tokens of completions.
+        exact: completions that are the likeliest, token by token.
+        right: tokens of completions that are the likeliest.
+    """
+
+    error: float = 0.0
+    examples: int = 0
+    positions: int = 0
+    same: int = 0
+    targets: int = 0
+    exact: tuple[int, int] = (0, 0)
+    right: tuple[int, int] = (0, 0)
+
+
+def _compare(candidate: Candidate, reference: Reference) -> _Compared:
+    """Lets both models read every example once."""
+    model = OnnxModel(candidate.directory, candidate.provider, candidate.adapter)
+    counts = _Compared()
+    for example in reference.examples[:PROMPTS]:
+        ids = example.ids.astype(np.int64)
+        pair = (_reference_logits(reference.base, ids), model.logits(ids))
+        said = [logits.argmax(axis=1) for logits in pair]
+        wanted = ids[example.first_target :]
+        hits = [each[example.first_target - 1 : -1] == wanted for each in said]
+        counts.error = max(counts.error, float(np.max(np.abs(pair[0] - pair[1]))))
+        counts.examples += 1
+        counts.positions += len(ids)
+        counts.same += int((said[0] == said[1]).sum())
+        counts.targets += len(wanted)
+        counts.exact = (counts.exact[0] + bool(hits[0].all()), counts.exact[1] + bool(hits[1].all()))
+        counts.right = (counts.right[0] + int(hits[0].sum()), counts.right[1] + int(hits[1].sum()))
+    return counts
 
 
 def _strict(report: GateReport) -> list[str]:
@@ -284,17 +322,17 @@ class _Generator:
 
 
 @torch.no_grad()
-def _generated_equal(generator: _Generator, reference: BaseModel, examples: Sequence[Example]) -> float:
+def _generated_equal(generator: _Generator, reference: Reference) -> float:
     """Share of the first prompts that both continue alike."""
     equal = asked = 0
-    ends = _end_tokens(reference)
-    for example in examples[:GENERATED_PROMPTS]:
+    ends = _end_tokens(reference.base)
+    for example in reference.examples[:GENERATED_PROMPTS]:
         prompt = example.ids[: example.first_target].tolist()
         tokens = min(GENERATED_TOKENS, generator.context - len(prompt))
         if tokens < 1:
             continue
         asked += 1
-        said = _reference_answer(reference, prompt, tokens, ends)
+        said = _reference_answer(reference.base, prompt, tokens, ends)
         equal += _before_end(generator.answer(prompt, tokens), ends) == _before_end(said, ends)
     return equal / asked if asked else 1.0
 

@@ -18,13 +18,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.core.adapter.layout import ADAPTER_WEIGHTS, AdapterLayout, Vector, adapter_digest, load_adapter
-from fedtune.core.errors import ModelError, RunDirectoryError
-from fedtune.core.job.job_file import load_job
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest, load_adapter
+from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import Job
 from fedtune.model.base_model import BaseModel, load_base, quiet
 from fedtune.model.lora import adapter_layout
-from fedtune.server.run_directory import ADAPTER, JOB, read_rounds, read_summary
+from fedtune.server.export.request import read_finished
+from fedtune.server.run_directory import ADAPTER, JOB, read_rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +48,10 @@ def open_run(path: Path) -> FinishedRun:
     """Loads a run's base and adapter, and holds both against the digests that the run wrote down.
 
     Raises:
-        RunDirectoryError: not a run directory, or the run has no adapter yet.
+        RunDirectoryError, ExportError: as `read_finished`.
         ModelError: the base model or the adapter is not the one of the run.
     """
-    if not (path / JOB).is_file():
-        raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
-    summary = read_summary(path)
-    if not (path / ADAPTER / ADAPTER_WEIGHTS).is_file():
-        raise RunDirectoryError(f"{path}: no {ADAPTER}/{ADAPTER_WEIGHTS}; expected the adapter of a finished run")
-    job = load_job(path / JOB)
+    job, summary = read_finished(path)
     base = load_base(job.model, weights="dequantized", precision="fp32", device="cpu")
     if base.digest != summary["base_digest"]:
         raise ModelError(

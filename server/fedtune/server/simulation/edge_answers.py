@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.job.settings import Job
-from fedtune.server.export.last_step import export_finished
+from fedtune.server.export.request import export_finished
 from fedtune.server.run_directory import SUMMARY
 from fedtune.server.run_display import Display
 from fedtune.server.run_files import storage, write_json

@@ -1,0 +1,199 @@
+"""What shall be exported, by the command or as the last step of a run, and what can be said of it before torch is here.
+
+exported = export(ExportRequest(Path("runs/first"), ("int4", "fp32"), Path("runs/first/onnx")), display)
+# runs/first/onnx/int4/, runs/first/onnx/fp32/
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.adapter.layout import ADAPTER_WEIGHTS
+from fedtune.core.errors import ExportError, InputError, MissingExtraError, RunDirectoryError
+from fedtune.core.job.contradictions import unexportable
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX, FORMATS, MANIFEST, Format
+from fedtune.data.job_inputs import source_of
+from fedtune.data.population import evaluation_records
+from fedtune.data.records import read_records
+from fedtune.server.run_directory import ADAPTER, JOB, SUMMARY, read_summary
+from fedtune.server.run_display import Display
+from fedtune.server.run_files import storage, write_json
+
+if TYPE_CHECKING:
+    from fedtune.server.export.exporter import Exported, ExportTools
+
+ONNX = "onnx"  # the folder of a run directory where each format has its own
+WORKPLACE = ".export-"  # how the hidden folder of an export in progress begins
+MAX_DROP = 1.0
+_NEEDED = ("torch", "transformers", "onnx", "onnxruntime_genai", "onnxscript", "tokenizers")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Args:
+        provider: the execution provider to build and check for: "cpu", "cuda", "dml", ...
+        builder: options handed to onnxruntime-genai's model builder, over the recipe's own.
+        max_drop: points of exact match and token accuracy that int4, int8 and fp16 may lose.
+        data: held-out examples for the gate, instead of the job's own evaluation data.
+        force: replaces an earlier export.
+    """
+
+    provider: str = "cpu"
+    builder: dict[str, str] = field(default_factory=dict)
+    max_drop: float = MAX_DROP
+    data: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One call of `fedtune export`.
+
+    Args:
+        run: the directory of a finished run.
+        formats: "int4", ...; in any order.
+        out: each format goes to `out`/FORMAT.
+        adapter_only: writes `out`/NAME.onnx_adapter, NAME being the run's, and the base to `out`/base-FORMAT once.
+    """
+
+    run: Path
+    formats: tuple[str, ...]
+    out: Path
+    options: ExportOptions = field(default_factory=ExportOptions)
+    adapter_only: bool = False
+
+    @property
+    def wanted(self) -> list[Format]:
+        """The formats, each once, in the order in which they are written.
+
+        Raises:
+            InputError: an unknown format, none, or several bases of an adapter.
+        """
+        unknown = [form for form in self.formats if form not in FORMATS]
+        if self.adapter_only and len(self.formats) != 1:
+            raise InputError("--adapter-only takes one --format, that of the base")
+        if unknown or not self.formats:
+            named = ", ".join(unknown) or "nothing"
+            raise InputError(f"--format {named}: unknown; expected some of {', '.join(FORMATS)}")
+        return [form for form in FORMATS if form in self.formats]
+
+    @property
+    def targets(self) -> list[Path]:
+        """What the export is called once it is published."""
+        if self.adapter_only:
+            return [self.out / f"{self.run.resolve().name}{ADAPTER_SUFFIX}"]
+        return [self.out / form for form in self.wanted]
+
+    def check(self) -> None:
+        """Finds what needs no model in memory to be found.
+
+        Raises:
+            InputError: an unknown format, something in the way, a run without an adapter, another kind of base, or no
+                held-out examples.
+        """
+        _ = self.wanted
+        _check_free(self.out, self.targets, self.options.force)
+        job, _ = read_finished(self.run)
+        source_of(job.model.base)
+        if self.options.data is not None:
+            read_records(self.options.data)
+        elif not evaluation_records(job.data):
+            raise no_held_out_examples(self.run)
+
+
+def export(request: ExportRequest, display: Display, tools: ExportTools | None = None) -> list[Exported]:
+    """Exports a finished run; torch and the ONNX packages are imported when all that a person may mistype is right.
+
+    Args:
+        tools: by default the exporter's own.
+
+    Raises:
+        InputError: as `ExportRequest.check`, or another base model than the run's.
+        MissingExtraError: the packages that write ONNX are not installed.
+        RunError: the model could not be written, or a gate stayed closed; nothing was published.
+    """
+    if missing := _missing_package():
+        raise MissingExtraError("fedtune export", "export", missing)
+    request.check()
+    from fedtune.server.export.exporter import export_request
+
+    return export_request(request, display, tools)
+
+
+def read_finished(path: Path) -> tuple[Job, dict[str, Any]]:
+    """The job and the summary of a run that can be exported.
+
+    Raises:
+        RunDirectoryError: not a run directory, or the run has no adapter yet.
+        ExportError: an export could not hold what the run learnt.
+    """
+    if not (path / JOB).is_file():
+        raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
+    summary = read_summary(path)
+    if not (path / ADAPTER / ADAPTER_WEIGHTS).is_file():
+        raise RunDirectoryError(f"{path}: no {ADAPTER}/{ADAPTER_WEIGHTS}; expected the adapter of a finished run")
+    job = load_job(path / JOB)
+    if reason := unexportable(job):
+        raise ExportError(f'{path}: {reason}; expected a run with federation.aggregation = "flexlora"')
+    return job, summary
+
+
+def no_held_out_examples(path: Path) -> InputError:
+    """An export is never published unchecked."""
+    return InputError(
+        f"{path}: the job has no data.evaluation to check the export on; give held-out examples: --data FILE"
+    )
+
+
+def check_export(job: Job) -> None:
+    """Says before a run what would stop its export after it.
+
+    Raises:
+        MissingExtraError: the job wants an export, and its packages are not installed.
+    """
+    if job.export.formats and (missing := _missing_package()):
+        raise MissingExtraError("[export]", "export,inference", missing)
+
+
+def export_finished(job: Job, path: Path, summary: dict[str, Any], display: Display) -> None:
+    """Writes the job's formats to the run directory; an earlier export is replaced.
+
+    Args:
+        summary: of the finished run; it gains "exports", here and in summary.json.
+
+    Raises:
+        RunError: a model could not be written or differs too much from the merged one; the run itself is whole.
+    """
+    if not job.export.formats:
+        return
+    for left in (path / ONNX).glob(f"{WORKPLACE}*"):  # by a process that was killed in the middle of this
+        shutil.rmtree(left, ignore_errors=True)
+    request = ExportRequest(path, job.export.formats, path / ONNX, ExportOptions(force=True))
+    summary["exports"] = [done.to_json() for done in export(request, display)]
+    with storage(path):
+        write_json(path / SUMMARY, summary)
+
+
+def _missing_package() -> str | None:
+    return next((package for package in _NEEDED if importlib.util.find_spec(package) is None), None)
+
+
+def _check_free(out: Path, targets: Sequence[Path], force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out}: exists already and is not a directory")
+    for target in targets:
+        if not target.exists():
+            continue
+        is_export = target.is_file() or (target / MANIFEST).is_file()
+        if not force or not is_export:
+            advice = "choose another --out, or replace it with --force" if is_export else "it is not an export"
+            raise ExportError(f"{target}: exists already; {advice}")

@@ -1,0 +1,53 @@
+"""Exports whose ONNX is written in this process: a child takes seconds to start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fedtune.server.export.build_child import build_one
+from fedtune.server.export.builder import Build
+from fedtune.server.export.exporter import Exported, ExportTools
+from fedtune.server.export.request import ExportOptions, ExportRequest, export
+from fedtune.server.run_display import Silent
+
+MakeRun = Callable[..., Path]
+
+
+def build_here(builds: Sequence[Build], log: Path) -> list[str]:
+    """What the child process does; test_architectures asks for the child itself."""
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level)
+    with (
+        log.open("a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        tables = [json.loads(json.dumps(asdict(wanted), default=str)) for wanted in builds]
+        try:
+            return [build_one(table) for table in tables]
+        finally:
+            root.handlers, root.level = before
+
+
+HERE = ExportTools(build=build_here)
+
+
+def export_run(
+    run: Path, formats: Sequence[str], out: Path, options: ExportOptions | None = None, tools: ExportTools = HERE
+) -> list[Exported]:
+    """Exports a run's merged model in several formats, each into `out`/FORMAT."""
+    return export(ExportRequest(run, tuple(formats), out, options or ExportOptions()), Silent(), tools)
+
+
+def export_adapter(run: Path, form: str, out: Path, options: ExportOptions | None = None) -> Exported:
+    """Exports a run's adapter, and the base if `out` has none yet."""
+    (done,) = export(ExportRequest(run, (form,), out, options or ExportOptions(), adapter_only=True), Silent(), HERE)
+    return done
