@@ -9,10 +9,13 @@ import pytest
 from federation_helpers import Simulate, small_job
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
+from in_process import BASE, LAYOUT
 
 from fedtune.core.adapter.layout import adapter_digest
+from fedtune.core.errors import JobError
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import ADAPTER, AdapterStrategy
+from fedtune.server.simulation import stock_flower
 from fedtune.server.simulation.executors import LocalExecutor
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.assembly import assemble
@@ -57,3 +60,32 @@ def test_flower_s_loop_gives_the_same(federation: Federation, simulate: Simulate
     result = Strategy.start(strategy, grid, strategy.initial_arrays(), num_rounds=4)
     assert digest(result) == simulate()["adapter_digest"]
     assert result.train_metrics_clientapp[1]["survivors"] == 3
+
+
+def test_stock_flower_deals_out_the_ranks_of_the_job_in_the_order_of_its_nodes() -> None:
+    class Grid:
+        def get_node_ids(self) -> list[int]:
+            return [71, 12, 35]
+
+    ranks = stock_flower._clients(small_job("simulation.ranks=[16, 4]"), Grid()).ranks  # type: ignore[arg-type]
+    assert ranks is not None
+    assert [ranks(name) for name in ("12", "35", "71")] == [16, 4, 16]
+    assert stock_flower._clients(small_job(), Grid()).ranks is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ("simulation.fleet=bundled secure_aggregation.enabled=false", "Flower's engine has no virtual clock"),
+        ("secure_aggregation.enabled=true", "Flower's engine makes clients anew for every message"),
+    ],
+)
+def test_stock_flower_refuses_what_its_engine_cannot_do(overrides: str, complaint: str) -> None:
+    with pytest.raises(JobError, match=complaint):
+        stock_flower._job({"set": overrides})
+
+
+def test_stock_flower_refuses_a_selection_by_time_instead_of_taking_everybody() -> None:
+    timed = stock_flower._job({"set": "federation.selection=deadline secure_aggregation.enabled=false"})
+    with pytest.raises(JobError, match="nothing here predicts how long clients take"):
+        assemble(timed, BASE, LAYOUT, stock_flower._clients(timed, None))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.federation import Federation, initial_state, scheduled_learning_rate
-from fedtune.strategies.round import LATE, TrainingRound
+from fedtune.strategies.round import LATE, TRANSITIONS, Event, Phase, TrainingRound
 from fedtune.strategies.schedule import ByDeadline, Closing
 
 LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
@@ -378,3 +378,22 @@ def test_absurd_claims_buy_a_client_no_more_than_the_cap_in_time_or_late() -> No
     second.take_in("bob", reply(second, 1.0, 10))
     after, _ = second.close()
     assert after.adapter - state.adapter == pytest.approx((10 * 1.0 + 7 * 4.0) / 17, abs=1e-6)
+
+
+def test_an_event_that_the_table_does_not_have_leaves_a_client_where_it_is() -> None:
+    terminal = {Phase.OUT}
+    assert {before for before, _ in TRANSITIONS} == set(Phase) - terminal
+    for phase in Phase:
+        for event in Event:
+            round_ = opened()
+            round_._phases["ann"] = phase
+            round_._move("ann", event)
+            assert round_._phases["ann"] is TRANSITIONS.get((phase, event), phase)
+
+
+def test_the_table_alone_decides_whose_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_ = opened()
+    monkeypatch.delitem(TRANSITIONS, (Phase.ASKED, Event.UPDATE))  # type: ignore[arg-type]
+    round_.take_in("ann", reply(round_, 1.0))
+    _, record = round_.close()
+    assert record.clients[0].dropped == LATE
