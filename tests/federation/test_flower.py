@@ -9,7 +9,8 @@ import pytest
 from federation_helpers import Simulate, small_job
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
-from in_process import BASE, LAYOUT
+from in_process import BASE
+from numpy_trainer import LAYOUT
 
 from fedtune.core.adapter.layout import adapter_digest
 from fedtune.core.errors import JobError

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from in_process import BASE, LAYOUT, DeviceParts, run_federation
-from numpy_trainer import NumpyTrainer
+from in_process import BASE, DeviceParts, run_federation
+from numpy_trainer import LAYOUT, NumpyTrainer
 
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Vector

@@ -393,7 +393,7 @@ def test_an_event_that_the_table_does_not_have_leaves_a_client_where_it_is() -> 
 
 def test_the_table_alone_decides_whose_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     round_ = opened()
-    monkeypatch.delitem(TRANSITIONS, (Phase.ASKED, Event.UPDATE))  # type: ignore[arg-type]
+    monkeypatch.delitem(TRANSITIONS, (Phase.ASKED, Event.UPDATE))
     round_.take_in("ann", reply(round_, 1.0))
     _, record = round_.close()
     assert record.clients[0].dropped == LATE
