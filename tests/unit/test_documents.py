@@ -12,6 +12,7 @@ from house import ROOT, longest, modules
 from prose import of_python
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = modules()
 NAME = re.compile(r"(?<![/\w.-])fedtune(?:\.(?!json|none)\w+)+")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FOLDERS = ("core", "strategies", "client", "server", "tests", "tools", "benchmarks", "docs", "examples", "deploy")
@@ -44,13 +45,13 @@ def anchors(document: Path) -> set[str]:
 
 def missing_names(text: str) -> set[str]:
     """Returns the dotted names in `text` that are no module of the house and no name at the top of one."""
-    known, missing = modules(), set()
+    missing = set()
     for name in set(NAME.findall(text)):
-        module = longest(name, [*known, "fedtune"])
+        module = longest(name, [*MODULES, "fedtune"])
         if module == "fedtune":  # the namespace package has no file
-            exists = any(other.startswith(f"{name}.") for other in known)
+            exists = any(other.startswith(f"{name}.") for other in MODULES)
         else:
-            exists = module == name or name.removeprefix(f"{module}.").split(".")[0] in public_names(known[module])
+            exists = module == name or name.removeprefix(f"{module}.").split(".")[0] in public_names(MODULES[module])
         if not exists:
             missing.add(name)
     return missing
@@ -62,7 +63,7 @@ def test_every_module_that_a_document_names_exists(document: Path) -> None:
 
 
 def test_every_module_that_a_docstring_comment_or_message_names_exists() -> None:
-    for path in modules().values():
+    for path in MODULES.values():
         for piece in of_python(path.read_text(encoding="utf-8")):
             assert not missing_names(piece.text), f"{path}:{piece.line}"
 
