@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_module_imports_only_what_its_layer_may(module: str, path: Path) -> No
         for prefix, forbidden in FOREIGN.items():
             if within(module, prefix):
                 assert not any(within(name, package) for package in forbidden), f"{module} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    uses = {
+        module: {longest(one.name, known) for one in imports(path) if within(one.name, "fedtune") and not one.deferred}
+        for module, path in known.items()
+    }
+    TopologicalSorter({module: targets - {module} for module, targets in uses.items()}).prepare()
 
 
 def test_the_namespace_package_has_no_init_of_its_own() -> None:
