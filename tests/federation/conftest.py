@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation_helpers import Simulate, small_job
+from federation_helpers import FinishedRun, Simulate, run, small_job
 
 from fedtune.server.run_display import Silent
+from fedtune.server.simulation.simulate import simulate as simulate_with_pictures
 
 
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
     """Runs a small federation in tmp_path/NAME and returns its summary."""
-    from fedtune.server.simulation.simulate import simulate as run
 
     def start(*overrides: str, name: str = "run") -> dict[str, Any]:
-        return run(small_job(*overrides), tmp_path / name, Silent())
+        return run(small_job(*overrides), tmp_path / name)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The small federation as it is, undisturbed and with its report's pictures: what disturbed runs must come to."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    return FinishedRun(path, simulate_with_pictures(small_job(), path, Silent()))

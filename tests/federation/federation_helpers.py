@@ -1,18 +1,31 @@
-"""Small federations: the bundled base model, few clients, few steps."""
+"""Small federations: the bundled base model, few clients, few steps, few examples to evaluate on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import pytest
+from matplotlib.figure import Figure
 
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
-from fedtune.server.run_display import Silent
+from fedtune.server.run_display import Display, Silent
+from fedtune.server.simulation.simulate import resume, simulate
+
+EVALUATION = Path(__file__).with_name("evaluation.jsonl")  # the first 40 of the demo's 240
 
 SMALL = (
     "data.clients=4",
     "data.examples_per_client=12",
+    f"data.evaluation={EVALUATION}",
     "federation.rounds=4",
     "federation.clients_per_round=3",
     "federation.evaluate_every=2",
@@ -36,15 +49,64 @@ SECURE = (
 Simulate = Callable[..., dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that tests share; nobody may change what is in its directory.
+
+    Args:
+        path: of the run directory.
+        summary: as `simulate` returned it.
+    """
+
+    path: Path
+    summary: Mapping[str, Any]
+
+    def copied(self, path: Path) -> Path:
+        """A run directory that a test may do with as it likes."""
+        return Path(shutil.copytree(self.path, path))
+
+
 def small_job(*overrides: str) -> Job:
     return load_job(None, [*SMALL, *overrides])
 
 
-def begin_or_resume(path: Path, overrides: tuple[str, ...]) -> None:
-    """What a process does that a test kills; here, where a child process can import it from."""
-    from fedtune.server.simulation.simulate import resume, simulate
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Leaves a report's pictures blank: to draw them takes longer than most of these federations."""
 
+    def blank(figure: Figure, target: TextIO, **settings: object) -> None:
+        target.write("<svg></svg>")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Figure, "savefig", blank)
+        yield
+
+
+def run(job: Job, path: Path, display: Display | None = None, *, force: bool = False) -> dict[str, Any]:
+    """Simulates a job from its beginning, without pictures."""
+    with without_pictures():
+        return simulate(job, path, display or Silent(), force=force)
+
+
+def go_on(path: Path, display: Display | None = None) -> dict[str, Any]:
+    """Resumes a run, without pictures."""
+    with without_pictures():
+        return resume(path, display or Silent())
+
+
+def fork(*overrides: str, path: Path) -> BaseProcess:
+    """Begins a run, or resumes it, in a fork of this process, which has imported everything already.
+
+    A fork is killed like any process, and the kill hits the run and not its imports.
+    """
+    process = get_context("fork").Process(target=_begin_or_resume, args=(path, overrides))
+    process.start()
+    return process
+
+
+def _begin_or_resume(path: Path, overrides: tuple[str, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if (path / "job.toml").is_file():
-        resume(path, Silent())
+        go_on(path)
     else:
-        simulate(small_job(*overrides), path, Silent(), force=True)
+        run(small_job(*overrides), path, force=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from federation_helpers import go_on
+from federation_helpers import run as simulate
 
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.demo import JOB
-from fedtune.server.run_display import Silent
-from fedtune.server.simulation.simulate import resume, simulate
 
 FLEET = """
 [[kind]]
@@ -49,7 +49,7 @@ SMALL = [
 def run(folder: Path, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
     (folder / "fleet.toml").write_text(FLEET)
     job = load_job(JOB, [*SMALL, f"simulation.fleet={folder / 'fleet.toml'}"])
-    summary = simulate(job, folder / name, Silent())
+    summary = simulate(job, folder / name)
     files = (folder / name / file for file in ("rounds.jsonl", "virtual.jsonl"))
     rounds, virtual = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     return rounds, virtual, summary["adapter_digest"]
@@ -78,7 +78,7 @@ def test_a_mistake_in_the_fleet_file_is_told_before_anything_is_written(tmp_path
     path.write_text(FLEET.replace("count = 5", "count = 0"))
     job = load_job(JOB, [*SMALL, f"simulation.fleet={path}"])
     with pytest.raises(JobError, match=r"kind 1 \(quick\): count: expected greater than or equal to 1, got 0"):
-        simulate(job, tmp_path / "run", Silent())
+        simulate(job, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -106,7 +106,7 @@ def fleet_run(folder: Path, name: str, fleet: str, *overrides: str) -> tuple[lis
     (folder / "fleet.toml").write_text(fleet)
     quick = ("data.holdout=0", "federation.rounds=2", "training.local_steps=2")
     job = load_job(JOB, [*SMALL, *quick, f"simulation.fleet={folder / 'fleet.toml'}", *overrides])
-    summary = simulate(job, folder / name, Silent())
+    summary = simulate(job, folder / name)
     files = (folder / name / file for file in ("rounds.jsonl", "virtual.jsonl"))
     rounds, virtual = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     return rounds, virtual, summary
@@ -144,7 +144,7 @@ def test_choosing_by_utility_is_a_key_of_the_job_and_goes_on_after_a_crash(tmp_p
     fleet_run(tmp_path, "part", FLEET, *chosen)
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "000002")
     (tmp_path / "part" / "summary.json").unlink()
-    again = resume(tmp_path / "part", Silent())
+    again = go_on(tmp_path / "part")
     assert again["adapter_digest"] == summary["adapter_digest"]
     lines = [json.loads(line) for line in (tmp_path / "part" / "rounds.jsonl").read_text().splitlines()]
     assert [line["cohort"] for line in lines] == [line["cohort"] for line in whole]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from federation_helpers import Simulate, small_job
+from federation_helpers import FinishedRun, small_job
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 from in_process import BASE
@@ -41,7 +41,7 @@ def digest(result: Result) -> str:
     return adapter_digest(result.arrays[ADAPTER].numpy())
 
 
-def test_its_own_loop_gives_what_a_simulation_gives(federation: Federation, simulate: Simulate) -> None:
+def test_its_own_loop_gives_what_a_simulation_gives(federation: Federation, whole: FinishedRun) -> None:
     strategy, grid = federation
     seen: list[int] = []
 
@@ -50,16 +50,16 @@ def test_its_own_loop_gives_what_a_simulation_gives(federation: Federation, simu
         return MetricRecord({"size": arrays[ADAPTER].numpy().size})
 
     result = strategy.start(grid, strategy.initial_arrays(), num_rounds=4, evaluate_fn=evaluate)
-    assert digest(result) == simulate()["adapter_digest"]
+    assert digest(result) == whole.summary["adapter_digest"]
     assert seen == [0, 1, 2, 3, 4]
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
     assert result.evaluate_metrics_clientapp[4]["num-examples"] == 4
 
 
-def test_flower_s_loop_gives_the_same(federation: Federation, simulate: Simulate) -> None:
+def test_flower_s_loop_gives_the_same(federation: Federation, whole: FinishedRun) -> None:
     strategy, grid = federation
     result = Strategy.start(strategy, grid, strategy.initial_arrays(), num_rounds=4)
-    assert digest(result) == simulate()["adapter_digest"]
+    assert digest(result) == whole.summary["adapter_digest"]
     assert result.train_metrics_clientapp[1]["survivors"] == 3
 
 

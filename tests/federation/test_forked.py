@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from federation_helpers import SECURE, SMALL, Simulate, begin_or_resume, small_job
+from federation_helpers import SECURE, SMALL, FinishedRun, Simulate, fork, go_on, run, small_job
 from flwr.app import RecordDict
 
 from fedtune.core.errors import RunError
@@ -22,8 +22,6 @@ from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation.executors import ForkedExecutor
-from fedtune.server.simulation.simulate import resume
-from fedtune.server.simulation.simulate import simulate as run
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 WORKERS = "simulation.workers=2"
@@ -63,7 +61,7 @@ def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path:
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_reason_and_it_can_be_resumed(
-    simulate: Simulate, tmp_path: Path
+    whole: FinishedRun, tmp_path: Path
 ) -> None:
     class Murderer(Silent):
         def round(self, record: Any) -> None:
@@ -74,14 +72,13 @@ def test_a_worker_that_dies_ends_the_run_with_a_reason_and_it_can_be_resumed(
         run(small_job(WORKERS), tmp_path / "hurt", Murderer())
     assert not multiprocessing.active_children()
     assert [line["round"] for line in read_rounds(tmp_path / "hurt")] == [1, 2]
-    assert resume(tmp_path / "hurt", Silent())["adapter_digest"] == simulate(name="whole")["adapter_digest"]
+    assert go_on(tmp_path / "hurt")["adapter_digest"] == whole.summary["adapter_digest"]
 
 
-def test_workers_die_with_a_killed_server_even_in_the_middle_of_a_client(simulate: Simulate, tmp_path: Path) -> None:
+def test_workers_die_with_a_killed_server_even_in_the_middle_of_a_client(whole: FinishedRun, tmp_path: Path) -> None:
     path = tmp_path / "killed"
     overrides = (WORKERS, "simulation.slow=1.0", "simulation.slow_seconds=3600.0")
-    process = multiprocessing.get_context("spawn").Process(target=begin_or_resume, args=(path, overrides))
-    process.start()
+    process = fork(*overrides, path=path)
     server = psutil.Process(process.pid)
     wait_for(lambda: len(server.children()) == 2 and (path / "checkpoints").is_dir())
     workers = server.children()
@@ -91,7 +88,7 @@ def test_workers_die_with_a_killed_server_even_in_the_middle_of_a_client(simulat
     assert not alive
     job = path / "job.toml"
     job.write_text(job.read_text().replace("slow = 1.0", "slow = 0.0"))
-    assert resume(path, Silent())["adapter_digest"] == simulate(name="whole")["adapter_digest"]
+    assert go_on(path)["adapter_digest"] == whole.summary["adapter_digest"]
 
 
 def test_ctrl_c_ends_the_run_and_its_workers(tmp_path: Path) -> None:

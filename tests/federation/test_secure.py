@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from federation_helpers import SECURE, Simulate, small_job
+from federation_helpers import SECURE, Simulate, run, small_job
 
 from fedtune.core.errors import JobError
 from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN, Handler, Request
@@ -14,8 +14,6 @@ from fedtune.core.protocol.payloads import TrainReply, decode
 from fedtune.core.secagg.exchanged import MaskedInput
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.run_display import Silent
-from fedtune.server.simulation.simulate import simulate as run
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
@@ -185,5 +183,5 @@ def test_what_cannot_be_secure_is_told_before_anything_is_written(
     tmp_path: Path, overrides: tuple[str, ...], complaint: str
 ) -> None:
     with pytest.raises(JobError, match=complaint):
-        run(small_job(*SECURE, *overrides), tmp_path / "run", Silent())
+        run(small_job(*SECURE, *overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,24 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation_helpers import Simulate, small_job
+from federation_helpers import EVALUATION, FinishedRun, Simulate, run, small_job
 
 from fedtune.core.errors import DataError, InputError, ModelError, RunDirectoryError, RunError
 from fedtune.server.run_directory import read_rounds, read_summary
-from fedtune.server.run_display import Silent
-from fedtune.server.simulation.simulate import simulate as run
 
 
-def test_the_same_job_gives_the_same_adapter_bit_for_bit(simulate: Simulate) -> None:
-    first, second = simulate(name="first"), simulate(name="second")
+def test_the_same_job_gives_the_same_adapter_bit_for_bit(whole: FinishedRun, simulate: Simulate) -> None:
+    first, second = whole.summary, simulate(name="second")
     assert first["adapter_digest"] == second["adapter_digest"]
     assert first["eval_after"] == second["eval_after"]
     assert simulate("training.seed=1", name="other")["adapter_digest"] != first["adapter_digest"]
 
 
-def test_a_run_leaves_what_the_design_promises(simulate: Simulate, tmp_path: Path) -> None:
-    summary = simulate()
-    path = tmp_path / "run"
+def test_a_run_leaves_what_the_design_promises(whole: FinishedRun) -> None:
+    path, summary = whole.path, whole.summary
     assert read_summary(path) == summary
     lines = read_rounds(path)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
@@ -40,8 +37,15 @@ def test_a_run_leaves_what_the_design_promises(simulate: Simulate, tmp_path: Pat
     assert len(summary["answers"]) == 3
 
 
-def test_training_lowers_the_loss(simulate: Simulate) -> None:
-    summary = simulate("training.local_steps=8", "training.batch_tokens=512")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run that trains long enough to learn something."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    return FinishedRun(path, run(small_job("training.local_steps=8", "training.batch_tokens=512"), path))
+
+
+def test_training_lowers_the_loss(trained: FinishedRun) -> None:
+    summary = trained.summary
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
 
 
@@ -56,14 +60,15 @@ def test_a_ring_learns_and_its_weight_cap_comes_to_what_clients_have(simulate: S
 
 @pytest.mark.parametrize("aggregation", ["alternating", "fedavg"])
 def test_alternating_moves_half_of_what_fedavg_sends_up(simulate: Simulate, aggregation: str, tmp_path: Path) -> None:
-    summary = simulate(f"federation.aggregation={aggregation}", "compression.preset=none")
+    one_round = ("federation.rounds=1", "data.evaluation=", "data.holdout=0")
+    summary = simulate(f"federation.aggregation={aggregation}", "compression.preset=none", *one_round)
     up = read_rounds(tmp_path / "run")[0]["bytes"]["up_per_client"]
     share = up / (4 * summary["adapter_parameters"])
     assert share == pytest.approx(1.0 if aggregation == "fedavg" else 0.5, abs=0.15)
 
 
 def test_clients_that_vanish_or_raise_are_written_down_and_the_run_goes_on(simulate: Simulate, tmp_path: Path) -> None:
-    summary = simulate("simulation.dropout=0.3", "simulation.failing=0.3", "federation.rounds=6")
+    summary = simulate("simulation.dropout=0.3", "simulation.failing=0.3", "federation.rounds=6", "data.evaluation=")
     assert summary["status"] == "finished"
     reasons = [
         client["dropped"] for line in read_rounds(tmp_path / "run") for client in line["clients"] if client["dropped"]
@@ -91,18 +96,19 @@ def test_a_late_client_is_left_behind_at_the_deadline(simulate: Simulate, tmp_pa
     assert read_rounds(tmp_path / "run")[0]["clients"][0]["dropped"] == "no answer before the deadline"
 
 
-def test_an_existing_run_is_replaced_only_by_force(tmp_path: Path) -> None:
-    job = small_job("federation.rounds=1")
-    run(job, tmp_path / "run", Silent())
+def test_an_existing_run_is_replaced_only_by_force(whole: FinishedRun, tmp_path: Path) -> None:
+    path, job = whole.copied(tmp_path / "run"), small_job("federation.rounds=1")
     with pytest.raises(RunDirectoryError, match="exists already; choose another --out, or replace it with --force"):
-        run(job, tmp_path / "run", Silent())
-    run(job, tmp_path / "run", Silent(), force=True)
+        run(job, path)
+    assert read_summary(path) == whole.summary
+    run(job, path, force=True)
+    assert read_summary(path)["rounds"] == 1
 
 
 def test_a_directory_that_is_no_run_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunDirectoryError, match="it is not a run directory"):
-        run(small_job(), tmp_path, Silent(), force=True)
+        run(small_job(), tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -153,26 +159,25 @@ def test_bad_client_data_is_told_before_anything_is_written(
         path.parent.mkdir()
         path.write_text(content)
     with pytest.raises(DataError, match=complaint):
-        run(small_job(f"data.train={tmp_path}/clients/*.jsonl"), tmp_path / "run", Silent())
+        run(small_job(f"data.train={tmp_path}/clients/*.jsonl"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_base_that_is_no_model_is_told_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a directory"):
-        run(small_job(f"model.base={tmp_path}/none"), tmp_path / "run", Silent())
+        run(small_job(f"model.base={tmp_path}/none"), tmp_path / "run")
     with pytest.raises(ModelError, match="matches no linear layer"):
-        run(small_job('adapter.target_modules=["nope"]'), tmp_path / "run", Silent())
+        run(small_job('adapter.target_modules=["nope"]'), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simulate, tmp_path: Path) -> None:
+def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(trained: FinishedRun, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from fedtune.demo import BASE_DIRECTORY, make_evaluation
+    from fedtune.demo import BASE_DIRECTORY
 
-    summary = simulate("training.local_steps=8")
     quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -182,10 +187,10 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
     base = AutoModelForCausalLM.from_pretrained(
         BASE_DIRECTORY, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
     )
-    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    model = PeftModel.from_pretrained(base, trained.path / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIRECTORY)
     losses = []
-    for row in make_evaluation()[:40]:
+    for row in map(json.loads, EVALUATION.read_text().splitlines()):
         prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         target = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         ids = torch.tensor([prompt + target])
@@ -202,11 +207,11 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(simulate: Simul
 
     job = small_job()
     ours = SimulationContext.begin(job, tmp_path / "clients").model
-    ours.load(load_adapter(tmp_path / "run" / "adapter", ours.layout))
-    examples, _ = prepare(evaluation_records(job.data)[:40], ours.base.tokenizer, job.data.sequence_length)
-    assert evaluate(ours, examples).loss == pytest.approx(theirs, rel=1e-3)
-    everything, _ = prepare(evaluation_records(job.data), ours.base.tokenizer, job.data.sequence_length)
-    assert evaluate(ours, everything).loss == pytest.approx(summary["eval_after"]["loss"], rel=1e-6)
+    ours.load(load_adapter(trained.path / "adapter", ours.layout))
+    examples, _ = prepare(evaluation_records(job.data), ours.base.tokenizer, job.data.sequence_length)
+    score = evaluate(ours, examples).loss
+    assert score == pytest.approx(theirs, rel=1e-3)
+    assert score == pytest.approx(trained.summary["eval_after"]["loss"], rel=1e-6)
 
 
 def test_a_missing_evaluation_file_is_told_before_anything_is_written(simulate: Simulate, tmp_path: Path) -> None:
