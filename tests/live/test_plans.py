@@ -24,7 +24,7 @@ from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
 from fedtune.client.plan.backend import Measured
 from fedtune.client.plan.calibration import CalibrationStore
 from fedtune.client.plan.device_plan import DevicePlanner
-from fedtune.client.plan.eligibility import Requirements, Sensors
+from fedtune.client.plan.eligibility import Requirements
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import PeerError
@@ -139,14 +139,16 @@ def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_read
 ) -> None:
     name = fleet.names[0]
     device = device_of(fleet, name)
-    monkeypatch.setattr(service, "sense", lambda: Sensors(41.0, False, None, None))
+    battery = SimpleNamespace(percent=41.0, power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
     reply = greet(device, fleet)
     assert reply.sits_out == "battery low"
     assert fleet.device_status(name)["sits_out"] == "battery at 41% and not charging; 80% are needed"
     for kind in (query(OPEN), TRAIN):  # a round that begins; what is under way is brought to its end
         answer = ask(device, kind, seal(b""))
         assert ("sits out: battery low" in str(answer.error.reason)) == (kind == query(OPEN))
-    monkeypatch.setattr(service, "sense", lambda: Sensors(41.0, True, None, None))
+    battery.power_plugged = True
     assert greet(device, fleet).sits_out == ""
     assert fleet.device_status(name)["sits_out"] == ""
 

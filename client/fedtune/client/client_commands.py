@@ -81,23 +81,22 @@ def join(
 def start(home: _Home = None) -> None:
     """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
     from fedtune.client.live.device_home import CALIBRATIONS
-    from fedtune.client.plan.calibration import CalibrationStore
     from fedtune.core.host.environment import limit_pieces
+
+    def show(line: str) -> None:
+        print(line, flush=True)
 
     limit_pieces(PIECE_BYTES)
     device = _open(home)
     with device.lock:  # from here on it counts as starting: torch takes its time
         try:
             from fedtune.client.live.device_loop import Service
-            from fedtune.client.plan.device_plan import DevicePlanner
-            from fedtune.client.torch.torch_backend import TorchBackend
+            from fedtune.client.plan.calibration import CalibrationStore
+            from fedtune.client.plan.device_plan import this_device
+
+            planner = this_device(CalibrationStore(device.path / CALIBRATIONS), show)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-
-        def show(line: str) -> None:
-            print(line, flush=True)
-
-        planner = DevicePlanner(TorchBackend(), CalibrationStore(device.path / CALIBRATIONS), show)
         Service(device, planner, show).run()
 
 
@@ -316,14 +315,13 @@ def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
     """What this machine would train under, by base model; none where it is installed for answering only."""
     try:
-        from fedtune.client.torch.torch_backend import TorchBackend
+        from fedtune.client.plan.calibration import CalibrationStore
+        from fedtune.client.plan.device_plan import plan_bases, this_device
+
+        planner = this_device(CalibrationStore(calibrations), print)
     except ModuleNotFoundError:
         print("no torch here: this device can pull models and answer. To train: pip install 'fedtune[client]'")
         return []
-    from fedtune.client.plan.calibration import CalibrationStore
-    from fedtune.client.plan.device_plan import DevicePlanner, plan_bases
-
-    planner = DevicePlanner(TorchBackend(), CalibrationStore(calibrations), print)
     outcomes = plan_bases(planner, bases, data, "always" if try_step else "never")
     return [outcome.to_json() for outcome in outcomes]
 

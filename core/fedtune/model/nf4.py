@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,6 +82,9 @@ class PackedWeight:
         )
 
 
+Unpack = Callable[[PackedWeight, torch.dtype], Tensor]
+
+
 def quantize(weight: Tensor) -> PackedWeight:
     """Packs a matrix of shape (d_out, d_in) and any float dtype, on the CPU.
 
@@ -122,10 +126,21 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     return blocks.reshape(-1)[:count].to(dtype).reshape(packed.shape)
 
 
+def unpack_fastest(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """As `dequantize`, by bitsandbytes where that works."""
+    # Where blocks run on from row to row, bitsandbytes 0.50.2 gives wrong values on CPUs: for (64, 96), say.
+    if packed.shape[1] % BLOCK == 0 and bitsandbytes_works(packed.codes.device.type):
+        return bitsandbytes_dequantize(packed, dtype)
+    return dequantize(packed, dtype)
+
+
 class PackedLinear(nn.Linear):
     """y = x Ŵᵀ + bias with Ŵ kept in NF4 and unpacked for each product, forward and backward.
 
     An `nn.Linear` in everything but where its weight lives: `weight` is None.
+
+    Args:
+        unpack: gives the dense weight; every way to unpack gives the same values.
     """
 
     codes: Tensor
@@ -133,8 +148,11 @@ class PackedLinear(nn.Linear):
     scale_steps: Tensor
     scale_mean: Tensor
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, unpack: Unpack | None = None
+    ) -> None:
         nn.Module.__init__(self)
+        self._unpack = unpack or unpack_fastest
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.register_parameter("weight", None)
@@ -156,11 +174,8 @@ class PackedLinear(nn.Linear):
         return PackedWeight(self.codes, self.scale_codes, self.scale_steps, self.scale_mean, shape)
 
     def dense(self) -> Tensor:
-        """Ŵ in the dtype of the arithmetic."""
-        # Where blocks run on from row to row, bitsandbytes 0.50.2 gives wrong values on CPUs: for (64, 96), say.
-        if self.in_features % BLOCK == 0 and bitsandbytes_works(self.codes.device.type):
-            return _bitsandbytes_dequantize(self.packed, self.dtype)
-        return dequantize(self.packed, self.dtype)
+        """Gives Ŵ in the dtype of the arithmetic."""
+        return self._unpack(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) -> (..., d_out)."""
@@ -197,22 +212,28 @@ def scale_map() -> Tensor:
 
 @functools.cache
 def bitsandbytes_works(device_type: str) -> bool:
-    """Whether bitsandbytes unpacks a small matrix on this kind of device to the very values that torch does.
+    """Whether bitsandbytes unpacks on this kind of device.
 
     Its wheels can import and then fail at the first call (bitsandbytes issue 1930), hence a real one.
     """
+    return unpacks_alike(bitsandbytes_dequantize, device_type)
+
+
+def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
+    """Whether a function unpacks a small matrix on this kind of device to the very values that torch gives."""
     weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK).sin().reshape(-1, 2 * BLOCK)
     packed = quantize(weight).to(device_type)
     try:
         return all(
-            torch.equal(_bitsandbytes_dequantize(packed, dtype), dequantize(packed, dtype))
+            torch.equal(unpack(packed, dtype), dequantize(packed, dtype))
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         )
     except Exception:  # whatever a broken native library raises: the torch path is right, only slower
         return False
 
 
-def _bitsandbytes_dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+def bitsandbytes_dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Unpacks with bitsandbytes, which may fail or, where `bitsandbytes_works` says no, give other values."""
     operations = _bitsandbytes_operations()
     device = packed.codes.device
     scales = operations.dequantize_blockwise(

@@ -200,13 +200,12 @@ def plan(
     if data is not None:
         read_records(own_data_file(data), resolved.data.skip_bad)
     from fedtune.client.plan.calibration import CalibrationStore
-    from fedtune.client.plan.device_plan import DevicePlanner, Link, default_folder
+    from fedtune.client.plan.device_plan import Link, default_folder, this_device
     from fedtune.client.plan.plan_table import print_plan
-    from fedtune.client.torch.torch_backend import TorchBackend
 
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
     note = (lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False))
-    outcome = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()), note).plan(
+    outcome = this_device(CalibrationStore(default_folder()), note).plan(
         resolved,
         data,
         Link(per_second[0], per_second[1], deadline),

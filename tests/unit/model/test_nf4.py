@@ -26,7 +26,7 @@ def weights(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_unpacks_to_the_bits_that_bitsandbytes_unpacks_to(shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = quantize(weights(shape))
-    assert torch.equal(dequantize(packed, dtype), nf4._bitsandbytes_dequantize(packed, dtype))
+    assert torch.equal(dequantize(packed, dtype), nf4.bitsandbytes_dequantize(packed, dtype))
 
 
 @pytest.mark.parametrize("shape", [*WHOLE_BLOCKS[1:], (64, 96)])
@@ -59,14 +59,10 @@ def test_no_value_moves_by_more_than_half_a_gap_and_the_scale_s_error(
 
 
 @pytest.mark.parametrize("shape", WHOLE_BLOCKS + ODD_SHAPES)
-@pytest.mark.parametrize("with_bitsandbytes", [True, False])
-def test_a_packed_layer_computes_what_the_dense_layer_does(
-    shape: tuple[int, int], with_bitsandbytes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not with_bitsandbytes:
-        monkeypatch.setattr(nf4, "bitsandbytes_works", lambda _: False)
+@pytest.mark.parametrize("unpack", [nf4.unpack_fastest, dequantize], ids=["fastest", "torch alone"])
+def test_a_packed_layer_computes_what_the_dense_layer_does(shape: tuple[int, int], unpack: nf4.Unpack) -> None:
     packed, bias = quantize(weights(shape)), torch.linspace(-1, 1, shape[0])
-    layer = PackedLinear(packed, bias, torch.float32)
+    layer = PackedLinear(packed, bias, torch.float32, unpack)
     dense = nn.Linear(shape[1], shape[0])
     dense.weight.data, dense.bias.data = dequantize(packed, torch.float32), bias
     outputs: list[torch.Tensor] = []
@@ -80,17 +76,15 @@ def test_a_packed_layer_computes_what_the_dense_layer_does(
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_bitsandbytes_that_fails_at_its_first_call_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_that_fails_at_its_first_call_is_not_used() -> None:
     def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("undefined symbol")
 
-    monkeypatch.setattr(nf4, "_bitsandbytes_dequantize", broken)
-    assert not nf4.bitsandbytes_works.__wrapped__("cpu")
+    assert not nf4.unpacks_alike(broken, "cpu")
 
 
-def test_bitsandbytes_that_computes_other_values_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "_bitsandbytes_dequantize", lambda packed, dtype: dequantize(packed, dtype) + 1)
-    assert not nf4.bitsandbytes_works.__wrapped__("cpu")
+def test_bitsandbytes_that_computes_other_values_is_not_used() -> None:
+    assert not nf4.unpacks_alike(lambda packed, dtype: dequantize(packed, dtype) + 1, "cpu")
 
 
 def test_bitsandbytes_works_here() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import ModelSettings
 from fedtune.model.base_model import BaseModel, load_base
-from fedtune.server.simulation import workers
 from fedtune.server.simulation.workers import worker_count
 
 GIB = 1 << 30
@@ -24,16 +23,10 @@ def base() -> BaseModel:
     return load_base(ModelSettings())
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the probe finds; a test changes it."""
-    found: dict[str, Any] = {"cores": 8.5, "memory_free": 64 * GIB}
-    monkeypatch.setattr(workers, "probe", lambda: dataclasses.replace(probe(), **found))
-    return found
-
-
-def count(base: BaseModel, *overrides: str) -> int:
-    return worker_count(load_job(None, list(overrides)), base, population=100)
+def count(base: BaseModel, *overrides: str, cores: float = 8.5, memory_free: int = 64 * GIB) -> int:
+    """Workers on a machine on which the probe finds so much."""
+    machine = dataclasses.replace(probe(), cores=cores, memory_free=memory_free)
+    return worker_count(load_job(None, list(overrides)), base, population=100, probe=lambda: machine)
 
 
 def test_there_is_one_worker_a_core_but_none_without_a_client(base: BaseModel) -> None:
@@ -42,22 +35,18 @@ def test_there_is_one_worker_a_core_but_none_without_a_client(base: BaseModel) -
     assert count(base, "federation.clients_per_round=0.07", "secure_aggregation.enabled=false") == 7
 
 
-def test_a_machine_of_half_a_core_has_one_worker(base: BaseModel, machine: dict[str, Any]) -> None:
-    machine["cores"] = 0.5
-    assert count(base) == 1
+def test_a_machine_of_half_a_core_has_one_worker(base: BaseModel) -> None:
+    assert count(base, cores=0.5) == 1
 
 
-def test_memory_bounds_the_workers_and_longer_batches_need_more_of_it(base: BaseModel, machine: dict[str, Any]) -> None:
-    machine["memory_free"] = 4 * GIB
-    few = count(base, "training.batch_tokens=16384")
-    assert 1 <= few < count(base, "training.batch_tokens=4096") < 8
-    machine["memory_free"] = 0
-    assert count(base) == 1
+def test_memory_bounds_the_workers_and_longer_batches_need_more_of_it(base: BaseModel) -> None:
+    few = count(base, "training.batch_tokens=16384", memory_free=4 * GIB)
+    assert 1 <= few < count(base, "training.batch_tokens=4096", memory_free=4 * GIB) < 8
+    assert count(base, memory_free=0) == 1
 
 
-def test_actors_of_ray_each_need_a_base_too(base: BaseModel, machine: dict[str, Any]) -> None:
-    machine["memory_free"] = GIB
-    assert count(base, "simulation.backend=ray") < count(base)
+def test_actors_of_ray_each_need_a_base_too(base: BaseModel) -> None:
+    assert count(base, "simulation.backend=ray", memory_free=GIB) < count(base, memory_free=GIB)
 
 
 def test_what_a_job_says_is_taken_and_threads_leave_no_room_for_forks(base: BaseModel) -> None:
@@ -65,8 +54,8 @@ def test_what_a_job_says_is_taken_and_threads_leave_no_room_for_forks(base: Base
     assert count(base, "simulation.threads=4") == 1
 
 
-def test_forks_on_a_gpu_are_refused_and_never_chosen(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BaseModel, "device", property(lambda _: torch.device("cuda")))
-    assert count(base) == 1
+def test_forks_on_a_gpu_are_refused_and_never_chosen(base: BaseModel) -> None:
+    on_gpu = dataclasses.replace(base, network=SimpleNamespace(device=torch.device("cuda")))
+    assert count(on_gpu) == 1
     with pytest.raises(JobError, match="forks cannot share a base model on a GPU"):
-        count(base, "simulation.workers=2")
+        count(on_gpu, "simulation.workers=2")

@@ -1,6 +1,6 @@
 """`fedtune plan`: what this device would train under, and how true that is.
 
-planner = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()))
+planner = this_device(CalibrationStore(default_folder()), print)
 print(planner.plan(job, Path("mine.jsonl")).to_json())
 """
 
@@ -306,6 +306,17 @@ class DevicePlanner:
             return known.seconds_per_token * choices.tokens
         rate = self.backend.product_rate(question.shape, choices)
         return step_seconds(question.shape, choices, rate, choices.tokens, question.target_share)
+
+
+def this_device(store: CalibrationStore, note: Callable[[str], None]) -> DevicePlanner:
+    """Makes the planner of this machine: here, and nowhere else, the library that trains on devices is named.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    from fedtune.client.torch.torch_backend import TorchBackend
+
+    return DevicePlanner(TorchBackend(), store, note)
 
 
 def plan_bases(planner: DevicePlanner, bases: Sequence[Path], data: Path, trial: Trial) -> list[Outcome]:

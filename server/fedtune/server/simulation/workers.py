@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.client.plan.machine import probe
+from collections.abc import Callable
+
+from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.plan.step_costs import Choices, predict_memory
 from fedtune.core.errors import JobError
@@ -13,8 +15,11 @@ from fedtune.server.simulation.simulated_fleet import PROGRAM_BYTES
 from fedtune.strategies.cohorts.selection import cohort_size
 
 
-def worker_count(job: Job, base: BaseModel, population: int) -> int:
+def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[], Machine] = probe) -> int:
     """The job's workers: as it says, or one a core or GPU, for no more clients than a round has, within free memory.
+
+    Args:
+        probe: looks at the machine.
 
     Raises:
         JobError: forks on a GPU.
