@@ -13,8 +13,8 @@ from federation_helpers import SECURE, Simulate, small_job
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
+from fedtune.core.adapter.basis import basis_changes, changed, follow
 from fedtune.core.adapter.layout import AdapterLayout, Vector
-from fedtune.core.adapter.rebalance import basis_changes, changed, follow
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job

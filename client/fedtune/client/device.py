@@ -15,9 +15,8 @@ import numpy as np
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.trainer import LocalResult, LocalTask, Trainer
-from fedtune.core.adapter.alignment import align_update
+from fedtune.core.adapter.basis import Basis, align_update, basis_changes, follow
 from fedtune.core.adapter.layout import AdapterLayout, Factor, Vector, adapter_digest
-from fedtune.core.adapter.rebalance import Basis, basis_changes, follow
 from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive

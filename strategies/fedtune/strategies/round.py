@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.core.adapter.basis import basis_changes, changed, follow
 from fedtune.core.adapter.layout import adapter_digest, factor_letters
-from fedtune.core.adapter.rebalance import basis_changes, changed, follow
 from fedtune.core.codec.downlink import FIRST, advance, refreshed
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError

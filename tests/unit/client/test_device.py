@@ -13,7 +13,7 @@ from numpy_trainer import LAYOUT as GOLDEN
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device, Postprocess
 from fedtune.client.live.device_home import JobMemory
-from fedtune.core.adapter.alignment import align_update
+from fedtune.core.adapter.basis import align_update
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.core.adapter.alignment import align_update
+from fedtune.core.adapter.basis import align_update
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
 from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.job.job_file import load_job

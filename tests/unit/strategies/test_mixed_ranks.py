@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.core.adapter.basis import follow, rebalance
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
-from fedtune.core.adapter.rebalance import follow, rebalance
 from fedtune.core.adapter.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
 from fedtune.core.errors import UpdateError
 from fedtune.strategies.aggregation import Frame, Update

@@ -113,7 +113,7 @@ class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
 
 
 class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The last change of the adapter's basis; see `fedtune.core.adapter.rebalance.basis_changes`.
+    """The last change of the adapter's basis; see `fedtune.core.adapter.basis.basis_changes`.
 
     Args:
         round: after which it was made.

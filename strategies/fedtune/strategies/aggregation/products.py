@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.core.adapter.basis import FRESH_ROW
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.adapter.rebalance import FRESH_ROW
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Frame, Update

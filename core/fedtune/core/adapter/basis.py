@@ -1,4 +1,6 @@
-"""Rebalancing: the same ΔW in a basis where both factors carry the same share of every direction.
+"""The basis of an adapter: the same ΔW = B·A written as other factors.
+
+**Rebalancing** changes the basis for everybody, so that both factors carry the same share of every direction:
 
     B = Q_B·R_B,  Aᵀ = Q_A·R_A,  R_B·R_Aᵀ = U·S·Vᵀ            QR and SVD; O((d_out + d_in)·R²)
     B' = Q_B·U·S^½ = B·T,   A' = S^½·Vᵀ·Q_Aᵀ = T⁺·A
@@ -7,6 +9,14 @@
 Whatever lives in the basis must follow: residuals and optimizer state of B are multiplied by T from the right, those of
 A by T⁺ from the left. Directions without weight keep a fresh orthogonal row in A and a zero column in B, and lose what
 was remembered of them.
+
+**Alignment** turns one client's factors towards the last global ones before they are averaged (FedRot-LoRA). Per
+module, with the client's trained A_i, B_i and the received A, B:
+
+    Q = argmin ‖B_i·Q - B‖² + ‖Qᵀ·A_i - A‖²  over orthogonal Q
+      = U·Vᵀ  with  B_iᵀ·B + A_i·Aᵀ = U·S·Vᵀ               orthogonal Procrustes (Schönemann 1966)
+
+B_i·Q·Qᵀ·A_i = B_i·A_i: what the client learned is the same function, written in the basis of the others.
 """
 
 from __future__ import annotations
@@ -87,6 +97,27 @@ def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, 
     return moved
 
 
+def align_update(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
+    """A client's update after the turn: aligned minus received.
+
+    Args:
+        received: the whole adapter, float32, (layout.size,).
+        update: trained minus received, of both factors, float32, (layout.size,).
+
+    Returns:
+        float32, (layout.size,).
+    """
+    trained = (received + update).astype(np.float32)
+    aligned = np.empty_like(trained)
+    parts = zip(
+        layout.views(trained).values(), layout.views(received).values(), layout.views(aligned).values(), strict=True
+    )
+    for (own_a, own_b), (global_a, global_b), (into_a, into_b) in parts:
+        turn = _alignment(own_a, own_b, global_a, global_b)
+        into_a[:], into_b[:] = turn.T @ own_a, own_b @ turn
+    return aligned - received
+
+
 def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, Basis]:
     rank = len(lora_a)
     q_b, r_b = np.linalg.qr(lora_b)
@@ -108,3 +139,11 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
     fresh = right[kept:] @ q_a.T  # orthogonal to the others, and in the row space that A had
     new_a[kept : kept + len(fresh)] = fresh * FRESH_ROW
     return new_a, new_b, Basis(t, t_inverse)
+
+
+def _alignment(own_a: Vector, own_b: Vector, global_a: Vector, global_b: Vector) -> np.ndarray:
+    """Q of one module, float64, (R, R)."""
+    own_a64, own_b64 = own_a.astype(np.float64), own_b.astype(np.float64)
+    left, _, right = np.linalg.svd(own_b64.T @ global_b + own_a64 @ global_a.T)
+    turn: np.ndarray = left @ right
+    return turn
