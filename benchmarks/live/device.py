@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from fedtune.core.host.environment import limit_pieces, prepare_environment
 
@@ -17,45 +16,62 @@ prepare_environment()
 limit_pieces(128 << 10)
 
 import exchanges  # noqa: E402  # Flower reads the environment when it is imported
-from flwr.app import Context, Message, RecordDict  # noqa: E402
 
-from fedtune.client.live.device_home import ClientHome  # noqa: E402
-from fedtune.client.live.device_loop import Service  # noqa: E402
+from fedtune.client.live.device_home import CALIBRATIONS, ClientHome  # noqa: E402
+from fedtune.client.live.device_loop import DeviceLoop, Work  # noqa: E402
+from fedtune.client.live.device_status import DeviceReport  # noqa: E402
+from fedtune.client.live.registered_device import RegisteredDevice  # noqa: E402
+from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
+from fedtune.client.plan.device_plan import DevicePlanner  # noqa: E402
+from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
+from fedtune.client.torch.torch_backend import TorchBackend  # noqa: E402
+from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
+from fedtune.core.protocol.actions import TRAIN, Refusal, Request  # noqa: E402
+from fedtune.flower.fleet_link import FleetLink  # noqa: E402
+
+
+class Echo:
+    """Answers with as many bytes as were asked for."""
+
+    def answer(self, request: Request) -> bytes | Refusal:
+        return exchanges.echoed(request.parts[0])
+
+    def cannot_store(self, action: str, error: OSError) -> Refusal:
+        return Refusal(f"{action}: {error}")
+
+    def sent(self, action: str, size: int, seconds: float) -> None:
+        """Nothing is learned of the link."""
+
+
+class Noting:
+    """Writes down when it trained."""
+
+    def __init__(self, work: RegisteredDevice, file: Path) -> None:
+        self._work, self._file = work, file
+        self.cannot_store, self.sent = work.cannot_store, work.sent
+
+    def answer(self, request: Request) -> bytes | Refusal:
+        began = time.time()
+        try:
+            return self._work.answer(request)
+        finally:
+            if request.action == TRAIN:
+                with self._file.open("a") as file:
+                    file.write(f"{began} {time.time()}\n")
 
 
 def main() -> None:
     home, task = ClientHome(Path(sys.argv[1])), sys.argv[2]
+    config = home.config
     with home.lock:
-        service = Service(home, lambda line: print(line, flush=True))
-        if task == "echo":
-            service._reply = lambda message: exchanges.app(message, _context(message))  # it has not been greeted
-        else:
-            make = service._make_apps
-
-            def make_noting() -> None:
-                make()
-                service._secure_app = _noting(service._secure_app, Path(task))
-
-            service._make_apps = make_noting
-            make_noting()
-        service.run()
-
-
-def _context(message: Message) -> Context:
-    return Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
-
-
-def _noting(app: Any, path: Path) -> Any:
-    def noted(message: Message, context: Context) -> Message:
-        began = time.time()
-        try:
-            return app(message, context)
-        finally:
-            if message.metadata.message_type == "train":
-                with path.open("a") as file:
-                    file.write(f"{began} {time.time()}\n")
-
-    return noted
+        report = DeviceReport(home.path, config.name, config.server, lambda line: print(line, flush=True), SYSTEM_CLOCK)
+        work: Work = Echo()
+        if task != "echo":
+            bases = tuple(map(Path, config.bases))
+            planner = DevicePlanner(TorchBackend(), CalibrationStore(home.path / CALIBRATIONS), report.show)
+            planned = PlannedWork(bases, Path(config.data), planner)
+            work = Noting(RegisteredDevice(home, planned, report), Path(task))
+        DeviceLoop(home, FleetLink(config.server, home.authority, home.node_key), work, report).run()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 PATIENCE_SECONDS = 600.0
+SHORT_BYTES = 4096  # payloads up to here travel as one object, as in fedtune
+LENGTH_BYTES = 8  # at the beginning of a question: how many bytes are wanted back
 MEGABYTES = 8
 TRIVIAL, LARGE, ROUND = "trivial", f"{MEGABYTES} MB both ways", "a secure round's five"
 
@@ -59,29 +61,45 @@ def measure(grid: Grid, nodes: Sequence[int], planned: Sequence[Workload]) -> di
         for _ in range(workload.repetitions):
             began = time.perf_counter()
             for down, up in workload.sizes:
-                _exchange(grid, [Message(_content(random, down, up), node, "query", ttl=3600) for node in nodes], up)
+                questions = [up.to_bytes(LENGTH_BYTES) + random.bytes(max(0, down - LENGTH_BYTES)) for _ in nodes]
+                messages = [
+                    Message(_content(question), node, "query", ttl=3600)
+                    for question, node in zip(questions, nodes, strict=True)
+                ]
+                _exchange(grid, messages, up)
             seconds.setdefault(workload.name, []).append(time.perf_counter() - began)
     return seconds
 
 
+def echoed(question: bytes) -> bytes:
+    """As many bytes as are wanted."""
+    return np.random.default_rng().bytes(int.from_bytes(question[:LENGTH_BYTES]))
+
+
 @app.query()
 def echo(message: Message, context: Context) -> Message:
-    """As many bytes as were asked for."""
+    """Answers a question in a stock Flower app."""
     del context
-    size = message.content["wanted"]["bytes"]
-    assert isinstance(size, int)
-    return Message(_content(np.random.default_rng(), size, 0), reply_to=message)
+    return Message(_content(echoed(_payload(message))), reply_to=message)
 
 
 def _exchange(grid: Grid, messages: Sequence[Message], up: int) -> None:
     replies = list(grid.send_and_receive(messages, timeout=PATIENCE_SECONDS))
-    arrived = [
-        0 if reply.has_error() else reply.content.array_records["payload"]["x"].numpy().size for reply in replies
-    ]
+    arrived = [0 if reply.has_error() else len(_payload(reply)) for reply in replies]
     if arrived != [up] * len(messages):
         raise RuntimeError(f"expected {up} bytes from {len(messages)} clients, got {arrived}")
 
 
-def _content(random: np.random.Generator, size: int, wanted: int) -> RecordDict:
-    payload = ArrayRecord({"x": Array(random.integers(0, 256, size, dtype=np.uint8))})
-    return RecordDict({"payload": payload, "wanted": ConfigRecord({"bytes": wanted})})
+def _content(payload: bytes) -> RecordDict:
+    """The payload as fedtune's messages carry it."""
+    if len(payload) <= SHORT_BYTES:
+        return RecordDict({"fedtune": ConfigRecord({"part-0": payload})})
+    return RecordDict({"fedtune": ArrayRecord({"part-0": Array(np.frombuffer(payload, dtype=np.uint8))})})
+
+
+def _payload(message: Message) -> bytes:
+    part = next(iter(message.content["fedtune"].values()))
+    if isinstance(part, Array):
+        return part.numpy().tobytes()
+    assert isinstance(part, bytes)
+    return part

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from endpoint import Endpoint, listening
 from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import free_port
 
 from fedtune.client.client_commands import PIECE_BYTES
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import FleetLink, identify
+from fedtune.flower.fleet_link import Answer, FleetLink
 from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.flower.run_grid import RunGrid
 
@@ -56,7 +55,7 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    yield from listening(tmp_path_factory.mktemp("door"))
+    yield from listening(tmp_path_factory.mktemp("endpoint"))
 
 
 @pytest.fixture(scope="module", params=["nginx", "caddy"])
@@ -122,18 +121,14 @@ def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(
         message_id = _ask(grid, device, payload)
         task = device.pull()
         assert task is not None
-        message = device.fetch(task)
-        assert unseal(message) == payload
-        identify(message, device.node_id)
-        device.answer(Message(seal(payload[::-1]), reply_to=message), 1.0)
+        assert device.fetch(task).parts == (payload,)
+        device.answer(task, Answer(payload[::-1], 1.0, time.time()))
         (reply,) = grid.pull_messages([message_id])
         assert unseal(reply) == payload[::-1]
     device.deactivate(device.node_id)
 
 
 def _ask(grid: RunGrid, device: FleetLink, payload: bytes) -> str:
-    # Flower keeps one identity a process, and this one plays both sides.
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
     (message_id,) = grid.push_messages([Message(seal(payload), device.node_id, "query.anything", ttl=600)])
     return message_id
 

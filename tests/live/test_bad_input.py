@@ -7,25 +7,26 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from flwr.app import Message
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.client.live import device_loop as service
-from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
-from fedtune.client.live.device_loop import BACKOFF_SECONDS, Backoff
-from fedtune.client.plan.calibration import CalibrationStore
-from fedtune.client.plan.device_plan import DevicePlanner
-from fedtune.client.torch.torch_backend import TorchBackend
-from fedtune.core.errors import InputError
+from fedtune.client.live.device_home import ClientHome
+from fedtune.client.live.device_loop import BACKOFF_SECONDS, DeviceLoop
+from fedtune.client.live.device_status import TRANSITIONS, DeviceReport
+from fedtune.client.live.registered_device import RegisteredDevice
+from fedtune.core.errors import InputError, PeerError
+from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
+from fedtune.core.host.stopping import Stopped
+from fedtune.core.protocol.actions import EVALUATE, Refusal, Request
 from fedtune.core.protocol.enrolment import Bundle
-from fedtune.flower.envelope import seal
-from fedtune.flower.fleet_link import Task
+from fedtune.flower.fleet_link import Answer
+from fedtune.flower.signed_http import UnreachableError
 from fedtune.server import cli
 from fedtune.server.live.certificates import make_server_certificate
 from fedtune.server.live.enrolled_devices import enroll
@@ -179,45 +180,143 @@ def test_a_stopped_server_still_knows_who_is_enrolled(
     assert "ada" in capsys.readouterr().out
 
 
+@dataclass(frozen=True)
+class Task:
+    """As much of a task as the loop looks at itself."""
+
+    action: str = "train"
+    group: str = "1"
+    note: bytes = b"what it is about"
+
+
+class Line:
+    """A link on which things happen as a test says; it ends the process when nothing is left to happen."""
+
+    node_id, clock_error = 7, 0.0
+
+    def __init__(self, *pulls: Task | Exception | None, answers: Sequence[Exception] = ()) -> None:
+        self._pulls, self._answers = list(pulls), list(answers)
+        self.answers: list[Answer] = []
+
+    def beat(self) -> bool:
+        return True
+
+    def pull(self) -> Task | None:
+        if not self._pulls:
+            raise Stopped
+        if isinstance(pulled := self._pulls.pop(0), Exception):
+            raise pulled
+        return pulled
+
+    def fetch(self, task: Task) -> Request:
+        return Request(task.action, task.group, self.node_id, (b"",))
+
+    def answer(self, task: Task, answer: Answer) -> None:
+        if self._answers:
+            raise self._answers.pop(0)
+        self.answers.append(answer)
+
+    def deactivate(self, node_id: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Worker:
+    """Answers with the name of what is asked, refuses to evaluate, and notes what it is told of answers."""
+
+    def __init__(self) -> None:
+        self.sends: list[tuple[str, int]] = []
+
+    def answer(self, request: Request) -> bytes | Refusal:
+        return Refusal("no scores") if request.action == EVALUATE else request.action.encode()
+
+    def cannot_store(self, action: str, error: OSError) -> Refusal:
+        return Refusal(f"{action}: {error.strerror}")
+
+    def sent(self, action: str, size: int, seconds: float) -> None:
+        self.sends.append((action, size))
+
+
 @pytest.fixture
-def device(home: ServerHome, tmp_path: Path) -> Iterator[service.Service]:
-    """A device's service, in this process and without a server."""
-    joined = ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
-    planner = DevicePlanner(TorchBackend(), CalibrationStore(joined.path / CALIBRATIONS))
-    made = service.Service(joined, planner, lambda line: None)
-    yield made
-    made._link.close()
+def joined(home: ServerHome, tmp_path: Path) -> ClientHome:
+    return ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
 
 
-def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(
-    device: service.Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(service, "write_private", no_space)
-    answers: list[Message] = []
-    monkeypatch.setattr(device._link, "answer", lambda reply, seconds: answers.append(reply))
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    head = Message(seal(b"never read"), 7, "train", ttl=600)
-    head.metadata.__dict__["_message_id"] = "question"
-    device._work(Task(head, ObjectTree(), b"what it is about", {}))
-    (reply,) = answers
-    assert reply.error.reason == "the device cannot write or read its files: No space left on device"
-    assert device._status.problem.startswith("train: No space left on device")
+def no_space(path: Path, content: bytes | str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_damaged_roster_is_told_when_the_device_starts(device: service.Service) -> None:
-    roster = device._home.path / "roster.json"
+def loop_of(joined: ClientHome, line: Line, pauses: list[float], **settings: Any) -> tuple[DeviceLoop, DeviceReport]:
+    """A device's process on that line, whose pauses are noted and take no time."""
+    clock = replace(SYSTEM_CLOCK, sleep=pauses.append)
+    report = DeviceReport(joined.path, "ada", "localhost:1", lambda text: None, clock)
+    link: Any = line
+    work = settings.pop("work", Worker())
+    return DeviceLoop(joined, link, work, report, clock, **settings), report
+
+
+def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(joined: ClientHome) -> None:
+    line = Line(Task())
+    clock = Clock()
+    report = DeviceReport(joined.path, "ada", "localhost:1", lambda text: None, clock, no_space)
+    link: Any = line
+    planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None)
+    work = RegisteredDevice(joined, planned, report)
+    DeviceLoop(joined, link, work, report, clock, no_space).run()
+    (answer,) = line.answers
+    assert answer.outcome == Refusal("the device cannot write or read its files: No space left on device")
+    assert report.status.problem.startswith("train: No space left on device")
+
+
+def test_a_line_that_breaks_while_an_answer_is_brought_brings_the_same_one_later(joined: ClientHome) -> None:
+    pauses: list[float] = []
+    line, work = Line(Task(), Task(EVALUATE), answers=[UnreachableError("no network")] * 3), Worker()
+    loop, report = loop_of(joined, line, pauses, work=work)
+    loop.run()
+    assert [answer.outcome for answer in line.answers] == [b"train", Refusal("no scores")]
+    assert work.sends == [("train", 5)]  # how long a refusal took tells nothing of the link
+    assert len([pause for pause in pauses if pause >= BACKOFF_SECONDS[0] / 2]) == 3
+    assert (report.status.state, report.status.answered) == ("stopped", 2)
+    assert not (joined.path / "working").exists()
+
+
+def test_whatever_a_server_sends_the_process_goes_on(joined: ClientHome) -> None:
+    pauses: list[float] = []
+    line = Line(PeerError("not a message"), UnreachableError("no network"), Task())
+    loop, report = loop_of(joined, line, pauses)
+    loop.run()
+    assert [answer.outcome for answer in line.answers] == [b"train"]
+    assert report.status.problem == "no network"
+
+
+def test_what_cannot_happen_to_a_device_is_refused_and_changes_nothing(joined: ClientHome) -> None:
+    _, report = loop_of(joined, Line(), [])
+    states = {state for state, _ in TRANSITIONS} | set(TRANSITIONS.values())
+    events = {event for _, event in TRANSITIONS}
+    for state in states:
+        for event in events:
+            report.tell(state=state)
+            if (state, event) in TRANSITIONS:
+                report.happens(event)
+                assert report.status.state == TRANSITIONS[state, event]
+            else:
+                with pytest.raises(ValueError, match=f"{state} never {event}"):
+                    report.happens(event)
+                assert report.status.state == state
+
+
+def test_a_damaged_roster_is_told_when_the_device_starts(joined: ClientHome) -> None:
+    roster = joined.path / "roster.json"
     roster.write_text(roster.read_text().replace('"version": 1', '"version": 7'))
+    loop, _ = loop_of(joined, Line(), [])
     with pytest.raises(InputError, match="not signed with this fleet's key; join anew with a new bundle"):
-        device.run()
+        loop.run()
 
 
 def test_pauses_double_up_to_a_limit_and_differ_between_devices() -> None:
     first, longest = BACKOFF_SECONDS
     for draw, share in ((0.0, 0.5), (1.0, 1.0)):
-        backoff = Backoff(partial(float, draw))
+        backoff = Backoff(first, longest, partial(float, draw))
         pauses = [backoff.next() for _ in range(20)]
         assert pauses[:4] == [share * first * 2**n for n in range(4)]
         assert pauses[-1] == share * longest

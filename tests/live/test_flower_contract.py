@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,21 @@ import numpy as np
 import pytest
 from endpoint import Endpoint, listening
 from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.core.host.trusted_server import ServerClock
+from fedtune.core.protocol.actions import Refusal, Request
 from fedtune.core.protocol.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
 from fedtune.flower import run_grid as grid_module
-from fedtune.flower.calls import LinkLostError
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import (
-    FleetLink,
-    RunOverError,
-    UnknownDeviceError,
-    UnreachableError,
-    error_reply,
-    identify,
-    interrupted,
-)
-from fedtune.flower.run_grid import RunGrid
+from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled
+from fedtune.flower.run_grid import LinkLostError, RunGrid, RunLimits
+from fedtune.flower.signed_http import RunOverError, UnknownDeviceError, UnreachableError
 from fedtune.server.live.sockets import Listener
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    yield from listening(tmp_path_factory.mktemp("door"))
+    yield from listening(tmp_path_factory.mktemp("endpoint"))
 
 
 @pytest.fixture
@@ -51,18 +45,18 @@ def grid(endpoint: Endpoint) -> Iterator[RunGrid]:
         yield grid
 
 
-def take(device: FleetLink) -> Message:
-    """The message that waits for a device, in whose name this process then speaks."""
+def take(device: FleetLink) -> tuple[Task, Request]:
+    """The message that waits for a device."""
     task = device.pull()
     assert task is not None
-    message = device.fetch(task)
-    identify(message, device.node_id)
-    return message
+    return task, device.fetch(task)
+
+
+def answer(device: FleetLink, task: Task, outcome: bytes | Refusal) -> None:
+    device.answer(task, Answer(outcome, 0.0, time.time()))
 
 
 def ask(grid: RunGrid, device: FleetLink, payload: bytes = b"question") -> str:
-    # Flower keeps one identity a process, and this one plays both sides.
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
     (message_id,) = grid.push_messages([Message(seal(payload), device.node_id, "query.anything", ttl=600)])
     assert message_id
     return message_id
@@ -72,10 +66,10 @@ def ask(grid: RunGrid, device: FleetLink, payload: bytes = b"question") -> str:
 def test_payloads_cross_both_ways_bit_for_bit(grid: RunGrid, device: FleetLink, size: int) -> None:
     payload = np.random.default_rng(size).bytes(size)
     message_id = ask(grid, device, payload)
-    message = take(device)
-    assert (message.metadata.message_type, unseal(message)) == ("query.anything", payload)
+    task, request = take(device)
+    assert (task.action, request.parts) == ("query.anything", (payload,))
     assert grid.pull_messages([message_id]) == []
-    device.answer(Message(seal(payload[::-1]), reply_to=message), 1.0)
+    answer(device, task, payload[::-1])
     (reply,) = grid.pull_messages([message_id])
     assert (unseal(reply), reply.metadata.src_node_id) == (payload[::-1], device.node_id)
     assert reply.metadata.reply_to_message_id == message_id
@@ -95,7 +89,7 @@ def test_small_messages_take_two_requests_and_large_ones_go_piece_by_piece(
     monkeypatch.setattr(httpx.Client, "send", noted)
     for size in (20_000, 2 * MAX_BUNDLE_BYTES):
         message_id = ask(grid, device, bytes(size))
-        device.answer(Message(seal(bytes(size)), reply_to=take(device)), 0.0)
+        answer(device, take(device)[0], bytes(size))
         (reply,) = grid.pull_messages([message_id])
         assert len(unseal(reply)) == size
         if size < MAX_BUNDLE_BYTES:
@@ -103,31 +97,60 @@ def test_small_messages_take_two_requests_and_large_ones_go_piece_by_piece(
     assert {"/v1/fleet/pull-object", "/v1/fleet/push-object"} < set(calls)
 
 
-def test_messages_too_large_for_one_request_reach_everyone(
-    grid: RunGrid, device: FleetLink, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "MAX_BATCH_BYTES", 50_000)
+def test_messages_too_large_for_one_request_reach_everyone(device: FleetLink, endpoint: Endpoint) -> None:
     other = endpoint.newcomer()
     other.activate()
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, grid.run.run_id, 1
     devices = [device, device, other, other]
     payloads = [np.random.default_rng(size).bytes(size) for size in (30_000, 30_000, 70_000, 10)]
-    messages = [
-        Message(seal(payload), link.node_id, "query.anything", ttl=600)
-        for link, payload in zip(devices, payloads, strict=True)
-    ]
-    assert all(grid.push_messages(messages))
-    assert sorted(unseal(take(link)) for link in devices) == sorted(payloads)
-    assert device.pull() is None
-    assert other.pull() is None
+    with endpoint.link.open_run(60.0, RunLimits(batch_bytes=50_000)) as grid:
+        messages = [
+            Message(seal(payload), link.node_id, "query.anything", ttl=600)
+            for link, payload in zip(devices, payloads, strict=True)
+        ]
+        assert all(grid.push_messages(messages))
+        assert sorted(take(link)[1].parts[0] for link in devices) == sorted(payloads)
+        assert device.pull() is None
+        assert other.pull() is None
     other.deactivate(other.node_id)
 
 
 def test_an_error_reply_comes_from_the_device_that_was_asked(grid: RunGrid, device: FleetLink) -> None:
     message_id = ask(grid, device)
-    device.answer(error_reply(take(device), "no memory left"), 0.0)
+    answer(device, take(device)[0], Refusal("no memory left"))
     (reply,) = grid.pull_messages([message_id])
     assert (reply.error.reason, reply.metadata.src_node_id) == ("no memory left", device.node_id)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "sits_out"),
+    [(Refusal("the battery is low", sits_out=True), True), (Refusal("nobody here sits out: not so"), False)],
+)
+def test_a_device_sits_out_by_the_code_of_its_refusal_and_not_by_its_words(
+    grid: RunGrid, device: FleetLink, refusal: Refusal, sits_out: bool
+) -> None:
+    message_id = ask(grid, device)
+    answer(device, take(device)[0], refusal)
+    (reply,) = grid.pull_messages([message_id])
+    assert reply.error.reason == refusal.reason
+    assert grid.sitting_out() == ({device.node_id} if sits_out else set())
+    assert grid.sitting_out() == set()
+
+
+def test_all_are_asked_the_same_and_told_apart(grid: RunGrid, device: FleetLink, endpoint: Endpoint) -> None:
+    other = endpoint.newcomer()
+    other.activate()
+    with ThreadPoolExecutor(1) as thread:
+        nodes = [device.node_id, other.node_id]
+        asked = thread.submit(grid.ask, nodes, "query.anything", "registration", b"question", 20.0)
+        for link, outcome in ((device, b"yes"), (other, Refusal("no"))):
+            while (task := link.pull()) is None:
+                time.sleep(0.02)
+            assert (task.group, link.fetch(task).parts) == ("registration", (b"question",))
+            answer(link, task, outcome)
+        answers = asked.result()
+    assert answers[device.node_id] == b"yes"
+    assert str(answers[other.node_id]).startswith("no answer: no (code")
+    other.deactivate(other.node_id)
 
 
 def test_a_device_that_forgot_everything_can_still_say_so(grid: RunGrid, device: FleetLink) -> None:
@@ -135,33 +158,31 @@ def test_a_device_that_forgot_everything_can_still_say_so(grid: RunGrid, device:
     task = device.pull()
     assert task is not None
     device.fetch(task)
-    request = interrupted(task.proto)
-    identify(request, request.metadata.dst_node_id)
-    device.answer(error_reply(request, "interrupted"), 0.0)
+    again = recalled(task.note)
+    assert again.node == device.node_id
+    answer(device, again, Refusal("interrupted"))
     (reply,) = grid.pull_messages([message_id])
     assert reply.error.reason == "interrupted"
 
 
 def test_a_reply_may_be_brought_twice(grid: RunGrid, device: FleetLink) -> None:
     message_id = ask(grid, device)
-    reply = Message(seal(b"once"), reply_to=take(device))
-    device.answer(reply, 0.0)
-    device.answer(reply, 0.0)
+    task, made = take(device)[0], Answer(b"once", 0.0, time.time())
+    device.answer(task, made)
+    device.answer(task, made)
     assert [unseal(found) for found in grid.pull_messages([message_id])] == [b"once"]
 
 
 @pytest.mark.parametrize("ahead", [172_800.0, -172_800.0])
-def test_a_device_whose_clock_is_days_off_is_heard(
-    grid: RunGrid, device: FleetLink, monkeypatch: pytest.MonkeyPatch, ahead: float
-) -> None:
+def test_a_device_whose_clock_is_days_off_is_heard(grid: RunGrid, endpoint: Endpoint, ahead: float) -> None:
+    device = endpoint.newcomer(ServerClock(lambda: time.time() + ahead))
+    device.activate()
+    assert device.clock_error == pytest.approx(ahead, abs=2.0)
     message_id = ask(grid, device)
-    reply = Message(seal(b"late or early"), reply_to=take(device))
-    reply.metadata.created_at += ahead  # as Flower writes it there: both sum up to the question's end
-    reply.metadata.ttl -= ahead
-    monkeypatch.setattr(FleetLink, "clock_error", ahead)
-    device.answer(reply, 0.0)
+    device.answer(take(device)[0], Answer(b"late or early", 0.0, time.time() + ahead))
     (heard,) = grid.pull_messages([message_id])
     assert unseal(heard) == b"late or early"
+    device.deactivate(device.node_id)
 
 
 def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, endpoint: Endpoint) -> None:
@@ -178,25 +199,23 @@ def test_a_device_cannot_answer_for_another(grid: RunGrid, device: FleetLink, en
     other = endpoint.newcomer()
     other.activate()
     message_id = ask(grid, device)
-    message = take(device)
-    identify(message, other.node_id)
+    task, _ = take(device)
     with pytest.raises(UnreachableError, match="400"):
-        other.answer(Message(seal(b"forged"), reply_to=message), 0.0)
+        answer(other, task, b"forged")
     assert grid.pull_messages([message_id]) == []
-    identify(message, device.node_id)
-    device.answer(Message(seal(b"honest"), reply_to=message), 0.0)
+    answer(device, task, b"honest")
     (reply,) = grid.pull_messages([message_id])
     assert unseal(reply) == b"honest"
     other.deactivate(other.node_id)
 
 
-def test_a_device_that_never_answers_is_given_up(grid: RunGrid, device: FleetLink) -> None:
-    grid._longest = 0.2
-    message_id = ask(grid, device)
-    assert device.pull() is not None  # taken, and lost on the way
-    assert grid.pull_messages([message_id]) == []
-    time.sleep(0.3)
-    (reply,) = grid.pull_messages([message_id])
+def test_a_device_that_never_answers_is_given_up(endpoint: Endpoint, device: FleetLink) -> None:
+    with endpoint.link.open_run(0.2) as grid:
+        message_id = ask(grid, device)
+        assert device.pull() is not None  # taken, and lost on the way
+        assert grid.pull_messages([message_id]) == []
+        time.sleep(0.3)
+        (reply,) = grid.pull_messages([message_id])
     assert reply.has_error()
     assert "no answer" in (reply.error.reason or "")
 
@@ -218,9 +237,9 @@ def test_stragglers_get_a_multiple_of_what_half_of_the_devices_took(monkeypatch:
 def test_a_run_that_is_over_wants_no_answer(endpoint: Endpoint, device: FleetLink) -> None:
     with endpoint.link.open_run(60.0) as grid:
         ask(grid, device)
-        message = take(device)
+        task, _ = take(device)
     with pytest.raises(RunOverError):
-        device.answer(Message(seal(b"late"), reply_to=message), 0.0)
+        answer(device, task, b"late")
 
 
 def test_a_kill_of_the_listener_is_seen_by_both_sides_and_mended(tmp_path: Path) -> None:
@@ -242,7 +261,7 @@ def check_kill_and_restart(endpoint: Endpoint, listener: Listener) -> None:
     listener.open()
     with pytest.raises(UnknownDeviceError):
         device.pull()  # the new process knows nobody
-    link.register("newcomer", device._signer.public)
+    link.register("newcomer", device.public_key)
     device.activate()
     with link.open_run(60.0) as grid:
         assert device.node_id in grid.get_node_ids()

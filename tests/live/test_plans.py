@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,38 +15,38 @@ from typing import Any
 import msgspec
 import psutil  # type: ignore[import-untyped]
 import pytest
-from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 from live_helpers import Fleet, MakeFleet
 
-from fedtune.client.live import device_loop as service
 from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
+from fedtune.client.live.device_status import DeviceReport
+from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.client.plan.backend import Measured
 from fedtune.client.plan.calibration import CalibrationStore
 from fedtune.client.plan.device_plan import DevicePlanner
-from fedtune.client.plan.eligibility import Requirements
+from fedtune.client.plan.eligibility import Requirements, Sensors
+from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import PeerError
+from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, query
+from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, Refusal, Request, query
 from fedtune.core.protocol.enrolment import Bundle
 from fedtune.core.protocol.payloads import decode, encode
 from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply, Terms
 from fedtune.core.timing import LEAST_WORK
 from fedtune.demo import JOB
-from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.superlink import NodeState
 from fedtune.model.base_model import load_base
 from fedtune.server import cli
 from fedtune.server.job_model import describe_base
-from fedtune.server.live import registrar as registrar
-from fedtune.server.live import resident_server as server
 from fedtune.server.live.enrolled_devices import Devices
-from fedtune.server.live.registrar import CurrentJob, terms_of
+from fedtune.server.live.registrar import REFUSED_SECONDS, CurrentJob, Registrar, terms_of
+from fedtune.server.live.status_board import STATUS, Board
 from fedtune.server.run_display import Silent
 
-DEVICE, SERVER = 7, 1
+DEVICE = 7
+MAINS, BATTERY = Sensors(41.0, True, None, None), Sensors(41.0, False, None, None)
 
 
 def terms() -> Terms:
@@ -54,17 +54,33 @@ def terms() -> Terms:
     return terms_of(job, describe_base(job, load_base(job.model).digest))
 
 
-def ask(device: service.Service, kind: str, content: Any) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
-    request = Message(content, DEVICE, kind, group_id="1")
-    TaskIdentity.node_id = DEVICE
-    return device._reply(request)
+@dataclass
+class Device:
+    """A device's side without a server: what it answers, its memory, and what its sensors read."""
 
+    work: RegisteredDevice
+    planned: PlannedWork
+    readings: list[Sensors]
 
-def greet(device: service.Service, fleet: Fleet, *, secure: bool = True) -> RegistrationReply:
-    roster = Devices.load(fleet.home).roster.to_bytes()
-    registration = Registration(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)
-    return decode(unseal(ask(device, ACTION, seal(encode(registration)))), RegistrationReply)
+    def ask(self, kind: str, *parts: bytes) -> bytes | Refusal:
+        return self.work.answer(Request(kind, "1", DEVICE, parts))
+
+    def refusal(self, kind: str, *parts: bytes) -> Refusal:
+        outcome = self.ask(kind, *parts)
+        assert isinstance(outcome, Refusal)
+        return outcome
+
+    def register(self, fleet: Fleet, *, secure: bool = True) -> RegistrationReply:
+        """Its reply.
+
+        Raises:
+            PeerError: it refuses; with its reason.
+        """
+        roster = Devices.load(fleet.home).roster.to_bytes()
+        outcome = self.ask(ACTION, encode(Registration(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)))
+        if isinstance(outcome, Refusal):
+            raise PeerError(outcome.reason)
+        return decode(outcome, RegistrationReply)
 
 
 @pytest.fixture
@@ -81,10 +97,13 @@ class Warm(TorchBackend):
         pass
 
 
-def device_of(fleet: Fleet, name: str, reserve: float = RESERVE) -> service.Service:
+def device_of(fleet: Fleet, name: str, reserve: float = RESERVE) -> Device:
     home = ClientHome(fleet.client_home(name))
+    report = DeviceReport(home.path, name, home.config.server, lambda line: None, SYSTEM_CLOCK)
     planner = DevicePlanner(Warm(), CalibrationStore(home.path / CALIBRATIONS), reserve=reserve)
-    return service.Service(home, planner, lambda line: None)
+    planned = PlannedWork(tuple(map(Path, home.config.bases)), Path(home.config.data), planner)
+    readings = [Sensors(None, None, None, None)]
+    return Device(RegisteredDevice(home, planned, report, lambda: readings[-1]), planned, readings)
 
 
 def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_data(fleet: Fleet) -> None:
@@ -92,7 +111,7 @@ def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_
     rows = [{"prompt": "dim =>", "completion": f" {number}"} for number in range(20)]
     data = fleet.folder / "data" / "clients" / f"{short}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = [greet(device_of(fleet, name), fleet) for name in (short, usual)]
+    replies = [device_of(fleet, name).register(fleet) for name in (short, usual)]
     assert [(reply.rank, reply.weights, reply.sequence_length, reply.sits_out) for reply in replies] == [
         (16, "dequantized", 64, ""),
         (16, "dequantized", 64, ""),
@@ -104,12 +123,12 @@ def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_
 
 def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(fleet: Fleet) -> None:
     device = device_of(fleet, fleet.names[0])
-    greet(device, fleet)
-    predicted = device._planned._current().seconds_per_round
+    device.register(fleet)
+    predicted = device.planned._current().seconds_per_round
 
     def share(deadline: float) -> float:
         request: Any = SimpleNamespace(work=SimpleNamespace(deadline=deadline))
-        return device._planned.share("", request)
+        return device.planned.share("", request)
 
     assert share(0.0) == share(2 * predicted) == 1.0  # nobody waits, or it is fast enough
     assert share(predicted / 2) == pytest.approx(0.45)
@@ -123,58 +142,49 @@ def test_a_device_scores_for_a_server_only_where_its_owner_says_so(make_fleet: M
     data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
     ClientHome.join(fleet.client_home(name), Bundle.load(fleet.folder / f"{name}.bundle"), data, scores=scores)
     device = device_of(fleet, name)
-    greet(device, fleet)
-    answer = ask(device, EVALUATE, seal(b""))
-    assert ("scores nothing for a server" in str(answer.error.reason)) != scores
+    device.register(fleet)
+    assert ("scores nothing for a server" in device.refusal(EVALUATE, b"").reason) != scores
 
 
 def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet) -> None:
     with pytest.raises(PeerError, match=r"does not fit this device: the smallest plan .* needs \d+ MB .* 0 MB may be"):
-        greet(device_of(fleet, fleet.names[0], reserve=1.0), fleet)  # of everything
+        device_of(fleet, fleet.names[0], reserve=1.0).register(fleet)  # of everything
     assert "may be used" in fleet.device_status(fleet.names[0])["problem"]
 
 
-def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_reading(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_reading(fleet: Fleet) -> None:
     name = fleet.names[0]
     device = device_of(fleet, name)
-    battery = SimpleNamespace(percent=41.0, power_plugged=False)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
-    monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
-    reply = greet(device, fleet)
+    device.readings.append(BATTERY)
+    reply = device.register(fleet)
     assert reply.sits_out == "battery low"
     assert fleet.device_status(name)["sits_out"] == "battery at 41% and not charging; 80% are needed"
     for kind in (query(OPEN), TRAIN):  # a round that begins; what is under way is brought to its end
-        answer = ask(device, kind, seal(b""))
-        assert ("sits out: battery low" in str(answer.error.reason)) == (kind == query(OPEN))
-    battery.power_plugged = True
-    assert greet(device, fleet).sits_out == ""
+        refusal = device.refusal(kind, b"")
+        assert (refusal == Refusal("sits out: battery low", sits_out=True)) == (kind == query(OPEN))
+        assert refusal.sits_out == (kind == query(OPEN))
+    device.readings.append(MAINS)
+    assert device.register(fleet).sits_out == ""
     assert fleet.device_status(name)["sits_out"] == ""
 
 
 def test_a_process_that_begins_again_plans_for_the_job_it_was_registered_for(fleet: Fleet) -> None:
     name = fleet.names[0]
-    unknown = ask(device_of(fleet, name), query(OPEN), seal(b"", b""))
-    assert "has not been greeted" in str(unknown.error.reason)
-    greet(device_of(fleet, name), fleet)
+    unknown = device_of(fleet, name).refusal(query(OPEN), b"", b"")
+    assert "has not been registered" in unknown.reason
+    device_of(fleet, name).register(fleet)
     again = device_of(fleet, name)
-    assert "greeted" not in str(ask(again, query(OPEN), seal(b"", b"")).error.reason)
+    assert "registered" not in again.refusal(query(OPEN), b"", b"").reason
     assert fleet.device_status(name)["plan"]["plan"]["rank"] == 16
 
 
-def test_how_fast_an_update_went_up_is_remembered_and_an_error_tells_nothing(fleet: Fleet) -> None:
+def test_how_fast_an_update_went_up_is_remembered_and_a_short_answer_tells_nothing(fleet: Fleet) -> None:
     name = fleet.names[0]
     device = device_of(fleet, name)
-    refusal = ask(device, TRAIN, seal(b""))
-    device._time_link(refusal, 1.0)
     for size, seconds in ((60_000, 2.0), (100, 1.0)):
-        TaskIdentity.node_id = SERVER
-        request = Message(seal(b""), DEVICE, TRAIN, group_id="1")
-        TaskIdentity.node_id = DEVICE
-        device._time_link(Message(seal(bytes(size)), reply_to=request), seconds)
+        device.work.sent(TRAIN, size, seconds)
     again = device_of(fleet, name)
-    assert again._planned.uplink == pytest.approx(30_000, rel=0.02)
+    assert again.planned.uplink == pytest.approx(30_000, rel=0.02)
 
 
 def test_when_it_takes_part_is_in_its_folder_and_checked(fleet: Fleet) -> None:
@@ -237,70 +247,81 @@ class Replies:
         self.answers = answers
         self.asked: list[int] = []
         self.late: set[int] = set()
+        self.resting: set[int] = set()
 
     def drop_late(self) -> set[int]:
         return self.late
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float) -> list[Message]:
-        replies = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            self.asked.append(node)
-            TaskIdentity.node_id = node
-            replies.append(Message(seal(self.answers[node]), reply_to=message))
-            TaskIdentity.node_id = SERVER
-        return replies
+    def sitting_out(self) -> set[int]:
+        found, self.resting = self.resting, set()
+        return found
+
+    def ask(
+        self, nodes: Iterable[int], action: str, group: str, payload: bytes, seconds: float
+    ) -> dict[int, bytes | PeerError]:
+        asked = list(nodes)
+        self.asked += asked
+        return {node: self.answers[node] for node in asked}
+
+
+class Cloud:
+    """The server's side without a network; a test moves its clock, and says who is online."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.now = 1000.0
+        self.devices = Devices.load(fleet.home)
+        self.online: list[NodeState] = []
+        self.board = Board(fleet.home.path / STATUS, fleet.home.config.address, Silent())
+        clock = Clock(lambda: self.now, lambda: self.now)
+        self.registrar = Registrar(self.board, lambda: self.online, lambda: self.devices, clock)
+        self.registrar.begin(CurrentJob("job", True, terms()))
+
+    def connect(self, nodes: dict[str, int]) -> None:
+        self.online = [
+            NodeState(node, self.devices.node_keys[name], True, time.time() + 30, True) for name, node in nodes.items()
+        ]
 
 
 def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absurd_things(fleet: Fleet) -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     fine = RegistrationReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "", 8, "packed", 64, 120, 1.5)
     absurd = msgspec.structs.replace(fine, rank=512)
-    cloud = server.Service(fleet.home, Silent())
-    cloud._registrar._job = CurrentJob("job", True, terms())
+    cloud = Cloud(fleet)
     good, bad = fleet.names
-    nodes = {good: 11, bad: 12}
-    grid: Any = Replies({11: encode(fine), 12: encode(absurd)})
-    cloud._registrar._ask(grid, nodes, Devices.load(fleet.home).roster)
-    assert cloud._registrar.tiers == {good: 8}
-    assert cloud._registrar.seconds == {good: 1.5}
-    assert cloud._board.devices[good].plan is not None
-    assert cloud._board.devices[bad].state == "refused"
-    assert "rank 512, and the job's is 16" in cloud._board.devices[bad].dropped
-    cloud._board.write([])
-    plan = json.loads((fleet.home.path / "status.json").read_text())["devices"][good]["plan"]
+    cloud.connect({good: 11, bad: 12})
+    assert cloud.registrar.present(Replies({11: encode(fine), 12: encode(absurd)})) == {good: 11}
+    assert cloud.registrar.tiers == {good: 8}
+    assert cloud.registrar.seconds == {good: 1.5}
+    assert cloud.board.devices[good].plan is not None
+    assert cloud.board.devices[bad].state == "refused"
+    assert "rank 512, and the job's is 16" in cloud.board.devices[bad].dropped
+    cloud.board.write([])
+    plan = json.loads((fleet.home.path / STATUS).read_text())["devices"][good]["plan"]
     assert plan == {"rank": 8, "weights": "packed", "sequence_length": 64, "peak_mb": 120, "seconds": 1.5}
 
 
-def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
+def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(fleet: Fleet) -> None:
     rests = RegistrationReply(PROTOCOL_VERSION, "0.1", 2, 4, 8000, "", "too hot", 16, "packed", 64, 120, 1.5)
-    cloud = server.Service(fleet.home, Silent())
-    cloud._registrar._job = CurrentJob("job", True, terms())
+    cloud = Cloud(fleet)
     name = fleet.names[0]
-    online = [NodeState(11, cloud._devices.node_keys[name], True, time.time() + 30, True)]
-    cloud._link = type("Link", (), {"nodes": lambda self: online})()
-    grid: Any = Replies({11: encode(rests)})
-    assert cloud._registrar.present(grid) == {}
-    assert cloud._registrar.present(grid) == {}
+    cloud.connect({name: 11})
+    grid = Replies({11: encode(rests)})
+    assert cloud.registrar.present(grid) == {}
+    assert cloud.registrar.present(grid) == {}
     assert grid.asked == [11]  # once a minute, not at every look
-    assert cloud._board.devices[name].state == "sits out"
-    assert cloud._board.devices[name].dropped == "sits out: too hot"
-    monkeypatch.setattr(registrar, "REFUSED_SECONDS", 0.0)
+    assert cloud.board.devices[name].state == "sits out"
+    assert cloud.board.devices[name].dropped == "sits out: too hot"
+    cloud.now += REFUSED_SECONDS
     grid.answers[11] = encode(msgspec.structs.replace(rests, sits_out=""))
-    assert cloud._registrar.present(grid) == {name: 11}
+    assert cloud.registrar.present(grid) == {name: 11}
     grid.late = {11}  # it still works on a round that has gone on without it
-    assert cloud._registrar.present(grid) == {}
+    assert cloud.registrar.present(grid) == {}
     grid.late = set()
-    assert cloud._board.devices[name].state == "online"
-    # It refuses a round: before the next one it is greeted again.
-    from fedtune.core.round_records import ClientRecord
-
+    assert cloud.board.devices[name].state == "online"
+    # It sits a round out: before the next one it registers again.
     grid.answers[11] = encode(rests)
-    cloud._registrar.client(ClientRecord(name, dropped="no answer: sits out: too hot (code 1)"))
-    assert cloud._registrar.present(grid) == {}
+    grid.resting = {11}
+    assert cloud.registrar.present(grid) == {}
+    assert grid.asked == [11, 11, 11]
 
 
 def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,15 +329,13 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsy
 
     from fedtune.server.live.status_board import print_status, read_status
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, SERVER
     hostile = "[/red]\x1b[2J\x1b]0;owned\x07\n2026-01-01  all is well\x9b31m\u202e"
     reply = RegistrationReply(PROTOCOL_VERSION, hostile, 2, 4, 8000, hostile, hostile, 8, "packed", 64, 120, 1.5)
-    cloud = server.Service(fleet.home, Silent())
-    cloud._registrar._job = CurrentJob("job", True, terms())
+    cloud = Cloud(fleet)
     name = fleet.names[0]
-    grid: Any = Replies({11: encode(reply)})
-    cloud._registrar._ask(grid, {name: 11}, Devices.load(fleet.home).roster)
-    cloud._board.write([])
+    cloud.connect({name: 11})
+    cloud.registrar.present(Replies({11: encode(reply)}))
+    cloud.board.write([])
     print_status(Console(width=400, highlight=False), read_status(fleet.home))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "all is well" in line]
     assert line.startswith(name)
@@ -329,7 +348,7 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsy
     registration = Registration(
         PROTOCOL_VERSION, "0.1", "job", True, msgspec.structs.replace(terms(), base=base), roster
     )
-    assert ask(device, ACTION, seal(encode(registration))).has_error()
+    assert device.refusal(ACTION, encode(registration))
     problem = fleet.device_status(name)["problem"]
     assert "all is well" in problem
     assert problem.isprintable()

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from house import ROOT, ROOTS, imports, longest, modules, within
 
+# The part of fedtune.flower that devices use; it imports fedtune.core and itself.
+FLOWER_OF_DEVICES = ("fedtune.flower.envelope", "fedtune.flower.fleet_link", "fedtune.flower.signed_http")
+
 # What each package may import of fedtune, by dotted prefix; the longest prefix that matches a module decides.
 ALLOWED = {
     "fedtune.core": ("fedtune.core",),
@@ -15,13 +18,14 @@ ALLOWED = {
     "fedtune.data": ("fedtune.core", "fedtune.demo", "fedtune.data"),
     "fedtune.model": ("fedtune.core", "fedtune.demo", "fedtune.data", "fedtune.model"),
     "fedtune.strategies": ("fedtune.core", "fedtune.strategies"),
-    "fedtune.flower": ("fedtune",),
+    "fedtune.flower": ("fedtune.core", "fedtune.strategies", "fedtune.flower"),
+    **dict.fromkeys(FLOWER_OF_DEVICES, ("fedtune.core", *FLOWER_OF_DEVICES)),
     "fedtune.client": (
         "fedtune.core",
         "fedtune.demo",
         "fedtune.data",
         "fedtune.model",
-        "fedtune.flower",
+        *FLOWER_OF_DEVICES,
         "fedtune.client",
     ),
     "fedtune.server": (
@@ -37,9 +41,9 @@ ALLOWED = {
     "fedtune.server.cli": ("fedtune",),  # the one command stands in front of both sides
 }
 FOREIGN = {
-    "fedtune.core": ("torch", "transformers", "peft", "flwr", "ray"),
-    "fedtune.client.inference": ("torch", "transformers", "peft", "flwr", "ray"),
-    "fedtune.strategies": ("torch", "transformers", "peft", "ray", "flwr"),
+    "fedtune.core": ("torch", "transformers", "peft", "ray"),
+    "fedtune.client.inference": ("torch", "transformers", "peft", "ray"),
+    "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.flower": ("torch", "transformers", "peft", "ray"),
 }
 
@@ -66,3 +70,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_the_namespace_package_has_no_init_of_its_own() -> None:
     assert not [root for root in ROOTS if (ROOT / root / "fedtune" / "__init__.py").exists()]
+
+
+def test_one_package_knows_flower() -> None:
+    knowing = {module for module, path in modules().items() if any(within(one.name, "flwr") for one in imports(path))}
+    assert {module for module in knowing if not within(module, "fedtune.flower")} == set()

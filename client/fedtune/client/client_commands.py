@@ -90,14 +90,14 @@ def start(home: _Home = None) -> None:
     device = _open(home)
     with device.lock:  # from here on it counts as starting: torch takes its time
         try:
-            from fedtune.client.live.device_loop import Service
+            from fedtune.client.live.device_loop import serve
             from fedtune.client.plan.calibration import CalibrationStore
             from fedtune.client.plan.device_plan import this_device
 
             planner = this_device(CalibrationStore(device.path / CALIBRATIONS), show)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-        Service(device, planner, show).run()
+        serve(device, planner, show)
 
 
 @app.command()

@@ -28,6 +28,9 @@ from fedtune.core.protocol.payloads import Payload, encode
 MAX_PARTS = 2
 MAX_SHORT_BYTES = 4096  # of all parts together
 
+SITS_OUT_CODE = 1000
+"""The error code of a device that sits a round out; all codes below are Flower's own."""
+
 _RECORD = "fedtune"
 _PARTS = tuple(f"part-{index}" for index in range(MAX_PARTS))
 
@@ -123,6 +126,27 @@ def identified(message: Message, message_id: str) -> Message:
     if message.has_error():
         return make_message(metadata=metadata, error=message.error)
     return make_message(metadata=metadata, content=message.content)
+
+
+def reply_metadata(asked: Metadata, created_at: float) -> Metadata:
+    """The metadata of a reply; what was asked expires when it expires.
+
+    Args:
+        created_at: seconds since 1970.
+    """
+    return Metadata(
+        run_id=asked.run_id,
+        message_id="",
+        src_node_id=asked.dst_node_id,
+        dst_node_id=asked.src_node_id,
+        reply_to_message_id=asked.message_id,
+        group_id=asked.group_id,
+        created_at=created_at,
+        ttl=asked.created_at + asked.ttl - created_at,
+        message_type=asked.message_type,
+        src_task_id=asked.dst_task_id,
+        dst_task_id=asked.src_task_id,
+    )
 
 
 def post(client: ProtobufClient, path: str, payload: Payload) -> bytes:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flwr.app import Error, Message, Metadata
+import httpx
+from flwr.app import Error, Message
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import message_to_proto, run_from_proto
@@ -42,11 +43,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.core.errors import PeerError, RunError
 from fedtune.core.protocol.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
 from fedtune.core.protocol.payloads import MAX_PAYLOAD_BYTES, Payload, decode
 from fedtune.core.text import one_line
-from fedtune.flower.calls import LinkLostError, called
-from fedtune.flower.envelope import post
+from fedtune.flower.envelope import SITS_OUT_CODE, identified, post, reply_metadata, seal, unseal
 
 MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # with all that Flower puts around a payload
 HEARTBEAT_SECONDS = 15.0
@@ -56,6 +57,42 @@ _POLL_SECONDS = 0.05
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Payload)
+
+
+class LinkLostError(RunError):
+    """The SuperLink does not answer, or no longer knows the run; the run goes on from its last round in a new one."""
+
+
+def called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) -> T:
+    """The answer to a request.
+
+    Args:
+        alive: whether the process that listens still runs; without it a call would wait for an answer until its time
+            is over, for this process holds the sockets open.
+
+    Raises:
+        LinkLostError: there is none.
+    """
+    if not alive():
+        raise LinkLostError("the listening process has ended")
+    try:
+        return call(request)
+    except httpx.HTTPStatusError as error:
+        text = error.response.text[:200]
+        raise LinkLostError(f"the SuperLink answered {error.response.status_code}: {text}") from error
+    except (httpx.HTTPError, OSError, ValueError, PeerError) as error:
+        raise LinkLostError(f"the SuperLink does not answer: {error or type(error).__name__}") from error
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """How many bytes a reply may have, and how many travel in one call to the SuperLink."""
+
+    reply_bytes: int = MAX_REPLY_BYTES
+    batch_bytes: int = MAX_BATCH_BYTES
+
+
+RUN_LIMITS = RunLimits()
 
 
 @dataclass
@@ -119,16 +156,24 @@ class RunGrid(Grid):
     Args:
         client: with the run's token.
         longest_answer: seconds that a device may take where nothing better is known.
-        alive: as for `Link`.
+        alive: as for `called`.
     """
 
-    def __init__(self, client: RuntimeHttpClient, longest_answer: float, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        client: RuntimeHttpClient,
+        longest_answer: float,
+        alive: Callable[[], bool],
+        limits: RunLimits = RUN_LIMITS,
+    ) -> None:
         self._client = client
+        self._limits = limits
         self._alive = alive
         self._longest = longest_answer
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._sent: dict[str, _Sent] = {}
         self._arriving: dict[str, _Arriving] = {}
+        self._sitting_out: set[int] = set()
         self._lost = threading.Event()
         self._done = threading.Event()
         task = called(client.PullTaskInput, PullTaskInputRequest(), alive)
@@ -176,7 +221,7 @@ class RunGrid(Grid):
         messages = list(messages)
         batch = _Batch(len(messages), self._longest)
         with no_object_id_recompute():
-            pushed = [message_id for parcel in _parcels(messages) for message_id in self._push(parcel, batch)]
+            pushed = [message_id for parcel in self._parcels(messages) for message_id in self._push(parcel, batch)]
         batch.sent = time.monotonic()
         return pushed
 
@@ -199,6 +244,26 @@ class RunGrid(Grid):
             if message_id:
                 self._sent[message_id] = _Sent(head, batch)
         return list(pushed.message_ids)
+
+    def _parcels(self, messages: Iterable[Message]) -> Iterator[_Parcel]:
+        parcel = _Parcel()
+        for message in messages:
+            if parcel.size > self._limits.batch_bytes:
+                yield parcel
+                parcel = _Parcel()
+            parcel.heads.append(identified(remove_content_from_message(message), message.object_id))
+            parcel.trees.append(get_object_tree(message))
+            for object_id, part in get_all_nested_objects(message).items():
+                if object_id in parcel.contents or object_id in parcel.rest:
+                    continue
+                content = part.deflate()
+                parcel.size += len(content)
+                if parcel.size > self._limits.batch_bytes:
+                    parcel.rest[object_id] = part
+                else:
+                    parcel.contents[object_id] = content
+        if parcel.heads:
+            yield parcel
 
     def _send(
         self, request: PushAppMessagesRequest, objects: dict[str, bytes], announced: tuple[int, ...]
@@ -237,6 +302,25 @@ class RunGrid(Grid):
         self.pull_messages(list(self._sent))
         return {sent.head.metadata.dst_node_id for sent in self._sent.values()}
 
+    def sitting_out(self) -> set[int]:
+        """The nodes that refused a message since this was last asked, since they sit out."""
+        found, self._sitting_out = self._sitting_out, set()
+        return found
+
+    def ask(
+        self, nodes: Iterable[int], action: str, group: str, payload: bytes, seconds: float
+    ) -> dict[int, bytes | PeerError]:
+        """Asks all nodes the same; those that answered in time: node -> payload, or why there is none."""
+        content = seal(payload)
+        messages = [Message(content, node, action, group_id=group) for node in nodes]
+        answers: dict[int, bytes | PeerError] = {}
+        for reply in self.send_and_receive(messages, timeout=seconds):
+            try:
+                answers[reply.metadata.src_node_id] = unseal(reply)
+            except PeerError as error:
+                answers[reply.metadata.src_node_id] = error
+        return answers
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Sends, and waits for all replies or until the time is over."""
         end = None if timeout is None else time.monotonic() + timeout
@@ -254,7 +338,7 @@ class RunGrid(Grid):
         arriving = self._arriving.get(message_id)
         if arriving is None:
             return None
-        while arriving.missing and arriving.size <= MAX_REPLY_BYTES:
+        while arriving.missing and arriving.size <= self._limits.reply_bytes:
             piece = self._call(
                 self._client.PullObject,
                 PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=arriving.missing[-1]),
@@ -265,8 +349,8 @@ class RunGrid(Grid):
                 return None
             arriving.contents[arriving.missing.pop()] = piece.object_content
             arriving.size += len(piece.object_content)
-        if arriving.size > MAX_REPLY_BYTES:
-            return _failed(sent.head, f"the reply has more than {MAX_REPLY_BYTES} bytes")
+        if arriving.size > self._limits.reply_bytes:
+            return _failed(sent.head, f"the reply has more than {self._limits.reply_bytes} bytes")
         object_id = arriving.proto.metadata.message_id
         if not arriving.confirmed:
             receipt = ConfirmMessageReceivedRequest(
@@ -280,14 +364,15 @@ class RunGrid(Grid):
         if not isinstance(reply, Message):
             return _failed(sent.head, "the reply is not a message")
         if reply.has_error():
+            if reply.error.code == SITS_OUT_CODE:
+                self._sitting_out.add(sent.head.metadata.dst_node_id)
             return _failed(sent.head, reply.error.reason or "unknown reason", reply.error.code)
         if (
             reply.metadata.src_node_id != sent.head.metadata.dst_node_id
             or reply.metadata.reply_to_message_id != message_id
         ):
             return _failed(sent.head, "the reply is somebody else's")
-        reply.metadata.__dict__["_message_id"] = object_id
-        return reply
+        return identified(reply, object_id)
 
     def _keep_alive(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
@@ -320,44 +405,10 @@ class _Parcel:
     size: int = 0
 
 
-def _parcels(messages: Iterable[Message]) -> Iterator[_Parcel]:
-    parcel = _Parcel()
-    for message in messages:
-        if parcel.size > MAX_BATCH_BYTES:
-            yield parcel
-            parcel = _Parcel()
-        message.metadata.__dict__["_message_id"] = message.object_id
-        parcel.heads.append(remove_content_from_message(message))
-        parcel.trees.append(get_object_tree(message))
-        for object_id, part in get_all_nested_objects(message).items():
-            if object_id in parcel.contents or object_id in parcel.rest:
-                continue
-            content = part.deflate()
-            parcel.size += len(content)
-            if parcel.size > MAX_BATCH_BYTES:
-                parcel.rest[object_id] = part
-            else:
-                parcel.contents[object_id] = content
-    if parcel.heads:
-        yield parcel
-
-
 def _object_ids(tree: ObjectTree) -> list[str]:
     return [part.object_id for part in iterate_object_tree(tree)]
 
 
 def _failed(head: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
     """An error as the device that was asked would have sent it."""
-    asked = head.metadata
-    metadata = Metadata(
-        run_id=asked.run_id,
-        message_id="",
-        src_node_id=asked.dst_node_id,
-        dst_node_id=asked.src_node_id,
-        reply_to_message_id=asked.message_id,
-        group_id=asked.group_id,
-        created_at=time.time(),
-        ttl=0,
-        message_type=asked.message_type,
-    )
-    return make_message(metadata=metadata, error=Error(code, one_line(reason[:500])))
+    return make_message(metadata=reply_metadata(head.metadata, time.time()), error=Error(code, one_line(reason[:500])))

@@ -38,9 +38,8 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedtune.core.errors import RunError
-from fedtune.flower.calls import LinkLostError, called
 from fedtune.flower.guard import CONTROL_HEADER, App
-from fedtune.flower.run_grid import RunGrid
+from fedtune.flower.run_grid import RUN_LIMITS, LinkLostError, RunGrid, RunLimits, called
 
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
@@ -164,7 +163,7 @@ class Link:
         """Shuts a device out, from its next request on."""
         self._call(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
-    def open_run(self, longest_answer: float) -> RunGrid:
+    def open_run(self, longest_answer: float, limits: RunLimits = RUN_LIMITS) -> RunGrid:
         """Begins a Flower run of our own and takes its task.
 
         Args:
@@ -180,7 +179,7 @@ class Link:
                 if acquired.task.run_id == started.run_id:
                     break
                 self._refuse(acquired)
-        return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive)
+        return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive, limits)
 
     def refuse_foreign_runs(self) -> None:
         """Ends every run that somebody else began, unread."""

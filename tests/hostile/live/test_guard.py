@@ -1,4 +1,4 @@
-"""The attacker at the door: everything that reaches the public port and is not a known device doing its work."""
+"""Unauthenticated connections: everything that reaches the public port and is not a known device doing its work."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.protocol.bundles import (
     BRING,
     COLLECT,
@@ -42,25 +43,18 @@ from fedtune.core.protocol.bundles import (
 )
 from fedtune.core.protocol.enrolment import load_node_key, make_node_key
 from fedtune.core.protocol.payloads import encode
-from fedtune.flower import fleet_link as fleet
-from fedtune.flower import run_grid as grid_module
 from fedtune.flower.bundle_endpoints import MAX_REPLY_PIECES
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import (
-    FleetLink,
-    NotAdmittedError,
-    UnknownDeviceError,
-    UnreachableError,
-    UntrustedError,
-    identify,
-)
+from fedtune.flower.fleet_link import Answer, FleetLink
 from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.flower.run_grid import RunLimits
+from fedtune.flower.signed_http import NotAdmittedError, UnknownDeviceError, UnreachableError, UntrustedError
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    yield from listening(tmp_path_factory.mktemp("door"))
+    yield from listening(tmp_path_factory.mktemp("endpoint"))
 
 
 OUTSIDE = [
@@ -177,7 +171,7 @@ def bundle(
 
 def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
-    key, node_id = device._signer._key, device.activate()
+    key, node_id = endpoint.key_of(device), device.activate()
     many = {f"{number:064x}": b"" for number in range(MAX_OBJECTS + 1)}
     parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
     deep = PushMessagesRequest.FromString(bundle(node_id).request)
@@ -198,33 +192,21 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> 
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing"])
-def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-    whole = fleet._bundle
-
-    def spoilt(reply: Message) -> dict[str, bytes]:
-        objects = whole(reply)
-        last = list(objects)[-1]
-        return (
-            objects | {last: b"else"}
-            if spoil == "content"
-            else {name: objects[name] for name in objects if name != last}
-        )
-
+def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, spoil: str) -> None:
     device = endpoint.newcomer()
     with endpoint.link.open_run(60.0) as grid:
         device.activate()
         (message_id,) = grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
         task = device.pull()
         assert task is not None
-        message = device.fetch(task)
-        identify(message, device.node_id)
-        reply = Message(seal(b"answer"), reply_to=message)
-        with monkeypatch.context() as patch:
-            patch.setattr(fleet, "_bundle", spoilt)
-            with pytest.raises(UnreachableError, match="400"):
-                device.answer(reply, 0.0)
+        answer = Answer(b"answer", 0.0, time.time())
+        whole = device.bundle(task, answer)
+        *rest, last = whole.objects
+        objects = {name: whole.objects[name] for name in rest}
+        spoilt = BringReply(whole.request, objects | {last: b"else"} if spoil == "content" else objects)
+        assert endpoint.post(BRING, signed(endpoint.key_of(device)), body=encode(spoilt)).status_code == 400
         assert grid.pull_messages([message_id]) == []
-        device.answer(reply, 0.0)
+        device.answer(task, answer)
         (heard,) = grid.pull_messages([message_id])
         assert unseal(heard) == b"answer"
 
@@ -250,7 +232,7 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoin
         assert task is not None
         coming = Message(seal(b"survivors"), ada.node_id, "query.vote", ttl=600)
         (foreseen,) = get_object_tree(coming).children
-        asked = task.head.metadata
+        asked = task.head
         head = MessageProto(
             metadata=MetadataProto(
                 run_id=asked.run_id,
@@ -271,27 +253,26 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoin
             message_object_trees=[lie],
             clientapp_runtime_list=[0.0],
         )
-        pushed = endpoint.post("/v1/fleet/push-messages", signed(eve._signer._key), body=request.SerializeToString())
+        pushed = endpoint.post(
+            "/v1/fleet/push-messages", signed(endpoint.key_of(eve)), body=request.SerializeToString()
+        )
         assert pushed.status_code == 200
         assert all(grid.push_messages([coming]))
         heard = ada.pull()
         assert heard is not None
-        assert unseal(ada.fetch(heard)) == b"survivors"
+        assert ada.fetch(heard).parts == (b"survivors",)
 
 
 def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint,
 ) -> None:
-    monkeypatch.setattr(grid_module, "MAX_REPLY_BYTES", 100_000)
     device = endpoint.newcomer()
-    with endpoint.link.open_run(60.0) as grid:
+    with endpoint.link.open_run(60.0, RunLimits(reply_bytes=100_000)) as grid:
         device.activate()
         grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
         task = device.pull()
         assert task is not None
-        message = device.fetch(task)
-        identify(message, device.node_id)
-        device.answer(Message(seal(bytes(200_000)), reply_to=message), 0.0)
+        device.answer(task, Answer(bytes(200_000), 0.0, time.time()))
         (reply,) = grid.pull_messages([task.tree.object_id])
         assert reply.error.reason == "the reply has more than 100000 bytes"
 
@@ -384,10 +365,9 @@ def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
 
 
 def test_a_wrong_clock_is_corrected_by_the_servers(endpoint: Endpoint) -> None:
-    device = endpoint.newcomer()
-    device._signer.ahead = -3600.0  # as if this machine's clock were an hour ahead
+    device = endpoint.newcomer(ServerClock(lambda: time.time() + 3600.0))
     device.activate()
-    assert abs(device.clock_error) < 2.0
+    assert abs(device.clock_error - 3600.0) < 2.0
     device.deactivate(device.node_id)
 
 

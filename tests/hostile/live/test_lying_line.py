@@ -19,17 +19,22 @@ from fedtune.core.errors import PeerError
 from fedtune.core.protocol.bundles import TAKE, Taken
 from fedtune.core.protocol.enrolment import make_node_key
 from fedtune.core.protocol.payloads import encode
-from fedtune.flower import fleet_link as fleet
-from fedtune.flower.fleet_link import FleetLink, UnreachableError
+from fedtune.flower.fleet_link import FleetLink, LinkLimits
+from fedtune.flower.signed_http import UnreachableError
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @dataclass
 class Liar:
-    """A server that answers every call with what a test says."""
+    """A server that answers every call with what a test says.
+
+    Args:
+        narrow: a second line to it, that takes a megabyte in one answer and three in one message.
+    """
 
     link: FleetLink
     port: int
+    narrow: FleetLink
     answers: dict[str, bytes] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
@@ -61,12 +66,15 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the device hangs up
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    link = FleetLink(f"localhost:{server.server_port}", authority.certificate, make_node_key())
-    made = Liar(link, server.server_port)
+    address, key = f"localhost:{server.server_port}", make_node_key()
+    link = FleetLink(address, authority.certificate, key)
+    limits = LinkLimits(answer_bytes=1 << 20, message_bytes=3 << 20)
+    made = Liar(link, server.server_port, FleetLink(address, authority.certificate, key, None, limits))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield made
     link.close()
+    made.narrow.close()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -110,28 +118,24 @@ def test_objects_that_are_no_message_are_refused(liar: Liar, content: bytes) -> 
         liar.link.fetch(task)
 
 
-def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(
-    liar: Liar, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fleet, "MAX_ANSWER_BYTES", 1 << 20)
+def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(liar: Liar) -> None:
     liar.answers[TAKE] = bytes((1 << 20) + 1)
     with pytest.raises(PeerError, match="more than 1048576 bytes"):
-        liar.link.pull()
+        liar.narrow.pull()
     liar.answers[TAKE], liar.headers = gzip.compress(bytes(8 << 20)), {"content-encoding": "gzip"}
     with pytest.raises(PeerError, match="compressed"):
-        liar.link.pull()
+        liar.narrow.pull()
 
 
-def test_nor_is_a_message_of_ever_more_pieces(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "MAX_MESSAGE_BYTES", 3 << 20)
-    piece = PullObjectResponse(object_found=True, object_available=True, object_content=bytes(1 << 20))
+def test_nor_is_a_message_of_ever_more_pieces(liar: Liar) -> None:
+    piece = PullObjectResponse(object_found=True, object_available=True, object_content=bytes(1_000_000))
     liar.answers["/v1/fleet/pull-object"] = piece.SerializeToString()
     tree = ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id=f"{n:064x}") for n in range(50)])
     liar.answers[TAKE] = taken([message()], [tree])
-    task = liar.link.pull()
+    task = liar.narrow.pull()
     assert task is not None
     with pytest.raises(PeerError, match="the message has more than 3145728 bytes"):
-        liar.link.fetch(task)
+        liar.narrow.fetch(task)
     assert liar.asked.count("/v1/fleet/pull-object") < 50
 
 

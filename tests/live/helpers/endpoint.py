@@ -1,4 +1,4 @@
-"""A listening server without the rest, for tests that knock at its door: it loads no model, so it starts in seconds."""
+"""A listening server without the rest, for tests of its sockets: it loads no model, so it starts in seconds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from fedtune.core.protocol.enrolment import Bundle
-from fedtune.flower.fleet_link import FleetLink
+from fedtune.core.host.trusted_server import ServerClock
+from fedtune.core.protocol.enrolment import Bundle, load_node_key
+from fedtune.flower.fleet_link import LINK_LIMITS, FleetLink, LinkLimits
 from fedtune.flower.superlink import Link
 from fedtune.server.live.enrolled_devices import Devices, enroll
 from fedtune.server.live.server_home import ServerConfig, ServerHome
@@ -33,15 +35,21 @@ class Endpoint:
     bundles: dict[str, Bundle]
     reports: list[str]
     lines: list[FleetLink] = field(default_factory=list)
+    node_keys: dict[bytes, str] = field(default_factory=dict)
 
-    def newcomer(self) -> FleetLink:
+    def newcomer(self, clock: ServerClock | None = None, limits: LinkLimits = LINK_LIMITS) -> FleetLink:
         """A device that nobody has seen before."""
         name = f"newcomer-{len(self.lines)}"
         node_key = enroll(self.home, name, self.home.path / f"{name}.bundle").node_key
-        link = FleetLink(self.public, self.home.authority, node_key)
+        link = FleetLink(self.public, self.home.authority, node_key, clock, limits)
         self.lines.append(link)
-        self.link.register(name, link._signer.public)
+        self.node_keys[link.public_key] = node_key
+        self.link.register(name, link.public_key)
         return link
+
+    def key_of(self, newcomer: FleetLink) -> EllipticCurvePrivateKey:
+        """The private key of its requests."""
+        return load_node_key(self.node_keys[newcomer.public_key])
 
     @property
     def public(self) -> str:

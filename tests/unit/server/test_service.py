@@ -8,28 +8,29 @@ import pytest
 
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import Job
-from fedtune.server.live.job_queue import Jobs
-from fedtune.server.live.resident_server import MOST_STUMBLES, Service
+from fedtune.server.live.job_queue import MOST_STUMBLES, JobDesk, Jobs
 from fedtune.server.live.server_home import ServerConfig, ServerHome
-from fedtune.server.run_display import Silent
 
 
 def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
     jobs = Jobs(home)
     job = jobs.submit(Job(), "strange")
-    service = Service(home, Silent())
 
     def stumble(job: object) -> None:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(service, "_work", stumble)
+    reports: list[str] = []
+    desk = JobDesk(jobs, stumble, reports.append)
     for _ in range(MOST_STUMBLES - 1):
         with pytest.raises(RunError, match="RuntimeError: could not create a primitive"):  # tried again after a pause
-            service._take(job)
+            desk.take(job)
     assert [waiting.name for waiting in jobs.waiting()] == ["strange"]
-    service._take(job)
+    desk.take(job)
     assert jobs.failed() == {"strange": "RuntimeError: could not create a primitive"}
+    assert reports == [
+        "job strange failed, 3 times: RuntimeError: could not create a primitive; the log has the traceback"
+    ]
     assert "Traceback" in capsys.readouterr().err

@@ -6,18 +6,17 @@ offer = PatientLine(line, PAUSES).describe(job=None, form=None)
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 import httpx
 from msgspec import structs
 
 from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
+from fedtune.core.host.trusted_server import ServerClock, trusting
 from fedtune.core.protocol.enrolment import load_node_key
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
@@ -33,7 +32,6 @@ from fedtune.core.text import one_line
 
 CALL_SECONDS = 30.0  # without a single byte
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds between tries; after the last, the pull gives up for now
-MAX_CLOCK_ERROR = 2.0
 _MAX_TEXT = 2000
 _CHUNK = 64 << 10
 
@@ -63,12 +61,9 @@ class ModelLine:
     """
 
     def __init__(self, server: str, authority: bytes, device: str, node_key: str) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_verify_locations(cadata=authority.decode("ascii"))
-        self._client = httpx.Client(base_url=f"https://{server}", verify=context, timeout=CALL_SECONDS)
+        self._client = httpx.Client(base_url=f"https://{server}", verify=trusting(authority), timeout=CALL_SECONDS)
         self._device, self._key = device, load_node_key(node_key)
-        self._ahead = 0.0  # seconds by which this device's clock is ahead of the server's
+        self._clock = ServerClock()
 
     def close(self) -> None:
         """Gives the connection back."""
@@ -109,7 +104,8 @@ class ModelLine:
         body = encode(payload)
         try:
             with self._send(path, body) as response:
-                if response.status_code != 401 or not self._correct_clock(response):
+                self._clock.note(response.headers.get("date"))
+                if response.status_code != 401 or not self._clock.correct():
                     _check(response)
                     yield response
                     return
@@ -125,20 +121,10 @@ class ModelLine:
 
     @contextmanager
     def _send(self, path: str, body: bytes) -> Iterator[httpx.Response]:
-        headers = sign_request(self._key, self._device, path, int(time.time() - self._ahead), body)
+        headers = sign_request(self._key, self._device, path, int(self._clock.now()), body)
         # Not compressed on the way: what arrives is counted against what was asked for.
         with self._client.stream("POST", path, content=body, headers={**headers, "accept-encoding": "identity"}) as got:
             yield got
-
-    def _correct_clock(self, response: httpx.Response) -> bool:
-        """Takes over the server's clock; False where it is the one in use already."""
-        try:
-            ahead = time.time() - parsedate_to_datetime(response.headers.get("date", "")).timestamp()
-        except ValueError:
-            return False
-        corrected = abs(ahead - self._ahead) > MAX_CLOCK_ERROR
-        self._ahead = ahead
-        return corrected
 
 
 @dataclass(frozen=True)

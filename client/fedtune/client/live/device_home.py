@@ -232,7 +232,7 @@ class JobMemory(ClientStore):
 
     @property
     def terms(self) -> bytes:
-        """What the server asked to plan for when it greeted the device for this job.
+        """What the server asked to plan for when it registered the device for this job.
 
         Raises:
             PeerError: it did not.
@@ -240,7 +240,7 @@ class JobMemory(ClientStore):
         try:
             return (self._folder / "terms").read_bytes()
         except FileNotFoundError:
-            raise PeerError("this device has not been greeted for a job") from None
+            raise PeerError("this device has not been registered for a job") from None
 
     def begin(self, job: str, secure: bool, terms: bytes) -> None:
         """Turns to a job, new or known."""

@@ -45,3 +45,16 @@ Handler = Callable[[str, Request], bytes]
 def parts_of(action: str) -> int:
     """How many payloads a message of this type carries: a round's configuration and the request open a secure round."""
     return 2 if action == query(OPEN) else 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a device does not do what it was asked.
+
+    Args:
+        reason: a sentence for people; no program reads it.
+        sits_out: whether one of its owner's conditions does not hold now. The device may be asked again later.
+    """
+
+    reason: str
+    sits_out: bool = False

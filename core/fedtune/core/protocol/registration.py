@@ -23,9 +23,6 @@ ACTION = "query.registration"
 
 MAX_REGISTRATION_BYTES = 20 << 20
 
-SITS_OUT = "sits out"
-"""How a device's refusal to train begins where one of its owner's conditions does not hold."""
-
 _Short = Annotated[str, Meta(max_length=200)]
 
 
@@ -129,7 +126,6 @@ __all__ = [
     "ACTION",
     "MAX_REGISTRATION_BYTES",
     "PROTOCOL_VERSION",
-    "SITS_OUT",
     "Registration",
     "RegistrationReply",
     "Terms",

@@ -102,7 +102,7 @@ def enroll(home: ServerHome, name: str, out: Path) -> Bundle:
 
 
 def revoke(home: ServerHome, name: str) -> None:
-    """Strikes a device from the fleet; a running server cuts it off within seconds.
+    """Revokes a device; a running server cuts it off within seconds.
 
     Raises:
         InputError: no such device.

@@ -9,16 +9,23 @@ Submitting is writing a file, so it works while the server is down, and who may 
 from __future__ import annotations
 
 import re
+import traceback
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InputError, RunError
 from fedtune.core.host.private_files import private_folder, write_private
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
+from fedtune.flower.run_grid import LinkLostError
 from fedtune.server.live.server_home import ServerHome
+from fedtune.server.run_directory import SUMMARY
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
+_STATES = ("waiting", "finished", "failed")
 _FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
 
 
@@ -41,7 +48,7 @@ class Jobs:
     def __init__(self, home: ServerHome) -> None:
         self._root = private_folder(home.path / "jobs")
         self._runs = private_folder(home.path / "runs")
-        for state in ("waiting", "finished", "failed"):
+        for state in _STATES:
             private_folder(self._root / state)
 
     def submit(self, job: Job, name: str) -> QueuedJob:
@@ -54,9 +61,7 @@ class Jobs:
             raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
         if name in self._names():
             raise InputError(f"{name}: a job of this name was submitted before; choose another with --name")
-        number = max(
-            (entry.number for state in ("waiting", "finished", "failed") for entry in self._in(state)), default=0
-        )
+        number = max((entry.number for state in _STATES for entry in self._in(state)), default=0)
         path = self._root / "waiting" / f"{number + 1:06d}-{name}.toml"
         write_private(path, dump_job(job))
         return QueuedJob(number + 1, name, path)
@@ -86,17 +91,17 @@ class Jobs:
         return self._runs / job.name
 
     def finish(self, job: QueuedJob) -> None:
-        """The job is done."""
+        """Moves a job that is done."""
         job.path.replace(self._root / "finished" / job.path.name)
 
     def fail(self, job: QueuedJob, reason: str) -> None:
-        """The job cannot be done."""
+        """Moves a job that cannot be done, and writes down why."""
         target = self._root / "failed" / job.path.name
         write_private(target.with_suffix(".txt"), reason + "\n")
         job.path.replace(target)
 
     def _names(self) -> set[str]:
-        jobs = {entry.name for state in ("waiting", "finished", "failed") for entry in self._in(state)}
+        jobs = {entry.name for state in _STATES for entry in self._in(state)}
         return jobs | {path.name for path in self._runs.iterdir()}
 
     def _in(self, state: str) -> list[QueuedJob]:
@@ -105,6 +110,47 @@ class Jobs:
             if match := _FILE.fullmatch(path.name):
                 entries.append(QueuedJob(int(match[1]), match[2], path))
         return entries
+
+
+class JobDesk:
+    """Takes jobs to their end, whatever that is.
+
+    Args:
+        work: takes a job from wherever it stands to its end, and calls `Jobs.finish` then.
+        report: told why a job failed.
+    """
+
+    def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
+        self._jobs, self._work, self._report = jobs, work, report
+        self._stumbles: Counter[str] = Counter()
+
+    def take(self, job: QueuedJob) -> None:
+        """Works on a job; it is finished or failed then, or waits on.
+
+        Raises:
+            RunError: nothing is wrong with the job, as far as is known, and it may be taken again.
+        """
+        try:
+            self._work(job)
+        except InputError as error:
+            self._fail(job, str(error))
+        except LinkLostError:
+            raise
+        except RunError as error:
+            if not (self._jobs.run_path(job) / SUMMARY).is_file():
+                raise  # a full disk, say: it goes on when that is mended
+            self._fail(job, str(error))
+        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
+            traceback.print_exc()
+            self._stumbles[job.name] += 1
+            reason = f"{type(error).__name__}: {error}"
+            if self._stumbles[job.name] < MOST_STUMBLES:
+                raise RunError(reason) from error
+            self._fail(job, reason, f", {MOST_STUMBLES} times", "; the log has the traceback")
+
+    def _fail(self, job: QueuedJob, reason: str, often: str = "", more: str = "") -> None:
+        self._report(f"job {job.name} failed{often}: {reason}{more}")
+        self._jobs.fail(job, reason)
 
 
 def _reason(path: Path) -> str:

@@ -27,7 +27,7 @@ OPEN = b"open\n"
 CONTROL_KEY = "control.key"
 DATABASE = "link.db"
 MAX_CONNECTIONS = 20_000
-KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands anew
+KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands again
 
 
 def main() -> None:

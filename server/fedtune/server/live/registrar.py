@@ -1,31 +1,26 @@
-"""Who may be asked to train: devices are greeted first, and say what they run, hold and plan."""
+"""Who may be asked to train: devices register first, and say what they run, hold and plan."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-
-from flwr.app import Message
+from typing import Protocol
 
 from fedtune.core.errors import PeerError
+from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
 from fedtune.core.protocol.enrolment import SignedRoster
 from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
 from fedtune.core.protocol.registration import (
     ACTION,
     PROTOCOL_VERSION,
-    SITS_OUT,
     Registration,
     RegistrationReply,
     Terms,
     check_plan,
 )
-from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.text import one_line
-from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.run_grid import RunGrid
 from fedtune.flower.superlink import NodeState
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.status_board import Board, DeviceState, PlanStatus
@@ -34,9 +29,24 @@ REGISTRATION_SECONDS = 30.0
 REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
 
 
+class AskableGrid(Protocol):
+    """As much of a run's grid as registration needs; nodes are numbers."""
+
+    def drop_late(self) -> set[int]:
+        """Throws late answers away; the nodes that still owe one."""
+
+    def sitting_out(self) -> set[int]:
+        """The nodes that refused a message since this was last asked, since they sit out."""
+
+    def ask(
+        self, nodes: Iterable[int], action: str, group: str, payload: bytes, seconds: float
+    ) -> dict[int, bytes | PeerError]:
+        """Asks all nodes the same; node -> payload, or why there is none."""
+
+
 @dataclass(frozen=True)
 class CurrentJob:
-    """What devices are told of the job."""
+    """The job as devices are told of it."""
 
     id: str
     secure: bool
@@ -45,14 +55,14 @@ class CurrentJob:
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Why a device that is online is not asked to train, and since when: time.monotonic()."""
+    """Why a device that is online is not asked to train, and since when, on the monotonic clock."""
 
     state: DeviceState
     since: float
 
 
 class Registrar:
-    """Greets devices, and keeps what they answered.
+    """Registers devices for a job, and keeps what they answered.
 
     Args:
         board: shows what they said.
@@ -60,44 +70,51 @@ class Registrar:
         devices: who is enrolled.
     """
 
-    def __init__(self, board: Board, nodes: Callable[[], list[NodeState]], devices: Callable[[], Devices]) -> None:
-        self.board = board
+    def __init__(
+        self,
+        board: Board,
+        nodes: Callable[[], list[NodeState]],
+        devices: Callable[[], Devices],
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.board, self._clock = board, clock
         self._nodes, self._devices = nodes, devices
         self._job: CurrentJob | None = None
         self._registered: dict[int, int] = {}
         self._left_out: dict[int, _LeftOut] = {}
         self.tiers: dict[str, int] = {}
-        """Device -> how many rank indices its plan trains, of those that the current job has greeted."""
+        """Device -> how many rank indices its plan trains, of those that are registered for the current job."""
         self.seconds: dict[str, float] = {}
         """Device -> what it predicts that a round of the current job takes it."""
 
-    def begin(self, identifier: str, job: Job, base: Base) -> CurrentJob:
-        """Greets everyone anew, for a registration also says which job is next."""
+    def begin(self, job: CurrentJob) -> None:
+        """Turns to a job, for which every device registers again."""
         self.forget()
         self.tiers.clear()
         self.seconds.clear()
-        self._job = CurrentJob(identifier, job.secure_aggregation.enabled, terms_of(job, base))
-        return self._job
+        self._job = job
 
     def forget(self) -> None:
-        """The SuperLink began anew, and its devices have other numbers."""
+        """Forgets who is registered: with a new SuperLink devices have other numbers."""
         self._registered.clear()
         self._left_out.clear()
 
     @property
     def left_out(self) -> int:
-        """How many devices were greeted and are not asked, for they refused or sit out."""
+        """How many devices answered that they refuse or sit out, and are not asked to train."""
         return len(self._left_out)
 
     def state(self, node: NodeState) -> DeviceState:
-        """What a device is doing, for people."""
+        """The state of a device, for people."""
         if not node.online:
             return "offline"
         left_out = self._left_out.get(node.node_id)
         return left_out.state if left_out else "online"
 
-    def present(self, grid: RunGrid) -> dict[str, int]:
+    def present(self, grid: AskableGrid) -> dict[str, int]:
         """The devices that are online and free, speak this protocol, and hold the newest roster."""
+        for node_id in grid.sitting_out():
+            self._registered.pop(node_id, None)  # it registers again before the next round
         names = {key: name for name, key in self._devices().node_keys.items()}
         busy = grid.drop_late()
         online = {
@@ -110,58 +127,57 @@ class Registrar:
             name: node_id
             for name, node_id in online.items()
             if self._registered.get(node_id, -1) < newest.version
-            and (node_id not in self._left_out or time.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS)
+            and (
+                node_id not in self._left_out
+                or self._clock.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS
+            )
         }
         self._ask(grid, ask, newest)
         return {
             name: node_id for name, node_id in online.items() if self._registered.get(node_id, -1) >= newest.version
         }
 
-    def _ask(self, grid: RunGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
+    def _ask(self, grid: AskableGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
         job = self._job
         assert job is not None
         software = version("fedtune")
-        registration = seal(
-            encode(Registration(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes()))
+        registration = encode(
+            Registration(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes())
         )
-        messages = [Message(registration, node_id, ACTION, group_id="registration") for node_id in nodes.values()]
         names = {node_id: name for name, node_id in nodes.items()}
-        for reply in grid.send_and_receive(messages, timeout=REGISTRATION_SECONDS):
-            node_id = reply.metadata.src_node_id
-            name = names[node_id]
+        for node_id, reply in grid.ask(names, ACTION, "registration", registration, REGISTRATION_SECONDS).items():
             try:
-                answer = decode(unseal(reply), RegistrationReply, limit=HEADER_BYTES)
+                if isinstance(reply, PeerError):
+                    raise reply
+                answer = decode(reply, RegistrationReply, limit=HEADER_BYTES)
                 check_plan(answer, job.terms)
             except PeerError as error:
-                self._left_out[node_id] = _LeftOut("refused", time.monotonic())
-                self.board.device(name, state="refused", dropped=str(error)[:300])
-                self.board.problem(f"device {name} is left out: {error}")
-                continue
-            hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
-            if answer.accelerator:
-                hardware += f", {one_line(answer.accelerator)}"
-            plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
-            self.board.device(name, software=one_line(answer.software), hardware=hardware, plan=plan, state="online")
-            if answer.sits_out:
-                self._left_out[node_id] = _LeftOut("sits out", time.monotonic())
-                self.board.device(name, state="sits out", dropped=f"{SITS_OUT}: {one_line(answer.sits_out)}")
-                continue
-            self._registered[node_id] = answer.roster_version
-            self._left_out.pop(node_id, None)
-            self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
+                self._refused(names[node_id], node_id, error)
+            else:
+                self._take(names[node_id], node_id, answer)
 
-    def client(self, record: ClientRecord) -> None:
-        """Registers a device that sat out a round again before the next."""
-        if record.dropped and SITS_OUT in record.dropped:
-            nodes = {node.public_key: node.node_id for node in self._nodes()}
-            self._registered.pop(nodes.get(self._devices().node_keys.get(record.id, b""), 0), None)
+    def _refused(self, name: str, node_id: int, error: PeerError) -> None:
+        self._left_out[node_id] = _LeftOut("refused", self._clock.monotonic())
+        self.board.device(name, state="refused", dropped=str(error)[:300])
+        self.board.problem(f"device {name} is left out: {error}")
 
-    def round(self, record: RoundRecord) -> None:
-        """Registers nobody."""
+    def _take(self, name: str, node_id: int, answer: RegistrationReply) -> None:
+        hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
+        if answer.accelerator:
+            hardware += f", {one_line(answer.accelerator)}"
+        plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
+        self.board.device(name, software=one_line(answer.software), hardware=hardware, plan=plan, state="online")
+        if answer.sits_out:
+            self._left_out[node_id] = _LeftOut("sits out", self._clock.monotonic())
+            self.board.device(name, state="sits out", dropped=f"sits out: {one_line(answer.sits_out)}")
+            return
+        self._registered[node_id] = answer.roster_version
+        self._left_out.pop(node_id, None)
+        self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
 
 
 def terms_of(job: Job, base: Base) -> Terms:
-    """What devices must know of a job to plan for it."""
+    """The part of a job that devices must know to plan for it."""
     training, deadline = job.training, job.federation.deadline
     return Terms(
         base,

@@ -1,8 +1,8 @@
 """The resident server: it listens through a child process, does one job after the other, and survives its own death.
 
 What lasts is on disk before it counts: devices, jobs and run directories. What Flower holds, messages on their way,
-lasts as long as one child process; when that ends, or this process does, the round that was open begins anew from the
-last checkpoint.
+lasts as long as one child process; when that ends, or this process does, the round that was open begins again from
+the last checkpoint.
 
 Threads: the main one works on jobs; the keeper looks after the child, devices and status once a second.
 """
@@ -10,17 +10,13 @@ Threads: the main one works on jobs; the keeper looks after the child, devices a
 from __future__ import annotations
 
 import threading
-import time
-import traceback
-from collections import Counter
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, RunError
+from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.stopping import Stopped, stopping
 from fedtune.core.job.settings import Job
-from fedtune.core.round_records import Tracker
-from fedtune.flower.calls import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.lora import AdaptedModel
@@ -29,13 +25,13 @@ from fedtune.server.export.request import check_export, export_finished
 from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.live.client_manager import ClientManager
 from fedtune.server.live.enrolled_devices import Devices, changed
-from fedtune.server.live.job_queue import Jobs, QueuedJob
+from fedtune.server.live.job_queue import JobDesk, Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.registrar import Registrar
+from fedtune.server.live.registrar import CurrentJob, Registrar, terms_of
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
-from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
+from fedtune.server.run_directory import RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
@@ -45,7 +41,6 @@ from fedtune.strategies.secure_sum import SecureAggregation
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
-MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
 _STOP_SECONDS = 5.0
 
@@ -56,10 +51,11 @@ class Service:
     Args:
         home: whose lock this process holds.
         display: what people see.
+        clock: of the main thread.
     """
 
-    def __init__(self, home: ServerHome, display: Display) -> None:
-        self._home = home
+    def __init__(self, home: ServerHome, display: Display, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._home, self._clock = home, clock
         self._jobs = Jobs(home)
         for name in (CONTROL_KEY, STATUS):
             remove_unfinished(home.path, name)
@@ -68,7 +64,7 @@ class Service:
         self._devices_seen = -1
         self._registrar = Registrar(self._board, lambda: self._link.nodes(), lambda: self._devices)
         self._model: tuple[Job, AdaptedModel] | None = None
-        self._stumbles: Counter[str] = Counter()
+        self._desk = JobDesk(self._jobs, self._work, self._board.problem)
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
@@ -101,7 +97,7 @@ class Service:
     # -- the main thread: jobs ----------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        pause, longest = RETRY_SECONDS
+        backoff = Backoff(*RETRY_SECONDS, draw=lambda: 1.0)
         while True:
             try:
                 if not self._listener.alive:
@@ -110,34 +106,15 @@ class Service:
                 if waiting := self._jobs.waiting():
                     self._take(waiting[0])
                 else:
-                    time.sleep(POLL_SECONDS)
-                pause = RETRY_SECONDS[0]
+                    self._clock.sleep(POLL_SECONDS)
+                backoff.reset()
             except FedtuneError as error:
                 self._board.problem(f"interrupted, and will go on: {error}")
-                time.sleep(pause)
-                pause = min(2 * pause, longest)
+                self._clock.sleep(backoff.next())
 
     def _take(self, job: QueuedJob) -> None:
         try:
-            self._work(job)
-        except InputError as error:
-            self._board.problem(f"job {job.name} failed: {error}")
-            self._jobs.fail(job, str(error))
-        except LinkLostError:
-            raise
-        except RunError as error:
-            if not (self._jobs.run_path(job) / SUMMARY).is_file():
-                raise  # a full disk, say: it goes on when that is mended
-            self._board.problem(f"job {job.name} failed: {error}")
-            self._jobs.fail(job, str(error))
-        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
-            traceback.print_exc()
-            self._stumbles[job.name] += 1
-            reason = f"{type(error).__name__}: {error}"
-            if self._stumbles[job.name] < MOST_STUMBLES:
-                raise RunError(reason) from error
-            self._board.problem(f"job {job.name} failed, {MOST_STUMBLES} times: {reason}; the log has the traceback")
-            self._jobs.fail(job, reason)
+            self._desk.take(job)
         finally:
             self._board.job = None
 
@@ -163,13 +140,13 @@ class Service:
         try:
             evaluator = ModelEvaluator(model, job.data)
             self._board.working(state="waiting for devices")
-            current = self._registrar.begin(queued.path.stem, job, base)
+            current = CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
+            self._registrar.begin(current)
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 identities, registrar = self._devices.roster.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(current.id, identities) if current.secure else None
-                trackers: list[Tracker] = [registrar, self._board]
-                federation = assemble(job, base, model.layout, clients, secure=secure, trackers=trackers)
+                federation = assemble(job, base, model.layout, clients, secure=secure, trackers=[self._board])
                 client_manager = ClientManager(
                     grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
                 )
@@ -179,7 +156,7 @@ class Service:
             directory.close()
 
     def _export(self, job: Job, path: Path) -> None:
-        """What the job's [export] asks for; killed in the middle of it, the server begins it anew."""
+        """What the job's [export] asks for; killed in the middle of it, the server begins it again."""
         self._board.working(state="exporting")
         self._model = None  # the export loads the base in another precision; there may not be room for both
         try:
@@ -249,7 +226,9 @@ class Service:
             if name is None or not node.ever_online:
                 continue
             heard = (
-                max(0.0, time.time() - node.online_until + HEARTBEAT_PATIENCE_SECONDS) if node.online_until else None
+                max(0.0, self._clock.now() - node.online_until + HEARTBEAT_PATIENCE_SECONDS)
+                if node.online_until
+                else None
             )
             self._board.device(name, state=self._registrar.state(node), last_heard=heard)
 

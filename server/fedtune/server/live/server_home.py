@@ -4,11 +4,11 @@ server.toml             addresses and ports, for people to edit
 authority.pem, .key     certificate authority
 server.pem, .key        server certificate
 fleet.key               signs rosters
-control.key             what the server's own processes show each other; made anew at every start
+control.key             what the server's own processes show each other; new at every start
 devices.json            enrolled devices: public keys, and the version of the roster
 jobs/                   waiting, finished and failed jobs
 runs/NAME/              run directories
-link.db                 messages on their way; made anew at every start
+link.db                 messages on their way; new at every start
 status.json             what `fedtune server status` shows
 """
 

@@ -48,9 +48,9 @@ class DeviceStatus:
 
     Args:
         last_heard: seconds since its last heartbeat at most, or None before the first.
-        software: its fedtune version, once it has greeted.
-        hardware: cores, memory and accelerator, once it has greeted.
-        plan: once it has greeted.
+        software: its fedtune version, once it has registered.
+        hardware: cores, memory and accelerator, once it has registered.
+        plan: once it has registered.
         dropped: why it last dropped out of a round, or "".
     """
 

@@ -1,0 +1,165 @@
+"""A device's answers to its server: it registers for a job and plans for it, then trains and scores as it promised.
+
+    device = RegisteredDevice(home, PlannedWork(...), report)
+    outcome = device.answer(request)            # a payload, or a Refusal that says why there is none
+
+It runs nothing but what is installed, and no error of one message ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+
+import psutil  # type: ignore[import-untyped]
+
+from fedtune.client.device import Device
+from fedtune.client.live.device_home import ClientHome, JobMemory
+from fedtune.client.live.device_status import DeviceReport
+from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
+from fedtune.client.plan.device_plan import Outcome
+from fedtune.client.plan.eligibility import Sensors, not_now
+from fedtune.client.plan.machine import sense
+from fedtune.client.plan.planned_work import PlannedWork
+from fedtune.client.plan.planner import NoPlanError
+from fedtune.client.secure_rounds import Credentials
+from fedtune.core.errors import DataError, InputError, ModelError, PeerError, UpdateError
+from fedtune.core.host.private_files import write_private
+from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, Refusal, Request, query
+from fedtune.core.protocol.enrolment import SignedRoster
+from fedtune.core.protocol.payloads import decode, encode
+from fedtune.core.protocol.registration import (
+    ACTION,
+    MAX_REGISTRATION_BYTES,
+    PROTOCOL_VERSION,
+    Registration,
+    RegistrationReply,
+    Terms,
+    two_digits,
+)
+from fedtune.core.secagg import Policy
+
+TELLING_BYTES = 50_000  # of an answer whose time tells the link's bandwidth
+
+
+class RegisteredDevice:
+    """One device and the job that it is registered for.
+
+    Args:
+        home: whose lock this process holds.
+        planned: the device's base models and data.
+        report: told of plans, training and problems.
+        sensors: what the device sees of itself now.
+    """
+
+    def __init__(
+        self, home: ClientHome, planned: PlannedWork, report: DeviceReport, sensors: Callable[[], Sensors] = sense
+    ) -> None:
+        self._home, self._planned, self._report, self._sensors = home, planned, report, sensors
+        self._memory = JobMemory(home.path / "jobs")
+        self._planned.uplink = self._uplink_before()
+        self._make_handlers()
+
+    def answer(self, request: Request) -> bytes | Refusal:
+        """The payload, or a refusal with a reason that says nothing of the device's data."""
+        try:
+            return self._answer(request)
+        except (PeerError, UpdateError, NoPlanError) as error:
+            problem, reason = str(error), str(error)
+        except (ModelError, DataError, InputError) as error:
+            problem, reason = str(error), f"{type(error).__name__}: the device's own status says more"
+        except OSError as error:
+            return self.cannot_store(request.action, error)
+        except Exception as error:  # torch raises what it likes; a message never ends the process
+            cause = error.__cause__ or error
+            problem, reason = f"{type(cause).__name__}: {cause}", f"{type(cause).__name__} on the device"
+        self._report.problem(f"{request.action}: {problem}")
+        return Refusal(reason)
+
+    def cannot_store(self, action: str, error: OSError) -> Refusal:
+        """Reports a full disk, say, and refuses what was asked."""
+        self._report.problem(f"{action}: {error.strerror} ({error.filename or self._home.path})")
+        return Refusal(f"the device cannot write or read its files: {error.strerror}")
+
+    def sent(self, action: str, size: int, seconds: float) -> None:
+        """Remembers how fast an update went up; smaller answers say more of delay than of bandwidth."""
+        if action == TRAIN and size >= TELLING_BYTES:
+            self._planned.uplink = size / max(seconds, 1e-3)
+            write_private(self._home.path / "uplink", f"{self._planned.uplink:.0f}\n")
+
+    def _answer(self, request: Request) -> bytes | Refusal:
+        if request.action == ACTION:
+            return self._register(decode(request.parts[0], Registration, limit=MAX_REGISTRATION_BYTES))
+        if self._planned.terms is None:  # an earlier process was registered
+            self._take_on(decode(self._memory.terms, Terms))
+        secure, name = self._memory.secure, self._home.config.name
+        handler = self._secure_handler if secure else self._clear_handler
+        if request.action == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
+            self._report.problem(f"{request.action}: sits out: {condition}")
+            return Refusal(f"sits out: {condition}", sits_out=True)
+        if request.action == EVALUATE and not self._home.config.scores:
+            return Refusal("this device scores nothing for a server; its owner may join with --scores")
+        if request.action != TRAIN:
+            return handler(name, request)
+        with self._planned.watched():
+            payload = handler(name, request)
+        self._report.tell(plan=self._planned.to_json())
+        self._report.show(f"trained for {self._planned.took.seconds or 0.0:.1f} s")
+        return payload
+
+    def _register(self, registration: Registration) -> bytes:
+        self._home.renew_roster(SignedRoster.from_bytes(registration.roster))
+        if not (registration.secure or self._home.config.allow_clear):
+            raise UpdateError(
+                "this device takes part in secure aggregation only; its owner may join with --allow-clear"
+            )
+        self._memory.begin(registration.job, registration.secure, encode(registration.terms))
+        outcome = self._take_on(registration.terms)
+        reply = RegistrationReply(
+            PROTOCOL_VERSION,
+            version("fedtune"),
+            self._home.roster.version,
+            os.cpu_count() or 0,
+            psutil.virtual_memory().total >> 20,
+            outcome.machine.gpus[0].name if outcome.machine.gpus else "",
+            self._sits_out(),
+            outcome.plan.tier,
+            outcome.plan.choices.weights,
+            outcome.plan.sequence_length,
+            max(1, round(two_digits(outcome.plan.memory.peak / 1e6))),
+            two_digits(outcome.seconds_per_round),
+        )
+        return encode(reply)
+
+    def _take_on(self, terms: Terms) -> Outcome:
+        """Plans for a job; what was open of another is over."""
+        try:
+            return self._planned.take_on(terms)
+        finally:
+            if self._planned.must_reload:
+                self._make_handlers()
+            self._report.tell(plan=self._planned.to_json())
+
+    def _make_handlers(self) -> None:
+        planned = self._planned
+        device = Device(planned.open_trainer, planned.load_examples, self._memory, planned.share)
+        self._secure_handler = handle_under_secure_aggregation(device, self._credentials)
+        self._clear_handler = handle_in_the_clear(device)  # reached only where the owner allows it, see `_register`
+
+    def _sits_out(self) -> str:
+        """Which of its owner's conditions keeps the device from training now, or ""."""
+        obstacle = not_now(self._sensors(), self._home.config.requirements)
+        self._report.tell(sits_out=obstacle.reading if obstacle else "")
+        return obstacle.condition if obstacle else ""
+
+    def _credentials(self, client: str) -> Credentials:
+        del client  # there is but one here
+        home = self._home
+        return Credentials(home.identity, home.roster.roster, Policy(), home.round_log)
+
+    def _uplink_before(self) -> float | None:
+        try:
+            return float(max(1, int((self._home.path / "uplink").read_text())))
+        except (OSError, ValueError):
+            return None
