@@ -22,9 +22,8 @@ from fedtune.client.live.device_loop import DeviceLoop, Work  # noqa: E402
 from fedtune.client.live.device_status import DeviceReport  # noqa: E402
 from fedtune.client.live.registered_device import RegisteredDevice  # noqa: E402
 from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
-from fedtune.client.plan.device_plan import DevicePlanner  # noqa: E402
+from fedtune.client.plan.device_plan import this_device  # noqa: E402
 from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
-from fedtune.client.torch.torch_backend import TorchBackend  # noqa: E402
 from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
 from fedtune.core.protocol.actions import TRAIN, Refusal, Request  # noqa: E402
 from fedtune.flower.fleet_link import FleetLink  # noqa: E402
@@ -68,7 +67,7 @@ def main() -> None:
         work: Work = Echo()
         if task != "echo":
             bases = tuple(map(Path, config.bases))
-            planner = DevicePlanner(TorchBackend(), CalibrationStore(home.path / CALIBRATIONS), report.show)
+            planner = this_device(CalibrationStore(home.path / CALIBRATIONS), report.show)
             planned = PlannedWork(bases, Path(config.data), planner)
             work = Noting(RegisteredDevice(home, planned, report), Path(task))
         DeviceLoop(home, FleetLink(config.server, home.authority, home.node_key), work, report).run()

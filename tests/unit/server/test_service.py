@@ -8,7 +8,8 @@ import pytest
 
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import Job
-from fedtune.server.live.job_queue import MOST_STUMBLES, JobDesk, Jobs
+from fedtune.server.live.job_queue import Jobs
+from fedtune.server.live.resident_server import MOST_STUMBLES, JobDesk
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 
 

@@ -9,22 +9,16 @@ Submitting is writing a file, so it works while the server is down, and who may 
 from __future__ import annotations
 
 import re
-import traceback
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.core.errors import InputError, RunError
+from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import private_folder, write_private
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
-from fedtune.flower.run_grid import LinkLostError
 from fedtune.server.live.server_home import ServerHome
-from fedtune.server.run_directory import SUMMARY
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
 _STATES = ("waiting", "finished", "failed")
 _FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
 
@@ -110,47 +104,6 @@ class Jobs:
             if match := _FILE.fullmatch(path.name):
                 entries.append(QueuedJob(int(match[1]), match[2], path))
         return entries
-
-
-class JobDesk:
-    """Takes jobs to their end, whatever that is.
-
-    Args:
-        work: takes a job from wherever it stands to its end, and calls `Jobs.finish` then.
-        report: told why a job failed.
-    """
-
-    def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
-        self._jobs, self._work, self._report = jobs, work, report
-        self._stumbles: Counter[str] = Counter()
-
-    def take(self, job: QueuedJob) -> None:
-        """Works on a job; it is finished or failed then, or waits on.
-
-        Raises:
-            RunError: nothing is wrong with the job, as far as is known, and it may be taken again.
-        """
-        try:
-            self._work(job)
-        except InputError as error:
-            self._fail(job, str(error))
-        except LinkLostError:
-            raise
-        except RunError as error:
-            if not (self._jobs.run_path(job) / SUMMARY).is_file():
-                raise  # a full disk, say: it goes on when that is mended
-            self._fail(job, str(error))
-        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
-            traceback.print_exc()
-            self._stumbles[job.name] += 1
-            reason = f"{type(error).__name__}: {error}"
-            if self._stumbles[job.name] < MOST_STUMBLES:
-                raise RunError(reason) from error
-            self._fail(job, reason, f", {MOST_STUMBLES} times", "; the log has the traceback")
-
-    def _fail(self, job: QueuedJob, reason: str, often: str = "", more: str = "") -> None:
-        self._report(f"job {job.name} failed{often}: {reason}{more}")
-        self._jobs.fail(job, reason)
 
 
 def _reason(path: Path) -> str:

@@ -10,6 +10,9 @@ Threads: the main one works on jobs; the keeper looks after the child, devices a
 from __future__ import annotations
 
 import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, RunError
@@ -17,6 +20,7 @@ from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.stopping import Stopped, stopping
 from fedtune.core.job.settings import Job
+from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.lora import AdaptedModel
@@ -25,24 +29,66 @@ from fedtune.server.export.request import check_export, export_finished
 from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.live.client_manager import ClientManager
 from fedtune.server.live.enrolled_devices import Devices, changed
-from fedtune.server.live.job_queue import JobDesk, Jobs, QueuedJob
+from fedtune.server.live.job_queue import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
 from fedtune.server.live.registrar import CurrentJob, Registrar, terms_of
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
-from fedtune.server.run_directory import RunDirectory, is_finished, read_summary
+from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
+MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
 _STOP_SECONDS = 5.0
+
+
+class JobDesk:
+    """Takes jobs to their end, whatever that is.
+
+    Args:
+        work: takes a job from wherever it stands to its end, and calls `Jobs.finish` then.
+        report: told why a job failed.
+    """
+
+    def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
+        self._jobs, self._work, self._report = jobs, work, report
+        self._stumbles: Counter[str] = Counter()
+
+    def take(self, job: QueuedJob) -> None:
+        """Works on a job; it is finished or failed then, or waits on.
+
+        Raises:
+            RunError: nothing is wrong with the job, as far as is known, and it may be taken again.
+        """
+        try:
+            self._work(job)
+        except InputError as error:
+            self._fail(job, str(error))
+        except LinkLostError:
+            raise
+        except RunError as error:
+            if not (self._jobs.run_path(job) / SUMMARY).is_file():
+                raise  # a full disk, say: it goes on when that is mended
+            self._fail(job, str(error))
+        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
+            traceback.print_exc()
+            self._stumbles[job.name] += 1
+            reason = f"{type(error).__name__}: {error}"
+            if self._stumbles[job.name] < MOST_STUMBLES:
+                raise RunError(reason) from error
+            self._fail(job, reason, f", {MOST_STUMBLES} times", "; the log has the traceback")
+
+    def _fail(self, job: QueuedJob, reason: str, often: str = "", more: str = "") -> None:
+        self._report(f"job {job.name} failed{often}: {reason}{more}")
+        self._jobs.fail(job, reason)
 
 
 class Service:
