@@ -20,7 +20,7 @@ MakeRun = Callable[..., Path]
 
 
 def build_here(builds: Sequence[Build], log: Path) -> list[str]:
-    """What the child process does; test_architectures asks for the child itself."""
+    """Does what the child process does; test_architectures asks for the child itself."""
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     with (

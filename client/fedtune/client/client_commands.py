@@ -31,7 +31,7 @@ _Home = Annotated[
 @app.command()
 def join(
     bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="What `fedtune server enroll` wrote for this device.")
+        Path, typer.Argument(metavar="BUNDLE", help="The file that `fedtune server enroll` wrote for this device.")
     ],
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="This device's examples; they stay here.")],
     base: Annotated[
@@ -109,7 +109,7 @@ def stop(home: _Home = None) -> None:
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     home: _Home = None,
 ) -> None:
     """Show whether this device runs, what it does and its last problem; exit status 0 if it runs, 1 if not."""
@@ -145,7 +145,9 @@ def pull(
         str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest there is.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was pulled as JSON, and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the version that was pulled as JSON, and nothing else.")
+    ] = False,
     home: _Home = None,
 ) -> None:
     """Bring a finished job's model to this device, to answer from it: then fedtune serve, or fedtune chat.
@@ -313,7 +315,7 @@ def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
-    """What this machine would train under, by base model; none where it is installed for answering only."""
+    """Plans for each base model; there is no plan where this machine is installed for answering only."""
     try:
         from fedtune.client.plan.calibration import CalibrationStore
         from fedtune.client.plan.device_plan import plan_bases, this_device
@@ -327,7 +329,7 @@ def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bo
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    """A plan, and what was measured beside what was predicted, as people read it."""
+    """Writes a plan for people, with the measurements beside the predictions."""
     chosen, predicted, tried, took = plan["plan"], plan["predicted"], plan["measured"], plan.get("took")
     unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
     weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"

@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """What became of the records of a data set.
+    """Counts what became of the records of a data set.
 
     Args:
         read: lines that were read, bad ones included.

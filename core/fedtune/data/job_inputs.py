@@ -24,7 +24,7 @@ from fedtune.demo import BASE_DIRECTORY, FLEET
 
 @dataclass(frozen=True)
 class JobInputs:
-    """What a job's files hold; each is read when it is first asked for, and then stays."""
+    """The contents of a job's files; each file is read when it is first asked for, and its contents then stay."""
 
     job: Job
 
@@ -56,7 +56,7 @@ class JobInputs:
 
 
 def source_of(base: str) -> str:
-    """What transformers is asked for: a directory, or a hub id.
+    """Names the base model for transformers: a directory, or a hub id.
 
     Raises:
         ModelError: a path that is not a model directory.

@@ -1,6 +1,6 @@
 """What devices and server compute with: the quantized base, its adapter, examples, loss and evaluation.
 
-Nothing is exported here, so that what needs no torch (records, partition) costs no import of it.
+Nothing is exported here, so that what needs no torch (shapes) costs no import of it.
 """
 
 import logging

@@ -67,7 +67,7 @@ def _export(request: ExportRequest, display: Display) -> list[Exported]:
 
 @dataclass(frozen=True)
 class Programs:
-    """What the commands that compute for long call once their options are read; tests pass others to `main`."""
+    """The functions that the long-running commands call with their options; tests pass others to `main`."""
 
     simulate: Callable[[Job, Path, Display, bool], dict[str, Any]] = _simulate
     resume: Callable[[Path, Display], dict[str, Any]] = _resume
@@ -89,7 +89,7 @@ def simulate(
         typer.Option(
             "--fleet",
             metavar="FILE",
-            help="Kinds of device, on a virtual clock; or `bundled`, a hundred devices of four kinds.",
+            help="Simulate FILE's kinds of device on a virtual clock; `bundled` is a hundred devices of four kinds.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
@@ -130,7 +130,10 @@ def resume(
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
-    """Go on with an interrupted run; the result is the same, bit for bit, as if nothing had happened."""
+    """Go on with an interrupted run; the result is the same, bit for bit, as if nothing had happened.
+
+    Example: fedtune resume runs/demo-1
+    """
     with _running(run_directory, quiet or as_json) as display:
         summary = context.obj.resume(run_directory, display)
     if as_json:
@@ -142,13 +145,20 @@ def report(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
     compare: Annotated[
         list[Path] | None,
-        typer.Option("--compare", metavar="RUN_DIR", help="Lay another run beside it; may be given again."),
+        typer.Option("--compare", metavar="RUN_DIR", help="Compare it with another run; may be given again."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where --compare writes; by default RUN_DIR/comparison.html.")
     ] = None,
 ) -> None:
-    """Write a run's HTML report anew, or lay runs side by side."""
+    """Write a run's HTML report again, or a page that compares several runs.
+
+    A run writes its own report when it ends. Examples:
+
+        fedtune report runs/demo-1
+
+        fedtune report runs/demo-1 --compare runs/demo-2 --out both.html
+    """
     from fedtune.server.report import write_comparison, write_report
 
     if compare:
@@ -169,13 +179,13 @@ def plan(
     overrides: _Set = None,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", metavar="MB", min=1, help="Plan for so much memory, not for what is free."),
+        typer.Option("--memory", metavar="MB", min=1, help="Plan for this much memory instead of what is free now."),
     ] = None,
     uplink: Annotated[
         float | None, typer.Option("--uplink", metavar="KBIT/S", min=0.001, help="Speed of the link to the server.")
     ] = None,
     downlink: Annotated[
-        float | None, typer.Option("--downlink", metavar="KBIT/S", min=0.001, help="Speed of the link from it.")
+        float | None, typer.Option("--downlink", metavar="KBIT/S", min=0.001, help="Speed of the link from the server.")
     ] = None,
     deadline: Annotated[
         float | None, typer.Option("--deadline", metavar="SECONDS", min=0.001, help="How long a round may take.")
@@ -185,7 +195,10 @@ def plan(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
 ) -> None:
-    """Probe this device and print the plan it would train under.
+    """Measure this device and print the plan it would train under.
+
+    The plan says how the base model is held, at what precision, which rank and how many tokens at once the device
+    trains, and what memory and time that should take.
 
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
@@ -257,7 +270,7 @@ def main(arguments: Sequence[str] | None = None, programs: Programs | None = Non
 
 @contextmanager
 def _running(directory: Path, silent: bool) -> Iterator[Display]:
-    """A display for a run, and what to say when Ctrl-C ends it."""
+    """Gives a run its display, and says how to go on when Ctrl-C ends it."""
     with nullcontext(Silent()) if silent else Terminal() as display:
         try:
             yield display

@@ -1,4 +1,4 @@
-"""What is checked before a run and before torch is imported: everything that a person may have mistyped.
+"""Checks before a run and before torch is imported: everything that a person may have mistyped.
 
     inputs = check_simulation(job)       # raises InputError, or returns what the job's files hold
 

@@ -54,7 +54,7 @@ _SERVER = "server."  # what aggregator and server optimizer keep
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on.
+    """The state that a run needs to go on.
 
     Args:
         state: of the federation, after `state.round` rounds.

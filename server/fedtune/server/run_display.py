@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of a run: a progress bar on a terminal, plain lines when piped."""
+"""A run as a person at the terminal sees it: a progress bar on a terminal, plain lines when piped."""
 
 from __future__ import annotations
 

@@ -75,12 +75,17 @@ def new_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    for part in temporary.rglob("*"):
-        if part.is_file():
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(temporary)
+    sync_tree(temporary)
     if path.exists():
         shutil.rmtree(path)
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until all files of a directory are on the disk."""
+    for part in directory.rglob("*"):
+        if part.is_file():
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)

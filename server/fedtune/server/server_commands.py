@@ -29,7 +29,7 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be given again."),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
 @app.command()
@@ -73,9 +73,9 @@ def renew(host: _Host = None, home: _Home = None) -> None:
 
 @app.command()
 def enroll(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the device shall be called.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new device's name.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write; by default NAME.bundle.")
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The file to write; by default NAME.bundle.")
     ] = None,
     home: _Home = None,
 ) -> None:
@@ -94,10 +94,10 @@ def enroll(
 
 @app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The device.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The device's name.")],
     home: _Home = None,
 ) -> None:
-    """Strike a device from the fleet; a running server cuts it off within seconds."""
+    """Revoke a device: it leaves the fleet, and a running server cuts it off within seconds."""
     from fedtune.server.live.enrolled_devices import revoke as run
 
     run(_open(home), name)
@@ -134,7 +134,9 @@ def submit(
         Path | None, typer.Argument(metavar="[JOB.toml]", help="The job file; without one, the bundled demo.")
     ] = None,
     overrides: _Set = None,
-    name: Annotated[str | None, typer.Option("--name", help="What the run shall be called.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The run's name; by default the job file's, with a number.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
     home: _Home = None,
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from fedtune.core.errors import JobError
-from fedtune.data.partition import partition_records
+from fedtune.data.population import partition_records
 from fedtune.data.records import Record
 
 RECORDS = [Record(str(number), fields={"skill": ["lamp", "fan", "oven"][number % 3]}) for number in range(120)]

@@ -128,6 +128,6 @@ def test_parquet_without_pyarrow_prints_the_install_line(tmp_path: Path, monkeyp
 def test_records_cost_nothing_to_import() -> None:
     import subprocess
 
-    program = "import sys, fedtune.data.records, fedtune.data.partition; print('torch' in sys.modules)"
+    program = "import sys, fedtune.data.records, fedtune.data.population; print('torch' in sys.modules)"
     output: Any = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "False"

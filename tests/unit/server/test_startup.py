@@ -72,7 +72,7 @@ MISTAKES = [
 
 @dataclass(frozen=True)
 class Said:
-    """What one command line led to."""
+    """The outcome of one command line."""
 
     status: int
     output: str
@@ -93,7 +93,7 @@ def start(folder: Path, commands: Sequence[Sequence[str]]) -> list[Said]:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said]:
-    """What each command says in a folder with a job that has a typo, data that is broken, and a fleet's server."""
+    """The answer of each command in a folder with a job that has a typo, data that is broken, and a fleet's server."""
     path = tmp_path_factory.mktemp("startup")
     (path / "typo.toml").write_text("[federation]\nruonds = 3\n")
     (path / "job.toml").touch()

@@ -42,7 +42,7 @@ class Sampling:
         max_tokens: after which it is cut.
         temperature: 0 takes the likeliest token.
         top_p: the share of probability that is drawn from.
-        seed: the same seed gives the same answer; None draws anew each time.
+        seed: the same seed gives the same answer; None draws another each time.
         stop: strings before which the answer ends.
     """
 

@@ -44,9 +44,7 @@ def serve(
         int, typer.Option(min=0, max=65536, help="Requests that may wait for a slot; more get status 429.")
     ] = 64,
     threads: _Threads = None,
-    name: Annotated[
-        str | None, typer.Option(help="What requests call the model; by default what the export says.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; by default the export's own.")] = None,
     adapters: Annotated[
         Path | None,
         typer.Option(

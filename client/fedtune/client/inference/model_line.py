@@ -41,7 +41,7 @@ class LineError(FedtuneError):
 
 
 class Line(Protocol):
-    """What a pull asks for a model: `ModelLine`, or a test's own."""
+    """Answers a pull's requests: `ModelLine`, or a test's own."""
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
         """Returns what there is, as `ModelLine.describe`."""
@@ -70,7 +70,7 @@ class ModelLine:
         self._client.close()
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
-        """What the server has.
+        """Asks for the offer of a model.
 
         Raises:
             InputError: it has no such model, or does not know this device.

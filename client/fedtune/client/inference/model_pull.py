@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull led to.
+    """The outcome of a pull.
 
     Args:
         path: of the version that is current now.
@@ -97,7 +97,7 @@ def pull(
 
 @dataclass(frozen=True)
 class _Version:
-    """What is pulled.
+    """The version that is pulled.
 
     Args:
         manifest: the offer's, checked.
@@ -110,7 +110,7 @@ class _Version:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.offer.job}-{self.offer.format}-{self.digest[:12]}"
 
     @property

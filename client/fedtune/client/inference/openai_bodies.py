@@ -87,7 +87,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides text."""
+    """Says what a stream carries besides text."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False

@@ -187,7 +187,7 @@ class Scheduler:
             time.sleep(0)  # lets the thread that writes answers have its turn, too
 
     def _drop_cancelled(self) -> None:
-        """Those that wait and are wanted no more leave the queue at once."""
+        """Takes streams that wait and are wanted no more out of the queue at once."""
         for stream in [waiting for waiting in self._waiting if waiting._cancelled.is_set()]:
             self._waiting.remove(stream)
             stream.end("cancelled")

@@ -26,7 +26,7 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._begin = 0  # of the window that is decoded anew for each token
+        self._begin = 0  # of the window that is decoded again for each token
         self._read = 0  # tokens before this one have become text
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
@@ -43,7 +43,7 @@ class TextStream:
         return self._release(self._held + window[len(before) :])
 
     def finish(self) -> str:
-        """What is left to show when no token follows."""
+        """Returns the text that is left to show when no token follows."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._begin : self._read])

@@ -1,4 +1,4 @@
-"""What `builder.build` starts: builds on standard input as JSON, writers on standard output, all noise on stderr."""
+"""The process that `builder.build` starts: it reads builds as JSON, answers with their writers, and logs on stderr."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _end_with_parent() -> None:
 
 
 def build_one(wanted: dict[str, Any]) -> str:
-    """Writes one model; `wanted` is a `builder.Build` as a table, and by whom it was written comes back."""
+    """Writes one model; `wanted` is a `builder.Build` as a table. Returns the name of the writer."""
     if wanted["format"] == "fp16" and wanted["provider"] == "cpu":
         # onnxruntime multiplies no float16 on CPUs, and the builder's float16 graph fails there with grouped queries.
         writer = build_one(wanted | {"format": "fp32"})

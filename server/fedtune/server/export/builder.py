@@ -83,7 +83,7 @@ def build(builds: Sequence[Build], log: Path) -> list[str]:
         log: what the child prints is appended to it.
 
     Returns:
-        For each, by whom it was written: "onnxruntime-genai" or "torch.onnx".
+        The writer of each: "onnxruntime-genai" or "torch.onnx".
 
     Raises:
         RunError: one could not be written; the message has the reason and the log's name.

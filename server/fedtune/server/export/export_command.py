@@ -41,7 +41,8 @@ def export(
         ),
     ] = False,
     provider: Annotated[
-        str, typer.Option(help="What the model will run on: cpu, cuda, dml, ...; it is checked on it, here.")
+        str,
+        typer.Option(help="The hardware that the model will run on: cpu, cuda, dml, ...; the check runs on it, here."),
     ] = "cpu",
     options: Annotated[
         list[str] | None,
@@ -65,13 +66,14 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was exported as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the exports as JSON, and nothing else.")] = False,
 ) -> None:
     """Make a model that devices can run, without torch, from a finished run.
 
     It merges the run's adapter into its base model, writes ONNX with a KV cache, and proves it on held-out examples
     before it gets its name: fp32 must give the merged model's logits to 1e-3 and every argmax, the smaller formats may
-    lose a point. int4 that loses more is quantized better, up to four ways. What fails leaves no directory. Examples:
+    lose a point. int4 that loses more is quantized better, up to four ways. An export that fails leaves no
+    directory. Examples:
 
         fedtune export runs/demo-1
 

@@ -57,7 +57,7 @@ class ExportTools:
 
     Args:
         save: writes a torch model as a transformers directory.
-        build: writes ONNX models and returns by whom each was written; appends to the log.
+        build: writes ONNX models, appends to the log, and returns the writer of each.
         gate: holds a written model against the merged one.
     """
 
@@ -83,11 +83,11 @@ class _Job:
     display: Display
 
     def build(self, builds: Sequence[Build]) -> list[str]:
-        """Writes models, and returns by whom each was written."""
+        """Writes models, and returns the writer of each."""
         return self.tools.build(builds, self.work / LOG)
 
     def wanted(self, source: Path, out: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> Build:
-        """What a builder is told."""
+        """Fills in the options of a build."""
         return Build(source, out, form, recipe, self.options.provider, self.options.builder, adapter)
 
     def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
@@ -130,7 +130,7 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
 
 
 def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
-    """What the gate asks: the job's evaluation data, or the given file.
+    """Reads the examples for the gate: the job's evaluation data, or the given file.
 
     Raises:
         InputError: there are none; an export is never published unchecked.
@@ -210,7 +210,7 @@ def _export_adapter(job: _Job, request: ExportRequest, held: bool) -> Exported:
 
 
 def _write_base(job: _Job, source: Path, form: Format, recipe: Recipe) -> tuple[Path, str]:
-    """Writes the base with the adapter's factors as inputs; returns where, and by whom it was written."""
+    """Writes the base with the adapter's factors as inputs; returns its folder and its writer."""
     directory = job.work / "base"
     shutil.rmtree(directory, ignore_errors=True)
     job.display.note(f"{form}: writing the base with the adapter's factors as inputs ({recipe.name})")

@@ -44,7 +44,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate measured.
+    """The measurements of the gate.
 
     Args:
         exact_match, token_accuracy: of the candidate; `reference_` of the merged torch model.

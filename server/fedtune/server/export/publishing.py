@@ -20,7 +20,7 @@ from fedtune.data.examples import start_tokens
 from fedtune.server.export import adapters
 from fedtune.server.export.gate import GateReport
 from fedtune.server.export.merge import FinishedRun
-from fedtune.server.run_files import write_json, write_text
+from fedtune.server.run_files import sync_tree, write_json, write_text
 
 _NEEDED = ("tokenizer.json", "genai_config.json", "model.onnx")
 _PLACES = {
@@ -33,7 +33,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Description:
-    """What an exported directory says of itself.
+    """The statements that an exported directory makes about itself.
 
     Args:
         kind: "model", or "adapter-base" for one that adapters are loaded into.
@@ -72,11 +72,7 @@ def describe_model(directory: Path, run: FinishedRun, description: Description, 
 
 def publish(directory: Path, target: Path) -> None:
     """Moves a finished directory to its name, synced; an older one of that name is replaced."""
-    for part in directory.rglob("*"):
-        if part.is_file():
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(directory)
+    sync_tree(directory)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

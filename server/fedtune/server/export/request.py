@@ -1,4 +1,4 @@
-"""What shall be exported, by the command or as the last step of a run, and what can be said of it before torch is here.
+"""Requests for exports, by the command or as the last step of a run, checked before torch and ONNX are imported.
 
 exported = export(ExportRequest(Path("runs/first"), ("int4", "fp32"), Path("runs/first/onnx")), display)
 # runs/first/onnx/int4/, runs/first/onnx/fp32/
@@ -88,7 +88,7 @@ class ExportRequest:
 
     @property
     def targets(self) -> list[Path]:
-        """What the export is called once it is published."""
+        """The paths of the export once it is published."""
         if self.adapter_only:
             return [self.out / f"{self.run.resolve().name}{ADAPTER_SUFFIX}"]
         return [self.out / form for form in self.wanted]

@@ -1,4 +1,4 @@
-"""What a run looks like. Each function gives one plot, or None where the run has nothing of the kind."""
+"""Plots of a run. Each function gives one plot, or None where the run has nothing of the kind."""
 
 from __future__ import annotations
 

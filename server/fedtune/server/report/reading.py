@@ -38,7 +38,7 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class Client(msgspec.Struct, frozen=True):
-    """What a report reads of one client in one round; see `fedtune.core.round_records.ClientRecord`."""
+    """The part of one client in one round that a report reads; see `fedtune.core.round_records.ClientRecord`."""
 
     id: str
     loss: float | None
@@ -68,7 +68,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class VirtualRound(msgspec.Struct, frozen=True):
-    """What a report reads of one line of virtual.jsonl."""
+    """The part of one line of virtual.jsonl that a report reads."""
 
     round: _Count
     seconds: _Duration
@@ -88,7 +88,7 @@ class Kind:
 
 
 class Sum(msgspec.Struct, frozen=True):
-    """What the server saw of a round under secure aggregation; see `fedtune.core.round_records.SecureRecord`."""
+    """The sum that the server saw in a secure round; see `fedtune.core.round_records.SecureRecord`."""
 
     summed: _Count
     minimum: _Count
@@ -104,7 +104,7 @@ class HeldOut(msgspec.Struct, frozen=True):
 
 
 class Round(msgspec.Struct, frozen=True):
-    """What a report reads of one line of rounds.jsonl."""
+    """The part of one line of rounds.jsonl that a report reads."""
 
     round: _Count
     seconds: _Duration
@@ -150,7 +150,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a report reads of summary.json."""
+    """The part of summary.json that a report reads."""
 
     clients: _Count
     eval_before: Evaluation | None
