@@ -26,6 +26,7 @@ from fedtune.client.trainer import LocalTask
 from fedtune.core.adapter.layout import FACTORS
 from fedtune.core.codec import select_largest, select_public
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.local_work import local_work
 from fedtune.core.seeds import derive_seed
 from fedtune.data.examples import prepare
 from fedtune.data.population import Population
@@ -57,12 +58,8 @@ def trained_updates() -> tuple[list[np.ndarray], list[slice]]:
     for number in range(1, ROUNDS + 1):
         total = np.zeros_like(adapter)
         for name, examples in households.items():
-            task = LocalTask(
-                seed=derive_seed(SEED, "train", number, name),
-                learning_rate=scheduled_learning_rate(job, number),
-                local_steps=job.training.local_steps,
-                batch_tokens=job.training.batch_tokens,
-            )
+            work = local_work(job.training, learning_rate=scheduled_learning_rate(job, number))
+            task = LocalTask(derive_seed(SEED, "train", number, name), work)
             total += train_locally(model, examples, adapter, task).update
         updates.append(total / np.float32(len(households)))
         adapter = adapter + updates[-1]

@@ -39,7 +39,6 @@ import torch
 from fedtune.core.errors import FedtuneError
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import (
-    DEFAULT_LOCAL_STEPS,
     DEMO,
     CompressionSettings,
     Job,
@@ -256,7 +255,7 @@ def _cohort(job: Job) -> int:
 
 
 def _local_steps(job: Job) -> int:
-    return job.training.local_steps or DEFAULT_LOCAL_STEPS
+    return job.training.steps
 
 
 if __name__ == "__main__":

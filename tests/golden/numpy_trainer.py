@@ -45,20 +45,20 @@ class NumpyTrainer:
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
         """Gives the update that the task asks for: float32, zero where this client owns nothing."""
         layout = self.layout
-        segment = layout.segment(task.factors)
+        segment = layout.segment(task.work.factors)
         size = segment.stop - segment.start
         target = generator(len(examples), "golden-target").uniform(-0.2, 0.2, layout.size).astype(np.float32)[segment]
         noise = generator(task.seed, "golden-noise").uniform(-0.02, 0.02, size).astype(np.float32)
         update = (target - received[segment]) * np.float32(0.125) + noise
         if task.owned is not None:
             owned = np.zeros(size, dtype=np.bool_)
-            for letter in factor_letters(task.factors):
+            for letter in factor_letters(task.work.factors):
                 start = layout.segment(letter).start - segment.start
                 owned[start + coordinates(layout, letter, np.asarray(task.owned, dtype=np.intp))] = True
             update = np.where(owned, update, np.float32(0.0))
         tokens = sum(example.target_tokens for example in examples)
         return LocalResult(
-            update.astype(np.float32), len(examples), tokens, 1.5, task.local_steps or 1, 8 * tokens, 0.0
+            update.astype(np.float32), len(examples), tokens, 1.5, task.work.local_steps or 1, 8 * tokens, 0.0
         )
 
     def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:

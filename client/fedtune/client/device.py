@@ -288,15 +288,7 @@ def _local_task(client: str, request: TrainRequest, owned: Indices | None, share
     if (work.local_steps > 0) == (work.local_epochs > 0):
         raise PeerError("a request with both or neither of local steps and local epochs")
     return LocalTask(
-        seed=derive_seed(request.job_seed, "train", request.round, client),
-        learning_rate=work.learning_rate,
-        factors=work.factors,
-        owned=None if owned is None else tuple(owned.tolist()),
-        local_steps=max(1, round(share * work.local_steps)) if work.local_steps else None,
-        local_epochs=share * work.local_epochs or None,
-        batch_tokens=work.batch_tokens,
-        weight_decay=work.weight_decay,
-        max_gradient_norm=work.max_gradient_norm,
-        proximal=work.proximal,
-        gradient_checkpointing=work.gradient_checkpointing,
+        derive_seed(request.job_seed, "train", request.round, client),
+        work.scaled(share),
+        None if owned is None else tuple(owned.tolist()),
     )

@@ -1,6 +1,6 @@
 """A trainer: the base model that a device holds, and how it trains an adapter on a client's examples.
 
-    result = trainer.train(examples, received, LocalTask(seed=..., learning_rate=2e-3, local_steps=20))
+    result = trainer.train(examples, received, LocalTask(seed, request.work))
     score = trainer.evaluate(received, held_out)
 
 Everything else that a device does, from the received bytes to the encoded update, is the same for every trainer. The
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
+from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.job.local_work import LocalWork
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
 
@@ -23,35 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """Says how a client trains in one round.
+    """One client's part of a round.
 
     Args:
         seed: of the order of the examples and of dropout; derive it from job seed, round and client.
-        learning_rate: this round's.
-        factors: which factors are trained; the others stay as received.
+        work: what the job asks for; the device sees to `holdout`, `align` and `deadline` itself.
         owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
-        local_steps: optimizer steps; with `local_epochs` neither or one may be set, 20 steps are the default.
-        local_epochs: passes over the examples, instead.
-        batch_tokens: tokens an optimizer step, padding included.
         micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
-        weight_decay: of AdamW.
-        max_gradient_norm: longer gradients are scaled down to it.
-        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
-        gradient_checkpointing: compute activations twice rather than keep them.
     """
 
     seed: int
-    learning_rate: float
-    factors: Factors = "ab"
+    work: LocalWork
     owned: tuple[int, ...] | None = None
-    local_steps: int | None = None
-    local_epochs: float | None = None
-    batch_tokens: int = 2048
     micro_batch_tokens: int | None = None
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    proximal: float = 0.0
-    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, eq=False)

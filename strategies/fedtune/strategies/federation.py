@@ -11,7 +11,7 @@ from fedtune.core.codec import initial_clip
 from fedtune.core.codec.adaptive_ranges import FIRST_WEIGHT_CAP
 from fedtune.core.codec.update_forms import UpdateForm
 from fedtune.core.job.methods import Method
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.job.settings import Job
 from fedtune.core.protocol.payloads import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
@@ -89,9 +89,8 @@ def initial_state(federation: Federation) -> FederationState:
     """The state before round 1: A at random from the job's seed, B = 0, and clips that follow from the job alone."""
     job, layout = federation.job, federation.layout
     adapter = layout.initial(job.training.seed)
-    steps = job.training.local_steps or DEFAULT_LOCAL_STEPS
     clips: Clips = {
-        letter: initial_clip(job.training.learning_rate, steps, half.size).clip
+        letter: initial_clip(job.training.learning_rate, job.training.steps, half.size).clip
         for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
     }
     return FederationState(0, adapter, adapter, clips | {WEIGHT: FIRST_WEIGHT_CAP[job.federation.weight]})

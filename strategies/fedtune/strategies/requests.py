@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.job.local_work import LocalWork, local_work
 from fedtune.core.protocol.payloads import (
     PROTOCOL_VERSION,
     Downlink,
-    LocalWork,
     Payload,
     TrainRequest,
     Uplink,
@@ -136,19 +135,12 @@ class Requests:
 
 
 def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
-    job: Job = federation.job
-    training, epochs = job.training, job.training.local_epochs
-    return LocalWork(
-        factors=plan.factors,
-        local_steps=0 if epochs is not None else training.local_steps or DEFAULT_LOCAL_STEPS,
-        local_epochs=epochs or 0.0,
-        batch_tokens=training.batch_tokens,
+    job = federation.job
+    return local_work(
+        job.training,
+        plan.factors,
+        job.data.holdout,
         learning_rate=plan.learning_rate,
-        weight_decay=training.weight_decay,
-        max_gradient_norm=training.max_gradient_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        holdout=job.data.holdout,
-        proximal=training.proximal,
         align=federation.method.aligns,
         deadline=plan.closing.seconds if plan.closing else 0.0,
     )

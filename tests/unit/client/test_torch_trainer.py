@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from local_tasks import local_task
 
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
-from fedtune.client.trainer import Limits, LocalTask
+from fedtune.client.trainer import Limits
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
@@ -22,7 +23,7 @@ from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 
 MakeModel = Callable[..., Path]
-TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=256)
+TASK = local_task(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=256)
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
 
 
@@ -55,7 +56,7 @@ def test_memory_that_runs_out_once_costs_smaller_micro_batches_and_no_update(wor
     trainer = TorchTrainer(model)
     with failing(model, 64):
         result = trainer.train(examples, received, TASK)
-    np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.learning_rate * 0.02)
+    np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.work.learning_rate * 0.02)
     assert trainer.limits == Limits(64)  # the next round does not run into it again
 
 
@@ -69,7 +70,7 @@ def test_a_trainer_s_limits_are_kept_to(world: Any, monkeypatch: pytest.MonkeyPa
         result = trainer.train(examples, received, TASK)
     assert trainer.limits == Limits(100, checkpointing=True)  # memory did not run out
     assert len(enabled) == 1
-    np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.learning_rate * 0.02)
+    np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.work.learning_rate * 0.02)
 
 
 def test_memory_that_runs_out_twice_refuses_the_update_with_the_sizes(world: Any) -> None:

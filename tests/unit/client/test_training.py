@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_tasks import changed, local_task
 from torch import nn
 
 from fedtune.client.torch.training import train_locally
@@ -26,7 +26,7 @@ from fedtune.model.loss import completion_loss, on_device
 from fedtune.model.scoring import answer, evaluate
 
 MakeModel = Callable[..., Path]
-TASK = LocalTask(seed=5, learning_rate=5e-3, local_steps=4, batch_tokens=128)
+TASK = local_task(seed=5, learning_rate=5e-3, local_steps=4, batch_tokens=128)
 
 
 def load_adapted(directory: Path, precision: Any = "fp32", weights: Any = "dequantized") -> AdaptedModel:
@@ -50,7 +50,7 @@ def test_training_lowers_the_loss(make_model: MakeModel, architecture: str) -> N
     examples, received = examples_of(model, "lamp"), model.layout.initial(0)
     model.load(received)
     before = evaluate(model, examples)
-    result = train_locally(model, examples, received, dataclasses.replace(TASK, local_steps=15))
+    result = train_locally(model, examples, received, changed(TASK, local_steps=15))
     model.load(received + result.update)
     assert evaluate(model, examples).loss < before.loss - 0.2
     assert result.steps == 15
@@ -65,12 +65,12 @@ def test_a_result_is_the_same_bits_whoever_was_trained_between(make_model: MakeM
     received = start_of(model)
     lamp, fan = examples_of(model, "lamp"), examples_of(model, "fan", 9)
     first = train_locally(model, lamp, received, TASK)
-    train_locally(model, fan, model.layout.initial(9), dataclasses.replace(TASK, factors="b", seed=8))
+    train_locally(model, fan, model.layout.initial(9), changed(TASK, factors="b", seed=8))
     evaluate(model, fan)
     again = train_locally(model, lamp, received, TASK)
     assert np.array_equal(first.update, again.update)
     assert first.loss == again.loss
-    other = train_locally(model, lamp, received, dataclasses.replace(TASK, seed=6))
+    other = train_locally(model, lamp, received, changed(TASK, seed=6))
     assert not np.array_equal(first.update, other.update)
 
 
@@ -88,15 +88,15 @@ def test_dropout_follows_from_the_seed_and_disturbs_no_other_random_stream(make_
 def test_the_loop_is_adamw_on_the_mean_loss_with_clipping(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     examples, received = examples_of(model, "lamp"), start_of(model)
-    task = dataclasses.replace(TASK, local_steps=3, weight_decay=0.1, max_gradient_norm=0.05)
+    task = changed(TASK, local_steps=3, weight_decay=0.1, max_gradient_norm=0.05)
     result = train_locally(model, examples, received, task)
 
     model.load(received)
     model.train_factors("ab")
     adapter = nn.Parameter(model.parameters)
-    optimizer = torch.optim.AdamW([adapter], lr=task.learning_rate, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW([adapter], lr=task.work.learning_rate, weight_decay=0.1, foreach=False)
     losses, tokens = 0.0, 0
-    for step in steps_of_epoch(examples, task.batch_tokens, task.seed, 0)[:3]:
+    for step in steps_of_epoch(examples, task.work.batch_tokens, task.seed, 0)[:3]:
         model.gradient.zero_()
         batch = on_device(collate(step), model.base.device)
         loss = completion_loss(model.lm_head, batch)
@@ -112,7 +112,7 @@ def test_training_and_answering_say_nothing_on_the_terminal(
     make_model: MakeModel, architecture: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = load_adapted(make_model(architecture))
-    task = dataclasses.replace(TASK, gradient_checkpointing=True)
+    task = changed(TASK, gradient_checkpointing=True)
     train_locally(model, examples_of(model, "lamp"), start_of(model), task)
     answer(model, ["turn on the lamp", "fan"], max_new_tokens=4)
     captured = capfd.readouterr()
@@ -123,7 +123,7 @@ def test_training_and_answering_say_nothing_on_the_terminal(
 def test_only_the_asked_factors_move(make_model: MakeModel, factors: Any) -> None:
     model = load_adapted(make_model("llama"))
     received = start_of(model)
-    result = train_locally(model, examples_of(model, "lamp"), received, dataclasses.replace(TASK, factors=factors))
+    result = train_locally(model, examples_of(model, "lamp"), received, changed(TASK, factors=factors))
     segment = model.layout.segment(factors)
     assert result.update.shape == received[segment].shape
     assert np.abs(result.update).max() > 0
@@ -136,11 +136,11 @@ def test_only_the_asked_factors_move(make_model: MakeModel, factors: Any) -> Non
 def test_micro_batches_give_the_gradient_of_the_whole_step(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     examples, received = examples_of(model, "lamp"), start_of(model)
-    task = dataclasses.replace(TASK, batch_tokens=512)
+    task = changed(TASK, batch_tokens=512)
     whole = train_locally(model, examples, received, task)
-    parts = train_locally(model, examples, received, dataclasses.replace(task, micro_batch_tokens=64))
+    parts = train_locally(model, examples, received, changed(task, micro_batch_tokens=64))
     assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
-    np.testing.assert_allclose(parts.update, whole.update, rtol=1e-2, atol=task.learning_rate * 0.02)
+    np.testing.assert_allclose(parts.update, whole.update, rtol=1e-2, atol=task.work.learning_rate * 0.02)
 
 
 def test_checkpointing_computes_the_same_update(make_model: MakeModel, architecture: str) -> None:
@@ -155,8 +155,8 @@ def test_checkpointing_computes_the_same_update(make_model: MakeModel, architect
 
     hook = next(module for module in model.base.network.modules() if hasattr(module, "lora_A"))
     hook.register_forward_pre_hook(count)
-    twice = train_locally(model, examples, received, dataclasses.replace(TASK, gradient_checkpointing=True))
-    assert calls == 2 * TASK.local_steps  # type: ignore[operator]
+    twice = train_locally(model, examples, received, changed(TASK, gradient_checkpointing=True))
+    assert calls == 2 * TASK.work.local_steps
     np.testing.assert_allclose(twice.update, kept.update, rtol=1e-3, atol=1e-6)
 
 
@@ -174,8 +174,8 @@ def test_fp16_scales_its_loss(make_model: MakeModel) -> None:
 def test_epochs_are_passes_over_the_examples(make_model: MakeModel, epochs: float, steps: int) -> None:
     model = load_adapted(make_model("llama"))
     examples = examples_of(model, "lamp")
-    assert len(steps_of_epoch(examples, TASK.batch_tokens, TASK.seed, 0)) == 3
-    task = dataclasses.replace(TASK, local_steps=None, local_epochs=epochs)
+    assert len(steps_of_epoch(examples, TASK.work.batch_tokens, TASK.seed, 0)) == 3
+    task = changed(TASK, local_steps=0, local_epochs=epochs)
     assert train_locally(model, examples, start_of(model), task).steps == steps
 
 
@@ -195,9 +195,9 @@ def test_what_is_not_finite_is_refused_with_a_reason(make_model: MakeModel) -> N
     examples, received = examples_of(model, "lamp"), start_of(model)
     assert refused(model, [], received) == "the client has no examples to train on"
     assert "received adapter is not finite" in refused(model, examples, np.full_like(received, np.nan))
-    huge = dataclasses.replace(TASK, learning_rate=1e38)
+    huge = changed(TASK, learning_rate=1e38)
     assert "at local step 2" in refused(model, examples, received, huge)
-    infinite = dataclasses.replace(TASK, learning_rate=1e39, local_steps=1)
+    infinite = changed(TASK, learning_rate=1e39, local_steps=1)
     assert "update is not finite after 1 local steps" in refused(model, examples, received, infinite)
     hook = model.base.head.register_forward_hook(lambda _module, _inputs, logits: logits * math.nan)
     assert refused(model, examples, received) == "the loss is nan at local step 1"
@@ -212,15 +212,15 @@ def test_what_is_not_finite_is_refused_with_a_reason(make_model: MakeModel) -> N
 def test_a_proximal_term_pulls_towards_what_was_received(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     examples, received = examples_of(model, "lamp"), start_of(model)
-    task = dataclasses.replace(TASK, local_steps=10)
+    task = changed(TASK, local_steps=10)
     free = train_locally(model, examples, received, task).update
-    first = dataclasses.replace(task, local_steps=1)
-    held = train_locally(model, examples, received, dataclasses.replace(task, proximal=100.0)).update
+    first = changed(task, local_steps=1)
+    held = train_locally(model, examples, received, changed(task, proximal=100.0)).update
     assert np.linalg.norm(held) < 0.5 * np.linalg.norm(free)
     # Nothing has moved yet in the first step, so there is nothing to pull back.
     assert np.array_equal(
         train_locally(model, examples, received, first).update,
-        train_locally(model, examples, received, dataclasses.replace(first, proximal=100.0)).update,
+        train_locally(model, examples, received, changed(first, proximal=100.0)).update,
     )
 
 
@@ -230,7 +230,7 @@ def test_a_device_of_a_lower_tier_trains_its_rank_indices_and_moves_nothing_else
 ) -> None:
     model = load_adapted(make_model("llama"))
     examples, received = examples_of(model, "lamp"), start_of(model)
-    task = dataclasses.replace(TASK, factors=factors, owned=(1, 3), weight_decay=0.1)
+    task = changed(TASK, factors=factors, owned=(1, 3), weight_decay=0.1)
     whole = np.zeros(model.layout.size, dtype=np.float32)
     whole[model.layout.segment(factors)] = train_locally(model, examples, received, task).update
     for lora_a, lora_b in model.layout.views(whole).values():
@@ -243,7 +243,7 @@ def test_a_device_of_a_lower_tier_trains_its_rank_indices_and_moves_nothing_else
 def test_owning_every_rank_index_is_training_the_whole(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     examples, received = examples_of(model, "lamp"), start_of(model)
-    every = dataclasses.replace(TASK, owned=(0, 1, 2, 3))
+    every = changed(TASK, owned=(0, 1, 2, 3))
     assert np.array_equal(
         train_locally(model, examples, received, TASK).update, train_locally(model, examples, received, every).update
     )

@@ -13,6 +13,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+from local_tasks import local_task
 
 from fedtune.client.plan.backend import Case, Measured, Meter
 from fedtune.client.plan.calibration import CalibrationStore
@@ -24,7 +25,6 @@ from fedtune.client.plan.step_costs import Choices, predict_memory
 from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
-from fedtune.client.trainer import LocalTask
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
@@ -37,7 +37,7 @@ from fedtune.model.shape import shape_of
 
 MakeModel = Callable[..., Path]
 LARGE = 1 << 40
-TASK = LocalTask(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=250)
+TASK = local_task(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=250)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same
     assert isinstance(trainer, TorchTrainer)
     assert trainer.model.base.weights == "packed"
     assert (trainer.limits.tokens, trainer.limits.checkpointing) == (outcome.plan.choices.tokens, True)
-    np.testing.assert_allclose(update, simulated(folder, data), rtol=1e-2, atol=TASK.learning_rate * 0.02)
+    np.testing.assert_allclose(update, simulated(folder, data), rtol=1e-2, atol=TASK.work.learning_rate * 0.02)
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(fixture: Fixture, folder: Path) -> None:

@@ -21,13 +21,12 @@ from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE, Constraints, NoPlanError, Plan, choose, longest_example
 from fedtune.client.plan.step_costs import Choices, kappa_of, predict_memory, step_seconds
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.settings import (
-    DEFAULT_LOCAL_STEPS,
     DEMO,
     AdapterSettings,
     Job,
     ModelSettings,
-    TrainingSettings,
 )
 from fedtune.data.examples import load_examples
 from fedtune.data.job_inputs import own_data_file, source_of
@@ -360,7 +359,7 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
 def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
     """Optimizer steps a round; for a job that counts epochs, about as many as this data makes."""
     if training.local_epochs is None:
-        return training.local_steps or DEFAULT_LOCAL_STEPS
+        return training.steps
     return max(1, round(training.local_epochs * -(-sum(lengths) // training.batch_tokens)))
 
 

@@ -25,7 +25,8 @@ from fedtune.client.plan.planner import NoPlanError, megabytes
 from fedtune.client.plan.step_costs import Choices, kappa_of
 from fedtune.client.trainer import Limits, Trainer
 from fedtune.core.errors import ModelError, PeerError, RunError
-from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings, TrainingSettings
+from fedtune.core.job.local_work import TrainingSettings
+from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings
 from fedtune.core.protocol.payloads import Base, TrainRequest
 from fedtune.core.protocol.registration import Terms
 from fedtune.core.timing import done_share

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from fedtune.client.plan.step_costs import Choices, MemoryPrediction, predict_memory
 from fedtune.core.errors import InputError
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job, rank_tiers
+from fedtune.core.job.settings import Job, rank_tiers
 from fedtune.data.batches import LENGTH_STEP
 from fedtune.model.shape import ModelShape, Precision, Weights
 
@@ -81,7 +81,7 @@ class Constraints:
             sequence_length=job.data.sequence_length,
             longest=job.data.sequence_length,
             batch_tokens=training.batch_tokens,
-            local_steps=training.local_steps or DEFAULT_LOCAL_STEPS,
+            local_steps=training.steps,
             weights=training.weights,
             checkpointing=training.gradient_checkpointing,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -68,10 +69,11 @@ class TorchTrainer:
         Raises:
             UpdateError: as `train_locally`, and where memory ran out again; the message has the sizes that were tried.
         """
-        first = self.limits.at_once(task.micro_batch_tokens or task.batch_tokens)
+        first = self.limits.at_once(task.micro_batch_tokens or task.work.batch_tokens)
         smaller = max(1, first // SHRINK)
-        checkpointing = task.gradient_checkpointing or self.limits.checkpointing
-        task = replace(task, micro_batch_tokens=first, gradient_checkpointing=checkpointing)
+        checkpointing = task.work.gradient_checkpointing or self.limits.checkpointing
+        work = msgspec.structs.replace(task.work, gradient_checkpointing=checkpointing)
+        task = replace(task, work=work, micro_batch_tokens=first)
         try:
             return train_locally(self.model, examples, received, task)
         except RuntimeError as error:

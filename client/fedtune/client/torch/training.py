@@ -1,6 +1,6 @@
 """One client's local training: swap the adapter in, take the steps, hand back what changed.
 
-    result = train_locally(model, examples, received, LocalTask(seed=..., learning_rate=2e-3, local_steps=20))
+    result = train_locally(model, examples, received, LocalTask(seed, request.work))
 
 The base model stays loaded; a call costs one copy of the adapter and a fresh AdamW state. Nothing but the arguments
 decides the result: the same call gives the same bits, whoever was trained on the same model before.
@@ -22,7 +22,6 @@ from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import coordinates
 from fedtune.core.errors import UpdateError
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS
 from fedtune.data.batches import collate, micro_batches, steps_of_epoch
 from fedtune.data.examples import Example
 from fedtune.model.lora import AdaptedModel
@@ -45,14 +44,15 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
         raise UpdateError("the client has no examples to train on")
     if not np.isfinite(received).all():
         raise UpdateError("the received adapter is not finite")
-    segment = model.layout.segment(task.factors)
+    work = task.work
+    segment = model.layout.segment(work.factors)
     model.load(received)
-    model.train_factors(task.factors)
+    model.train_factors(work.factors)
     trained = nn.Parameter(model.parameters[segment])
     trained.grad = model.gradient[segment]
     anchor = trained.detach().clone()
-    frozen = None if task.owned is None else _frozen(model.layout, task.factors, task.owned).to(model.base.device)
-    optimizer = torch.optim.AdamW([trained], lr=task.learning_rate, weight_decay=task.weight_decay, fused=True)
+    frozen = None if task.owned is None else _frozen(model.layout, work.factors, task.owned).to(model.base.device)
+    optimizer = torch.optim.AdamW([trained], lr=work.learning_rate, weight_decay=work.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
     done: list[_Step] = []
     skipped = 0
@@ -61,11 +61,11 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
             trained.grad.zero_()
             done.append(_accumulate(model, step, task, scaler))
             scaler.unscale_(optimizer)
-            if task.proximal:
-                trained.grad.add_(trained.detach() - anchor, alpha=task.proximal)
+            if work.proximal:
+                trained.grad.add_(trained.detach() - anchor, alpha=work.proximal)
             if frozen is not None:
                 trained.grad.masked_fill_(frozen, 0.0)
-            norm = float(nn.utils.clip_grad_norm_(trained, task.max_gradient_norm))
+            norm = float(nn.utils.clip_grad_norm_(trained, work.max_gradient_norm))
             if not math.isfinite(done[-1].loss):
                 raise UpdateError(f"the loss is {done[-1].loss} at local step {len(done)}")
             skipped = 0 if math.isfinite(norm) else skipped + 1
@@ -73,7 +73,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
                 raise UpdateError(f"the gradient's norm is {norm} at local step {len(done)}")
             scaler.step(optimizer)
             scaler.update()
-            if frozen is not None and task.weight_decay:  # which decays what has no gradient, too
+            if frozen is not None and work.weight_decay:  # which decays what has no gradient, too
                 trained.data[frozen] = anchor[frozen]
     update = trained.detach().cpu().numpy() - received[segment]
     if not np.isfinite(update).all():
@@ -107,12 +107,12 @@ class _Step(NamedTuple):
 
 def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
     """The examples of each optimizer step, epoch after epoch in new order, until the task is done."""
-    done = epoch = 0
-    limit = task.local_steps or DEFAULT_LOCAL_STEPS
-    while done < limit:
-        steps = steps_of_epoch(examples, task.batch_tokens, task.seed, epoch)
-        if task.local_epochs is not None:
-            limit = max(1, round(task.local_epochs * len(steps)))
+    work, done, epoch = task.work, 0, 0
+    limit = work.local_steps
+    while epoch == 0 or done < limit:
+        steps = steps_of_epoch(examples, work.batch_tokens, task.seed, epoch)
+        if work.local_epochs:
+            limit = max(1, round(work.local_epochs * len(steps)))
         yield from steps[: limit - done]
         done += len(steps)
         epoch += 1
@@ -122,7 +122,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
     """Adds up the gradient of one step's mean loss, micro-batch by micro-batch."""
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
-    for part in micro_batches(examples, task.micro_batch_tokens or task.batch_tokens):
+    for part in micro_batches(examples, task.micro_batch_tokens or task.work.batch_tokens):
         batch = on_device(collate(part), model.base.device)
         part_loss = completion_loss(model.lm_head, batch)
         torch.autograd.backward(scaler.scale(part_loss / targets))
@@ -140,11 +140,11 @@ def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(task.seed)
         network.train()
-        if task.gradient_checkpointing:
+        if task.work.gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
         try:
             yield
         finally:
-            if task.gradient_checkpointing:
+            if task.work.gradient_checkpointing:
                 network.activation_checkpointing_disable()
             network.eval()

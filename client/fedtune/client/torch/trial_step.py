@@ -27,6 +27,7 @@ from fedtune.client.plan.step_costs import Choices
 from fedtune.client.torch.training import train_locally
 from fedtune.client.trainer import LocalTask
 from fedtune.core.errors import RunError
+from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example
 from fedtune.model.base_model import load_base
@@ -169,15 +170,14 @@ def _train(model: AdaptedModel, case: Case) -> float:
         Example(random.integers(0, vocabulary, choices.sequence_length).astype(np.int32), first)
         for _ in range(case.micro_batch)
     ]
-    task = LocalTask(
-        seed=0,
-        learning_rate=1e-5,
+    settings = TrainingSettings(
         local_steps=1,
+        learning_rate=1e-5,
         batch_tokens=choices.tokens,
         gradient_checkpointing=choices.checkpointing,
     )
     start = time.perf_counter()
-    train_locally(model, examples, model.layout.initial(0), task)
+    train_locally(model, examples, model.layout.initial(0), LocalTask(0, local_work(settings)))
     return time.perf_counter() - start
 
 

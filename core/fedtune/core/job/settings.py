@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.methods import AGGREGATIONS, RULE
 
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 BUNDLED = "bundled"  # the fleet that comes with fedtune
-DEFAULT_LOCAL_STEPS = 20
 SMALLEST_TIER = 4  # rank indices
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -76,36 +76,6 @@ class DataSettings:
     holdout: _Share = 0.1
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     skip_bad: bool = False
-
-
-@dataclass(frozen=True, config=_STRICT)
-class TrainingSettings:
-    """[training]: what one client does with the adapter it receives.
-
-    Args:
-        local_steps: optimizer steps a round; 20 where neither this nor `local_epochs` is set.
-        local_epochs: passes over the client's examples a round, instead of `local_steps`.
-        batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
-        learning_rate: of AdamW, made afresh every round, in round 1.
-        schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
-        proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
-        precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
-        weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
-        seed: every random stream of the job follows from it.
-    """
-
-    local_steps: _Positive | None = None
-    local_epochs: _PositiveFloat | None = None
-    batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
-    learning_rate: _PositiveFloat = 2e-3
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    max_gradient_norm: _PositiveFloat = 1.0
-    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    weights: Literal["auto", "packed", "dequantized"] = "auto"
-    gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -19,8 +19,8 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from fedtune.core.adapter.layout import Factors
 from fedtune.core.errors import PeerError
+from fedtune.core.job.local_work import LocalWork
 
 PROTOCOL_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 30
@@ -51,30 +51,6 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
     alpha: Annotated[float, Meta(gt=0)]
     target_modules: Annotated[tuple[_Text, ...], Meta(max_length=4096)]
     sequence_length: Annotated[int, Meta(ge=8, le=1 << 20)]
-
-
-class LocalWork(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What a client does with the adapter it receives; either `local_steps` or `local_epochs` is set.
-
-    Args:
-        proximal: μ of FedProx.
-        align: turn the trained factors towards the received ones before they are sent.
-        deadline: seconds in which the update should be there; a client that takes longer for all of the work does as
-            much as it can. 0 where everybody is waited for.
-    """
-
-    factors: Factors
-    local_steps: Annotated[int, Meta(ge=0, le=1 << 20)]
-    local_epochs: Annotated[float, Meta(ge=0, le=1e6)]
-    batch_tokens: Annotated[int, Meta(ge=8, le=1 << 24)]
-    learning_rate: Annotated[float, Meta(gt=0)]
-    weight_decay: Annotated[float, Meta(ge=0)]
-    max_gradient_norm: Annotated[float, Meta(gt=0)]
-    gradient_checkpointing: bool
-    holdout: Annotated[float, Meta(ge=0, lt=1)]
-    proximal: Annotated[float, Meta(ge=0)] = 0.0
-    align: bool = False
-    deadline: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -245,8 +221,8 @@ def _stated_version(data: bytes | memoryview, kind: type[Payload]) -> int:
     return head.version if states_one else PROTOCOL_VERSION
 
 
-def _finite(payload: Payload) -> bool:
+def _finite(payload: msgspec.Struct) -> bool:
     return all(
-        _finite(value) if isinstance(value, Payload) else not isinstance(value, float) or math.isfinite(value)
+        _finite(value) if isinstance(value, msgspec.Struct) else not isinstance(value, float) or math.isfinite(value)
         for value in msgspec.structs.astuple(payload)
     )

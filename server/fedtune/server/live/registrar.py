@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fedtune.core.errors import PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.job.settings import Job
 from fedtune.core.protocol.enrolment import SignedRoster
 from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
 from fedtune.core.protocol.registration import (
@@ -182,7 +182,7 @@ def terms_of(job: Job, base: Base) -> Terms:
     return Terms(
         base,
         training.batch_tokens,
-        0 if training.local_epochs else training.local_steps or DEFAULT_LOCAL_STEPS,
+        0 if training.local_epochs else training.steps,
         training.local_epochs or 0.0,
         training.weights,
         training.precision,

@@ -31,7 +31,7 @@ from fedtune.client.plan.planner import (
 from fedtune.core.adapter.tiers import tier_for
 from fedtune.core.errors import JobError
 from fedtune.core.job.device_kinds import Fleet, Kind
-from fedtune.core.job.settings import DEFAULT_LOCAL_STEPS, Job
+from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.protocol.payloads import TrainRequest
 from fedtune.core.secagg.graph import part
@@ -246,6 +246,6 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
 
 def _seconds(job: Job, kind: Kind, shape: ModelShape, tier: int) -> float:
     """Predicted seconds of a whole round's work."""
-    tokens = (job.training.local_steps or DEFAULT_LOCAL_STEPS) * job.training.batch_tokens
+    tokens = job.training.steps * job.training.batch_tokens
     down = shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN
     return kind.seconds(tokens, upload_bytes(shape, tier), down)

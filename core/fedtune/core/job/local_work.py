@@ -1,0 +1,109 @@
+"""Local work: what a job asks of each client's training, from the key in the job file to the field of the request.
+
+    [training]                                # a job
+    learning_rate = 2e-3
+        ->  TrainingSettings(learning_rate=2e-3)
+        ->  LocalWork(learning_rate=2e-3)     # in every request of a round, with that round's learning rate
+
+A setting reaches the trainers by its name: one that is a field of both classes travels, and a trainer finds it in its
+task's work. The others serve planning, or the server alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from fedtune.core.adapter.layout import Factors
+
+DEFAULT_LOCAL_STEPS = 20
+
+_PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class TrainingSettings:
+    """[training]: what one client does with the adapter it receives.
+
+    Args:
+        local_steps: optimizer steps a round; 20 where neither this nor `local_epochs` is set.
+        local_epochs: passes over the client's examples a round, instead of `local_steps`.
+        batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
+        learning_rate: of AdamW, made afresh every round, in round 1.
+        schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
+        max_gradient_norm: longer gradients are scaled down to it.
+        proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
+        precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
+        weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
+        gradient_checkpointing: compute activations twice rather than keep them.
+        seed: every random stream of the job follows from it.
+    """
+
+    local_steps: Annotated[int, Field(ge=1)] | None = None
+    local_epochs: _PositiveFloat | None = None
+    batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
+    learning_rate: _PositiveFloat = 2e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: _NonNegativeFloat = 0.0
+    max_gradient_norm: _PositiveFloat = 1.0
+    proximal: _NonNegativeFloat = 0.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    weights: Literal["auto", "packed", "dequantized"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a round; the default where the job counts epochs, as an estimate."""
+        return self.local_steps or DEFAULT_LOCAL_STEPS
+
+
+class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """What a client does with the adapter it receives in one round; one of `local_steps` and `local_epochs` is 0.
+
+    Args:
+        factors: those that are trained; the others stay as received.
+        learning_rate: this round's.
+        holdout: share of the client's examples that it does not train on.
+        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
+        align: turn the trained factors towards the received ones before they are sent.
+        deadline: seconds in which the update should be there; a client that takes longer for all of the work does as
+            much as it can. 0 where everybody is waited for.
+    """
+
+    factors: Factors
+    local_steps: Annotated[int, Meta(ge=0, le=1 << 20)]
+    local_epochs: Annotated[float, Meta(ge=0, le=1e6)]
+    batch_tokens: Annotated[int, Meta(ge=8, le=1 << 24)]
+    learning_rate: Annotated[float, Meta(gt=0)]
+    weight_decay: Annotated[float, Meta(ge=0)]
+    max_gradient_norm: Annotated[float, Meta(gt=0)]
+    gradient_checkpointing: bool
+    holdout: Annotated[float, Meta(ge=0, lt=1)]
+    proximal: Annotated[float, Meta(ge=0)] = 0.0
+    align: bool = False
+    deadline: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
+
+    def scaled(self, share: float) -> LocalWork:
+        """As much less work, but at least one step."""
+        steps = max(1, round(share * self.local_steps)) if self.local_steps else 0
+        return msgspec.structs.replace(self, local_steps=steps, local_epochs=share * self.local_epochs)
+
+
+def local_work(
+    settings: TrainingSettings, factors: Factors = "ab", holdout: float = 0.0, **of_the_round: Any
+) -> LocalWork:
+    """The work that a job's settings ask for.
+
+    Args:
+        of_the_round: fields that change from round to round, in place of the settings'.
+    """
+    shared = {name: getattr(settings, name) for name in LocalWork.__struct_fields__ if hasattr(settings, name)}
+    epochs = settings.local_epochs or 0.0
+    shared |= {"local_steps": 0 if epochs else settings.steps, "local_epochs": epochs}
+    return LocalWork(factors=factors, holdout=holdout, **(shared | of_the_round))
