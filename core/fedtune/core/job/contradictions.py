@@ -55,10 +55,11 @@ def contradictions(job: Job) -> list[str]:
 
 def unexportable(job: Job) -> str | None:
     """Why an export could not hold all that the job's run learnt; None when it can."""
-    if job.federation.aggregation == "flora":
+    aggregation = job.federation.aggregation
+    if AGGREGATIONS[aggregation].keeps_residual:
         return (
-            'federation.aggregation is "flora": the server keeps what the rank of the adapter cannot hold as a '
-            "residual, and an export has the adapter only"
+            f'federation.aggregation is "{aggregation}": the server keeps what the rank of the adapter cannot hold as '
+            "a residual, and an export has the adapter only"
         )
     return None
 
