@@ -1,4 +1,4 @@
-"""What is measured on both sides: messages out, echoes back, over whatever grid; and the app that echoes.
+"""Measures the same on both sides: messages out, echoes back, over whatever grid; and the app that echoes.
 
     seconds = measure(grid, nodes, workloads(len(nodes)))
 
@@ -43,7 +43,7 @@ class Workload:
 
 
 def workloads(clients: int) -> list[Workload]:
-    """What is measured with so many clients."""
+    """The workloads for so many clients."""
     large = MEGABYTES * 1_000_000
     few = [Workload(TRIVIAL, ((1, 1),), 5), Workload(LARGE, ((large, large),), 3)] if clients == 2 else []
     return [*few, Workload(ROUND, SECURE_ROUND, 2)]

@@ -1,4 +1,4 @@
-"""What fedtune relies on in Flower's internals; an upgrade of flwr that changes any of it fails here first."""
+"""Fedtune relies on these internals of Flower; an upgrade of flwr that changes any of them fails here first."""
 
 from __future__ import annotations
 

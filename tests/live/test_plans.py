@@ -1,4 +1,4 @@
-"""What a device and a server of a live fleet say of plans, one side at a time: both in this process, nothing served."""
+"""A device and a server of a live fleet speak of plans, one side at a time: both in this process, nothing served."""
 
 from __future__ import annotations
 

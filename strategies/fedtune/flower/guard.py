@@ -1,4 +1,4 @@
-"""What stands before Flower's API: the public socket serves devices, the private one the server's own processes.
+"""The guard before Flower's API: the public socket serves devices, the private one the server's own processes.
 
 Flower serves its whole API on one port, and whoever reaches its control calls can start runs and revoke devices. So one
 server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no header can forge:

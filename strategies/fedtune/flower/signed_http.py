@@ -42,7 +42,7 @@ class UnreachableError(FedtuneError):
 
 
 class UntrustedError(UnreachableError):
-    """What answers is not this fleet's server, or its certificate is not valid now."""
+    """The answer is not from this fleet's server, or its certificate is not valid now."""
 
 
 class UnknownDeviceError(FedtuneError):

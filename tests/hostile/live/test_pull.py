@@ -22,6 +22,7 @@ from fedtune.client.inference.model_line import ModelLine
 from fedtune.client.inference.model_pull import pull
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
+from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.protocol.enrolment import Bundle, load_node_key, make_node_key
 from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
@@ -42,12 +43,12 @@ BIG = 3_000_000
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    yield from listening(tmp_path_factory.mktemp("door"))
+    yield from listening(tmp_path_factory.mktemp("endpoint"))
 
 
 @pytest.fixture
 def offered(endpoint: Endpoint) -> Iterator[Endpoint]:
-    """The door, with one finished job that has int4 and fp32."""
+    """The endpoint, with one finished job that has int4 and fp32."""
     offer(endpoint, "first", "fp32", 2 * BIG)
     offer(endpoint, "first", "int4", BIG)
     finish(endpoint, "first", 1)
@@ -75,8 +76,8 @@ def finish(endpoint: Endpoint, job: str, number: int) -> None:
     (folder / f"{number:06d}-{job}.toml").touch()
 
 
-def line_of(bundle: Bundle, server: str) -> ModelLine:
-    return ModelLine(server, bundle.authority.encode(), bundle.name, bundle.node_key)
+def line_of(bundle: Bundle, server: str, clock: ServerClock | None = None) -> ModelLine:
+    return ModelLine(server, bundle.authority.encode(), bundle.name, bundle.node_key, clock)
 
 
 @pytest.fixture
@@ -248,12 +249,12 @@ def test_a_signature_is_good_for_one_request_and_one_minute(offered: Endpoint) -
     assert offered.post(DESCRIBE, headers, body=b"x" * 20_000).status_code == 413
 
 
-def test_a_device_whose_clock_is_wrong_pulls_all_the_same(
-    line: ModelLine, versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() - 86_400)
+def test_a_device_whose_clock_is_wrong_pulls_all_the_same(offered: Endpoint, versions: Versions) -> None:
+    clock = ServerClock(lambda: time.time() - 86_400)
+    line = line_of(offered.bundles["ada"], offered.public, clock)
     assert pull(line, versions).received > BIG
+    assert clock.ahead == pytest.approx(-86_400, abs=2.0)
+    line.close()
 
 
 def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, line: ModelLine) -> None:

@@ -74,7 +74,7 @@ class Endpoint:
             return client.post(url, content=body, headers={**PROTOBUF, **FLOWER, **(headers or {})})
 
     def raw(self, request: bytes, port: int | None = None) -> bytes:
-        """What the server answers to exactly these bytes."""
+        """The server's answer to exactly these bytes."""
         context = ssl.create_default_context(cadata=self.home.authority.decode())
         with (
             socket.create_connection(("127.0.0.1", port or self.listener.port), timeout=5) as plain,

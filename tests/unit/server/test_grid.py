@@ -33,7 +33,7 @@ class Threads:
 
 
 def echo(client: str, request: Request) -> bytes:
-    """What it got, reversed."""
+    """Sends back what it got, reversed."""
     if client == "13" and request.action != EVALUATE:
         raise ValueError("thirteen")
     return request.parts[0][::-1]

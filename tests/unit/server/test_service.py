@@ -1,4 +1,4 @@
-"""What the live server does with jobs that go wrong."""
+"""The live server and jobs that go wrong."""
 
 from __future__ import annotations
 

@@ -58,12 +58,15 @@ class ModelLine:
         authority: the only certificate authority that is trusted, PEM.
         device: the name it was enrolled under.
         node_key: private key of the device, PEM.
+        clock: the server's, as far as it is known.
     """
 
-    def __init__(self, server: str, authority: bytes, device: str, node_key: str) -> None:
+    def __init__(
+        self, server: str, authority: bytes, device: str, node_key: str, clock: ServerClock | None = None
+    ) -> None:
         self._client = httpx.Client(base_url=f"https://{server}", verify=trusting(authority), timeout=CALL_SECONDS)
         self._device, self._key = device, load_node_key(node_key)
-        self._clock = ServerClock()
+        self._clock = clock or ServerClock()
 
     def close(self) -> None:
         """Gives the connection back."""

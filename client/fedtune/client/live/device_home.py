@@ -166,7 +166,7 @@ class ClientHome:
 
     @property
     def roster(self) -> SignedRoster:
-        """Who the other devices are, as last signed.
+        """The other devices, as last signed.
 
         Raises:
             InputError: the file is damaged, or not signed with the fleet's key.
@@ -212,7 +212,7 @@ def check_data(path: Path) -> None:
 
 
 class JobMemory(ClientStore):
-    """What a device remembers between rounds, kept apart by job; the last few jobs are kept.
+    """A device's memory between rounds, kept apart by job; the last few jobs are kept.
 
     Args:
         folder: of all jobs.
@@ -232,7 +232,7 @@ class JobMemory(ClientStore):
 
     @property
     def terms(self) -> bytes:
-        """What the server asked to plan for when it registered the device for this job.
+        """The terms that the server asked to plan for when it registered the device for this job.
 
         Raises:
             PeerError: it did not.

@@ -1,4 +1,4 @@
-"""What a device tells its owner: lines as things happen, and status.json with the state it is in.
+"""A device tells its owner what happens: in lines as it happens, and in status.json with the state it is in.
 
 The state follows from what happens, by the table `TRANSITIONS`; the device's loop says what happened and no more.
 """

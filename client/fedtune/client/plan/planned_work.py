@@ -226,7 +226,7 @@ class PlannedWork:
 
     def _current(self) -> Outcome:
         if self._terms is None:
-            raise PeerError("this device has not been greeted")
+            raise PeerError("this device has not been registered")
         return self._plan(self._source)
 
     def _plan(self, source: str) -> Outcome:

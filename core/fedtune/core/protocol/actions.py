@@ -1,4 +1,4 @@
-"""What a client can be asked, as the types of Flower messages: both sides name them alike.
+"""The requests to a client, by the types of Flower messages: both sides name them alike.
 
 A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in their order;
 `fedtune.strategies.secure_sum` says what each carries.

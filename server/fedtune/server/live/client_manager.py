@@ -1,4 +1,4 @@
-"""Who takes part in a run, asked before every round: at first it waits for everyone, later for enough."""
+"""Says before every round which devices take part: it waits for all of them at first, and later for enough."""
 
 from __future__ import annotations
 

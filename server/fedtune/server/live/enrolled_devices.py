@@ -1,4 +1,4 @@
-"""Who is enrolled: public keys by name, and the signed roster that devices pin.
+"""The enrolled devices: public keys by name, and the signed roster that devices pin.
 
 The private halves go into the bundle and are kept nowhere else.
 """

@@ -36,11 +36,11 @@ _NAMED = 10  # jobs in a refusal
 
 
 class NoSuchModelError(FedtuneError):
-    """What a device asks for is not there; the message says what is."""
+    """A device asks for a model that is not there; the message says which are."""
 
 
 class ModelRegistry:
-    """What a server offers: `runs/JOB/onnx/FORMAT` of every finished job."""
+    """The models that a server offers: `runs/JOB/onnx/FORMAT` of every finished job."""
 
     def __init__(self, home: ServerHome) -> None:
         self._home = home

@@ -1,4 +1,4 @@
-"""Who may be asked to train: devices register first, and say what they run, hold and plan."""
+"""Registers devices before they are asked to train: they say what they run, hold and plan."""
 
 from __future__ import annotations
 

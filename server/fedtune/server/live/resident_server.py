@@ -202,7 +202,7 @@ class Service:
             directory.close()
 
     def _export(self, job: Job, path: Path) -> None:
-        """What the job's [export] asks for; killed in the middle of it, the server begins it again."""
+        """Does what the job's [export] asks for; killed in the middle of it, the server begins it again."""
         self._board.working(state="exporting")
         self._model = None  # the export loads the base in another precision; there may not be room for both
         try:

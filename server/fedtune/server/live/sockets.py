@@ -57,13 +57,13 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """Of the public socket."""
+        """The number of the public socket."""
         assert self._public is not None
         return int(self._public.getsockname()[1])
 
     @property
     def private_port(self) -> int:
-        """Of the private socket."""
+        """The number of the private socket."""
         assert self._private is not None
         return int(self._private.getsockname()[1])
 

@@ -1,4 +1,4 @@
-"""What the running server knows of itself, written to status.json every second for `fedtune server status`."""
+"""The running server's knowledge of itself, written to status.json every second for `fedtune server status`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DeviceState = Literal["never seen", "online", "offline", "refused", "sits out"]
 
 @dataclass(frozen=True)
 class PlanStatus:
-    """What a device says it trains under, and expects of it: as its `RegistrationReply` has it."""
+    """A device's plan, and what it expects of it, as its `RegistrationReply` has them."""
 
     rank: int
     weights: str

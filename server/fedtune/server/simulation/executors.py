@@ -1,4 +1,4 @@
-"""Who runs the clients of a simulation on this machine: one thread of this process, or forks of it.
+"""The executors of a simulation on this machine: one thread of this process, or forks of it.
 
 A fork shares the base model of this process: it is there in milliseconds and copies nothing, and what it writes is its
 own. A client's answer depends on the job and the message alone, so a job's adapter is the same, bit for bit, whatever

@@ -107,7 +107,7 @@ class SimulatedFleet:
         return min(asked, plan.sequence_length) if plan else asked
 
     def present(self, number: int, names: Sequence[str]) -> list[str]:
-        """Those of the clients that can be asked in a round; all that the model fits where nobody is eligible."""
+        """The clients that can be asked in a round; all that the model fits where nobody is eligible."""
         able = [name for name in names if name in self.predicted]
         return [name for name in able if not self.absence(number, name)] or able
 

@@ -1,4 +1,4 @@
-"""What every process of a simulation builds from the job: the base model once, the population, and the clients."""
+"""Every process of a simulation builds this from the job: the base model once, the population, and the clients."""
 
 from __future__ import annotations
 
