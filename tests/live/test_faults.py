@@ -91,7 +91,7 @@ def test_a_server_that_is_killed_goes_on_where_it_was_and_devices_come_back(make
     assert fleet.server is not None
     fleet.server.kill()
     before = outcomes(run)
-    eventually(lambda: not fleet.strangers(), 20, lambda: f"the listening process stayed: {fleet.strangers()}")
+    eventually(lambda: not fleet.leftovers(), 20, lambda: f"the listening process stayed: {fleet.leftovers()}")
     assert fleet.passing_files() == []
     fleet.start_server()
     lines = fleet.finished(run, LONG)

@@ -42,7 +42,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     stopped = _fedtune("server", "stop", "--home", str(fleet.home.path))
     assert (stopped.returncode, str(server.pid) in stopped.stdout) == (0, True)
     assert server.ended() == 0
-    waiting = eventually(lambda: _waiting(fleet), what=fleet.logs)
+    waiting = eventually(lambda: _waiting(fleet), complaint=fleet.logs)
     assert "trying again" in fleet.devices[fleet.names[0]].text
     assert waiting["trying"] >= 1
     shown = _fedtune("client", "status", "--home", str(fleet.client_home(fleet.names[0])))
@@ -54,7 +54,7 @@ def test_a_submitted_job_becomes_an_adapter_and_nothing_stays_behind(make_fleet:
     assert not fleet.client_home(fleet.names[0]).exists()
     for name in fleet.names[1:]:
         assert fleet.devices[name].stop() == 0
-    eventually(lambda: not fleet.strangers(), 10, lambda: f"still running: {fleet.strangers()}")
+    eventually(lambda: not fleet.leftovers(), 10, lambda: f"still running: {fleet.leftovers()}")
     assert fleet.passing_files() == []
 
 

@@ -51,7 +51,7 @@ def test_a_live_job_ends_with_its_export_even_if_the_server_is_killed_in_the_mid
     server.kill()
     for device in fleet.devices.values():  # they are not needed any more
         assert device.stop() == 0
-    eventually(lambda: not fleet.strangers(), 20, lambda: f"still running: {fleet.strangers()}")
+    eventually(lambda: not fleet.leftovers(), 20, lambda: f"still running: {fleet.leftovers()}")
     rounds = (run / "rounds.jsonl").read_bytes()
     fleet.start_server()
     fleet.finished(run, LONG)

@@ -137,14 +137,14 @@ def test_a_body_is_measured_before_it_is_read(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("path", [TAKE, BRING, "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
-def test_no_byte_of_a_strangers_body_is_read(endpoint: Endpoint, path: str) -> None:
+def test_no_byte_of_an_unauthenticated_clients_body_is_read(endpoint: Endpoint, path: str) -> None:
     """Nor of one that is not all there: who waits for its rest keeps what has come."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: {MAX_BODY_BYTES}\r\n"
     )
     assert endpoint.raw(head.encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
-    stranger = signed(load_node_key(make_node_key()))
-    shown = "".join(f"{name}: {value}\r\n" for name, value in stranger.items())
+    unknown = signed(load_node_key(make_node_key()))
+    shown = "".join(f"{name}: {value}\r\n" for name, value in unknown.items())
     assert endpoint.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
 
 
@@ -333,10 +333,10 @@ def test_a_request_without_a_signature_is_refused(endpoint: Endpoint) -> None:
 
 
 def test_a_key_that_was_never_enrolled_does_not_get_in(endpoint: Endpoint) -> None:
-    stranger = FleetLink(endpoint.public, endpoint.home.authority, make_node_key())
-    endpoint.lines.append(stranger)
+    unknown = FleetLink(endpoint.public, endpoint.home.authority, make_node_key())
+    endpoint.lines.append(unknown)
     with pytest.raises((NotAdmittedError, UnknownDeviceError)):
-        stranger.activate()
+        unknown.activate()
 
 
 def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:

@@ -42,15 +42,15 @@ def free_port() -> int:
 def eventually(
     condition: Callable[[], Any],
     seconds: float = PATIENCE_SECONDS,
-    what: Callable[[], str] = lambda: "it did not happen",
+    complaint: Callable[[], str] = lambda: "it did not happen",
 ) -> Any:
-    """The first true value of the condition; where there is none in time, `what` says more."""
+    """The first true value of the condition; where there is none in time, the complaint says more."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError(what())
+    raise AssertionError(complaint())
 
 
 class Process:
@@ -200,7 +200,7 @@ class Fleet:
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in self.folder.glob("*.log"))
 
-    def strangers(self) -> list[int]:
+    def leftovers(self) -> list[int]:
         """Processes that work in the fleet's folder and are not in its books, or were meant to have ended."""
         known = [*self.devices.values(), *([self.server] if self.server else [])]
         running = {process.pid for process in known if process.running}
@@ -214,7 +214,7 @@ class Fleet:
         return found
 
     def passing_files(self) -> list[str]:
-        """What must not outlast the server's process: messages on their way, and the key to its private socket."""
+        """The files that must not outlast the server's process: messages on their way, and the key to its private socket."""
         return [path.name for path in self.home.path.glob("link.db*")] + [
             path.name for path in self.home.path.glob("*control.key*")
         ]

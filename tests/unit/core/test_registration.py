@@ -1,4 +1,4 @@
-"""What a device says of its plan is bounded, and refused where it cannot be."""
+"""A device says of its plan what is bounded, and is refused where it cannot be."""
 
 from __future__ import annotations
 
