@@ -214,7 +214,7 @@ class Fleet:
         return found
 
     def passing_files(self) -> list[str]:
-        """The files that must not outlast the server's process: messages on their way, and the key to its private socket."""
+        """The files that must not outlast the server: messages on their way, and the key to its private socket."""
         return [path.name for path in self.home.path.glob("link.db*")] + [
             path.name for path in self.home.path.glob("*control.key*")
         ]
