@@ -14,7 +14,7 @@ from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import DataSettings
 from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
-from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.job_model import ModelEvaluator
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import ModelSettings
 from fedtune.model.base_model import BaseModel, load_base
-from fedtune.server.simulation.workers import worker_count
+from fedtune.server.simulation.simulated_run import worker_count
 
 GIB = 1 << 30
 

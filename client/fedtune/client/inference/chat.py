@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import queue
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TextIO
 
 from fedtune.client.inference.exported_model import ExportedModel, PromptError, Sampling
-from fedtune.client.inference.scheduler import Piece, Scheduler
+from fedtune.client.inference.scheduler import Scheduler
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends"
 
@@ -27,15 +27,7 @@ def answers(
     model = scheduler.model
     ids = model.encode_chat(turns)
     room = min(sampling.max_tokens, model.check_prompt(ids))
-    pieces: queue.Queue[Piece] = queue.Queue()
-    wanted = Sampling(room, sampling.temperature, sampling.top_p, sampling.seed, sampling.stop)
-    stream = scheduler.submit(ids, wanted, model.acquire(adapter or model.name), pieces.put)
-    try:
-        while (piece := pieces.get()).finish is None:
-            yield piece.text
-        yield piece.text
-    finally:
-        stream.cancel()
+    return scheduler.answer(ids, replace(sampling, max_tokens=room), model.acquire(adapter or model.name))
 
 
 def converse(

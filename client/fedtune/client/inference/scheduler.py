@@ -11,10 +11,11 @@ of `PREFILL_PIECE` tokens, one a turn, so that they hold nobody up for longer th
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,21 @@ class Scheduler:
             self._waiting.append(stream)
             self._changed.notify()
         return stream
+
+    def answer(self, ids: Sequence[int], sampling: Sampling, adapter: Adapter | None = None) -> Iterator[str]:
+        """Yields an answer piece by piece to a caller that waits for it; leaving early cancels the stream.
+
+        Raises:
+            BusyError: as `submit`.
+        """
+        pieces: queue.Queue[Piece] = queue.Queue()
+        stream = self.submit(ids, sampling, adapter, pieces.put)
+        try:
+            while (piece := pieces.get()).finish is None:
+                yield piece.text
+            yield piece.text
+        finally:
+            stream.cancel()
 
     def close(self, seconds: float = 5.0) -> None:
         """Ends every stream after its present turn."""

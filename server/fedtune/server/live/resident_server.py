@@ -24,9 +24,8 @@ from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.lora import AdaptedModel
-from fedtune.server.evaluator import ModelEvaluator
 from fedtune.server.export.request import check_export, export_finished
-from fedtune.server.job_model import describe_base, open_model
+from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.live.client_manager import ClientManager
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs, QueuedJob

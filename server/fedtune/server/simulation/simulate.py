@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.job.settings import Job
+from fedtune.server.export.request import export_finished
 from fedtune.server.preflight import check_simulation
-from fedtune.server.run_directory import RunDirectory, check_free, is_finished
+from fedtune.server.run_directory import SUMMARY, RunDirectory, check_free, is_finished
 from fedtune.server.run_display import Display
-from fedtune.server.simulation.edge_answers import export_and_answer
+from fedtune.server.run_files import storage, write_json
+
+ANSWER_TOKENS = 64
 
 
 def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
         summary = run_job(context, directory, display)
     finally:
         directory.close()
-    export_and_answer(job, path, summary, display)
+    _export_and_answer(job, path, summary, display)
     return summary
 
 
@@ -53,5 +56,46 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
         summary = run_job(open_context(inputs, path, display), directory, display)
     finally:
         directory.close()
-    export_and_answer(job, path, summary, display)
+    _export_and_answer(job, path, summary, display)
     return summary
+
+
+def _export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: Display) -> None:
+    """Exports the model if the job asks for it, and answers the run's prompts as a device would.
+
+    Args:
+        summary: gains "exports", and what the first format answers to each prompt, here and in summary.json.
+
+    Raises:
+        RunError: a model could not be written or differs too much from the merged one; the run itself is whole.
+    """
+    if not job.export.formats:
+        return
+    from fedtune.client.inference.exported_model import ExportedModel, Sampling
+    from fedtune.client.inference.scheduler import Scheduler
+
+    export_finished(job, path, summary, display)
+    first = summary["exports"][0]
+    model = ExportedModel(Path(first["path"]))
+    scheduler = Scheduler(model, slots=1)
+    try:
+        for example in summary["answers"]:
+            ids = model.encode(example["prompt"])
+            sampling = Sampling(min(ANSWER_TOKENS, model.check_prompt(ids)))
+            example["exported"] = "".join(scheduler.answer(ids, sampling))
+    finally:
+        scheduler.close()
+    with storage(path):
+        write_json(path / SUMMARY, summary)
+    _show(summary, first["format"], display)
+
+
+def _show(summary: dict[str, Any], form: str, display: Display) -> None:
+    for example in summary["answers"]:
+        display.note("")
+        display.note(f"  prompt    {' '.join(example['prompt'].split())}")
+        display.note(f"  {form:8}  {' '.join(example['exported'].split())}")
+    display.note("")
+    for done in summary["exports"]:
+        display.note(f"{done['format']:8} {done['path']}")
+    display.note(f"try it   fedtune chat {summary['exports'][0]['path']} --forget")

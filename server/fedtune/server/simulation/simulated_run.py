@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedtune.client.plan.machine import Machine, probe
+from fedtune.client.plan.planner import RESERVE
+from fedtune.client.plan.step_costs import Choices, predict_memory
+from fedtune.core.errors import JobError
+from fedtune.core.job.settings import Job
 from fedtune.data.examples import CleaningReport
 from fedtune.data.job_inputs import JobInputs
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import AdapterStrategy
+from fedtune.model.base_model import BaseModel
+from fedtune.model.shape import shape_of
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
 from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.executors import ForkedExecutor, LocalExecutor, WorkerPool
-from fedtune.server.simulation.simulated_fleet import VirtualRounds
+from fedtune.server.simulation.simulated_fleet import PROGRAM_BYTES, VirtualRounds
 from fedtune.server.simulation.simulation_context import SimulationContext
-from fedtune.server.simulation.workers import worker_count
 from fedtune.strategies.assembly import assemble
+from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.secure_sum import SecureAggregation
 
 FIRST_NODE_ID = 1000
@@ -107,3 +115,40 @@ def _executor(simulation_context: SimulationContext, clients: dict[int, str]) ->
         if workers > 1
         else LocalExecutor(simulation_context, clients)
     )
+
+
+def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[], Machine] = probe) -> int:
+    """The job's workers: as it says, or one a core or GPU, for no more clients than a round has, within free memory.
+
+    Args:
+        probe: looks at the machine.
+
+    Raises:
+        JobError: forks on a GPU.
+    """
+    settings, on_gpu = job.simulation, base.device.type == "cuda"
+    if settings.workers != "auto":
+        if settings.backend == "local" and settings.workers > 1 and on_gpu:
+            problem = f"simulation.workers is {settings.workers}, but forks cannot share a base model on a GPU; "
+            raise JobError([problem + 'expected simulation.workers = 1 or simulation.backend = "ray"'])
+        return settings.workers
+    if settings.backend == "local" and (on_gpu or settings.threads != 1):
+        return 1
+    machine = probe()
+    places = len(machine.gpus) if on_gpu else min(int(machine.cores), _that_fit(job, base, machine.memory_free))
+    return max(1, min(places, cohort_size(job.federation.clients_per_round, population)))
+
+
+def _that_fit(job: Job, base: BaseModel, free: int) -> int:
+    """Counts the workers that the free memory is enough for, by the planner's formula."""
+    choices = Choices(
+        weights=base.weights,
+        precision=base.precision,
+        rank=job.adapter.rank,
+        sequence_length=job.data.sequence_length,
+        tokens=job.training.batch_tokens,
+        checkpointing=job.training.gradient_checkpointing,
+    )
+    predicted = predict_memory(shape_of(job.model), choices)
+    actor, fork = PROGRAM_BYTES + predicted.peak, predicted.training - predicted.weights
+    return int(free * (1 - RESERVE) / (actor if job.simulation.backend == "ray" else fork))

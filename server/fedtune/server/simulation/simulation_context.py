@@ -23,8 +23,7 @@ from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.shape import shape_of
-from fedtune.server.evaluator import ModelEvaluator
-from fedtune.server.job_model import describe_base, open_model
+from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.server.simulation.simulated_identities import Enrolment

@@ -20,7 +20,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
 from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
-from fedtune.server.evaluator import ModelEvaluator
+from fedtune.server.job_model import ModelEvaluator
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_facts import peak_rss_mb
