@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
 from fedtune.core.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:  # the class is imported when a command runs
+    from fedtune.client.live.device_home import ClientHome
 
 app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
 
@@ -355,7 +358,7 @@ def _mb(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs
+def _open(home: Path | None) -> ClientHome:
     from fedtune.client.live.device_home import ClientHome, default_home
 
     return ClientHome(home or default_home())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.core.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:  # the class is imported when a command runs
+    from fedtune.server.live.server_home import ServerHome
 
 app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
 
@@ -184,7 +187,7 @@ def status(as_json: _Json = False, home: _Home = None) -> None:
         raise typer.Exit(1)
 
 
-def _open(home: Path | None):  # type: ignore[no-untyped-def]  # the class is imported when a command runs
+def _open(home: Path | None) -> ServerHome:
     from fedtune.server.live.server_home import ServerHome, default_home
 
     return ServerHome(home or default_home())
