@@ -97,7 +97,7 @@ def test_a_round_that_loses_too_many_aborts_and_the_next_one_runs(
 
 def test_random_dropout_up_to_the_limit_still_gives_an_adapter(simulate: Simulate, tmp_path: Path) -> None:
     simulate(
-        *SECURE, "data.clients=10", "federation.clients_per_round=10", "simulation.dropout=0.15", "federation.rounds=5"
+        *SECURE, "data.clients=10", "federation.clients_per_round=10", "simulation.dropout=0.15", "federation.rounds=3"
     )
     lines = read_rounds(tmp_path / "run")
     assert any(line["secure"] and line["secure"]["summed"] < 10 for line in lines)

@@ -41,7 +41,7 @@ def test_a_run_leaves_what_the_design_promises(whole: FinishedRun) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """A run that trains long enough to learn something."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    return FinishedRun(path, run(small_job("training.local_steps=8", "training.batch_tokens=512"), path))
+    return FinishedRun(path, run(small_job("training.local_steps=4"), path))
 
 
 def test_training_lowers_the_loss(trained: FinishedRun) -> None:
@@ -50,7 +50,7 @@ def test_training_lowers_the_loss(trained: FinishedRun) -> None:
 
 
 def test_a_ring_learns_and_its_weight_cap_comes_to_what_clients_have(simulate: Simulate, tmp_path: Path) -> None:
-    summary = simulate("compression.form=ring", "training.local_steps=8")
+    summary = simulate("compression.form=ring", "training.local_steps=4")
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
     examples = {client["examples"] for line in read_rounds(tmp_path / "run") for client in line["clients"]}
     state = json.loads((tmp_path / "run" / "checkpoints" / "000004" / "state.json").read_text())
