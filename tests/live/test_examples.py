@@ -1,16 +1,60 @@
-"""The example that a newcomer runs: live processes on loopback, and the same adapter as in simulation."""
+"""The example that a newcomer runs: live processes on loopback, and the same adapter as in simulation.
+
+All of it takes more than a minute. The fast tests read its commands, and test_live_federation.py holds the same promise
+for a fleet of its own: what live processes train is the adapter of the simulation, bit for bit.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import typer
+from click import Command, Context, Group
+
+from fedtune.core.job.job_file import load_job
+from fedtune.server.cli import app
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "live-loopback" / "run.sh"
 
 
+COMMAND = re.compile(r"(?:^|; do |\$\()\s*fedtune (.+?)(?: >\S+.*| &.*|; done)?$", re.MULTILINE)
+
+
+def test_every_command_of_the_live_example_is_one_that_fedtune_has() -> None:
+    lines = [shlex.split(line) for line in COMMAND.findall(SCRIPT.read_text())]
+    assert [line[:2] for line in lines] == [
+        ["server", "init"],
+        ["server", "enroll"],
+        ["server", "start"],
+        ["client", "join"],
+        ["client", "start"],
+        ["server", "submit"],
+        ["server", "status"],
+        ["server", "stop"],
+        ["simulate", "job.toml"],
+    ]
+    for line in lines:
+        command: Command = typer.main.get_command(app)
+        rest = line
+        while isinstance(command, Group):
+            _, found, rest = command.resolve_command(Context(command), rest)
+            assert found is not None, line
+            command = found
+        command.make_context("fedtune", list(rest))  # raises where an option is unknown or an argument is missing
+
+
+def test_the_job_of_the_live_example_is_one() -> None:
+    assert load_job(SCRIPT.with_name("job.toml")).federation.rounds == 2
+
+
+@pytest.mark.slow
 def test_the_live_example_gives_the_adapter_that_its_simulation_gives(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
