@@ -14,8 +14,7 @@ import numpy as np
 from tables import publish
 
 from fedtune.core.codec import Ring
-from fedtune.core.codec.adaptive_ranges import HEADROOM
-from fedtune.core.codec.clipping import clip_factor, finite_norm
+from fedtune.core.codec.clipping import HEADROOM, clip_factor, finite_norm
 from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
 from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
 

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from fedtune.core.errors import FedtuneError
+from fedtune.core.host.process import versions
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import (
     DEMO,
@@ -49,7 +50,6 @@ from fedtune.demo import write_federation
 from fedtune.model.base_model import load_base
 from fedtune.server.run_directory import JOB, SUMMARY, read_rounds, read_summary
 from fedtune.server.run_display import Terminal
-from fedtune.server.run_facts import versions
 from fedtune.server.simulation.simulate import resume, simulate
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from fedtune.core.host.environment import limit_pieces, prepare_environment
+from fedtune.core.host.process import limit_pieces, prepare_environment
 
 prepare_environment()
 limit_pieces(128 << 10)
@@ -21,9 +21,9 @@ from fedtune.client.live.device_home import CALIBRATIONS, ClientHome  # noqa: E4
 from fedtune.client.live.device_loop import DeviceLoop, Work  # noqa: E402
 from fedtune.client.live.device_status import DeviceReport  # noqa: E402
 from fedtune.client.live.registered_device import RegisteredDevice  # noqa: E402
-from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
 from fedtune.client.plan.device_plan import this_device  # noqa: E402
 from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
+from fedtune.client.plan.step_costs import CalibrationStore  # noqa: E402
 from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
 from fedtune.core.protocol.actions import TRAIN, Refusal, Request  # noqa: E402
 from fedtune.flower.fleet_link import FleetLink  # noqa: E402

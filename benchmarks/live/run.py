@@ -33,7 +33,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "simulation"))
 
-from fedtune.core.host.environment import limit_pieces, prepare_environment  # noqa: E402
+from fedtune.core.host.process import limit_pieces, prepare_environment  # noqa: E402
 
 prepare_environment()
 limit_pieces(256 << 10)

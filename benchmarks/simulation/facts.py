@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from fedtune.server.run_facts import versions
+from fedtune.core.host.process import versions
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _GIB = 1 << 30

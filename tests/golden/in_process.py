@@ -31,7 +31,7 @@ from fedtune.flower.strategy import AdapterStrategy
 from fedtune.model.shape import ModelShape
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet, VirtualRounds
-from fedtune.server.simulation.simulated_identities import Enrolment
+from fedtune.server.simulation.simulation_context import Enrolment
 from fedtune.strategies.assembly import NO_PARTS, Clients, Parts, assemble
 from fedtune.strategies.federation import FederationState, initial_state
 from fedtune.strategies.secure_sum import SecureAggregation

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from live_helpers import Fleet, MakeFleet, MakeProxy, Proxy
 
-from fedtune.core.host.environment import prepare_environment
+from fedtune.core.host.process import prepare_environment
 
 prepare_environment()
 

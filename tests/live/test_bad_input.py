@@ -22,7 +22,7 @@ from fedtune.client.live.device_status import TRANSITIONS, DeviceReport
 from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
-from fedtune.core.host.stopping import Stopped
+from fedtune.core.host.process import Stopped
 from fedtune.core.protocol.actions import EVALUATE, Refusal, Request
 from fedtune.core.protocol.enrolment import Bundle
 from fedtune.flower.fleet_link import Answer

@@ -34,7 +34,7 @@ from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, Refusal, Reques
 from fedtune.core.protocol.enrolment import Bundle
 from fedtune.core.protocol.payloads import decode, encode
 from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply, Terms
-from fedtune.core.timing import LEAST_WORK
+from fedtune.core.round_timing import LEAST_WORK
 from fedtune.demo import JOB
 from fedtune.flower.superlink import NodeState
 from fedtune.model.base_model import load_base

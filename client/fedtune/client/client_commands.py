@@ -84,7 +84,7 @@ def join(
 def start(home: _Home = None) -> None:
     """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
     from fedtune.client.live.device_home import CALIBRATIONS
-    from fedtune.core.host.environment import limit_pieces
+    from fedtune.core.host.process import limit_pieces
 
     def show(line: str) -> None:
         print(line, flush=True)

@@ -10,8 +10,13 @@ FedtuneError                exit status 1
 │   │                       that no export could hold
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
 ├── RunError                the run could not go on; what was acknowledged is on disk
+│   └── RoundAbortedError   a secure round ends without a sum
 ├── UpdateError             one client's update is refused; the round goes on without it
 └── PeerError               bytes from the other side are malformed, oversized or out of order
+    ├── ServerFaultError    in secure aggregation a client refuses what the server sent
+    └── ClientFaultError    in secure aggregation the server refuses what one client sent; names the client
+
+An error of secure aggregation leaves the session that raises it as it was.
 """
 
 from __future__ import annotations
@@ -91,3 +96,31 @@ class UpdateError(FedtuneError):
 
 class PeerError(FedtuneError):
     """The other side sent bytes that are malformed, oversized or out of order."""
+
+
+class ServerFaultError(PeerError):
+    """What the server sent is refused. The client session is as it was before and still waits for a good message.
+
+    Attributes:
+        suspect: the client that is to blame if the server is not; the next attempt should do without it.
+    """
+
+    def __init__(self, problem: str, suspect: str | None = None) -> None:
+        self.suspect = suspect
+        super().__init__(problem)
+
+
+class ClientFaultError(PeerError):
+    """What one client sent is refused. The server session is as it was before; the round goes on without the client."""
+
+    def __init__(self, client: str, problem: str) -> None:
+        self.client = client
+        super().__init__(f"client {client}: {problem}")
+
+
+class RoundAbortedError(RunError):
+    """Too few clients are left, or their shares do not fit together: this round ends without a sum.
+
+    Another attempt at the same round may follow if it ended before the votes were shown; clients that have revealed
+    their shares serve only a later round.
+    """

@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.client import client_commands
 from fedtune.client.inference.inference_commands import chat, serve
 from fedtune.core.errors import FedtuneError
-from fedtune.core.host.environment import prepare_environment
+from fedtune.core.host.process import prepare_environment
 from fedtune.server import server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.run_display import Display, Silent, Terminal, error_console

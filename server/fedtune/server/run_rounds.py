@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from fedtune.core.adapter.layout import Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
+from fedtune.core.host.process import versions
 from fedtune.core.job.settings import Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
@@ -21,7 +22,6 @@ from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe
-from fedtune.server.run_facts import versions
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled
 from fedtune.strategies.federation import Federation, FederationState, initial_state

@@ -110,7 +110,7 @@ def revoke(
 @app.command()
 def start(home: _Home = None) -> None:
     """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves."""
-    from fedtune.core.host.environment import limit_pieces
+    from fedtune.core.host.process import limit_pieces
 
     limit_pieces(PIECE_BYTES)
     from fedtune.server.run_display import Terminal

@@ -12,6 +12,7 @@ fedtune's own server takes it round by round, state in and state out, so that it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -24,14 +25,15 @@ from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.codec.downlink import advance
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError
+from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.replies import stream_replies
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import Exchange
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.federation import Federation, FederationState, initial_state
 from fedtune.strategies.round import TrainingRound
+from fedtune.strategies.schedule import Closing
 
 ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
 
@@ -249,3 +251,46 @@ def _from_arrays(arrays: ArrayRecord, layout: AdapterLayout) -> Vector:
     vector = arrays[ADAPTER].numpy()
     layout.check(vector)
     return vector
+
+
+FIRST_POLL_SECONDS = 0.001
+LAST_POLL_SECONDS = 0.25
+
+
+def stream_replies(
+    grid: Grid,
+    messages: Iterable[Message],
+    deadline: float | None,
+    closing: Closing | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> Iterator[Message]:
+    """Sends the messages and yields their replies in order of arrival, each once, so that no more than one is held.
+
+    Flower's `Grid.send_and_receive` returns with the last reply, holding them all, and sleeps 3 s between polls.
+
+    Args:
+        grid: where to send them.
+        messages: each to one node.
+        deadline: seconds to wait for the last reply, or None to wait for all.
+        closing: when to go on before all are there; errors do not count as answers.
+    """
+    started, answers = clock.monotonic(), 0
+    end = math.inf if deadline is None else started + deadline
+    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    pause = FIRST_POLL_SECONDS
+    while waiting and clock.monotonic() < end:
+        arrived = list(grid.pull_messages(list(waiting)))
+        waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+        answers += sum(not reply.has_error() for reply in arrived)
+        yield from arrived
+        if closing and (answers >= closing.enough or _is_late(closing, clock.monotonic() - started, answers)):
+            return
+        if arrived:
+            pause = FIRST_POLL_SECONDS
+        else:
+            clock.sleep(pause)
+            pause = min(2 * pause, LAST_POLL_SECONDS)
+
+
+def _is_late(closing: Closing, seconds: float, answers: int) -> bool:
+    return answers >= closing.least and seconds >= closing.seconds

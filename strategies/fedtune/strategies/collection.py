@@ -23,8 +23,8 @@ from fedtune.core.ledger import Purpose
 from fedtune.core.protocol.actions import TRAIN
 from fedtune.core.protocol.payloads import HEADER_BYTES, TrainReply, TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, SecureRecord
+from fedtune.core.round_timing import staleness_weight
 from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregation, Aggregator, Frame, Payloads
-from fedtune.strategies.cohorts.virtual_clock import staleness_weight
 from fedtune.strategies.schedule import Closing
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factors, Vector
 from fedtune.core.codec import initial_clip
-from fedtune.core.codec.adaptive_ranges import FIRST_WEIGHT_CAP
+from fedtune.core.codec.clipping import FIRST_WEIGHT_CAP
 from fedtune.core.codec.update_forms import UpdateForm
 from fedtune.core.job.methods import Method
 from fedtune.core.job.settings import Job

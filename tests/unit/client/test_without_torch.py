@@ -12,7 +12,7 @@ MODULES = (
     "fedtune.client.trainer",
     "fedtune.client.client_commands",
     "fedtune.client.plan.backend",
-    "fedtune.client.plan.calibration",
+    "fedtune.client.plan.step_costs",
     "fedtune.client.plan.device_plan",
     "fedtune.client.plan.eligibility",
     "fedtune.client.plan.machine",

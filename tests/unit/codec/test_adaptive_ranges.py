@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.codec import ClipRange, MaskableCodec, RoundContext, initial_clip, next_weight_cap
-from fedtune.core.codec.adaptive_ranges import FIRST_WEIGHT_CAP, LEAST_WEIGHT_CAP
+from fedtune.core.codec.clipping import FIRST_WEIGHT_CAP, LEAST_WEIGHT_CAP
 
 COUNT, CLIENTS = 500, 20
 NORMS = np.linspace(0.8, 1.2, CLIENTS)

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from fedtune.demo import BASE_DIRECTORY, make_evaluation, make_households
 from fedtune.demo.corpus import Document, public_call
-from fedtune.demo.pretrain import build_model, evaluate, save, train
-from fedtune.demo.tokenizer import build_tokenizer
+from fedtune.demo.pretrain import build_model, build_tokenizer, evaluate, save, train
 
 MEGABYTE = 2**20
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.client.inference.text_stream import TextStream
+from fedtune.client.inference.scheduler import TextStream
 
 
 def decode(ids: list[int]) -> str:

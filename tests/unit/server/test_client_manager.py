@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.core.host.clock import Clock
 from fedtune.core.job.job_file import load_job
-from fedtune.server.live.client_manager import ClientManager
+from fedtune.server.live.registrar import ClientManager
 
 NAMES = ("ann", "bob", "cid", "dan")
 

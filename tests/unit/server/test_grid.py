@@ -14,7 +14,7 @@ from fedtune.core.job.settings import SimulationSettings
 from fedtune.core.protocol.actions import EVALUATE, Handler, Request
 from fedtune.flower.envelope import WireMessage, answer_wire, from_wire, seal, to_wire, unseal, unseal_parts
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
-from fedtune.flower.replies import stream_replies
+from fedtune.flower.strategy import stream_replies
 from fedtune.server.simulation.faults import with_faults
 
 

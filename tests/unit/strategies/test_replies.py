@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.flower import replies
-from fedtune.flower.replies import stream_replies
+from fedtune.core.host.clock import Clock
+from fedtune.flower.strategy import stream_replies
 from fedtune.strategies.schedule import Closing
 
 
@@ -42,23 +42,21 @@ class Clockwork:
         self.now += seconds
 
 
-def heard(
-    monkeypatch: pytest.MonkeyPatch, clockwork: Clockwork, deadline: float | None = None, closing: Closing | None = None
-) -> tuple[str, float]:
+def heard(clockwork: Clockwork, deadline: float | None = None, closing: Closing | None = None) -> tuple[str, float]:
     """Whose replies came, and the second at which nobody waited any more."""
-    monkeypatch.setattr(replies, "time", clockwork)
     grid: Any = clockwork
+    clock = Clock(monotonic=clockwork.monotonic, sleep=clockwork.sleep)
     messages: Any = list(clockwork.arrivals)
-    numbers = sorted(reply.number for reply in stream_replies(grid, messages, deadline, closing))  # type: ignore[attr-defined]
+    numbers = sorted(reply.number for reply in stream_replies(grid, messages, deadline, closing, clock))  # type: ignore[attr-defined]
     return "".join(numbers), clockwork.now
 
 
 ARRIVALS = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 50.0}
 
 
-def test_everybody_is_waited_for_or_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert heard(monkeypatch, Clockwork(ARRIVALS))[0] == "abcd"
-    names, seconds = heard(monkeypatch, Clockwork(ARRIVALS), deadline=10.0)
+def test_everybody_is_waited_for_or_until_the_deadline() -> None:
+    assert heard(Clockwork(ARRIVALS))[0] == "abcd"
+    names, seconds = heard(Clockwork(ARRIVALS), deadline=10.0)
     assert names == "abc"
     assert seconds < 11.0
 
@@ -73,13 +71,13 @@ def test_everybody_is_waited_for_or_until_the_deadline(monkeypatch: pytest.Monke
     ],
 )
 def test_a_round_closes_with_enough_answers_or_at_its_time_and_never_with_too_few(
-    monkeypatch: pytest.MonkeyPatch, closing: Closing, names: str, until: float
+    closing: Closing, names: str, until: float
 ) -> None:
-    came, seconds = heard(monkeypatch, Clockwork(ARRIVALS), closing=closing)
+    came, seconds = heard(Clockwork(ARRIVALS), closing=closing)
     assert came == names
     assert until <= seconds < until + 0.6
 
 
-def test_an_error_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_no_answer() -> None:
     clockwork = Clockwork(ARRIVALS, failing="a")
-    assert heard(monkeypatch, clockwork, closing=Closing(seconds=90.0, enough=2, least=1))[0] == "abc"
+    assert heard(clockwork, closing=Closing(seconds=90.0, enough=2, least=1))[0] == "abc"

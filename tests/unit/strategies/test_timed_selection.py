@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from fedtune.core.round_records import ClientRecord
-from fedtune.core.timing import over_selected, round_deadline, work_share
+from fedtune.core.round_timing import over_selected, round_deadline, run_clock, staleness_weight, work_share
 from fedtune.strategies.cohorts.timed_selection import DeadlineSelection, Observation, UtilitySelection, bounded_seconds
-from fedtune.strategies.cohorts.virtual_clock import run_clock, staleness_weight
 
 FAST = {f"fast-{index:02d}": 1.0 for index in range(45)}
 SLOW = {f"slow-{index:02d}": 4.0 for index in range(5)}

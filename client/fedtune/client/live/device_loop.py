@@ -26,7 +26,7 @@ from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished, write_private
-from fedtune.core.host.stopping import Stopped, stopping
+from fedtune.core.host.process import Stopped, stopping
 from fedtune.core.protocol.actions import Refusal, Request
 from fedtune.core.text import one_line
 from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled

@@ -29,7 +29,7 @@ from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings
 from fedtune.core.protocol.payloads import Base, TrainRequest
 from fedtune.core.protocol.registration import Terms
-from fedtune.core.timing import done_share
+from fedtune.core.round_timing import done_share
 from fedtune.data.examples import Example, load_examples
 
 

@@ -4,7 +4,7 @@
 what was not sent, and `downlink` carries the adapter to the devices.
 """
 
-from fedtune.core.codec.adaptive_ranges import ClipRange, initial_clip, next_weight_cap
+from fedtune.core.codec.clipping import ClipRange, initial_clip, next_weight_cap
 from fedtune.core.codec.coordinate_selection import select_largest, select_public
 from fedtune.core.codec.downlink import apply, encode_catch_up, encode_delta, encode_refresh, encode_whole
 from fedtune.core.codec.exact import ExactCodec

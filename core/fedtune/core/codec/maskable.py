@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.adaptive_ranges import NORM_BOUND
-from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, check_update, clip_factor, finite_norm
+from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, NORM_BOUND, check_update, clip_factor, finite_norm
 from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
 from fedtune.core.codec.ring import AUXILIARY_ONE, Ring, auxiliary_total, norm_word, weight_word
 from fedtune.core.codec.rotation import rotate, rotated_size, unrotate

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedtune.core.errors import JobError
-from fedtune.core.job.toml import read_table
+from fedtune.core.job.job_file import read_table
 from fedtune.core.seeds import generator
 
 MAX_FLEET_BYTES = 1 << 20

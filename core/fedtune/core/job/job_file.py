@@ -1,4 +1,4 @@
-"""A job as a TOML file, written so that it reads back equal.
+"""A job as a TOML file, written so that it reads back equal; any user's TOML file is read bounded in size and depth.
 
     job = load_job(Path("job.toml"), overrides=["federation.rounds=40"])
 
@@ -21,7 +21,6 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.core.errors import JobError
 from fedtune.core.job.contradictions import contradictions
 from fedtune.core.job.settings import BUNDLED, DEMO, Job
-from fedtune.core.job.toml import read_table
 
 MAX_JOB_BYTES = 1 << 20
 
@@ -124,3 +123,36 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
     fleet = job.simulation.fleet
     simulation = job.simulation if fleet == BUNDLED else dataclasses.replace(job.simulation, fleet=resolve(fleet))
     return dataclasses.replace(job, model=model, data=data, simulation=simulation)
+
+
+_DEEPEST = 8  # tables and arrays in each other; a job has three
+
+
+def read_table(path: Path, what: str, limit: int) -> dict[str, Any]:
+    """The file's content.
+
+    Args:
+        what: "a job file", for people.
+        limit: most bytes.
+
+    Raises:
+        JobError: it cannot be read, is larger or nested deeper than it may be, or is not TOML.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise JobError([f"larger than {limit} bytes; expected {what}"], path)
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError([f"cannot be read: {error.strerror}"], path) from error
+    except ValueError as error:  # its grammar, its characters, or a number of too many digits
+        raise JobError([f"not TOML: {error}"], path) from error
+    except RecursionError as error:
+        raise JobError([f"nested too deep; expected {what}"], path) from error
+    if _is_deeper(table, _DEEPEST):
+        raise JobError([f"nested too deep; expected {what}"], path)
+    return table
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(depth == 0 or _is_deeper(part, depth - 1) for part in inside)

@@ -101,7 +101,7 @@ class FederationSettings:
         clip_norm: in the clear, the length to which longer updates are scaled down.
         weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
         weight_cap: examples or tokens above which a client's weight grows no more; a ring's cap is lower where the
-            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.adaptive_ranges).
+            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.clipping).
         evaluate_every: rounds between evaluations on the server; 0 for only before and after.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
         evaluation_clients: how many clients evaluate at most.

@@ -4,13 +4,13 @@
 states the threat model, the protocol byte by byte, and what is not promised.
 """
 
+from fedtune.core.errors import ClientFaultError, RoundAbortedError, ServerFaultError
 from fedtune.core.secagg.client_session import ClientSession
 from fedtune.core.secagg.config import Policy, round_config
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.graph import Thresholds, choose_thresholds
 from fedtune.core.secagg.identity import FileRoundLog, Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
-from fedtune.core.secagg.session_errors import ClientFaultError, RoundAbortedError, ServerFaultError
 
 __all__ = [
     "ClientFaultError",

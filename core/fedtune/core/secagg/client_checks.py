@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from fedtune.core.errors import UpdateError
+from fedtune.core.errors import ServerFaultError, UpdateError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import KeyEntry, KeyList, Quorum, RoundConfig, increasing, pieces
 from fedtune.core.secagg.identity import Roster, RoundMark
 from fedtune.core.secagg.masking import Words, word_type
 from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
-from fedtune.core.secagg.session_errors import ServerFaultError
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
 

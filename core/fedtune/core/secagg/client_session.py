@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, TypeVar
 
 from fedtune.core.codec.packing import pack
-from fedtune.core.errors import PeerError
+from fedtune.core.errors import PeerError, ServerFaultError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.client_checks import (
     check_config,
@@ -59,7 +59,6 @@ from fedtune.core.secagg.exchanged import (
 from fedtune.core.secagg.identity import Identity, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.masking import Words, mask_update, reduce
 from fedtune.core.secagg.primitives import KEY_BYTES, Agreement, Random, Secret, seal
-from fedtune.core.secagg.session_errors import ServerFaultError
 from fedtune.core.secagg.transcript import (
     Transcript,
     advertisement_statement,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.codec.packing import packed_size, unpack
-from fedtune.core.errors import JobError, PeerError
+from fedtune.core.errors import ClientFaultError, JobError, PeerError, RoundAbortedError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import carriers, config_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import (
@@ -49,7 +49,6 @@ from fedtune.core.secagg.exchanged import (
 from fedtune.core.secagg.identity import Roster
 from fedtune.core.secagg.masking import Words, reduce, unmask_sums, word_type
 from fedtune.core.secagg.primitives import is_weak
-from fedtune.core.secagg.session_errors import ClientFaultError, RoundAbortedError
 from fedtune.core.secagg.transcript import (
     Transcript,
     advertisement_statement,

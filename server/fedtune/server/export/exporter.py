@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import DataError, ExportError, RunError
+from fedtune.core.host.process import versions
 from fedtune.core.protocol.model_manifest import Format, read_manifest
 from fedtune.data.examples import Example, load_examples, prepare
 from fedtune.data.population import evaluation_records
@@ -26,7 +27,6 @@ from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 from fedtune.server.export.publishing import Description, describe_model, publish, publish_adapter
 from fedtune.server.export.request import WORKPLACE, ExportOptions, ExportRequest, no_held_out_examples
 from fedtune.server.run_display import Display, format_bytes
-from fedtune.server.run_facts import versions
 from fedtune.server.run_files import plain_errors
 
 LOG = "export.log"

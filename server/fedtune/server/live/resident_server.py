@@ -18,7 +18,7 @@ from pathlib import Path
 from fedtune.core.errors import FedtuneError, InputError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
-from fedtune.core.host.stopping import Stopped, stopping
+from fedtune.core.host.process import Stopped, peak_rss_mb, stopping
 from fedtune.core.job.settings import Job
 from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
@@ -26,17 +26,15 @@ from fedtune.flower.superlink import NodeState
 from fedtune.model.lora import AdaptedModel
 from fedtune.server.export.request import check_export, export_finished
 from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
-from fedtune.server.live.client_manager import ClientManager
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.registrar import CurrentJob, Registrar, terms_of
+from fedtune.server.live.registrar import ClientManager, CurrentJob, Registrar, terms_of
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
 from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display
-from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.secure_sum import SecureAggregation

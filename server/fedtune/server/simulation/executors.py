@@ -24,11 +24,11 @@ from typing import Protocol
 import psutil  # type: ignore[import-untyped]
 
 from fedtune.core.errors import RunError
+from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.protocol.actions import Handler
 from fedtune.data.examples import CleaningReport
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Executor, Outgoing
-from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 _REPORT = None  # what a worker is sent to be asked for its report

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import MissingExtraError
+from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.settings import Job
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Outgoing
-from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.simulation.executors import WorkerReport
 from fedtune.server.simulation.simulation_context import SimulationContext
 

@@ -34,14 +34,13 @@ from fedtune.core.job.device_kinds import Fleet, Kind
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
 from fedtune.core.protocol.payloads import TrainRequest
+from fedtune.core.round_timing import Course, done_share, round_deadline, run_clock
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator
-from fedtune.core.timing import done_share, round_deadline
 from fedtune.flower.in_process_grid import Failure, Outgoing
 from fedtune.model.shape import ModelShape
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_files import storage, write_text
-from fedtune.strategies.cohorts.virtual_clock import Course, run_clock
 
 PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
 

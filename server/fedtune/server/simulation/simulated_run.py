@@ -13,6 +13,7 @@ from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.plan.step_costs import Choices, predict_memory
 from fedtune.core.errors import JobError
+from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.settings import Job
 from fedtune.data.examples import CleaningReport
 from fedtune.data.job_inputs import JobInputs
@@ -22,7 +23,6 @@ from fedtune.model.base_model import BaseModel
 from fedtune.model.shape import shape_of
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
-from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.executors import ForkedExecutor, LocalExecutor, WorkerPool
 from fedtune.server.simulation.simulated_fleet import PROGRAM_BYTES, VirtualRounds

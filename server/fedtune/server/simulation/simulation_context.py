@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,16 @@ import torch
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
+from fedtune.client.secure_rounds import Credentials
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import Handler
 from fedtune.core.protocol.payloads import Base
+from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster, RoundLog
+from fedtune.core.secagg.primitives import KEY_BYTES
+from fedtune.core.seeds import generator
 from fedtune.data.examples import CleaningReport, Example, prepare
 from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
@@ -26,8 +30,40 @@ from fedtune.model.shape import shape_of
 from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
-from fedtune.server.simulation.simulated_identities import Enrolment
 from fedtune.strategies.assembly import Clients
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """Who is who in a simulation: every process derives the same identities from the job's seed.
+
+    They exercise the protocol and protect nothing: whoever has the job has the keys. Devices draw theirs and keep them.
+
+    A simulated client's memory of served rounds lives as long as the simulation: when that goes on after a crash, its
+    clients go back with it to the round that was acknowledged last.
+    """
+
+    identities: Mapping[str, Identity]
+    roster: Roster
+    policy: Policy
+    _logs: dict[str, RoundLog] = field(default_factory=dict)
+
+    @classmethod
+    def rehearse(cls, names: Sequence[str], job: Job) -> Enrolment:
+        """An identity for each client, and a policy that asks for the job's own care.
+
+        Raises:
+            InputError: a name is too long to be enrolled.
+        """
+        seed = job.training.seed
+        identities = {name: Identity(generator(seed, "identity", name).bytes(KEY_BYTES)) for name in names}
+        roster = Roster({name: identity.public for name, identity in identities.items()})
+        return cls(identities, roster, Policy(max_corrupt=job.secure_aggregation.max_corrupt))
+
+    def credentials(self, client: str) -> Credentials:
+        """What a client brings to secure rounds."""
+        log = self._logs.setdefault(client, MemoryRoundLog())
+        return Credentials(self.identities[client], self.roster, self.policy, log)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import functools
 from pathlib import Path
 
 from fedtune.core.errors import JobError
+from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.actions import Handler, Request
@@ -23,7 +24,6 @@ from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
 from fedtune.server.job_model import ModelEvaluator
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
-from fedtune.server.run_facts import peak_rss_mb
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.assembly import Clients, assemble

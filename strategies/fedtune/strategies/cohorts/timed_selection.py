@@ -16,8 +16,8 @@ import numpy as np
 
 from fedtune.core.job.settings import Job
 from fedtune.core.round_records import ClientRecord
+from fedtune.core.round_timing import over_selected, round_deadline, work_share
 from fedtune.core.seeds import generator
-from fedtune.core.timing import over_selected, round_deadline, work_share
 from fedtune.strategies.cohorts.selection import Selection
 
 FASTEST_CLAIM, SLOWEST_CLAIM = 1e-3, 86_400.0  # seconds; what a client says beyond them is taken as the bound

@@ -1,0 +1,91 @@
+"""This process: the environment that libraries read, the signals that end it, and the facts that a summary states.
+
+prepare_environment()               # before Flower or torch is imported; child processes inherit it
+with stopping():                    # raises Stopped on SIGTERM and Ctrl-C
+    serve()
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+
+_SETTINGS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait bring a busy machine to its knees
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+
+
+def prepare_environment() -> None:
+    """Sets what nobody has set otherwise."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def limit_pieces(size: int) -> None:
+    """In how large pieces this process sends a payload: each is a request of its own, and must cross slow links."""
+    os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(size))
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Raises Stopped in the main thread on SIGTERM and SIGINT; a second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped
+
+    before: dict[signal.Signals, Callable[..., object] | int | None] = {
+        each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+_STATED = (
+    "fedtune",
+    "flwr",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "ray",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
+_RSS_UNITS_PER_MB = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrss counts bytes there, KiB elsewhere
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on; a package that is not installed is left out."""
+    stated = {"python": platform.python_version()}
+    for package in _STATED:
+        try:
+            stated[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return stated
