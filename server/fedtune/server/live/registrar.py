@@ -1,5 +1,6 @@
-"""Registers devices before they are asked to train: they say what they run, hold and plan. The client manager waits before
-a round for enough of them, and before the first one for all.
+"""Registers devices before they are asked to train: they say what they run, hold and plan.
+
+Before a round the client manager waits for enough of them, and before the first one for all.
 """
 
 from __future__ import annotations
