@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.secagg.client_session import ClientSession
-from fedtune.core.secagg.config import Policy, round_config, segments_of
+from fedtune.core.secagg.config import Assumptions, Policy, Subject, round_config, segments_of
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.identity import Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.masking import Words
@@ -58,16 +58,11 @@ class Rehearsal:
         members = [Member(f"client-{index}", tier) for index, tier in enumerate(tiers)]
         identities, roster = enrol([member.client for member in members], random)
         config = round_config(
-            job="rehearsal",
-            mark=mark,
-            base_digest="0" * 64,
-            adapter_digest="1" * 64,
-            cohort=members,
-            segments=segments,
-            max_corrupt=LENIENT.max_corrupt,
-            max_dropout=max_dropout,
-            min_tier_survivors=LENIENT.min_tier_survivors,
-            random=random,
+            Subject("rehearsal", mark, "0" * 64, "1" * 64),
+            members,
+            segments,
+            Assumptions(LENIENT.max_corrupt, max_dropout, LENIENT.min_tier_survivors),
+            random,
         )
         return cls.start(config, identities, roster, random=random)
 

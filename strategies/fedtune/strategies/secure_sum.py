@@ -23,7 +23,7 @@ from fedtune.core.ledger import Purpose
 from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
 from fedtune.core.protocol.payloads import terms_digest
 from fedtune.core.round_records import ClientRecord, SecureRecord
-from fedtune.core.secagg import Member, Roster, RoundMark, ServerSession, Stage, round_config
+from fedtune.core.secagg import Assumptions, Member, Roster, RoundMark, ServerSession, Stage, Subject, round_config
 from fedtune.core.secagg.graph import MIN_SURVIVORS
 from fedtune.strategies.aggregation.aggregator import Frame
 from fedtune.strategies.aggregation.payload_sums import RingAggregation, RingMean
@@ -126,17 +126,13 @@ class SecureCollection:
         settings, tiers, request = self._settings, self._plan.uplink.tiers, self._inputs.common
         cohort = [Member(name, tiers.index(self._plan.tiers[name]) if tiers else 0) for name in self._inputs.requests]
         least = tier_minimum(settings, len(cohort)) if len(tiers) > 1 else MIN_SURVIVORS
+        mark = RoundMark(request.round, self._secure.clock() // 1_000_000)
+        digests = request.base.digest, request.adapter.digest
         config = round_config(
-            job=self._secure.run,
-            mark=RoundMark(request.round, self._secure.clock() // 1_000_000),
-            base_digest=request.base.digest,
-            adapter_digest=request.adapter.digest,
-            cohort=cohort,
-            segments=masked_segments(self._plan.terms, tiers),
-            max_corrupt=settings.max_corrupt,
-            max_dropout=settings.max_dropout,
-            context=terms_digest(request),
-            min_tier_survivors=least,
+            Subject(self._secure.run, mark, *digests, terms_digest(request)),
+            cohort,
+            masked_segments(self._plan.terms, tiers),
+            Assumptions(settings.max_corrupt, settings.max_dropout, least),
         )
         return ServerSession(config, self._secure.identities)
 

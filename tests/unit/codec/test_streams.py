@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedtune.core.codec.streams import draw_signs, draw_uint16, draw_uint32, open_stream
+from fedtune.core.seeds import draw_signs, draw_uint16, draw_uint32, open_stream
 
 
 def test_streams_give_known_answers() -> None:

@@ -20,6 +20,7 @@ import pytest
 from rehearsal import LENIENT, Rehearsal, Update, enrol
 
 from fedtune.core.secagg import (
+    Assumptions,
     ClientSession,
     Member,
     MemoryRoundLog,
@@ -27,6 +28,7 @@ from fedtune.core.secagg import (
     Segment,
     ServerSession,
     Stage,
+    Subject,
     round_config,
 )
 from fedtune.core.secagg.graph import Graph
@@ -101,16 +103,11 @@ def one_round() -> dict[str, Any]:
     names = list(UPDATES)
     identities, roster = enrol(names, Stream("identities"))
     config = round_config(
-        job="known answers",
-        mark=RoundMark(1, 0),
-        base_digest="0" * 64,
-        adapter_digest="1" * 64,
-        cohort=[Member(name, 0) for name in names],
-        segments=SEGMENTS,
-        max_corrupt=0.1,
-        max_dropout=0.3,
-        context=b"codec",
-        random=Stream("server"),
+        Subject("known answers", RoundMark(1, 0), "0" * 64, "1" * 64, b"codec"),
+        [Member(name, 0) for name in names],
+        SEGMENTS,
+        Assumptions(0.1, 0.3),
+        Stream("server"),
     )
     clients = {n: ClientSession(n, identities[n], roster, LENIENT, MemoryRoundLog(), Stream(n)) for n in names}
     rehearsal = Rehearsal(ServerSession(config, roster), clients)

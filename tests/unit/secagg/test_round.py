@@ -15,6 +15,7 @@ from rehearsal import Rehearsal, Update, enrol, plain_sum, random_updates
 
 from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.secagg import (
+    Assumptions,
     ClientFaultError,
     Policy,
     RoundAbortedError,
@@ -23,6 +24,7 @@ from fedtune.core.secagg import (
     Segment,
     ServerFaultError,
     Stage,
+    Subject,
     graph,
     round_config,
 )
@@ -390,14 +392,10 @@ def test_a_round_that_cannot_be_right_is_refused_when_it_is_made(
 def test_a_client_invited_twice_is_refused_when_the_round_is_made() -> None:
     with pytest.raises(JobError, match="invited twice"):
         round_config(
-            job="j",
-            mark=RoundMark(1, 0),
-            base_digest="0" * 64,
-            adapter_digest="0" * 64,
-            cohort=[Member("a", 0), Member("b", 0), Member("a", 0), Member("c", 0)],
-            segments=PLAIN,
-            max_corrupt=0.1,
-            max_dropout=0.0,
+            Subject("j", RoundMark(1, 0), "0" * 64, "0" * 64),
+            [Member("a", 0), Member("b", 0), Member("a", 0), Member("c", 0)],
+            PLAIN,
+            Assumptions(0.1, 0.0),
         )
 
 

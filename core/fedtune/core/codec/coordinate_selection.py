@@ -19,7 +19,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.streams import draw_uint32, open_stream
+from fedtune.core.seeds import draw_uint32, open_stream
 
 _CIRCLE = 1 << 32
 

@@ -19,7 +19,7 @@ from math import log, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.streams import draw_uint16, open_stream
+from fedtune.core.seeds import draw_uint16, open_stream
 
 MIN_RANGE = 1.0
 RANGE_OFFSET = 0.5  # fits the best of κ = 1, 1.5 ... 3 on the demo's updates for 1 to 4 bits

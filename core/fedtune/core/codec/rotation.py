@@ -18,7 +18,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.streams import draw_signs, open_stream
+from fedtune.core.seeds import draw_signs, open_stream
 
 MAX_BLOCK = 1024
 MAX_PADDING = 1 / 32  # of the vector: padding travels, so a short vector gets smaller blocks instead

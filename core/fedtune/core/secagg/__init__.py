@@ -6,13 +6,14 @@ states the threat model, the protocol byte by byte, and what is not promised.
 
 from fedtune.core.errors import ClientFaultError, RoundAbortedError, ServerFaultError
 from fedtune.core.secagg.client_session import ClientSession
-from fedtune.core.secagg.config import Policy, round_config
+from fedtune.core.secagg.config import Assumptions, Policy, Subject, round_config
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.graph import Thresholds, choose_thresholds
 from fedtune.core.secagg.identity import FileRoundLog, Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
 
 __all__ = [
+    "Assumptions",
     "ClientFaultError",
     "ClientSession",
     "FileRoundLog",
@@ -30,6 +31,7 @@ __all__ = [
     "ServerFaultError",
     "ServerSession",
     "Stage",
+    "Subject",
     "Thresholds",
     "choose_thresholds",
     "round_config",

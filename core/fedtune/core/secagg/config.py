@@ -31,36 +31,62 @@ class Policy:
     min_tier_honest: int = 2
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The round that a configuration is for; clients agree on nothing that belongs to another.
+
+    Attributes:
+        job: names the run.
+        base_digest, adapter_digest: of the base model and of the adapter that is sent, in hexadecimal.
+        context: whatever else all must agree on, such as a digest of the codec's terms.
+    """
+
+    job: str
+    mark: RoundMark
+    base_digest: str
+    adapter_digest: str
+    context: bytes = b""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """The failures that a round must bear.
+
+    Attributes:
+        max_corrupt: the part of the cohort that may collude with the server, γ.
+        max_dropout: the part that may be gone before the round is over.
+        min_tier_survivors: the fewest that a tier is summed over.
+    """
+
+    max_corrupt: float
+    max_dropout: float
+    min_tier_survivors: int = MIN_SURVIVORS
+
+
 def round_config(
-    *,
-    job: str,
-    mark: RoundMark,
-    base_digest: str,
-    adapter_digest: str,
+    subject: Subject,
     cohort: Sequence[Member],
     segments: Sequence[Segment],
-    max_corrupt: float,
-    max_dropout: float,
-    context: bytes = b"",
-    min_tier_survivors: int = MIN_SURVIVORS,
+    assumptions: Assumptions,
     random: Random = os.urandom,
 ) -> RoundConfig:
-    """A configuration with the thresholds that `max_corrupt` and `max_dropout` ask for.
+    """A configuration with the thresholds that the assumptions ask for.
 
     Raises:
         JobError: such a round cannot be safe, or the cohort and the segments contradict each other.
     """
-    thresholds = choose_thresholds(len(cohort), max_corrupt, max_dropout)
+    thresholds = choose_thresholds(len(cohort), assumptions.max_corrupt, assumptions.max_dropout)
+    tiers = 1 + max((member.tier for member in cohort), default=0)
     config = RoundConfig(
-        job=job,
-        round=mark.round,
-        attempt=mark.attempt,
+        job=subject.job,
+        round=subject.mark.round,
+        attempt=subject.mark.attempt,
         nonce=random(DIGEST_BYTES),
-        base_digest=base_digest,
-        adapter_digest=adapter_digest,
-        context=context,
+        base_digest=subject.base_digest,
+        adapter_digest=subject.adapter_digest,
+        context=subject.context,
         cohort=tuple(cohort),
-        tier_minimums=(min_tier_survivors,) * (1 + max((member.tier for member in cohort), default=0)),
+        tier_minimums=(assumptions.min_tier_survivors,) * tiers,
         segments=tuple(segments),
         degree=thresholds.degree,
         threshold=thresholds.threshold,
