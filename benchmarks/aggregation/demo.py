@@ -18,9 +18,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,17 +30,19 @@ import numpy as np
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter import tiers
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.methods import method_of
+from fedtune.core.job.settings import Job
 from fedtune.data.examples import Example
 from fedtune.demo import JOB
-from fedtune.flower import strategy
-from fedtune.server.run_directory import read_rounds
+from fedtune.server.run_directory import CLIENTS, RunDirectory, read_rounds
 from fedtune.server.run_display import Silent
-from fedtune.server.simulation import simulation_context
-from fedtune.server.simulation.simulate import simulate
-from fedtune.strategies.aggregation import FedAvg
-from fedtune.strategies.aggregation.owned import OwnedMean
+from fedtune.server.simulation.simulated_run import run_job
+from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.strategies.aggregation.aggregator import Frame, Update
+from fedtune.strategies.aggregation.mean import Mean, MeanOfOwners
+from fedtune.strategies.assembly import NO_PARTS, Parts
 
 HERE = Path(__file__).parent
 RANKS = (16, 16, 16, 16, 8, 8, 8, 4, 4, 4)
@@ -98,9 +100,8 @@ def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
         *overrides,
     ]
     started = time.monotonic()
-    way = zero_padding() if row.ranks == "zero-padded" else nullcontext()
-    with tempfile.TemporaryDirectory() as folder, way:
-        summary = simulate(load_job(JOB, settings), Path(folder) / "run", Silent())
+    with tempfile.TemporaryDirectory() as folder:
+        summary = simulate_row(load_job(JOB, settings), Path(folder) / "run", row)
         bytes_up = statistics.fmean(line["bytes"]["up_per_client"] for line in read_rounds(Path(folder) / "run"))
     score = summary["eval_after"]
     print(f"{name}, seed {seed}: exact match {score['exact_match']:.1%}, loss {score['loss']:.4f}, ", end="")
@@ -108,40 +109,48 @@ def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
     return [score["exact_match"], score["loss"], bytes_up]
 
 
-@contextmanager
-def zero_padding() -> Iterator[None]:
-    """Federations in here do as HeteroLoRA does: fixed prefixes of the rank indices, alone in the forward pass, and
-    sums divided by the whole cohort's weight."""
+def simulate_row(job: Job, path: Path, row: Row) -> dict[str, Any]:
+    """Returns the summary of a run.
 
-    class Alone(TorchTrainer):
-        """Sees its own rank indices only."""
-
-        def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-            seen, every = received.copy(), np.arange(self.layout.rank)
-            for _, lora_b in self.layout.views(seen).values():
-                lora_b[:, np.setdiff1d(every, task.owned or every)] = 0
-            return super().train(examples, seen, task)
-
+    Zero-padding is done as HeteroLoRA does it: fixed prefixes of the rank indices, alone in the forward pass, and sums
+    divided by the whole cohort's weight.
+    """
+    padded = row.ranks == "zero-padded"
+    prefixes = patch.object(tiers, "_order", lambda *drawn: np.arange(drawn[-1])) if padded else nullcontext()
+    context = SimulationContext.begin(job, path / CLIENTS, make_trainer=Alone if padded else TorchTrainer)
+    parts = Parts(aggregator=ZeroPadded(method_of(job.federation))) if padded else NO_PARTS
     with (
-        patch.object(tiers, "_order", lambda seed, number, rank: np.arange(rank)),  # noqa: ARG005
-        patch.object(simulation_context, "TorchTrainer", Alone),
-        patch.object(strategy, "aggregator_for", lambda _: DividedByAll()),
+        closing(RunDirectory.create(path, job, context.base.digest)) as directory,
+        prefixes if padded else nullcontext(),
     ):
-        yield
+        return run_job(context, directory, Silent(), parts)
 
 
-class DividedByAll(FedAvg):
-    """Sums over the owners, divided by everybody."""
+class Alone(TorchTrainer):
+    """Sees its own rank indices only."""
 
-    def accumulator(self, layout: AdapterLayout, factors: Factors, *_: Any) -> Any:
-        """A mean in which an index that a client does not own counts as zero."""
-        return _DividedByAll(layout, factors)
+    def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
+        seen, every = received.copy(), np.arange(self.layout.rank)
+        for _, lora_b in self.layout.views(seen).values():
+            lora_b[:, np.setdiff1d(every, task.owned or every)] = 0
+        return super().train(examples, seen, task)
 
 
-class _DividedByAll(OwnedMean):
-    def add(self, update: Vector, weight: int, tier: int = 0) -> None:
-        del tier
-        super().add(update, weight)
+class ZeroPadded(Mean):
+    """Sums over the owners, divided by everybody's weight: an index that a client does not own counts as zero."""
+
+    def begin(self, frame: Frame) -> MeanOfOwners:
+        return PaddedMean(frame)
+
+
+class PaddedMean(MeanOfOwners):
+    """One slice, that of everybody."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__(replace(frame, slices=()))
+
+    def add(self, update: Update) -> None:
+        super().add(replace(update, tier=0))
 
 
 def format_table(results: Mapping[str, Mapping[str, list[float]]]) -> str:

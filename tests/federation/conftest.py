@@ -10,14 +10,15 @@ from federation_helpers import FinishedRun, Simulate, run, small_job
 
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulate import simulate as simulate_with_pictures
+from fedtune.server.simulation.simulation_context import Wrap
 
 
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
     """Runs a small federation in tmp_path/NAME and returns its summary."""
 
-    def start(*overrides: str, name: str = "run") -> dict[str, Any]:
-        return run(small_job(*overrides), tmp_path / name)
+    def start(*overrides: str, name: str = "run", wrap: Wrap | None = None) -> dict[str, Any]:
+        return run(small_job(*overrides), tmp_path / name, wrap=wrap)
 
     return start
 

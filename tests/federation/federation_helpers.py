@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -17,8 +17,11 @@ from matplotlib.figure import Figure
 
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
+from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Display, Silent
 from fedtune.server.simulation.simulate import resume, simulate
+from fedtune.server.simulation.simulated_run import run_job
+from fedtune.server.simulation.simulation_context import SimulationContext, Wrap
 
 EVALUATION = Path(__file__).with_name("evaluation.jsonl")  # the first 40 of the demo's 240
 
@@ -82,10 +85,20 @@ def without_pictures() -> Iterator[None]:
         yield
 
 
-def run(job: Job, path: Path, display: Display | None = None, *, force: bool = False) -> dict[str, Any]:
-    """Simulates a job from its beginning, without pictures."""
+def run(
+    job: Job, path: Path, display: Display | None = None, *, force: bool = False, wrap: Wrap | None = None
+) -> dict[str, Any]:
+    """Simulates a job from its beginning, without pictures.
+
+    Args:
+        wrap: the clients answer through wrap(their handler).
+    """
     with without_pictures():
-        return simulate(job, path, display or Silent(), force=force)
+        if wrap is None:
+            return simulate(job, path, display or Silent(), force=force)
+        context = SimulationContext.begin(job, path / CLIENTS, wrap=wrap)
+        with closing(RunDirectory.create(path, job, context.base.digest)) as directory:
+            return run_job(context, directory, display or Silent())
 
 
 def go_on(path: Path, display: Display | None = None) -> dict[str, Any]:

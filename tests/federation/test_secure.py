@@ -14,40 +14,24 @@ from fedtune.core.protocol.payloads import TrainReply, decode
 from fedtune.core.secagg.exchanged import MaskedInput
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.server.run_directory import read_rounds
-from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.server.simulation.simulation_context import SimulationContext, Wrap
 
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
 Drop = Callable[[str, Request], bool]
-Wrap = Callable[[Handler], Handler]
 
 
-@pytest.fixture
-def wrapping(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wrap], None]:
-    """wrapping(wrap): from now on the clients of a simulation answer through wrap(their handler)."""
+def losing(drop: Drop) -> Wrap:
+    """Clients that never answer a message for which drop(client, request) holds."""
 
-    def install(wrap: Wrap) -> None:
-        original = SimulationContext.handler
-        monkeypatch.setattr(SimulationContext, "handler", lambda self: wrap(original(self)))
+    def wrap(handler: Handler) -> Handler:
+        def handle(client: str, request: Request) -> bytes:
+            if drop(client, request):
+                raise ConnectionError("gone")
+            return handler(client, request)
 
-    return install
+        return handle
 
-
-@pytest.fixture
-def losing(wrapping: Callable[[Wrap], None]) -> Callable[[Drop], None]:
-    """losing(drop): from now on messages for which drop(client, request) holds are never answered."""
-
-    def install(drop: Drop) -> None:
-        def wrap(handler: Handler) -> Handler:
-            def handle(client: str, request: Request) -> bytes:
-                if drop(client, request):
-                    raise ConnectionError("gone")
-                return handler(client, request)
-
-            return handle
-
-        wrapping(wrap)
-
-    return install
+    return wrap
 
 
 @pytest.mark.parametrize("aggregation", ["fedavg", "alternating"])
@@ -60,32 +44,26 @@ def test_the_adapter_is_the_one_that_the_same_sum_in_the_clear_gives(simulate: S
 
 
 @pytest.mark.parametrize("exchange", SECURE_EXCHANGES)
-def test_a_client_may_vanish_before_any_exchange(
-    simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path, exchange: str
-) -> None:
+def test_a_client_may_vanish_before_any_exchange(simulate: Simulate, tmp_path: Path, exchange: str) -> None:
     def drop(client: str, request: Request) -> bool:
         return request.action == exchange and client == "001"
 
     one_round = ("federation.rounds=1", "data.clients=5", "data.holdout=0")
-    losing(drop)
-    secret = simulate(*SECURE, *one_round, name="secret")
+    secret = simulate(*SECURE, *one_round, name="secret", wrap=losing(drop))
     line = read_rounds(tmp_path / "secret")[0]
     counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
     assert ("001" in line["survivors"]) is counted
     assert line["secure"]["summed"] == len(line["survivors"]) == (5 if counted else 4)
-    losing(lambda client, request: not counted and client == "001")
-    clear = simulate(*CLEAR_RING, *one_round, name="clear")
+    absent = losing(lambda client, request: not counted and client == "001")
+    clear = simulate(*CLEAR_RING, *one_round, name="clear", wrap=absent)
     assert secret["adapter_digest"] == clear["adapter_digest"]
 
 
-def test_a_round_that_loses_too_many_aborts_and_the_next_one_runs(
-    simulate: Simulate, losing: Callable[[Drop], None], tmp_path: Path
-) -> None:
+def test_a_round_that_loses_too_many_aborts_and_the_next_one_runs(simulate: Simulate, tmp_path: Path) -> None:
     def drop(client: str, request: Request) -> bool:
         return request.group == "2" and request.action == SECURE_EXCHANGES[4]
 
-    losing(drop)
-    summary = simulate(*SECURE, "federation.rounds=3")
+    summary = simulate(*SECURE, "federation.rounds=3", wrap=losing(drop))
     first, second, third = read_rounds(tmp_path / "run")
     assert first["secure"]
     assert third["secure"]
@@ -103,9 +81,7 @@ def test_random_dropout_up_to_the_limit_still_gives_an_adapter(simulate: Simulat
     assert any(line["secure"] and line["secure"]["summed"] < 10 for line in lines)
 
 
-def test_the_server_gets_nothing_of_a_client_but_words_that_look_random(
-    simulate: Simulate, wrapping: Callable[[Wrap], None], tmp_path: Path
-) -> None:
+def test_the_server_gets_nothing_of_a_client_but_words_that_look_random(simulate: Simulate, tmp_path: Path) -> None:
     answers: list[bytes] = []
 
     def listening(handler: Handler) -> Handler:
@@ -117,8 +93,7 @@ def test_the_server_gets_nothing_of_a_client_but_words_that_look_random(
 
         return handle
 
-    wrapping(listening)
-    simulate(*SECURE, "federation.rounds=1", "data.holdout=0")
+    simulate(*SECURE, "federation.rounds=1", "data.holdout=0", wrap=listening)
     assert len(answers) == 5
     for answer in answers:
         with pytest.raises(Exception, match="TrainReply"):

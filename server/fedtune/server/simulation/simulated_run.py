@@ -27,7 +27,7 @@ from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.executors import ForkedExecutor, LocalExecutor, WorkerPool
 from fedtune.server.simulation.simulated_fleet import PROGRAM_BYTES, VirtualRounds
 from fedtune.server.simulation.simulation_context import SimulationContext
-from fedtune.strategies.assembly import assemble
+from fedtune.strategies.assembly import NO_PARTS, Parts, assemble
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.secure_sum import SecureAggregation
 
@@ -62,8 +62,14 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     return context
 
 
-def run_job(simulation_context: SimulationContext, directory: RunDirectory, display: Display) -> dict[str, Any]:
-    """Runs what is left of the job's rounds, and returns the summary."""
+def run_job(
+    simulation_context: SimulationContext, directory: RunDirectory, display: Display, parts: Parts = NO_PARTS
+) -> dict[str, Any]:
+    """Runs what is left of the job's rounds, and returns the summary.
+
+    Args:
+        parts: of one's own in place of those that the job names.
+    """
     job = simulation_context.job
     clients = {FIRST_NODE_ID + index: name for index, name in enumerate(simulation_context.population.names)}
     nodes = {name: node_id for node_id, name in clients.items()}
@@ -78,7 +84,7 @@ def run_job(simulation_context: SimulationContext, directory: RunDirectory, disp
         SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     )
     base, layout = simulation_context.base, simulation_context.model.layout
-    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, trackers=[display])
+    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, trackers=[display], parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     try:
         summary = run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))

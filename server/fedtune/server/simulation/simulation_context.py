@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,8 @@ from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.strategies.assembly import Clients
+
+Wrap = Callable[[Handler], Handler]
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,38 @@ class Enrolment:
         return Credentials(self.identities[client], self.roster, self.policy, log)
 
 
-@dataclass(frozen=True)
 class SimulationContext:
-    """One process's share of a simulation; what it holds is made when first asked for, and then stays.
+    """One process's share of a simulation: model, data and clients, each made when first asked for.
 
     `begin` makes it, since torch must compute with the job's threads before anything is computed.
 
     Args:
         inputs: what the job's files hold.
-        folder: where clients keep what they remember between rounds; the processes of a simulation share it.
+        folder: where clients keep their state between rounds; the processes of a simulation share it.
+        make_trainer: model -> the trainer of every client.
+        wrap: handler of the clients' messages -> another, for clients that misbehave.
     """
 
-    inputs: JobInputs
-    folder: Path
-    _cleaning: dict[str, CleaningReport] = field(default_factory=dict)
+    def __init__(
+        self,
+        inputs: JobInputs,
+        folder: Path,
+        make_trainer: Callable[[AdaptedModel], Trainer] = TorchTrainer,
+        wrap: Wrap | None = None,
+    ) -> None:
+        self.inputs, self.folder = inputs, folder
+        self._make_trainer, self._wrap = make_trainer, wrap
+        self._cleaning: dict[str, CleaningReport] = {}
 
     @classmethod
-    def begin(cls, job: Job, folder: Path, inputs: JobInputs | None = None) -> SimulationContext:
+    def begin(
+        cls,
+        job: Job,
+        folder: Path,
+        inputs: JobInputs | None = None,
+        make_trainer: Callable[[AdaptedModel], Trainer] = TorchTrainer,
+        wrap: Wrap | None = None,
+    ) -> SimulationContext:
         """Makes this process one of the simulation's: from here on torch computes with the job's threads.
 
         Args:
@@ -90,7 +107,7 @@ class SimulationContext:
         """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
-        return cls(inputs or JobInputs(job), folder)
+        return cls(inputs or JobInputs(job), folder, make_trainer, wrap)
 
     @property
     def job(self) -> Job:
@@ -113,9 +130,9 @@ class SimulationContext:
         return open_model(self.job)
 
     @cached_property
-    def trainer(self) -> TorchTrainer:
-        """What every client trains with."""
-        return TorchTrainer(self.model)
+    def trainer(self) -> Trainer:
+        """The trainer of every client."""
+        return self._make_trainer(self.model)
 
     @cached_property
     def base(self) -> Base:
@@ -163,7 +180,7 @@ class SimulationContext:
             handler = handle_in_the_clear(device)
         if simulation.dropout or simulation.failing or simulation.slow:
             handler = with_faults(handler, simulation, self.job.training.seed, secure)
-        return handler
+        return self._wrap(handler) if self._wrap else handler
 
     def examples(self, client: str, trainer: Trainer, sequence_length: int) -> Sequence[Example]:
         """One client's examples, cleaned and tokenised."""
