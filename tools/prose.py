@@ -40,7 +40,7 @@ CLEAN = (
     "docs/",
     "server/fedtune/server/export/",
     "server/fedtune/server/report/",
-    "strategies/fedtune/strategies/aggregation/",
+    "strategies/fedtune/strategies/",
     "tests/deploy/",
     "tests/golden/",
     "tests/unit/codec/",

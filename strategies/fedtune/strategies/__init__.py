@@ -1,4 +1,4 @@
-"""How client updates become the next adapter: aggregators, cohort selection, and the Flower Strategy composed of them.
+"""The server's side of a round: cohort selection, collection and aggregation of updates, and server optimizers.
 
-numpy only, except `strategy`, `envelope` and `replies`, which face Flower.
+numpy only; `fedtune.flower` runs it as a Flower Strategy.
 """

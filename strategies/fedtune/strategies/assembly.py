@@ -1,8 +1,8 @@
-"""The one place where a federation is put together, for simulation, live server and stock Flower alike.
+"""The composition root: assembles a federation from a job, for simulation, live server and stock Flower alike.
 
     federation = assemble(job, base, layout, clients, secure=SecureAggregation(...), trackers=[display])
 
-A part of one's own is an object that takes the place of the one that the job names; nothing is registered anywhere:
+A custom part is an object that is passed in place of the one that the job names; there is no registry:
 
     federation = assemble(job, base, layout, parts=Parts(aggregator=MyAggregator(), selection=MySelection()))
 """
@@ -34,13 +34,14 @@ Present = Callable[[int, Sequence[str]], Sequence[str]]
 
 @dataclass(frozen=True)
 class Clients:
-    """Everything known of the clients that a cohort is chosen by; all of it may be unknown.
+    """The knowledge about clients by which cohorts are chosen; every field may be unknown.
 
     Args:
-        count: how many there are.
-        ranks: client -> how many rank indices it can train; None where all train everything.
-        seconds: client -> predicted seconds of a round; may fill up as clients register. None where nobody predicts.
-        present: (round number, names) -> the clients that can be asked; None where all can.
+        count: number of clients.
+        ranks: client -> number of rank indices it can train; None where all clients train the whole adapter.
+        seconds: client -> predicted seconds of a round; entries may be added as clients register. None without
+            predictions.
+        present: (round number, names) -> the clients that are available; None where all are.
         virtual_time: whether rounds pass on a virtual clock, which closes them itself.
     """
 
@@ -53,11 +54,11 @@ class Clients:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of one's own in place of those that the job names; None for the job's.
+    """Custom parts in place of those that the job names; None keeps the job's.
 
     Args:
-        aggregator: of decoded updates, in the clear; under masks its method must be linear.
-        form: that updates travel in; devices must hold the same.
+        aggregator: aggregator of decoded updates, in the clear; under masks its method must be linear.
+        form: form in which updates travel; the devices must have the same one.
         postprocess: changes to the aggregate before the server takes its step.
     """
 
@@ -82,16 +83,17 @@ def assemble(
     trackers: Sequence[Tracker] = (),
     parts: Parts = NO_PARTS,
 ) -> Federation:
-    """The federation that a job describes.
+    """Returns the federation that a job describes.
 
     Args:
-        base: tells clients which base model the adapter belongs to.
-        secure: what secure aggregation needs, for a job that has it enabled; without it updates come in the clear.
-        trackers: told of each client and each round.
+        base: the base model that the adapter belongs to, as clients identify it.
+        secure: inputs of secure aggregation, required exactly where the job enables it; without it updates travel in
+            the clear.
+        trackers: observers of clients and rounds.
 
     Raises:
-        JobError: the job wants what cannot be had here: secure aggregation without identities, a selection by time
-            where nobody predicts any, single updates under masks.
+        JobError: the job needs something that is missing here: identities for secure aggregation, predicted times for
+            a timed selection, or single updates under masks.
     """
     form = parts.form or FORMS[Compression.of(job).form]
     selection = parts.selection or _selection(job, clients)
@@ -113,7 +115,7 @@ def assemble(
 
 
 def _collector(job: Job, aggregator: Aggregator, form: UpdateForm, secure: SecureAggregation | None) -> Collector:
-    """SecureSum(RingMean) under masks, InTheClear(RingMean) in a ring, InTheClear(Decoded(aggregator)) otherwise."""
+    """Returns SecureSum(RingMean) under masks, InTheClear(RingMean) in a ring, else InTheClear(Decoded(aggregator))."""
     if job.secure_aggregation.enabled != (secure is not None):
         problem = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
         raise JobError([problem])
@@ -136,5 +138,5 @@ def _selection(job: Job, clients: Clients) -> Selection:
         problem = f'federation.selection is "{settings.selection}", but nothing here predicts how long clients take'
         raise JobError([f'{problem}; expected "uniform", a live fleet, or a simulated one (simulation.fleet)'])
     timed = timed_selection(job, cohort_size(settings.clients_per_round, clients.count), clients.seconds)
-    assert timed is not None, "every selection but the uniform one goes by time"
+    assert timed is not None, "every selection except the uniform one is timed"
     return timed

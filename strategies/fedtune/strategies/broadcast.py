@@ -1,10 +1,10 @@
-"""What goes down to clients: the adapter as they hold it, and for each client only what changed since its last version.
+"""The broadcast of the adapter: each client receives only the change since the version that it holds.
 
-The server has two adapters: `target`, as it would have it, and `held`, as the devices have it. After every round the
-difference is sent coarsely, and what did not come across stays in `target - held` for the next time: the server's own
-error feedback. Everybody who is asked in a round holds the same bits, whichever version they come from.
+The server keeps two adapters: `target`, its own, and `held`, the one that the devices have. After every round it sends
+a coarse form of the difference, and the remainder stays in `target - held` for the next round: error feedback on the
+server. All clients of a round hold the same bits, whichever version they start from.
 
-What the server believes a client to hold is soft state: after a restart it believes nothing, and sends what changed
+The record of the versions that clients hold is soft state: after a restart it is empty, and the server sends the change
 since the adapter that follows from the job's seed.
 """
 
@@ -21,13 +21,13 @@ from fedtune.core.protocol.payloads import Downlink
 
 @dataclass
 class Broadcast:
-    """Writes requests' adapter part for clients that hold different versions.
+    """Writes the adapter part of requests for clients that hold different versions.
 
     Args:
         layout: the adapter's.
         first: the adapter that the job started from.
-        exact: float32 for everybody, whatever they hold.
-        rebased: the adapter's basis changes now and then, so that the whole may be less than what changed.
+        exact: whether all clients receive the whole adapter as float32, whatever they hold.
+        rebased: whether the adapter's basis changes at times, so that the whole adapter may be smaller than the change.
     """
 
     layout: AdapterLayout
@@ -38,12 +38,12 @@ class Broadcast:
     _holds: dict[str, str] = field(default_factory=dict)
 
     def basis(self, client: str) -> str:
-        """The version that a client's payload should start from."""
+        """Returns the version that a client's payload starts from."""
         version = self._holds.get(client, FIRST)
         return version if version in self._versions else FIRST
 
     def write(self, basis: str, held: Vector) -> Downlink:
-        """What turns the basis into `held`, bit for bit."""
+        """Returns the payload that turns the basis into `held`, bit for bit."""
         digest = adapter_digest(held)
         if self.exact:
             codec = ExactCodec()
@@ -58,7 +58,7 @@ class Broadcast:
         return change if whole is None else min(change, whole, key=len)
 
     def sent(self, client: str, held: Vector) -> None:
-        """A client has answered a request and so holds this version."""
+        """Records that a client holds this version, because it has answered the request."""
         if self.exact:
             return
         digest = adapter_digest(held)
@@ -69,5 +69,5 @@ class Broadcast:
         self._holds[client] = digest
 
     def lost(self, client: str) -> None:
-        """A client did not answer: nothing is known of what it holds."""
+        """Forgets which version a client holds, because it did not answer."""
         self._holds.pop(client, None)

@@ -1,4 +1,4 @@
-"""The collection of a round's updates: which exchanges it takes with the cohort, and what they sum to.
+"""The collection of a round's updates: the exchanges with the cohort, and the aggregate that they give.
 
     collection = collector.begin(plan, frame, inputs)
     for exchange in collection.exchanges():
@@ -6,8 +6,8 @@
         facts = collection.take(name, payload)      # for each answer, in any order
     collected = collection.finish(survivors)
 
-`InTheClear` asks once and sees every payload; `fedtune.strategies.secure_sum.SecureSum` asks five times and sees only
-the sum. A round does not care which one it has.
+`InTheClear` has one exchange and sees every payload; `fedtune.strategies.secure_sum.SecureSum` has five and sees only
+the sum. A round works the same with either.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Exchange:
     """One exchange of a round: a message to each of some clients.
 
     Args:
-        message_type: Flower's, by which a client knows what to do.
-        requests: client -> the parts of its message; clients that are asked the same share the same bytes.
-        down: what each part is for, in the ledger.
-        up: what an answer is for, in the ledger.
-        carries_adapter: whether who answers holds the adapter from now on.
-        closing: None to wait for everybody, as long as the job's deadline allows.
+        message_type: Flower's message type, which selects the client's handler.
+        requests: client -> the parts of its message; clients with equal requests share the same bytes.
+        down: the ledger's purpose of each part.
+        up: the ledger's purpose of an answer.
+        carries_adapter: whether a client that answers holds the adapter from then on.
+        closing: the condition that ends the exchange early; None to wait for all clients up to the job's deadline.
     """
 
     message_type: str
@@ -56,10 +56,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class ClientFacts:
-    """The facts that an answer tells about its client beside its update; under secure aggregation there are none.
+    """The facts about a client that its answer states beside the update; under secure aggregation there are none.
 
     Args:
-        seconds: of local training, as the client says.
+        seconds: duration of local training, as the client reports it.
     """
 
     examples: int = 0
@@ -70,12 +70,12 @@ class ClientFacts:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """The outcome of a round.
+    """The outcome of a collection.
 
     Args:
         train_loss: mean over the survivors, weighted by target tokens where they are known.
-        secure: what the server saw, under secure aggregation.
-        notes: what became of late updates, one sentence each.
+        secure: record of the secure round, under secure aggregation.
+        notes: one sentence about each stale update.
     """
 
     aggregate: Aggregate
@@ -89,8 +89,8 @@ class Inputs:
     """The messages that a collection starts from.
 
     Args:
-        requests: client -> its request, encoded, for those that are asked to train.
-        common: the request without what differs between clients: the tier, and the way the adapter travels.
+        requests: client that is asked to train -> its encoded request.
+        common: the part of the request that is equal for all clients: all but the tier and the downlink.
         stale: client -> its answer to the round before.
     """
 
@@ -103,24 +103,24 @@ class Collection(Protocol):
     """The collection of one round's updates, under way."""
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The exchanges, one after the other; the next one may depend on the answers to the last.
+        """Yields the exchanges in order; each may depend on the answers to the one before.
 
         Raises:
             RoundAbortedError, JobError: the round cannot go on.
         """
 
     def take(self, name: str, payload: bytes) -> ClientFacts | None:
-        """Takes a client's answer: its facts if its update is in now, None if there is more to come.
+        """Takes a client's answer; returns its facts once its update is in, None while further answers are due.
 
         Raises:
             PeerError, UpdateError: the answer cannot be used; nothing has changed.
         """
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
-        """The outcome of the survivors' updates.
+        """Returns the outcome of the survivors' updates.
 
         Raises:
-            PeerError, RunError: there is none that can be used.
+            PeerError, RunError: no usable aggregate results.
         """
 
 
@@ -129,39 +129,42 @@ class Collector(Protocol):
 
     @property
     def aggregator(self) -> Aggregator:
-        """What payloads, or their sum, are given to."""
+        """The aggregator that receives the payloads, or their sum."""
 
     @property
     def single_exchange(self) -> bool:
-        """Whether one exchange a round is all that it takes."""
+        """Whether a round consists of a single exchange."""
 
     def admits(self, client: str) -> bool:
-        """Whether a client can be asked to train."""
+        """Returns whether a client can be asked to train."""
 
     def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> Collection:
-        """The collection of one round."""
+        """Begins the collection of one round."""
 
 
 @dataclass(frozen=True)
 class InTheClear:
-    """Every payload goes to the aggregation as it arrives."""
+    """Collects payloads in the clear: each goes to the aggregation as it arrives."""
 
     aggregator: Aggregator
     single_exchange: bool = True
 
     def admits(self, client: str) -> bool:
-        """Everybody."""
+        """Admits every client."""
         del client
         return True
 
     def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> ClearCollection:
-        """One exchange."""
+        """Begins a collection with one exchange."""
         return ClearCollection(plan, self.aggregator.begin(frame), inputs)
 
 
 class ClearCollection:
-    """One exchange. A stale update weighs less than one that is in time, and nothing where its client has answered this
-    round, or where this round's slices are not that one's."""
+    """The collection of a round in the clear.
+
+    A stale update has less weight than one that arrives in time. It is dropped where its client has answered this
+    round, or where the slices of this round differ from those of its own.
+    """
 
     def __init__(self, plan: RoundPlan, aggregation: Aggregation[Payloads], inputs: Inputs) -> None:
         self._plan = plan
@@ -170,7 +173,7 @@ class ClearCollection:
         self._limit = sum(max_body_size(each.count) for each in plan.terms) + HEADER_BYTES
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The one exchange."""
+        """Yields the only exchange."""
         requests = {name: (request,) for name, request in self._inputs.requests.items()}
         yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
 
@@ -182,7 +185,7 @@ class ClearCollection:
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
-        """Adds what is stale, and finishes the aggregation."""
+        """Adds the stale updates, and finishes the aggregation."""
         present = {client.id for client in survivors}
         notes = [self._take_stale(name) for name in sorted(self._inputs.stale) if name not in present]
         return Collected(self._aggregation.finish(), _mean_loss(survivors), notes=tuple(notes))

@@ -1,4 +1,4 @@
-"""One evaluation by the clients, without any I/O: the requests, the answers, and all scores as one."""
+"""One evaluation by the clients, without I/O: the requests, the answers, and the pooled score."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedtune.strategies.round import LATE
 
 @dataclass
 class EvaluationRound:
-    """Clients evaluate an adapter on what they keep back; the same calls as TrainingRound."""
+    """The evaluation of an adapter by clients on their held-out examples; it has the same methods as TrainingRound."""
 
     number: int
     cohort: tuple[str, ...]
@@ -41,7 +41,7 @@ class EvaluationRound:
     def open(
         cls, federation: Federation, state: FederationState, population: Sequence[str], broadcast: Broadcast
     ) -> EvaluationRound:
-        """Asks every client, or a random `federation.evaluation_clients` of them where there are more."""
+        """Opens an evaluation by all clients, or by `federation.evaluation_clients` random ones if there are more."""
         job = federation.job
         names = sorted(population)
         most = job.federation.evaluation_clients
@@ -62,12 +62,12 @@ class EvaluationRound:
         return cls(state.round, tuple(names), state.held, Requests(broadcast, state.held, request))
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The one exchange."""
+        """Yields the only exchange."""
         requests = {name: (self.requests.payload(name),) for name in self.cohort}
         yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation")
 
     def take_in(self, name: str, payload: bytes) -> None:
-        """Keeps one client's score; one that cannot be read is kept as none."""
+        """Records one client's score; an unreadable answer counts as none."""
         if name not in self.cohort or name in self.evaluations:
             return
         self.requests.broadcast.sent(name, self.held)
@@ -75,14 +75,14 @@ class EvaluationRound:
         self.evaluations[name] = ClientEvaluation(name, self._score(payload), traffic)
 
     def give_up(self, name: str, reason: str) -> None:
-        """Writes down that a client has no score; why is not kept."""
+        """Records that a client has no score; the reason is not kept."""
         del reason
         if name in self.cohort and name not in self.evaluations:
             self.requests.broadcast.lost(name)
             self.evaluations[name] = ClientEvaluation(name, None, self._asked(name))
 
     def close(self) -> tuple[ClientEvaluation, ...]:
-        """One entry a client asked, in the order of names."""
+        """Returns one entry for each client that was asked, in the order of names."""
         for name in self.cohort:
             self.give_up(name, LATE)
         return tuple(self.evaluations[name] for name in self.cohort)
@@ -94,20 +94,20 @@ class EvaluationRound:
         try:
             reply = decode(payload, EvaluateReply, limit=HEADER_BYTES)
         except PeerError:
-            return None  # shown without a score; an evaluation changes nothing that a round depends on
+            return None  # listed without a score; no round depends on an evaluation
         if reply.round != self.number or not reply.examples:
             return None
         return Evaluation(reply.loss, reply.exact_match, reply.examples, reply.tokens)
 
 
 def clients_evaluate(job: Job, number: int) -> bool:
-    """Whether clients evaluate after this round: as often as the job says, and after the last."""
+    """Returns whether clients evaluate after this round: as often as the job says, and after the last round."""
     every = job.federation.evaluate_clients_every
     return job.data.holdout > 0 and (number == job.federation.rounds or (every > 0 and number % every == 0))
 
 
 def pooled(evaluations: Sequence[ClientEvaluation]) -> Evaluation | None:
-    """All clients' scores as one: loss weighted by target tokens, exact match by examples; None without any score."""
+    """Returns the mean of all scores: loss weighted by target tokens, exact match by examples; None without a score."""
     scores = [part.evaluation for part in evaluations if part.evaluation]
     tokens, examples = sum(score.tokens for score in scores), sum(score.examples for score in scores)
     if not tokens or not examples:

@@ -1,4 +1,4 @@
-"""A federation: what stays the same all through a job, and what one round hands to the next."""
+"""A federation: the parts that stay the same throughout a job, and the state that passes from round to round."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Postprocess = Callable[[AdapterLayout, Factors, Vector], Vector]
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that stays the same all through a job; `fedtune.strategies.assembly` makes it.
+    """The parts of a job that stay the same throughout; `fedtune.strategies.assembly` makes it.
 
     Args:
-        job: learning rate, weights and seed are read from it.
-        base: tells clients which base model the adapter belongs to.
+        job: source of the learning rate, the weights and the seed.
+        base: the base model that the adapter belongs to, as clients identify it.
         layout: the adapter's.
-        form: that updates travel up in.
-        collector: gets one aggregate out of a cohort.
+        form: form in which updates travel up.
+        collector: collects and aggregates a cohort's updates.
         selection: chooses the cohort.
-        schedule: says when a round goes on without those who have not answered.
+        schedule: decides when a round goes on without the missing answers.
         optimizer: takes the server's step.
-        ranks: how many rank indices each client can train; None where all train everything.
-        postprocess: changes to the aggregate, one after the other.
-        trackers: told of each client and each round.
+        ranks: client -> number of rank indices it can train; None where all clients train the whole adapter.
+        postprocess: changes to the aggregate, applied in order.
+        trackers: observers of clients and rounds.
     """
 
     job: Job
@@ -58,22 +58,22 @@ class Federation:
 
     @property
     def method(self) -> Method:
-        """The declaration of how updates become one."""
+        """The method of the aggregator."""
         return self.collector.aggregator.method
 
 
 @dataclass(frozen=True)
 class FederationState:
-    """Everything that one round hands to the next.
+    """The state that one round passes to the next.
 
     Args:
-        round: rounds completed.
-        adapter: the server's own, the result so far; float32, the layout's size.
-        held: the adapter as devices hold it: `adapter`, as far as it has come across.
-        clips: of a ring: factor -> norm to which updates of it are clipped; WEIGHT -> where weights are capped.
-        server: what aggregator and server optimizer keep, by name; float32 vectors.
-        stale_updates: client -> its answer to the round before, which came when that had closed.
-        rebasing: the last change of the adapter's basis, if there was one.
+        round: number of completed rounds.
+        adapter: the server's own adapter, the result so far; float32, (layout.size,).
+        held: the adapter as devices hold it: `adapter` less what has not been sent yet.
+        clips: clips of a ring: factor -> norm to which its updates are clipped; WEIGHT -> the weight cap.
+        server: state of the aggregator and the server optimizer, by name; float32 vectors.
+        stale_updates: client -> its answer to the round before, which arrived after that had closed.
+        rebasing: the last change of the adapter's basis, if any.
     """
 
     round: int
@@ -86,7 +86,7 @@ class FederationState:
 
 
 def initial_state(federation: Federation) -> FederationState:
-    """The state before round 1: A at random from the job's seed, B = 0, and clips that follow from the job alone."""
+    """Returns the state before round 1: a random A from the job's seed, B = 0, and clips that follow from the job."""
     job, layout = federation.job, federation.layout
     adapter = layout.initial(job.training.seed)
     clips: Clips = {
@@ -97,7 +97,7 @@ def initial_state(federation: Federation) -> FederationState:
 
 
 def scheduled_learning_rate(job: Job, number: int) -> float:
-    """The learning rate of a round: η, η·(1 - p) or η·(1 + cos πp)/2, with p = (number - 1) / rounds."""
+    """Returns the learning rate of a round: η, η·(1 - p) or η·(1 + cos πp)/2, with p = (number - 1) / rounds."""
     progress = min((number - 1) / job.federation.rounds, 1.0)
     match job.training.schedule:
         case "constant":

@@ -1,11 +1,11 @@
-"""The translation of a round into what travels: a plan of the round, and the payloads of its requests.
+"""The translation of a round into messages: the plan of the round, and the payloads of its requests.
 
     plan = plan_round(federation, state, population)
     requests = Requests(broadcast, state.held, partial(train_request, federation, state, plan), plan.tiers)
     data = requests.payload(name)
 
-A request is the same for all clients that come from the same version of the adapter and train the same tier, so it is
-serialised once for each.
+A request is the same for all clients that start from the same version of the adapter and train the same tier, so it is
+serialised once for each such pair.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ NO_TIERS: Mapping[str, int] = {}
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """A round as it is meant to go.
+    """The plan of a round.
 
     Args:
-        number: rounds count from 1.
-        factors: those that are trained.
-        assignment: the cohort, and which tier each of it trains.
-        tiers: client that is asked -> the tier it trains; 0 where all train everything.
-        uplink: how updates travel.
-        terms: of the codec, all slices.
-        slices: of the rank indices; none where all train everything.
-        closing: when training goes on without those who have not answered.
+        number: the round's number, counted from 1.
+        factors: the factors that the round trains.
+        assignment: the cohort and the tier of each of its clients.
+        tiers: client that is asked -> the tier it trains; 0 where all clients train the whole adapter.
+        uplink: settings by which updates travel.
+        terms: the codec's terms, of all slices.
+        slices: slices of the rank indices; none where all clients train the whole adapter.
+        closing: condition under which training goes on without the missing answers.
     """
 
     number: int
@@ -61,7 +61,7 @@ class RoundPlan:
 
 
 def plan_round(federation: Federation, state: FederationState, population: Sequence[str]) -> RoundPlan:
-    """Chooses the cohort of the round after `state`, and everything that its requests say."""
+    """Chooses the cohort of the round after `state`, and the settings of its requests."""
     job, layout, number = federation.job, federation.layout, state.round + 1
     factors = federation.method.factors(number)
     cohort = tuple(federation.selection.cohort(number, population))
@@ -85,7 +85,7 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
 def train_request(
     federation: Federation, state: FederationState, plan: RoundPlan, adapter: Downlink, tier: int
 ) -> TrainRequest:
-    """The request to train an adapter, as it travels to clients of one tier."""
+    """Returns the training request for the clients of one tier."""
     return TrainRequest(
         version=PROTOCOL_VERSION,
         job_seed=federation.job.training.seed,
@@ -100,13 +100,13 @@ def train_request(
 
 
 class Requests:
-    """The payloads of a round: one for each version of the adapter that clients come from and each tier they train.
+    """The payloads of a round: one for each pair of adapter version and tier.
 
     Args:
-        broadcast: what is known of the versions that clients hold.
-        held: the version that everybody shall hold.
-        write: puts an adapter and a tier into this round's request.
-        tiers: client -> the tier it trains; those that are missing have tier 0, as all have where all are alike.
+        broadcast: record of the versions that clients hold.
+        held: the version that all clients hold after this request.
+        write: makes this round's request from an adapter and a tier.
+        tiers: client -> the tier it trains; a missing client has tier 0, as all have in a round without tiers.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Requests:
         self._payloads: dict[tuple[str, int], bytes] = {}
 
     def payload(self, name: str) -> bytes:
-        """The bytes that go to one client, the same whenever asked."""
+        """Returns the bytes for one client, the same at every call."""
         basis, tier = self._basis.setdefault(name, self.broadcast.basis(name)), self._tiers.get(name, 0)
         if (basis, tier) not in self._payloads:
             if basis not in self._adapters:

@@ -1,4 +1,4 @@
-"""One round without any I/O: a state machine for each client of the cohort, and the state and record that follow.
+"""One round without I/O: a state machine for each client of the cohort, and the resulting state and record.
 
     round_ = TrainingRound.open(federation, state, population, broadcast)
     for exchange in round_.exchanges():                                   # one in the clear, five under masks
@@ -44,7 +44,7 @@ SAT_OUT = "sat out: no tier of this round for it"
 class Phase(Enum):
     """The phase of one client in a round."""
 
-    IDLE = "idle"  # nothing is asked of it, and its update is not in
+    IDLE = "idle"  # it owes no answer, and its update is not in
     ASKED = "asked"  # its update is not in, and it owes an answer
     IN = "in"  # its update is in
     ASKED_AGAIN = "asked again"  # its update is in, and it owes an answer to a later exchange
@@ -52,12 +52,12 @@ class Phase(Enum):
 
 
 class Event(Enum):
-    """An event in the round of one client."""
+    """An event that moves one client from phase to phase."""
 
     ASK = "ask"  # an exchange begins
     ANSWER = "answer"  # it answered, and there is more to come
     UPDATE = "update"  # it answered, and its update is in
-    GIVE_UP = "give up"  # it does not answer, or not with anything of use
+    GIVE_UP = "give up"  # it does not answer, or its answer is unusable
 
 
 TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
@@ -70,16 +70,16 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
     (Phase.ASKED_AGAIN, Event.ANSWER): Phase.IN,
     (Phase.ASKED_AGAIN, Event.GIVE_UP): Phase.IN,
 }
-"""The phase after an event. Every other event leaves everything as it is: a second answer, say, or a stranger's."""
+"""The phase after an event. Every other event changes nothing, such as a second answer or an unexpected one."""
 
 WAITING = (Phase.ASKED, Phase.ASKED_AGAIN)
 
 
 class TrainingRound:
-    """A round of training under way; `open` makes it.
+    """A round of training under way; `open` creates it.
 
     Args:
-        collection: gets the cohort's updates and makes one of them.
+        collection: collects and aggregates the cohort's updates.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class TrainingRound:
 
         Args:
             population: names of the clients that can be reached now.
-            broadcast: what is known of the versions that clients hold.
+            broadcast: record of the versions that clients hold.
         """
         plan = plan_round(federation, state, population)
         write = partial(train_request, federation, state, plan)
         requests = Requests(broadcast, state.held, write, plan.tiers)
-        nobodys = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # how it travels differs between clients
+        nobodys = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # the downlink differs between clients
         inputs = Inputs({name: requests.payload(name) for name in plan.tiers}, write(nobodys, 0), state.stale_updates)
         frame = Frame(federation.layout, plan.factors, state.adapter, state.server, plan.slices, plan.terms)
         return cls(federation, state, plan, requests, federation.collector.begin(plan, frame, inputs))
@@ -133,7 +133,7 @@ class TrainingRound:
         return self.plan.number
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The exchanges, one after the other; who has not answered when the next one is fetched is late."""
+        """Yields the exchanges in order; clients that have not answered when the next one is fetched are late."""
         try:
             for exchange in self._collection.exchanges():
                 if exchange.message_type == TRAIN:
@@ -150,7 +150,7 @@ class TrainingRound:
             self._aborted = str(error)
 
     def take_in(self, name: str, payload: bytes) -> None:
-        """Takes one client's answer to the exchange, or writes down why not; a second answer is ignored."""
+        """Takes one client's answer to the exchange, or records why it is unusable; ignores a second answer."""
         if self._exchange is None or self._phases.get(name) not in WAITING:
             return
         exchange = self._exchange
@@ -167,7 +167,7 @@ class TrainingRound:
             self._settle(name, examples=facts.examples, tokens=facts.tokens, loss=facts.loss, seconds=facts.seconds)
 
     def give_up(self, name: str, reason: str) -> None:
-        """Writes down that a client does not answer; an update of it that is in already stays in."""
+        """Records that a client does not answer; an update of it that is already in counts."""
         if self._exchange is None or self._phases.get(name) not in WAITING:
             return
         if self._exchange.carries_adapter:
@@ -175,14 +175,14 @@ class TrainingRound:
         self._drop(name, reason)
 
     def take_stale(self, name: str, payload: bytes) -> None:
-        """Keeps the answer of a client that was given up for being late; the next round may use it."""
+        """Keeps the answer of a client that was given up as late; the next round may use it."""
         if self._phases[name] is Phase.OUT and name not in self._stale:
             self._count(name, self._records[name].traffic.received("update", len(payload)))
             self._stale[name] = payload
             self.requests.broadcast.sent(name, self.state.held)
 
     def close(self) -> tuple[FederationState, RoundRecord]:
-        """The state after this round and its record; where it came to nothing only the round's number changes."""
+        """Returns the state after this round and its record; after a failed round only the round's number changes."""
         for name in self.cohort:
             self.give_up(name, LATE)
             if self._phases[name] is Phase.IDLE:
@@ -207,7 +207,7 @@ class TrainingRound:
         return replace(state, stale_updates=self._stale), record
 
     def _collected(self, clients: Sequence[ClientRecord]) -> tuple[Collected | None, str | None]:
-        """The survivors' outcome, or why there is none."""
+        """Returns the survivors' outcome, or the reason why there is none."""
         survivors = [client for client in clients if client.dropped is None]
         least = self.federation.job.federation.minimum_clients
         if self._aborted is not None:
@@ -220,7 +220,7 @@ class TrainingRound:
             return None, str(error)
 
     def _after(self, aggregate: Aggregate) -> FederationState:
-        """The state with the server's step taken."""
+        """Returns the state after the server's step."""
         federation, layout, factors = self.federation, self.federation.layout, self.plan.factors
         update = aggregate.update
         for change in federation.postprocess:
@@ -238,9 +238,9 @@ class TrainingRound:
         return FederationState(self.number, adapter, held, clips, server, rebasing=self.state.rebasing)
 
     def _rebalanced(self, state: FederationState) -> tuple[FederationState, tuple[str, ...]]:
-        """The state in a balanced basis, where it is time for that, and what there is to say about it.
+        """Returns the state in a balanced basis where rebalancing is due, and notes about it.
 
-        The change follows from the adapter that the round's devices held, so that they can make it, too.
+        The change of basis follows from the adapter that the round's devices held, so that they can compute it as well.
         """
         job, layout = self.federation.job, self.federation.layout
         every = job.federation.rebalance_every

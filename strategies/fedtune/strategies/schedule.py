@@ -1,6 +1,6 @@
-"""The schedule of a round: when it goes on without the clients that have not answered.
+"""The schedule of a round: the policy that decides when it goes on without the clients that have not answered.
 
-A schedule is a policy and does no waiting itself: it hands out a `Closing`, which whoever drives the round keeps to.
+A schedule does not wait itself: it returns a `Closing`, and the driver of the round waits by it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fedtune.strategies.cohorts.selection import Selection, cohort_size
 
 @dataclass(frozen=True)
 class Closing:
-    """The end of an exchange for those who have not answered.
+    """The condition that closes an exchange for clients that have not answered.
 
     Args:
-        seconds: after so many.
-        enough: after so many answers.
-        least: with fewer answers it waits on, whatever the time.
+        seconds: time after which it closes.
+        enough: number of answers at which it closes.
+        least: number of answers below which it stays open, whatever the time.
     """
 
     seconds: float
@@ -31,39 +31,39 @@ class Closing:
 
 
 class Schedule(Protocol):
-    """A way to end the training of a round."""
+    """A policy for closing the training of a round."""
 
     def closing(self, selection: Selection, population: Sequence[str], cohort: int) -> Closing | None:
-        """The end of this round's training; None where everybody is waited for, as long as the job's deadline allows.
+        """Returns the closing of this round's training; None to wait for all clients up to the job's deadline.
 
         Args:
-            selection: knows what clients are predicted to take.
+            selection: selection with the predicted times of clients.
             population: names of the clients that can be reached now.
-            cohort: how many are asked to train.
+            cohort: number of clients that are asked to train.
         """
 
 
 @dataclass(frozen=True)
 class Synchronous:
-    """Everybody is waited for."""
+    """Waits for all clients."""
 
     def closing(self, selection: Selection, population: Sequence[str], cohort: int) -> None:
-        """None."""
+        """Returns None: the round waits for all clients."""
         del selection, population, cohort
 
 
 @dataclass(frozen=True)
 class ByDeadline:
-    """A round that has the answers it wanted goes on, and so does one past the deadline of its selection.
+    """Closes a round once it has the wanted answers, or at the deadline of its selection.
 
-    The deadline is missed by so many that the sum could not be opened, or by half of those wanted? Then it was wrong,
-    and the round waits on.
+    A deadline that is missed by half of the wanted clients, or by so many that the sum could not be opened, was wrong;
+    the round then waits on.
     """
 
     job: Job
 
     def closing(self, selection: Selection, population: Sequence[str], cohort: int) -> Closing | None:
-        """By the selection's deadline for this population; None in a round that has none yet."""
+        """Returns the closing by the selection's deadline for this population; None in a round without a deadline."""
         deadline = selection.deadline(population)
         if deadline is None:
             return None

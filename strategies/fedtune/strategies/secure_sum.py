@@ -1,14 +1,15 @@
 """Updates under secure aggregation: five exchanges with the cohort, and one sum at the end.
 
     exchange          to a client                              from a client
-    query.open        the configuration; what to train         its keys for this round
-    query.share       everybody's keys                         its secrets' shares, encrypted for their holders
+    query.open        the configuration and the request        its keys for this round
+    query.share       all clients' keys                        its secrets' shares, encrypted for their holders
     train             the shares it holds for others           its masked update
-    query.vote        who is in the sum                        its signature over that
-    query.unmask      enough signatures                        shares that take the masks off the sum
+    query.vote        the sharers and survivors                its signature over them
+    query.unmask      a quorum of signatures                   shares that remove the masks from the sum
 
-The protocol is `fedtune.core.secagg`'s; here it meets a round of training. docs/secure-aggregation.md states the threat
-model. A round that must abort leaves the adapter as it was, and the next round starts afresh.
+`fedtune.core.secagg` implements the protocol; this module connects it to a round of training.
+docs/secure-aggregation.md states the threat model. An aborted round leaves the adapter as it was, and the next round
+starts from the beginning.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from fedtune.strategies.requests import RoundPlan
 
 @dataclass(frozen=True)
 class SecureAggregation:
-    """Everything that a server needs for secure rounds beside the job.
+    """The server's inputs to secure rounds beside the job.
 
     Args:
-        run: names the run, on the server and in every device's memory of the rounds it has served.
-        identities: the public identity keys of the enrolled devices; the devices pin the same.
-        clock: nanoseconds since 1970; an attempt at a round must come later than the one before, across restarts.
+        run: name of the run, on the server and in every device's log of the rounds it has served.
+        identities: public identity keys of the enrolled devices; the devices pin the same ones.
+        clock: nanoseconds since 1970; each attempt at a round must be later than the one before, across restarts.
     """
 
     run: str
@@ -49,7 +50,7 @@ class SecureAggregation:
 
 @dataclass(frozen=True)
 class SecureSum:
-    """Collects masked updates, and gives the aggregator their sum alone: SecureSum(RingMean(...), ...).
+    """Collects masked updates, and gives the aggregator only their sum: SecureSum(RingMean(...), ...).
 
     Args:
         aggregator: decodes the sum.
@@ -62,17 +63,17 @@ class SecureSum:
     single_exchange: bool = False
 
     def admits(self, client: str) -> bool:
-        """Those whose identity the others know."""
+        """Admits the clients whose identity keys the others pin."""
         return client in self.secure.identities.keys
 
     def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> SecureCollection:
-        """Five exchanges."""
+        """Begins a collection with five exchanges."""
         return SecureCollection(self, plan, self.aggregator.begin(frame), inputs)
 
 
 @dataclass(frozen=True)
 class _Travel:
-    """The way in which one stage of the protocol travels."""
+    """The wire form of one stage of the protocol."""
 
     message_type: str
     down: tuple[Purpose, ...]
@@ -89,7 +90,7 @@ _TRAVEL: Mapping[Stage, _Travel] = {
 
 
 class SecureCollection:
-    """Five exchanges; the server sees the sum over the survivors."""
+    """The collection of a secure round; the server sees only the sum over the survivors."""
 
     def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: RingAggregation, inputs: Inputs) -> None:
         self._secure, self._settings = collector.secure, collector.settings
@@ -99,7 +100,7 @@ class SecureCollection:
         self._session: ServerSession | None = None
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The five, as long as enough clients are left."""
+        """Yields the five exchanges, as long as enough clients are left."""
         session = self._session = self._open()
         requests = session.open()
         while requests:
@@ -107,13 +108,13 @@ class SecureCollection:
             requests = session.advance()
 
     def take(self, name: str, payload: bytes) -> ClientFacts | None:
-        """Hands a client's answer to the protocol; a masked update counts as in."""
+        """Passes a client's answer to the protocol; the client's update counts as in once it is masked."""
         assert self._session is not None, "set before the first exchange"
         self._session.receive(name, payload)
         return ClientFacts() if self._session.stage is Stage.MASK else None
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
-        """Merges the opened sum, which the protocol knows better than anybody, into the aggregation."""
+        """Merges the opened sum into the aggregation; the survivors are those of the protocol."""
         del survivors
         assert self._session is not None, "set before the first exchange"
         result, config = self._session.result, self._session.config

@@ -1,4 +1,4 @@
-"""What the server makes of a round's aggregate: nothing more, or a step of an optimizer of its own.
+"""Server optimizers: the server's step along a round's aggregate, plain or by an optimizer with state.
 
     step, state = optimizer.step(factor, aggregate, state)
     adapter[layout.segment(factor)] += step
@@ -10,7 +10,7 @@ The aggregate Δ is a negative gradient (Reddi et al. 2021, Adaptive Federated O
     yogi       v ← v - (1 - β₂)·Δ²·sign(v - Δ²)      m ← β₁·m + (1 - β₁)·Δ
     adagrad    v ← v + Δ²                            x ← x + η·m / (√v + τ),   v₀ = τ²
 
-State is kept for each factor by itself and changes only in rounds that train it.
+Each factor has a state of its own, which changes only in rounds that train it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SECOND_MOMENT = "optimizer.v"
 
 
 class ServerOptimizer(Protocol):
-    """A way to take the server's step."""
+    """An optimizer that takes the server's step."""
 
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
-        """What is added to the factor, float32, and the state for the next round; the given one is not changed."""
+        """Returns the float32 step to add to the factor, and the state for the next round; `state` is not changed."""
 
     def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
-        """The state after a change of the adapter's basis, and what of it was lost and why, if anything.
+        """Returns the state after a change of the adapter's basis, and a note if part of it was lost.
 
         Args:
             move: (factor, values) -> the values in the new basis.
@@ -45,15 +45,15 @@ class ServerOptimizer(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """The aggregate itself: FedAvg's step of 1."""
+    """Adds the aggregate itself: FedAvg's step of 1."""
 
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
-        """The aggregate."""
+        """Returns the aggregate."""
         del factor
         return aggregate, state
 
     def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
-        """There is none."""
+        """Returns the state unchanged; it is empty."""
         del move
         return state, None
 
@@ -71,13 +71,13 @@ class Momentum:
     beta: float = 0.9
 
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
-        """η·m."""
+        """Returns η·m."""
         name = f"{MOMENTUM}.{factor}"
         momentum = np.float32(self.beta) * state.get(name, np.zeros_like(aggregate)) + aggregate
         return np.float32(self.learning_rate) * momentum, {**state, name: momentum}
 
     def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
-        """Momentum is a sum of aggregates, and follows as they do."""
+        """Returns the momentum in the new basis; it is a sum of aggregates, and changes basis as they do."""
         names = {f"{MOMENTUM}.{factor}": factor for factor in FACTORS}
         return {name: move(names[name], value) if name in names else value for name, value in state.items()}, None
 
@@ -87,7 +87,7 @@ class Adaptive:
     """FedAdam, FedYogi and FedAdagrad.
 
     Args:
-        second: how the second moment follows the aggregate's square.
+        second: update rule of the second moment.
         learning_rate: η; about the size of a coordinate's step.
         beta: β₁.
         beta_second: β₂; Adagrad has none.
@@ -101,7 +101,7 @@ class Adaptive:
     floor: float = 1e-3
 
     def step(self, factor: Factor, aggregate: Vector, state: State) -> tuple[Vector, State]:
-        """η·m / (√v + τ)."""
+        """Returns η·m / (√v + τ)."""
         first, second = f"{MOMENTUM}.{factor}", f"{SECOND_MOMENT}.{factor}"
         before: Vector = state.get(second, np.full_like(aggregate, self.floor**2))
         square, fresh = np.square(aggregate), np.float32(1.0 - self.beta_second)
@@ -119,14 +119,14 @@ class Adaptive:
         return step.astype(np.float32), {**state, first: momentum, second: moment}
 
     def rebased(self, state: State, move: Move) -> tuple[State, str | None]:
-        """Both moments start again: squares say nothing of another basis, and a step is the ratio of the two."""
+        """Resets both moments: squares do not carry over to another basis, and a step is the ratio of the two."""
         del move
         kept = {name: value for name, value in state.items() if not name.startswith((MOMENTUM, SECOND_MOMENT))}
         return kept, "the server optimizer starts again: squares of coordinates say nothing of another basis"
 
 
 def server_optimizer_named(name: str, learning_rate: float | None = None) -> ServerOptimizer:
-    """The optimizer that a job's `federation.server_optimizer` names.
+    """Returns the optimizer that a job's `federation.server_optimizer` names.
 
     Args:
         learning_rate: η, or None for the optimizer's own.

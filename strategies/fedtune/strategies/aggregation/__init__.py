@@ -1,7 +1,7 @@
-"""Aggregation: client updates become one aggregate, by parts that nest.
+"""Aggregation: combines client updates into one aggregate, by parts that nest.
 
-`aggregator` says what all of them are; `payload_sums` are the outermost, which take what travelled; `mean`, `products`
-and `robust` are inside.
+`aggregator` defines the interfaces; `payload_sums` has the outermost aggregators, which take payloads; `mean`,
+`products` and `robust` have the inner ones.
 """
 
 from fedtune.core.job.methods import AGGREGATIONS
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def update_aggregator(settings: FederationSettings) -> Aggregator:
-    """A job's aggregator of updates with its rules around it: clipping outermost, so that rules see short updates."""
+    """Returns a job's aggregator of updates; clipping is outermost, so that robust rules see clipped updates."""
     declared = AGGREGATIONS[settings.aggregation]
     aggregator: Aggregator = ProductMean(declared) if declared.changes_basis else Mean(declared)
     match settings.robust:

@@ -1,4 +1,4 @@
-"""The one idea of aggregation: it begins with a round, takes updates in as they arrive, and gives their aggregate.
+"""The interface of aggregation: it begins with a round, takes updates as they arrive, and returns their aggregate.
 
     aggregation = aggregator.begin(frame)
     for update in arriving:                     # in any order
@@ -10,10 +10,10 @@
 
 Aggregators compose by nesting, and read from the outside in as an update passes through them:
 
-    Decoded(Clipped(Mean(), norm=1.0))          # payloads are decoded, updates clipped, and averaged
-    RingSum()                                   # payloads are added as they are, and decoded once
+    Decoded(Clipped(Mean(method), norm=1.0), form)      # payloads are decoded, updates clipped, and averaged
+    RingMean(method)                                    # payloads are added as they are, and decoded once
 
-They hold no state between rounds: what one round leaves to the next is handed out and handed in.
+They hold no state between rounds: the state that a round leaves is returned and passed to the next round.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Clips = dict[str, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """Everything about a round that its aggregation depends on.
+    """The inputs of one round's aggregation beside the updates.
 
     Args:
         layout: the adapter's.
-        factors: those that the round trains.
-        adapter: the server's own, float32, (layout.size,); methods that are not linear in the update need it.
-        state: the last round's aggregate left it.
-        slices: of the rank indices, where clients train different ranks; none where all train everything.
-        terms: of the codec, for every factor or slice of it, in the order in which payloads travel.
+        factors: the factors that the round trains.
+        adapter: the server's own adapter, float32, (layout.size,); methods that are not linear in the update need it.
+        state: state that the last round's aggregate left.
+        slices: slices of the rank indices, where clients train different ranks; none where all have the same.
+        terms: the codec's terms for every factor or slice of it, in the order in which payloads travel.
     """
 
     layout: AdapterLayout
@@ -54,7 +54,7 @@ class Frame:
 
     @property
     def size(self) -> int:
-        """Values in an update: the length of the segment of the round's factors."""
+        """The number of values in an update: the length of the segment of the round's factors."""
         segment = self.layout.segment(self.factors)
         return int(segment.stop - segment.start)
 
@@ -64,10 +64,10 @@ class Update:
     """One client's update, decoded.
 
     Args:
-        values: trained minus received over the segment of the round's factors, float32, (frame.size,); zero where its
+        values: trained minus received over the segment of the round's factors, float32, (frame.size,); zero where the
             client trained nothing.
-        weight: in the mean; at least 1.
-        tier: rank indices that the client trained; 0 in a round without slices.
+        weight: weight in the mean; at least 1.
+        tier: number of rank indices that the client trained; 0 in a round without slices.
     """
 
     values: Vector
@@ -81,7 +81,7 @@ class Payloads:
 
     Args:
         parts: one payload for each of the terms of the client's tier.
-        weight, tier: as `Update`; in a ring the weight travels inside.
+        weight, tier: as in `Update`; in a ring the weight travels inside the payloads.
     """
 
     parts: Sequence[bytes]
@@ -91,12 +91,12 @@ class Payloads:
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """The outcome of a round.
+    """The outcome of an aggregation.
 
     Args:
-        update: to be added to the segment of the round's factors, float32; zeros where nothing was added.
-        state: for the next round.
-        clips: of a ring, for the next round: factor -> norm to which updates are clipped, and the weight cap.
+        update: change to add to the segment of the round's factors, float32; zeros without updates.
+        state: state for the next round.
+        clips: clips of a ring for the next round: factor -> norm to which updates are clipped, and the weight cap.
     """
 
     update: Vector
@@ -111,24 +111,24 @@ class Aggregation(Protocol[Added]):
     """One round's aggregation, under way. Most take an `Update`, the outermost `Payloads`."""
 
     def add(self, update: Added) -> None:
-        """Takes one client's update in.
+        """Adds one client's update.
 
         Raises:
-            PeerError, UpdateError: it cannot be added; nothing was.
+            PeerError, UpdateError: it cannot be added; the aggregation is unchanged.
         """
 
     def merge(self, other: Self) -> None:
-        """Takes in all that another aggregation of the same frame has taken in; the result is that of adding each.
+        """Adds everything that another aggregation of the same frame has added; the result equals adding each update.
 
         Raises:
-            UpdateError: both together are more than may be added; nothing was.
+            UpdateError: both together exceed the limits; the aggregation is unchanged.
         """
 
     def finish(self) -> Aggregate:
-        """The aggregate of all that was added.
+        """Returns the aggregate of all added updates.
 
         Raises:
-            PeerError, RunError: it cannot be one of that many updates.
+            PeerError, RunError: the total cannot be one of that many updates.
         """
 
 
@@ -137,7 +137,7 @@ class Aggregator(Protocol):
 
     @property
     def method(self) -> Method:
-        """The declaration of its needs and effects; aggregators around others pass theirs on."""
+        """The declaration of its needs and effects; an aggregator around another passes the inner one's on."""
 
     def begin(self, frame: Frame) -> Aggregation[Any]:
-        """An empty aggregation for a round."""
+        """Returns an empty aggregation for a round."""

@@ -2,8 +2,9 @@
 
     x_j += Σ_{i owns j} w_i·Δ_ij / Σ_{i owns j} w_i
 
-Dividing by the whole cohort's weight instead, as zero-padding does, shrinks what few devices train. An index that
-nobody owned in a round stays as it is. Tiers are nested, so the sums are kept slice by slice: one slice, one weight.
+Dividing by the whole cohort's weight instead, as zero-padding does, shrinks the indices that few clients train. An
+index without an owner in a round stays as it is. Tiers are nested, so the sums are kept slice by slice, each with one
+weight.
 
 The sum streams, in memory of one vector, and does not depend on the order of arrival. Floating-point addition is not
 associative, so a running float sum would differ with the order in which clients answer, and a run would not repeat bit
@@ -36,22 +37,22 @@ MAX_WEIGHT = 2**24
 
 @dataclass(frozen=True)
 class Mean:
-    """Averages what rounds train, index by index, over its owners.
+    """Averages the trained factors, index by index, over the owners.
 
     With both factors that is FedIT (Zhang et al. 2023): mean(B)·mean(A) is not mean(B·A), and the cross terms are an
     error that grows with how far clients drift apart. With one factor, the other frozen and equal everywhere, it is
-    exact: RoLoRA (Chen et al. 2024) trains them in turn, B first, since A has no gradient while B is zero; FFA-LoRA
-    (Sun et al. 2024) trains B alone, and ΔW never leaves the row space of a random A. In FedRot-LoRA clients turn their
-    factors towards the received ones before they send them, which changes no product B·A = (B·Q)(Qᵀ·A).
+    exact: RoLoRA (Chen et al. 2024) alternates between them, B first, since A has no gradient while B is zero; FFA-LoRA
+    (Sun et al. 2024) trains B alone, and ΔW never leaves the row space of a random A. In FedRot-LoRA clients rotate
+    their factors towards the received ones before they send them, which changes no product B·A = (B·Q)(Qᵀ·A).
 
     Args:
-        method: says what rounds train, and whether devices align.
+        method: declares which factors rounds train, and whether devices align.
     """
 
     method: Method
 
     def begin(self, frame: Frame) -> MeanOfOwners:
-        """An empty mean."""
+        """Returns an empty mean."""
         return MeanOfOwners(frame)
 
 
@@ -61,7 +62,7 @@ class MeanOfOwners:
     def __init__(self, frame: Frame) -> None:
         self._size = frame.size
         start = frame.layout.segment(frame.factors).start
-        # Of each slice: the smallest tier that owns it, its indices in the segment, and its sum.
+        # For each slice: the smallest tier that owns it, its indices in the segment, and its sum.
         self._slices: list[tuple[int, Indices | slice, ExactSum]] = []
         for each in frame.slices:
             indices = np.concatenate(
@@ -75,10 +76,10 @@ class MeanOfOwners:
             self._slices.append((0, slice(None), ExactSum(self._size)))
 
     def add(self, update: Update) -> None:
-        """Takes one client's update in; what its tier does not own is not looked at.
+        """Adds one client's update; values at indices that its tier does not own are ignored.
 
         Raises:
-            UpdateError: the tier is none of this round's, or the update cannot be added; nothing was.
+            UpdateError: the tier is none of this round's, or the update cannot be added; the sums are unchanged.
         """
         tiers = [smallest for smallest, _, _ in self._slices]
         if update.tier not in tiers:
@@ -100,7 +101,7 @@ class MeanOfOwners:
             own.merge(theirs)
 
     def finish(self) -> Aggregate:
-        """The mean over the segment; zero where nobody owned."""
+        """Returns the mean over the segment; zero at indices without an owner."""
         mean = np.zeros(self._size, dtype=np.float32)
         for _, indices, total in self._slices:
             mean[indices] = total.mean()
@@ -139,7 +140,7 @@ class ExactSum:
         self.weight += other.weight
 
     def check(self, vector: Vector, weight: int) -> None:
-        """Raises UpdateError unless it can be added; see `add`."""
+        """Raises UpdateError unless `add` would accept the vector and weight."""
         if vector.shape != self._sum.shape:
             raise UpdateError(f"an update of {vector.size} values; expected {self._sum.size}")
         self.check_weight(weight)
@@ -148,12 +149,12 @@ class ExactSum:
             raise UpdateError(f"an update with a value of {largest}; expected at most {MAX_VALUE:g}")
 
     def check_weight(self, weight: int, least: int = 1) -> None:
-        """Raises UpdateError where the sum cannot take so much more weight."""
+        """Raises UpdateError where the weight is too small, or the total would exceed MAX_WEIGHT."""
         if weight < least or self.weight + weight > MAX_WEIGHT:
             raise UpdateError(f"weight {weight} on top of {self.weight}; expected at least 1 and {MAX_WEIGHT} in all")
 
     def mean(self) -> Vector:
-        """Σ w·x / Σ w as float32; zeros while nothing was added."""
+        """Returns Σ w·x / Σ w as float32; zeros for an empty sum."""
         if self.weight == 0:
             return np.zeros(self._sum.shape, dtype=np.float32)
         return (self._sum / (2.0**FRACTION_BITS * self.weight)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The outermost aggregations, which take payloads: decoded one by one, or added in a ring and decoded once."""
+"""The outermost aggregators, which take payloads: decoded one by one, or added in a ring and decoded once."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ WEIGHT = "weight"  # the key of the weight cap among a ring's clips
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decodes every update, and hands it to an aggregator of updates.
+    """Decodes every update, and passes it to an aggregator of updates.
 
     Args:
-        form: that updates travel in.
+        form: form in which updates travel.
     """
 
     inner: Aggregator
@@ -40,16 +40,16 @@ class Decoded:
 
     @property
     def method(self) -> Method:
-        """The inner aggregator's."""
+        """The inner aggregator's method."""
         return self.inner.method
 
     def begin(self, frame: Frame) -> Decoding:
-        """The inner aggregator's, behind the decoding."""
+        """Returns the inner aggregator's aggregation behind the decoding."""
         return Decoding(frame, self.inner.begin(frame), self.form)
 
 
 class Decoding:
-    """Payloads on their way into an aggregation of updates."""
+    """Decodes payloads on their way into an aggregation of updates."""
 
     def __init__(self, frame: Frame, inner: Aggregation[Update], form: UpdateForm) -> None:
         self._frame, self._inner, self._form = frame, inner, form
@@ -58,38 +58,38 @@ class Decoding:
         """Decodes the payloads and adds the update that they carry.
 
         Raises:
-            PeerError, UpdateError: they cannot be decoded, or not be added; nothing was.
+            PeerError, UpdateError: they cannot be decoded or added; the aggregation is unchanged.
         """
         own = owned_terms(self._frame.terms, payloads)
         parts = {each: self._form.decode(data, each) for data, each in zip(payloads.parts, own, strict=True)}
         self._inner.add(Update(joined(self._frame.terms, parts), payloads.weight, payloads.tier))
 
     def merge(self, other: Decoding) -> None:
-        """Merges the aggregations inside."""
+        """Merges the inner aggregations."""
         self._inner.merge(other._inner)
 
     def finish(self) -> Aggregate:
-        """The inner aggregate."""
+        """Returns the inner aggregate."""
         return self._inner.finish()
 
 
 @dataclass(frozen=True)
 class RingMean:
-    """Averages in a ring: no single update is decoded, and the weights travel inside.
+    """Averages in a ring: no single update is decoded, and the weights travel inside the payloads.
 
     Args:
-        method: linear; it says what rounds train.
+        method: declares which factors rounds train; it must be linear.
     """
 
     method: Method
 
     def begin(self, frame: Frame) -> RingAggregation:
-        """The empty sum."""
+        """Returns an empty sum."""
         return RingAggregation(frame, {each: RING.zero(each) for each in frame.terms})
 
 
 class RingAggregation:
-    """Words added in a ring, a total for each of the round's terms."""
+    """The sum of words in a ring, with one total for each of the round's terms."""
 
     def __init__(self, frame: Frame, totals: Mapping[FactorTerms, RingTotal]) -> None:
         self._frame = frame
@@ -99,7 +99,7 @@ class RingAggregation:
         """Adds one client's words.
 
         Raises:
-            PeerError: they are not one client's words; nothing was added.
+            PeerError: they are not one client's words; the totals are unchanged.
         """
         own = owned_terms(self._frame.terms, payloads)
         self._totals |= {
@@ -111,16 +111,16 @@ class RingAggregation:
         self.merge_totals([other._totals[each] for each in self._frame.terms])
 
     def merge_totals(self, totals: Sequence[RingTotal]) -> None:
-        """Adds sums that were formed elsewhere, one for each of the round's terms: those under masks, say."""
+        """Adds sums that were formed elsewhere, one for each of the round's terms, such as those under masks."""
         self._totals |= {
             each: RING.join(self._totals[each], total, each)
             for each, total in zip(self._frame.terms, totals, strict=True)
         }
 
     def finish(self) -> Aggregate:
-        """The mean, and the clips of the next round that trains each factor.
+        """Returns the mean, and the clips of the next round that trains each factor.
 
-        Of a factor in slices, each has a mean over its own owners, zero where it had none, and the factor's norm is the
+        In a factor with slices, each slice has a mean over its own owners, zero without any. The factor's norm is the
         root of the sum of the squares of the slices' mean norms.
 
         Raises:
@@ -138,17 +138,17 @@ class RingAggregation:
             norm = math.hypot(*(mean.mean_norm for mean in slices.values()))
             seen = sum(each.count for each in slices) / next(iter(slices)).whole
             clips[factor] = ClipRange(clip).adapt(norm / math.sqrt(seen)).clip
-        first = next(iter(means))  # everybody owns it; a client's weight is the same for all that it sends
+        first = next(iter(means))  # all clients own it; a client's weight is the same in all its parts
         mean_share = means[first].total_weight / max(total.contributors for total in self._totals.values())
         clips[WEIGHT] = next_weight_cap(mean_share * first.uplink.weight_cap)
         return Aggregate(update, clips=clips)
 
 
 def owned_terms(terms: Sequence[FactorTerms], payloads: Payloads) -> list[FactorTerms]:
-    """The terms that a client of this tier sends payloads for; all where all are alike.
+    """Returns the terms for which a client of this tier sends payloads; all of them in a round without tiers.
 
     Raises:
-        PeerError: it has sent another number of payloads.
+        PeerError: the client has sent another number of payloads.
     """
     own = [each for each in terms if each.tier <= payloads.tier or not payloads.tier]
     if len(payloads.parts) != len(own):
@@ -158,7 +158,7 @@ def owned_terms(terms: Sequence[FactorTerms], payloads: Payloads) -> list[Factor
 
 
 def joined(terms: Sequence[FactorTerms], parts: Mapping[FactorTerms, Vector]) -> Vector:
-    """The parts over the segment of the round's factors; zero where there is none."""
+    """Joins the parts over the segment of the round's factors; zero where a part is missing."""
     factors = {each.factor: np.zeros(each.whole, dtype=np.float32) for each in terms}
     for each, part in parts.items():
         factors[each.factor][each.indices] = part

@@ -1,10 +1,10 @@
-"""Means of the products B_i·A_i instead of the factors: exact, brought back to rank R by an SVD.
+"""Means of the products B_i·A_i instead of the factors: exact, reduced to rank R by an SVD.
 
     M = Σ w_i·B_i·A_i / Σ w_i,    B_i = B + ΔB_i,  A_i = A + ΔA_i        per module, float64
     M = U S Vᵀ,    B' = U_R S_R^½,  A' = S_R^½ V_Rᵀ
 
-They see every update, so they work in the clear only, and they hold one dense matrix a module: as much memory as the
-base's linear layers in float64, whatever the cohort.
+These aggregations need single updates, so they work in the clear only. They hold one dense matrix per module: as much
+memory as the base's linear layers in float64, for a cohort of any size.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ProductMean:
-    """Averages products, and cuts the mean to the adapter's rank.
+    """Averages products, and truncates the mean to the adapter's rank.
 
     FlexLoRA (Bai et al. 2024) loses the rest. FLoRA (Wang et al. 2024) stacks the clients' adapters, which adds their
     products and loses nothing: the rest is a residual that the server keeps in float32 and adds to every later round's
-    mean before that is cut. An adapter of rank R does not hold it, so FLoRA's result is not exported.
+    mean before truncation. An adapter of rank R does not contain it, so FLoRA's result is not exported.
 
     Args:
-        method: declares which of the two it is, by `keeps_residual`.
+        method: declares by `keeps_residual` which of the two it is.
     """
 
     method: Method
 
     def begin(self, frame: Frame) -> MeanOfProducts:
-        """An empty mean, on top of the residual where one is kept."""
+        """Returns an empty mean, on top of the residual where one is kept."""
         if not self.method.keeps_residual:
             return MeanOfProducts(frame, None)
         size = sum(module.d_out * module.d_in for module in frame.layout.modules)
@@ -53,7 +53,7 @@ class MeanOfProducts:
     """A streaming mean of products.
 
     Args:
-        residual: all modules' (d_out, d_in) values one after another, float32; None where what is cut is lost.
+        residual: all modules' (d_out, d_in) values one after another, float32; None to drop the truncated part.
     """
 
     def __init__(self, frame: Frame, residual: Vector | None) -> None:
@@ -63,10 +63,10 @@ class MeanOfProducts:
         self._weight = 0
 
     def add(self, update: Update) -> None:
-        """Adds one client's product; what it did not train is in it as it was.
+        """Adds one client's product, in which untrained values are those of the adapter.
 
         Raises:
-            UpdateError: a value is not finite or too large, the length or the weight is wrong; nothing was added.
+            UpdateError: a value is not finite or too large, the length or the weight is wrong; the sums are unchanged.
         """
         values, weight = update.values, update.weight
         if values.shape != (self._frame.size,):
@@ -84,13 +84,13 @@ class MeanOfProducts:
         self._weight += weight
 
     def merge(self, other: MeanOfProducts) -> None:
-        """Adds the other's sums; float64 rounds them as the order of addition has it."""
+        """Adds the other's sums; the float64 rounding depends on the order of addition."""
         for name, total in other._sums.items():
             self._sums[name] += total
         self._weight += other._weight
 
     def finish(self) -> Aggregate:
-        """The change that turns the adapter into the factors of the mean product."""
+        """Returns the change that turns the adapter into the factors of the mean product."""
         layout, adapter = self._frame.layout, self._frame.adapter
         kept = NOTHING if self._residual is None else {RESIDUAL: self._residual}
         if not self._weight:
@@ -113,10 +113,10 @@ class MeanOfProducts:
 
 
 def factors_of(product: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-    """The best A (rank, d_in) and B (d_out, rank) for a product, balanced: A·Aᵀ = Bᵀ·B.
+    """Returns the best A (rank, d_in) and B (d_out, rank) for a product, balanced: A·Aᵀ = Bᵀ·B.
 
-    Where the product has less rank, a column of B is zero and the row of A is a fresh one, orthogonal to the others, so
-    that training can go on in it.
+    Where the product has a lower rank, a column of B is zero and the row of A is a new one, orthogonal to the others,
+    so that training can use it.
     """
     left, values, right = np.linalg.svd(product, full_matrices=False)
     lora_a, lora_b = np.zeros((rank, product.shape[1])), np.zeros((product.shape[0], rank))

@@ -1,10 +1,10 @@
-"""Aggregations that a few absurd or hostile updates cannot steer, in the clear.
+"""Robust aggregations, which a few invalid or hostile updates cannot steer, in the clear.
 
     Robust(inner.method, CoordinateMedian())        a rule in place of the mean
-    Clipped(Mean(method), norm=1.0)                 updates of bounded length for whatever is inside
+    Clipped(Mean(method), norm=1.0)                 clips updates for any inner aggregator
 
-Each looks at single updates, so none works under secure aggregation; all but the clipping hold the whole cohort's
-updates at once.
+Each needs single updates, so none works under secure aggregation; all except clipping hold the whole cohort's updates
+at once.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ Weights = npt.NDArray[np.int64]
 
 
 class Rule(Protocol):
-    """From a cohort's updates to one."""
+    """A robust rule that reduces a cohort's updates to one."""
 
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
-        """The aggregate, float32, (parameters,).
+        """Returns the aggregate, float32, (parameters,).
 
         Args:
-            updates: at least one.
-            selecting: the parameters by which a rule that compares whole updates compares them: one factor's.
+            updates: stacked updates, at least one.
+            weights: int64, (clients,).
+            selecting: the parameters, one factor's, by which a rule that compares whole updates compares them.
         """
 
 
 @dataclass(frozen=True)
 class CoordinateMedian:
-    """The median of every coordinate (Yin et al. 2018); every client weighs the same."""
+    """The median of every coordinate (Yin et al. 2018), with equal weights."""
 
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
-        """Coordinate by coordinate."""
+        """Returns the median coordinate by coordinate."""
         del weights, selecting
         median: Vector = np.median(updates, axis=0).astype(np.float32)
         return median
@@ -49,16 +50,16 @@ class CoordinateMedian:
 
 @dataclass(frozen=True)
 class TrimmedMean:
-    """The mean of every coordinate without its largest and smallest values (Yin et al. 2018), each weighing the same.
+    """The mean of every coordinate without its largest and smallest values (Yin et al. 2018), with equal weights.
 
     Args:
-        share: of the clients, cut off at either end; below one half.
+        share: share of the clients to cut off at either end; below one half.
     """
 
     share: float
 
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
-        """Coordinate by coordinate."""
+        """Returns the trimmed mean coordinate by coordinate."""
         del weights, selecting
         count = len(updates)
         cut = min(int(self.share * count), (count - 1) // 2)
@@ -71,8 +72,8 @@ class TrimmedMean:
 class MultiKrum:
     """The weighted mean of the n - f updates that lie closest to their neighbours (Blanchard et al. 2017).
 
-    The score of an update is the sum of its squared distances to its n - f - 2 nearest others. It stands against f
-    hostile clients as long as n > 2f + 2; with fewer clients, f is what n allows.
+    The score of an update is the sum of its squared distances to its n - f - 2 nearest others. It resists f hostile
+    clients as long as n > 2f + 2; with fewer clients, f is the largest number that n allows.
 
     Args:
         share: f / n, below one half.
@@ -81,7 +82,7 @@ class MultiKrum:
     share: float
 
     def reduce(self, updates: Stack, weights: Weights, selecting: slice) -> Vector:
-        """The mean of those that are kept."""
+        """Returns the weighted mean of the kept updates."""
         count = len(updates)
         faulty = min(int(np.ceil(self.share * count)), max((count - 3) // 2, 0))
         kept = krum_order(updates[:, selecting], faulty)[: count - faulty]
@@ -93,10 +94,10 @@ class MultiKrum:
 
 @dataclass(frozen=True)
 class Robust:
-    """An aggregator that reduces by a rule what the method trains.
+    """An aggregator that reduces updates by a rule.
 
     Args:
-        declared: of the aggregation whose mean the rule replaces.
+        declared: method of the aggregation whose mean the rule replaces.
     """
 
     declared: Method
@@ -104,24 +105,24 @@ class Robust:
 
     @property
     def method(self) -> Method:
-        """The aggregation's, and the needs of a rule."""
+        """The aggregation's method, with the needs of a rule."""
         return self.declared.within(RULE)
 
     def begin(self, frame: Frame) -> Cohort:
-        """An empty cohort."""
+        """Returns an empty cohort."""
         if frame.slices:
             raise ValueError("a rule compares whole updates; clients cannot train different ranks")
         return Cohort(frame, self.rule)
 
 
 class Cohort:
-    """All updates of a round, until a rule reduces them."""
+    """The updates of a round, collected until a rule reduces them."""
 
     def __init__(self, frame: Frame, rule: Rule) -> None:
-        self._check = ExactSum(frame.size)  # refuses what cannot be added, and only that
+        self._check = ExactSum(frame.size)  # refuses exactly the updates that a sum refuses
         self._updates: list[Update] = []
         self._rule = rule
-        # Of two factors the second, B: A's deltas are noise while B is still near zero.
+        # With both factors, compare by B: A's deltas are noise while B is still near zero.
         self._selecting = slice(frame.layout.size_a, None) if frame.factors == "ab" else slice(None)
 
     def add(self, update: Update) -> None:
@@ -134,15 +135,15 @@ class Cohort:
         self._updates.append(replace(update, values=update.values.copy()))
 
     def merge(self, other: Cohort) -> None:
-        """Keeps the other's updates too."""
+        """Adds the other's updates."""
         self._check.merge(other._check)
         self._updates += other._updates
 
     def finish(self) -> Aggregate:
-        """The rule's verdict."""
+        """Returns the rule's aggregate."""
         if not self._updates:
             return Aggregate(self._check.mean())
-        ordered = sorted(self._updates, key=lambda update: update.values.tobytes())  # whoever arrived first
+        ordered = sorted(self._updates, key=lambda update: update.values.tobytes())  # in any order of arrival
         updates = np.stack([update.values for update in ordered])
         weights = np.array([update.weight for update in ordered], dtype=np.int64)
         return Aggregate(self._rule.reduce(updates, weights, self._selecting))
@@ -150,7 +151,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Clipped:
-    """An aggregator that is given updates of bounded length: Δ·min(1, c/‖Δ‖) (Sun et al. 2019), as they arrive.
+    """Clips updates for an inner aggregator as they arrive: Δ·min(1, c/‖Δ‖) (Sun et al. 2019).
 
     Args:
         norm: c.
@@ -161,39 +162,39 @@ class Clipped:
 
     @property
     def method(self) -> Method:
-        """The inner aggregator's, and the needs of clipping."""
+        """The inner aggregator's method, with the needs of clipping."""
         return self.inner.method.within(CLIPPING)
 
     def begin(self, frame: Frame) -> Clipping:
-        """The inner aggregator's, behind the clipping."""
+        """Returns the inner aggregator's aggregation behind the clipping."""
         return Clipping(self.inner.begin(frame), self.norm)
 
 
 class Clipping:
-    """Shortens updates on their way into another aggregation."""
+    """Clips updates on their way into another aggregation."""
 
     def __init__(self, inner: Aggregation[Update], norm: float) -> None:
         self._inner = inner
         self._norm = norm
 
     def add(self, update: Update) -> None:
-        """Adds the update, scaled to the norm if it is longer."""
+        """Adds the update, scaled down to the norm if it is longer."""
         length = float(np.linalg.norm(update.values.astype(np.float64)))
         if length > self._norm:
             update = replace(update, values=(update.values * (self._norm / length)).astype(np.float32))
         self._inner.add(update)
 
     def merge(self, other: Clipping) -> None:
-        """Merges the aggregations inside, whose updates are clipped already."""
+        """Merges the inner aggregations, whose updates are clipped already."""
         self._inner.merge(other._inner)
 
     def finish(self) -> Aggregate:
-        """The inner aggregate."""
+        """Returns the inner aggregate."""
         return self._inner.finish()
 
 
 def krum_order(updates: Stack, faulty: int) -> list[int]:
-    """Indices of the updates, best score first; ties in their order."""
+    """Returns the indices of the updates, best score first; ties keep their order."""
     count = len(updates)
     wide = updates.astype(np.float64)
     squares = np.einsum("ij,ij->i", wide, wide)

@@ -1,1 +1,1 @@
-"""Who takes part in a round: selection by chance or by time, and the tier that each client trains."""
+"""Cohorts: uniform and timed selection, and the tier that each client trains."""

@@ -1,4 +1,4 @@
-"""The selection of a round's cohort: the clients that are asked."""
+"""The selection of a round's cohort: the clients that are asked to train."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from fedtune.core.seeds import generator
 
 
 class Selection(Protocol):
-    """A way to choose the cohort."""
+    """A policy for choosing the cohort."""
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """The names of the clients of this round, in a fixed order, out of those that can be reached now."""
+        """Returns the names of this round's clients, in a fixed order, out of those that can be reached now."""
 
     @property
     def wanted(self) -> int | float:
-        """How many clients shall take part: a count, or a share of the population. The cohort may be larger."""
+        """The wanted number of clients: a count, or a share of the population. The cohort may be larger."""
 
     def deadline(self, population: Sequence[str]) -> float | None:
-        """Seconds in which a round with clients of this population should be done; None where all are waited for."""
+        """Returns the seconds that a round with clients of this population may take; None to wait for all."""
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
-        """The selection after a round, which may have taught something about the clients in it."""
+        """Returns the selection after a round, updated by its clients' records."""
 
 
 def cohort_size(wanted: int | float, population: int) -> int:
-    """How many clients a round asks: a count, or a share of the population, but never more than there are."""
+    """Returns the number of clients that a round asks: a count or a share of the population, at most all of it."""
     count = max(1, round(wanted * population)) if isinstance(wanted, float) else wanted
     return min(count, population)
 
 
 @dataclass(frozen=True)
 class UniformSelection:
-    """Without replacement, every client alike; the same seed, round and population give the same cohort.
+    """Samples uniformly without replacement; the same seed, round and population give the same cohort.
 
     Args:
         wanted: a count, or a share of the population.
@@ -46,7 +46,7 @@ class UniformSelection:
     seed: int
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """min(wanted, population) names in the population's order of names."""
+        """Returns min(wanted, population) names in sorted order."""
         names = sorted(population)
         count = cohort_size(self.wanted, len(names))
         if count == len(names):
@@ -55,39 +55,39 @@ class UniformSelection:
         return [names[index] for index in sorted(chosen)]
 
     def deadline(self, population: Sequence[str]) -> None:
-        """None: everybody is waited for."""
+        """Returns None: the round waits for all clients."""
         del population
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> UniformSelection:
-        """The same; nothing is looked at."""
+        """Returns the same selection; the records are not used."""
         del round_number, clients
         return self
 
 
 @dataclass(frozen=True)
 class AmongPresent:
-    """Another selection, among the clients that can be asked in a round.
+    """Restricts another selection to the clients that are available in a round.
 
     Args:
-        present: (round number, names) -> those of them that can be asked.
+        present: (round number, names) -> the available ones among them.
     """
 
     inner: Selection
     present: Callable[[int, Sequence[str]], Sequence[str]]
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """The inner selection's cohort of those."""
+        """Returns the inner selection's cohort of the available clients."""
         return self.inner.cohort(round_number, self.present(round_number, sorted(population)))
 
     @property
     def wanted(self) -> int | float:
-        """As the inner selection wants it."""
+        """The inner selection's number."""
         return self.inner.wanted
 
     def deadline(self, population: Sequence[str]) -> float | None:
-        """The inner selection's."""
+        """Returns the inner selection's deadline."""
         return self.inner.deadline(population)
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
-        """With what the inner selection has learned."""
+        """Returns the selection with the updated inner one."""
         return replace(self, inner=self.inner.learned(round_number, clients))

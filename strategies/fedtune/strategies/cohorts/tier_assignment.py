@@ -3,9 +3,9 @@
     assignment = assign_tiers(cohort, ranks, job)           # or all_alike(cohort, layout.rank)
     assignment.trained["phone-7"]                      # rank indices; 0 sits out
 
-In the clear every client trains its own tier. Under secure aggregation a tier is hidden among its own clients, so each
-needs enough of them; those of a smaller one train less, and the adapter's public permutation brings every index to
-everybody all the same.
+In the clear every client trains its own tier. Under secure aggregation a client hides among those of its tier, so each
+tier needs a minimum of clients. The clients of a smaller one train a lower tier; the adapter's public permutation still
+brings every rank index to all clients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedtune.core.job.settings import Job, SecureAggregationSettings
 from fedtune.core.secagg.graph import MIN_SURVIVORS, part
 
 Ranks = Callable[[str], int]
-"""Client name -> how many rank indices it can train; more than the adapter has are as many as it has."""
+"""Client name -> number of rank indices it can train; numbers above the adapter's rank count as its rank."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class TierAssignment:
     """The tiers of one round.
 
     Args:
-        own: client -> the tier it could train; 0 where it can train none of the job's.
+        own: client -> the highest tier it can train; 0 where it can train none of the job's.
         trained: client -> the tier it trains; 0 where it sits out.
-        notes: what was moved and why, one sentence each.
+        notes: one sentence about each tier that was merged or sat out.
     """
 
     own: Mapping[str, int]
@@ -38,12 +38,12 @@ class TierAssignment:
 
     @property
     def tiers(self) -> tuple[int, ...]:
-        """Those that are trained, ascending."""
+        """The tiers that are trained, ascending."""
         return tuple(sorted(set(self.trained.values()) - {0}))
 
 
 def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> TierAssignment:
-    """The tier of every client of a cohort."""
+    """Assigns a tier to every client of a cohort."""
     own = {name: tier_for(ranks(name), job.tiers) for name in cohort}
     counts = Counter(tier for tier in own.values() if tier)
     secure = job.secure_aggregation
@@ -61,18 +61,18 @@ def assign_tiers(cohort: Sequence[str], ranks: Ranks, job: Job) -> TierAssignmen
 
 
 def all_alike(cohort: Sequence[str], rank: int) -> TierAssignment:
-    """Everybody trains the whole adapter."""
+    """Assigns the whole adapter to every client."""
     everything = dict.fromkeys(cohort, rank)
     return TierAssignment(everything, everything)
 
 
 def tier_minimum(settings: SecureAggregationSettings, cohort: int) -> int:
-    """The fewest clients that a tier's sum may be over: enough that two are honest, if all that collude are in it."""
+    """Returns the fewest clients that a tier's sum may include: two honest ones beside all that may collude."""
     return max(MIN_SURVIVORS, part(settings.max_corrupt, cohort) + 2)
 
 
 def tier_least(settings: SecureAggregationSettings, cohort: int) -> int:
-    """The fewest clients of a tier that leave `tier_minimum` when the share that may vanish has vanished."""
+    """Returns the fewest clients of which `tier_minimum` remain after the largest permitted dropout."""
     minimum, dropout = tier_minimum(settings, cohort), settings.max_dropout
     least = minimum
     while least - part(dropout, least) < minimum:

@@ -1,7 +1,7 @@
-"""Cohorts chosen by what clients take and bring: deadline-aware, and utility-aware (Oort, Lai et al. 2021).
+"""Timed selection: deadline-aware, and utility-aware (Oort, Lai et al. 2021).
 
-Both are Selections: `cohort(round_number, population)`. What they know of clients is handed in; what a round teaches
-gives a new one:
+Both are Selections: `cohort(round_number, population)`. Predicted times are passed in; the records of a round give an
+updated selection:
 
     selection = selection.learned(number, record.clients)
 """
@@ -20,22 +20,22 @@ from fedtune.core.round_timing import over_selected, round_deadline, work_share
 from fedtune.core.seeds import generator
 from fedtune.strategies.cohorts.selection import Selection
 
-FASTEST_CLAIM, SLOWEST_CLAIM = 1e-3, 86_400.0  # seconds; what a client says beyond them is taken as the bound
+FASTEST_CLAIM, SLOWEST_CLAIM = 1e-3, 86_400.0  # seconds; claims outside are set to the bound
 LOSS_CAP = 20.0  # nats; a uniform guess among 2^28 tokens
 TIME_PENALTY = 2.0  # α
 EXPLORE_FIRST, EXPLORE_LAST, EXPLORE_DECAY = 0.9, 0.2, 0.98
-UTILITY_QUANTILE = 0.95  # utilities above it count as much as it: one client cannot buy every round
+UTILITY_QUANTILE = 0.95  # utilities above it are cut to it, so that no client can claim its way into every round
 
 
 @dataclass(frozen=True)
 class DeadlineSelection:
-    """Uniform among those that can do at least part of the work by the deadline, and more of them than are wanted.
+    """Samples uniformly among clients that can do part of the work by the deadline, and asks more of them than wanted.
 
     Args:
-        wanted: clients that shall arrive.
+        wanted: number of clients whose updates should arrive.
         seed: the job's.
-        seconds: client -> predicted seconds for a whole round's work; one that is missing counts as in time.
-        overhead: seconds that a round takes beyond those; None until a round has shown it.
+        seconds: client -> predicted seconds of a whole round's work; a missing client counts as in time.
+        overhead: seconds that a round takes beyond the predicted ones; None until a round has been measured.
     """
 
     wanted: int
@@ -44,7 +44,7 @@ class DeadlineSelection:
     overhead: float | None = None
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """Names in order, over-selected; everybody where nobody could be in time."""
+        """Returns sorted names, over-selected; of the whole population where no client can meet the deadline."""
         names = sorted(population)
         known = [bounded_seconds(self.seconds[name]) for name in names if name in self.seconds]
         if known:
@@ -56,24 +56,26 @@ class DeadlineSelection:
         return [names[index] for index in sorted(chosen)]
 
     def deadline(self, population: Sequence[str]) -> float | None:
-        """1.3 times the 80th percentile of what the population is predicted to take, and the overhead; the first
-        round waits for everybody, and shows it."""
+        """Returns 1.3 times the 80th percentile of the population's predicted times, plus the overhead.
+
+        The first round waits for all clients, which measures the overhead.
+        """
         return _deadline(self.seconds, self.overhead, population)
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> DeadlineSelection:
-        """With what the round took beyond what was predicted."""
+        """Returns the selection with the overhead that the round measured."""
         del round_number
         return replace(self, overhead=_overhead(self.seconds, clients, self.overhead))
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known of a client that has taken part.
+    """The last observation of a client that has taken part.
 
     Args:
-        round: the last in which it did.
-        loss: its mean training loss then.
-        examples: it trained on.
+        round: the last round in which it took part.
+        loss: its mean training loss in that round.
+        examples: number of examples that it trained on.
     """
 
     round: int
@@ -83,21 +85,22 @@ class Observation:
 
 @dataclass(frozen=True)
 class UtilitySelection:
-    """Oort: clients whose updates should teach most a second, and a share of clients not yet seen.
+    """Oort: selects clients by the utility of their updates per second, and explores a share of unseen clients.
 
         U_i = |B_i|·loss_i · (T / t_i)^α where t_i > T,    + √(0.1·ln R / L_i) of the largest U
 
-    with T the deadline, L_i the last round it took part in, R this one. Oort's root of the mean squared loss is taken
-    by its mean, which is what clients report. Under secure aggregation losses are not looked at: U_i is the time term.
+    with T the deadline, L_i the last round in which it took part, R the current one. Oort's root of the mean squared
+    loss is replaced by the mean, which is the value that clients report. Under secure aggregation losses are not used:
+    U_i is the time term.
 
     Args:
-        wanted: clients that shall arrive; as many more are asked as `DeadlineSelection` asks.
+        wanted: number of clients whose updates should arrive; over-selected as in `DeadlineSelection`.
         seed: the job's.
-        seconds: as `DeadlineSelection`.
-        example_cap: what a client says beyond it counts as it.
-        hidden: whether losses may not be looked at.
-        seen: client -> what is known of it.
-        overhead: as `DeadlineSelection`.
+        seconds: as in `DeadlineSelection`.
+        example_cap: the cap on the number of examples that a client claims.
+        hidden: whether losses must not be used.
+        seen: client -> its last observation.
+        overhead: as in `DeadlineSelection`.
     """
 
     wanted: int
@@ -109,7 +112,7 @@ class UtilitySelection:
     overhead: float | None = None
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """Names in order: a share at random by speed among the unseen, the rest by utility among the seen."""
+        """Returns sorted names: a share of unseen clients drawn by speed, and seen clients drawn by utility."""
         names = sorted(population)
         count = over_selected(self.wanted, len(names))
         random = generator(self.seed, "cohort", round_number)
@@ -125,11 +128,11 @@ class UtilitySelection:
         return sorted(chosen)
 
     def deadline(self, population: Sequence[str]) -> float | None:
-        """As of `DeadlineSelection`."""
+        """Returns the deadline of `DeadlineSelection`."""
         return _deadline(self.seconds, self.overhead, population)
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> UtilitySelection:
-        """The selection after a round; who was dropped teaches nothing."""
+        """Returns the selection with the records of a round; dropouts add no observation."""
         news = {
             client.id: Observation(
                 round_number, min(client.loss or 0.0, LOSS_CAP), min(client.examples, self.example_cap)
@@ -155,7 +158,7 @@ class UtilitySelection:
 
 
 def timed_selection(job: Job, wanted: int, seconds: Mapping[str, float]) -> Selection | None:
-    """The job's selection, where it goes by the time that clients take; None where it does not."""
+    """Returns the job's selection if it is a timed one, else None."""
     match job.federation.selection:
         case "deadline":
             return DeadlineSelection(wanted, job.training.seed, seconds)
@@ -166,7 +169,7 @@ def timed_selection(job: Job, wanted: int, seconds: Mapping[str, float]) -> Sele
 
 
 def bounded_seconds(claimed: float) -> float:
-    """A time a client may claim: at least a millisecond, at most a day; what is no number is a day."""
+    """Returns a claimed time within a millisecond and a day; a value that is not finite counts as a day."""
     return min(max(claimed, FASTEST_CLAIM), SLOWEST_CLAIM) if math.isfinite(claimed) else SLOWEST_CLAIM
 
 
@@ -176,7 +179,7 @@ def _deadline(seconds: Mapping[str, float], overhead: float | None, population: 
 
 
 def _overhead(seconds: Mapping[str, float], clients: Sequence[ClientRecord], before: float | None) -> float | None:
-    """The median of what clients took beyond what was predicted, at least 0; as before where nobody answered."""
+    """Returns the median excess of measured over predicted times, at least 0; `before` where none was measured."""
     more = [
         client.answered - bounded_seconds(seconds[client.id])
         for client in clients
@@ -186,6 +189,6 @@ def _overhead(seconds: Mapping[str, float], clients: Sequence[ClientRecord], bef
 
 
 def _draw(random: np.random.Generator, names: Sequence[str], weights: Sequence[float], count: int) -> list[str]:
-    """Without replacement, by weight; by Gumbel's trick, which needs no weight to be positive in the sum."""
+    """Draws without replacement, by weight, with the Gumbel trick, under which no weight needs to be positive."""
     keys = np.log(np.maximum(np.array(weights, dtype=np.float64), 1e-300)) + random.gumbel(size=len(names))
     return [names[index] for index in np.argsort(-keys, kind="stable")[:count]]
