@@ -21,9 +21,9 @@ from fedtune.client.live.device_home import CALIBRATIONS, ClientHome  # noqa: E4
 from fedtune.client.live.device_loop import DeviceLoop, Work  # noqa: E402
 from fedtune.client.live.device_status import DeviceReport  # noqa: E402
 from fedtune.client.live.registered_device import RegisteredDevice  # noqa: E402
+from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
 from fedtune.client.plan.device_plan import this_device  # noqa: E402
 from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
-from fedtune.client.plan.step_costs import CalibrationStore  # noqa: E402
 from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
 from fedtune.core.protocol.actions import TRAIN, Refusal, Request  # noqa: E402
 from fedtune.flower.fleet_link import FleetLink  # noqa: E402

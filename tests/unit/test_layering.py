@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -75,3 +76,30 @@ def test_the_namespace_package_has_no_init_of_its_own() -> None:
 def test_one_package_knows_flower() -> None:
     knowing = {module for module, path in modules().items() if any(within(one.name, "flwr") for one in imports(path))}
     assert {module for module in knowing if not within(module, "fedtune.flower")} == set()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/**/*.py")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_benchmarks_and_examples_import_names_that_exist(path: Path) -> None:
+    """mypy does not read them, and some run for hours before they would fail."""
+    house = modules()
+    for name in (one.name for one in imports(path) if within(one.name, "fedtune")):
+        module, _, attribute = name.rpartition(".")
+        assert name in house or attribute in defined(house[module]), f"{name} does not exist"
+
+
+def defined(path: Path) -> set[str]:
+    """The names that a module binds at its top level."""
+    names: set[str] = set()
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.alias):
+                names.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return names
