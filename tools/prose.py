@@ -36,6 +36,7 @@ CLEAN = (
     "README.md",
     "client/fedtune/client/inference/",
     "core/fedtune/core/adapter/",
+    "core/fedtune/core/codec/",
     "core/fedtune/data/",
     "docs/",
     "server/fedtune/server/export/",

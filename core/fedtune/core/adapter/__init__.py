@@ -1,1 +1,1 @@
-"""The adapter: its layout in one flat vector, and what is done to it as a whole."""
+"""The adapter: its layout in one flat vector, its tiers, and changes of its basis."""

@@ -1,22 +1,22 @@
-"""The basis of an adapter: the same ΔW = B·A written as other factors.
+"""Changes of an adapter's basis, which write the same ΔW = B·A as other factors.
 
-**Rebalancing** changes the basis for everybody, so that both factors carry the same share of every direction:
+**Rebalancing** changes the basis for all clients, so that both factors carry the same share of every direction:
 
     B = Q_B·R_B,  Aᵀ = Q_A·R_A,  R_B·R_Aᵀ = U·S·Vᵀ            QR and SVD; O((d_out + d_in)·R²)
     B' = Q_B·U·S^½ = B·T,   A' = S^½·Vᵀ·Q_Aᵀ = T⁺·A
     T = R_Aᵀ·V·S^-½,        T⁺ = S^-½·Uᵀ·R_B,   T⁺·T = 1 on directions with S > 0
 
-Whatever lives in the basis must follow: residuals and optimizer state of B are multiplied by T from the right, those of
-A by T⁺ from the left. Directions without weight keep a fresh orthogonal row in A and a zero column in B, and lose what
-was remembered of them.
+Residuals and optimizer state are relative to the basis and must follow it: those of B are multiplied by T from the
+right, those of A by T⁺ from the left. Directions with S = 0 get a fresh orthogonal row in A and a zero column in B, and
+lose their residuals and optimizer state.
 
-**Alignment** turns one client's factors towards the last global ones before they are averaged (FedRot-LoRA). Per
+**Alignment** rotates one client's factors towards the last global ones before they are averaged (FedRot-LoRA). Per
 module, with the client's trained A_i, B_i and the received A, B:
 
     Q = argmin ‖B_i·Q - B‖² + ‖Qᵀ·A_i - A‖²  over orthogonal Q
       = U·Vᵀ  with  B_iᵀ·B + A_i·Aᵀ = U·S·Vᵀ               orthogonal Procrustes (Schönemann 1966)
 
-B_i·Q·Qᵀ·A_i = B_i·A_i: what the client learned is the same function, written in the basis of the others.
+B_i·Q·Qᵀ·A_i = B_i·A_i: the client's adapter is the same function, written in a basis near that of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factor, Vector
 
 FRESH_ROW = 3.0**-0.5  # the norm of a row of A as a job starts it: U(±1/sqrt(d)), d of them
-_NEGLIGIBLE = 1e-7  # of the largest singular value; the factors are float32
+_NEGLIGIBLE = 1e-7  # relative to the largest singular value; the factors are float32
 
 Matrix = npt.NDArray[np.float64]
 
@@ -49,9 +49,9 @@ class Basis:
 
 
 def rebalance(layout: AdapterLayout, adapter: Vector) -> tuple[Vector, dict[str, Basis]]:
-    """The adapter in its balanced basis, and how each module's basis changed.
+    """Returns the adapter in its balanced basis, and the change of each module's basis.
 
-    A module whose product is zero, as all are before round 1, is left as it is.
+    A module whose product is zero, as in every module before round 1, is left as it is.
     """
     balanced = adapter.copy()
     changes = {}
@@ -61,10 +61,10 @@ def rebalance(layout: AdapterLayout, adapter: Vector) -> tuple[Vector, dict[str,
 
 
 def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
-    """How the basis of every module changes when `held` is rebalanced, and whatever lives in that basis with it.
+    """Returns the change of every module's basis when `held` is rebalanced.
 
-    A module whose factors have not the whole rank, as before round 1, keeps its basis: a change would lose what another
-    version of the adapter has in the directions that this one lacks.
+    A module whose product has less than the full rank, as before round 1, keeps its basis: a change would lose the
+    directions that another version of the adapter has and this one lacks.
     """
     changes = rebalance(layout, held)[1]
     same = Basis(np.eye(layout.rank), np.eye(layout.rank))
@@ -72,16 +72,16 @@ def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
 
 
 def changed(layout: AdapterLayout, changes: Mapping[str, Basis], adapter: Vector) -> Vector:
-    """An adapter in the new basis; its products stay as they are."""
+    """Returns an adapter in the new basis, with the same products."""
     halves = zip(FACTORS, layout.halves(adapter), strict=True)
     return np.concatenate([follow(layout, changes, factor, half) for factor, half in halves])
 
 
 def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, values: Vector) -> Vector:
-    """A residual, a moment or an update of one factor in the new basis: values·T for B, T⁺·values for A.
+    """Returns a residual, a moment or an update of one factor in the new basis: values·T for B, T⁺·values for A.
 
     Args:
-        values: float32, the factor's size.
+        values: float32, (size of the factor,).
     """
     moved = np.empty_like(values)
     start = 0
@@ -98,10 +98,10 @@ def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, 
 
 
 def align_update(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
-    """A client's update after the turn: aligned minus received.
+    """Returns a client's update after its alignment: aligned minus received.
 
     Args:
-        received: the whole adapter, float32, (layout.size,).
+        received: whole adapter, float32, (layout.size,).
         update: trained minus received, of both factors, float32, (layout.size,).
 
     Returns:
@@ -125,7 +125,7 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
     left, values, right = np.linalg.svd(r_b @ r_a.T)
     if not values.size or values[0] == 0:
         return lora_a, lora_b, Basis(np.eye(rank), np.eye(rank))
-    # The sign of a pair of singular vectors is the library's choice; that of the change must be everybody's.
+    # The sign of a pair of singular vectors differs between libraries; that of the change must be the same everywhere.
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
     left, right = left * signs[: left.shape[1]], right * signs[:, None]
     kept = int((values > _NEGLIGIBLE * values[0]).sum())
@@ -142,7 +142,7 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
 
 
 def _alignment(own_a: Vector, own_b: Vector, global_a: Vector, global_b: Vector) -> np.ndarray:
-    """Q of one module, float64, (R, R)."""
+    """Computes Q of one module, float64, (R, R)."""
     own_a64, own_b64 = own_a.astype(np.float64), own_b.astype(np.float64)
     left, _, right = np.linalg.svd(own_b64.T @ global_b + own_a64 @ global_a.T)
     turn: np.ndarray = left @ right

@@ -1,4 +1,4 @@
-"""The adapter as both sides see it: one flat float32 vector, and the layout that gives every number its place.
+"""The adapter as one flat float32 vector, and the layout that gives every value its position.
 
 Per adapted layer of the base model: ΔW = s · B · A with A (`lora_a`) in R^{R x d_in}, B (`lora_b`) in R^{d_out x R}
 and s = alpha / sqrt(R), the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023), the same for every rank tier.
@@ -42,9 +42,9 @@ class AdaptedModule:
     """A linear layer of the base model that carries a pair of factors.
 
     Args:
-        name: its dotted path in the base model, e.g. "model.layers.0.self_attn.q_proj".
-        d_in: input features.
-        d_out: output features.
+        name: dotted path in the base model, e.g. "model.layers.0.self_attn.q_proj".
+        d_in: number of input features.
+        d_out: number of output features.
     """
 
     name: str
@@ -53,7 +53,7 @@ class AdaptedModule:
 
 
 class Extent(NamedTuple):
-    """Where one factor of a module lies in the flat vector, row-major, and its shape."""
+    """The position of one factor of a module in the flat vector, row-major, and its shape."""
 
     where: slice
     shape: tuple[int, int]
@@ -61,7 +61,7 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Which modules carry factors, of what rank, and where each factor lies in the flat vector."""
+    """The adapted modules, their rank and scale, and the position of each factor in the flat vector."""
 
     modules: tuple[AdaptedModule, ...]
     rank: int
@@ -80,21 +80,21 @@ class AdapterLayout:
 
     @cached_property
     def size_a(self) -> int:
-        """Parameters in all `lora_a` factors."""
+        """The number of values in all `lora_a` factors."""
         return self.rank * sum(module.d_in for module in self.modules)
 
     @cached_property
     def size_b(self) -> int:
-        """Parameters in all `lora_b` factors."""
+        """The number of values in all `lora_b` factors."""
         return self.rank * sum(module.d_out for module in self.modules)
 
     @property
     def size(self) -> int:
-        """Parameters in the whole adapter: the flat vector's length."""
+        """The number of values in the whole adapter: the flat vector's length."""
         return self.size_a + self.size_b
 
     def segment(self, factors: Factors) -> slice:
-        """Where the named factors lie in the flat vector."""
+        """Returns the position of the named factors in the flat vector."""
         match factors:
             case "a":
                 return slice(0, self.size_a)
@@ -105,7 +105,7 @@ class AdapterLayout:
 
     @cached_property
     def extents(self) -> dict[str, tuple[Extent, Extent]]:
-        """Module name -> where its lora_a, (R, d_in), and its lora_b, (d_out, R), lie."""
+        """Module name -> the extents of its lora_a, (R, d_in), and of its lora_b, (d_out, R)."""
         extents = {}
         start_a, start_b = 0, self.size_a
         for module in self.modules:
@@ -118,7 +118,7 @@ class AdapterLayout:
         return extents
 
     def views(self, vector: Vector) -> dict[str, tuple[Vector, Vector]]:
-        """Names the parts of a flat vector.
+        """Returns the factors in a flat vector by module.
 
         Args:
             vector: float32, shape (size,).
@@ -133,10 +133,10 @@ class AdapterLayout:
         }
 
     def initial(self, seed: int) -> Vector:
-        """The adapter a job starts from: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0.
+        """Returns a job's first adapter: A ~ U(±1/sqrt(d_in)), peft's Kaiming initialisation, and B = 0, so ΔW = 0.
 
-        A is rounded to a binary grid of 2^-INITIAL_GRID_BITS of its range, as all that travels down is, so that any
-        later version differs from it by whole numbers of steps.
+        A is rounded to a binary grid of 2^-INITIAL_GRID_BITS of its range, as everything on the downlink is, so that
+        any later version differs from it by whole numbers of steps.
         """
         vector = np.zeros(self.size, dtype=np.float32)
         random = generator(seed, "adapter-init")
@@ -145,11 +145,11 @@ class AdapterLayout:
             lora_a, _ = self.views(vector)[module.name]
             step = 2.0 ** (math.floor(math.log2(bound)) - INITIAL_GRID_BITS)
             steps = np.rint(random.uniform(-bound, bound, size=lora_a.shape) / step)
-            lora_a[:] = steps * step + 0.0  # which turns -0 into 0: adding a change of nothing would, too
+            lora_a[:] = steps * step + 0.0  # turns -0 into 0, as adding a change of zero would
         return vector
 
     def halves(self, vector: Vector) -> tuple[Vector, Vector]:
-        """All `lora_a` and all `lora_b` values, both views into `vector`."""
+        """Returns all `lora_a` and all `lora_b` values, both views into `vector`."""
         self.check(vector)
         return vector[: self.size_a], vector[self.size_a :]
 
@@ -162,12 +162,12 @@ class AdapterLayout:
 
 
 def factor_letters(factors: Factors) -> list[Factor]:
-    """The factors one by one, in the order of the flat vector."""
+    """Returns the factors one by one, in the order of the flat vector."""
     return [factor for factor in FACTORS if factor in factors]
 
 
 def adapter_digest(vector: Vector) -> str:
-    """SHA-256 of the vector's little-endian bytes, in hexadecimal: equal exactly when every bit is."""
+    """Returns the SHA-256 of the vector's little-endian bytes in hexadecimal; equal exactly when all bits are."""
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
 
 
@@ -175,8 +175,10 @@ def save_adapter(directory: Path, layout: AdapterLayout, vector: Vector, base: s
     """Writes an adapter as peft does, so that `peft.PeftModel.from_pretrained(model, directory)` loads it.
 
     Args:
-        directory: made if it is not there; files in it are replaced.
-        base: what `base_model_name_or_path` shall say.
+        directory: folder of the files; created if it does not exist; files in it are replaced.
+        layout: layout of `vector`.
+        vector: float32, (layout.size,).
+        base: value of `base_model_name_or_path`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -203,7 +205,7 @@ def load_adapter(directory: Path, layout: AdapterLayout) -> Vector:
     """Reads an adapter in peft's format into a flat vector.
 
     Raises:
-        ModelError: the files are missing or broken, or names or shapes differ from the layout (all at once).
+        ModelError: the files are missing or broken, or names or shapes differ from the layout (all are listed).
     """
     path = directory / ADAPTER_WEIGHTS
     try:

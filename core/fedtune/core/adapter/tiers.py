@@ -1,13 +1,13 @@
-"""Devices of different rank on one adapter: which rank indices each trains, and where those lie in the flat vector.
+"""Tiers: the rank indices that devices of different rank train, and their positions in the flat vector.
 
 A public permutation π_t of the R rank indices follows from the job's seed and the round t. A device of tier r owns
 I_r = π_t[:r]: it loads the whole adapter, and trains rows I_r of A or columns I_r of B; the rest stays frozen in its
-forward pass. Tiers are nested, so what a small device trains is trained by all larger ones too, and over the rounds
+forward pass. Tiers are nested: devices of larger tiers train all rank indices of the smaller ones, and over the rounds
 every device trains every index.
 
     owned = rank_indices(seed, number, layout.rank, tier)
     places = coordinates(layout, "b", owned)               # of the factor, ascending
-    update[places]                                         # what such a device uploads
+    update[places]                                         # the values that such a device uploads
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RankSlice:
     """Rank indices with the same owners: all devices of its tier and above.
 
     Args:
-        tier: the smallest that owns them.
-        owned: int, ascending.
+        tier: smallest tier that owns them.
+        owned: the rank indices; int, ascending.
     """
 
     tier: int
@@ -39,12 +39,12 @@ class RankSlice:
 
 
 def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
-    """I_r of a round: int, (tier,), ascending.
+    """Returns I_r of a round: int, (tier,), ascending.
 
     Args:
-        seed: the job's.
-        number: of the round.
-        rank: R.
+        seed: seed of the job.
+        number: number of the round.
+        rank: R, the rank of the adapter.
         tier: r, from 1 to R.
     """
     if not 1 <= tier <= rank:
@@ -53,9 +53,9 @@ def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
 
 
 def rank_slices(seed: int, number: int, rank: int, tiers: Sequence[int]) -> tuple[RankSlice, ...]:
-    """The rank indices that each tier adds to the next smaller one, smallest tier first.
+    """Returns the rank indices that each tier adds to the next smaller one, smallest tier first.
 
-    What several tiers own in common is one slice, so that one sum, masked or not, has one set of owners.
+    Rank indices that the same tiers own form one slice, so that one sum, masked or not, has one set of owners.
     """
     order = _order(seed, number, rank)
     bounds = [0, *sorted(set(tiers))]
@@ -63,9 +63,9 @@ def rank_slices(seed: int, number: int, rank: int, tiers: Sequence[int]) -> tupl
 
 
 def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indices:
-    """Where the owned rank indices lie within a factor's segment: int, ascending, from 0.
+    """Returns the positions of the owned rank indices within a factor's segment: int, ascending, from 0.
 
-    Rows of every A, (R, d_in) row-major, or columns of every B, (d_out, R).
+    These are rows of every A, (R, d_in) row-major, or columns of every B, (d_out, R).
     """
     parts, start = [], 0
     for module in layout.modules:
@@ -81,20 +81,23 @@ def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indice
 
 
 def tier_for(rank: int, tiers: Sequence[int]) -> int:
-    """The largest of a job's tiers that a device of this rank can train; 0 where it can train none."""
+    """Returns the largest of a job's tiers that a device of this rank can train; 0 where it can train none."""
     return max((tier for tier in tiers if tier <= rank), default=0)
 
 
 def merged_tiers(counts: Mapping[int, int], least: int) -> dict[int, int]:
-    """Tier -> tier it trains as, so that each that is trained has at least `least` clients; 0 where it sits out.
+    """Merges small tiers, so that every tier that is trained has at least `least` clients.
 
-    A slice's owners are a tier and all above it. Yet every tier must be large enough by itself, not only with those
-    above: what two slices' weights differ by is the weight of the tier between them. A tier that is too small trains
-    as the next smaller one; where there is none, it and those that have come down to it sit out.
+    The owners of a slice are a tier and all above it. Yet every tier must be large enough by itself, since the weights
+    of two slices differ by the weight of the tier between them. A tier that is too small trains as the next smaller
+    one; where there is none, it and the tiers that were merged into it sit out.
 
     Args:
-        counts: tier -> clients of it in the cohort.
-        least: at least 1.
+        counts: tier -> number of its clients in the cohort.
+        least: fewest clients of a tier, at least 1.
+
+    Returns:
+        Tier -> the tier as which it trains; 0 where it sits out.
     """
     trained: dict[int, int] = {}
     waiting: list[int] = []

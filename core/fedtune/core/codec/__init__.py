@@ -1,7 +1,7 @@
-"""Update <-> bytes: a chain of small parts, each with its inverse, used in the clear and under masks.
+"""Codecs for updates and adapters: chains of small parts, each with its inverse, in the clear and under masks.
 
-`SparseCodec` and `ExactCodec` are for the clear, `MaskableCodec` is what secure aggregation adds up; `Residual` keeps
-what was not sent, and `downlink` carries the adapter to the devices.
+`SparseCodec` and `ExactCodec` work in the clear. `MaskableCodec` produces the words that secure aggregation adds up.
+`Residual` keeps the part of an update that was not sent, and `downlink` carries the adapter to the devices.
 """
 
 from fedtune.core.codec.clipping import ClipRange, initial_clip, next_weight_cap

@@ -1,21 +1,22 @@
-"""What the server sends down: changes of the adapter, such that every device holds the same bits.
+"""The downlink codec: changes of the adapter, after which every device holds the same bits.
 
-The server keeps two vectors per factor: `target`, the adapter as it would have it, and `held`, the adapter as the
-devices have it. A *delta* carries the difference, coarsely; the server applies it to its own `held` as every device
-does, so `target - held`, what has not come across yet, is the server's residual and needs no state of its own.
+The server keeps two vectors per factor: `target`, the adapter that it computed, and `held`, the adapter that the
+devices hold. A *delta* carries their difference, coarsely. The server applies it to its own `held` as every device
+does, so `target - held`, which has not been sent yet, is the server's residual and needs no state of its own.
 
     held = advance(layout, held, target, factors, bits)     # on the server, after a round
-    held = receive(layout, basis, request.adapter)          # on a device: the same bits, from whichever version
+    held = receive(layout, basis, request.adapter)          # on a device: the same bits, from any version
 
-For one factor that is
+For one factor:
 
     data = encode_delta(held, target, bits)
     held = apply(held, data)                                # on the server, and on every device
 
 `apply` is one product and one sum per coordinate, each a single IEEE operation: x86 and ARM agree. Steps are powers
 of two, so `held` stays on a binary grid, and the difference of any two versions is a vector of whole numbers. A
-device that missed rounds or is new gets exactly that, a *catch-up*, and then holds what all others hold. A *refresh*
-replaces everything at 8 bits, for everybody at once: after a change of basis, or to put a first adapter on a grid.
+device that missed rounds or is new receives exactly that difference, a *catch-up*, and then holds the same adapter as
+all others. A *refresh* replaces the whole adapter of all devices at 8 bits: after a change of basis, or to put a first
+adapter on a grid.
 """
 
 from __future__ import annotations
@@ -35,25 +36,26 @@ from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.payloads import Downlink
 
-FIRST = ""  # the basis that everybody knows from the job's seed
+FIRST = ""  # the job's first adapter, which all devices derive from the seed
 REMEMBERED_VERSIONS = 8  # a device that is further behind starts again from the job's first adapter
 REFRESH_BITS = 8
 GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on the grid are exact in float32
-# What a delta leaves out is spread evenly over a step, ±√3 of its root mean square. At 2 bits a step is 2 of those; up
-# to √3 times that the next delta still has something to send, and with coarser steps devices would never catch up.
+# The rest that a delta leaves out is uniform over a step: at most √3 times its root mean square. At 2 bits a step is 2
+# root mean squares. Up to √3 times that, the next delta still sends something; with coarser steps devices would never
+# catch up.
 STRETCH = 1.7
 
 _KINDS = frozenset({Kind.DELTA, Kind.WHOLE, Kind.EXACT})
 
 
 def advance(layout: AdapterLayout, held: Vector, target: Vector, factors: Factors, bits: int | None) -> Vector:
-    """The adapter that devices shall hold after a round.
+    """Returns the adapter that devices shall hold after a round.
 
     Args:
-        held: what they hold now; float32, (size,).
-        target: what they should hold; float32, (size,).
-        factors: which factors the round changed; the others stay as they are.
-        bits: how fine the change is sent; None sends the target itself, as float32.
+        held: the adapter that devices hold now; float32, (size,).
+        target: the adapter that they should hold; float32, (size,).
+        factors: the factors that the round changed; the others stay as they are.
+        bits: resolution of the change; None sends the target itself, as float32.
     """
     if bits is None:
         return target.copy()
@@ -65,10 +67,10 @@ def advance(layout: AdapterLayout, held: Vector, target: Vector, factors: Factor
 
 
 def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector:
-    """The adapter that devices shall hold after a change of basis: all of the target, at 8 bits.
+    """Returns the adapter that devices shall hold after a change of basis: all of the target, at 8 bits.
 
     Args:
-        bits: as `advance`; None for the target itself.
+        bits: as in `advance`; None returns the target itself.
     """
     if bits is None:
         return target.copy()
@@ -76,10 +78,10 @@ def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector
 
 
 def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
-    """The adapter on a device: the basis, changed by what arrived; float32, (size,).
+    """Applies what arrived on a device to its `basis`; returns the adapter, float32, (size,).
 
     Raises:
-        PeerError: a payload is malformed, or the result is not the adapter that was meant.
+        PeerError: a payload is malformed, or the result does not have the stated digest.
     """
     halves = zip(layout.halves(basis), adapter.parts, strict=True)
     held = np.concatenate([apply(half, part) for half, part in halves])
@@ -89,11 +91,11 @@ def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
 
 
 def encode_delta(held: NDArray[np.float32], target: NDArray[np.float32], bits: int) -> bytes:
-    """The change from `held` towards `target`, in steps near 6/(2^bits - 1) of its root mean square.
+    """Encodes the change from `held` towards `target`, in steps near 6/(2^bits - 1) of its root mean square.
 
     Args:
-        held: what the devices hold; float32, shape (count,).
-        target: what they should hold; float32, same shape.
+        held: the values that devices hold; float32, shape (count,).
+        target: the values that they should hold; float32, same shape.
         bits: 2 to 8.
 
     Raises:
@@ -105,7 +107,7 @@ def encode_delta(held: NDArray[np.float32], target: NDArray[np.float32], bits: i
 
 
 def encode_refresh(target: NDArray[np.float32]) -> bytes:
-    """All of `target` at 8 bits. It replaces what a device holds, so it must go to everybody.
+    """Encodes all of `target` at 8 bits. It replaces the values on a device, so it must go to all devices.
 
     Raises:
         UpdateError: the target holds NaN, infinity or an absurd magnitude.
@@ -114,9 +116,9 @@ def encode_refresh(target: NDArray[np.float32]) -> bytes:
 
 
 def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> bytes:
-    """What takes a device from the version `old` to `held`, bit for bit.
+    """Encodes the change that takes a device from the version `old` to `held`, bit for bit.
 
-    From zeros it is the whole adapter, for a new device. Where the difference is not on a grid it is sent as float32.
+    For a new device `old` is zero. A difference that is not on a grid is sent as float32.
 
     Raises:
         UpdateError: either holds NaN, infinity or an absurd magnitude.
@@ -132,12 +134,12 @@ def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> byte
 
 
 def encode_whole(held: NDArray[np.float32]) -> bytes | None:
-    """All of `held`, bit for bit, whatever a device holds; None where it does not lie on a grid.
+    """Encodes all of `held`, bit for bit, for devices of any version; None where it does not lie on a grid.
 
-    After a change of basis this is less than what changed since an older version.
+    After a change of basis this takes fewer bytes than the change since an older version.
 
     Raises:
-        UpdateError: it holds NaN, infinity or an absurd magnitude.
+        UpdateError: `held` holds NaN, infinity or an absurd magnitude.
     """
     check_update(held)
     step = _grid(held)
@@ -148,17 +150,17 @@ def encode_whole(held: NDArray[np.float32]) -> bytes | None:
 
 
 def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.float32]:
-    """What a device holds after the payload: held + δ·levels, or δ·levels, or float32 values; finite.
+    """Applies a payload to `held`; returns held + δ·levels, or δ·levels, or float32 values, all of them finite.
 
     Raises:
-        PeerError: with the reason, if the payload is not well-formed or leads to values that are not finite.
+        PeerError: the payload is not well-formed or leads to values that are not finite.
     """
     kind, body = unframe(data, _KINDS, held.size, max_body_size(held.size))
     if kind == Kind.EXACT:
         return exact_values(body, held.size)
     values = decode_values(body, held.size)
     if kind == Kind.DELTA:
-        with np.errstate(over="ignore"):  # said below, with a reason
+        with np.errstate(over="ignore"):  # refused below, with a reason
             values += held
     if not np.isfinite(values).all():
         raise PeerError("payload: it leads to NaN or infinity")
@@ -166,7 +168,7 @@ def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.flo
 
 
 def max_body_size(count: int) -> int:
-    """The most bytes a body has, of whichever kind."""
+    """Returns the most bytes that a body of any kind has."""
     return max(exact_size(count), max_levels_size(count))
 
 
@@ -185,14 +187,14 @@ def _largest(values: NDArray[np.float32]) -> float:
 
 
 def _step(values: NDArray[np.float32], bits: int, finest: float) -> float:
-    """The largest power of two within STRETCH of `relative_step` of these values, or of the finest step allowed."""
+    """Returns the largest power of two up to STRETCH times the larger of the values' `relative_step` and `finest`."""
     deviation = check_update(values) / sqrt(max(values.size, 1))
     _, exponent = frexp(STRETCH * max(float(relative_step(deviation, bits)), finest))
     return ldexp(1.0, exponent - 1)
 
 
 def _grid(values: NDArray[np.float32]) -> float:
-    """The largest power of two that all values are multiples of, at least MIN_STEP."""
+    """Returns the largest power of two, at least MIN_STEP, of which all values are multiples."""
     present = values[values != 0]
     if not present.size:
         return MIN_STEP

@@ -1,12 +1,12 @@
-"""Whole numbers that are mostly zero <-> bytes: the entropy coder of everything that travels in the clear.
+"""The entropy coder for quantized values in the clear: vectors of whole numbers that are mostly zero, and back.
 
 A level vector is coded in pieces of up to PIECE levels, and within a piece in blocks of BLOCK neighbours. Trained
-changes are uneven: some modules move, others rest. So every block first says how lively it is, its *class*, the bit
-length of Σ|level|. Blocks of class 0 are all zero and cost nothing more; the magnitudes of each other class share one
-probability table, counted over the piece and sent along. A range coder (`constriction`) spends -log2(p) bits on each
-magnitude. That includes saying *where* the non-zero levels are: with one class it equals the entropy of their gaps,
-and with several it is less. Signs, and the low bits of magnitudes from DIRECT on, are as good as random and are
-written as they are.
+changes are uneven: some modules change much, others hardly. So every block begins with its *class*, the bit length of
+Σ|level|. Blocks of class 0 are all zero and cost nothing more; the magnitudes of each other class share one probability
+table, counted over the piece and sent along. A range coder (`constriction`) spends -log2(p) bits on each magnitude.
+That includes the positions of the non-zero levels: with one class their cost equals the entropy of the gaps, and with
+several classes it is less. Signs, and the low bits of magnitudes from DIRECT on, are nearly random and are written
+without coding.
 
     piece     = table of the classes, one table per class present but 0, number of range-coded words (4 bytes), words,
                 one sign bit per non-zero level (1 is negative), low bits packed octave by octave
@@ -14,7 +14,7 @@ written as they are.
     magnitude = symbol m for m < DIRECT, else symbol DIRECT + k and 4 + k low bits for 2^(4+k) <= m < 2^(5+k)
 
 A weight code c means 0 for c = 0 and otherwise (16 + c mod 16)·2^(c div 16): whole numbers within 3% of the counts,
-so both sides build the same model from the same table whatever their arithmetic.
+so both sides build the same model from the same table, independent of their floating-point arithmetic.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _WEIGHTS = np.where(_CODES == 0, 0, (16 + _CODES % 16) << (_CODES // 16)).astype
 
 
 def encode_levels(levels: NDArray[np.int32]) -> bytes:
-    """The coded form of levels within ±MAX_LEVEL, shape (count,)."""
+    """Returns the coded form of levels within ±MAX_LEVEL, shape (count,)."""
     return b"".join(_encode_piece(levels[start : start + PIECE]) for start in range(0, levels.size, PIECE))
 
 
 def decode_levels(body: Reader, count: int) -> NDArray[np.int32]:
-    """The inverse of `encode_levels`; leaves the reader behind the last piece.
+    """Decodes what `encode_levels` wrote, and leaves the reader behind the last piece.
 
     Raises:
         PeerError: the bytes are not the coded form of `count` levels.
@@ -60,7 +60,7 @@ def decode_levels(body: Reader, count: int) -> NDArray[np.int32]:
 
 
 def max_coded_size(count: int) -> int:
-    """More bytes than any honest coded form of `count` levels has."""
+    """Returns an upper bound for the bytes of `count` coded levels."""
     pieces = -(-count // PIECE)
     tables = (1 + _MAX_CLASSES) + _MAX_CLASSES * (1 + _MAX_SYMBOLS)
     return 8 * count + pieces * (tables + 64)
@@ -120,7 +120,7 @@ def _bit_length(numbers: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.in
 
 
 def _split(magnitudes: NDArray[np.int32]) -> tuple[NDArray[np.int32], bytes]:
-    """Symbols in place of magnitudes (the array is reused), and the packed low bits."""
+    """Replaces magnitudes by symbols, in place; returns the symbols and the packed low bits."""
     flat = magnitudes.reshape(-1)
     large = np.flatnonzero(flat >= DIRECT)
     values = flat[large]
@@ -134,7 +134,7 @@ def _split(magnitudes: NDArray[np.int32]) -> tuple[NDArray[np.int32], bytes]:
 
 
 def _add_low_bits(flat: NDArray[np.int32], body: Reader) -> None:
-    """Magnitudes in place of symbols: the inverse of `_split`."""
+    """Replaces symbols by magnitudes, in place: the inverse of `_split`."""
     large = np.flatnonzero(flat >= DIRECT)
     octaves = flat[large] - DIRECT
     for octave in range(int(octaves.max(initial=-1)) + 1):
@@ -145,7 +145,7 @@ def _add_low_bits(flat: NDArray[np.int32], body: Reader) -> None:
 
 
 def _encode_table(symbols: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Weight codes of the symbols 0 to the largest one; a symbol that occurs never gets weight 0."""
+    """Returns weight codes of the symbols 0 to the largest one; a symbol that occurs never gets weight 0."""
     counts = np.bincount(symbols)
     scaled = counts * (int(_WEIGHTS[-1]) / int(counts.max()))
     codes = np.maximum(np.searchsorted(_WEIGHTS, scaled, side="right") - 1, 1)
@@ -163,11 +163,11 @@ def _take_table(body: Reader, most: int) -> NDArray[np.uint8]:
 
 
 def _lively(table: NDArray[np.uint8]) -> list[int]:
-    """The classes that occur and whose blocks are not all zero."""
+    """Returns the classes that occur, without class 0."""
     return [int(present) for present in np.flatnonzero(table) if present > 0]
 
 
 def _model(table: NDArray[np.uint8]) -> Any:
-    """The coder's model of a table. It wants at least two symbols; one that never occurs costs next to nothing."""
+    """Returns the coder's model of a table, which needs two symbols; one that never occurs costs almost nothing."""
     weights = _WEIGHTS[table].astype(np.float64)
     return constriction.stream.model.Categorical(np.append(weights, 0.0), perfect=False)

@@ -1,4 +1,4 @@
-"""The codec that loses nothing: float32 as it is. Preset `none`, and the fallback where exactness is needed."""
+"""The lossless codec, plain float32: for the preset `none`, and the fallback where exactness is needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedtune.core.errors import PeerError
 
 
 class ExactCodec:
-    """Update <-> bytes, four bytes a coordinate, bit for bit."""
+    """Encodes an update in four bytes a coordinate, and decodes it bit for bit."""
 
     def encode(self, update: NDArray[np.float32]) -> bytes:
-        """The payload of a flat float32 update.
+        """Returns the payload of a flat float32 update.
 
         Raises:
             UpdateError: the update holds NaN or infinity.
@@ -23,17 +23,17 @@ class ExactCodec:
         return frame(Kind.EXACT, update.size, update.astype("<f4", copy=False).tobytes())
 
     def decode(self, data: bytes | memoryview, count: int) -> NDArray[np.float32]:
-        """The update that `data` carries; float32, shape (count,), finite.
+        """Returns the update that `data` carries; float32, shape (count,), finite.
 
         Raises:
-            PeerError: with the reason, if the payload is not a well-formed one for `count` coordinates.
+            PeerError: the payload is not well-formed, or not for `count` coordinates.
         """
         _, body = unframe(data, frozenset({Kind.EXACT}), count, exact_size(count))
         return exact_values(body, count)
 
 
 def exact_values(body: memoryview, count: int) -> NDArray[np.float32]:
-    """The vector in the body of an exact payload.
+    """Returns the vector in the body of an exact payload.
 
     Raises:
         PeerError: the body has another size, or holds NaN or infinity.
@@ -47,5 +47,5 @@ def exact_values(body: memoryview, count: int) -> NDArray[np.float32]:
 
 
 def exact_size(count: int) -> int:
-    """The bytes of an exact body."""
+    """Returns the size of an exact body in bytes."""
     return 4 * count

@@ -1,14 +1,15 @@
-"""The codec for updates under masks: every step is linear and public, so words may be added before they are decoded.
+"""The codec for updates under masks. Every step is linear and public, so words can be added before they are decoded.
 
     client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, sums
     sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
     server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
 
-A context may leave the rotation out; H·D/√d is the identity then, and nothing is padded.
+Without rotation, H·D/√d is the identity, and nothing is padded.
 
-A usage loop, in the clear, for one segment:
+Usage in the clear, for one segment:
 
-    context = RoundContext(seed, select_public(count, density, job_seed, turn), clip.clip, n_max=len(cohort))
+    selection = select_public(count, density, job_seed, selection_phase)
+    context = RoundContext(seed, selection, clip.clip, n_max=len(cohort))
     total = codec.zero(context)
     for update, weight, private_seed in cohort:
         total = codec.add(total, codec.encode(update, weight, private_seed, context), context)
@@ -35,18 +36,18 @@ AUXILIARY_SUMS = 2
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What a segment's cohort agrees on for one round; all of it is public.
+    """The parameters of one segment in one round, on which the cohort agrees; all of them are public.
 
     Args:
         seed: the segment's public seed of this round: `derive_seed(job seed, "codec", round, segment)`.
-        selection: which coordinates travel; bool, shape (count,).
+        selection: the coordinates that travel; bool, shape (count,).
         clip: c > 0, the norm to which each selected update is clipped.
         n_max: the most clients that are ever added in this ring.
-        rotation: whether values are rotated before they are rounded. Without, the few that are large are clipped at
-            ±R, and only a residual brings the rest across.
+        rotation: whether values are rotated before they are rounded. Without rotation the few large values are clipped
+            at ±R, and their rest only travels through the residual.
 
     Raises:
-        PeerError: the clip is no norm that an update could have; a device has it from the server.
+        PeerError: no update could have the clip as its norm; devices receive it from the server.
     """
 
     seed: int
@@ -66,11 +67,11 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class RingUpdate:
-    """One contribution, or a sum of some: what secure aggregation masks and adds.
+    """One client's contribution or a sum of several, as secure aggregation masks and adds it.
 
     Args:
-        words: uint32, shape (word_count,), below 2^ℓ; a lone contribution's are at most L.
-        auxiliary sums: uint32, shape (LANES,), modulo 2^32: in units of 2^-16, the weight, and the norm over 4c.
+        words: uint32, shape (word_count,), below 2^ℓ; those of a single contribution are at most L.
+        auxiliary: uint32, shape (AUXILIARY_SUMS,), modulo 2^32: the weight, and the norm over 4c, in units of 2^-16.
     """
 
     words: NDArray[np.uint32]
@@ -79,7 +80,7 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class RingMean:
-    """What a sum decodes to: the weighted mean update (float32, zero where not selected), Σw, the mean norm."""
+    """A decoded sum: the weighted mean update (float32, zero where not selected), Σw, and the mean norm."""
 
     update: NDArray[np.float32]
     total_weight: float
@@ -88,7 +89,7 @@ class RingMean:
 
 @dataclass(frozen=True)
 class MaskableCodec:
-    """Update -> ring words; sum of words -> mean update.
+    """Encodes updates as ring words, and decodes the sum of words to the mean update.
 
     Args:
         bits: b, 1 to 8.
@@ -97,26 +98,26 @@ class MaskableCodec:
     bits: int
 
     def ring(self, context: RoundContext) -> Ring:
-        """The ring that the context's sums live in; JobError if there is none."""
+        """Returns the ring in which the context's words are added; raises JobError if there is none."""
         return Ring(self.bits, context.n_max)
 
     def word_count(self, context: RoundContext) -> int:
-        """How many words a contribution has: the selected coordinates and the rotation's padding, if there is one."""
+        """Returns the number of words of a contribution: its selected coordinates and the rotation's padding."""
         return rotated_size(context.selected) if context.rotation else context.selected
 
     def encode(
         self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
     ) -> RingUpdate:
-        """One client's contribution.
+        """Encodes one client's contribution.
 
         Args:
             update: the client update with its residual added; float32, shape (count,).
-            weight: w in (0, 1], rounded to a multiple of 2^-16 first, so that Σw sums what was really used.
-            private_seed: for the rounding; another one for every client, segment and round.
-            context: what the cohort agreed on.
+            weight: w in (0, 1], rounded to a multiple of 2^-16 first, so that Σw is the sum of the weights applied.
+            private_seed: seed of the rounding, different for every client, segment and round.
+            context: the parameters on which the cohort agreed.
 
         Raises:
-            UpdateError: the update is of another size, or holds NaN, infinity or an absurd magnitude.
+            UpdateError: the update has another size, or holds NaN, infinity or an absurd magnitude.
             JobError: there is no ring for these bits and n_max.
         """
         self.ring(context)
@@ -133,21 +134,21 @@ class MaskableCodec:
         return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 
     def zero(self, context: RoundContext) -> RingUpdate:
-        """The empty sum."""
+        """Returns the empty sum."""
         return RingUpdate(
             np.zeros(self.word_count(context), dtype=np.uint32), np.zeros(AUXILIARY_SUMS, dtype=np.uint32)
         )
 
     def add(self, left: RingUpdate, right: RingUpdate, context: RoundContext) -> RingUpdate:
-        """The sum in the ring; addition of auxiliary sums wraps at 2^32 as their type does."""
+        """Returns the sum in the ring; auxiliary sums wrap around at 2^32, as uint32 does."""
         return RingUpdate(self.ring(context).add(left.words, right.words), left.auxiliary + right.auxiliary)
 
     def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> RingMean:
-        """The mean of the `survivors` contributions in `total`.
+        """Returns the mean of the `survivors` contributions in `total`.
 
         Raises:
             RunError: there are no survivors or more than n_max.
-            PeerError: the sum is of another size, or no sum of that many contributions.
+            PeerError: the sum has another size, or cannot be the sum of that many contributions.
         """
         expected = self.word_count(context)
         if total.words.shape != (expected,) or total.auxiliary.shape != (AUXILIARY_SUMS,):
@@ -168,7 +169,7 @@ class MaskableCodec:
         return RingMean(mean, weight, NORM_BOUND * context.clip * norms / survivors)
 
     def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:
-        """What one contribution adds to the mean, as this client's update: the residual is the update minus this."""
+        """Returns the update that one contribution decodes to; the residual is the client's update minus this."""
         return self.decode_sum(contribution, 1, context).update
 
     def _bound(self, context: RoundContext) -> float:

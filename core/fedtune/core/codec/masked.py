@@ -1,14 +1,14 @@
-"""What a secure round sums: the ring words of each factor, and beside them segments of auxiliary sums.
+"""The segments of a secure round: the ring words of each factor, and segments of auxiliary sums.
 
     segments = masked_segments(terms, tiers)                # goes into the round's configuration
-    words = masked_words(own_terms, contributions, loss)    # a client's part: what its masks are added to
-    totals, mean_loss = opened_sums(sums, contributors, terms)      # what the unmasked sums mean
+    words = masked_words(own_terms, contributions, loss)    # a client's contribution, before its masks
+    totals, mean_loss = opened_sums(sums, contributors, terms)      # the unmasked sums, decoded
 
-The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 a client: for each factor the client's weight and
-its update's norm, then its training loss. Nothing of a single client travels beside them in the clear.
+The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 per client: for each factor the client's weight and
+its update's norm, then its training loss. No value of a single client travels in the clear.
 
 Where devices train different ranks, each slice of a factor is a segment that only its owners carry, and so are its
-auxiliary sums; the training loss stands in those of the first slice, which everybody owns.
+auxiliary sums. The training loss belongs to the first slice's auxiliary sums, since all clients own that slice.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fedtune.core.secagg import Segment
 from fedtune.core.secagg.masking import Words
 
 AUXILIARY_NAME = "auxiliary"
-MOST_LOSS = 16.0  # nats; a greater training loss counts as this one
+MOST_LOSS = 16.0  # nats; a larger training loss counts as this value
 
 
 def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> tuple[Segment, ...]:
-    """One segment for each of the terms, in their order, and one for the auxiliary sums of each slice.
+    """Returns one segment for each of the terms, in their order, and one for the auxiliary sums of each slice.
 
     Args:
-        terms: of the whole round.
-        tiers: of the round, ascending; segments count them from 0. None where everybody trains everything.
+        terms: terms of the whole round.
+        tiers: tiers of the round, ascending; segments count them from 0. Empty where all clients train all ranks.
     """
     segments = []
     for each in terms:
@@ -49,11 +49,11 @@ def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> 
 
 
 def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdate], loss: float) -> dict[str, Words]:
-    """A client's contribution to each of its segments, before its masks.
+    """Returns a client's contribution to each of its segments, before its masks.
 
     Args:
-        terms: those of the client's tier.
-        contributions: one for each of them.
+        terms: terms of the client's tier.
+        contributions: one contribution for each of the terms.
         loss: mean training loss in nats, not below 0.
     """
     words: dict[str, Words] = {
@@ -71,13 +71,14 @@ def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdat
 def opened_sums(
     sums: Mapping[str, Words], contributors: Mapping[str, int], terms: Sequence[FactorTerms]
 ) -> tuple[tuple[RingTotal, ...], float]:
-    """The summed contributions, one for each of the terms, and the survivors' mean loss.
+    """Returns the summed contributions, one for each of the terms, and the survivors' mean loss.
 
     Args:
-        sums, contributors: by segment.
+        sums: unmasked words by segment.
+        contributors: number of clients by segment.
 
     Raises:
-        PeerError: no such losses have this sum.
+        PeerError: the sum of the losses is out of range.
     """
     slices = _slices(terms)
     totals: dict[int, RingTotal] = {}
@@ -95,7 +96,7 @@ def opened_sums(
 
 
 def _slices(terms: Sequence[FactorTerms]) -> dict[int, list[int]]:
-    """The tier of each slice, smallest first -> which of the terms belong to it."""
+    """Returns the tier of each slice, smallest first -> the indices of the terms that belong to it."""
     slices: dict[int, list[int]] = {}
     for index, each in enumerate(terms):
         slices.setdefault(each.tier, []).append(index)
@@ -103,7 +104,7 @@ def _slices(terms: Sequence[FactorTerms]) -> dict[int, list[int]]:
 
 
 def _owners(tier: int, tiers: Sequence[int]) -> tuple[int, ...]:
-    """The places among the tiers of those that own a slice."""
+    """Returns the positions of the tiers that own a slice."""
     return tuple(place for place, other in enumerate(tiers or (0,)) if other >= tier)
 
 

@@ -1,7 +1,7 @@
-"""Tight packing of ring words: ℓ bits a word, nothing between them.
+"""Dense packing of ring words: ℓ bits a word, without padding between them.
 
 The packed bytes are the little-endian digits of one big number, Σ_i words[i]·2^(i·ℓ), in ceil(count·ℓ/8) bytes. The
-bits left over in the last byte are zero, and `unpack` insists on it, so that one vector has exactly one packed form.
+spare bits of the last byte are zero, and `unpack` checks this, so that one vector has exactly one packed form.
 
     data = pack(words, bits=11)
     words = unpack(data, bits=11, count=len(words))
@@ -26,7 +26,7 @@ _PIECE_WORDS = 1 << 15  # 256 KiB of 64-bit words: stays in a core's second-leve
 
 
 def pack(words: NDArray[np.uint64] | NDArray[np.uint32], bits: int) -> bytes:
-    """Write each word with exactly `bits` bits.
+    """Writes each word with exactly `bits` bits.
 
     Args:
         words: shape (count,), every word below 2^bits.
@@ -51,7 +51,7 @@ def pack(words: NDArray[np.uint64] | NDArray[np.uint32], bits: int) -> bytes:
 
 
 def unpack(data: bytes | memoryview, bits: int, count: int) -> NDArray[np.uint32] | NDArray[np.uint64]:
-    """Read `count` words of `bits` bits: the inverse of `pack`.
+    """Reads `count` words of `bits` bits: the inverse of `pack`.
 
     Returns:
         shape (count,), uint32 for widths up to 32 bits, otherwise uint64.
@@ -81,7 +81,7 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> NDArray[np.uint32
 
 
 def packed_size(count: int, bits: int) -> int:
-    """The bytes that `count` words of `bits` bits take: ceil(count·bits/8)."""
+    """Returns the size of `count` words of `bits` bits in bytes: ceil(count·bits/8)."""
     if count < 0:
         raise ValueError(f"a count of words cannot be negative: {count}")
     return -(-count * bits // 8)
@@ -93,7 +93,7 @@ def _check_width(bits: int) -> None:
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """The smallest number of words that fills whole limbs, and how many limbs that is."""
+    """Returns the smallest number of words that fills whole limbs, and how many limbs that is."""
     common = gcd(bits, _LIMB_BITS)
     return _LIMB_BITS // common, bits // common
 
@@ -104,7 +104,7 @@ def _pieces(groups: int, group: int) -> list[tuple[int, int]]:
 
 
 def _pack_groups(words: NDArray[np.unsignedinteger], bits: int, groups: int) -> NDArray[np.uint64]:
-    """One row of limbs per limb position, one column per group; a short last group counts as ending in zeros."""
+    """Returns one row of limbs per limb position, one column per group; a short last group is padded with zeros."""
     group, limbs = _group(bits)
     rows = np.zeros((group, groups), dtype=np.uint64)
     whole = words.size // group
@@ -120,7 +120,7 @@ def _pack_groups(words: NDArray[np.unsignedinteger], bits: int, groups: int) -> 
 
 
 def _unpack_groups(limbs: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
-    """One row of words per position in the group, one column per group."""
+    """Returns one row of words per position in the group, one column per group."""
     group, _ = _group(bits)
     rows = np.ascontiguousarray(limbs.T)
     mask = np.uint64((1 << bits) - 1)

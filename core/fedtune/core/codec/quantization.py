@@ -1,15 +1,16 @@
-"""Uniform quantization, in the two forms the codecs need.
+"""Uniform quantization, in the two forms that the codecs need.
 
 *Stochastic, fixed range*, for sums under masks: with L = 2^b - 1 and step δ = 2R/L,
 
     u = floor((clip(y, ±R) + R)/δ + U),   U uniform on [0, 1),    so that   E[δ·u - R] = clip(y, ±R).
 
-Unbiased, so the errors of n clients average out; each client must draw its own U. It is computed in fixed point with
-DITHER_BITS fractional bits: the largest value is L·2^16, adding at most 2^16 - 1 and shifting gives at most L. The
-bound that the ring's overflow proof rests on is thus held by whole numbers, not by float rounding.
+This rounding is unbiased, so the errors of n clients average out; each client must draw its own U. It is computed in
+fixed point with DITHER_BITS fractional bits: the largest value is L·2^16, and adding at most 2^16 - 1 and shifting
+gives at most L. The bound on which the ring's overflow proof relies thus follows from integer arithmetic and does not
+depend on float rounding.
 
-*Nearest, open range*, for what is entropy-coded in the clear: level = round(x/δ), with no largest level. The error
-goes to the residual, and nearest rounding leaves half the error power of stochastic rounding there.
+*Nearest, open range*, for values that are entropy-coded in the clear: level = round(x/δ), with no largest level. The
+error goes to the residual, and nearest rounding leaves half the error power of stochastic rounding there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _PIECE = 1 << 16  # values at a time: temporaries stay in the cache
 
 
 def public_range(clip: float, size: int, bits: int, n_max: int) -> float:
-    """R = κ·c/√d: κ standard deviations of a coordinate of a rotated vector of `size` values and norm `clip`.
+    """Returns R = κ·c/√d: κ standard deviations of a coordinate of a rotated vector of `size` values and norm `clip`.
 
-    κ = √ln(n·L²) - 1/2, at least 1. Rounding errors grow with κ²/L² and average out over n clients; what is clipped
-    off falls like exp(-κ²/2) and does not. This balances the two: few levels need a narrow range, many clients a wide
-    one.
+    κ = √ln(n·L²) - 1/2, at least 1. Rounding errors grow with κ²/L² and average out over n clients; the error of
+    clipping falls like exp(-κ²/2) and does not average out. This κ balances the two: few levels need a narrow range,
+    many clients a wide one.
     """
     levels = (1 << bits) - 1
     deviations = max(MIN_RANGE, sqrt(log(n_max * levels**2)) - RANGE_OFFSET)
@@ -46,13 +47,13 @@ def public_range(clip: float, size: int, bits: int, n_max: int) -> float:
 
 
 def quantize(values: NDArray[np.float32], bound: float, bits: int, seed: int) -> NDArray[np.uint32]:
-    """Stochastic words in 0..L of finite values, clipped to ±bound.
+    """Rounds finite values, clipped to ±bound, stochastically to words in 0..L.
 
     Args:
         values: shape (count,), finite.
         bound: R > 0.
         bits: b, 1 to 8.
-        seed: this client's own for this segment and round; clients that share one make the same errors.
+        seed: private seed of this client for this segment and round; clients with the same seed make the same errors.
 
     Returns:
         uint32, shape (count,), every word at most 2^b - 1.
@@ -75,7 +76,7 @@ def quantize(values: NDArray[np.float32], bound: float, bits: int, seed: int) ->
 
 
 def dequantize_sum(words: NDArray[np.uint32], bound: float, bits: int, contributions: int) -> NDArray[np.float32]:
-    """δ·Σu - n·R for sums of n = `contributions` words, as (2·Σu - n·L)·(R/L): exact up to the last product."""
+    """Returns δ·Σu - n·R for sums of n = `contributions` words, as (2·Σu - n·L)·(R/L): exact up to the last product."""
     levels = (1 << bits) - 1
     unit = bound / levels
     values = np.empty(words.size, dtype=np.float32)
@@ -86,14 +87,14 @@ def dequantize_sum(words: NDArray[np.uint32], bound: float, bits: int, contribut
 
 
 def relative_step(deviation: float, bits: int) -> np.float32:
-    """δ = 2κσ/(2^b - 1) for values of root mean square σ and b in 2 to 8; at least MIN_STEP."""
+    """Returns δ = 2κσ/(2^b - 1) for values of root mean square σ and b in 2 to 8; at least MIN_STEP."""
     if not MIN_STEP_BITS <= bits <= MAX_STEP_BITS:
         raise ValueError(f"bits lie in {MIN_STEP_BITS} to {MAX_STEP_BITS}, got {bits}")
     return np.float32(max(2 * STEP_RANGE * deviation / ((1 << bits) - 1), MIN_STEP))
 
 
 def nearest_levels(values: NDArray[np.float32], step: np.float32) -> NDArray[np.int32]:
-    """round(x/δ), ties to even, held within ±MAX_LEVEL; int32, shape (count,)."""
+    """Returns round(x/δ), ties to even, clipped to ±MAX_LEVEL; int32, shape (count,)."""
     levels = np.empty(values.size, dtype=np.int32)
     for start in range(0, values.size, _PIECE):
         scaled = values[start : start + _PIECE] / step
@@ -104,7 +105,7 @@ def nearest_levels(values: NDArray[np.float32], step: np.float32) -> NDArray[np.
 
 
 def levels_to_values(levels: NDArray[np.int32], step: np.float32) -> NDArray[np.float32]:
-    """δ·level, elementwise, so that every machine gets the same bits."""
+    """Returns δ·level, elementwise, so that every machine gets the same bits."""
     values = levels.astype(np.float32)
     values *= step
     return values

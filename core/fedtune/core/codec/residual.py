@@ -1,11 +1,12 @@
-"""Error feedback: what a client could not send is added to what it sends next (Karimireddy et al., 2019).
+"""Error feedback: what a client could not send is added to its next update (Karimireddy et al., 2019).
 
-The residual lives in the coordinates of the *factor*, not of a segment: which ranks a device trains changes from
-round to round, and a residual stays with the parameter it belongs to. A client that misses rounds just keeps it. If a
-payload was not counted (a lost round, an aborted one), nothing was sent, and the residual is x itself.
+The residual is indexed by the coordinates of the *factor*, not of a segment: the rank indices that a device trains
+change from round to round, and a residual stays with its parameter. A client that misses rounds keeps its residual. If
+a payload was not counted (in a lost or aborted round), nothing was sent, and the residual is x itself.
 
-    x = residual.compensate(update, owned)                 # owned: positions of the segment's coordinates in the
-    factor payload = codec.encode(x) residual = residual.carry(x - codec.decode(payload, x.size), owned)
+    x = residual.compensate(update, owned)      # owned: positions of the segment's coordinates in the factor
+    payload = codec.encode(x)
+    residual = residual.carry(x - codec.decode(payload, x.size), owned)
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ Places = NDArray[np.intp] | slice
 
 @dataclass(frozen=True)
 class Residual:
-    """A factor's unsent part; float32, shape (count,). Never changed in place."""
+    """The unsent part of a factor's updates; float32, shape (count,). It is never changed in place."""
 
     values: NDArray[np.float32]
 
     @classmethod
     def empty(cls, count: int) -> Residual:
-        """The residual of a client that has sent everything so far."""
+        """Returns the residual of a client that has sent everything so far."""
         return cls(np.zeros(count, dtype=np.float32))
 
     def compensate(self, update: NDArray[np.float32], owned: Places) -> NDArray[np.float32]:
-        """update + residual, float32, over the coordinates `owned`: distinct positions in the factor."""
+        """Returns update + residual, float32, over the coordinates `owned`: distinct positions in the factor."""
         return update + self.values[owned]
 
     def carry(self, unsent: NDArray[np.float32], owned: Places) -> Residual:
-        """The residual after a round: `unsent` in the owned coordinates, the others as they were."""
+        """Returns the residual after a round: `unsent` in the owned coordinates, the others as they were."""
         values = self.values.copy()
         values[owned] = unsent
         return Residual(values)
 
     def to_bytes(self) -> bytes:
-        """The client's own record of it, exact and checksummed."""
+        """Returns the residual as bytes for the client's own state, exact and checksummed."""
         return ExactCodec().encode(self.values)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, count: int) -> Residual:
-        """The inverse of `to_bytes`.
+        """Reads what `to_bytes` wrote.
 
         Raises:
-            PeerError: the record is damaged or belongs to another layout; start from `empty` then.
+            PeerError: the bytes are damaged or belong to another layout; start from `empty` then.
         """
         return cls(ExactCodec().decode(data, count))

@@ -4,8 +4,8 @@ A client contributes one word u per coordinate, 0 <= u <= L with L = 2^b - 1. At
 
     Σu <= n_max·L < 2^ℓ    with    ℓ = ceil(log2(n_max·L + 1)),
 
-hence the sum in the ring *is* the sum. Beside the words of a segment travel two whole numbers, its *auxiliary sums*:
-the client's weight and its update's norm, in fixed point. They are added modulo 2^32 and have the same proof.
+hence the sum in the ring *is* the sum. With the words of a segment travel two whole numbers, its *auxiliary sums*: the
+client's weight and its update's norm, in fixed point. They are added modulo 2^32, and the same proof holds for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedtune.core.errors import JobError, PeerError, RunError
 MIN_QUANTIZER_BITS = 1
 MAX_QUANTIZER_BITS = 8
 AUXILIARY_BITS = 32
-AUXILIARY_ONE = 1 << 16  # fixed-point 1.0; what an auxiliary sum carries lies in [0, 1]
+AUXILIARY_ONE = 1 << 16  # fixed-point 1.0; a client's number in an auxiliary sum lies in [0, 1]
 MAX_COHORT = (1 << AUXILIARY_BITS) // AUXILIARY_ONE - 1  # a sum of this many ones still fits the auxiliary sum
 
 
@@ -29,7 +29,7 @@ class Ring:
     """The ring for sums of up to `n_max` words of `bits` bits.
 
     Raises:
-        JobError: bits or n_max are out of range; within it, 24 bits are enough.
+        JobError: bits or n_max are out of range; within the range, 24 bits are enough for a word.
     """
 
     bits: int
@@ -46,24 +46,24 @@ class Ring:
 
     @property
     def levels(self) -> int:
-        """L = 2^b - 1, the largest word a client contributes."""
+        """L = 2^b - 1, the largest word that a client contributes."""
         return (1 << self.bits) - 1
 
     @property
     def width(self) -> int:
-        """ℓ = ceil(log2(n_max·L + 1)), the bits of a word on the wire."""
+        """ℓ = ceil(log2(n_max·L + 1)), the number of bits of a word on the wire."""
         return (self.n_max * self.levels).bit_length()
 
     def add(self, left: NDArray[np.uint32], right: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """(left + right) mod 2^ℓ, elementwise."""
+        """Returns (left + right) mod 2^ℓ, elementwise."""
         return (left + right) & np.uint32((1 << self.width) - 1)
 
     def check_sum(self, words: NDArray[np.uint32], survivors: int) -> None:
-        """Refuse what cannot be a sum of `survivors` honest contributions.
+        """Checks that words can be a sum of `survivors` honest contributions.
 
         Raises:
             RunError: there are no survivors, or more than n_max.
-            PeerError: a word exceeds survivors·L: masks did not cancel, or somebody contributed out of range.
+            PeerError: a word exceeds survivors·L: masks did not cancel, or a contribution was out of range.
         """
         if not 1 <= survivors <= self.n_max:
             raise RunError(f"a sum has 1 to {self.n_max} survivors in this ring, got {survivors}")
@@ -76,22 +76,22 @@ class Ring:
 
 
 def weight_word(weight: float) -> int:
-    """The fixed-point form of a weight in (0, 1], at least 1."""
+    """Returns the fixed-point form of a weight in (0, 1], at least 1."""
     if not 0 < weight <= 1:
         raise ValueError(f"an aggregation weight lies in (0, 1], got {weight}")
     return max(1, round(weight * AUXILIARY_ONE))
 
 
 def norm_word(norm: float, most: float) -> int:
-    """The fixed-point form of norm/most, at most 1."""
+    """Returns the fixed-point form of norm/most, at most 1."""
     return round(min(norm / most, 1.0) * AUXILIARY_ONE)
 
 
 def auxiliary_total(word: int, survivors: int) -> float:
-    """The number that a summed auxiliary sum means: the sum of `survivors` numbers in [0, 1].
+    """Decodes an auxiliary sum to the sum of `survivors` numbers in [0, 1].
 
     Raises:
-        PeerError: no such numbers have this sum.
+        PeerError: the sum is out of range.
     """
     if word > survivors * AUXILIARY_ONE:
         raise PeerError(

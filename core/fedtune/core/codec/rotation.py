@@ -1,14 +1,14 @@
-"""Randomized Hadamard rotation: spreads a vector's energy evenly, so that one public range fits every coordinate.
+"""The randomized Hadamard rotation, which spreads a vector's energy evenly, so that one public range fits all values.
 
     y = H·D·x / √d     per block of d coordinates, D = diag(±1) from the public seed, H the d×d Hadamard matrix
 
-y keeps the norm of x, and its coordinates are close to normal with variance ‖block‖²/d whatever x looked like (Ailon
-and Chazelle 2009; Suresh et al., "Distributed mean estimation with limited communication", 2017). H·H = d·I, so the
-inverse is the same transform followed by D.
+y has the norm of x, and its coordinates are close to normally distributed with variance ‖block‖²/d for any x (Ailon and
+Chazelle 2009; Suresh et al., "Distributed mean estimation with limited communication", 2017). H·H = d·I, so the inverse
+is the same transform followed by D.
 
 The vector is laid out row by row as a matrix of d rows, and every *column* is a block. Coordinates of a block are
-therefore far apart in the adapter, which evens out the blocks' energies, and each butterfly works on long rows.
-Only elementwise additions and products are used, in a fixed order: the result is the same everywhere.
+therefore far apart in the adapter, which evens out the blocks' energies, and each butterfly works on long rows. Only
+elementwise additions and products are used, in a fixed order, so the result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from fedtune.core.seeds import draw_signs, open_stream
 
 MAX_BLOCK = 1024
-MAX_PADDING = 1 / 32  # of the vector: padding travels, so a short vector gets smaller blocks instead
+MAX_PADDING = 1 / 32  # share of the vector; padding travels, so a short vector gets smaller blocks instead
 
 _PIECE_VALUES = 1 << 16  # values transformed at a time: 256 KiB, a core's second-level cache
 
 
 def block_size(count: int) -> int:
-    """The largest power of two up to MAX_BLOCK whose multiple next above `count` pads by at most MAX_PADDING."""
+    """Returns the largest power of two up to MAX_BLOCK with which `count` values need at most MAX_PADDING."""
     block = MAX_BLOCK
     while block > 1 and -count % block > count * MAX_PADDING:
         block //= 2
@@ -35,12 +35,12 @@ def block_size(count: int) -> int:
 
 
 def rotated_size(count: int) -> int:
-    """The length of a rotated vector of `count` coordinates: the next multiple of its block size."""
+    """Returns the length of a rotated vector of `count` coordinates: the next multiple of its block size."""
     return count + -count % block_size(count)
 
 
 def rotate(vector: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """H·D·x/√d, blockwise; float32 of shape (rotated_size(count),)."""
+    """Returns H·D·x/√d, blockwise; float32 of shape (rotated_size(count),)."""
     block = block_size(vector.size)
     rotated = np.zeros(rotated_size(vector.size), dtype=np.float32)
     rotated[: vector.size] = vector
@@ -54,7 +54,7 @@ def rotate(vector: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
 
 
 def unrotate(rotated: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
-    """D·H·y/√d, blockwise: the inverse of `rotate` up to float rounding; float32 of shape (count,)."""
+    """Returns D·H·y/√d, blockwise: the inverse of `rotate` up to float rounding; float32 of shape (count,)."""
     if rotated.shape != (rotated_size(count),):
         raise ValueError(f"{count} coordinates rotate into {rotated_size(count)}, got shape {rotated.shape}")
     block = block_size(count)
@@ -68,7 +68,7 @@ def unrotate(rotated: NDArray[np.float32], count: int, seed: int) -> NDArray[np.
 
 
 def _signs(block: int, seed: int) -> NDArray[np.float32]:
-    """The diagonal of D/√d as a column."""
+    """Returns the diagonal of D/√d as a column."""
     return draw_signs(open_stream(seed, "rotation"), block)[:, None] * np.float32(1 / sqrt(block))
 
 
@@ -78,7 +78,7 @@ def _columns(matrix: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 
 
 def _hadamard(matrix: NDArray[np.float32]) -> None:
-    """Walsh-Hadamard transform of each column, in place and in natural order: log2(rows) rounds of butterflies."""
+    """Applies the Walsh-Hadamard transform to each column, in place, in natural order, in log2(rows) rounds."""
     rows = matrix.shape[0]
     half = 1
     while half < rows:

@@ -1,10 +1,10 @@
-"""The codec for updates in the clear: the largest coordinates, coarsely, entropy-coded.
+"""The codec for updates in the clear: the largest coordinates, coarsely quantized and entropy-coded.
 
     k largest of the update -> round to a step -> entropy-code
 
 The step follows from the values sent, δ = 2κσ/(2^b - 1) with σ their root mean square, so `bits` means the same as in
-the ring. There is no largest level and hence no outlier problem: one step for the whole segment and a coder that
-knows which blocks are lively cost fewer bytes at the same error than four fixed bits with block scales.
+the ring. There is no largest level and hence no outlier problem: one step for the whole segment, with a coder that
+adapts to each block's class, costs fewer bytes at the same error than four fixed bits with block scales.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _STEP = struct.Struct("<f")
 
 @dataclass(frozen=True)
 class SparseCodec:
-    """Update <-> bytes, lossy; what is lost is for the caller's residual.
+    """Encodes an update with loss, and decodes it; the caller keeps the rest as its residual.
 
         data = codec.encode(update)
         residual = update - codec.decode(data, update.size)
 
     Args:
-        density: the share of coordinates that is sent, in (0, 1].
-        bits: how fine they are sent, 2 to 8: steps of 6/(2^bits - 1) of their root mean square.
+        density: share of coordinates that is sent, in (0, 1].
+        bits: resolution of their values, 2 to 8: steps of 6/(2^bits - 1) of their root mean square.
     """
 
     density: float
     bits: int
 
     def encode(self, update: NDArray[np.float32]) -> bytes:
-        """The payload of a flat float32 update.
+        """Returns the payload of a flat float32 update.
 
         Raises:
             UpdateError: the update holds NaN, infinity or an absurd magnitude.
@@ -55,17 +55,17 @@ class SparseCodec:
         return frame(Kind.SPARSE, update.size, encode_step(step) + encode_levels(levels))
 
     def decode(self, data: bytes | memoryview, count: int) -> NDArray[np.float32]:
-        """The update that `data` carries; float32, shape (count,), finite.
+        """Returns the update that `data` carries; float32, shape (count,), finite.
 
         Raises:
-            PeerError: with the reason, if the payload is not a well-formed one for `count` coordinates.
+            PeerError: the payload is not well-formed, or not for `count` coordinates.
         """
         _, body = unframe(data, frozenset({Kind.SPARSE}), count, max_levels_size(count))
         return decode_values(body, count)
 
 
 def root_mean_square_step(values: NDArray[np.float32], bits: int) -> np.float32:
-    """`relative_step` of these values."""
+    """Returns the `relative_step` of these values."""
     return relative_step(finite_norm(values) / sqrt(max(values.size, 1)), bits)
 
 
@@ -74,7 +74,7 @@ def encode_step(step: np.float32) -> bytes:
 
 
 def decode_values(body: memoryview, count: int) -> NDArray[np.float32]:
-    """Step and levels, multiplied out; the body must hold nothing else.
+    """Decodes a body of step and levels to their product; the body must hold nothing else.
 
     Raises:
         PeerError: the body is malformed or its values are not finite.
@@ -89,5 +89,5 @@ def decode_values(body: memoryview, count: int) -> NDArray[np.float32]:
 
 
 def max_levels_size(count: int) -> int:
-    """The most bytes a body of step and levels has."""
+    """Returns the most bytes that a body of step and levels has."""
     return _STEP.size + max_coded_size(count)

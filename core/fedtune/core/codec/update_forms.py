@@ -1,15 +1,15 @@
-"""The forms in which one client's update of a factor travels up: exact, sparse, or as words of a ring.
+"""The forms in which a client's update of one factor travels up: exact, sparse, or as words of a ring.
 
     payload, sent = form.encode(update, terms, private_seed, weight)     # on the client; update - sent is its residual
     vector = form.decode(payload, terms)                                 # on the server
 
-Payloads of a ring mean nothing one by one; they are added first:
+Payloads of a ring are added first and decoded as a sum:
 
     total = RING.add(RING.zero(terms), payload, terms)
     mean = RING.mean(total, terms)
 
-A form is an object that both sides hold under its name. The server names it in every request; a device that does not
-know it refuses.
+Server and devices know each form by its name. The server names it in every request; a device that does not know it
+refuses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _AUXILIARY_BYTES = 4 * AUXILIARY_SUMS
 
 
 class UpdateForm(Protocol):
-    """A form that a server can decode one by one."""
+    """A form of payloads, each of which a server can decode by itself."""
 
     @property
     def name(self) -> str:
@@ -41,61 +41,62 @@ class UpdateForm(Protocol):
 
     @property
     def carries_weight(self) -> bool:
-        """Whether a client's weight travels inside its payloads, bounded by what the form has room for."""
+        """True if a client's weight travels inside its payloads, bounded by the room that the form has for it."""
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """A client's payload for one factor, and the part of the update that it carries.
+        """Returns a client's payload for one factor, and the part of the update that it carries.
 
         Args:
-            update: float32, (terms.count,), the residual added.
-            private_seed: of stochastic rounding; another for every client, round and factor.
-            weight: in (0, 1]; only a ring carries it inside.
+            update: update with its residual added; float32, (terms.count,).
+            terms: terms of the factor in this round.
+            private_seed: seed of stochastic rounding, different for every client, round and factor.
+            weight: weight in (0, 1]; only payloads of a ring carry it.
 
         Raises:
             UpdateError: the update holds NaN, infinity or an absurd magnitude.
         """
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
-        """The update that a payload carries; float32, (terms.count,), finite.
+        """Returns the update that a payload carries; float32, (terms.count,), finite.
 
         Raises:
-            PeerError: malformed, with the reason.
+            PeerError: the payload is malformed.
         """
 
 
 @dataclass(frozen=True)
 class ExactForm:
-    """Float32 as it is."""
+    """Plain float32, without loss."""
 
     name: str = "exact"
     carries_weight: bool = False
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """Four bytes a value; all of the update."""
+        """Returns a payload of four bytes a value, and the whole update."""
         del terms, private_seed, weight
         return ExactCodec().encode(update), update
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
-        """The very update."""
+        """Returns the update, bit for bit."""
         return ExactCodec().decode(payload, terms.count)
 
 
 @dataclass(frozen=True)
 class SparseForm:
-    """The largest values, entropy-coded."""
+    """The largest values, quantized and entropy-coded."""
 
     name: str = "sparse"
     carries_weight: bool = False
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """The payload, and the values as the server will read them."""
+        """Returns the payload, and the values as the server will read them."""
         del private_seed, weight
         codec = SparseCodec(terms.density, terms.bits)
         payload = codec.encode(update)
         return payload, codec.decode(payload, terms.count)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
-        """The values that were sent, zero elsewhere."""
+        """Returns the values that were sent, zero elsewhere."""
         return SparseCodec(terms.density, terms.bits).decode(payload, terms.count)
 
 
@@ -109,13 +110,13 @@ class RingTotal:
 
 @dataclass(frozen=True)
 class RingForm:
-    """Words that are added before they are decoded: what secure aggregation masks."""
+    """Words of a ring, which are added before they are decoded, in the clear or under masks."""
 
     name: str = "ring"
     carries_weight: bool = True
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """The packed words and auxiliary sums, and the part of the update that they carry."""
+        """Returns the packed words and auxiliary sums, and the part of the update that they carry."""
         contribution, sent = self.contribute(update, terms, private_seed, weight)
         width = MaskableCodec(terms.bits).ring(terms.context()).width
         body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
@@ -124,24 +125,24 @@ class RingForm:
     def contribute(
         self, update: Vector, terms: FactorTerms, private_seed: int, weight: float
     ) -> tuple[RingUpdate, Vector]:
-        """As `encode`, but words and auxiliary sums as masks are added to them."""
+        """Does as `encode`, but returns words and auxiliary sums as arrays, to which masks can be added."""
         codec, context = MaskableCodec(terms.bits), terms.context()
         contribution = codec.encode(update, weight, private_seed, context)
         return contribution, codec.transmitted(contribution, context)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
-        """The mean of a sum of one."""
+        """Decodes a single payload, as the mean of a sum of one."""
         return self.mean(self.add(self.zero(terms), payload, terms), terms).update
 
     def zero(self, terms: FactorTerms) -> RingTotal:
-        """The empty sum."""
+        """Returns the empty sum."""
         return RingTotal(MaskableCodec(terms.bits).zero(terms.context()))
 
     def add(self, summed: RingTotal, payload: bytes, terms: FactorTerms) -> RingTotal:
-        """A sum with one client's payload.
+        """Returns the sum with one client's payload added.
 
         Raises:
-            PeerError: malformed, with the reason.
+            PeerError: the payload is malformed.
         """
         codec, context = MaskableCodec(terms.bits), terms.context()
         width, words = codec.ring(context).width, codec.word_count(context)
@@ -159,15 +160,15 @@ class RingForm:
         return self.join(summed, RingTotal(contribution, 1), terms)
 
     def join(self, left: RingTotal, right: RingTotal, terms: FactorTerms) -> RingTotal:
-        """The sum of two sums."""
+        """Returns the sum of two sums."""
         total = MaskableCodec(terms.bits).add(left.total, right.total, terms.context())
         return RingTotal(total, left.contributors + right.contributors)
 
     def mean(self, summed: RingTotal, terms: FactorTerms) -> RingMean:
-        """The weighted mean of the contributions.
+        """Returns the weighted mean of the contributions.
 
         Raises:
-            PeerError, RunError: it is no sum of that many.
+            PeerError, RunError: `summed` cannot be the sum of that many contributions.
         """
         return MaskableCodec(terms.bits).decode_sum(summed.total, summed.contributors, terms.context())
 

@@ -2,9 +2,9 @@
 
     terms = factor_terms(request.uplink, layout, factors, seed, round_number)
 
-Where devices train different ranks, a factor travels in slices of rank indices, each with owners, payload, weight and
-sum of its own. `FactorTerms` holds all that server and clients agree on for one factor, or one slice of it, in one
-round; all of it is public. `fedtune.core.codec.update_forms` makes payloads of it.
+Where devices train different ranks, a factor travels in slices of rank indices, each with its own owners, payload,
+weight and sum. `FactorTerms` holds everything on which server and clients agree for one factor, or one slice of it, in
+one round; all of it is public. `fedtune.core.codec.update_forms` encodes updates on these terms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Compression:
     """A job's [compression] with its preset filled in.
 
     Args:
-        form: "exact" is float32; see `CompressionSettings` for the others and for the numbers.
+        form: form of the updates; "exact" is float32. `CompressionSettings` explains the others and the other fields.
     """
 
     form: str
@@ -40,11 +40,11 @@ class Compression:
 
     @classmethod
     def of(cls, job: Job) -> Compression:
-        """The numbers that a job's settings mean; secure aggregation needs a ring.
+        """Resolves a job's [compression]; secure aggregation needs a ring.
 
-        A ring pays for a value's bits and for the room that a sum needs, wherever the value is, and what is not sent
-        waits for its turn: many coarse values are the better bargain. In the clear both the place and the value are
-        entropy-coded, and a client sends what matters most: fewer, finer values. The presets are rows of
+        In a ring every value costs the same: its bits and the room that a sum needs. Coordinates that are not sent wait
+        for a later round, so many coarse values are best. In the clear positions and values are entropy-coded, and a
+        client sends its largest values, so fewer and finer values are best. The presets are rows of
         benchmarks/compression/sweep.md.
         """
         settings = job.compression
@@ -69,12 +69,12 @@ class Compression:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The coordinates of a factor that a slice of its rank indices has.
+    """The coordinates of a factor that belong to a slice of its rank indices.
 
     Args:
-        tier: the smallest that owns them.
-        places: in the factor, int, ascending.
-        whole: coordinates of the factor.
+        tier: smallest tier that owns the slice.
+        indices: positions in the factor, int, ascending.
+        whole: number of coordinates of the factor.
     """
 
     tier: int
@@ -87,14 +87,14 @@ class FactorTerms:
     """The terms of one factor, or of a slice of it, in one round.
 
     Args:
-        uplink: the round's, which all factors share.
-        seed: the job's.
+        uplink: settings of the round, the same for all factors.
+        seed: seed of the job.
         round: number of the round.
         factor: "a" or "b".
-        count: coordinates of the factor, or of the slice.
-        selection_phase: how many rounds before this one trained the factor; it moves the ring's public selection on.
+        count: number of coordinates of the factor, or of the slice.
+        selection_phase: number of earlier rounds that trained the factor; the ring's public selection depends on it.
         clip: norm to which a selected update of the whole factor is clipped; ring only.
-        part: which coordinates of the factor; None for all.
+        part: coordinates of the slice; None for the whole factor.
     """
 
     uplink: Uplink
@@ -113,7 +113,7 @@ class FactorTerms:
 
     @property
     def bits(self) -> int:
-        """The fineness of a value, as in `Compression`."""
+        """The resolution of a value, as in `Compression`."""
         return self.uplink.bits
 
     @property
@@ -123,29 +123,29 @@ class FactorTerms:
 
     @property
     def tier(self) -> int:
-        """The smallest tier that sends this; 0 where all send everything."""
+        """The smallest tier that sends this slice; 0 where all clients send the whole factor."""
         return self.part.tier if self.part else 0
 
     @property
     def whole(self) -> int:
-        """Coordinates of the factor."""
+        """The number of coordinates of the whole factor."""
         return self.part.whole if self.part else self.count
 
     @property
     def indices(self) -> Indices | slice:
-        """Where these coordinates lie in the factor."""
+        """The positions of these coordinates in the factor."""
         return self.part.indices if self.part else slice(None)
 
     @property
     def label(self) -> tuple[str | int, ...]:
-        """What random streams of these terms are told apart by."""
+        """The label that distinguishes the random streams of these terms."""
         return (self.factor, self.part.tier) if self.part else (self.factor,)
 
     def context(self) -> RoundContext:
-        """The ring codec's view of these terms.
+        """Returns the ring codec's view of these terms.
 
-        Turns are taken over the whole factor, so that a coordinate's turn does not depend on whose slice it is in. A
-        slice's clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
+        The selection is made over the whole factor, so that a coordinate's turn does not depend on its slice. A slice's
+        clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
         """
         selection = select_public(
             self.whole, self.density, derive_seed(self.seed, "selection", self.factor), self.selection_phase
@@ -162,13 +162,13 @@ class FactorTerms:
 def factor_terms(
     uplink: Uplink, layout: AdapterLayout, factors: Factors, seed: int, round_number: int, tier: int = 0
 ) -> tuple[FactorTerms, ...]:
-    """The terms of every factor that a round trains, slice by slice, in the order in which their payloads travel.
+    """Returns the terms of every factor that a round trains, slice by slice, in the order of their payloads.
 
     Args:
-        tier: leaves out what clients of this tier do not send; 0 for all.
+        tier: leaves out the slices that clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the uplink does not have one selection phase and one clip for each of them, or no such tier.
+        PeerError: the uplink does not have one selection phase and one clip for each factor, or has no such tier.
     """
     if not len(factors) == len(uplink.selection_phases) == len(uplink.clips):
         counts = f"{len(uplink.selection_phases)} selection phases and {len(uplink.clips)} clips"
@@ -201,7 +201,7 @@ def factor_terms(
 
 
 def round_slices(uplink: Uplink, layout: AdapterLayout, seed: int, round_number: int) -> tuple[RankSlice, ...]:
-    """The slices of a round of mixed ranks, smallest tier first; none where everybody trains everything.
+    """Returns the slices of a round of mixed ranks, smallest tier first; none where all clients train all ranks.
 
     Raises:
         PeerError: the tiers do not ascend to at most the adapter's rank.
@@ -214,7 +214,7 @@ def round_slices(uplink: Uplink, layout: AdapterLayout, seed: int, round_number:
 
 
 def uplink_weight(uplink: Uplink, examples: int, tokens: int) -> int:
-    """A client's aggregation weight, 1 to `weight_cap`: its examples, its target tokens, or the cap for all alike."""
+    """Returns a client's weight, 1 to `weight_cap`: its examples, its target tokens, or the cap for all alike."""
     match uplink.weight:
         case "examples":
             return max(1, min(examples, uplink.weight_cap))

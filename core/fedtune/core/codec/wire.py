@@ -1,4 +1,4 @@
-"""The frame every payload travels in, and bounded reading of what is inside.
+"""The frame around every payload, and bounded reading of its body.
 
     offset  size  field
     0       2     magic "fu"
@@ -9,8 +9,8 @@
     12      4     CRC-32 of bytes 0 to 11 and the body, little-endian
     16            body
 
-The checksum finds accidents, not attacks: who sent a payload is for signatures and tags to say. Whatever arrives is
-checked in full before anything is allocated from what it claims.
+The checksum detects accidental damage, not attacks; signatures and authentication tags protect the sender's identity.
+Every payload is checked in full before memory is allocated from the sizes that it states.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class Kind(IntEnum):
-    """What a body holds."""
+    """The kind of a body."""
 
     EXACT = 1  # a vector as float32
     SPARSE = 2  # a client update as levels and a step
@@ -41,23 +41,23 @@ class Kind(IntEnum):
 
 
 def frame(kind: Kind, count: int, body: bytes) -> bytes:
-    """The payload that carries `body`."""
+    """Returns the payload that carries `body`."""
     head = _HEAD.pack(_MAGIC, VERSION, kind, count, len(body))
     return head + _CHECKSUM.pack(crc32(body, crc32(head))) + body
 
 
 def unframe(data: bytes | memoryview, kinds: frozenset[Kind], count: int, max_body: int) -> tuple[Kind, memoryview]:
-    """The kind and the body of a payload.
+    """Returns the kind and the body of a payload.
 
     Args:
-        data: what arrived.
+        data: the payload.
         kinds: the kinds that are expected here.
-        count: the coordinates of the segment it must be for.
-        max_body: the most bytes an honest body of such a segment has.
+        count: number of coordinates of the segment that the payload must be for.
+        max_body: the most bytes that an honest body of such a segment has.
 
     Raises:
         PeerError: the payload is truncated, padded, oversized, damaged, of another version or kind, or for another
-        size.
+            size.
     """
     view = memoryview(data).cast("B")
     if len(view) > FRAME_SIZE + max_body:
@@ -83,7 +83,7 @@ def unframe(data: bytes | memoryview, kinds: frozenset[Kind], count: int, max_bo
 
 
 class Reader:
-    """Takes a body apart from front to back; taking more than there is raises PeerError."""
+    """Reads a body from front to back; reading past its end raises PeerError."""
 
     def __init__(self, body: memoryview) -> None:
         self._rest = body
@@ -95,10 +95,10 @@ class Reader:
         return taken
 
     def take_number(self, size: int, what: str) -> int:
-        """An unsigned little-endian number of `size` bytes."""
+        """Reads an unsigned little-endian number of `size` bytes."""
         return int.from_bytes(self.take(size, what), "little")
 
     def finish(self) -> None:
-        """Raises PeerError if anything is left."""
+        """Raises PeerError if bytes are left."""
         if len(self._rest):
             raise PeerError(f"payload: {len(self._rest)} bytes too many at its end")
