@@ -33,7 +33,7 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))  # exp(710) overflows a float
 
     def to_json(self) -> dict[str, Any]:
-        """The values a report needs."""
+        """Returns the values a report needs."""
         return {**dataclasses.asdict(self), "perplexity": self.perplexity}
 
 
@@ -64,14 +64,14 @@ class ClientRecord:
     dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object that stands in rounds.jsonl."""
+        """Returns the object that stands in rounds.jsonl."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         bytes_ = {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
         return values | bytes_ | {"traffic": self.traffic.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ClientRecord:
-        """The record that such an object was made of."""
+        """Returns the record that such an object was made of."""
         known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         return cls(**known | {"traffic": Ledger.from_json(values["traffic"])})
 
@@ -135,7 +135,7 @@ class RoundRecord:
         return sum((*training, *evaluation), Ledger())
 
     def to_json(self) -> dict[str, Any]:
-        """The object that goes into rounds.jsonl."""
+        """Returns the object that goes into rounds.jsonl."""
         survivors, traffic = self.survivors, self.traffic
         up = sum(client.traffic.bytes_up for client in survivors)
         down = sum(client.traffic.bytes_down for client in self.clients)

@@ -36,7 +36,7 @@ def derive_seed(job_seed: int, purpose: str, *indices: int | str) -> int:
 
 
 def generator(job_seed: int, purpose: str, *indices: int | str) -> np.random.Generator:
-    """A numpy generator on the stream that `derive_seed` names."""
+    """Returns a numpy generator on the stream that `derive_seed` names."""
     return np.random.Generator(np.random.Philox(derive_seed(job_seed, purpose, *indices)))
 
 
@@ -44,22 +44,22 @@ _BITS_PER_RAW = 64
 
 
 def open_stream(seed: int, purpose: str) -> np.random.SFC64:
-    """The stream of one purpose under one seed, at its beginning."""
+    """Returns the stream of one purpose under one seed, at its beginning."""
     return np.random.SFC64(derive_seed(seed, purpose))
 
 
 def draw_uint16(stream: np.random.SFC64, count: int) -> NDArray[np.uint16]:
-    """The next `count` uniform 16-bit integers; what is left of the last 64-bit output is dropped."""
+    """Returns the next `count` uniform 16-bit integers; what is left of the last 64-bit output is dropped."""
     return _draw(stream, count, 16).view("<u2")[:count]
 
 
 def draw_uint32(stream: np.random.SFC64, count: int) -> NDArray[np.uint32]:
-    """The next `count` uniform 32-bit integers; what is left of the last 64-bit output is dropped."""
+    """Returns the next `count` uniform 32-bit integers; what is left of the last 64-bit output is dropped."""
     return _draw(stream, count, 32).view("<u4")[:count]
 
 
 def draw_signs(stream: np.random.SFC64, count: int) -> NDArray[np.float32]:
-    """The next `count` uniform signs, -1 or +1; bit j of an output, from the lowest, is sign j: 0 is +1."""
+    """Returns the next `count` uniform signs, -1 or +1; bit j of an output, from the lowest, is sign j: 0 is +1."""
     bits = np.unpackbits(_draw(stream, count, 1).view(np.uint8), bitorder="little")[:count]
     return np.float32(1) - np.float32(2) * bits.astype(np.float32)
 

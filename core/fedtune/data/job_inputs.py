@@ -74,7 +74,7 @@ def source_of(base: str) -> str:
 
 
 def own_data_file(path: Path) -> Path:
-    """The file of this device's examples, if it is there.
+    """Returns the file of this device's examples, if it is there.
 
     Raises:
         DataError: no such file.

@@ -70,7 +70,7 @@ class Population:
         return self._paths.get(name, Path(self._data.train))
 
     def records(self, name: str) -> list[Record]:
-        """One client's records.
+        """Returns one client's records.
 
         Raises:
             DataError: its file is missing, empty or broken.
@@ -83,7 +83,7 @@ class Population:
 
 
 def evaluation_records(data: DataSettings) -> list[Record]:
-    """The server's held-out records; none where the job names none."""
+    """Returns the server's held-out records; none where the job names none."""
     if not data.evaluation:
         return []
     if data.evaluation == DEMO:

@@ -29,7 +29,7 @@ class Document:
 
 
 def draw_document(rng: random.Random) -> Document:
-    """One document of the mixture."""
+    """Returns one document of the mixture."""
     kind = rng.random()
     if kind < PUBLIC_CALL_SHARE:
         return public_call(rng)
@@ -42,7 +42,7 @@ _PUBLIC_FUNCTIONS = [function for skill in PUBLIC_SKILLS for function in skill.f
 
 
 def public_call(rng: random.Random) -> Document:
-    """A request to a public function, and its call."""
+    """Returns a request to a public function, and its call."""
     function = rng.choice(_PUBLIC_FUNCTIONS)
     values = function.values_at(function.draw(rng))
     return Document(format_prompt(function.request(rng.choice(function.phrasings), values)), function.call(values))

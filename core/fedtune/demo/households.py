@@ -87,7 +87,7 @@ def write_federation(
 
 
 def is_held_out(indices: Sequence[int]) -> bool:
-    """Whether the combination of slot values at `indices` belongs to evaluation."""
+    """Returns whether the combination of slot values at `indices` belongs to evaluation."""
     return sum(indices) % HOLD_OUT_EVERY == 0
 
 
@@ -121,7 +121,7 @@ def _deal_skills(rng: random.Random) -> Iterator[Skill]:
 
 
 def _distinct(deal: Iterator[Skill], count: int) -> list[Skill]:
-    """The next `count` different skills; a card drawn twice at the seam of two decks is laid aside."""
+    """Returns the next `count` different skills; a card drawn twice at the seam of two decks is laid aside."""
     owned: dict[str, Skill] = {}
     while len(owned) < count:
         skill = next(deal)

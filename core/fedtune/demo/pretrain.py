@@ -98,7 +98,7 @@ IGNORED = -100
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and random float32 weights."""
+    """Returns a Llama with tied embeddings and random float32 weights."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -50,20 +50,20 @@ class Function:
         return math.prod(len(slot.values) for slot in self.slots)
 
     def call(self, values: Sequence[Value]) -> str:
-        """The answer as compact JSON: the function first, then the slots in order."""
+        """Returns the answer as compact JSON: the function first, then the slots in order."""
         arguments = {slot.key: value for slot, value in zip(self.slots, values, strict=True)}
         return json.dumps({"call": self.name, **arguments}, separators=(",", ":"))
 
     def request(self, phrasing: str, values: Sequence[Value]) -> str:
-        """The request in words, without the separator."""
+        """Returns the request in words, without the separator."""
         return phrasing.format(**{slot.key: value for slot, value in zip(self.slots, values, strict=True)})
 
     def draw(self, rng: random.Random) -> tuple[int, ...]:
-        """One index per slot, uniform over all combinations."""
+        """Returns one index per slot, uniform over all combinations."""
         return tuple(rng.randrange(len(slot.values)) for slot in self.slots)
 
     def values_at(self, indices: Sequence[int]) -> tuple[Value, ...]:
-        """The slot values that `indices` (one per slot) point at."""
+        """Returns the slot values that `indices` (one per slot) point at."""
         return tuple(slot.values[index] for slot, index in zip(self.slots, indices, strict=True))
 
 
@@ -76,7 +76,7 @@ class Skill:
 
 
 def format_prompt(request: str) -> str:
-    """A request in words -> the prompt as the model reads it: request, then `SEPARATOR`.
+    """Returns a request in words -> the prompt as the model reads it: request, then `SEPARATOR`.
 
     A training sequence is tokens(prompt) + tokens(completion) + end-of-sequence, without a beginning-of-sequence token.
     """
@@ -84,10 +84,10 @@ def format_prompt(request: str) -> str:
 
 
 def skill(name: str, *functions: Function) -> Skill:
-    """A skill from its functions."""
+    """Returns a skill from its functions."""
     return Skill(name, functions)
 
 
 def function(name: str, slots: dict[str, Sequence[Value]], *phrasings: str) -> Function:
-    """A function from its slots' values by key, and its phrasings."""
+    """Returns a function from its slots' values by key, and its phrasings."""
     return Function(name, tuple(Slot(key, values) for key, values in slots.items()), phrasings)

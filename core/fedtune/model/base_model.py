@@ -124,7 +124,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers but the head, by name: those that are quantized and that "all-linear" adapts."""
+    """Yields the linear layers but the head, by name: those that are quantized and that "all-linear" adapts."""
     head = network.get_output_embeddings()
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -132,12 +132,12 @@ def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _options(source: str) -> dict[str, bool]:
-    """A directory is never looked for on a hub, and code that comes with a model is never run."""
+    """Returns a directory is never looked for on a hub, and code that comes with a model is never run."""
     return {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
 
 
 def load_config(source: str) -> Any:
-    """The transformers configuration of a causal language model.
+    """Returns the transformers configuration of a causal language model.
 
     Raises:
         ModelError: unreadable, or of another kind of model.
@@ -155,7 +155,7 @@ def load_config(source: str) -> Any:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token.
+    """Returns the tokenizer, with a padding token.
 
     Raises:
         ModelError: there is none, or it cannot end a text.

@@ -77,7 +77,7 @@ class AdaptedModel:
         self.parameters.copy_(torch.from_numpy(vector))
 
     def vector(self) -> Vector:
-        """A copy of the adapter's values, float32, (layout.size,)."""
+        """Returns a copy of the adapter's values, float32, (layout.size,)."""
         copy: Vector = self.parameters.detach().to("cpu", copy=True).numpy()
         return copy
 
@@ -98,7 +98,7 @@ def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
 
 
 def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:
-    """The layout that `adapt` would attach; see there."""
+    """Returns the layout that `adapt` would attach; see there."""
     linear = [
         AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
     ]

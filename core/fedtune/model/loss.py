@@ -64,7 +64,7 @@ class LanguageModelHead:
         self.split = self._agrees(base.device)
 
     def hidden(self, batch: DeviceBatch) -> Tensor:
-        """The states before the batch's targets, (targets, d); with gradient where it is enabled."""
+        """Returns the states before the batch's targets, (targets, d); with gradient where it is enabled."""
         states = self._states(batch.ids)
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
 
@@ -94,7 +94,7 @@ class LanguageModelHead:
 
 
 def completion_loss(lm_head: LanguageModelHead, batch: DeviceBatch) -> Tensor:
-    """The summed cross-entropy of a batch's targets: float32, (), differentiable."""
+    """Returns the summed cross-entropy of a batch's targets: float32, (), differentiable."""
     hidden = lm_head.hidden(batch)
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, lm_head))  # type: ignore[no-untyped-call]
 

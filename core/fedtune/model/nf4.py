@@ -72,7 +72,7 @@ class PackedWeight:
     shape: tuple[int, int]
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same weight on a device."""
+        """Returns the same weight on a device."""
         return PackedWeight(
             self.codes.to(device),
             self.scale_codes.to(device),
@@ -197,7 +197,7 @@ class _UnpackedProduct(torch.autograd.Function):
 
 @functools.cache
 def scale_map() -> Tensor:
-    """The 256 levels of a scale: float32, sorted.
+    """Returns the 256 levels of a scale: float32, sorted.
 
     Seven decades below 1, each with evenly spaced levels of either sign, 2^6 in the uppermost and half as many in each
     decade below; and 0 and 1.
@@ -212,7 +212,7 @@ def scale_map() -> Tensor:
 
 @functools.cache
 def bitsandbytes_works(device_type: str) -> bool:
-    """Whether bitsandbytes unpacks on this kind of device.
+    """Returns whether bitsandbytes unpacks on this kind of device.
 
     Its wheels can import and then fail at the first call (bitsandbytes issue 1930), hence a real one.
     """
@@ -220,7 +220,7 @@ def bitsandbytes_works(device_type: str) -> bool:
 
 
 def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
-    """Whether a function unpacks a small matrix on this kind of device to the very values that torch gives."""
+    """Returns whether a function unpacks a small matrix on this kind of device to the very values that torch gives."""
     weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK).sin().reshape(-1, 2 * BLOCK)
     packed = quantize(weight).to(device_type)
     try:

@@ -71,7 +71,7 @@ class ModelShape:
 
 
 def shape_of(settings: ModelSettings) -> ModelShape:
-    """The sizes of a base model.
+    """Returns the sizes of a base model.
 
     Raises:
         ModelError: not a model directory, not a causal LM, or a configuration that no network can be built from.

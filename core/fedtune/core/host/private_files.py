@@ -75,7 +75,7 @@ def sync_directory(path: Path) -> None:
 
 
 def read_bounded(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> bytes:
-    """A file's content.
+    """Returns a file's content.
 
     Raises:
         InputError: it cannot be read, or is larger than the limit.
@@ -91,7 +91,7 @@ def read_bounded(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_json(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> Any:
-    """A JSON file's value.
+    """Returns a JSON file's value.
 
     Raises:
         InputError: it cannot be read, is too large, or is not JSON.
@@ -128,7 +128,7 @@ class ServiceLock:
         os.close(self._file)
 
     def holder(self) -> int | None:
-        """The process that holds the lock now, or None."""
+        """Returns the process that holds the lock now, or None."""
         try:
             file = os.open(self._path, os.O_RDWR)
         except OSError:

@@ -18,7 +18,7 @@ MAX_CLOCK_ERROR = 2.0  # seconds that a signed time may be off without being ref
 
 
 def trusting(authority: bytes) -> ssl.SSLContext:
-    """A TLS context that trusts one certificate authority, PEM, and checks certificate and host name."""
+    """Returns a TLS context that trusts one certificate authority, PEM, and checks certificate and host name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=authority.decode("ascii"))

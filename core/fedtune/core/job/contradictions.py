@@ -9,7 +9,7 @@ from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 
 def contradictions(job: Job) -> list[str]:
-    """A sentence about everything in a job that cannot be meant together; empty when all of it can."""
+    """Returns a sentence about everything in a job that cannot be meant together; empty when all of it can."""
     problems = []
     if job.training.local_steps is not None and job.training.local_epochs is not None:
         problems.append("training.local_steps and training.local_epochs are both set; expected one of them")

@@ -45,7 +45,7 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
 
 
 def dump_job(job: Job) -> str:
-    """The job as TOML that `load_job` reads back to an equal job."""
+    """Returns the job as TOML that `load_job` reads back to an equal job."""
     sections = {
         section: {key: value for key, value in settings.items() if value is not None}
         for section, settings in dataclasses.asdict(job).items()
@@ -54,7 +54,7 @@ def dump_job(job: Job) -> str:
 
 
 def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
-    """The job, with the default in place of every key that is wrong, and a sentence about each of those."""
+    """Returns the job, with the default in place of every key that is wrong, and a sentence about each of those."""
     # Through JSON, where strict types still let a table stand for a nested dataclass. TOML's dates have no place there.
     text = json.dumps(table, default=lambda value: {type(value).__name__: str(value)})
     try:
@@ -129,7 +129,7 @@ _DEEPEST = 8  # tables and arrays in each other; a job has three
 
 
 def read_table(path: Path, what: str, limit: int) -> dict[str, Any]:
-    """The file's content.
+    """Returns the file's content.
 
     Args:
         what: "a job file", for people.

@@ -98,7 +98,7 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
 def local_work(
     settings: TrainingSettings, factors: Factors = "ab", holdout: float = 0.0, **of_the_round: Any
 ) -> LocalWork:
-    """The work that a job's settings ask for.
+    """Returns the work that a job's settings ask for.
 
     Args:
         of_the_round: fields that change from round to round, in place of the settings'.

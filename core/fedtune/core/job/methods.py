@@ -40,22 +40,22 @@ class Method:
     keeps_residual: bool = False
 
     def factors(self, round_number: int) -> Factors:
-        """The factors that clients train and send in this round; rounds count from 1."""
+        """Returns the factors that clients train and send in this round; rounds count from 1."""
         return self.trains[(round_number - 1) % len(self.trains)]
 
     @property
     def works_under_masks(self) -> bool:
-        """Whether the server needs no more than a sum; noise for privacy needs the same."""
+        """Returns whether the server needs no more than a sum; noise for privacy needs the same."""
         return not self.sees_updates
 
     @property
     def works_with_tiers(self) -> bool:
-        """Whether clients may train different ranks."""
+        """Returns whether clients may train different ranks."""
         return not self.equal_ranks
 
     @property
     def freezes_a(self) -> bool:
-        """Whether A stays as the job's seed made it."""
+        """Returns whether A stays as the job's seed made it."""
         return all(factors == "b" for factors in self.trains)
 
     def within(self, rule: Method) -> Method:
@@ -82,7 +82,7 @@ CLIPPING = Method(sees_updates="measures single updates")
 
 
 def method_of(federation: FederationSettings) -> Method:
-    """The declaration of a job's aggregation with its rules around it."""
+    """Returns the declaration of a job's aggregation with its rules around it."""
     method = AGGREGATIONS[federation.aggregation]
     if federation.robust != "none":
         method = method.within(RULE)

@@ -232,7 +232,7 @@ class Job:
 
     @property
     def hides_updates(self) -> bool:
-        """Whether the server sees only sums: nothing that looks at single updates can work then."""
+        """Returns whether the server sees only sums: nothing that looks at single updates can work then."""
         return self.compression.preset != "none" and self.compression_form == "ring"
 
     @property

@@ -14,7 +14,7 @@ OPEN, SHARE, VOTE, UNMASK = "open", "share", "vote", "unmask"  # actions of quer
 
 
 def query(action: str) -> str:
-    """The message type of a query, as Flower writes it."""
+    """Returns the message type of a query, as Flower writes it."""
     return f"query.{action}"
 
 

@@ -34,7 +34,7 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
 
 
 def check_name(name: str) -> str:
-    """A device's name, as it may stand in file names, tables and messages.
+    """Returns a device's name, as it may stand in file names, tables and messages.
 
     Raises:
         InputError: it is empty, too long, or has other characters.
@@ -216,7 +216,7 @@ class Bundle:
 
 
 def load_node_key(pem: str) -> ec.EllipticCurvePrivateKey:
-    """The P-256 key of a device.
+    """Returns the P-256 key of a device.
 
     Raises:
         InputError: the text is no such key.
@@ -231,6 +231,6 @@ def load_node_key(pem: str) -> ec.EllipticCurvePrivateKey:
 
 
 def make_node_key() -> str:
-    """A new P-256 key, PEM."""
+    """Returns a new P-256 key, PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()

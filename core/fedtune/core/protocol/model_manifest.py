@@ -80,7 +80,7 @@ def digest_file(path: Path) -> FileEntry:
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Every file under a directory but the manifest, by name."""
+    """Returns every file under a directory but the manifest, by name."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
     return {name: digest_file(path) for name, path in names.items() if name != MANIFEST}

@@ -78,7 +78,7 @@ class ReadModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
 
 
 def sign_request(key: ec.EllipticCurvePrivateKey, device: str, path: str, moment: int, body: bytes) -> dict[str, str]:
-    """The headers by which the server knows who asks.
+    """Returns the headers by which the server knows who asks.
 
     Args:
         key: the device's own.

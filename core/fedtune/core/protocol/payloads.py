@@ -167,7 +167,7 @@ def terms_digest(request: TrainRequest) -> bytes:
 
 
 def encode(payload: Payload) -> bytes:
-    """The payload as bytes; equal payloads give equal bytes."""
+    """Returns the payload as bytes; equal payloads give equal bytes."""
     return msgspec.msgpack.encode(payload)
 
 

@@ -98,7 +98,7 @@ class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_
 
 
 def two_digits(value: float) -> float:
-    """The value to two significant digits."""
+    """Returns the value to two significant digits."""
     return float(f"{value:.1e}")
 
 

@@ -80,7 +80,7 @@ def check_keys(config: RoundConfig, digest: bytes, roster: Roster, own: KeyEntry
 def opened_pair(
     transcript: Transcript, key: bytes, sender: int, receiver: int, encrypted: bytes
 ) -> tuple[bytes, bytes]:
-    """The sender's shares of b and of σ, each 32 bytes, out of what the server passed on to the receiver."""
+    """Returns the sender's shares of b and of σ, each 32 bytes, out of what the server passed on to the receiver."""
     opened = unseal(key, encrypted, transcript.associated_data(sender, receiver))
     client = transcript.config.cohort[sender].client
     if opened is None:
@@ -131,7 +131,7 @@ def check_enough(config: RoundConfig, present: Iterable[int], what: str) -> None
 
 
 def checked_update(config: RoundConfig, own: int, update: Mapping[str, Words]) -> dict[int, Words]:
-    """A copy of this client's update by segment index, in machine words that masks can be added to.
+    """Returns a copy of this client's update by segment index, in machine words that masks can be added to.
 
     Raises:
         UpdateError: it does not fit the segments of the client's tier.

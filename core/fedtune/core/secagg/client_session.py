@@ -82,7 +82,7 @@ class State:
         return ()
 
     def agreed(self) -> tuple[RoundConfig, bytes] | None:
-        """The configuration and its digest H(cfg), once there is one."""
+        """Returns the configuration and its digest H(cfg), once there is one."""
         return None
 
 
@@ -255,7 +255,7 @@ class ClientSession:
         return encode(reply)
 
     def _decoded(self, kind: type[Message], data: bytes) -> Message:
-        """The message, if it is of this kind and of this round."""
+        """Returns the message, if it is of this kind and of this round."""
         agreed = self.state.agreed()
         try:
             message = decode(data, kind, size_limit(kind, agreed[0]) if agreed else MAX_CONFIG_BYTES)

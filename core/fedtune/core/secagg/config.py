@@ -70,7 +70,7 @@ def round_config(
     assumptions: Assumptions,
     random: Random = os.urandom,
 ) -> RoundConfig:
-    """A configuration with the thresholds that the assumptions ask for.
+    """Returns a configuration with the thresholds that the assumptions ask for.
 
     Raises:
         JobError: such a round cannot be safe, or the cohort and the segments contradict each other.
@@ -162,11 +162,11 @@ def shortfall(config: RoundConfig, present: Iterable[int]) -> str | None:
 
 
 def carriers(config: RoundConfig, segment: Segment) -> frozenset[int]:
-    """The indices of the clients whose tier carries the segment."""
+    """Returns the indices of the clients whose tier carries the segment."""
     return frozenset(index for index, member in enumerate(config.cohort) if member.tier in segment.tiers)
 
 
 def segments_of(config: RoundConfig, client: int) -> list[int]:
-    """The indices of the segments that the client at this index contributes to."""
+    """Returns the indices of the segments that the client at this index contributes to."""
     tier = config.cohort[client].tier
     return [index for index, segment in enumerate(config.segments) if tier in segment.tiers]

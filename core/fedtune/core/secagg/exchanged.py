@@ -191,7 +191,7 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """The one byte form of a message."""
+    """Returns the one byte form of a message."""
     return msgspec.msgpack.encode(message)
 
 
@@ -214,7 +214,7 @@ def decode(data: bytes, expected: type[M], limit: int) -> M:
 
 
 def size_limit(expected: type[Message], config: RoundConfig) -> int:
-    """The bytes beyond which a message of this kind cannot be honest in this round."""
+    """Returns the bytes beyond which a message of this kind cannot be honest in this round."""
     n = len(config.cohort)
     body = {
         Advertisement: 2 * KEY_BYTES + SIGNATURE_BYTES,
@@ -231,7 +231,7 @@ def size_limit(expected: type[Message], config: RoundConfig) -> int:
 
 
 def increasing(indices: Sequence[int]) -> bool:
-    """Whether a list of indices is in its one form: strictly increasing, so without repetition."""
+    """Returns whether a list of indices is in its one form: strictly increasing, so without repetition."""
     return all(before < after for before, after in pairwise(indices))
 
 

@@ -50,7 +50,7 @@ class Thresholds:
 
 
 def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds:
-    """The cheapest thresholds that are safe against a lying server.
+    """Returns the cheapest thresholds that are safe against a lying server.
 
     Complete graph: t = q = floor((n + floor(γn))/2) + 1. Sparse graph: `sparse_parameters`. n_min = n − floor(δn).
 
@@ -100,7 +100,7 @@ def problems(thresholds: Thresholds, corrupt: float) -> list[str]:
 
 @lru_cache(maxsize=64)
 def sparse_parameters(cohort: int, corrupt: float, dropout: float, lying_server: bool = True) -> tuple[int, int] | None:
-    """The smallest even degree k with its smallest threshold t, or None when only the complete graph would do.
+    """Returns the smallest even degree k with its smallest threshold t, or None when only the complete graph would do.
 
     With n clients, σ = 40 and η = 20:
 
@@ -151,7 +151,7 @@ class Graph:
         self._position = {client: position for position, client in enumerate(self._circle)}
 
     def neighbours(self, client: int) -> frozenset[int]:
-        """The clients joined to this one, which is not among them; none for a client outside the graph."""
+        """Returns the clients joined to this one, which is not among them; none for a client outside the graph."""
         if client not in self._position:
             return frozenset()
         if self.complete:
@@ -173,7 +173,7 @@ def _draw(seed: bytes, client: int) -> bytes:
 
 
 def _stays_connected(n: int, k: int, missing: int) -> bool:
-    """Whether the disconnection condition holds with `missing` clients corrupt or gone."""
+    """Returns whether the disconnection condition holds with `missing` clients corrupt or gone."""
     if missing < k:
         return True
     clients_apart = lgamma(missing + 1) + lgamma(n - k + 1) - lgamma(n + 1) - lgamma(missing - k + 1)
@@ -182,7 +182,7 @@ def _stays_connected(n: int, k: int, missing: int) -> bool:
 
 
 def _likely_corrupt_neighbours(n: int, k: int, colluding: int) -> int:
-    """The smallest c with P[Hyp(n, γn, k) > c] <= 2^-(σ+1)/n."""
+    """Returns the smallest c with P[Hyp(n, γn, k) > c] <= 2^-(σ+1)/n."""
     allowed = 2.0 ** -(SECURITY_BITS + 1) / n
     tails = np.cumsum(_hypergeometric(n, colluding, k)[::-1])[::-1]  # tails[c] = P[X >= c]
     exceeded = np.flatnonzero(tails > allowed)
@@ -214,7 +214,7 @@ def _log_factorials(n: int) -> NDArray[np.float64]:
 
 
 def _nearest(cohort: int, corrupt: float, dropout: float) -> str:
-    """The sentence that refuses the parameters and says which nearby ones can be met."""
+    """Returns the sentence that refuses the parameters and says which nearby ones can be met."""
     wanted = (
         f"secure aggregation with {cohort} clients cannot stand max_corrupt = {corrupt} and max_dropout = {dropout}"
     )

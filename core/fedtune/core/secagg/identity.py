@@ -59,7 +59,7 @@ class Identity:
         _write_atomically(path, self._private.value.hex() + "\n")
 
     def sign(self, statement: bytes) -> bytes:
-        """The signature over a statement; statements are made by `framed`, whose label is the domain tag."""
+        """Returns the signature over a statement; statements are made by `framed`, whose label is the domain tag."""
         return Ed25519PrivateKey.from_private_bytes(self._private.value).sign(statement)
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class Roster:
             seen[key] = client
 
     def verify(self, client: str, statement: bytes, signature: bytes) -> bool:
-        """Whether this client, as pinned here, signed the statement; False for a client that is not pinned."""
+        """Returns whether this client, as pinned here, signed the statement; False for a client that is not pinned."""
         key = self.keys.get(client)
         if key is None:
             return False
@@ -115,7 +115,7 @@ class RoundLog(Protocol):
     """Remembers the last round a client took part in, job by job, across restarts."""
 
     def last(self, job: str) -> RoundMark | None:
-        """The last mark recorded for the job."""
+        """Returns the last mark recorded for the job."""
 
     def record(self, job: str, mark: RoundMark) -> None:
         """Remembers the mark; must be on disk, where there is one, before it returns."""

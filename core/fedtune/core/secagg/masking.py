@@ -85,7 +85,7 @@ def unmask_sums(
 
 
 def word_type(bits: int) -> np.dtype[Any]:
-    """The little-endian unsigned machine word that holds a ring of `bits` bits."""
+    """Returns the little-endian unsigned machine word that holds a ring of `bits` bits."""
     return np.dtype(next(code for code, width in (("<u1", 8), ("<u2", 16), ("<u4", 32), ("<u8", 64)) if bits <= width))
 
 
@@ -118,12 +118,12 @@ def reduce(words: Words, bits: int) -> NDArray[np.uint32] | NDArray[np.uint64]:
 
 
 def self_mask_key(seed: bytes, salt: bytes, owner: int, segment: int) -> bytes:
-    """The key of PRG(b_i) on one segment: HKDF(b_i, salt, info = F("self mask", i, segment))."""
+    """Returns the key of PRG(b_i) on one segment: HKDF(b_i, salt, info = F("self mask", i, segment))."""
     return derive(seed, salt, "self mask", owner, segment)
 
 
 def pair_mask_keys(shared: bytes, salt: bytes, pair: tuple[int, int], segments: Iterable[int]) -> list[bytes]:
-    """The keys of PRG(s_ij), one per segment: HKDF(DH, salt, info = F("pair mask", min, max, segment)).
+    """Returns the keys of PRG(s_ij), one per segment: HKDF(DH, salt, info = F("pair mask", min, max, segment)).
 
     Both ends of the pair get the same keys. The client with the smaller index adds the stream, the other subtracts it.
     """
@@ -131,7 +131,7 @@ def pair_mask_keys(shared: bytes, salt: bytes, pair: tuple[int, int], segments: 
 
 
 def _pair_keys(transcript: Transcript, own: int, mask_seed: bytes, others: Set[int]) -> dict[int, dict[int, bytes]]:
-    """The keys of one client's pairwise masks, by partner among `others` and by segment index."""
+    """Returns the keys of one client's pairwise masks, by partner among `others` and by segment index."""
     agree = mask_agreement(mask_seed)
     partners = {segment: transcript.partners(own, segment) & others for segment in segments_of(transcript.config, own)}
     keys = {}

@@ -59,7 +59,7 @@ class Secret:
 
 
 def framed(label: str, *parts: bytes | int) -> bytes:
-    """One unambiguous byte string out of a domain label and parts.
+    """Returns one unambiguous byte string out of a domain label and parts.
 
     F(label, p_1 ... p_m) = len(P) ‖ P ‖ len(label) ‖ label ‖ len(p_1) ‖ p_1 ‖ ... with lengths as 8 bytes and integers
     as 4 bytes, both big-endian, P the protocol's name. Injective: the parts can be read back from it.
@@ -85,7 +85,7 @@ class Agreement:
         self.public = self._private.public_key().public_bytes_raw()
 
     def __call__(self, public: bytes) -> bytes:
-        """The shared secret.
+        """Returns the shared secret.
 
         Raises:
             ValueError: the public key is a point of small order, so that the result would be known to everybody.
@@ -94,7 +94,7 @@ class Agreement:
 
 
 def is_weak(public: bytes) -> bool:
-    """Whether a public key is of small order, so that what is agreed with it would be known to everybody."""
+    """Returns whether a public key is of small order, so that what is agreed with it would be known to everybody."""
     return int.from_bytes(public, "little") % (1 << 255) % _CURVE_PRIME in _SMALL_ORDER
 
 
@@ -104,7 +104,7 @@ def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
 
 
 def unseal(key: bytes, sealed: bytes, associated: bytes) -> bytes | None:
-    """The plaintext, or None where it was not encrypted under this key and associated data."""
+    """Returns the plaintext, or None where it was not encrypted under this key and associated data."""
     try:
         return ChaCha20Poly1305(key).decrypt(_ONCE_ONLY_NONCE, sealed, associated)
     except InvalidTag:

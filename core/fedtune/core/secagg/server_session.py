@@ -338,7 +338,7 @@ class ServerSession:
         return tuple(self._name(index) for index in sorted(indices))
 
     def _to(self, indices: Iterable[int], message: Message) -> dict[int, bytes]:
-        """One message for each of these clients."""
+        """Returns one message for each of these clients."""
         return dict.fromkeys(sorted(indices), encode(message))
 
     def _enter(self, stage: Stage, requests: Mapping[int, bytes]) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ _WIDE_BYTES = 48  # 384 random bits reduced mod p are within 2^-129 of uniform
 
 
 def random_element(random: Random) -> int:
-    """A field element, uniform up to a statistical distance of 2^-129."""
+    """Returns a field element, uniform up to a statistical distance of 2^-129."""
     return int.from_bytes(random(_WIDE_BYTES), "big") % PRIME
 
 
@@ -86,7 +86,7 @@ class Combiner:
             self._weights.append(product * pow(denominator, -1, PRIME) % PRIME)
 
     def combine(self, shares: Sequence[int]) -> int:
-        """The secret behind shares[i] at points[i]; as many shares as points."""
+        """Returns the secret behind shares[i] at points[i]; as many shares as points."""
         return sum(weight * share for weight, share in zip(self._weights, shares, strict=True)) % PRIME
 
 

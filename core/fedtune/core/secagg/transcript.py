@@ -20,7 +20,7 @@ def config_digest(config: RoundConfig) -> bytes:
 
 
 def advertisement_statement(config_digest: bytes, index: int, share_key: bytes, mask_key: bytes) -> bytes:
-    """The statement that client i signs in exchange 0: F("advertise", H(cfg), i, share key, mask key)."""
+    """Returns the statement that client i signs in exchange 0: F("advertise", H(cfg), i, share key, mask key)."""
     return framed("advertise", config_digest, index, share_key, mask_key)
 
 
@@ -33,7 +33,7 @@ def commitment(seed: bytes, config_digest: bytes, index: int) -> bytes:
 
 
 def mask_agreement(seed: bytes) -> Agreement:
-    """The X25519 key behind a mask key: HKDF(σ, no salt, info = F("mask key")). Whoever has σ can check it."""
+    """Returns the X25519 key behind a mask key: HKDF(σ, no salt, info = F("mask key")). Whoever has σ can check it."""
     return Agreement(derive(seed, b"", "mask key"))
 
 
@@ -59,36 +59,36 @@ class Transcript:
         self._masking = self._mask_graphs()
 
     def holders(self, owner: int) -> frozenset[int]:
-        """The clients in U1 that hold shares of the owner's secrets; the relation is symmetric."""
+        """Returns the clients in U1 that hold shares of the owner's secrets; the relation is symmetric."""
         return self._sharing.holders(owner) & self.keys.keys()
 
     def partners(self, client: int, segment: int) -> frozenset[int]:
-        """The clients in U1 that mask this segment together with this one; the relation is symmetric."""
+        """Returns the clients in U1 that mask this segment together with this one; the relation is symmetric."""
         return self._masking[segment].neighbours(client) & self.keys.keys()
 
     def sealing_key(self, shared: bytes, sender: int, receiver: int) -> bytes:
-        """The key that seals the shares of one pair in one direction.
+        """Returns the key that seals the shares of one pair in one direction.
 
         HKDF(DH, salt, info = F("encrypted_share", sender, receiver))
         """
         return derive(shared, self.salt, "encrypted_share", sender, receiver)
 
     def associated_data(self, sender: int, receiver: int) -> bytes:
-        """The statement that is authenticated along with sealed shares.
+        """Returns the statement that is authenticated along with sealed shares.
 
         F("encrypted_share", H(cfg), H(keys), sender, receiver)
         """
         return framed("encrypted_share", self.config_digest, self.digest, sender, receiver)
 
     def vote_statement(self, sharers: Iterable[int], survivors: Iterable[int]) -> bytes:
-        """The statement that a client signs in exchange 3: F("vote", H(cfg), H(keys), U2, U3).
+        """Returns the statement that a client signs in exchange 3: F("vote", H(cfg), H(keys), U2, U3).
 
         A set is written as its indices in increasing order, 4 big-endian bytes each.
         """
         return framed("vote", self.config_digest, self.digest, _joined(sharers), _joined(survivors))
 
     def _mask_graphs(self) -> list[Graph]:
-        """One graph a segment, over the clients that carry it; segments of the same tiers have the same one."""
+        """Returns one graph a segment, over the clients that carry it; segments of the same tiers have the same one."""
         by_tiers: dict[tuple[int, ...], Graph] = {}
         graphs = []
         for segment in self.config.segments:
