@@ -25,7 +25,7 @@ from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
 from fedtune.client.plan.device_plan import this_device  # noqa: E402
 from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
 from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
-from fedtune.core.protocol.actions import TRAIN, Refusal, Request  # noqa: E402
+from fedtune.core.protocol.messages import TRAIN, Refusal, Request  # noqa: E402
 from fedtune.flower.fleet_link import FleetLink  # noqa: E402
 
 

@@ -20,8 +20,7 @@ from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
-from fedtune.core.protocol.payloads import Base, TrainRequest
+from fedtune.core.protocol.messages import OPEN, SHARE, TRAIN, UNMASK, VOTE, Base, TrainRequest, query
 from fedtune.core.round_records import RoundRecord
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster
 from fedtune.core.seeds import derive_seed, generator

@@ -18,8 +18,7 @@ from fedtune.core.codec import MaskableCodec
 from fedtune.core.codec.packing import pack
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
-from fedtune.core.protocol.payloads import TrainReply, TrainRequest, decode, encode
+from fedtune.core.protocol.messages import SECURE_EXCHANGES, TRAIN, TrainReply, TrainRequest, decode, encode
 from fedtune.core.round_records import RoundRecord
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext

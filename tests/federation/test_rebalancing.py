@@ -18,7 +18,7 @@ from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.payloads import TrainRequest, decode, encode, terms_digest
+from fedtune.core.protocol.messages import TrainRequest, decode, encode, terms_digest
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.assembly import assemble

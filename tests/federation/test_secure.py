@@ -9,8 +9,7 @@ import pytest
 from federation_helpers import SECURE, Simulate, run, small_job
 
 from fedtune.core.errors import JobError
-from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN, Handler, Request
-from fedtune.core.protocol.payloads import TrainReply, decode
+from fedtune.core.protocol.messages import SECURE_EXCHANGES, TRAIN, Handler, Request, TrainReply, decode
 from fedtune.core.secagg.exchanged import MaskedInput
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.server.run_directory import read_rounds

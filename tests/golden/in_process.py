@@ -22,8 +22,7 @@ from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.codec.update_forms import FORMS, UpdateForm
 from fedtune.core.job.device_kinds import Fleet
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.actions import Handler
-from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.messages import Base, Handler
 from fedtune.core.round_records import RoundRecord, Tracker
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing

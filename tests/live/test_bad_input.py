@@ -23,8 +23,8 @@ from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.process import Stopped
-from fedtune.core.protocol.actions import EVALUATE, Refusal, Request
 from fedtune.core.protocol.enrolment import Bundle
+from fedtune.core.protocol.messages import EVALUATE, Refusal, Request
 from fedtune.flower.fleet_link import Answer
 from fedtune.flower.signed_http import UnreachableError
 from fedtune.server import cli

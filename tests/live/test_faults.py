@@ -296,7 +296,7 @@ def test_a_device_of_another_version_is_refused_in_words_on_both_sides(make_flee
     run = fleet.submit(ALL)
     fleet.start_server()
     old = fleet.names[0]
-    fleet.start_device(old, before="import fedtune.core.protocol.payloads as messages; messages.PROTOCOL_VERSION = 0")
+    fleet.start_device(old, before="import fedtune.core.protocol.messages as messages; messages.PROTOCOL_VERSION = 0")
     for name in fleet.names[1:]:
         fleet.start_device(name)
     lines = fleet.finished(run, LONG)

@@ -15,8 +15,8 @@ from endpoint import Endpoint, listening
 from flwr.app import Message
 
 from fedtune.core.host.trusted_server import ServerClock
-from fedtune.core.protocol.actions import Refusal, Request
 from fedtune.core.protocol.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
+from fedtune.core.protocol.messages import Refusal, Request
 from fedtune.flower import run_grid as grid_module
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled

@@ -30,9 +30,8 @@ from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, Refusal, Request, query
 from fedtune.core.protocol.enrolment import Bundle
-from fedtune.core.protocol.payloads import decode, encode
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply, Terms
 from fedtune.core.round_timing import LEAST_WORK
 from fedtune.demo import JOB

@@ -23,7 +23,7 @@ from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import FactorTerms, factor_terms, uplink_weight
 from fedtune.core.errors import ModelError, PeerError, UpdateError
-from fedtune.core.protocol.payloads import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fedtune.core.protocol.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
 from fedtune.data.examples import Example, hold_out
 

@@ -12,8 +12,21 @@ from collections.abc import Callable, Mapping
 from fedtune.client.device import Device
 from fedtune.client.secure_rounds import Credentials, SecureRounds
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.actions import EVALUATE, OPEN, SHARE, TRAIN, UNMASK, VOTE, Handler, Request, query
-from fedtune.core.protocol.payloads import EvaluateRequest, TrainRequest, decode, encode
+from fedtune.core.protocol.messages import (
+    EVALUATE,
+    OPEN,
+    SHARE,
+    TRAIN,
+    UNMASK,
+    VOTE,
+    EvaluateRequest,
+    Handler,
+    Request,
+    TrainRequest,
+    decode,
+    encode,
+    query,
+)
 
 _Step = Callable[[str, tuple[bytes, ...]], bytes]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fedtune.client.device import Contribution, Device, own_tier
 from fedtune.core.codec import RingUpdate
 from fedtune.core.codec.masked import masked_segments, masked_words
-from fedtune.core.protocol.payloads import TrainRequest, decode, terms_digest
+from fedtune.core.protocol.messages import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
 from fedtune.core.secagg.exchanged import MAX_CONFIG_BYTES, RoundConfig
 from fedtune.core.secagg.exchanged import decode as decode_message

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import DataError
 from fedtune.core.job.settings import DataSettings, Job
-from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example, prepare, render
 from fedtune.data.population import evaluation_records

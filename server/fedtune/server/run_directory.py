@@ -31,7 +31,7 @@ from fedtune.core.adapter.layout import AdapterLayout, adapter_digest, save_adap
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import Rebasing
+from fedtune.core.protocol.messages import Rebasing
 from fedtune.core.round_records import Evaluation, RoundRecord
 from fedtune.server.run_files import append_line, new_directory, storage, write_json, write_text
 from fedtune.strategies.federation import FederationState

@@ -53,7 +53,7 @@ from fedtune.core.protocol.bundles import (
     TakeMessage,
     Taken,
 )
-from fedtune.core.protocol.payloads import MAX_PAYLOAD_BYTES, decode, encode
+from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, decode, encode
 from fedtune.flower.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
 
 _NAMES_AT_ONCE = 10_000  # SQLite takes 32,766 values in a statement

@@ -22,8 +22,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.actions import Handler, Request, parts_of
-from fedtune.core.protocol.payloads import Payload, encode
+from fedtune.core.protocol.messages import Handler, Payload, Request, encode, parts_of
 
 MAX_PARTS = 2
 MAX_SHORT_BYTES = 4096  # of all parts together

@@ -45,7 +45,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.trusted_server import ServerClock
-from fedtune.core.protocol.actions import Refusal, Request
 from fedtune.core.protocol.bundles import (
     BRING,
     MAX_BUNDLE_BYTES,
@@ -56,7 +55,7 @@ from fedtune.core.protocol.bundles import (
     TakeMessage,
     Taken,
 )
-from fedtune.core.protocol.payloads import MAX_PAYLOAD_BYTES, decode
+from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, Refusal, Request, decode
 from fedtune.flower.envelope import SITS_OUT_CODE, identified, post, reply_metadata, request_of, seal
 from fedtune.flower.signed_http import (
     HEARTBEAT_CALL_SECONDS,

@@ -45,7 +45,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import PeerError, RunError
 from fedtune.core.protocol.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
-from fedtune.core.protocol.payloads import MAX_PAYLOAD_BYTES, Payload, decode
+from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, Payload, decode
 from fedtune.core.text import one_line
 from fedtune.flower.envelope import SITS_OUT_CODE, identified, post, reply_metadata, seal, unseal
 

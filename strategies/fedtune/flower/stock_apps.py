@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp as ClientApp
 from flwr.serverapp import Grid as Grid
 from flwr.serverapp import ServerApp as ServerApp
 
-from fedtune.core.protocol.actions import Request
+from fedtune.core.protocol.messages import Request
 from fedtune.flower.envelope import request_of, seal
 
 RunConfig = Mapping[str, bool | float | int | str]

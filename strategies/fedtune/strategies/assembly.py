@@ -17,7 +17,7 @@ from fedtune.core.codec.update_forms import FORMS, UpdateForm
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, update_aggregator
 from fedtune.strategies.cohorts.selection import AmongPresent, Selection, UniformSelection, cohort_size

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec, encode_catch_up, encode_whole
 from fedtune.core.codec.downlink import FIRST, REMEMBERED_VERSIONS
-from fedtune.core.protocol.payloads import Downlink
+from fedtune.core.protocol.messages import Downlink
 
 
 @dataclass

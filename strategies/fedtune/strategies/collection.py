@@ -20,8 +20,7 @@ from fedtune.core.codec.downlink import max_body_size
 from fedtune.core.codec.uplink import uplink_weight
 from fedtune.core.errors import PeerError, UpdateError
 from fedtune.core.ledger import Purpose
-from fedtune.core.protocol.actions import TRAIN
-from fedtune.core.protocol.payloads import HEADER_BYTES, TrainReply, TrainRequest, decode
+from fedtune.core.protocol.messages import HEADER_BYTES, TRAIN, TrainReply, TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, SecureRecord
 from fedtune.core.round_timing import staleness_weight
 from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregation, Aggregator, Frame, Payloads

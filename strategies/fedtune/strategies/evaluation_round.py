@@ -9,8 +9,8 @@ from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import Job
 from fedtune.core.ledger import Ledger
-from fedtune.core.protocol.actions import EVALUATE
-from fedtune.core.protocol.payloads import (
+from fedtune.core.protocol.messages import (
+    EVALUATE,
     HEADER_BYTES,
     PROTOCOL_VERSION,
     Downlink,

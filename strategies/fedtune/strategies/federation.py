@@ -12,7 +12,7 @@ from fedtune.core.codec.clipping import FIRST_WEIGHT_CAP
 from fedtune.core.codec.update_forms import UpdateForm
 from fedtune.core.job.methods import Method
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import Base, Rebasing
+from fedtune.core.protocol.messages import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
 from fedtune.strategies.aggregation.payload_sums import WEIGHT

@@ -17,7 +17,7 @@ from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.job.local_work import LocalWork, local_work
-from fedtune.core.protocol.payloads import (
+from fedtune.core.protocol.messages import (
     PROTOCOL_VERSION,
     Downlink,
     Payload,

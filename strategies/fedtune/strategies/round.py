@@ -26,8 +26,7 @@ from fedtune.core.codec.downlink import FIRST, advance, refreshed
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.ledger import Ledger
-from fedtune.core.protocol.actions import TRAIN
-from fedtune.core.protocol.payloads import Downlink, Rebasing
+from fedtune.core.protocol.messages import TRAIN, Downlink, Rebasing
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.strategies.aggregation.aggregator import Aggregate, Frame, State

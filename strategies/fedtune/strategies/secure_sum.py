@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from fedtune.core.codec.masked import masked_segments, opened_sums
 from fedtune.core.job.settings import SecureAggregationSettings
 from fedtune.core.ledger import Purpose
-from fedtune.core.protocol.actions import OPEN, SHARE, TRAIN, UNMASK, VOTE, query
-from fedtune.core.protocol.payloads import terms_digest
+from fedtune.core.protocol.messages import OPEN, SHARE, TRAIN, UNMASK, VOTE, query, terms_digest
 from fedtune.core.round_records import ClientRecord, SecureRecord
 from fedtune.core.secagg import Assumptions, Member, Roster, RoundMark, ServerSession, Stage, Subject, round_config
 from fedtune.core.secagg.graph import MIN_SURVIVORS

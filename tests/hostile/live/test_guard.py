@@ -42,7 +42,7 @@ from fedtune.core.protocol.bundles import (
     TakeMessage,
 )
 from fedtune.core.protocol.enrolment import load_node_key, make_node_key
-from fedtune.core.protocol.payloads import encode
+from fedtune.core.protocol.messages import encode
 from fedtune.flower.bundle_endpoints import MAX_REPLY_PIECES
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink

@@ -18,7 +18,7 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PullObjectResp
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.bundles import TAKE, Taken
 from fedtune.core.protocol.enrolment import make_node_key
-from fedtune.core.protocol.payloads import encode
+from fedtune.core.protocol.messages import encode
 from fedtune.flower.fleet_link import FleetLink, LinkLimits
 from fedtune.flower.signed_http import UnreachableError
 from fedtune.server.live.certificates import make_authority, make_server_certificate

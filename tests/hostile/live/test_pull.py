@@ -24,6 +24,7 @@ from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.protocol.enrolment import Bundle, load_node_key, make_node_key
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, encode
 from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
@@ -34,7 +35,6 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     sign_request,
 )
-from fedtune.core.protocol.payloads import PROTOCOL_VERSION, encode
 from fedtune.server.live.certificates import make_authority
 from fedtune.server.live.enrolled_devices import enroll, revoke
 

@@ -15,8 +15,7 @@ from secure_fixture import LAYOUT, Fixture
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec.update_forms import RingTotal
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.actions import SECURE_EXCHANGES
-from fedtune.core.protocol.payloads import TrainRequest, decode, encode
+from fedtune.core.protocol.messages import SECURE_EXCHANGES, TrainRequest, decode, encode
 from fedtune.core.secagg.exchanged import RoundConfig
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.core.secagg.exchanged import encode as encode_message

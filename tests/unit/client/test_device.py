@@ -18,7 +18,7 @@ from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, ad
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.payloads import Base, TrainRequest, decode
+from fedtune.core.protocol.messages import Base, TrainRequest, decode
 from fedtune.strategies.assembly import assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.federation import initial_state

@@ -16,7 +16,7 @@ from fedtune.core.codec.quantization import MAX_LEVEL, MAX_STEP
 from fedtune.core.codec.sparse import encode_step
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.errors import PeerError, UpdateError
-from fedtune.core.protocol.payloads import Downlink
+from fedtune.core.protocol.messages import Downlink
 
 COUNT = 3000
 KIND_POSITION = 3

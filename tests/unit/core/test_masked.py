@@ -10,8 +10,7 @@ from fedtune.core.codec import MaskableCodec, RingUpdate
 from fedtune.core.codec.masked import AUXILIARY_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
 from fedtune.core.codec.update_forms import RING, RingTotal
 from fedtune.core.codec.uplink import FactorTerms, Part
-from fedtune.core.protocol import actions
-from fedtune.core.protocol.payloads import Uplink
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Uplink, query
 
 CLIENTS = 5
 
@@ -80,5 +79,5 @@ def test_a_factor_of_nothing_but_padding_still_has_a_ring() -> None:
 
 
 def test_actions_are_flower_s_message_types() -> None:
-    assert (MessageType.TRAIN, MessageType.EVALUATE) == (actions.TRAIN, actions.EVALUATE)
-    assert actions.query(actions.OPEN) == f"{MessageType.QUERY}.open"
+    assert (MessageType.TRAIN, MessageType.EVALUATE) == (TRAIN, EVALUATE)
+    assert query(OPEN) == f"{MessageType.QUERY}.open"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.payloads import (
+from fedtune.core.protocol.messages import (
     PROTOCOL_VERSION,
     Base,
     Downlink,

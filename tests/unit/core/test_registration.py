@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
+from fedtune.core.protocol.messages import HEADER_BYTES, Base, decode, encode
 from fedtune.core.protocol.registration import PROTOCOL_VERSION, RegistrationReply, Terms, check_plan, two_digits
 
 TERMS = Terms(Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64), 288, 5, 0.0, "auto", "auto", False, 0.0)

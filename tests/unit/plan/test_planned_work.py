@@ -28,7 +28,7 @@ from fedtune.client.torch.training import train_locally
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
-from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.messages import Base
 from fedtune.core.protocol.registration import Terms
 from fedtune.data.examples import load_examples
 from fedtune.model.base_model import load_base

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import SimulationSettings
-from fedtune.core.protocol.actions import EVALUATE, Handler, Request
+from fedtune.core.protocol.messages import EVALUATE, Handler, Request
 from fedtune.flower.envelope import WireMessage, answer_wire, from_wire, seal, to_wire, unseal, unseal_parts
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
 from fedtune.flower.strategy import stream_replies

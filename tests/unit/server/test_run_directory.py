@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.payloads import Rebasing
+from fedtune.core.protocol.messages import Rebasing
 from fedtune.server.run_directory import Checkpoint, RunDirectory
 from fedtune.strategies.federation import FederationState
 

@@ -21,7 +21,7 @@ from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.methods import AGGREGATIONS, Method
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import TrainRequest, decode
+from fedtune.core.protocol.messages import TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.data.examples import Example
 from fedtune.strategies.aggregation import Aggregate, Decoded, Frame, Mean, RingMean, Update

@@ -17,7 +17,7 @@ from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.methods import AGGREGATIONS
-from fedtune.core.protocol.payloads import Downlink, Uplink
+from fedtune.core.protocol.messages import Downlink, Uplink
 from fedtune.strategies.aggregation import Decoded, Frame, Mean, RingMean
 from fedtune.strategies.aggregation.aggregator import Payloads
 from fedtune.strategies.aggregation.payload_sums import WEIGHT

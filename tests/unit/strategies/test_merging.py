@@ -15,7 +15,7 @@ from fedtune.core.codec.update_forms import FORMS
 from fedtune.core.codec.uplink import factor_terms
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.methods import AGGREGATIONS
-from fedtune.core.protocol.payloads import Uplink
+from fedtune.core.protocol.messages import Uplink
 from fedtune.strategies.aggregation import (
     Clipped,
     CoordinateMedian,

@@ -16,7 +16,7 @@ from fedtune.core.codec.update_forms import FORMS as UPDATE_FORMS
 from fedtune.core.codec.uplink import factor_terms
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.payloads import Base, TrainReply, TrainRequest, decode, encode
+from fedtune.core.protocol.messages import Base, TrainReply, TrainRequest, decode, encode
 from fedtune.core.seeds import generator
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast

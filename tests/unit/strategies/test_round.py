@@ -14,7 +14,7 @@ from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import receive
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.job.job_file import load_job
-from fedtune.core.protocol.payloads import (
+from fedtune.core.protocol.messages import (
     Base,
     EvaluateReply,
     EvaluateRequest,

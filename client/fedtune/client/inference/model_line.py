@@ -18,6 +18,7 @@ from msgspec import structs
 from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock, trusting
 from fedtune.core.protocol.enrolment import load_node_key
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, Payload, decode, encode
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
     MAX_DESCRIPTION_BYTES,
@@ -27,7 +28,6 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     sign_request,
 )
-from fedtune.core.protocol.payloads import PROTOCOL_VERSION, Payload, decode, encode
 from fedtune.core.text import one_line
 
 CALL_SECONDS = 30.0  # without a single byte

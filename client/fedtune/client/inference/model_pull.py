@@ -24,6 +24,7 @@ from fedtune.client.inference.model_line import PAUSES, Line, PatientLine
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import ExportError, InputError, PeerError, RunError
 from fedtune.core.host.private_files import write_private
+from fedtune.core.protocol.messages import PROTOCOL_VERSION
 from fedtune.core.protocol.model_manifest import (
     FORMATS,
     MANIFEST,
@@ -35,7 +36,6 @@ from fedtune.core.protocol.model_manifest import (
     verify,
 )
 from fedtune.core.protocol.model_requests import MAX_PIECE_BYTES, ModelDescription, ReadModel
-from fedtune.core.protocol.payloads import PROTOCOL_VERSION
 
 FIRST_PIECE, SHORTEST_PIECE = 256 << 10, 32 << 10
 QUICK_SECONDS, SLOW_SECONDS = 1.0, 15.0  # a piece that takes less makes the next larger; one that takes more, smaller

@@ -27,7 +27,7 @@ from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished, write_private
 from fedtune.core.host.process import Stopped, stopping
-from fedtune.core.protocol.actions import Refusal, Request
+from fedtune.core.protocol.messages import Refusal, Request
 from fedtune.core.text import one_line
 from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled
 from fedtune.flower.signed_http import (

@@ -26,9 +26,8 @@ from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
 from fedtune.core.errors import DataError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.host.private_files import write_private
-from fedtune.core.protocol.actions import EVALUATE, OPEN, TRAIN, Refusal, Request, query
 from fedtune.core.protocol.enrolment import SignedRoster
-from fedtune.core.protocol.payloads import decode, encode
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
     ACTION,
     MAX_REGISTRATION_BYTES,

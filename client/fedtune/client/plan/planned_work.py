@@ -27,7 +27,7 @@ from fedtune.client.trainer import Limits, Trainer
 from fedtune.core.errors import ModelError, PeerError, RunError
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings
-from fedtune.core.protocol.payloads import Base, TrainRequest
+from fedtune.core.protocol.messages import Base, TrainRequest
 from fedtune.core.protocol.registration import Terms
 from fedtune.core.round_timing import done_share
 from fedtune.data.examples import Example, load_examples

@@ -34,7 +34,7 @@ from fedtune.core.codec.quantization import MAX_LEVEL, MIN_STEP, nearest_levels,
 from fedtune.core.codec.sparse import decode_values, encode_step, max_levels_size
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.payloads import Downlink
+from fedtune.core.protocol.messages import Downlink
 
 FIRST = ""  # the job's first adapter, which all devices derive from the seed
 REMEMBERED_VERSIONS = 8  # a device that is further behind starts again from the job's first adapter

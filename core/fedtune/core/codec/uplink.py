@@ -19,7 +19,7 @@ from fedtune.core.codec.coordinate_selection import select_public
 from fedtune.core.codec.maskable import RoundContext
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.payloads import Uplink
+from fedtune.core.protocol.messages import Uplink
 from fedtune.core.seeds import derive_seed
 
 

@@ -19,7 +19,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from fedtune.core.protocol.payloads import Payload
+from fedtune.core.protocol.messages import Payload
 
 TAKE, BRING = "/v1/fleet/take", "/v1/fleet/bring"
 SEND, COLLECT = "/v1/fedtune/send", "/v1/fedtune/collect"

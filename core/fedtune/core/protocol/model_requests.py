@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import Meta
 
 from fedtune.core.errors import PeerError
+from fedtune.core.protocol.messages import Payload
 from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES
-from fedtune.core.protocol.payloads import Payload
 from fedtune.core.secagg.primitives import framed
 
 DESCRIBE, READ = "/v1/fleet/describe-model", "/v1/fleet/read-model"

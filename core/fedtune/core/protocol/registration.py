@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from fedtune.core.errors import PeerError
-from fedtune.core.protocol.payloads import PROTOCOL_VERSION, Base, Payload
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, Base, Payload
 
 ACTION = "query.registration"
 """The Flower message type that carries it."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, PeerError
 from fedtune.core.host.private_files import read_bounded
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, decode, encode
 from fedtune.core.protocol.model_manifest import FORMATS, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
@@ -24,7 +25,6 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     check_request,
 )
-from fedtune.core.protocol.payloads import PROTOCOL_VERSION, decode, encode
 from fedtune.flower.guard import App, Receive, Scope, Send, answer
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs

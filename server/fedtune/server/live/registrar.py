@@ -15,7 +15,7 @@ from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.enrolment import SignedRoster
-from fedtune.core.protocol.payloads import HEADER_BYTES, Base, decode, encode
+from fedtune.core.protocol.messages import HEADER_BYTES, Base, decode, encode
 from fedtune.core.protocol.registration import (
     ACTION,
     PROTOCOL_VERSION,

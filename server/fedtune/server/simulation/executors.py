@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]
 
 from fedtune.core.errors import RunError
 from fedtune.core.host.process import peak_rss_mb
-from fedtune.core.protocol.actions import Handler
+from fedtune.core.protocol.messages import Handler
 from fedtune.data.examples import CleaningReport
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Executor, Outgoing

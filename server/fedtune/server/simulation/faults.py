@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from fedtune.core.job.settings import SimulationSettings
-from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN, Handler, Request
+from fedtune.core.protocol.messages import SECURE_EXCHANGES, TRAIN, Handler, Request
 from fedtune.core.seeds import generator
 
 

@@ -32,8 +32,7 @@ from fedtune.core.adapter.tiers import tier_for
 from fedtune.core.errors import JobError
 from fedtune.core.job.device_kinds import Fleet, Kind
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.actions import SECURE_EXCHANGES, TRAIN
-from fedtune.core.protocol.payloads import TrainRequest
+from fedtune.core.protocol.messages import SECURE_EXCHANGES, TRAIN, TrainRequest
 from fedtune.core.round_timing import Course, done_share, round_deadline, run_clock
 from fedtune.core.secagg.graph import part
 from fedtune.core.seeds import generator

@@ -17,8 +17,7 @@ from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.actions import Handler
-from fedtune.core.protocol.payloads import Base
+from fedtune.core.protocol.messages import Base, Handler
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster, RoundLog
 from fedtune.core.secagg.primitives import KEY_BYTES
 from fedtune.core.seeds import generator

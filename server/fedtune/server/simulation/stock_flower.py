@@ -18,7 +18,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.actions import Handler, Request
+from fedtune.core.protocol.messages import Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
 from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
 from fedtune.server.job_model import ModelEvaluator

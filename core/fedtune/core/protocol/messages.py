@@ -1,6 +1,8 @@
-"""What server and clients say to each other: typed payloads <-> bytes, every size bounded.
+"""Messages between server and clients: the actions that a client is asked for, and typed payloads <-> bytes.
 
-One payload is one msgpack array, tagged with its kind, and travels as one byte array whatever carries it:
+A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in their order;
+`fedtune.strategies.secure_sum` says what each carries. One payload is one msgpack array of bounded size, tagged with
+its kind, and travels as one byte array whatever carries it:
 
     data = encode(TrainRequest(...))
     request = decode(data, TrainRequest)
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -21,6 +25,57 @@ from msgspec import Meta
 
 from fedtune.core.errors import PeerError
 from fedtune.core.job.local_work import LocalWork
+
+TRAIN, EVALUATE = "train", "evaluate"  # flwr.app.MessageType's
+OPEN, SHARE, VOTE, UNMASK = "open", "share", "vote", "unmask"  # actions of query messages
+
+
+def query(action: str) -> str:
+    """Returns the message type of a query, as Flower writes it."""
+    return f"query.{action}"
+
+
+SECURE_EXCHANGES = (query(OPEN), query(SHARE), TRAIN, query(VOTE), query(UNMASK))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One message to a client, as plain values.
+
+    Args:
+        action: its message type.
+        group: what the messages of one round have in common, such as the round's number.
+        node: the number of the node that is asked.
+        parts: payloads, `parts_of(action)` of them.
+    """
+
+    action: str
+    group: str
+    node: int
+    parts: tuple[bytes, ...]
+
+
+Handler = Callable[[str, Request], bytes]
+"""(client, request) -> the payload of its reply; an error that it raises becomes an error reply."""
+
+
+def parts_of(action: str) -> int:
+    """Counts the payloads of a message: two, the configuration and the request, open a secure round."""
+    return 2 if action == query(OPEN) else 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A device's reason not to do what it was asked.
+
+    Args:
+        reason: a sentence for people; no program reads it.
+        sits_out: whether one of its owner's conditions does not hold now. The device may be asked again later.
+    """
+
+    reason: str
+    sits_out: bool = False
+
 
 PROTOCOL_VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 30
