@@ -41,6 +41,7 @@ CLEAN = (
     "docs/",
     "server/fedtune/server/export/",
     "server/fedtune/server/report/",
+    "server/fedtune/server/simulation/",
     "strategies/fedtune/strategies/",
     "tests/deploy/",
     "tests/golden/",

@@ -78,7 +78,7 @@ def test_stock_flower_deals_out_the_ranks_of_the_job_in_the_order_of_its_nodes()
     ("overrides", "complaint"),
     [
         ("simulation.fleet=bundled secure_aggregation.enabled=false", "Flower's engine has no virtual clock"),
-        ("secure_aggregation.enabled=true", "Flower's engine makes clients anew for every message"),
+        ("secure_aggregation.enabled=true", "Flower's engine makes new clients for every message"),
     ],
 )
 def test_stock_flower_refuses_what_its_engine_cannot_do(overrides: str, complaint: str) -> None:

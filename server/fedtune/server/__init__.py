@@ -1,4 +1,4 @@
-"""What runs in the cloud: rounds, checkpoints, evaluation, reports, the command line; and simulation.
+"""The cloud side: rounds, checkpoints, evaluation, reports, the command line; and simulation.
 
-Of this package only `simulation` sees the client's side too.
+Of these modules, only `simulation` imports the client's side too.
 """

@@ -1,4 +1,4 @@
-"""The `fedtune` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
+"""The `fedtune` command. Each command imports the modules it needs when it runs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedtune.server.export.exporter import Exported
     from fedtune.server.export.request import ExportRequest
 
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
 
 app = typer.Typer(
     name="fedtune",
@@ -254,11 +254,11 @@ def common(
 
 
 def main(arguments: Sequence[str] | None = None, programs: Programs | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted.
+    """Runs the command line and exits: with 0 after success, 1 if the run failed, 2 on wrong input, 130 if interrupted.
 
     Args:
         arguments: the words after `fedtune`; by default the process's own.
-        programs: what the commands that compute for long call; by default fedtune's own.
+        programs: the functions behind the long-running commands; by default fedtune's own.
     """
     prepare_environment()
     try:
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None, programs: Programs | None = Non
 
 @contextmanager
 def _running(directory: Path, silent: bool) -> Iterator[Display]:
-    """Gives a run its display, and says how to go on when Ctrl-C ends it."""
+    """Shows a run's progress, and tells the user how to resume it when Ctrl-C ends it."""
     with nullcontext(Silent()) if silent else Terminal() as display:
         try:
             yield display

@@ -1,4 +1,4 @@
-"""The base model that a job names, opened on the server: what requests say about it, and what scores adapters on it."""
+"""The job's base model on the server: its description for requests, and the evaluator that scores adapters on it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fedtune.server.run_rounds import SHOWN_PROMPTS, ShownPrompt
 
 
 def open_model(job: Job) -> AdaptedModel:
-    """The job's base model with the job's adapter on it.
+    """Loads the job's base model and adds the job's adapter.
 
     Raises:
-        ModelError: there is no such model, or the adapter does not fit it.
+        ModelError: the model does not exist, or the adapter does not fit it.
     """
     base = load_base(job.model, weights=job.training.weights, precision=job.training.precision)
     return adapt(base, job.adapter)
 
 
 def describe_base(job: Job, digest: str) -> Base:
-    """What requests say about the base model of that digest."""
+    """Returns the description of the base model with this digest that requests contain."""
     targets = job.adapter.target_modules
     return Base(
         name=job.model.base,
@@ -44,11 +44,11 @@ def describe_base(job: Job, digest: str) -> Base:
 
 
 class ModelEvaluator:
-    """Scores adapters on a job's `data.evaluation`.
+    """The evaluator that scores adapters on a job's `data.evaluation`.
 
     Args:
-        model: its adapter is swapped; nobody else may use it meanwhile.
-        data: where the examples come from.
+        model: the model, whose adapter is swapped; nothing else may use it meanwhile.
+        data: the job's data settings, which name the examples.
     """
 
     def __init__(self, model: AdaptedModel, data: DataSettings) -> None:
@@ -62,7 +62,7 @@ class ModelEvaluator:
 
     @cached_property
     def shown(self) -> Sequence[ShownPrompt]:
-        """A few prompts spread over the file, as the model sees them; plain text has none."""
+        """Returns a few prompts spread over the file, as the model sees them; plain text has none."""
         prompted = [record for record in self._records if record.prompt or record.messages]
         step = max(1, len(prompted) // SHOWN_PROMPTS)
         chosen = prompted[::step][:SHOWN_PROMPTS]
@@ -70,14 +70,14 @@ class ModelEvaluator:
         return [ShownPrompt(prompt, each.completion) for prompt, each in zip(prompts, chosen, strict=True)]
 
     def evaluate(self, adapter: Vector) -> Evaluation | None:
-        """Scores an adapter; None where the job has no evaluation data."""
+        """Scores an adapter; returns None if the job has no evaluation data."""
         if not self._examples:
             return None
         self._model.load(adapter)
         return evaluate(self._model, self._examples)
 
     def answer(self, adapter: Vector) -> list[str]:
-        """What the shown prompts are answered with."""
+        """Returns the adapter's answers to the shown prompts."""
         if not self.shown:
             return []
         self._model.load(adapter)

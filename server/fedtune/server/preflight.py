@@ -1,8 +1,8 @@
-"""Checks before a run and before torch is imported: everything that a person may have mistyped.
+"""Checks of all user input, before a run begins and before torch is imported.
 
     inputs = check_simulation(job)       # raises InputError, or returns what the job's files hold
 
-Each check is the function that the run itself reads the file with.
+Each check uses the function with which the run itself reads the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedtune.strategies.cohorts.selection import cohort_size
 
 
 def check_server_job(job: Job) -> JobInputs:
-    """Reads what a server needs of a job: devices bring their own data.
+    """Reads the inputs that a server needs for a job; devices have their own data.
 
     Raises:
         InputError: the base model, the held-out examples or the export cannot be used.
@@ -28,11 +28,11 @@ def check_server_job(job: Job) -> JobInputs:
 
 
 def check_simulation(job: Job) -> JobInputs:
-    """Reads all that a simulation needs of a job.
+    """Reads all inputs that a simulation needs for a job.
 
     Raises:
-        InputError: as `check_server_job`; a training file or the fleet cannot be read; or the clients that these make
-            are too few for what the job asks.
+        InputError: see `check_server_job`; or a training file or the fleet cannot be read; or they give fewer clients
+            than the job asks for.
     """
     inputs = check_server_job(job)
     fleet, clients = inputs.fleet, len(inputs.population.names)

@@ -1,15 +1,15 @@
-"""The run directory: everything a run leaves, readable without fedtune, whole after a crash at any instant.
+"""The run directory: all files that a run leaves, readable without fedtune, consistent after a crash at any instant.
 
     job.toml              the job as resolved, with the base model's digest
     rounds.jsonl          one object a round, appended and fsynced
     checkpoints/NNNNNN/   the state after round N: enough to go on bit for bit
     adapter/              in PEFT format
-    summary.json          the last word
+    summary.json          the final figures
     virtual.jsonl         one object a round of a simulated fleet
     report.html           self-contained
 
 A round is acknowledged when its checkpoint appears. Its line in rounds.jsonl is written just before; a line beyond the
-newest checkpoint belongs to a round that a crash cut off, and is taken away when the run goes on.
+newest checkpoint belongs to a round that a crash cut off, and is removed when the run is resumed.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from fedtune.strategies.federation import FederationState
 
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"
-FINISHED, FAILED = "finished", "failed"  # status in the summary
+FINISHED, FAILED = "finished", "failed"  # values of the summary's status
 SUMMARY = "summary.json"
-VIRTUAL = "virtual.jsonl"  # where a fleet is simulated
+VIRTUAL = "virtual.jsonl"  # only if a fleet is simulated
 REPORT = "report.html"
 ADAPTER = "adapter"
-CLIENTS = "clients"  # of a simulation: what its clients remember between rounds
+CLIENTS = "clients"  # the state that a simulation's clients keep between rounds
 CHECKPOINTS = "checkpoints"
 KEPT_CHECKPOINTS = 2
 _LOCK = ".lock"
 _STATE = "state.json"
 _TENSORS = "state.safetensors"
-_SERVER = "server."  # what aggregator and server optimizer keep
+_SERVER = "server."  # prefix of the state of aggregator and server optimizer
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state that a run needs to go on.
+    """The state from which a run can be resumed.
 
     Args:
-        state: of the federation, after `state.round` rounds.
-        base_digest: of the base model that the adapter belongs to.
-        seconds: spent on the run so far, over all its processes.
-        eval_before: evaluation of the untrained adapter, where the job has evaluation data.
+        state: the federation's state after `state.round` rounds.
+        base_digest: the digest of the adapter's base model.
+        seconds: time spent on the run so far, over all its processes.
+        eval_before: evaluation of the untrained adapter, if the job has evaluation data.
         answers_before: the display prompts' answers before training.
     """
 
@@ -85,13 +85,13 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, job: Job, base_digest: str, force: bool = False) -> RunDirectory:
-        """Makes the directory of a new run.
+        """Creates the directory of a new run.
 
         Args:
-            force: an earlier run's directory is emptied first; anything else in the way is still refused.
+            force: empty an earlier run's directory first; anything else at the path is still refused.
 
         Raises:
-            RunDirectoryError: something is in the way.
+            RunDirectoryError: the path is taken.
         """
         if not check_free(path, force):
             shutil.rmtree(path)
@@ -107,22 +107,22 @@ class RunDirectory:
         """Opens an existing run.
 
         Raises:
-            RunDirectoryError: it is not a run directory, or another process works on it.
+            RunDirectoryError: the path is not a run directory, or another process works on it.
         """
         if not (path / JOB).is_file():
             raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
         return cls(path)
 
     def close(self) -> None:
-        """Lets other processes have the run."""
+        """Releases the run's lock, so that other processes can work on it."""
         self._lock.close()
 
     def job(self) -> Job:
-        """The job as it was resolved when the run began."""
+        """Reads the job as it was resolved when the run began."""
         return load_job(self.path / JOB)
 
     def acknowledge(self, checkpoint: Checkpoint, record: RoundRecord | None) -> None:
-        """Makes a round's outcome permanent; `record` is None for the state before round 1."""
+        """Writes a round's record and checkpoint; `record` is None for the state before round 1."""
         state = checkpoint.state
         with storage(self.path):
             if record is not None:
@@ -150,7 +150,7 @@ class RunDirectory:
                 shutil.rmtree(self._checkpoint_path(old))
 
     def restore(self) -> Checkpoint | None:
-        """The newest whole checkpoint, with rounds.jsonl cut back to it; None where the run has none yet.
+        """Returns the newest whole checkpoint and cuts rounds.jsonl back to it; returns None if the run has none yet.
 
         Raises:
             RunError: there are checkpoints, but none is whole.
@@ -168,7 +168,7 @@ class RunDirectory:
         return None
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The objects of rounds.jsonl; a last line that a crash cut off is left out."""
+        """Reads the objects of rounds.jsonl; a last line that a crash cut off is left out."""
         return read_rounds(self.path)
 
     def save_adapter(self, layout: AdapterLayout, state: FederationState, base: str) -> Path:
@@ -178,7 +178,7 @@ class RunDirectory:
         return self.path / ADAPTER
 
     def earlier_peak_mb(self) -> float:
-        """The most memory that an earlier process took to the run's end; 0 where none got there."""
+        """Returns the peak memory in MB in an earlier summary; 0 if there is none."""
         return float(read_summary(self.path)["peak_rss_mb"]) if is_finished(self.path) else 0.0
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -225,10 +225,10 @@ class RunDirectory:
 
 
 def check_free(path: Path, force: bool = False) -> bool:
-    """Whether there is nothing at this path yet; an earlier run may be there where `force` says so.
+    """Returns whether the path is free; with `force`, an earlier run may be there.
 
     Raises:
-        RunDirectoryError: something is in the way, or a process still works on the run that `force` would replace.
+        RunDirectoryError: the path is taken, or a process still works on the run that `force` would replace.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return True
@@ -241,12 +241,12 @@ def check_free(path: Path, force: bool = False) -> bool:
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
-    """The objects of a run's rounds.jsonl, without needing the run's lock."""
+    """Reads the objects of a run's rounds.jsonl without the run's lock."""
     try:
         text = (path / ROUNDS).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    lines = text.split("\n")[:-1]  # what follows the last line break is empty, or was cut off by a crash
+    lines = text.split("\n")[:-1]  # text after the last line break is empty, or was cut off by a crash
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
@@ -254,7 +254,7 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
 
 
 def read_virtual(path: Path) -> list[dict[str, Any]]:
-    """The rounds that a simulated fleet has logged; none without one. A line that a crash cut off is left out."""
+    """Reads the rounds that a simulated fleet has logged, if there is one. A line that a crash cut off is left out."""
     if not path.is_file():
         return []
     try:
@@ -264,15 +264,15 @@ def read_virtual(path: Path) -> list[dict[str, Any]]:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether all rounds are done and everything about them is written."""
+    """Returns whether all rounds are done and all their files are written."""
     return (path / SUMMARY).is_file() and bool(read_summary(path)["status"] == FINISHED)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A run's summary.json.
+    """Reads a run's summary.json.
 
     Raises:
-        RunDirectoryError: there is none, or it cannot be read.
+        RunDirectoryError: the file is missing or cannot be read.
     """
     try:
         summary: dict[str, Any] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))

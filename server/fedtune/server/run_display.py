@@ -1,4 +1,4 @@
-"""A run as a person at the terminal sees it: a progress bar on a terminal, plain lines when piped."""
+"""The display of a run: a progress bar on a terminal, plain lines when the output is piped."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 
 
 class Display(Protocol):
-    """Told what happens, as it happens."""
+    """The interface of displays, which are told of a run's events as they happen."""
 
     def note(self, text: str) -> None:
-        """A sentence about what is going on."""
+        """Takes a sentence about the run."""
 
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
-        """Training starts after `done` of `rounds` rounds of about `cohort` clients; those moved so many bytes."""
+        """Begins after `done` of `rounds` rounds with about `cohort` clients each, which moved `moved` bytes so far."""
 
     def client(self, record: ClientRecord) -> None:
-        """A client answered or was given up."""
+        """Takes the record of a client that answered or dropped out."""
 
     def round(self, record: RoundRecord) -> None:
-        """A round ended and is on the disk."""
+        """Takes the record of a round that ended and is on the disk."""
 
     def end(self, summary: dict[str, Any]) -> None:
-        """The run is finished."""
+        """Takes the summary of the finished run."""
 
 
 class Silent:
-    """Shows nothing: `--quiet`, and tests."""
+    """A display that shows nothing, for `--quiet` and tests."""
 
     def note(self, text: str) -> None: ...
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None: ...
@@ -94,7 +94,7 @@ class Terminal:
             self._progress.start()
 
     def client(self, record: ClientRecord) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         self._answered += 1
         if self._live:
             self._refresh()
@@ -104,7 +104,7 @@ class Terminal:
             )
 
     def round(self, record: RoundRecord) -> None:
-        """Shows the round's numbers."""
+        """Prints the round's numbers."""
         self._round, self._answered = record.round, 0
         self._bytes += record.traffic.bytes_up + record.traffic.bytes_down
         parts = [f"loss {record.train_loss:.3f}" if record.train_loss is not None else "no survivor"]
@@ -146,7 +146,7 @@ class Terminal:
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The final table: quality before and after, bytes against fp32 FedAvg, time, memory; answers; where things are."""
+    """Prints the final table (quality before and after, bytes against fp32 FedAvg, time, memory), answers and paths."""
     table = Table(title=f"{summary['rounds']} rounds, {summary['clients']} clients", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -206,7 +206,7 @@ def _tier_table(tiers: list[dict[str, Any]]) -> Table:
 
 
 def what_the_server_saw(secure: dict[str, Any]) -> str:
-    """In plain words, for whoever must answer for it."""
+    """Returns plain sentences about the data that the server could see."""
     if not secure["enabled"]:
         return "The server saw every client's update, training loss and example count: secure aggregation was off."
     if not secure["sums"]:
@@ -220,7 +220,7 @@ def what_the_server_saw(secure: dict[str, Any]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """1234567 -> "1.2 MB"."""
+    """Formats a number of bytes: 1234567 -> "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -229,19 +229,19 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """3725 -> "1:02:05"; 65 -> "1:05"."""
+    """Formats a duration: 3725 -> "1:02:05"; 65 -> "1:05"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def error_console() -> Console:
-    """Where mistakes are reported."""
+    """Returns the console on stderr, for error messages."""
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
 def describe(evaluation: Evaluation | None) -> str:
-    """One clause about an evaluation."""
+    """Describes an evaluation in one clause."""
     if evaluation is None:
         return "no evaluation data"
     return f"exact match {evaluation.exact_match:.1%}, loss {evaluation.loss:.3f}"

@@ -1,4 +1,4 @@
-"""Writing so that a crash at any instant leaves either the old content or the new."""
+"""Atomic writing of files: a crash at any instant leaves either the old content or the new."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns what safetensors says in words of a failing disk into the OSError that it was."""
+    """Raises the OSError behind safetensors' text about a failing disk."""
     try:
         yield
     except SafetensorError as error:
@@ -33,7 +33,7 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def storage(directory: Path) -> Iterator[None]:
-    """Turns a full or failing disk into a RunError that says what to do."""
+    """Raises a RunError with advice for a full or failing disk."""
     try:
         with plain_errors():
             yield
@@ -70,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory that appears under its name, replacing an older one, only when the block has filled it."""
+    """Gives a temporary directory, which replaces the one of that name only after the block has filled it."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

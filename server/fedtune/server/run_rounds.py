@@ -1,7 +1,7 @@
-"""A run from its first evaluation to its summary, on any Flower grid: in a simulation, or live.
+"""A run from its first evaluation to its summary, on any Flower grid: in a simulation or live.
 
-What happens between rounds is here: evaluation, acknowledgement on disk, the display. What a round is, is in
-`fedtune.strategies`.
+This module has the steps between rounds: evaluation, acknowledgement on disk, the display. `fedtune.strategies`
+defines the round itself.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SHOWN_PROMPTS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What the summary states beside the rounds.
+    """The facts in a summary beside the rounds.
 
     Args:
         peak_rss_mb: peak memory of all processes of the run, in MB.
-        records: what became of the clients' records, where this machine knows: read, kept, truncated and so on.
+        records: counts of the clients' records, if this machine knows them: read, kept, truncated and so on.
     """
 
     peak_rss_mb: float
@@ -51,17 +51,17 @@ class ShownPrompt:
 
 
 class Evaluator(Protocol):
-    """The server's own examples, and the model to score an adapter on them."""
+    """The interface of evaluators: the server's own examples, and the model to score an adapter on them."""
 
     @property
     def shown(self) -> Sequence[ShownPrompt]:
-        """Prompts to show; none where the job has no evaluation data."""
+        """Returns the prompts to show; none if the job has no evaluation data."""
 
     def evaluate(self, adapter: Vector) -> Evaluation | None:
-        """Scores an adapter; None where the job has no evaluation data."""
+        """Scores an adapter; returns None if the job has no evaluation data."""
 
     def answer(self, adapter: Vector) -> list[str]:
-        """Answers the shown prompts under an adapter."""
+        """Returns an adapter's answers to the shown prompts."""
 
 
 def run_rounds(
@@ -72,16 +72,16 @@ def run_rounds(
     display: Display,
     facts: Callable[[], Facts],
 ) -> dict[str, Any]:
-    """Runs or goes on with a job until its last round, and writes everything that a run leaves.
+    """Runs or resumes a job until its last round, and writes the run directory's files.
 
     Args:
-        facts: asked at the end.
+        facts: called at the end.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        RunError: no round came to a result; everything is written all the same.
+        RunError: no round changed the adapter; all files are written nevertheless.
     """
     federation = strategy.federation
     job = federation.job
@@ -182,7 +182,7 @@ def _finish(
     }
     directory.write_summary(summary)
     from fedtune.server.report import (
-        write_report,  # plotting libraries take a second to load: not before there is a plot
+        write_report,  # importing plotting libraries takes a second
     )
 
     write_report(directory.path)
@@ -197,14 +197,14 @@ def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
 
 
 def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:
-    """What the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to everyone in the
-    cohort and up from every survivor."""
+    """Returns the bytes that the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to every
+    client of the cohort and up from every survivor."""
     messages = sum(len(line["cohort"]) + len(line["survivors"]) for line in rounds)
     return 4 * adapter_size * messages
 
 
 def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What secure aggregation hid in this run: how many clients were in its sums, and what would have opened one."""
+    """Summarizes a run's secure aggregation: the clients in its sums, and how many could have opened one."""
     settings = job.secure_aggregation
     sums = [line["secure"] for line in rounds if line["secure"]]
     return {
@@ -220,7 +220,7 @@ def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def tier_summary(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each tier, largest first: how often its clients were asked, trained less, sat out, and counted."""
+    """Counts for each tier, largest first, how often its clients were asked, trained less, sat out, and contributed."""
     times = [(client, line["aborted"] is None) for line in rounds for client in line["clients"]]
     counted = sum(whole and client["dropped"] is None for client, whole in times)
     tiers = []

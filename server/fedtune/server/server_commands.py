@@ -1,4 +1,4 @@
-"""`fedtune server ...`: the cloud side. Each command imports what it needs when it runs."""
+"""The `fedtune server` commands. Each one imports the modules it needs when it runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 
 from fedtune.core.errors import InputError, MissingExtraError
 
-if TYPE_CHECKING:  # the class is imported when a command runs
+if TYPE_CHECKING:  # the class itself is imported when a command runs
     from fedtune.server.live.server_home import ServerHome
 
 app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
 
 STOP_SECONDS = 30.0
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
-PIECE_BYTES = 256 << 10  # of payloads on their way down
+PIECE_BYTES = 256 << 10  # the size of a payload's pieces on the downlink
 
 _Home = Annotated[
     Path | None,
@@ -116,7 +116,7 @@ def start(home: _Home = None) -> None:
     from fedtune.server.run_display import Terminal
 
     server = _open(home)
-    with server.lock, Terminal() as display:  # from here on it counts as starting: torch takes its time
+    with server.lock, Terminal() as display:  # from here on it is starting: torch takes long to import
         try:
             from fedtune.server.live.resident_server import Service
         except ModuleNotFoundError as error:
@@ -157,7 +157,7 @@ def submit(
     server = _open(home)
     jobs = Jobs(server)
     resolved = load_job(job or JOB, overrides or [])
-    check_server_job(resolved)  # mistakes in what the server needs are told here, and not in its log
+    check_server_job(resolved)  # reports mistakes here rather than in the server's log
     from fedtune.model.shape import shape_of
 
     shape_of(resolved.model)

@@ -1,4 +1,4 @@
-"""From a finished run to models that devices can serve: adapter merged, ONNX written, and proved equal (`run.py`).
+"""The export of a finished run as a model that devices can serve: adapter merged, ONNX written, and proved equal.
 
 Nothing is exported here, so that the command line can name `fedtune export` without loading torch.
 """

@@ -1,6 +1,6 @@
-"""The adapter apart from its base: a base whose factors are inputs, and small files that bring the factors.
+"""The export of an adapter apart from its base: a base whose factors are inputs, and small files with the factors.
 
-In the base's graph each factor is an initializer and, under the same name, an input: an initializer is the input's
+In the base's graph, each factor is an initializer and an input of the same name. An initializer is the input's
 default, so the base alone runs with zeros, and onnxruntime-genai swaps in what an `.onnx_adapter` file holds.
 
     lora_A.MatMul.weight: Aᵀ, (d_in, R)         lora_B.MatMul.weight: s · Bᵀ, (R, d_out)
@@ -27,7 +27,7 @@ _DATA = "model.onnx.data"
 
 
 def modules(layout: AdapterLayout) -> list[list[Any]]:
-    """The layout as a manifest keeps it: an adapter fits a base exactly when both state the same."""
+    """Returns the layout as a manifest stores it; an adapter fits a base if and only if both state the same layout."""
     return [[module.name, module.d_in, module.d_out, layout.rank] for module in layout.modules]
 
 
@@ -56,13 +56,13 @@ def open_inputs(directory: Path, layout: AdapterLayout) -> None:
 
 
 def write_adapter(path: Path, directory: Path, run: FinishedRun) -> None:
-    """Writes a run's adapter for a base of `open_inputs`.
+    """Writes a run's adapter for a base that `open_inputs` has prepared.
 
     Raises:
         ModelError: the base takes other factors than the run's.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it advises against inputs with defaults, which are meant here
+    options.log_severity_level = 3  # onnxruntime warns about inputs with defaults, which are intended here
     session = onnxruntime.InferenceSession(directory / "model.onnx", options)
     views = run.layout.views(run.adapter)
     parameters = {}

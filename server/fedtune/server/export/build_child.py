@@ -1,4 +1,4 @@
-"""The process that `builder.build` starts: it reads builds as JSON, answers with their writers, and logs on stderr."""
+"""The child process of `builder.build`, which reads builds as JSON, answers with their writers and logs on stderr."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _UNPACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_
 
 
 def main() -> None:
-    """Status 0 and a list of writers, or status 1 and {"error": ...}."""
+    """Prints a list of writers and returns 0, or prints {"error": ...} and returns 1."""
     _end_with_parent()
-    # Libraries that print do so into the log: descriptor 1 becomes 2, and only the answer goes where 1 led.
+    # Libraries that print shall print into the log: descriptor 1 becomes 2, and only the answer goes to the old 1.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel end this process when the one that started it has gone, even by kill -9; on Linux only."""
+    """Asks the kernel to end this process when its parent ends, even by kill -9; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -55,9 +55,9 @@ def build_one(wanted: dict[str, Any]) -> str:
         return writer
     try:
         _build_with_genai(wanted)
-    except OSError:  # a disk that is full stays full
+    except OSError:  # a full disk stops the other writer too
         raise
-    except Exception:  # it says NotImplementedError of an architecture, and stumbles over details of one it knows
+    except Exception:  # NotImplementedError for an unknown architecture, anything for a detail of a known one
         if wanted["adapter"] is not None or wanted["provider"] != "cpu" or wanted["options"]:
             raise
         print("not by the model builder, hence by torch.onnx:", file=sys.stderr)
@@ -72,9 +72,9 @@ def build_one(wanted: dict[str, Any]) -> str:
 
 
 def _store_in_half(directory: str) -> None:
-    """Stores the float32 matrices of a written model as float16, each with a cast that loading folds away.
+    """Stores the float32 matrices of a written model as float16, each with a cast that is folded at loading.
 
-    That is half the bytes on disk and on the wire; the arithmetic stays float32, as CPUs do it.
+    This halves the bytes on disk and on the wire; the arithmetic stays float32, which CPUs support.
 
     Raises:
         OverflowError: a weight is beyond float16's range.
@@ -118,7 +118,7 @@ def _build_with_genai(wanted: dict[str, Any]) -> None:
 
 
 def _factor_nodes(adapter: str) -> list[str]:
-    """The builder's names of the products with the adapter's factors, which are small and stay in float."""
+    """Returns the builder's names of the products with the adapter's factors, which are small and stay in float."""
     targets = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
     names = []
     for target in targets:

@@ -1,4 +1,4 @@
-"""Writing ONNX in a child process: builders log a lot, take as much memory as the model, and may die of it.
+"""Writing ONNX in a child process, since builders log a lot, need as much memory as the model, and may crash.
 
     attempts = build([Build(source, out, "int4", Recipe("RTN, blocks of 32"))], log=path)
 
@@ -21,10 +21,10 @@ from fedtune.core.protocol.model_manifest import Format
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a format is reached.
+    """The way to quantize a model to a format.
 
     Args:
-        name: for people.
+        name: a description for people.
         options: the model builder's extra options.
     """
 
@@ -32,10 +32,10 @@ class Recipe:
     options: dict[str, str] = field(default_factory=dict)
 
 
-# Tried in this order until one passes the gate; each costs more bytes or more time to quantize than the one before.
+# Tried in this order until one passes the gate; each costs more bytes or more time to quantize than its predecessor.
 RECIPES: dict[Format, tuple[Recipe, ...]] = {
     "fp32": (Recipe("float32"),),
-    "fp16": (Recipe("float16 weights"),),  # on CPUs widened when the model is loaded
+    "fp16": (Recipe("float16 weights"),),  # CPUs convert them to float32 when the model is loaded
     "int8": (
         Recipe("8 bits, round to nearest, blocks of 32"),
         Recipe("8 bits, round to nearest, blocks of 32, float32 products", {"accuracy_level": "1"}),
@@ -61,9 +61,9 @@ class Build:
 
     Args:
         source: a transformers directory of float32 weights.
-        out: where the ONNX model goes; it must not exist.
+        out: the directory for the ONNX model; it must not exist.
         provider: the execution provider to build for, in the builder's words: "cpu", "cuda", "dml", ...
-        options: for the model builder, on top of the recipe's.
+        options: options for the model builder, in addition to the recipe's.
         adapter: a peft directory whose factors stay apart from the weights; None for none.
     """
 
@@ -77,16 +77,16 @@ class Build:
 
 
 def build(builds: Sequence[Build], log: Path) -> list[str]:
-    """Writes the models, one after the other, in one child process.
+    """Writes the models one after the other in one child process.
 
     Args:
-        log: what the child prints is appended to it.
+        log: the file to which the child's output is appended.
 
     Returns:
-        The writer of each: "onnxruntime-genai" or "torch.onnx".
+        The writer of each model: "onnxruntime-genai" or "torch.onnx".
 
     Raises:
-        RunError: one could not be written; the message has the reason and the log's name.
+        RunError: a model could not be written; the message has the reason and the log's name.
     """
     request = json.dumps([asdict(wanted) for wanted in builds], default=str)
     command = [sys.executable, "-m", "fedtune.server.export.build_child"]

@@ -1,6 +1,6 @@
-"""The export as a whole: merge, write, gate, describe, publish. Nothing appears under its name before all gates opened.
+"""The export as a whole: merge, write, gate, describe, publish. Nothing is published before every gate has passed.
 
-`export_request` is what `request.export` calls once the request is checked.
+`request.export` calls `export_request` once the request is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Exported:
     report: GateReport
 
     def to_json(self) -> dict[str, Any]:
-        """For summaries and `--json`."""
+        """Returns the entry for summaries and `--json`."""
         return {
             "format": self.format,
             "path": str(self.path),
@@ -53,12 +53,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportTools:
-    """The three steps that take long or fail for reasons of their own; tests put others in their place.
+    """The three steps that take long or can fail by themselves; tests replace them.
 
     Args:
         save: writes a torch model as a transformers directory.
         build: writes ONNX models, appends to the log, and returns the writer of each.
-        gate: holds a written model against the merged one.
+        gate: compares a written model with the merged one.
     """
 
     save: Callable[[BaseModel, Path], None] = save_model
@@ -71,7 +71,7 @@ class _Job:
     """One export in progress.
 
     Args:
-        work: the hidden folder where everything is made.
+        work: the hidden folder where everything is built.
         reference: the run's model and the held-out examples; merged before the first gate.
     """
 
@@ -91,14 +91,14 @@ class _Job:
         return Build(source, out, form, recipe, self.options.provider, self.options.builder, adapter)
 
     def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
-        """Holds a written model against the merged one, and says how it went."""
+        """Compares a written model with the merged one, and shows the result."""
         candidate = Candidate(directory, form, self.options.max_drop, self.options.provider, adapter)
         report = self.tools.gate(candidate, self.reference)
         self.display.note(_verdict(form, recipe, report))
         return report
 
     def provenance(self, recipe: Recipe, writer: str) -> dict[str, Any]:
-        """Where a written model came from."""
+        """Returns the manifest's entry about the origin of a written model."""
         return {
             **self.run.provenance,
             "recipe": recipe.name,
@@ -113,11 +113,11 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
     """Exports a finished run: merged models, or its adapter alone.
 
     Args:
-        request: checked.
+        request: a request that has passed its checks.
 
     Raises:
-        InputError: the provider is not there, or the base model or the adapter is not the run's.
-        RunError: the model could not be written, or a gate stayed closed; nothing was published.
+        InputError: the provider is missing, or the base model or the adapter is not the run's.
+        RunError: the model could not be written, or a gate failed; nothing was published.
     """
     provider_name(request.options.provider)
     run = open_run(request.run)
@@ -163,7 +163,7 @@ def _export_models(job: _Job, request: ExportRequest) -> list[Exported]:
 
 
 def _export_format(job: _Job, form: Format, writer: str, source: Path) -> Exported:
-    """Gates what the first recipe wrote, and tries the others until one's gate opens."""
+    """Gates the first recipe's model, and tries the other recipes until one passes."""
     directory = job.work / form
     for recipe in RECIPES[form]:
         if not directory.exists():
@@ -183,7 +183,7 @@ def _export_format(job: _Job, form: Format, writer: str, source: Path) -> Export
 
 
 def _export_adapter(job: _Job, request: ExportRequest, held: bool) -> Exported:
-    """Writes the run's adapter, and the base that takes it where `held` says that there is none yet."""
+    """Writes the run's adapter, and its base too unless `held` says that there is one already."""
     (target,), (form,) = request.targets, request.wanted
     base = request.out / f"base-{form}"
     source = job.work / "reference"
@@ -220,10 +220,10 @@ def _write_base(job: _Job, source: Path, form: Format, recipe: Recipe) -> tuple[
 
 
 def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
-    """Whether a base exported earlier takes this run's adapter.
+    """Returns whether there is an exported base already that takes this run's adapter.
 
     Raises:
-        ExportError: it is of another base model or layout.
+        ExportError: the exported base has another base model or layout.
     """
     if not base.exists():
         return False
@@ -237,7 +237,7 @@ def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """A hidden folder inside `out`, gone afterwards whatever happens; on a failure the log stays beside it."""
+    """Gives a hidden folder inside `out`, and removes it in any case; after a failure the log stays in `out`."""
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""The parity gate: is the ONNX model the merged model? Asked of every export, on held-out examples.
+"""The parity gate: every export is compared with the merged model on held-out examples.
 
     reference R: the merged torch model, float32            candidate C: the ONNX model, run by onnxruntime
 
     max logit error     max |R(x) - C(x)| over every position of every example and the whole vocabulary
-    argmax agreement    share of positions where both would say the same next token
+    argmax agreement    share of positions where both predict the same next token
     exact match         share of examples whose whole completion is the likeliest, token by token (model/scoring.py)
     token accuracy      share of completion tokens that are the likeliest
 
-fp32 must agree to `FP32_LOGIT_ERROR` and in every argmax, and write the same text through its cache. The others may
+fp32 must agree to `FP32_LOGIT_ERROR` and in every argmax, and generate the same text with its cache. The others may
 lose `max_drop` points of exact match and of token accuracy.
 """
 
@@ -35,7 +35,7 @@ FP32_LOGIT_ERROR = 1e-3
 GENERATED_PROMPTS = 8
 GENERATED_TOKENS = 32
 SPEED_TOKENS = 64
-SMALL_MODEL = 50_000_000  # parameters; threads cost smaller ones more than they bring, above all on a busy machine
+SMALL_MODEL = 50_000_000  # parameters; smaller models run slower with threads, above all on a busy machine
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -47,11 +47,11 @@ class GateReport:
     """The measurements of the gate.
 
     Args:
-        exact_match, token_accuracy: of the candidate; `reference_` of the merged torch model.
+        exact_match, token_accuracy: scores of the candidate; with `reference_`, of the merged torch model.
         generated_equal: share of prompts that the candidate, decoding with its cache, answers as the reference does.
-        bytes: of the model's files.
-        prefill_tokens_per_second, decode_tokens_per_second: of one stream on this machine.
-        failures: why the gate is closed; none when it is open.
+        bytes: size of the model's files.
+        prefill_tokens_per_second, decode_tokens_per_second: speeds of one stream on this machine.
+        failures: the reasons why the candidate fails; empty when it passes.
     """
 
     prompts: int
@@ -71,23 +71,23 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the model may be shipped."""
+        """Whether the model may be published."""
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Returns the report as the manifest stores it."""
         return {**asdict(self), "failures": list(self.failures)}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A written model.
+    """A written model that the gate examines.
 
     Args:
-        form: "fp32" is held to the strict rule.
+        form: the format; "fp32" has the strict rule.
         max_drop: points (hundredths) of exact match and token accuracy that the other formats may lose.
         provider: the execution provider it is run on: "cpu", "cuda", ...
-        adapter: an `.onnx_adapter` file that makes the base what the reference is; None for a merged model.
+        adapter: an `.onnx_adapter` file that makes the base equal to the reference; None for a merged model.
     """
 
     directory: Path
@@ -99,11 +99,11 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The model that a candidate is held against.
+    """The merged torch model with which a candidate is compared.
 
     Args:
-        base: merged, float32.
-        examples: held out; the first `PROMPTS` are used.
+        base: the merged model, float32.
+        examples: held-out examples; the first `PROMPTS` are used.
     """
 
     base: BaseModel
@@ -111,12 +111,12 @@ class Reference:
 
 
 class OnnxModel:
-    """An exported model under plain onnxruntime, one sequence at a time, without its cache's past.
+    """An exported model under plain onnxruntime, one sequence at a time, with an empty cache.
 
     Args:
-        directory: with model.onnx and genai_config.json.
+        directory: the folder of model.onnx and genai_config.json.
         provider: "cpu", "cuda", ...
-        adapter: an `.onnx_adapter` file, for a base that takes one.
+        adapter: an `.onnx_adapter` file; None for a merged model.
     """
 
     def __init__(self, directory: Path, provider: str = "cpu", adapter: Path | None = None) -> None:
@@ -156,10 +156,10 @@ class OnnxModel:
 
 
 def provider_name(provider: str) -> str:
-    """onnxruntime's name of an execution provider.
+    """Returns onnxruntime's name of an execution provider.
 
     Raises:
-        InputError: this machine's onnxruntime lacks it, so that nothing built for it could be checked.
+        InputError: this machine's onnxruntime lacks the provider, so no model built for it could be checked.
     """
     wanted, available = _PROVIDERS.get(provider, provider), onnxruntime.get_available_providers()
     if wanted not in available:
@@ -171,10 +171,10 @@ def provider_name(provider: str) -> str:
 
 
 def gate(candidate: Candidate, reference: Reference) -> GateReport:
-    """Holds a written model against the merged torch model.
+    """Compares a written model with the merged torch model.
 
     Raises:
-        InputError: there is no example, or the provider is not there.
+        InputError: there is no example, or the provider is missing.
     """
     if not reference.examples:
         raise InputError("there is no held-out example to check the export on")
@@ -205,14 +205,14 @@ def gate(candidate: Candidate, reference: Reference) -> GateReport:
 
 @dataclass
 class _Compared:
-    """Counts over all examples; in pairs, the reference's first and the candidate's second.
+    """Counts over all examples; a pair has the reference's count first and the candidate's second.
 
     Args:
         error: the largest difference of two logits.
-        same: positions where both would say the same next token.
-        targets: tokens of completions.
-        exact: completions that are the likeliest, token by token.
-        right: tokens of completions that are the likeliest.
+        same: positions where both predict the same next token.
+        targets: number of completion tokens.
+        exact: completions of which every token is the likeliest.
+        right: completion tokens that are the likeliest.
     """
 
     error: float = 0.0
@@ -225,7 +225,7 @@ class _Compared:
 
 
 def _compare(candidate: Candidate, reference: Reference) -> _Compared:
-    """Lets both models read every example once."""
+    """Runs both models once on every example."""
     model = OnnxModel(candidate.directory, candidate.provider, candidate.adapter)
     counts = _Compared()
     for example in reference.examples[:PROMPTS]:
@@ -276,7 +276,7 @@ def _reference_logits(reference: BaseModel, ids: Ids) -> npt.NDArray[np.float32]
 
 
 class _Generator:
-    """Greedy decoding under onnxruntime-genai, with the cache: as the model will be served."""
+    """Greedy decoding under onnxruntime-genai with the cache, as the model will be served."""
 
     def __init__(self, directory: Path, adapter: Path | None) -> None:
         self._model = onnxruntime_genai.Model(str(directory))
@@ -305,7 +305,7 @@ class _Generator:
         return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
     def speed(self) -> tuple[float, float]:
-        """Prefill and decode tokens a second: the second of two runs on random tokens, with no end allowed."""
+        """Measures prefill and decode tokens a second, in the second of two runs on random tokens with no end token."""
         tokens = min(SPEED_TOKENS, self.context // 4)
         prompt = np.random.default_rng(0).integers(self._vocabulary, size=2 * tokens)
         for _ in range(2):
@@ -323,7 +323,7 @@ class _Generator:
 
 @torch.no_grad()
 def _generated_equal(generator: _Generator, reference: Reference) -> float:
-    """Share of the first prompts that both continue alike."""
+    """Returns the share of the first prompts that both models continue alike."""
     equal = asked = 0
     ends = _end_tokens(reference.base)
     for example in reference.examples[:GENERATED_PROMPTS]:
@@ -355,6 +355,6 @@ def _end_tokens(reference: BaseModel) -> set[int]:
 
 
 def _before_end(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends."""
+    """Returns the tokens before the first end token."""
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
     return list(ids[:stop])

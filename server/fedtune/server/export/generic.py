@@ -1,6 +1,6 @@
-"""ONNX for architectures that onnxruntime-genai's builder does not know: `torch.onnx.export` with the cache in and out.
+"""ONNX export by `torch.onnx`, cache included, of architectures that onnxruntime-genai's builder does not know.
 
-The graph has the names and shapes that the builder gives its own, so that onnxruntime-genai runs it as a plain decoder:
+The graph has the same names and shapes as the builder's graphs, so onnxruntime-genai runs it as a plain decoder:
 
     input_ids, attention_mask, position_ids, past_key_values.N.key|value -> logits, present.N.key|value
 """
@@ -24,11 +24,11 @@ OPSET = 20
 BLOCK = 32
 INT8_PRODUCTS = 4  # accuracy level: activations are quantized to 8 bits for the product
 _BITS = {"int4": 4, "int8": 8}
-_EXAMPLE = (2, 3, 5)  # batch, tokens and past of the traced call; none of them 0 or 1, which would be taken as fixed
+_EXAMPLE = (2, 3, 5)  # batch, tokens and past of the traced call; tracing would treat 0 and 1 as constants
 
 
 class CachedDecoder(nn.Module):
-    """A causal LM whose cache goes in and comes out as plain tensors of shape (batch, heads, past, head size)."""
+    """A causal LM whose cache is passed in and out as plain tensors of shape (batch, heads, past, head size)."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class CachedDecoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Logits (batch, tokens, vocabulary), then each layer's keys and values."""
+        """Returns logits (batch, tokens, vocabulary), then each layer's keys and values."""
         cache = DynamicCache([(past[2 * layer], past[2 * layer + 1]) for layer in range(self.layers)])
         output = self.network(
             input_ids=input_ids,
@@ -57,7 +57,7 @@ def build(source: str, out: str, form: str, options: dict[str, str]) -> None:
     Args:
         source: a transformers directory of float32 weights.
         form: "int4", "int8" or "fp32".
-        options: of the recipe, in the model builder's words.
+        options: the recipe's options, named as in the model builder.
     """
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
@@ -132,7 +132,7 @@ def _quantized(model: onnx.ModelProto, bits: int, options: dict[str, str]) -> on
 
 
 def _write_products_as_matmul(model: onnx.ModelProto) -> None:
-    """Gemm(x, W) without bias and factors is MatMul(x, W), the only product the quantizer knows; GPT-2 has such."""
+    """Replaces Gemm(x, W) without bias and factors (GPT-2) by MatMul(x, W), the only product the quantizer knows."""
     for node in model.graph.node:
         given = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
         plain = not (given.get("transA") or given.get("transB")) and given.get("alpha", 1.0) == 1.0
@@ -143,7 +143,7 @@ def _write_products_as_matmul(model: onnx.ModelProto) -> None:
 
 @torch.no_grad()
 def _cache_shape(network: Any) -> tuple[int, int]:
-    """Heads of keys and values, and their size: as a call gives them, for configurations name them differently."""
+    """Returns the number of key-value heads and their size, from a call since configurations name them differently."""
     layers = network(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True).past_key_values.layers
     shapes = {tuple(layer.keys.shape) for layer in layers} | {tuple(layer.values.shape) for layer in layers}
     if len(shapes) != 1:

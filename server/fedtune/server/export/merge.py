@@ -1,8 +1,8 @@
-"""The merged model: a run's adapter added to the very base values that it was trained against.
+"""The merged model: a run's adapter added to the same base values that it was trained against.
 
-    W' = Ŵ + s · B · A          Ŵ: what the base's weight is after NF4 and back, in float32; s = alpha / sqrt(R)
+    W' = Ŵ + s · B · A          Ŵ: the base's weight after NF4 quantization and back, in float32; s = alpha / sqrt(R)
 
-Merging into the original weights instead would serve a model that nobody trained or evaluated.
+Merging into the original weights would give a model that was neither trained nor evaluated.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class FinishedRun:
     """A run with an adapter, and the reference base that the adapter belongs to.
 
     Args:
-        base: float32 on the CPU, not merged yet.
-        provenance: what the export's manifest says of where the model came from.
+        base: the base model in float32 on the CPU, not merged yet.
+        provenance: the entry of the export's manifest about the model's origin.
     """
 
     path: Path
@@ -45,10 +45,10 @@ class FinishedRun:
 
 
 def open_run(path: Path) -> FinishedRun:
-    """Loads a run's base and adapter, and holds both against the digests that the run wrote down.
+    """Loads a run's base and adapter, and checks both against the digests that the run recorded.
 
     Raises:
-        RunDirectoryError, ExportError: as `read_finished`.
+        RunDirectoryError, ExportError: see `read_finished`.
         ModelError: the base model or the adapter is not the one of the run.
     """
     job, summary = read_finished(path)
@@ -82,7 +82,7 @@ def open_run(path: Path) -> FinishedRun:
 
 
 def merge(run: FinishedRun) -> None:
-    """Adds the adapter to the run's base, in place; to be called once."""
+    """Adds the adapter to the run's base in place; it must be called once only."""
     with torch.no_grad():
         for name, (lora_a, lora_b) in run.layout.views(run.adapter).items():
             weight = run.base.network.get_submodule(name).weight
@@ -91,14 +91,14 @@ def merge(run: FinishedRun) -> None:
 
 
 def save_model(base: BaseModel, directory: Path) -> None:
-    """Writes network and tokenizer as a transformers directory that `from_pretrained` loads."""
+    """Writes the network and the tokenizer as a directory that transformers' `from_pretrained` loads."""
     with quiet():
         base.network.save_pretrained(directory, state_dict=_original_names(base))
         base.tokenizer.save_pretrained(directory)
 
 
 def base_license(base: BaseModel) -> str:
-    """The licence that the base's model card states in its front matter; "not stated" where it states none."""
+    """Returns the licence in the front matter of the base's model card; "not stated" if there is none."""
     card = Path(base.network.config._name_or_path) / "README.md"
     try:
         head = card.read_text(encoding="utf-8").partition("\n---")[0]
@@ -112,7 +112,7 @@ def base_license(base: BaseModel) -> str:
 
 
 def _original_names(base: BaseModel) -> dict[str, torch.Tensor]:
-    """The state as the architecture keeps it: GPT-2 and its kin have their matrices transposed."""
+    """Returns the state dict as the architecture stores it; GPT-2 and similar ones store their matrices transposed."""
     state = dict(base.network.state_dict())
     with torch.device("meta"):
         blank: nn.Module = AutoModelForCausalLM.from_config(base.network.config)  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""The last steps of an export: a card for people, a manifest for programs, and the name that devices find it under.
+"""The last steps of an export: a card for people, a manifest for programs, and the directory's final name.
 
-MODEL_CARD.md says in words and one table what a model is, for whoever finds the directory; fedtune.json has the SHA-256
+MODEL_CARD.md describes the model in words and one table for whoever finds the directory; fedtune.json has the SHA-256
 of every file.
 """
 
@@ -36,10 +36,10 @@ class Description:
     """The statements that an exported directory makes about itself.
 
     Args:
-        kind: "model", or "adapter-base" for one that adapters are loaded into.
-        name: what requests call it.
+        kind: "model", or "adapter-base" for a base into which adapters are loaded.
+        name: the model's name in requests.
         format: "int4", ...
-        provenance: where it came from, and how it was written.
+        provenance: the model's origin, and how it was written.
     """
 
     kind: str
@@ -49,10 +49,10 @@ class Description:
 
 
 def describe_model(directory: Path, run: FinishedRun, description: Description, report: GateReport) -> None:
-    """Adds card and manifest to a written model.
+    """Adds the card and the manifest to a written model.
 
     Raises:
-        ModelError: the tokenizer cannot be saved in the one file that devices read.
+        ModelError: the tokenizer cannot be saved as the single file that devices read.
     """
     for needed in _NEEDED:
         if not (directory / needed).is_file():
@@ -71,7 +71,7 @@ def describe_model(directory: Path, run: FinishedRun, description: Description, 
 
 
 def publish(directory: Path, target: Path) -> None:
-    """Moves a finished directory to its name, synced; an older one of that name is replaced."""
+    """Syncs a finished directory and moves it to its final name; an older one of that name is replaced."""
     sync_tree(directory)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -83,7 +83,7 @@ def publish(directory: Path, target: Path) -> None:
 
 
 def publish_adapter(file: Path, target: Path, run: FinishedRun, form: str, report: GateReport) -> None:
-    """Moves an adapter to its name, with a JSON file beside it that says what it belongs to."""
+    """Moves an adapter to its final name, with a JSON file beside it that names its base."""
     provenance = dict(run.provenance) | {"modules": adapters.modules(run.layout), "gate": report.to_json()}
     files = {target.name: list_files(file.parent)[file.name]}
     manifest = Manifest("adapter", target.name.removesuffix(ADAPTER_SUFFIX), form, provenance, files)
@@ -94,7 +94,7 @@ def publish_adapter(file: Path, target: Path, run: FinishedRun, form: str, repor
 
 
 def _card(description: Description, report: GateReport) -> str:
-    """The text of MODEL_CARD.md."""
+    """Returns the text of MODEL_CARD.md."""
     provenance = description.provenance
     license_line = provenance["base_license"]
     form = f"{description.format} ({provenance['recipe']})"

@@ -1,4 +1,4 @@
-"""Requests for exports, by the command or as the last step of a run, checked before torch and ONNX are imported.
+"""Requests for exports, from the command or from a run's last step, checked before torch and ONNX are imported.
 
 exported = export(ExportRequest(Path("runs/first"), ("int4", "fp32"), Path("runs/first/onnx")), display)
 # runs/first/onnx/int4/, runs/first/onnx/fp32/
@@ -29,22 +29,22 @@ from fedtune.server.run_files import storage, write_json
 if TYPE_CHECKING:
     from fedtune.server.export.exporter import Exported, ExportTools
 
-ONNX = "onnx"  # the folder of a run directory where each format has its own
-WORKPLACE = ".export-"  # how the hidden folder of an export in progress begins
+ONNX = "onnx"  # the folder in a run directory, with one folder a format
+WORKPLACE = ".export-"  # the prefix of an export's hidden folder while it is in progress
 MAX_DROP = 1.0
 _NEEDED = ("torch", "transformers", "onnx", "onnxruntime_genai", "onnxscript", "tokenizers")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
+    """The options of an export.
 
     Args:
         provider: the execution provider to build and check for: "cpu", "cuda", "dml", ...
-        builder: options handed to onnxruntime-genai's model builder, over the recipe's own.
+        builder: options for onnxruntime-genai's model builder, which override the recipe's.
         max_drop: points of exact match and token accuracy that int4, int8 and fp16 may lose.
         data: held-out examples for the gate, instead of the job's own evaluation data.
-        force: replaces an earlier export.
+        force: replace an earlier export.
     """
 
     provider: str = "cpu"
@@ -73,10 +73,10 @@ class ExportRequest:
 
     @property
     def wanted(self) -> list[Format]:
-        """The formats, each once, in the order in which they are written.
+        """Returns the formats, each once, in the order in which they are written.
 
         Raises:
-            InputError: an unknown format, none, or several bases of an adapter.
+            InputError: a format is unknown, there is none, or an adapter would get several bases.
         """
         unknown = [form for form in self.formats if form not in FORMATS]
         if self.adapter_only and len(self.formats) != 1:
@@ -88,13 +88,13 @@ class ExportRequest:
 
     @property
     def targets(self) -> list[Path]:
-        """The paths of the export once it is published."""
+        """Returns the paths that the export will publish."""
         if self.adapter_only:
             return [self.out / f"{self.run.resolve().name}{ADAPTER_SUFFIX}"]
         return [self.out / form for form in self.wanted]
 
     def check(self) -> None:
-        """Finds what needs no model in memory to be found.
+        """Checks everything that can be checked without loading a model.
 
         Raises:
             InputError: an unknown format, something in the way, a run without an adapter, another kind of base, or no
@@ -111,15 +111,15 @@ class ExportRequest:
 
 
 def export(request: ExportRequest, display: Display, tools: ExportTools | None = None) -> list[Exported]:
-    """Exports a finished run; torch and the ONNX packages are imported when all that a person may mistype is right.
+    """Exports a finished run; torch and the ONNX packages are imported only after all checks that need neither.
 
     Args:
-        tools: by default the exporter's own.
+        tools: replacements of the exporter's steps; by default its own.
 
     Raises:
-        InputError: as `ExportRequest.check`, or another base model than the run's.
+        InputError: see `ExportRequest.check`; or the base model is not the run's.
         MissingExtraError: the packages that write ONNX are not installed.
-        RunError: the model could not be written, or a gate stayed closed; nothing was published.
+        RunError: the model could not be written, or a gate failed; nothing was published.
     """
     if missing := _missing_package():
         raise MissingExtraError("fedtune export", "export", missing)
@@ -130,11 +130,11 @@ def export(request: ExportRequest, display: Display, tools: ExportTools | None =
 
 
 def read_finished(path: Path) -> tuple[Job, dict[str, Any]]:
-    """The job and the summary of a run that can be exported.
+    """Reads the job and the summary of a run that can be exported.
 
     Raises:
-        RunDirectoryError: not a run directory, or the run has no adapter yet.
-        ExportError: an export could not hold what the run learnt.
+        RunDirectoryError: the path is not a run directory, or the run has no adapter yet.
+        ExportError: an export could not represent the trained model.
     """
     if not (path / JOB).is_file():
         raise RunDirectoryError(f"{path}: not a run directory; expected a {JOB} in it")
@@ -148,14 +148,14 @@ def read_finished(path: Path) -> tuple[Job, dict[str, Any]]:
 
 
 def no_held_out_examples(path: Path) -> InputError:
-    """An export is never published unchecked."""
+    """Returns the error for a job without held-out examples; an export is never published unchecked."""
     return InputError(
         f"{path}: the job has no data.evaluation to check the export on; give held-out examples: --data FILE"
     )
 
 
 def check_export(job: Job) -> None:
-    """Says before a run what would stop its export after it.
+    """Checks before a run that its export can be done after it.
 
     Raises:
         MissingExtraError: the job wants an export, and its packages are not installed.
@@ -165,17 +165,17 @@ def check_export(job: Job) -> None:
 
 
 def export_finished(job: Job, path: Path, summary: dict[str, Any], display: Display) -> None:
-    """Writes the job's formats to the run directory; an earlier export is replaced.
+    """Exports the job's formats to the run directory; an earlier export is replaced.
 
     Args:
-        summary: of the finished run; it gains "exports", here and in summary.json.
+        summary: the finished run's summary; it gains "exports", here and in summary.json.
 
     Raises:
         RunError: a model could not be written or differs too much from the merged one; the run itself is whole.
     """
     if not job.export.formats:
         return
-    for left in (path / ONNX).glob(f"{WORKPLACE}*"):  # by a process that was killed in the middle of this
+    for left in (path / ONNX).glob(f"{WORKPLACE}*"):  # left by a process that was killed in the middle of an export
         shutil.rmtree(left, ignore_errors=True)
     request = ExportRequest(path, job.export.formats, path / ONNX, ExportOptions(force=True))
     summary["exports"] = [done.to_json() for done in export(request, display)]

@@ -1,6 +1,6 @@
-"""A run as one HTML page that anyone can open: numbers, plots, answers, dropouts, the job.
+"""The report of a run as one self-contained HTML page: numbers, plots, answers, dropouts, the job.
 
-`reading` brings a run directory into shape, `canvas` and `plots` draw, `page` fills the templates.
+`reading` reads a run directory and checks it, `canvas` and `plots` draw, `page` fills the templates.
 """
 
 from fedtune.server.report.page import write_comparison, write_report

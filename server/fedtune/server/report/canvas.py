@@ -1,8 +1,8 @@
-"""Drawing for a page: one pair of axes as inline SVG that reads well on light and on dark ground, on paper and phone.
+"""Drawing for a page: one pair of axes as inline SVG, readable on light and dark background, on paper and on a phone.
 
     plot = draw("Loss", "What it shows, in plain words.", lambda axes: axes.plot(rounds, losses))
 
-The ground is transparent, lines are mid-tones, and text stays text, which the page's style sheet colours. The same
+The background is transparent, lines are mid-tones, and text stays text, which the page's style sheet colours. The same
 values give the same bytes: no date, no random identifiers, none of the user's own matplotlib settings.
 """
 
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.server.run_display import format_bytes
 
-if TYPE_CHECKING:  # matplotlib takes a second to import: only a command that draws pays for it
+if TYPE_CHECKING:  # importing matplotlib takes a second, so only commands that draw import it
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b82f6", "#e8760c", "#17a34a", "#e5484d", "#8a8f98"
-LINES = (BLUE, ORANGE, GREEN, "#a855f7", "#0e9aa7", RED, "#b7791f", GREY)  # of the runs in a comparison
+LINES = (BLUE, ORANGE, GREEN, "#a855f7", "#0e9aa7", RED, "#b7791f", GREY)  # the lines of a comparison, one colour a run
 
 WIDTH = 5.2  # inches; narrow, so that ten-point text is still readable on a phone
 HEIGHT = 3.0
 WIDE = 10.0  # for a plot that spans the page; on a phone it scrolls sideways
-LEGEND_CHARACTERS = 66  # that fit the width
-LEGEND_SIGN = 6  # what a sign and the space around it take, in characters
-ABSURD = 100.0  # a loss this many times the median, and above it in nats, is an error or a lie
+LEGEND_CHARACTERS = 66  # as many as fit the width
+LEGEND_SIGN = 6  # width of a sign and the space around it, in characters
+ABSURD = 100.0  # a loss over this many times the median and this many nats is an error or a lie
 LARGEST = 1e30  # nats; axes cannot be laid out near the end of the floating-point range
 MARKED_POINTS = 40  # more dots than that hide their line
 
@@ -59,9 +59,9 @@ class Plot:
 
     Args:
         title: two or three words.
-        words: what the picture shows, for someone who cannot read plots.
+        words: a description of the picture for readers who cannot read plots.
         svg: one <svg> element, safe to put into HTML as it is.
-        wide: wants the page's whole width.
+        wide: whether the picture takes the page's whole width.
     """
 
     title: str
@@ -71,12 +71,12 @@ class Plot:
 
 
 def draw(title: str, words: str, paint: Callable[[Axes], None], height: float = HEIGHT, wide: bool = False) -> Plot:
-    """Makes a plot.
+    """Draws a plot.
 
     Args:
-        paint: puts the data on the axes.
-        height: in inches.
-        wide: twice as wide as others.
+        paint: draws the data on the axes.
+        height: height in inches.
+        wide: whether the plot is twice as wide as others.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ def draw(title: str, words: str, paint: Callable[[Axes], None], height: float = 
 
 
 def round_axis(axes: Axes, first: int, last: int) -> None:
-    """Whole rounds along the bottom."""
+    """Labels the x-axis with whole rounds."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
@@ -106,7 +106,7 @@ def round_axis(axes: Axes, first: int, last: int) -> None:
 
 
 def share_axis(axes: Axes) -> None:
-    """0 % to 100 % upwards."""
+    """Scales the y-axis from 0 % to 100 %."""
     from matplotlib.ticker import PercentFormatter
 
     axes.set_ylim(-0.02, 1.02)
@@ -114,7 +114,7 @@ def share_axis(axes: Axes) -> None:
 
 
 def byte_axis(axes: Axes) -> None:
-    """Bytes upwards, in units a person reads."""
+    """Labels the y-axis with bytes in readable units."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: format_bytes(count).replace(".0 ", " ")))
@@ -124,14 +124,14 @@ def byte_axis(axes: Axes) -> None:
 def curve(
     axes: Axes, rounds: Sequence[float], values: Sequence[float], colour: str, label: str, dash: str = "-"
 ) -> None:
-    """A line through the values, with a dot each while there are few."""
+    """Draws a line through the values, with a dot at each value while there are few."""
     axes.plot(rounds, values, dash, marker="." if len(rounds) <= MARKED_POINTS else "", color=colour, label=label)
 
 
 def plausible(losses: Iterable[float | None]) -> tuple[list[float], int]:
-    """Losses to draw, with NaN for what is absent or absurd; and how many were absurd.
+    """Returns the losses to draw, with NaN for absent and absurd ones, and the number of absurd ones.
 
-    What clients report is not bounded: one of them must not be able to flatten a plot, or to end the drawing.
+    The values that clients report are not bounded: a single client must not be able to flatten or break a plot.
     """
     numbers = [math.nan if loss is None else float(loss) for loss in losses]
     sizes = sorted(abs(number) for number in numbers if math.isfinite(number))
@@ -142,14 +142,14 @@ def plausible(losses: Iterable[float | None]) -> tuple[list[float], int]:
 
 
 def note_absurd(axes: Axes, count: int) -> None:
-    """Says in the plot that values are missing from it."""
+    """Notes in the plot how many values are missing from it."""
     if count:
         text = f"{count} value{'s' if count > 1 else ''} far off the scale not drawn"
         axes.text(0.99, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8)
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which a share of the ordered values lies, linear between neighbours."""
+    """Returns the quantile of the ordered values, with linear interpolation between neighbours."""
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

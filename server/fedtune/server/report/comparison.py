@@ -1,4 +1,4 @@
-"""Runs side by side: one line a run."""
+"""Plots of several runs together, with one line a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES_PER_MB = 1e6
 
 
 def comparison_plots(runs: Sequence[Run], labels: Sequence[str]) -> list[Plot]:
-    """Exact match by round, by bytes and by time, and loss by round."""
+    """Draws exact match by round, by bytes and by time, and loss by round."""
     plots = (
         _exact_match(runs, labels),
         _loss(runs, labels),

@@ -1,7 +1,7 @@
-"""Fills the templates: one run's report, or several runs side by side.
+"""The pages that templates make: one run's report, or a comparison of several runs.
 
-A page loads nothing and runs nothing; its content security policy says so to the browser too, in case a text that came
-from a client should ever slip through the escaping.
+A page loads no resource and runs no script. Its content security policy makes the browser enforce that, in case a
+client's text should ever get past the escaping.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Fact:
-    """A headline number: what it is, the number, and a few words on it."""
+    """A headline number: its label, its value, and a short note."""
 
     label: str
     value: str
@@ -40,14 +40,14 @@ class Fact:
 
 
 def write_report(run: Path) -> Path:
-    """Writes report.html into a run directory; a run that is not finished gets one too.
+    """Writes report.html into a run directory, whether the run is finished or not.
 
     Returns:
         The report's path.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
-        RunDirectoryError: it is not a run directory, or a file in it is not what a run writes.
+        RunDirectoryError: the path is not a run directory, or a file in it is not one that a run writes.
         RunError: the report cannot be written.
     """
     _require_packages()
@@ -73,7 +73,7 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Writes a page with several runs side by side: numbers, lines, and the settings in which they differ.
+    """Writes a page that compares several runs: numbers, lines, and the settings in which they differ.
 
     Args:
         runs: two run directories or more.
@@ -83,13 +83,13 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        As `write_report`; and InputError with fewer than two runs.
+        The errors of `write_report`; and InputError for fewer than two runs.
     """
     _require_packages()
     if len(runs) < 2:
         raise InputError(f"a comparison needs two run directories or more; got {len(runs)}")
     data = [read_run(path) for path in runs]
-    # The number tells runs of the same name apart.
+    # The number distinguishes runs of the same name.
     labels = [f"{place} {clean_line(run.name, LABEL_LENGTH)}" for place, run in enumerate(data, 1)]
     facts = [{fact.label: fact for fact in headline(run)} for run in data]
     return _write(
@@ -105,7 +105,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 
 def headline(run: Run) -> list[Fact]:
-    """The numbers that people ask for first."""
+    """Returns the run's most important numbers."""
     aborted = sum(line.aborted is not None for line in run.rounds)
     facts = [
         *_quality(run),

@@ -1,4 +1,4 @@
-"""Plots of a run. Each function gives one plot, or None where the run has nothing of the kind."""
+"""Plots of a run. Each function returns one plot, or None if the run lacks the data for it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAMED_CLIENTS = 40  # more cannot be told apart: a distribution is drawn instead
-DRAWN_CLIENTS = 60  # auxiliary sums of a time line without names
+DRAWN_CLIENTS = 60  # rows of a time line without names
 TIMED_ROUNDS = 5
 NAME_LENGTH = 18
 ROW_INCHES = 0.2
 _SHORTEST_SECONDS = 1e-3  # an axis needs some length
 HEAD_INCHES = 0.9  # axis, its label and the legend
-LOGARITHMIC_FROM = 20.0  # times less traffic than the baseline, where a linear axis would show a flat line
+LOGARITHMIC_FROM = 20.0  # how many times less traffic than the baseline; a linear axis would show a flat line
 
 
 def run_plots(run: Run) -> list[Plot]:
-    """Every plot that the run has data for."""
+    """Draws every plot for which the run has data."""
     if not run.rounds:
         return []
     plots = (loss, exact_match, client_scores, client_losses, traffic, cumulative_traffic, time_line)
@@ -47,7 +47,7 @@ def run_plots(run: Run) -> list[Plot]:
 
 
 def loss(run: Run) -> Plot:
-    """Training and evaluation loss by round."""
+    """Draws training and evaluation loss by round."""
 
     def paint(axes: Axes) -> None:
         _mark_aborted(axes, run.rounds)
@@ -71,7 +71,7 @@ def loss(run: Run) -> Plot:
 
 
 def exact_match(run: Run) -> Plot | None:
-    """Exact match by round, on the server's data and on the clients'."""
+    """Draws exact match by round, on the server's data and on the clients'."""
     held_out = [(line.round, score) for line in run.rounds if (score := line.held_out)]
     if not run.evaluations and not held_out:
         return None
@@ -95,7 +95,7 @@ def exact_match(run: Run) -> Plot | None:
 
 
 def client_scores(run: Run) -> Plot | None:
-    """The last exact match of every client on what it holds back: bars, or a histogram of many clients."""
+    """Draws the last exact match of every client on its holdout: bars, or a histogram for many clients."""
     last = run.held_out
     if last is None:
         return None
@@ -118,7 +118,7 @@ def client_scores(run: Run) -> Plot | None:
 
 
 def client_losses(run: Run) -> Plot | None:
-    """Training loss of every client by round: lines, or the spread of many clients."""
+    """Draws the training loss of every client by round: lines, or quantile bands for many clients."""
     everyone = names(run.rounds)
     if not any(client.loss is not None for line in run.rounds for client in line.survivors):
         return None
@@ -136,10 +136,10 @@ def client_losses(run: Run) -> Plot | None:
 
 
 def traffic(run: Run) -> Plot:
-    """Bytes up and down, by round."""
+    """Draws the bytes up and down, by round."""
 
     def paint(axes: Axes) -> None:
-        # One outline for all rounds: a bar each would make the page of a long run heavy.
+        # One outline for all rounds: a bar for each would make the page of a long run heavy.
         edges = [run.rounds[0].round - 0.5, *(line.round + 0.5 for line in run.rounds)]
         down = [line.traffic.down for line in run.rounds]
         both = [line.traffic.down + line.traffic.up for line in run.rounds]
@@ -157,7 +157,7 @@ def traffic(run: Run) -> Plot:
 
 
 def cumulative_traffic(run: Run) -> Plot:
-    """All bytes since the beginning, against fp32 FedAvg where the summary tells what that would have moved."""
+    """Draws the cumulative bytes, against those of fp32 FedAvg if the summary has them."""
     moved = list(itertools.accumulate(line.traffic.up + line.traffic.down for line in run.rounds))
     baseline = _baseline_by_round(run)
     logarithmic = bool(baseline) and baseline[-1] > LOGARITHMIC_FROM * max(moved[-1], 1)
@@ -186,13 +186,13 @@ def cumulative_traffic(run: Run) -> Plot:
 
 
 def time_line(run: Run) -> Plot | None:
-    """When each client of the last rounds worked."""
+    """Draws when each client of the last rounds worked, with a row for each client."""
     shown = [line for line in run.rounds if line.clients][-TIMED_ROUNDS:]
     if not shown:
         return None
     everyone = names(shown)
     named = len(everyone) <= NAMED_CLIENTS
-    auxiliary = {name: auxiliary_sum for auxiliary_sum, name in enumerate(everyone)} if named else None
+    row_of = {name: row for row, name in enumerate(everyone)} if named else None
     rows = len(everyone) if named else min(max(len(line.clients) for line in shown), DRAWN_CLIENTS)
     first = f"rounds {shown[0].round} to {shown[-1].round}" if len(shown) > 1 else f"round {shown[0].round}"
     words = (
@@ -208,7 +208,7 @@ def time_line(run: Run) -> Plot | None:
         words += f", and {rows} of up to {most:,} are drawn." if most > rows else "."
     row_inches = ROW_INCHES if named else ROW_INCHES / 3
     height = HEAD_INCHES + row_inches * max(rows, 6)
-    return draw("Time line", words, lambda axes: _auxiliary(axes, shown, auxiliary), height, wide=True)
+    return draw("Time line", words, lambda axes: _time_rows(axes, shown, row_of), height, wide=True)
 
 
 def _score_bars(axes: Axes, scores: Sequence[tuple[float, str]], mean: float) -> None:
@@ -270,19 +270,19 @@ def _loss_bands(axes: Axes, rounds: Sequence[Round]) -> None:
     round_axis(axes, rounds[0].round, rounds[-1].round)
 
 
-def _auxiliary(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) -> None:
-    # Survivors, and dropouts that are known to have worked, as (auxiliary sum, from, to); where a dropout was given up.
+def _time_rows(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None) -> None:
+    # Survivors, and dropouts that are known to have worked, as (row, from, to); crosses where a dropout ended.
     worked: list[tuple[float, float, float]] = []
     lost: list[tuple[float, float, float]] = []
     crosses: list[tuple[float, float]] = []
     begin, starts = 0.0, []
     for line in rounds:
         starts.append(begin)
-        for auxiliary_sum, client in _in_auxiliary(line, named):
+        for row, client in _in_rows(line, named):
             start, end = line.span(client)
-            (worked if client.dropped is None else lost).append((auxiliary_sum, begin + start, begin + end))
+            (worked if client.dropped is None else lost).append((row, begin + start, begin + end))
             if client.dropped is not None:
-                crosses.append((begin + end, auxiliary_sum))
+                crosses.append((begin + end, row))
         axes.text(
             begin + line.seconds / 2, 1.0, f"round {line.round}", transform=axes.get_xaxis_transform(), ha="center"
         )
@@ -308,12 +308,12 @@ def _auxiliary(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None
         axes.set_ylabel("clients")
 
 
-def _in_auxiliary(line: Round, named: dict[str, int] | None) -> list[tuple[int, Client]]:
+def _in_rows(line: Round, named: dict[str, int] | None) -> list[tuple[int, Client]]:
     if named is not None:
         return [(named[client.id], client) for client in line.clients]
     ordered = sorted(line.clients, key=lambda client: client.answered if client.answered is not None else math.inf)
     stride = max(len(ordered) / DRAWN_CLIENTS, 1.0)
-    drawn = [ordered[int(auxiliary_sum * stride)] for auxiliary_sum in range(min(len(ordered), DRAWN_CLIENTS))]
+    drawn = [ordered[int(row * stride)] for row in range(min(len(ordered), DRAWN_CLIENTS))]
     return list(enumerate(drawn))
 
 

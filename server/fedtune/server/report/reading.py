@@ -1,7 +1,7 @@
-"""A run directory, read and checked for a report.
+"""Reading of a run directory for a report, with all checks.
 
-Clients chose their names and wrote some of the reasons, and a person may have edited the files: nothing here is trusted
-to have the shape it should, and no text goes to a page but through `clean`.
+Clients choose their names and write some of the reasons, and people may edit the files. Hence the shape of every value
+is checked, and all text passes through `clean` before it goes to a page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Duration = Annotated[float, Meta(ge=0)]
 
-_OVERRIDES = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn text around
+_OVERRIDES = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # these reverse text
 _UNPRINTABLE = frozenset({"Cc", "Cs"})  # control characters, lone surrogates
 
 
@@ -38,7 +38,7 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class Client(msgspec.Struct, frozen=True):
-    """The part of one client in one round that a report reads; see `fedtune.core.round_records.ClientRecord`."""
+    """The fields of a `fedtune.core.round_records.ClientRecord` that a report reads: one client in one round."""
 
     id: str
     loss: float | None
@@ -48,7 +48,7 @@ class Client(msgspec.Struct, frozen=True):
 
 
 class Tier(msgspec.Struct, frozen=True):
-    """How the clients of one tier took part; see `fedtune.server.run_rounds.tier_summary`."""
+    """The participation of one tier's clients; see `fedtune.server.run_rounds.tier_summary`."""
 
     tier: _Count
     asked: _Count
@@ -68,7 +68,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class VirtualRound(msgspec.Struct, frozen=True):
-    """The part of one line of virtual.jsonl that a report reads."""
+    """The fields of one line of virtual.jsonl that a report reads."""
 
     round: _Count
     seconds: _Duration
@@ -77,7 +77,7 @@ class VirtualRound(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of device took part in a run."""
+    """The participation of one kind of device in a run."""
 
     name: str
     rank: int
@@ -97,14 +97,14 @@ class Sum(msgspec.Struct, frozen=True):
 
 
 class HeldOut(msgspec.Struct, frozen=True):
-    """One client's score on what it keeps back; None where it gave none."""
+    """The clients' exact match on their holdouts; None for a client that gave no score."""
 
     id: str
     eval: Evaluation | None
 
 
 class Round(msgspec.Struct, frozen=True):
-    """The part of one line of rounds.jsonl that a report reads."""
+    """The fields of one line of rounds.jsonl that a report reads."""
 
     round: _Count
     seconds: _Duration
@@ -119,22 +119,22 @@ class Round(msgspec.Struct, frozen=True):
 
     @property
     def survivors(self) -> list[Client]:
-        """The clients whose update is part of the aggregate."""
+        """The clients whose update is in the aggregate."""
         return [client for client in self.clients if client.dropped is None]
 
     def span(self, client: Client) -> tuple[float, float]:
-        """From when to when a client worked, in seconds of the round; where its time is hidden, from the start."""
+        """Returns begin and end of a client's work in seconds of the round; hidden work begins with the round."""
         end = min(client.answered if client.answered is not None else self.seconds, self.seconds)
         return 0.0 if self.secure else max(end - client.seconds, 0.0), end
 
     @property
     def held_out(self) -> Evaluation | None:
-        """All clients' scores as one; None where they did not evaluate."""
+        """All clients' scores together; None if they did not evaluate."""
         return pooled([ClientEvaluation(part.id, part.eval) for part in self.client_evaluations])
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A prompt and what the model made of it."""
+    """A prompt and the model's answers to it."""
 
     prompt: str
     expected: str
@@ -143,14 +143,14 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """How many messages travelled for a purpose, and their bytes together."""
+    """The number of messages for one purpose, and their total bytes."""
 
     messages: _Count
     bytes: _Count
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """The part of summary.json that a report reads."""
+    """The fields of summary.json that a report reads."""
 
     clients: _Count
     eval_before: Evaluation | None
@@ -169,15 +169,15 @@ class Summary(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Run:
-    """One run, finished or under way.
+    """One run, finished or in progress.
 
     Args:
-        name: of its directory.
+        name: the name of its directory.
         job: the text of job.toml.
-        settings: the same as "section.key" -> value.
-        rounds: in order.
-        summary: None while the run is under way.
-        virtual: rounds as a simulated fleet's clock saw them; none without a fleet.
+        settings: the job's settings as "section.key" -> value.
+        rounds: the rounds in order.
+        summary: the summary; None while the run is in progress.
+        virtual: the rounds on a simulated fleet's virtual clock; empty without a fleet.
     """
 
     name: str
@@ -189,14 +189,14 @@ class Run:
 
     @property
     def notes(self) -> Iterator[tuple[Round, str]]:
-        """Every round's notes."""
+        """The notes of all rounds."""
         for line in self.rounds:
             for note in line.notes:
                 yield line, note
 
     @property
     def kinds(self) -> list[Kind]:
-        """The kinds of a simulated fleet that were asked, by name."""
+        """The kinds of a simulated fleet's devices that were asked, by name."""
         parts = [part for line in self.virtual for part in line.clients]
         counted = sum(part.counts for part in parts)
         kinds = []
@@ -211,12 +211,12 @@ class Run:
 
     @property
     def virtual_seconds(self) -> float:
-        """How long the fleet's rounds took on its clock."""
+        """The duration of the fleet's rounds on its virtual clock."""
         return sum(line.seconds for line in self.virtual)
 
     @property
     def evaluations(self) -> list[tuple[int, Evaluation]]:
-        """(round, the server's evaluation after it), with round 0 for the untrained adapter."""
+        """The server's evaluations as (round, evaluation after it), with round 0 for the untrained adapter."""
         before = [(0, self.summary.eval_before)] if self.summary else []
         return [(number, score) for number, score in [*before, *((r.round, r.eval) for r in self.rounds)] if score]
 
@@ -227,7 +227,7 @@ class Run:
 
     @property
     def dropouts(self) -> Iterator[tuple[Round, Client, str]]:
-        """Every client that a round lost, and why."""
+        """Every client that dropped out of a round, and the reason."""
         for line in self.rounds:
             for client in line.clients:
                 if client.dropped is not None:
@@ -235,20 +235,20 @@ class Run:
 
     @property
     def moved(self) -> int:
-        """Bytes both ways so far."""
+        """The bytes moved so far, both ways."""
         return sum(line.traffic.up + line.traffic.down for line in self.rounds)
 
     @property
     def seconds(self) -> float:
-        """Spent on the run; while it is under way, on its rounds."""
+        """The run's duration in seconds; while it is in progress, its rounds' duration."""
         return self.summary.seconds if self.summary else sum(line.seconds for line in self.rounds)
 
 
 def read_run(path: Path) -> Run:
-    """Reads job.toml, rounds.jsonl and, where the run is finished, summary.json.
+    """Reads job.toml, rounds.jsonl and, if the run is finished, summary.json.
 
     Raises:
-        RunDirectoryError: it is not a run directory, or a file in it is not what it should be; says where.
+        RunDirectoryError: the path is not a run directory, or a file in it is malformed; the message says where.
     """
     try:
         job = (path / JOB).read_text(encoding="utf-8")
@@ -267,21 +267,21 @@ def read_run(path: Path) -> Run:
 
 
 def clean(text: str, limit: int) -> str:
-    """Text as a page can bear it: whole characters only, nothing that turns the line around, at most `limit` long.
+    """Returns text that is safe to show: only printable characters that keep its direction, at most `limit` of them.
 
-    Line breaks and tabs stay. It is not escaped: that is for whoever writes it into markup.
+    Line breaks and tabs stay. The text is not escaped; the caller that writes it into markup escapes it.
     """
     shown = "".join(_shown(character) for character in text[:limit])
     return shown if len(text) <= limit else shown[:-1] + "…"
 
 
 def clean_line(text: str, limit: int) -> str:
-    """As `clean`, on one line."""
+    """Returns the text of `clean` on one line."""
     return " ".join(clean(text, limit).split())
 
 
 def names(records: Sequence[Round]) -> list[str]:
-    """The clients of the rounds, in order of first appearance."""
+    """Returns the clients of the rounds, in order of first appearance."""
     return list(dict.fromkeys(client.id for line in records for client in line.clients))
 
 

@@ -1,1 +1,1 @@
-"""A whole federation on one machine: Flower's Grid in one process, clients on this process or a pool of Ray actors."""
+"""Simulation of a federation on one machine: a Flower Grid in this process, clients here, in forks or in Ray actors."""

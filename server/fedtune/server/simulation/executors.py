@@ -1,8 +1,7 @@
-"""The executors of a simulation on this machine: one thread of this process, or forks of it.
+"""The executors of a simulation on this machine: one thread of this process, or forked processes.
 
-A fork shares the base model of this process: it is there in milliseconds and copies nothing, and what it writes is its
-own. A client's answer depends on the job and the message alone, so a job's adapter is the same, bit for bit, whatever
-the number of workers.
+A fork starts in milliseconds and shares the base model of this process, copy-on-write. A client's answer depends only
+on the job and the message, so a job's adapter is the same, bit for bit, for any number of workers.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Executor, Outgoing
 from fedtune.server.simulation.simulation_context import SimulationContext
 
-_REPORT = None  # what a worker is sent to be asked for its report
-_ENDING_SECONDS = 5.0  # that a worker has to end by itself
+_REPORT = None  # asks a worker for its report
+_ENDING_SECONDS = 5.0  # how long a worker may take to end by itself
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """The end of a run as one process saw it.
+    """One process's report at the end of a run.
 
     Args:
-        peak_rss_mb: peak memory beside that of this process.
-        cleaning: for each client that was run there, what became of its records.
+        peak_rss_mb: peak memory in MB, without that of the parent process.
+        cleaning: client that ran there -> the counts of its records after cleaning.
     """
 
     peak_rss_mb: float
@@ -54,10 +53,10 @@ class WorkerPool(Executor, Protocol):
     """An executor with processes of its own."""
 
     def workers(self) -> Sequence[WorkerReport]:
-        """Asks each process that runs clients for its report, at the end of a run."""
+        """Collects the report of each process that runs clients, at the end of a run."""
 
     def close(self) -> None:
-        """Frees whatever the executor holds."""
+        """Frees the executor's resources."""
 
 
 class LocalExecutor:
@@ -65,7 +64,7 @@ class LocalExecutor:
 
     Args:
         simulation_context: makes the handler of the clients' messages.
-        clients: node id -> name of the client it stands for.
+        clients: node id -> client name.
     """
 
     def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str]) -> None:
@@ -79,11 +78,11 @@ class LocalExecutor:
         return self._thread.submit(self._run, message)
 
     def workers(self) -> Sequence[WorkerReport]:
-        """Reports on one worker, which is this process."""
+        """Returns the report of one worker, which is this process."""
         return [WorkerReport(0.0, self._simulation_context.cleaning)]
 
     def close(self) -> None:
-        """Drops what still waits."""
+        """Drops the messages that still wait."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, message: Outgoing) -> WireMessage:
@@ -94,14 +93,14 @@ class ForkedExecutor:
     """Spreads clients over forks of this process.
 
     Args:
-        simulation_context: its model is loaded before the forks, which share it.
-        clients: node id -> name of the client it stands for.
-        workers: how many forks.
+        simulation_context: the context whose model is loaded before the forks, which share it.
+        clients: node id -> client name.
+        workers: the number of forks.
     """
 
     def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str], workers: int) -> None:
         handler = simulation_context.handler()
-        simulation_context.model  # noqa: B018  # loaded here, not in every fork
+        simulation_context.model  # noqa: B018  # loads it here, not in every fork
         context = get_context("fork")
         self._workers: list[tuple[BaseProcess, Connection]] = []
         for _ in range(workers):
@@ -113,7 +112,7 @@ class ForkedExecutor:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        # One thread a worker, which only waits for it; started after the last fork.
+        # One thread a worker, which only waits for its answers; the threads start after the last fork.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="forked-worker") for _ in self._workers]
         self._round = ""
         self._places: dict[int, int] = {}
@@ -126,11 +125,11 @@ class ForkedExecutor:
         return self._latest[message.node]
 
     def place(self, node_id: int) -> int:
-        """Which worker has a client that has been given work this round."""
+        """Returns the worker of a client that has work in this round."""
         return self._places[node_id]
 
     def workers(self) -> Sequence[WorkerReport]:
-        """One report a worker."""
+        """Returns one report a worker."""
         reports = []
         for worker in range(len(self._workers)):
             report = self._threads[worker].submit(self._ask, worker, _REPORT).result()
@@ -139,7 +138,7 @@ class ForkedExecutor:
         return reports
 
     def close(self) -> None:
-        """Ends the workers; one that is in the middle of a client's training is not waited for."""
+        """Ends the workers, without waiting for clients that are still training."""
         for process, _ in self._workers:
             process.terminate()
         for thread in self._threads:
@@ -152,9 +151,9 @@ class ForkedExecutor:
                 process.join()
 
     def _find_place(self, message: Outgoing) -> int:
-        """The worker with the fewest clients this round; there a client stays for the round, with its secrets.
+        """Returns a client's worker, for a new one that with the fewest clients; it keeps the client and its secrets.
 
-        One that is still busy with the round before stays where it is, so that nobody works in two places at once.
+        A client stays for the round, and longer while it is busy, so that no client works in two workers at once.
         """
         if message.group != self._round:
             self._round = message.group
@@ -173,7 +172,7 @@ class ForkedExecutor:
         return reply
 
     def _ask(self, worker: int, question: object) -> object:
-        """Runs on the worker's own thread, so that questions and answers come in pairs."""
+        """Sends a question and returns its answer, on the worker's own thread, so that both come in pairs."""
         process, connection = self._workers[worker]
         try:
             connection.send(question)
@@ -194,10 +193,10 @@ def _serve(
     simulation_context: SimulationContext,
     clients: Mapping[int, str],
 ) -> None:
-    """A fork's life: answers questions until nobody can ask any more."""
+    """Runs in a fork: answers questions until the parent has closed the connection."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not live through a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     for theirs in inherited:
         theirs.close()
     while True:
@@ -215,27 +214,27 @@ def _serve(
 def _outcome(handler: Handler, wire: WireMessage, client: str) -> WireMessage | Exception:
     try:
         return answer_wire(wire, client, handler)
-    except Exception as error:  # of whatever type a handler raises; it is raised again in the parent
+    except Exception as error:  # a handler may raise any type; the parent raises it again
         return _sendable(error)
 
 
 def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a foreign type's constructor thinks of its own arguments
+    except Exception:  # a type whose constructor refuses its own arguments can raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when the parent does, even by kill -9: a run that is resumed must not meet its old workers."""
+    """Makes this process end with its parent, even by kill -9; a resumed run must not meet its old workers."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it could be asked for
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def _own_peak_mb() -> float:
-    """Peak memory of a fork without what it shares with others: what is its own now, and how far it has been above."""
+    """Returns a fork's peak memory without shared pages: its private memory now, plus the peak's excess over now."""
     now = psutil.Process().memory_full_info()
     return float(now.uss) / _MIB + peak_rss_mb() - float(now.rss) / _MIB

@@ -1,6 +1,6 @@
-"""Failure injection: clients that vanish, raise or are slow, each drawn from the job's seed, so that a run repeats.
+"""Fault injection: clients that vanish, raise or are slow, drawn from the job's seed, so that runs are reproducible.
 
-It wraps the handler of the clients' messages; the federation sees what it would see of a real client.
+It wraps the handler of the clients' messages; the federation sees the same as from a real client.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedtune.core.seeds import generator
 
 
 class VanishedError(ConnectionError):
-    """An injected dropout: the client is gone, nothing comes back."""
+    """An injected dropout: the client vanishes without an answer."""
 
 
 class InjectedError(RuntimeError):
@@ -21,10 +21,10 @@ class InjectedError(RuntimeError):
 
 
 def with_faults(handler: Handler, settings: SimulationSettings, seed: int, secure: bool) -> Handler:
-    """A handler under which clients of a training round fail with the probabilities that the job states.
+    """Returns a handler with which clients of a training round fail with the job's probabilities.
 
     Args:
-        secure: whether a round takes several exchanges; who vanishes then does so before any one of them, drawn evenly.
+        secure: whether a round has several exchanges; a client then vanishes before one of them, drawn evenly.
     """
     exchanges = SECURE_EXCHANGES if secure else (TRAIN,)
 

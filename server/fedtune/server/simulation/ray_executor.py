@@ -1,7 +1,7 @@
-"""The `ray` backend: a pool of Ray actors, each with one base model, that simulated clients take turns on.
+"""The `ray` backend: a pool of Ray actors, each with one base model that its simulated clients share.
 
-For several processes, GPUs or machines. Ray is Flower's optional companion; it is not Flower's Ray engine, which hands
-out one message a node per 0.1 s and loads the model again for every message.
+It serves several processes, GPUs or machines. It uses Ray, an optional dependency of Flower, but not Flower's Ray
+engine, which hands out one message a node per 0.1 s and loads the model again for every message.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class RayExecutor:
     """Spreads clients over actors.
 
     Args:
-        simulation_context: every actor makes its own of the same job and folder.
-        clients: node id -> name of the client it stands for.
-        workers: how many actors.
+        simulation_context: the context of which every actor makes its own, of the same job and folder.
+        clients: node id -> client name.
+        workers: the number of actors.
     """
 
     def __init__(self, simulation_context: SimulationContext, clients: Mapping[int, str], workers: int) -> None:
@@ -50,7 +50,7 @@ class RayExecutor:
         self._actors: list[Any] = [
             actor.remote(simulation_context.job, simulation_context.folder) for _ in range(workers)
         ]
-        # One thread an actor, which only waits for it. A client stays with its actor: its secrets of a secure round
+        # One thread an actor, only waiting for answers. A client stays with its actor: its secrets of a secure round
         # live there from one exchange to the next.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
 
@@ -60,7 +60,7 @@ class RayExecutor:
         return self._threads[worker].submit(self._run, worker, message)
 
     def workers(self) -> Sequence[WorkerReport]:
-        """One report an actor."""
+        """Returns one report an actor."""
         reports: list[WorkerReport] = self._ray.get([handle.report.remote() for handle in self._actors])
         return reports
 
@@ -80,16 +80,16 @@ class RayExecutor:
 
 
 class _Worker:
-    """Runs inside an actor."""
+    """The part of the executor that runs inside an actor."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._simulation_context = SimulationContext.begin(job, folder)
         self._handler = self._simulation_context.handler()
 
     def answer(self, wire: WireMessage, client: str) -> WireMessage:
-        """Lets the named client answer one message."""
+        """Returns the named client's answer to one message."""
         return answer_wire(wire, client, self._handler)
 
     def report(self) -> WorkerReport:
-        """Reports on this actor."""
+        """Returns this actor's report."""
         return WorkerReport(peak_rss_mb(), self._simulation_context.cleaning)

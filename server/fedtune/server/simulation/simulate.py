@@ -1,7 +1,6 @@
-"""`fedtune simulate` and `fedtune resume`: a job, a grid in this process, and a run directory.
+"""The commands `fedtune simulate` and `fedtune resume`, which run a job in this process.
 
-Everything that a person may have mistyped is read first; torch, transformers and Flower are imported when all of it is
-right.
+All user input is checked first; torch, transformers and Flower are imported only after that.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
         The summary, as in summary.json.
 
     Raises:
-        InputError: the job, its data or its model cannot be used, or the directory is in the way; nothing was written.
+        InputError: the job, its data or its model cannot be used, or the path is taken; nothing was written.
         RunError: the run could not go on; it can be resumed.
     """
     check_free(path, force)
@@ -44,7 +43,7 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
 
 
 def resume(path: Path, display: Display) -> dict[str, Any]:
-    """Goes on with an interrupted run; the result is the same, bit for bit, as an undisturbed run's."""
+    """Resumes an interrupted run; its result equals an uninterrupted run's bit for bit."""
     directory = RunDirectory.open(path)
     try:
         job = directory.job()
@@ -61,10 +60,10 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
 
 
 def _export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: Display) -> None:
-    """Exports the model if the job asks for it, and answers the run's prompts as a device would.
+    """Exports the model if the job asks for it, and answers the run's prompts with the exported model.
 
     Args:
-        summary: gains "exports", and what the first format answers to each prompt, here and in summary.json.
+        summary: gains "exports" and the first format's answer to each prompt, here and in summary.json.
 
     Raises:
         RunError: a model could not be written or differs too much from the merged one; the run itself is whole.

@@ -1,4 +1,4 @@
-"""A simulated fleet: every client is a device of some kind, and rounds pass on a virtual clock.
+"""A simulated fleet: every client is a device of some kind, and rounds take time on a virtual clock.
 
     devices = SimulatedFleet(job, load_fleet(path), names, shape)
     clients = Clients(len(names), devices.rank, devices.predicted, devices.present, virtual_time=True)
@@ -6,8 +6,8 @@
     device = Device(..., share=devices.work)
     grid = InProcessGrid(executor, node_ids, VirtualRounds(devices, clients, run_directory / "virtual.jsonl"))
 
-Who is eligible, who vanishes and how long each takes follows from seed, round and client alone, so a run repeats and a
-resumed one goes on as it would have. Only what is used is trained: a straggler costs virtual time, not real time.
+Eligibility, dropouts and durations are drawn from seed, round and client alone, so runs are reproducible, also after a
+resume. A client whose update would not be used does not train: a straggler costs virtual time, not real time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fedtune.model.shape import ModelShape
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_files import storage, write_text
 
-PROGRAM_BYTES = 400_000_000  # what a training process takes before it loads a model
+PROGRAM_BYTES = 400_000_000  # memory of a training process before it loads a model
 
 
 class LateError(ConnectionError):
@@ -50,12 +50,12 @@ class LateError(ConnectionError):
 
 @dataclass(frozen=True)
 class VirtualRound:
-    """A round as the clock saw it.
+    """A round on the virtual clock.
 
     Args:
-        seconds: client -> when its update arrived, None for one that vanished.
-        shares: client -> the share of the local work it did.
-        vanishes: client -> before which of the round's exchanges it vanishes.
+        seconds: client -> when its update arrived; None for a client that vanished.
+        shares: client -> the share of its local work that it did.
+        vanishes: client -> the exchange of the round before which it vanishes.
     """
 
     course: Course
@@ -66,14 +66,14 @@ class VirtualRound:
 
 
 class SimulatedFleet:
-    """Clients as devices.
+    """The clients of a simulation as devices of a fleet.
 
     Args:
-        names: of all clients.
-        shape: of the base model; kinds that it does not fit sit out.
+        names: the names of all clients.
+        shape: the base model's shape; kinds of devices that cannot hold it sit out.
 
     Raises:
-        JobError: it fits none of the kinds.
+        JobError: the model fits no kind of device.
     """
 
     def __init__(self, job: Job, fleet: Fleet, names: Sequence[str], shape: ModelShape) -> None:
@@ -90,27 +90,30 @@ class SimulatedFleet:
 
     @property
     def keeps_late(self) -> bool:
-        """Whether late updates are of use."""
+        """Whether the job uses late updates."""
         return self._job.federation.late == "next"
 
     def rank(self, name: str) -> int:
-        """How many rank indices a client trains, by its kind's plan; 0 for a kind that sits out."""
+        """Returns the number of rank indices that a client trains by its kind's plan; 0 for a kind that sits out."""
         plan = self.plans.get(self.kinds[name].name)
         return plan.tier if plan else 0
 
     def sequence_length(self, name: str, asked: int) -> int:
-        """To how many tokens a client cuts its examples. Of its kind's plan only this and the rank change an update:
-        micro-batches and activations computed twice give the same gradient later, which the virtual clock counts."""
+        """Returns the number of tokens to which a client truncates its examples.
+
+        Only this and the rank of its kind's plan change an update: smaller micro-batches and activation checkpointing
+        give the same gradient later, which the virtual clock takes into account.
+        """
         plan = self.plans.get(self.kinds[name].name)
         return min(asked, plan.sequence_length) if plan else asked
 
     def present(self, number: int, names: Sequence[str]) -> list[str]:
-        """The clients that can be asked in a round; all that the model fits where nobody is eligible."""
+        """Returns the clients that can be asked in a round; if none is eligible, all clients that the model fits."""
         able = [name for name in names if name in self.predicted]
         return [name for name in able if not self.absence(number, name)] or able
 
     def absence(self, number: int, name: str) -> str | None:
-        """Why a client cannot be asked in a round, or None."""
+        """Returns the reason why a client cannot be asked in a round, or None."""
         random = self._random("present", number, name)
         for what, chance in self.kinds[name].eligibility.items():
             if float(random.random()) >= chance:
@@ -118,15 +121,15 @@ class SimulatedFleet:
         return None
 
     def work(self, name: str, request: TrainRequest) -> float:
-        """How much of what a request asks a client does."""
+        """Returns the share of a request's local work that a client does."""
         return self.share(name, request.round)
 
     def share(self, name: str, number: int) -> float:
-        """How much of a round's local work a client does."""
+        """Returns the share of a round's local work that a client does."""
         return done_share(self.predicted[name], self._deadline(number))
 
     def round(self, number: int, cohort: Sequence[str]) -> VirtualRound:
-        """How a round with this cohort goes."""
+        """Simulates a round with this cohort on the virtual clock."""
         deadline, secure = self._deadline(number), self._job.secure_aggregation
         shares = {name: self.share(name, number) for name in cohort}
         seconds = {name: self._arrival(number, name, shares[name]) for name in cohort}
@@ -159,7 +162,7 @@ class SimulatedFleet:
 
 
 class VirtualRounds:
-    """Whose messages of a round come to nothing by the virtual clock; everything else goes its usual way.
+    """The messages of a round that fail by the virtual clock; all others are delivered as usual.
 
     Args:
         clients: node -> client name.
@@ -173,7 +176,7 @@ class VirtualRounds:
         self._rounds: dict[int, VirtualRound] = {}
 
     def __call__(self, messages: Sequence[Outgoing]) -> Sequence[Failure | None]:
-        """The fates of messages that are sent together."""
+        """Returns the errors of those among these messages, sent together, that fail."""
         if not messages or messages[0].action not in SECURE_EXCHANGES:
             return [None] * len(messages)
         number = int(messages[0].group)
@@ -212,16 +215,16 @@ class VirtualRounds:
                 for name, seconds in virtual.seconds.items()
             ],
         }
-        earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is written again
+        earlier = [old for old in read_virtual(self._log) if old["round"] < number]  # a resumed round is logged again
         with storage(self._log.parent):
             write_text(self._log, "".join(json.dumps(each) + "\n" for each in [*earlier, line]))
 
 
 def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], dict[str, str]]:
-    """Kind -> its plan, and kind -> why it has none.
+    """Returns each kind's plan, and for each kind without one the reason.
 
     A plan's rank is the largest of the job's tiers whose upload takes at most its share of the deadline that the fleet
-    would have if everybody sent everything.
+    would have if every client sent the full rank.
     """
     deadline = round_deadline(
         [_seconds(job, kind, shape, job.adapter.rank) for kind in fleet.kind for _ in range(kind.count)]
@@ -243,7 +246,7 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
 
 
 def _seconds(job: Job, kind: Kind, shape: ModelShape, tier: int) -> float:
-    """Predicted seconds of a whole round's work."""
+    """Predicts the seconds of a whole round's work."""
     tokens = job.training.steps * job.training.batch_tokens
     down = shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN
     return kind.seconds(tokens, upload_bytes(shape, tier), down)

@@ -1,4 +1,4 @@
-"""The rounds of a simulation: a strategy, and a grid in this process that its clients answer on."""
+"""The rounds of a simulation: a strategy, and a grid in this process through which its clients answer."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.secure_sum import SecureAggregation
 
 FIRST_NODE_ID = 1000
-SIMULATION = "simulation"  # names the run in the memory of simulated clients, which ends with it
+SIMULATION = "simulation"  # the run's name in the state that simulated clients keep until its end
 
 
 def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationContext:
-    """Loads what the processes of a simulation share.
+    """Loads the model and data that the processes of a simulation share.
 
     Args:
-        inputs: checked.
+        inputs: the job's checked inputs.
         path: the run directory.
 
     Raises:
@@ -48,7 +48,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     logging.getLogger("flwr").setLevel(logging.WARNING)
     job = inputs.job
     context = SimulationContext.begin(job, path / CLIENTS, inputs)
-    _ = context.devices, context.evaluator  # mistakes in their files are told before anything is written
+    _ = context.devices, context.evaluator  # reports mistakes in their files before anything is written
     wanted, clients = job.federation.clients_per_round, len(inputs.population.names)
     if isinstance(wanted, int) and wanted > clients:
         display.note(
@@ -65,10 +65,10 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
 def run_job(
     simulation_context: SimulationContext, directory: RunDirectory, display: Display, parts: Parts = NO_PARTS
 ) -> dict[str, Any]:
-    """Runs what is left of the job's rounds, and returns the summary.
+    """Runs the remaining rounds of the job, and returns the summary.
 
     Args:
-        parts: of one's own in place of those that the job names.
+        parts: replacements of the parts that the job names.
     """
     job = simulation_context.job
     clients = {FIRST_NODE_ID + index: name for index, name in enumerate(simulation_context.population.names)}
@@ -96,7 +96,7 @@ def run_job(
 
 
 def _course(virtual: list[dict[str, Any]]) -> str:
-    """One line on how a fleet's rounds went on its clock, and whose updates counted."""
+    """Returns a line about a fleet's rounds on its virtual clock, and each kind's share of the updates."""
     counted = Counter(part["kind"] for line in virtual for part in line["clients"] if part["counts"])
     shares = ", ".join(f"{kind} {count / counted.total():.0%}" for kind, count in counted.most_common())
     seconds = sum(line["seconds"] for line in virtual)
@@ -124,13 +124,13 @@ def _executor(simulation_context: SimulationContext, clients: dict[int, str]) ->
 
 
 def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[], Machine] = probe) -> int:
-    """The job's workers: as it says, or one a core or GPU, for no more clients than a round has, within free memory.
+    """Returns the number of workers: the job's, or one a core or GPU, at most the cohort's size, within free memory.
 
     Args:
-        probe: looks at the machine.
+        probe: measures the machine.
 
     Raises:
-        JobError: forks on a GPU.
+        JobError: the job asks for forks that would share a GPU.
     """
     settings, on_gpu = job.simulation, base.device.type == "cuda"
     if settings.workers != "auto":
@@ -146,7 +146,7 @@ def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[],
 
 
 def _that_fit(job: Job, base: BaseModel, free: int) -> int:
-    """Counts the workers that the free memory is enough for, by the planner's formula."""
+    """Returns how many workers fit into the free memory by the planner's formula."""
     choices = Choices(
         weights=base.weights,
         precision=base.precision,

@@ -1,4 +1,4 @@
-"""Every process of a simulation builds this from the job: the base model once, the population, and the clients."""
+"""The simulation context, which every process builds from the job: the base model, the population and the clients."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Wrap = Callable[[Handler], Handler]
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Who is who in a simulation: every process derives the same identities from the job's seed.
+    """The identities of simulated clients, which every process derives from the job's seed.
 
-    They exercise the protocol and protect nothing: whoever has the job has the keys. Devices draw theirs and keep them.
+    They exercise the protocol but protect nothing, since the job reveals the keys. Real devices draw secret keys.
 
-    A simulated client's memory of served rounds lives as long as the simulation: when that goes on after a crash, its
-    clients go back with it to the round that was acknowledged last.
+    A simulated client keeps its record of served rounds in memory only: when the simulation is resumed after a crash,
+    its clients start again from the last acknowledged round.
     """
 
     identities: Mapping[str, Identity]
@@ -51,7 +51,7 @@ class Enrolment:
 
     @classmethod
     def rehearse(cls, names: Sequence[str], job: Job) -> Enrolment:
-        """An identity for each client, and a policy that asks for the job's own care.
+        """Makes an identity for each client, and a policy with the job's own requirements.
 
         Raises:
             InputError: a name is too long to be enrolled.
@@ -62,21 +62,21 @@ class Enrolment:
         return cls(identities, roster, Policy(max_corrupt=job.secure_aggregation.max_corrupt))
 
     def credentials(self, client: str) -> Credentials:
-        """What a client brings to secure rounds."""
+        """Returns a client's credentials for secure rounds."""
         log = self._logs.setdefault(client, MemoryRoundLog())
         return Credentials(self.identities[client], self.roster, self.policy, log)
 
 
 class SimulationContext:
-    """One process's share of a simulation: model, data and clients, each made when first asked for.
+    """One process's part of a simulation: model, data and clients, each created on first use.
 
-    `begin` makes it, since torch must compute with the job's threads before anything is computed.
+    `begin` creates it, since torch must have the job's number of threads before it computes anything.
 
     Args:
-        inputs: what the job's files hold.
-        folder: where clients keep their state between rounds; the processes of a simulation share it.
+        inputs: the contents of the job's files.
+        folder: the folder of the clients' state between rounds; the processes of a simulation share it.
         make_trainer: model -> the trainer of every client.
-        wrap: handler of the clients' messages -> another, for clients that misbehave.
+        wrap: makes another handler out of that of the clients' messages, for clients that misbehave.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class SimulationContext:
         make_trainer: Callable[[AdaptedModel], Trainer] = TorchTrainer,
         wrap: Wrap | None = None,
     ) -> SimulationContext:
-        """Makes this process one of the simulation's: from here on torch computes with the job's threads.
+        """Makes this process a part of the simulation; from then on torch computes with the job's number of threads.
 
         Args:
-            inputs: what the job's files hold, where they were read already.
+            inputs: the contents of the job's files, if they were read already.
         """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
@@ -120,12 +120,12 @@ class SimulationContext:
 
     @property
     def cleaning(self) -> dict[str, CleaningReport]:
-        """What became of the records of each client whose turn has come."""
+        """The counts of records after cleaning, for each client that has read its examples."""
         return dict(self._cleaning)
 
     @cached_property
     def model(self) -> AdaptedModel:
-        """The adapted base model, loaded once a process."""
+        """The base model with an adapter, loaded once a process."""
         return open_model(self.job)
 
     @cached_property
@@ -135,12 +135,12 @@ class SimulationContext:
 
     @cached_property
     def base(self) -> Base:
-        """What requests say about the base model."""
+        """The description of the base model in requests."""
         return describe_base(self.job, self.model.base.digest)
 
     @cached_property
     def evaluator(self) -> ModelEvaluator:
-        """The server's own examples, and what scores adapters on them."""
+        """The evaluator that scores adapters on the server's own examples."""
         return ModelEvaluator(self.model, self.job.data)
 
     @cached_property
@@ -150,7 +150,7 @@ class SimulationContext:
 
     @cached_property
     def devices(self) -> SimulatedFleet | None:
-        """The clients as devices, where the job has a fleet."""
+        """The clients as devices, if the job has a fleet."""
         kinds = self.inputs.fleet
         if kinds is None:
             return None
@@ -158,7 +158,7 @@ class SimulationContext:
 
     @cached_property
     def clients(self) -> Clients:
-        """Everything known of the clients that a cohort is chosen by."""
+        """The properties of the clients by which cohorts are chosen."""
         names, devices, dealt = sorted(self.population.names), self.devices, self.job.simulation.ranks
         if devices is not None:
             return Clients(len(names), devices.rank, devices.predicted, devices.present, virtual_time=True)
@@ -182,7 +182,7 @@ class SimulationContext:
         return self._wrap(handler) if self._wrap else handler
 
     def examples(self, client: str, trainer: Trainer, sequence_length: int) -> Sequence[Example]:
-        """One client's examples, cleaned and tokenised."""
+        """Returns one client's examples, cleaned and tokenised."""
         records = self.population.records(client)
         if self.devices is not None:
             sequence_length = self.devices.sequence_length(client, sequence_length)

@@ -1,4 +1,4 @@
-"""fedtune's ServerApp and ClientApp for stock Flower: `flwr run`, its simulation engine, or anyone's SuperLink.
+"""A ServerApp and a ClientApp for stock Flower: `flwr run`, its simulation engine, or any SuperLink.
 
     from fedtune.server.simulation.stock_flower import flower_client_app, flower_server_app
     app = flower_server_app()                                # server_app.py
@@ -30,7 +30,7 @@ from fedtune.strategies.assembly import Clients, assemble
 
 
 def flower_server_app() -> ServerApp:
-    """A ServerApp that runs the job of its run configuration."""
+    """Returns a ServerApp that runs the job of its run configuration."""
 
     def main(grid: Grid, config: RunConfig) -> None:
         job = _job(config)
@@ -51,7 +51,7 @@ def flower_server_app() -> ServerApp:
 
 
 def flower_client_app() -> ClientApp:
-    """A ClientApp that stands for the client that its node's partition names."""
+    """Returns a ClientApp that acts as the client of its node's partition."""
     return client_app(_answer)
 
 
@@ -67,7 +67,7 @@ def _job(config: RunConfig) -> Job:
     job = load_job(Path(path) if path else None, str(config.get("set", "")).split())
     problems = []
     if job.secure_aggregation.enabled:
-        problem = "secure_aggregation.enabled is true, but Flower's engine makes clients anew for every message"
+        problem = "secure_aggregation.enabled is true, but Flower's engine makes new clients for every message"
         problems.append(f"{problem}; put secure_aggregation.enabled=false into the run configuration's set")
     if job.simulation.fleet:
         problem = "simulation.fleet is set, but Flower's engine has no virtual clock"
@@ -78,14 +78,14 @@ def _job(config: RunConfig) -> Job:
 
 
 def _clients(job: Job, grid: Grid) -> Clients:
-    """The ranks that the job deals out, in the order of node ids, by which clients are named here."""
+    """Returns the clients with the ranks that the job assigns, in the order of node ids, which are their names here."""
     dealt = job.simulation.ranks
     if not dealt:
         return Clients()
     return Clients(ranks=lambda name: dealt[sorted(roster_by_node_id(grid)).index(name) % len(dealt)])
 
 
-# A process that Flower keeps for several messages loads the base once.
+# A process that Flower keeps for several messages loads the base only once.
 @functools.lru_cache(maxsize=1)
 def _simulation_context(job: Job, folder: Path) -> SimulationContext:
     return SimulationContext.begin(job, folder)
