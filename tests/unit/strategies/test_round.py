@@ -24,6 +24,7 @@ from fedtune.core.protocol.messages import (
     encode,
 )
 from fedtune.core.round_records import ClientRecord, RoundRecord
+from fedtune.strategies import round as round_module
 from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
@@ -393,7 +394,8 @@ def test_an_event_that_the_table_does_not_have_leaves_a_client_where_it_is() -> 
 
 def test_the_table_alone_decides_whose_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     round_ = opened()
-    monkeypatch.delitem(TRANSITIONS, (Phase.ASKED, Event.UPDATE))
+    rest = {key: after for key, after in TRANSITIONS.items() if key != (Phase.ASKED, Event.UPDATE)}
+    monkeypatch.setattr(round_module, "TRANSITIONS", rest)
     round_.take_in("ann", reply(round_, 1.0))
     _, record = round_.close()
     assert record.clients[0].dropped == LATE
