@@ -35,6 +35,8 @@ CLEAN = (
     "CONTRIBUTING.md",
     "README.md",
     "client/fedtune/client/inference/",
+    "client/fedtune/client/plan/",
+    "client/fedtune/client/torch/",
     "core/fedtune/core/adapter/",
     "core/fedtune/core/codec/",
     "core/fedtune/data/",

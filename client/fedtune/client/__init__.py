@@ -1,1 +1,1 @@
-"""What runs on a device: local training behind a Flower ClientApp. It never imports the server."""
+"""The client: local training on a device, behind a Flower ClientApp. It never imports the server."""

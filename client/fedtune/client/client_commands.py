@@ -1,4 +1,4 @@
-"""`fedtune client ...`: the device side. Each command imports what it needs when it runs."""
+"""`fedtune client ...`: the commands of a device. Each imports its dependencies when it runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help
 
 STOP_SECONDS = 60.0
 PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
-_PARTS = 10  # of the bytes that are pulled: a line for each where there is no terminal
+_PARTS = 10  # parts of a pull, each reported by one line where there is no terminal
 
 _Home = Annotated[
     Path | None,
@@ -72,7 +72,7 @@ def join(
     ] = True,
     home: _Home = None,
 ) -> None:
-    """Make this machine the device that the bundle is for, if it can train at all, and say under what plan.
+    """Make this machine the device of the bundle, if it can train, and print its plan.
 
     Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
     """
@@ -91,7 +91,7 @@ def start(home: _Home = None) -> None:
 
     limit_pieces(PIECE_BYTES)
     device = _open(home)
-    with device.lock:  # from here on it counts as starting: torch takes its time
+    with device.lock:  # status shows "starting" from here on, since loading torch takes seconds
         try:
             from fedtune.client.live.device_loop import serve
             from fedtune.client.plan.calibration import CalibrationStore
@@ -105,7 +105,7 @@ def start(home: _Home = None) -> None:
 
 @app.command()
 def stop(home: _Home = None) -> None:
-    """End the running device process; keys and memory stay."""
+    """Stop the running device process; its keys and state stay."""
     process = _open(home).lock.stop_holder(STOP_SECONDS)
     print(f"stopped process {process}" if process else "it was not running")
 
@@ -115,7 +115,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     home: _Home = None,
 ) -> None:
-    """Show whether this device runs, what it does and its last problem; exit status 0 if it runs, 1 if not."""
+    """Show whether this device runs, what it does, and its last problem; the exit status is 0 if it runs, else 1."""
     from fedtune.core.host.private_files import read_json
 
     device = _open(home)
@@ -124,7 +124,7 @@ def status(
     found["model"] = model.name if (model := device.models.current) else None
     path = device.path / "status.json"
     if path.exists():
-        with suppress(InputError):  # half a status is no status; the lock says whether the device runs
+        with suppress(InputError):  # an incomplete status file is ignored; the lock shows whether the device runs
             found |= read_json(path, "the status")
     found["running"] = holder is not None
     if holder is None:
@@ -153,11 +153,10 @@ def pull(
     ] = False,
     home: _Home = None,
 ) -> None:
-    """Bring a finished job's model to this device, to answer from it: then fedtune serve, or fedtune chat.
+    """Download a finished job's model to this device, to use it with fedtune serve or fedtune chat.
 
-    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before the new model takes the place of the
-    old one, which stays for fedtune client rollback. A pull that was broken off goes on where it was when it is
-    started again. Examples:
+    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before the new model replaces the old one,
+    which is kept for fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
 
         fedtune client pull
 
@@ -192,7 +191,7 @@ def pull(
 
 @app.command()
 def rollback(home: _Home = None) -> None:
-    """Go back to the model that was pulled before; once more goes forward again. Then restart fedtune serve."""
+    """Return to the model that was current before; a second call undoes the first. Then restart fedtune serve."""
     models = _open(home).models
     with models.changing():
         path = models.roll_back()
@@ -201,7 +200,7 @@ def rollback(home: _Home = None) -> None:
 
 @app.command()
 def leave(home: _Home = None) -> None:
-    """Stop, and remove this device's keys and everything it remembers; the data file stays."""
+    """Stop the device, and remove its keys and state; the data file stays."""
     device = _open(home)
     if process := device.lock.stop_holder(STOP_SECONDS):
         print(f"stopped process {process}")
@@ -217,12 +216,12 @@ class Joining:
     Args:
         bundle: the file that `fedtune server enroll` wrote.
         data: this device's examples.
-        bases: directories of base models; none for the bundled one.
+        bases: directories of base models; empty for the bundled one.
         home: the device's folder; None for the default.
         allow_clear: whether the device takes part in jobs that do not mask updates.
         scores: whether it evaluates for the server.
-        requirements: when the device takes part.
-        try_step: whether the plan is checked with one real training step.
+        requirements: the owner's conditions for taking part.
+        try_step: whether a real training step checks the plan.
     """
 
     bundle: Path
@@ -236,10 +235,10 @@ class Joining:
 
 
 def make_device(wanted: Joining) -> None:
-    """Makes the device's folder and plans for its base models; a device that cannot train is removed again.
+    """Creates the device's folder and plans for its base models; removes the folder if the device cannot train.
 
     Raises:
-        InputError: the bundle, the data or a base model cannot be used, or a device lives in the folder already.
+        InputError: the bundle, the data or a base model cannot be used, or the folder belongs to a device already.
         NoPlanError: none of the base models fits into this machine.
     """
     from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
@@ -257,7 +256,7 @@ def make_device(wanted: Joining) -> None:
     )
     try:
         plans = _plans(wanted.bases, wanted.data, folder / CALIBRATIONS, wanted.try_step)
-    except BaseException:  # a device that cannot train is none, nor is one whose owner pressed Ctrl-C
+    except BaseException:  # also on Ctrl-C: no device is left half made
         made.leave()
         raise
     for plan in plans:
@@ -292,9 +291,9 @@ def _print(found: dict[str, Any]) -> None:
 
 @contextmanager
 def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to call with the bytes that are there and those there will be.
+    """Yields a function that shows progress, to be called with the received and the total bytes.
 
-    It moves a bar on a terminal; elsewhere it prints a line at every tenth.
+    It moves a bar on a terminal, and prints a line at every tenth elsewhere.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -318,7 +317,7 @@ def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
-    """Plans for each base model; there is no plan where this machine is installed for answering only."""
+    """Returns a plan for each base model; none on a machine that is installed for inference only."""
     try:
         from fedtune.client.plan.calibration import CalibrationStore
         from fedtune.client.plan.device_plan import plan_bases, this_device
@@ -332,7 +331,7 @@ def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bo
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    """Writes a plan for people, with the measurements beside the predictions."""
+    """Formats a plan for people, with the measurements beside the predictions."""
     chosen, predicted, tried, took = plan["plan"], plan["predicted"], plan["measured"], plan.get("took")
     unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
     weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"

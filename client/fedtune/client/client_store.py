@@ -1,7 +1,7 @@
-"""What a client remembers between rounds, across crashes and restarts: its residuals, and adapters it has received.
+"""The state that a client keeps between rounds, across crashes and restarts: its residuals, and received adapters.
 
 A residual belongs to a round. When the server repeats a round, because it crashed before the round was acknowledged,
-the client goes on from what it held before that round, as if the first time had never been; so the last few are kept.
+the client goes on from the residual that it had before that round; so the last few are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedtune.core.codec import ExactCodec, Residual
 from fedtune.core.codec.downlink import REMEMBERED_VERSIONS
 from fedtune.core.errors import PeerError
 
-KEPT_RESIDUALS = 3  # of one factor: the one in use, and those of the rounds that a server may still repeat
+KEPT_RESIDUALS = 3  # per factor: the one in use, and those of the rounds that a server may still repeat
 TEMPORARY = ".tmp"
 _NAME_LENGTH = 24
 
@@ -24,14 +24,14 @@ class ClientStore:
     """Files in one folder, each written whole or not at all.
 
     Args:
-        folder: of one job; made when first needed.
+        folder: folder of one job; created when first needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def residual(self, client: str, factor: str, count: int, before_round: int) -> Residual:
-        """What a client had not sent of a factor before a round; empty for a new client, or where a file is damaged."""
+        """Returns a client's residual of a factor before a round; empty for a new client or a damaged file."""
         paths = [path for path in self._residuals(client, factor) if int(path.stem) < before_round]
         if not paths:
             return Residual.empty(count)
@@ -41,12 +41,12 @@ class ClientStore:
             return Residual.empty(count)
 
     def residual_round(self, client: str, factor: str, before_round: int) -> int:
-        """The round after which `residual` was kept; 0 where there is none."""
+        """Returns the round after which `residual` was kept; 0 where there is none."""
         rounds = [int(path.stem) for path in self._residuals(client, factor)]
         return max((number for number in rounds if number < before_round), default=0)
 
     def keep_residual(self, client: str, factor: str, round_number: int, residual: Residual) -> None:
-        """Remembers what a client has not sent of a factor after a round."""
+        """Stores a client's residual of a factor after a round."""
         folder = self._residual_folder(client, factor)
         _write(folder / f"{round_number:08d}", residual.to_bytes())
         for stale in self._residuals(client, factor):
@@ -56,14 +56,14 @@ class ClientStore:
             old.unlink(missing_ok=True)
 
     def adapter(self, digest: str, count: int) -> Vector | None:
-        """A version of the adapter that this device has received, or None."""
+        """Returns a version of the adapter that this device has received, or None."""
         try:
             return ExactCodec().decode((self._folder / "adapters" / digest).read_bytes(), count)
         except (OSError, PeerError):
             return None
 
     def keep_adapter(self, digest: str, adapter: Vector) -> None:
-        """Remembers a version of the adapter; the oldest are forgotten."""
+        """Stores a version of the adapter, and removes the oldest ones."""
         folder = self._folder / "adapters"
         path = folder / digest
         if path.exists():
@@ -75,7 +75,7 @@ class ClientStore:
             old.unlink(missing_ok=True)
 
     def _residual_folder(self, client: str, factor: str) -> Path:
-        # Names may hold anything, a path separator too.
+        # Names may contain any character, including a path separator.
         name = hashlib.sha256(client.encode()).hexdigest()[:_NAME_LENGTH]
         return self._folder / "residuals" / name / factor
 
@@ -87,7 +87,7 @@ class ClientStore:
 def _age(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another worker has just forgotten it
+    except FileNotFoundError:  # another worker has just removed it
         return 0.0
 
 

@@ -1,6 +1,6 @@
-"""A device that stays warm: one base model in memory, whoever's data it trains on.
+"""A device that answers training and evaluation requests of its clients with one base model in memory.
 
-On an edge device that is one client; in a simulation a thousand clients take turns on one device and one base model.
+A live device has one client; in a simulation a thousand clients take turns on one device and one base model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedtune.core.protocol.messages import Base, Downlink, EvaluateReply, Evalua
 from fedtune.core.seeds import derive_seed
 from fedtune.data.examples import Example, hold_out
 
-CACHED_CLIENTS = 64  # tokenised examples kept in memory; more clients than this are read and tokenised again
+CACHED_CLIENTS = 64  # clients whose tokenised examples stay in memory; those of others are read and tokenised again
 
 OpenTrainer = Callable[[Base], Trainer]
 LoadExamples = Callable[[str, Trainer, int], Sequence[Example]]
@@ -42,11 +42,11 @@ class Contribution(Generic[Part]):
     """A trained update in the form in which it travels.
 
     Args:
-        request: what was asked.
-        result: what training came to.
-        terms: the codec's, one for each trained factor, or for each slice of it that the client owns.
-        parts: one for each: payloads in the clear, or words and auxiliary sums that can be masked.
-        unsent: what the parts do not carry, one for each.
+        request: the request that it answers.
+        result: outcome of the training.
+        terms: the codec's terms, one for each trained factor, or for each slice of it that the client owns.
+        parts: one part for each of the terms: payloads in the clear, or words and auxiliary sums that can be masked.
+        unsent: for each of the terms, the values that its part does not carry.
     """
 
     request: TrainRequest
@@ -68,13 +68,13 @@ class Device:
     Args:
         open_trainer: loads the base model that a request names; called once for each.
         load_examples: (client, trainer, sequence length) -> that client's examples.
-        store: what clients remember between rounds.
-        share: (client, request) -> how much of the local work that is asked for the client can do in time. It is the
-            device that cuts it: a server that could would tell a client's update from those of idle ones in their sum.
-        postprocess: each changes the trained update before it is encoded, in this order, after the alignment that a
+        store: state that clients keep between rounds.
+        share: (client, request) -> share of the requested local work that the client can do in time. The device applies
+            it itself: a server that chose it could tell a client's update from those of idle ones in their sum.
+        postprocess: changes to the trained update before it is encoded, in this order, after the alignment that a
             request may ask for: (layout, received adapter, update) -> update. The update is the segment of the factors
             that the request trains, float32.
-        forms: in which updates may travel up, by the name that requests call them.
+        forms: forms in which updates may travel up, by their names in requests.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Device:
         """Trains the received adapter on the client's examples.
 
         Raises:
-            PeerError: the request is not what its digests say.
+            PeerError: the request does not match its digests.
             ModelError: this device has another base model.
-            UpdateError: training gave nothing that may be sent.
+            UpdateError: training gave no update that may be sent.
         """
         with self._lock:
             form = self._forms.get(request.uplink.form)
@@ -125,36 +125,36 @@ class Device:
         )
 
     def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
-        """As `train`, but as words that can be masked; the residuals stay as they are until `keep_residuals`."""
+        """Trains as `train` does, and returns words that can be masked; residuals change only in `keep_residuals`."""
         with self._lock:
             return self._contribution(client, request, RING.contribute)
 
     def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
-        """Remembers what a contribution did not carry; call it when the contribution is certain to count."""
+        """Stores the residuals of a contribution; to be called once the contribution is certain to count."""
         with self._lock:
             self._keep(client, contribution)
 
     def hold(self, request: TrainRequest) -> str:
-        """Takes a request's adapter in; gives the digest of what this device holds then.
+        """Receives a request's adapter, and returns the digest of the adapter that this device then holds.
 
         Raises:
-            PeerError, ModelError: as `train`.
+            PeerError, ModelError: as in `train`.
         """
         with self._lock:
             return adapter_digest(self._receive(self._trainer_for(request.base), request.adapter, request.job_seed))
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
-        """The codec's terms for each factor that a round trains, all slices of it; errors are those of `hold`."""
+        """Returns the codec's terms for each factor that a round trains, all slices of it; raises as `hold` does."""
         with self._lock:
             layout = self._trainer_for(request.base).layout
         return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
 
     def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
-        """Scores the received adapter on the examples that the client keeps back.
+        """Scores the received adapter on the client's held-out examples.
 
         Raises:
-            PeerError, ModelError: as `train`.
-            UpdateError: the client keeps nothing back.
+            PeerError, ModelError: as in `train`.
+            UpdateError: the client has no held-out examples.
         """
         with self._lock:
             trainer = self._trainer_for(request.base)
@@ -168,7 +168,7 @@ class Device:
     def _receive(self, trainer: Trainer, adapter: Downlink, seed: int) -> Vector:
         layout = trainer.layout
         if adapter.digest == self._held[0]:
-            self._store.keep_adapter(*self._held)  # the store may be another job's by now, and this its first adapter
+            self._store.keep_adapter(*self._held)  # by now the store may be that of another job
             return self._held[1]
         basis = layout.initial(seed) if adapter.basis == FIRST else self._store.adapter(adapter.basis, layout.size)
         if basis is None:
@@ -179,7 +179,7 @@ class Device:
         return held
 
     def _contribution(self, client: str, request: TrainRequest, encode: Encode[Part]) -> Contribution[Part]:
-        """Trains, and encodes each trained factor's update with what earlier ones did not carry added."""
+        """Trains, adds the residual to each factor's update, and encodes it."""
         result, terms = self._train(client, request)
         uplink, segment_of = request.uplink, self._trainer_for(request.base).layout.segment
         weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
@@ -196,7 +196,7 @@ class Device:
         return Contribution(request, result, terms, tuple(parts), tuple(unsent))
 
     def _train(self, client: str, request: TrainRequest) -> tuple[LocalResult, tuple[FactorTerms, ...]]:
-        """Trains, and gives what that came to with the codec's terms for each part of the update that travels."""
+        """Trains; returns the result, and the codec's terms for each part of the update that travels."""
         trainer, work = self._trainer_for(request.base), request.work
         received = self._receive(trainer, request.adapter, request.job_seed)
         split = self._split(client, trainer, request.base, work.holdout, request.job_seed)
@@ -212,9 +212,10 @@ class Device:
         return result, terms
 
     def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
-        """What the client had not sent of a whole factor before this round, in the basis of this round.
+        """Returns the client's residual of a whole factor before this round, in the basis of this round.
 
-        Where the change of basis is not known, because the client took no part then, or missed another one, nothing.
+        It is empty where the change of basis is unknown, because the client did not take part then or missed another
+        one.
         """
         if not request.uplink.error_feedback:
             return Residual.empty(terms.whole)
@@ -229,7 +230,7 @@ class Device:
         return Residual(follow(self._trainer_for(request.base).layout, changes, terms.factor, residual.values))
 
     def _basis_changes(self, request: TrainRequest, digest: str) -> dict[str, Basis] | None:
-        """How the basis changed after the round of this adapter; None where this device never held it."""
+        """Returns the change of basis after the round of this adapter; None where this device never held it."""
         if digest != self._rebasing[0]:
             layout = self._trainer_for(request.base).layout
             held = self._store.adapter(digest, layout.size)
@@ -237,7 +238,7 @@ class Device:
         return self._rebasing[1]
 
     def _keep(self, client: str, made: Contribution[Part]) -> None:
-        """Remembers what was not sent now; of what this client does not own in this round, what was not sent before."""
+        """Stores the new residuals; at indices that this client does not own in this round they stay as they were."""
         request = made.request
         if not request.uplink.error_feedback:
             return
@@ -272,7 +273,7 @@ class Device:
 
 
 def own_tier(request: TrainRequest) -> int:
-    """The tier that a request asks for; 0 where everybody trains everything.
+    """Returns the tier that a request asks for; 0 where all clients train the whole adapter.
 
     Raises:
         PeerError: it is none of the round's.

@@ -1,4 +1,4 @@
-"""Which message a device answers with which of its methods, in the clear and under secure aggregation.
+"""Message handlers: a device's answers to each type of message, in the clear and under secure aggregation.
 
 handler = handle_in_the_clear(device)
 handler = handle_under_secure_aggregation(device, credentials)
@@ -32,7 +32,7 @@ _Step = Callable[[str, tuple[bytes, ...]], bytes]
 
 
 def handle_in_the_clear(device: Device) -> Handler:
-    """Sends updates in the clear, and takes no part in secure rounds."""
+    """Returns a handler that sends updates in the clear, and takes no part in secure rounds."""
 
     def train(client: str, parts: tuple[bytes, ...]) -> bytes:
         return encode(device.train(client, decode(parts[0], TrainRequest)))
@@ -41,7 +41,7 @@ def handle_in_the_clear(device: Device) -> Handler:
 
 
 def handle_under_secure_aggregation(device: Device, credentials: Callable[[str], Credentials]) -> Handler:
-    """Sends masked updates, and none in the clear, whatever a server asks for.
+    """Returns a handler that sends only masked updates, whatever a server asks for.
 
     Args:
         credentials: client -> its identity, roster, policy and log for secure rounds.

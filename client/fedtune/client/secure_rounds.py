@@ -1,15 +1,14 @@
-"""A device's side of secure rounds: it trains once, and shows the server nothing but a masked update.
+"""A device's side of secure rounds: it trains once, and sends the server only a masked update.
 
     rounds = SecureRounds(device, credentials)
-    reply = rounds.open(client, config, request)    # exchange 0: what the round is, and what to train
+    reply = rounds.open(client, config, request)    # exchange 0: the configuration, and the request to train
     reply = rounds.share(client, message)           # exchange 1
     reply = rounds.train(client, message)           # exchange 2: trains, masks
     reply = rounds.vote(client, message)            # exchange 3
     reply = rounds.unmask(client, message)          # exchange 4; the round is over for this device
 
-The protocol, its checks and its secrets are `fedtune.core.secagg.ClientSession`'s. Here is what ties it to training:
-the configuration must be about exactly the adapter, the base, the work and the codec terms that the device is asked
-for.
+`fedtune.core.secagg.ClientSession` holds the protocol, its checks and its secrets. This module connects it to training:
+the configuration must match the adapter, the base, the work and the codec terms of the request.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from fedtune.core.secagg.exchanged import decode as decode_message
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a client brings to secure rounds.
+    """A client's credentials for secure rounds.
 
     Args:
         identity: its long-lived key.
-        roster: the public keys of everybody who is enrolled, itself included.
-        policy: what it insists on, whatever the server says.
-        log: its memory of the rounds it has served.
+        roster: public keys of all enrolled clients, its own included.
+        policy: requirements that it enforces, whatever the server demands.
+        log: its record of the rounds that it has served.
     """
 
     identity: Identity
@@ -56,7 +55,7 @@ class SecureRounds:
     """The secure rounds of a device's clients, at most one at a time for each.
 
     Args:
-        credentials: client -> what it brings.
+        credentials: client -> its credentials.
     """
 
     def __init__(self, device: Device, credentials: Callable[[str], Credentials]) -> None:
@@ -65,11 +64,11 @@ class SecureRounds:
         self._rounds: dict[str, _Round] = {}
 
     def open(self, client: str, config: bytes, request: bytes) -> bytes:
-        """Takes the configuration and the request; gives the client's keys. An earlier round that is still open ends.
+        """Takes the configuration and the request; returns the client's keys. A round that is still open ends.
 
         Raises:
-            ServerFaultError: the configuration is not one this client serves, or is not about this request.
-            PeerError, ModelError: as `Device.train`.
+            ServerFaultError: the client does not accept the configuration, or it does not match the request.
+            PeerError, ModelError: as in `Device.train`.
         """
         asked = decode(request, TrainRequest)
         self._check(decode_message(config, RoundConfig, MAX_CONFIG_BYTES), client, asked)
@@ -82,14 +81,14 @@ class SecureRounds:
         return reply
 
     def share(self, client: str, message: bytes) -> bytes:
-        """Takes everybody's keys; gives the shares of this client's secrets, sealed for their holders."""
+        """Takes all clients' keys; returns the shares of this client's secrets, encrypted for their holders."""
         return self._round(client).session.share(message)
 
     def train(self, client: str, message: bytes) -> bytes:
-        """Takes the shares this client holds for others; trains, and gives the masked update.
+        """Takes the shares that this client holds for others; trains, and returns the masked update.
 
         Raises:
-            UpdateError: training gave nothing that may be sent.
+            UpdateError: training gave no update that may be sent.
         """
         round_ = self._round(client)
         if round_.contribution is None:
@@ -98,13 +97,13 @@ class SecureRounds:
         return round_.session.mask(message, masked_words(made.terms, made.parts, made.result.loss))
 
     def vote(self, client: str, message: bytes) -> bytes:
-        """Takes who is in the sum; gives this client's signature over that."""
+        """Takes the sharers and survivors; returns this client's signature over them."""
         return self._round(client).session.vote(message)
 
     def unmask(self, client: str, message: bytes) -> bytes:
-        """Takes enough signatures; gives the shares that open the sum, and forgets the round.
+        """Takes a quorum of signatures; returns the shares that open the sum, and deletes the round.
 
-        From here on this client counts its update as sent: what it did not carry is kept for the next time.
+        From here on this client counts its update as sent, and stores its residuals.
         """
         round_ = self._round(client)
         reply = round_.session.unmask(message)
@@ -124,9 +123,9 @@ class SecureRounds:
         return self._rounds[client]
 
     def _check(self, config: RoundConfig, client: str, request: TrainRequest) -> None:
-        """The configuration is about this very request: else a server could sum what nobody agreed to.
+        """Raises ServerFaultError unless the configuration matches the request, so that no other sum can be formed.
 
-        That base and adapter are the request's too is checked by the session, against what this device holds.
+        The session checks that base and adapter match, against those that this device holds.
         """
         if request.uplink.form != "ring":
             raise ServerFaultError(f"asked for an update of form {request.uplink.form}, which cannot be masked")

@@ -1,10 +1,10 @@
-"""A trainer: the base model that a device holds, and how it trains an adapter on a client's examples.
+"""The trainer interface: an object that holds a base model, trains an adapter on a client's examples, and scores it.
 
     result = trainer.train(examples, received, LocalTask(seed, request.work))
     score = trainer.evaluate(received, held_out)
 
-Everything else that a device does, from the received bytes to the encoded update, is the same for every trainer. The
-one that computes with torch is `fedtune.client.torch.torch_trainer.TorchTrainer`.
+All other work of a device, from the received bytes to the encoded update, is the same for every trainer. The trainer
+for torch is `fedtune.client.torch.torch_trainer.TorchTrainer`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LocalTask:
     """One client's part of a round.
 
     Args:
-        seed: of the order of the examples and of dropout; derive it from job seed, round and client.
-        work: what the job asks for; the device sees to `holdout`, `align` and `deadline` itself.
-        owned: rank indices that are trained, where a device trains fewer than all; the rest takes part frozen.
-        micro_batch_tokens: tokens a forward pass, where memory is short; None for whole steps.
+        seed: seed of the order of the examples and of dropout; derive it from job seed, round and client.
+        work: local work that the job asks for; the device handles `holdout`, `align` and `deadline` itself.
+        owned: rank indices that are trained, where a device trains fewer than all; the others stay frozen.
+        micro_batch_tokens: tokens in a forward pass, where memory is short; None for whole steps.
     """
 
     seed: int
@@ -41,16 +41,16 @@ class LocalTask:
 
 @dataclass(frozen=True, eq=False)
 class LocalResult:
-    """Holds what a client's training came to.
+    """The result of a client's training.
 
     Args:
         update: trained minus received, float32, the segment of the trained factors; zero at indices that are not owned.
-        examples: how many examples the client trains on: a weight for aggregation.
-        target_tokens: tokens that the loss counts in those examples: another.
-        loss: mean over the target tokens of all steps, each before its own step.
+        examples: number of examples that the client trains on; a possible weight for aggregation.
+        target_tokens: number of tokens in them that the loss counts; another possible weight.
+        loss: mean over the target tokens of all steps, each measured before its own step.
         steps: optimizer steps taken.
         tokens: tokens computed, padding included.
-        seconds: from receiving to result.
+        seconds: duration from receiving the task to the result.
     """
 
     update: Vector
@@ -64,19 +64,19 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Limits:
-    """How a device keeps to its memory. What is computed stays the same up to rounding; it only takes longer.
+    """Memory limits of a device. They change results only by rounding, and cost time.
 
     Args:
-        tokens: of a forward pass at most, padding included; None for as many as are asked for. An example that is
-            longer is a pass of its own.
-        checkpointing: compute activations twice rather than keep them, even where that is not asked for.
+        tokens: most tokens in a forward pass, padding included; None for as many as requested. A longer example is a
+            pass of its own.
+        checkpointing: whether to recompute activations instead of keeping them, even where the job does not ask for it.
     """
 
     tokens: int | None = None
     checkpointing: bool = False
 
     def at_once(self, asked: int) -> int:
-        """Tokens of a forward pass, where so many are asked for."""
+        """Returns the tokens of a forward pass for which `asked` tokens are requested."""
         return asked if self.tokens is None else min(asked, self.tokens)
 
 
@@ -88,7 +88,7 @@ class Trainer(Protocol):
 
     @property
     def layout(self) -> AdapterLayout:
-        """Where each factor lies in the adapter's vector."""
+        """The position of each factor in the adapter's vector."""
 
     @property
     def digest(self) -> str:
@@ -100,16 +100,16 @@ class Trainer(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer, which examples are made with."""
+        """The base model's tokenizer, with which examples are made."""
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-        """Trains the received adapter; the same call gives the same bits, whoever was trained before.
+        """Trains the received adapter; the same call gives the same bits, whatever was trained before.
 
         Args:
             received: the whole adapter, float32, (layout.size,).
 
         Raises:
-            UpdateError: training gave nothing that may be sent.
+            UpdateError: training gave no update that may be sent.
         """
 
     def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:

@@ -201,7 +201,7 @@ def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with
     fixture.free, fixture.used = 0, outcome.plan.budget + 1
     with fixture.work.watched():
         pass
-    assert "may be used; planning anew" in fixture.shown[-1]
+    assert "may be used; planning again" in fixture.shown[-1]
     with pytest.raises(NoPlanError, match=r"needs .* and \d+ MB may be used"), fixture.work.watched():
         pass
     assert trainer.limits.tokens == 250

@@ -1,7 +1,7 @@
-"""A backend: a library that can train on this machine, and what a plan has to know of it.
+"""The backend interface: a library that trains on this machine, with the facts that a plan needs about it.
 
-`fedtune.client.torch.torch_backend.TorchBackend` is the one that there is. Another one is a class of this protocol and
-of `fedtune.client.trainer.Trainer`; nothing else of planning and serving knows which library computes.
+`fedtune.client.torch.torch_backend.TorchBackend` is the only one so far. Another one implements this protocol and
+`fedtune.client.trainer.Trainer`; planning and serving depend on no library otherwise.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fedtune.model.shape import ModelShape, Precision
 
 
 class WrongBaseError(ModelError):
-    """A directory holds another base model than the one that is wanted.
+    """A directory holds another base model than the expected one.
 
     Args:
-        digest: of the base that it holds.
+        digest: digest of the base model found there.
     """
 
     def __init__(self, digest: str) -> None:
@@ -30,14 +30,14 @@ class WrongBaseError(ModelError):
 
 @dataclass(frozen=True)
 class Case:
-    """Says what to load and to train for a trial step.
+    """The configuration of a trial step: the model to load, and the step to train.
 
     Args:
-        model: the base.
+        model: the base model.
         adapter: rank and alpha, on all linear layers.
-        choices: of the plan; its tokens are whole examples of its sequence length.
+        choices: the plan's choices; their tokens are whole examples of their sequence length.
         target_share: share of the tokens that the loss counts.
-        threads: the library's.
+        threads: number of threads of the library.
     """
 
     model: ModelSettings
@@ -48,21 +48,21 @@ class Case:
 
     @property
     def micro_batch(self) -> int:
-        """Examples of a forward pass."""
+        """Number of examples in a forward pass."""
         return max(1, self.choices.tokens // self.choices.sequence_length)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Holds what a trial step took, in bytes over the process before it loaded the model, and seconds.
+    """Measurements of a trial step: bytes above those of the process before it loaded the model, and seconds.
 
     Args:
-        runtime: the process before that.
+        runtime: bytes of the process before that.
         loading: peak while the model was read and packed.
-        resident: after that.
+        resident: bytes after that.
         training: peak of the steps.
-        step_seconds: the shortest of the steps but the first.
-        tokens: of a step.
+        step_seconds: the shortest of all steps but the first.
+        tokens: tokens of a step.
     """
 
     runtime: int
@@ -79,64 +79,64 @@ class Measured:
 
 
 class Meter(Protocol):
-    """Counts the memory of this process."""
+    """A meter of this process's memory."""
 
     def reset(self) -> int:
-        """Forgets the peak; gives what is held now, bytes."""
+        """Resets the peak; returns the bytes that are held now."""
 
     def peak(self) -> int:
-        """Gives the peak since the reset, bytes."""
+        """Returns the peak since the reset, in bytes."""
 
 
 class LimitedTrainer(Trainer, Protocol):
-    """A trainer that keeps to a plan's limits of memory, which may change between two calls."""
+    """A trainer with memory limits, which may change between two calls."""
 
     limits: Limits
 
 
 class Backend(Protocol):
-    """Trains on this machine, and says how it computes here."""
+    """A library that trains on this machine."""
 
     @property
     def on_gpu(self) -> bool:
         """Whether it computes on a GPU; plans then count the GPU's memory."""
 
     def best_precision(self) -> Precision:
-        """Gives the arithmetic that is fastest here."""
+        """Returns the arithmetic that is fastest on this machine."""
 
     def native_unpacking(self) -> bool:
-        """Whether packed weights are unpacked by native code."""
+        """Returns whether packed weights are unpacked by native code."""
 
     def reserved_bytes(self) -> int:
-        """Counts the memory of the GPU that this process holds and does not use."""
+        """Returns the bytes of GPU memory that this process already holds, which a new plan may use."""
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
-        """Measures operations a second of products of the model's own size, as a training process does them."""
+        """Measures the operations per second of products of the model's size, under the conditions of training."""
 
     def warm_up(self) -> None:
-        """Brings in what any training brings in: kernels, threads and libraries."""
+        """Loads everything that any training needs: kernels, threads and libraries."""
 
     def meter(self) -> Meter:
-        """Gives the meter that counts what a model takes here."""
+        """Returns the meter for the memory in which models are loaded."""
 
     def measure(self, case: Case) -> Measured:
         """Trains one step in a process of its own.
 
         Raises:
-            RunError: the process died, which is what too little memory looks like, or took too long.
+            RunError: the process died, as it does when memory runs out, or took too long.
         """
 
     def open(self, model: ModelSettings, adapter: AdapterSettings, choices: Choices, digest: str) -> LimitedTrainer:
-        """Loads a base model as the choices hold it.
+        """Loads a base model in the form that the choices name.
 
         Raises:
-            WrongBaseError: its digest is another one than `digest`.
+            WrongBaseError: its digest differs from `digest`.
             ModelError: it cannot be loaded, or the adapter does not fit it.
         """
 
 
 def case_from_json(content: dict[str, Any]) -> Case:
-    """Reads a case as `dataclasses.asdict` gives it, once through JSON."""
+    """Reads a case from the output of `dataclasses.asdict`, after a round trip through JSON."""
     adapter = dict(content["adapter"])
     if isinstance(adapter["target_modules"], list):
         adapter["target_modules"] = tuple(adapter["target_modules"])

@@ -1,4 +1,4 @@
-"""What a device remembers of trial steps: by how much a prediction was off, and how long a token took.
+"""Calibrations: a device's record of how far predictions were off in trial steps, and of the time of a token.
 
 store.keep(key, Calibration(kappa=..., seconds_per_token=...))
 """
@@ -15,11 +15,11 @@ LIKELY_KAPPA = (0.2, 5.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Holds what is remembered of one device and model.
+    """The calibration of one device and model.
 
     Args:
-        kappa: measured over predicted, of what a plan can change.
-        seconds_per_token: of a training step.
+        kappa: measured over predicted memory, of the part that a plan can change.
+        seconds_per_token: time per token of a training step.
     """
 
     kappa: float
@@ -30,14 +30,14 @@ class CalibrationStore:
     """Calibrations on disk, one small file each.
 
     Args:
-        folder: made when first needed.
+        folder: created when first needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: str) -> Calibration | None:
-        """Gives what is known, or None; a file that is damaged or says impossible things is as good as none."""
+        """Returns the stored calibration; None where it is missing, damaged or impossible."""
         try:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
             calibration = Calibration(float(found["kappa"]), float(found["seconds_per_token"]))
@@ -47,7 +47,7 @@ class CalibrationStore:
         return calibration if low <= calibration.kappa <= high and 0 < calibration.seconds_per_token < 3600 else None
 
     def keep(self, key: str, calibration: Calibration) -> None:
-        """Remembers one."""
+        """Stores a calibration."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""`fedtune plan`: what this device would train under, and how true that is.
+"""`fedtune plan`: the plan under which this device would train, and a check of its predictions.
 
 planner = this_device(CalibrationStore(default_folder()), print)
 print(planner.plan(job, Path("mine.jsonl")).to_json())
@@ -33,35 +33,35 @@ from fedtune.data.job_inputs import own_data_file, source_of
 from fedtune.demo import JOB
 from fedtune.model.shape import ModelShape, shape_of
 
-ROOMY = 2.0  # a prediction is off by less: where so many times as much may be used, no real step would change the plan
+ROOMY = 2.0  # predictions err by less than this factor: with as much room, no trial step would change the plan
 
 Trial = Literal["always", "where tight", "never"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """What is known of the line to the server: bytes a second and seconds, or None."""
+    """The known speed of the link to the server: bytes a second and seconds, or None."""
 
     up: float | None = None
     down: float | None = None
     deadline: float | None = None
 
     def seconds(self, plan: Plan) -> float:
-        """Gives how long a round's update and adapter travel, as far as that is known."""
+        """Returns the seconds in which a round's update and adapter travel, as far as they are known."""
         return (plan.bytes_up / self.up if self.up else 0.0) + (plan.bytes_down / self.down if self.down else 0.0)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan with its prediction, and what one real step took.
+    """A plan with its prediction, and the measurements of a trial step.
 
     Args:
-        local_steps: of a round.
-        seconds_per_step: predicted, of an optimizer step.
-        seconds_per_round: predicted; the line counts where its speed is known.
-        kappa: the correction the prediction was made with; 1 on a device that has never measured.
-        measured: None where no step was tried.
-        predicted_measured: what the plan said of the very step that was measured, peak and seconds.
+        local_steps: optimizer steps of a round.
+        seconds_per_step: predicted seconds of an optimizer step.
+        seconds_per_round: predicted seconds of a round, including the link where its speed is known.
+        kappa: correction that the prediction used; 1 on a device that has never measured.
+        measured: measurements; None without a trial step.
+        predicted_measured: prediction for the step that was measured, peak and seconds.
     """
 
     machine: Machine
@@ -79,11 +79,11 @@ class Outcome:
 
     @property
     def training_seconds(self) -> float:
-        """Predicted, of a round, without the line."""
+        """Predicted seconds of a round without the link."""
         return self.local_steps * self.seconds_per_step
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes and seconds."""
+        """Returns plain values, in bytes and seconds."""
         choices, plan = self.plan.choices, self.plan
         measured = None
         if self.measured and self.predicted_measured:
@@ -134,7 +134,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """What a plan is asked for: this machine's memory, a model, and what the job asks of it."""
+    """The inputs of a plan: this machine's memory, a model, and the job's constraints."""
 
     machine: Machine
     shape: ModelShape
@@ -155,7 +155,7 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A plan, what it goes by, and the trial step that spoke for it."""
+    """A plan, the calibration that it uses, and the trial step that confirmed it."""
 
     plan: Plan
     kappa: float
@@ -171,10 +171,10 @@ class DevicePlanner:
         outcome = planner.plan(job, Path("mine.jsonl"))
 
     Args:
-        backend: what trains here.
-        store: where κ is remembered.
-        note: told what is going on.
-        probe: looks at the machine.
+        backend: the training library.
+        store: the store of κ.
+        note: receives messages about the progress.
+        probe: inspects the machine.
         reserve: share of the free memory that stays free.
     """
 
@@ -206,18 +206,18 @@ class DevicePlanner:
         """Plans for a job.
 
         Args:
-            job: base model, rank, batch and steps.
-            data: a file of this device's examples; its lengths decide the sequence length.
-            link: the line to the server.
-            trial: when to try one real step, correct the plan by it and remember κ; "where tight" is once a model, and
-                only where it could change the plan.
-            memory: bytes to plan for instead of what is free now.
+            job: source of base model, rank, batch and steps.
+            data: a file of this device's examples; their lengths decide the sequence length.
+            link: the link to the server.
+            trial: when to take a trial step, correct the plan by it and store κ; "where tight" takes one per model,
+                and only where it could change the plan.
+            memory: bytes to plan for instead of those that are free now.
             runtime: bytes that this process takes without a model; None where it holds none now.
 
         Raises:
-            NoPlanError: nothing fits; the message has the numbers.
+            NoPlanError: no plan fits; the message has the numbers.
             DataError, ModelError: the data or the model cannot be used.
-            RunError: the real step failed.
+            RunError: the trial step failed.
         """
         shape = shape_of(job.model)
         lengths, target_share = _lengths(job, data)
@@ -258,13 +258,13 @@ class DevicePlanner:
         )
 
     def _budget(self, machine: Machine, memory: int | None, own: int, runtime: int) -> int:
-        """Bytes that a model may take; a process already holds the libraries that the training process will hold."""
+        """Returns the bytes that a model may take; this process already holds the libraries of the training process."""
         if self.backend.on_gpu:
             return round((memory or machine.gpus[0].free + self.backend.reserved_bytes()) * (1 - self._reserve))
         return round((memory or machine.memory_free + own) * (1 - self._reserve)) - runtime
 
     def _answer(self, job: Job, question: _Question, trial: Trial) -> _Answer:
-        """Chooses a plan by what is known of this device, and by a trial step where that is wanted."""
+        """Chooses a plan from the known calibrations, and from a trial step where one is requested."""
         answer = self._by_memory(question)
         if trial == "never":
             return answer
@@ -276,20 +276,20 @@ class DevicePlanner:
         assert answer.known is not None
         if answer.measured.peak <= question.budget:
             return answer
-        self.note("it took more than predicted; planning anew")  # a first real step may show that the plan was too bold
+        self.note("it took more than predicted; planning again")  # a first real step may exceed the budget
         plan = question.choose(answer.known.kappa)
         answer = replace(answer, plan=plan, kappa=answer.known.kappa)
         return self._tried(job, question, answer) if trial == "always" else answer
 
     def _by_memory(self, question: _Question) -> _Answer:
-        """Chooses by the prediction, corrected by an earlier trial step of the plan that it leads to."""
+        """Chooses by the prediction, corrected by an earlier trial step of the resulting plan."""
         plan = question.choose(1.0)
         if known := self.store.get(calibration_key(question.machine, question.shape, plan)):
             return _Answer(question.choose(known.kappa), known.kappa, known)
         return _Answer(plan, 1.0, None)
 
     def _tried(self, job: Job, question: _Question, answer: _Answer) -> _Answer:
-        """Takes one real step under the plan, and remembers what it showed."""
+        """Takes a trial step under the plan, and stores the resulting calibration."""
         case = _case(job, answer.plan, question.target_share)
         seconds = self._seconds(question, case.choices, answer.known)
         foretold = (question.predicted_peak(case.choices, answer.kappa), seconds)
@@ -300,7 +300,7 @@ class DevicePlanner:
         return replace(answer, known=known, measured=measured, predicted_measured=foretold)
 
     def _seconds(self, question: _Question, choices: Choices, known: Calibration | None) -> float:
-        """Of a micro-batch."""
+        """Predicts the seconds of a micro-batch."""
         if known:
             return known.seconds_per_token * choices.tokens
         rate = self.backend.product_rate(question.shape, choices)
@@ -308,10 +308,10 @@ class DevicePlanner:
 
 
 def this_device(store: CalibrationStore, note: Callable[[str], None]) -> DevicePlanner:
-    """Makes the planner of this machine: here, and nowhere else, the library that trains on devices is named.
+    """Makes the planner of this machine; only this function names the library that trains.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: the library is not installed.
     """
     from fedtune.client.torch.torch_backend import TorchBackend
 
@@ -321,11 +321,11 @@ def this_device(store: CalibrationStore, note: Callable[[str], None]) -> DeviceP
 def plan_bases(planner: DevicePlanner, bases: Sequence[Path], data: Path, trial: Trial) -> list[Outcome]:
     """Plans for each base model that a device brings, or for the bundled one, before any job is known.
 
-    Rank, batch and lengths are those of a job that says nothing of them.
+    Rank, batch and lengths are the defaults of a job.
 
     Raises:
         NoPlanError: none of them fits; the message has the numbers of each.
-        DataError, ModelError, RunError: as `DevicePlanner.plan`.
+        DataError, ModelError, RunError: as in `DevicePlanner.plan`.
     """
     plans, refusals = [], []
     for base in [str(path.absolute()) for path in bases] or [DEMO]:
@@ -342,13 +342,13 @@ def plan_bases(planner: DevicePlanner, bases: Sequence[Path], data: Path, trial:
 
 
 def default_folder() -> Path:
-    """Where this device remembers its calibrations."""
+    """Returns the folder of this device's calibrations."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "fedtune" / "calibration"
 
 
 def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
-    """What a calibration holds for: this device, this model's sizes, and the format of the plan."""
+    """Returns the key of a calibration: this device, this model's sizes, and the plan's weights format."""
     gpu = machine.gpus[0].name if machine.gpus else ""
     sizes = hashlib.sha256(repr(replace(shape, name="", file_bytes=0)).encode()).hexdigest()
     choices = plan.choices
@@ -357,14 +357,14 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
 
 
 def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
-    """Optimizer steps a round; for a job that counts epochs, about as many as this data makes."""
+    """Returns the optimizer steps of a round; for a job that counts epochs, an estimate from this data."""
     if training.local_epochs is None:
         return training.steps
     return max(1, round(training.local_epochs * -(-sum(lengths) // training.batch_tokens)))
 
 
 def _lengths(job: Job, data: Path | None) -> tuple[list[int], float]:
-    """Token counts of the examples, and the share of tokens that the loss counts; without data, all of them."""
+    """Returns the examples' token counts, and the share of tokens that the loss counts; without data, all of them."""
     if data is None:
         return [], 1.0
     file = own_data_file(data)

@@ -1,8 +1,8 @@
-"""Whether a device should train now: on mains or with a battery reserve, not hot, on a link that costs nothing.
+"""Eligibility: the conditions under which a device trains, on power, temperature and link.
 
     if reason := not_now(sense(), requirements): ...
 
-A device decides this for itself. It tells the server which of its owner's conditions does not hold, and no reading.
+A device decides for itself. It tells the server which of its owner's conditions fails, and no reading.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pydantic.dataclasses import dataclass as validated
 
 @validated(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Requirements:
-    """What must hold, as the device's owner wants it.
+    """The conditions under which a device trains, as set by its owner.
 
     Args:
         only_charging: whether a device with a battery must be charging.
-        battery_reserve: percent, below which a device that is not charging does not train.
-        max_temperature: degrees Celsius of the hottest sensor.
-        unmetered_only: whether a metered link will not do.
+        battery_reserve: percent below which a device that is not charging does not train.
+        max_temperature: highest permitted temperature of the hottest sensor, in degrees Celsius.
+        unmetered_only: whether a metered link is unacceptable.
     """
 
     only_charging: bool = False
@@ -36,13 +36,13 @@ DEFAULT_REQUIREMENTS = Requirements()
 
 @dataclass(frozen=True)
 class Sensors:
-    """What the device sees of itself now; None for what the system does not expose.
+    """Readings of the device's sensors; None for values that the system does not expose.
 
     Args:
-        battery: percent left.
+        battery: charge in percent.
         charging: whether it is plugged in.
         temperature: degrees Celsius of the hottest sensor.
-        metered: whether the way out is mobile broadband. A hotspot behind Wi-Fi cannot be told from a home's.
+        metered: whether the default route is mobile broadband. A hotspot behind Wi-Fi looks like any other Wi-Fi.
     """
 
     battery: float | None
@@ -53,10 +53,10 @@ class Sensors:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why the device should not train now.
+    """The reason why the device should not train now.
 
     Args:
-        condition: which of its owner's does not hold; a server may know that.
+        condition: the owner's condition that fails; a server may know it.
         reading: the same with the numbers, for the owner.
     """
 
@@ -65,7 +65,7 @@ class Obstacle:
 
 
 def not_now(sensors: Sensors, requirements: Requirements) -> Obstacle | None:
-    """Why the device should not train now, or None. What a system does not expose is not held against it."""
+    """Returns the reason why the device should not train now, or None; missing readings fail no condition."""
     if sensors.battery is not None and not sensors.charging:
         level, reserve = sensors.battery, requirements.battery_reserve
         if requirements.only_charging:

@@ -1,9 +1,9 @@
-"""What this machine has: memory that may really be used, cores, instruction sets, GPU, disk, battery, temperature.
+"""The probe of this machine: usable memory, cores, instruction sets, GPU, disk, battery, temperature.
 
     machine = probe()
 
-In a container the machine's memory is not what a process may use: the tightest control group on the way up decides.
-What a system does not expose is None, never a guess.
+In a container a process may not use all of the machine's memory: the tightest control group among its ancestors sets
+the limit. Values that a system does not expose are None, never a guess.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]
 
 from fedtune.client.plan.eligibility import Sensors
 
-# Those that decide how fast a low-precision product is.
+# The instruction sets that decide the speed of low-precision products.
 INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
@@ -44,7 +44,7 @@ class Gpu:
 
     Args:
         total: bytes of its memory.
-        free: bytes of it that nobody uses.
+        free: bytes of it that are unused.
         capability: CUDA compute capability, e.g. (9, 0).
     """
 
@@ -56,16 +56,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the probe found; bytes, degrees Celsius, percent.
+    """The result of the probe; bytes, degrees Celsius, percent.
 
     Args:
-        memory_total: of the machine, or of the tightest control group.
-        memory_free: what this process could still take.
-        memory_source: which of the two it was: "machine" or "control group PATH".
-        cores: how many may be used, a control group's quota of time counted; may be a fraction.
-        battery: percent left; None without a battery.
+        memory_total: memory of the machine, or of the tightest control group.
+        memory_free: memory that this process could still take.
+        memory_source: source of both: "machine" or "control group PATH".
+        cores: usable cores, limited by the control group's CPU quota; may be a fraction.
+        battery: charge in percent; None without a battery.
         charging: whether it is plugged in; None without a battery.
-        temperature: of the hottest sensor.
+        temperature: temperature of the hottest sensor.
     """
 
     processor: str
@@ -83,11 +83,11 @@ class Machine:
 
 
 def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
-    """Looks at the machine.
+    """Probes the machine.
 
     Args:
-        folder: where the free disk is counted.
-        system: the root under which /proc and /sys are read.
+        folder: folder whose free disk space is counted.
+        system: root under which /proc and /sys are read.
     """
     memory = psutil.virtual_memory()
     total, free, source = int(memory.total), int(memory.available), "machine"
@@ -113,17 +113,17 @@ def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
 
 
 def sense(system: Path = Path("/")) -> Sensors:
-    """Looks at battery, temperature and link alone, which change while a device serves.
+    """Reads battery, temperature and link, the values that change while a device serves.
 
     Args:
-        system: the root under which /proc and /sys are read.
+        system: root under which /proc and /sys are read.
     """
     left, charging = _battery()
     return Sensors(left, charging, _temperature(), _metered(system))
 
 
 def control_group_memory(system: Path = Path("/")) -> Iterator[tuple[str, int, int]]:
-    """Every control group above this process that limits its memory: (its name, limit, used without file cache).
+    """Yields every control group above this process that limits its memory: (name, limit, used without file cache).
 
     Version 2 (one tree) and version 1 (a tree for memory). Inside a container a group's own path is often not visible
     while its files lie at the root of the mount, so both places are read.
@@ -146,7 +146,7 @@ def control_group_memory(system: Path = Path("/")) -> Iterator[tuple[str, int, i
 
 
 def _control_groups(system: Path) -> list[tuple[str, str]]:
-    """(controllers, path) of this process; version 2 has "" for controllers."""
+    """Returns (controllers, path) pairs of this process; version 2 has "" for controllers."""
     try:
         lines = (system / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -166,7 +166,7 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # not there, or "max"
+    except (OSError, ValueError):  # missing, or "max"
         return None
 
 
@@ -245,7 +245,7 @@ def _temperature() -> float | None:
 
 
 def _metered(system: Path) -> bool | None:
-    """Whether the interface of the default route is mobile broadband; None where there is none to be seen."""
+    """Returns whether the interface of the default route is mobile broadband; None without a visible route."""
     routes = [line.split() for line in _text(system / "proc/net/route").splitlines()[1:]]
     interface = next((route[0] for route in routes if route[1:2] == [_DEFAULT_ROUTE]), None)
     properties = _text(system / "sys/class/net" / (interface or "none") / "uevent").splitlines()

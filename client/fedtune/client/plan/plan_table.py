@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A table of a plan for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedtune.client.plan.planner import megabytes
 
 
 def print_plan(console: Console, outcome: Outcome) -> None:
-    """The device, the plan, the prediction, and what one real step took."""
+    """Prints the device, the plan, the prediction, and the measurements of a trial step."""
     machine, plan, choices = outcome.machine, outcome.plan, outcome.plan.choices
     table = Table(title=f"plan for {outcome.shape.name}", title_justify="left", show_header=False)
     table.add_column("")

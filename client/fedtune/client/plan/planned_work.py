@@ -1,12 +1,12 @@
-"""A live device's work under its plan: what it can do for a job, the model it loads for it, and what training took.
+"""A live device's work under its plan: planning for a job, loading its model, and measuring its training.
 
     work = PlannedWork(bases, data, planner)
     outcome = work.take_on(terms)           # at the registration; NoPlanError with the numbers where nothing fits
     trainer = work.open_trainer(base)       # when the first round asks for it, and within the plan
     with work.watched(): ...                # around a round's training
 
-Where memory is plenty the plan is what a simulation of the job does, bit for bit. Where it is short the device cuts
-steps into micro-batches, holds the base packed, computes activations twice or, last of all, cuts examples shorter.
+With enough memory the device computes exactly as in a simulation of the job, bit for bit. With less, it splits steps
+into micro-batches, holds the base packed, recomputes activations or, as the last resort, cuts examples shorter.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from fedtune.data.examples import Example, load_examples
 
 @dataclass(frozen=True)
 class Took:
-    """Holds what training took under the plan.
+    """Measurements of the training under a plan.
 
     Args:
-        rounds: how many were trained.
-        peak_bytes: the most that any took, loading included, over the program itself; None where it cannot be measured.
-        seconds: the last one took.
+        rounds: number of rounds trained.
+        peak_bytes: highest peak of any round, loading included, over the program itself; None if not measurable.
+        seconds: duration of the last round.
     """
 
     rounds: int = 0
@@ -50,7 +50,7 @@ class Took:
 
 @dataclass(frozen=True)
 class _Held:
-    """The base in memory: which directory it came from, and how its plan holds it."""
+    """The base model in memory: the directory it came from, and the choices of its plan."""
 
     source: str
     base: Base
@@ -59,24 +59,24 @@ class _Held:
 
 
 class _Gauge:
-    """Measures the peak of this process's memory over the program itself, where that can be measured."""
+    """Measures the peak of this process's memory over the program itself, where the system permits it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._meter: Meter | None = None
         self.runtime: int | None = None
-        """What the process took before it loaded the model."""
+        """Bytes of the process before it loaded the model."""
 
     def reset(self) -> int | None:
-        """Forgets the peak so far; gives what the process takes now, or None where that cannot be measured."""
+        """Resets the peak; returns the bytes of the process now, or None where they cannot be measured."""
         try:
             self._meter = self._meter or self._backend.meter()
             return self._meter.reset()
-        except (OSError, RunError):  # no /proc here, or it may not be written
+        except (OSError, RunError):  # /proc is missing or read-only
             return None
 
     def peak(self) -> int | None:
-        """Gives the peak since the reset, over the program itself."""
+        """Returns the peak since the reset, over the program itself."""
         if self._meter is None or self.runtime is None:
             return None
         try:
@@ -91,29 +91,29 @@ class PlannedWork:
     Args:
         bases: model directories of this device; a job's base is found among them by its digest.
         data: this device's examples.
-        planner: plans for this device; its backend opens the models, and its note is told what is going on.
+        planner: plans for this device; its backend opens the models, and its note receives messages about the progress.
     """
 
     def __init__(self, bases: Sequence[Path], data: Path, planner: DevicePlanner) -> None:
         self._bases, self._data, self._planner = bases, data, planner
         self._terms: Terms | None = None
         self._plans: dict[str, Outcome | NoPlanError] = {}
-        self._source = ""  # whose plan holds: of the base in memory, or the likeliest
+        self._source = ""  # the directory whose plan is in force: that of the base in memory, or the likeliest one
         self._held: _Held | None = None
         self._gauge = _Gauge(planner.backend)
         self._preparing, self._warm = 0.0, False
         self.took = Took()
         self.uplink: float | None = None
-        """Bytes a second that updates last went up with, where that is known."""
+        """The last measured upload rate, bytes a second; None where it is unknown."""
 
     @property
     def terms(self) -> Terms | None:
-        """Those of the job that the device works for."""
+        """The terms of the job that the device works for."""
         return self._terms
 
     @property
     def must_reload(self) -> bool:
-        """Whether the model in memory is of the right base but not as the plan wants it."""
+        """Whether the model in memory has the right base but another form than the plan's."""
         held = self._held
         if held is None or self._terms is None or held.base != self._terms.base:
             return False
@@ -121,7 +121,7 @@ class PlannedWork:
         return isinstance(planned, Outcome) and not _same_form(held.choices, planned.plan.choices)
 
     def take_on(self, terms: Terms) -> Outcome:
-        """Plans for a job; the same terms again change no plan, but what did not fit is tried anew.
+        """Plans for a job. Equal terms keep their plan, and are planned again only where nothing fitted.
 
         Raises:
             NoPlanError: nothing fits; the message has the numbers.
@@ -143,11 +143,13 @@ class PlannedWork:
             if self._held and self._held.source == source:
                 self._held.trainer.limits = _limits(outcome)
             return outcome
-        self.uplink = None  # where that was why nothing fits, it is measured anew; one slow upload bars nobody for good
+        self.uplink = None  # measured again, so that one slow upload does not rule the device out for good
         raise refusal or self._no_base(terms.base, ["none"])
 
     def open_trainer(self, base: Base) -> LimitedTrainer:
-        """Opens the model of the digest that the server names, from this device's directories, never the server's path.
+        """Opens the model with the digest that the server names, from a directory of this device.
+
+        The path in the request is never opened.
 
         Raises:
             PeerError: it is not the base that was planned for.
@@ -180,8 +182,8 @@ class PlannedWork:
         raise refusal or self._no_base(base, found or ["none"])
 
     def load_examples(self, client: str, trainer: Trainer, sequence_length: int) -> list[Example]:
-        """This device's examples, cut to the plan's length."""
-        del client  # there is but one here
+        """Returns this device's examples, cut to the plan's length."""
+        del client  # a device has one client
         start = time.monotonic()
         length = min(sequence_length, self._current().plan.sequence_length)
         examples, report = load_examples(self._data, trainer.tokenizer, length, skip_bad=True)
@@ -190,16 +192,16 @@ class PlannedWork:
         return examples
 
     def share(self, client: str, request: TrainRequest) -> float:
-        """How much of what a request asks this device does: by its deadline, as far as its plan can tell."""
+        """Returns the share of the requested work that the plan predicts to be done by the deadline."""
         del client
         return done_share(self._current().seconds_per_round, request.work.deadline or None)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Measures a round's training, and plans anew where it took more memory than it may.
+        """Measures a round's training, and plans again if it took more memory than allowed.
 
         Raises:
-            NoPlanError: an earlier round took more memory than any plan may.
+            NoPlanError: an earlier round took more memory than any plan allows.
         """
         if self._held is not None:
             self._current()
@@ -214,7 +216,7 @@ class PlannedWork:
             self._plan_anew(outcome, self.took.peak_bytes, seconds)
 
     def to_json(self) -> dict[str, Any] | None:
-        """The plan, and what training took beside what was predicted; None before there is a plan."""
+        """Returns the plan, with measured beside predicted values; None before there is a plan."""
         outcome = self._plans.get(self._source)
         if not isinstance(outcome, Outcome):
             return None
@@ -248,14 +250,14 @@ class PlannedWork:
         runtime = self._gauge.runtime if self._held else None
         try:
             return self._planner.plan(job, self._data, link, trial, runtime=runtime)
-        except RunError as error:  # this process and the one that tried do not fit side by side
+        except RunError as error:  # this process and the trial step's do not fit in memory together
             self._planner.note(f"{error}; going by the prediction")
             return self._planner.plan(job, self._data, link, "never", runtime=runtime)
 
     def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:
-        """Corrects this device's κ by a round that took more than it may, and trains the next under less."""
+        """Corrects this device's κ by a round that exceeded its budget, and tightens the limits of the next."""
         plan, choices = outcome.plan, outcome.plan.choices
-        self._planner.note(f"training took {megabytes(peak)}, and {megabytes(plan.budget)} may be used; planning anew")
+        self._planner.note(f"training took {megabytes(peak)}, and {megabytes(plan.budget)} may be used; planning again")
         assert self._held is not None
         assert self._terms is not None
         held = self._held
@@ -271,20 +273,20 @@ class PlannedWork:
         except NoPlanError as error:
             self._plans[held.source] = error
             return
-        if anew.plan.sequence_length < plan.sequence_length:  # but the examples are cut already
+        if anew.plan.sequence_length < plan.sequence_length:  # too late: the examples are cut already
             numbers = f"it takes {megabytes(peak)}, and {megabytes(anew.plan.budget)} may be used"
             self._plans[held.source] = NoPlanError(f"training does not fit this device: {numbers}")
             return
         self._plans[held.source], held.trainer.limits = anew, _limits(anew)
 
     def _warm_up(self) -> None:
-        """Once: what every training brings in counts as the program's own, as it does where κ is measured."""
+        """Warms the backend up once, so that its memory counts as the program's own, as it does where κ is measured."""
         if not self._warm:
             self._planner.backend.warm_up()
             self._warm = True
 
     def _sources(self, base: Base) -> list[str]:
-        """This device's directories, the likeliest first."""
+        """Returns this device's directories, the likeliest first."""
         if base.name == DEMO:
             return [DEMO]
         held = self._held.source if self._held and self._held.base == base else ""
@@ -297,13 +299,13 @@ class PlannedWork:
         )
 
     def _look(self) -> None:
-        """Takes the peak since the reset into account."""
+        """Updates the highest peak by the one since the reset."""
         if (peak := self._gauge.peak()) is not None:
             self.took = replace(self.took, peak_bytes=max(self.took.peak_bytes or 0, peak))
 
 
 def _job(terms: Terms, source: str) -> Job:
-    """As much of the job as a plan depends on."""
+    """Returns the part of a job on which a plan depends."""
     base = terms.base
     return Job(
         model=ModelSettings(source, base.quantization),
@@ -331,5 +333,5 @@ def _limits(outcome: Outcome) -> Limits:
 
 
 def _same_form(held: Choices, planned: Choices) -> bool:
-    """Whether a plan holds the base as it lies in memory."""
+    """Returns whether a plan holds the base in the form that is in memory."""
     return (held.weights, held.precision) == (planned.weights, planned.precision)

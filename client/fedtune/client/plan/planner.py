@@ -1,11 +1,11 @@
-"""From what a machine has to what it trains under: the first plan, in order of preference, that fits.
+"""The planner: chooses the first plan, in order of preference, that fits a machine.
 
     plan = choose(shape, constraints, budget)
 
 Order of choice: the job's sequence length; the largest rank whose upload fits the link; the fastest weights format that
-fits, checkpointing only where none fits without; whole steps, or micro-batches of a power of two of the longest
-example. Only where nothing fits is the sequence length halved. With memory to spare the plan is what a simulation of
-the job does.
+fits, with checkpointing only where none fits without it; whole steps, or micro-batches of a power of two of the longest
+example. The sequence length is halved only where nothing else fits. With enough memory the plan is the one that a
+simulation of the job uses.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fedtune.data.batches import LENGTH_STEP
 from fedtune.model.shape import ModelShape, Precision, Weights
 
 RESERVE = 0.25  # of the free memory stays free
-UPLOAD_SHARE = 0.25  # of a round's deadline that may go to sending
+UPLOAD_SHARE = 0.25  # of a round's deadline that uploading may take
 SHORTEST_SEQUENCE = 64
-# Of the default, masked: 63,648 bytes up and 19,604 down for 245,760 parameters, protocol included (benchmarks/demo).
+# Default compression, masked: 63,648 bytes up, 19,604 down for 245,760 parameters with the protocol (benchmarks/demo).
 BYTES_PER_PARAMETER_UP, BYTES_PER_PARAMETER_DOWN = 0.26, 0.08
 # Fastest first: unpacking NF4 costs less than computing every block twice.
 _FORMATS: tuple[tuple[Weights, bool], ...] = (
@@ -34,26 +34,26 @@ _FORMATS: tuple[tuple[Weights, bool], ...] = (
 
 
 class NoPlanError(InputError):
-    """Nothing that could be trained fits this device; the message has the numbers."""
+    """No plan fits this device; the message has the numbers."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the job asks of every device.
+    """The constraints that the job and the device set for a plan.
 
     Args:
-        quantization: of the reference base; without it there is nothing to pack.
-        precision: of the arithmetic on this device.
+        quantization: quantization of the reference base; without it there is nothing to pack.
+        precision: precision of the arithmetic on this device.
         rank: r_max.
-        sequence_length: to which the job cuts examples.
-        longest: the longest example of this device, so cut and padded; the data is no reason to plan for more.
-        batch_tokens: tokens an optimizer step.
-        local_steps: optimizer steps a round.
+        sequence_length: length to which the job cuts examples.
+        longest: length of the longest example of this device, cut and padded; a plan provides for no longer one.
+        batch_tokens: tokens in an optimizer step.
+        local_steps: optimizer steps in a round.
         deadline: seconds of a round, or None.
         bandwidth_up, bandwidth_down: bytes a second, or None where unknown.
         cuda: whether memory is a GPU's.
-        weights: a format the job insists on, or "auto".
-        checkpointing: whether the job insists on it.
+        weights: a format that the job requires, or "auto".
+        checkpointing: whether the job requires it.
     """
 
     quantization: str
@@ -72,7 +72,7 @@ class Constraints:
 
     @classmethod
     def of(cls, job: Job, precision: Precision) -> Constraints:
-        """Gives what a job asks of a device of which nothing is known but its arithmetic."""
+        """Returns a job's constraints on a device of which only the arithmetic is known."""
         training = job.training
         return cls(
             quantization=job.model.quantization,
@@ -89,16 +89,16 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device trains under.
+    """The settings under which a device trains.
 
     Args:
-        choices: what memory depends on; its rank is that of the whole adapter.
-        tier: how many of its rank indices this device trains.
-        sequence_length: to which this device cuts examples: the job's, or less where memory is short.
-        accumulation: micro-batches an optimizer step.
-        memory: predicted.
-        budget: bytes that were allowed over what the process takes anyway.
-        bytes_up, bytes_down: of a round, by the default compression.
+        choices: the choices that determine memory; their rank is that of the whole adapter.
+        tier: number of rank indices that this device trains.
+        sequence_length: length to which this device cuts examples: the job's, or less where memory is short.
+        accumulation: micro-batches in an optimizer step.
+        memory: predicted memory.
+        budget: permitted bytes over those that the process takes without a model.
+        bytes_up, bytes_down: payload bytes of a round, by the default compression.
     """
 
     choices: Choices
@@ -114,10 +114,10 @@ class Plan:
 def choose(
     shape: ModelShape, constraints: Constraints, budget: int, *, target_share: float = 1.0, kappa: float = 1.0
 ) -> Plan:
-    """The best plan whose predicted peak is within the budget.
+    """Returns the best plan whose predicted peak is within the budget.
 
     Args:
-        budget: bytes over what the process takes before it loads the model.
+        budget: bytes over those that the process takes before it loads the model.
 
     Raises:
         NoPlanError: nothing fits.
@@ -158,7 +158,7 @@ def choose(
 
 
 def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
-    """The largest rank of 4, 8, … r_max whose upload takes at most its share of the deadline.
+    """Returns the largest rank of 4, 8, … r_max whose upload takes at most its share of the deadline.
 
     Raises:
         NoPlanError: even the smallest tier's upload takes longer.
@@ -178,22 +178,22 @@ def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
 
 
 def upload_bytes(shape: ModelShape, rank: int) -> int:
-    """What an update of so many rank indices takes, by the default compression."""
+    """Returns the bytes of an update of `rank` rank indices, by the default compression."""
     return round(shape.adapter_parameters(rank) * BYTES_PER_PARAMETER_UP)
 
 
 def longest_example(lengths: Sequence[int], cap: int) -> int:
-    """The sequence length that the longest example needs, padded, and at most the cap."""
+    """Returns the sequence length that the longest example needs, padded, and at most the cap."""
     return min(cap, -(-max(lengths, default=cap) // LENGTH_STEP) * LENGTH_STEP)
 
 
 def megabytes(count: float) -> str:
-    """In MB of a million bytes, or GB."""
+    """Formats a number of bytes in MB (10^6) or GB (10^9)."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[int, Choices]]:
-    """What may be chosen, best first, one example a micro-batch: (length to which examples are cut, choices)."""
+    """Yields the candidates, best first, with one example in a micro-batch: (cut length of examples, choices)."""
     length = min(constraints.sequence_length, shape.positions)
     while True:
         longest = min(length, constraints.longest)
@@ -220,7 +220,7 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
 
 
 def _wider(tokens: int, whole: int) -> Iterator[int]:
-    """Twice, four times, … as many tokens, and last a whole step."""
+    """Yields twice, four times, … as many tokens, and last a whole step."""
     while (tokens := tokens * 2) < whole:
         yield tokens
     yield whole

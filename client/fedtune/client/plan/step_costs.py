@@ -1,4 +1,4 @@
-"""How much memory and time a training step takes, from a model's sizes and a plan's choices. Pure arithmetic.
+"""Formulas for the memory and time of a training step, from a model's sizes and a plan's choices.
 
 With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parameters of the full rank:
 
@@ -13,15 +13,15 @@ With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parame
                    resident + adapter + κ·(activations + max(transient, head))                 GPU, its own allocator
 
 The constants were fitted to measurements, see benchmarks/plan: glibc's heap does not give a phase's blocks back to the
-next, so on CPUs phases add up and HEAP of fragmentation come on top. On GPUs attention works in β. κ is a device's own
-correction, measured over predicted, from one real step. Time is operations over a measured rate:
+next, so on CPUs the phases add up, and fragmentation costs a factor HEAP. On GPUs attention works in β. κ is a device's
+correction, measured over predicted, from one trial step. Time is operations over a measured rate:
 
     forward   2·N_lin + 2·V·d·share + 4·L·s·q     a token: products with frozen weights, logits of targets, attention
     backward  2·N_lin + 2·V·d·share + 8·L·s·q     input gradients only; frozen weights have none
     recompute the forward pass of the blocks, where activations are checkpointed
     adapter   6·P
 
-A step never reaches the rate of its largest product alone; EFFICIENCY is what benchmarks/plan found. One real step
+A step is slower than its largest product alone; benchmarks/plan measured EFFICIENCY. One trial step
 replaces the whole estimate of time, per device and model.
 """
 
@@ -35,19 +35,19 @@ VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 4.127 / 8
 HEAP = 1.3
 FLOOR = 5 << 20  # code and tables that the first step of a process brings in
-QUANTIZER_BYTES = 20  # a parameter of the layer that is being packed
+QUANTIZER_BYTES = 20  # per parameter of the layer that is being packed
 EFFICIENCY = 0.35
-PACKED_SLOWDOWN = 1.3  # what unpacking NF4 for every product costs on CPUs
+PACKED_SLOWDOWN = 1.3  # of unpacking NF4 for every product on CPUs
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a plan decides, as far as memory depends on it.
+    """The choices of a plan that determine memory.
 
     Args:
-        rank: of the adapter that is loaded; a lower tier freezes part of it, and the memory stays.
-        sequence_length: of the longest example.
-        tokens: n, of a micro-batch, padding included.
+        rank: rank of the loaded adapter; a lower tier freezes part of it, and the memory stays.
+        sequence_length: length of the longest example.
+        tokens: n, tokens of a micro-batch, padding included.
     """
 
     weights: Weights
@@ -61,13 +61,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes over what the process takes before it loads the model.
+    """Predicted bytes over those that the process takes before it loads the model.
 
     Args:
         weights: the frozen base.
         adapter: factors, gradient, Adam's moments and copies.
-        activations: kept for the backward pass.
-        working: a layer's backward pass, the head, and what the allocator wastes.
+        activations: activations kept for the backward pass.
+        working: a layer's backward pass, the head, and the allocator's overhead.
         loading: the peak while the model is read and packed.
     """
 
@@ -91,7 +91,7 @@ class MemoryPrediction:
 def predict_memory(
     shape: ModelShape, choices: Choices, *, target_share: float = 1.0, kappa: float = 1.0
 ) -> MemoryPrediction:
-    """The formula above.
+    """Evaluates the memory formula above.
 
     Args:
         target_share: share of tokens that the loss counts; only those have logits.
@@ -122,7 +122,7 @@ def predict_memory(
 
 
 def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> int:
-    """What one transformer block keeps of one token for its backward pass."""
+    """Returns the bytes that one transformer block keeps per token for its backward pass."""
     attention = beta if cuda else 4
     norms = 8 * shape.width + 2 * beta * shape.width
     heads = attention * (2 * shape.query_width + 2 * shape.kv_width) + beta * shape.query_width
@@ -130,7 +130,7 @@ def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> i
 
 
 def kappa_of(shape: ModelShape, choices: Choices, measured_training: int, *, target_share: float = 1.0) -> float:
-    """κ that makes the prediction of the training peak equal to what was measured over the same baseline."""
+    """Returns the κ that makes the predicted training peak equal to the one measured over the same baseline."""
     predicted = predict_memory(shape, choices, target_share=target_share)
     floor = 0 if choices.cuda else FLOOR
     fixed = predicted.weights + predicted.adapter + floor
@@ -138,7 +138,7 @@ def kappa_of(shape: ModelShape, choices: Choices, measured_training: int, *, tar
 
 
 def operations_per_token(shape: ModelShape, choices: Choices, target_share: float = 1.0) -> float:
-    """Floating-point operations a token of a training step."""
+    """Returns the floating-point operations per token of a training step."""
     products = 2.0 * shape.linear_parameters
     attention = 4.0 * shape.layers * choices.sequence_length * shape.query_width
     head = 2.0 * shape.vocabulary * shape.width * target_share
@@ -148,6 +148,6 @@ def operations_per_token(shape: ModelShape, choices: Choices, target_share: floa
 
 
 def step_seconds(shape: ModelShape, choices: Choices, rate: float, tokens: int, target_share: float = 1.0) -> float:
-    """Seconds for a step of so many tokens on a device whose products reach `rate` operations a second."""
+    """Returns the seconds of a step of `tokens` tokens on a device whose products reach `rate` operations a second."""
     seconds = tokens * operations_per_token(shape, choices, target_share) / (rate * EFFICIENCY)
     return seconds * (PACKED_SLOWDOWN if choices.weights == "packed" else 1.0)

@@ -1,1 +1,1 @@
-"""Local training with torch: the trainer, the memory it keeps to, and what a plan is measured with."""
+"""Local training with torch: the trainer with its memory limits, and the backend that plans measure with."""

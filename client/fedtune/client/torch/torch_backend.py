@@ -1,4 +1,4 @@
-"""Torch as the library that trains on this machine: on its first GPU, or on its processor."""
+"""The torch backend: training on this machine's first GPU, or on its processor."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PRODUCT_SECONDS = 0.2
 
 
 class TorchBackend:
-    """Implements `fedtune.client.plan.backend.Backend`.
+    """Implements `fedtune.client.plan.backend.Backend` with torch.
 
     Args:
-        device: where torch computes; None takes the first GPU, or the processor.
+        device: device on which torch computes; None for the first GPU, or the processor.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -36,19 +36,19 @@ class TorchBackend:
         return self._device.type == "cuda"
 
     def best_precision(self) -> Precision:
-        """Gives bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
+        """Returns bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
         return best_precision(self._device)
 
     def native_unpacking(self) -> bool:
-        """Whether bitsandbytes works here."""
+        """Returns whether bitsandbytes works here."""
         return bitsandbytes_works(self._device.type)
 
     def reserved_bytes(self) -> int:
-        """Counts what torch's allocator holds on the GPU."""
+        """Returns the bytes that torch's allocator holds on the GPU."""
         return torch.cuda.memory_reserved() if self.on_gpu else 0
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
-        """Measures operations a second of products of the model's own size, on one thread as a training process."""
+        """Measures the operations per second of products of the model's size, on one thread, as in training."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -61,18 +61,18 @@ class TorchBackend:
         warm_up(self.best_precision(), self._device)
 
     def meter(self) -> Meter:
-        """Gives the resident set's meter, or the GPU allocator's."""
+        """Returns the resident set's meter, or the GPU allocator's."""
         return meter_for(self._device)
 
     def measure(self, case: Case) -> Measured:
-        """Trains one step in a process of its own; RunError where that died."""
+        """Trains one step in a process of its own; raises RunError if that died."""
         return measure(case)
 
     def open(self, model: ModelSettings, adapter: AdapterSettings, choices: Choices, digest: str) -> TorchTrainer:
-        """Loads a base model as the choices hold it.
+        """Loads a base model in the form that the choices name.
 
         Raises:
-            WrongBaseError: its digest is another one than `digest`.
+            WrongBaseError: its digest differs from `digest`.
             ModelError: it cannot be loaded, or the adapter does not fit it.
         """
         loaded = load_base(model, weights=choices.weights, precision=choices.precision, device=self._device)

@@ -1,10 +1,9 @@
-"""The trainer that computes with torch, within a device's memory: under limits, and where memory runs out in spite of
-them, once more under smaller ones.
+"""The torch trainer: trains within memory limits, and retries once under smaller ones where memory runs out.
 
     trainer = TorchTrainer(adapt(base, job.adapter), Limits(tokens=512))
 
-The gradient of a step does not depend on how it is cut into micro-batches, so what a device sends stays the same up to
-rounding; it only takes longer.
+The gradient of a step does not depend on its division into micro-batches, so limits change the update only by rounding,
+and cost time.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from fedtune.data.examples import Example
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.scoring import EVALUATION_TOKENS, evaluate
 
-SHRINK = 4  # to a quarter: memory was short, and there is one more try
-_CPU_MESSAGE = "can't allocate memory"  # of torch's CPU allocator, which has no exception of its own
+SHRINK = 4  # divides the micro-batch for the only retry
+_CPU_MESSAGE = "can't allocate memory"  # from torch's CPU allocator, which has no exception type of its own
 
 
 class TorchTrainer:
     """Trains and scores adapters on an adapted model.
 
     Args:
-        model: its adapter is swapped; nobody else may use it meanwhile.
-        limits: of memory; they shrink by themselves where memory runs out, and a plan may set others.
+        model: adapted model, whose adapter is swapped; the trainer must be its only user.
+        limits: memory limits; they shrink where memory runs out, and a plan may set others.
     """
 
     def __init__(self, model: AdaptedModel, limits: Limits = UNLIMITED) -> None:
@@ -62,12 +61,12 @@ class TorchTrainer:
         return self.model.base.tokenizer
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-        """Trains under the limits, once more with a quarter of the micro-batch where memory ran out.
+        """Trains under the limits, and retries once with a quarter of the micro-batch where memory ran out.
 
         The smaller micro-batch stays the limit.
 
         Raises:
-            UpdateError: as `train_locally`, and where memory ran out again; the message has the sizes that were tried.
+            UpdateError: as in `train_locally`, and where memory ran out again; the message has the sizes tried.
         """
         first = self.limits.at_once(task.micro_batch_tokens or task.work.batch_tokens)
         smaller = max(1, first // SHRINK)
@@ -94,12 +93,12 @@ class TorchTrainer:
         """Scores an adapter in batches within the limits.
 
         Raises:
-            InputError: there is no example.
+            InputError: there are no examples.
         """
         self.model.load(adapter)
         return evaluate(self.model, examples, self.limits.at_once(EVALUATION_TOKENS))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not get memory, on a GPU or a CPU."""
+    """Returns whether torch failed to allocate memory, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or _CPU_MESSAGE in str(error)

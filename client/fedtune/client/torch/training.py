@@ -1,9 +1,9 @@
-"""One client's local training: swap the adapter in, take the steps, hand back what changed.
+"""One client's local training: loads the adapter, takes the steps, and returns the update.
 
     result = train_locally(model, examples, received, LocalTask(seed, request.work))
 
-The base model stays loaded; a call costs one copy of the adapter and a fresh AdamW state. Nothing but the arguments
-decides the result: the same call gives the same bits, whoever was trained on the same model before.
+The base model stays loaded; a call costs one copy of the adapter and a new AdamW state. The result depends on the
+arguments alone: the same call gives the same bits, whatever was trained on the same model before.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
                 raise UpdateError(f"the gradient's norm is {norm} at local step {len(done)}")
             scaler.step(optimizer)
             scaler.update()
-            if frozen is not None and work.weight_decay:  # which decays what has no gradient, too
+            if frozen is not None and work.weight_decay:  # weight decay also changes values without a gradient
                 trained.data[frozen] = anchor[frozen]
     update = trained.detach().cpu().numpy() - received[segment]
     if not np.isfinite(update).all():
@@ -90,7 +90,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
 
 
 def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> torch.Tensor:
-    """Where in the segment of the trained factors the device owns nothing: bool."""
+    """Returns a bool mask over the segment of the trained factors: True where the device owns nothing."""
     segment = layout.segment(factors)
     frozen = np.ones(segment.stop - segment.start, dtype=np.bool_)
     for letter in factor_letters(factors):
@@ -106,7 +106,7 @@ class _Step(NamedTuple):
 
 
 def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
-    """The examples of each optimizer step, epoch after epoch in new order, until the task is done."""
+    """Yields the examples of each optimizer step, each epoch in a new order, until the task is done."""
     work, done, epoch = task.work, 0, 0
     limit = work.local_steps
     while epoch == 0 or done < limit:
@@ -119,7 +119,7 @@ def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Exampl
 
 
 def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, scaler: torch.amp.GradScaler) -> _Step:
-    """Adds up the gradient of one step's mean loss, micro-batch by micro-batch."""
+    """Accumulates the gradient of one step's mean loss, micro-batch by micro-batch."""
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
     for part in micro_batches(examples, task.micro_batch_tokens or task.work.batch_tokens):
@@ -133,9 +133,9 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
 
 @contextmanager
 def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
-    """Training mode with its own random stream for dropout, and evaluation mode again after."""
+    """Switches to training mode with a separate random stream for dropout, and to evaluation mode afterwards."""
     network = model.base.network
-    model.lm_head  # noqa: B018  # its self-check wants evaluation mode
+    model.lm_head  # noqa: B018  # its self-check needs evaluation mode
     devices = [model.base.device] if model.base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(task.seed)

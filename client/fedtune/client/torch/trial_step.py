@@ -1,10 +1,10 @@
-"""One real training step under a plan, in a process of its own, and what it took: the check on every prediction.
+"""The trial step: one real training step under a plan, in a process of its own, to check the plan's predictions.
 
-    measured = measure(case)          # starts a process, which nothing before it has touched
+    measured = measure(case)          # starts a new process
 
 On CPUs the peak is that of the resident set, over its size once every library is loaded and has trained the bundled
-model for a step; the kernel's high-water mark is reset before the phase that is measured. On GPUs it is the
-allocator's. A step that takes more memory than there is kills that process and not the caller.
+model for a step; the kernel's high-water mark is reset before the measured phase. On GPUs it is the allocator's. If
+memory runs out, that process dies and not the caller's.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from fedtune.model.base_model import load_base
 from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.shape import Precision
 
-STEPS = 5  # after which glibc's heap has settled
+STEPS = 5  # until glibc's heap has settled
 _SECONDS_ALLOWED = 900
 _MARK_RESET = "5"
 _FIRST_TO_GO = "1000"
 
 
 def measure(case: Case) -> Measured:
-    """Runs the case in a fresh process.
+    """Runs the case in a new process.
 
     Raises:
-        RunError: the process died, which is what too little memory looks like, or took too long.
+        RunError: the process died, as it does when memory runs out, or took too long.
     """
     command = [sys.executable, "-m", "fedtune.client.torch.trial_step"]
     try:
@@ -68,7 +68,7 @@ def measure(case: Case) -> Measured:
 
 
 def run_case(case: Case) -> Measured:
-    """Measures in this process; `measure` is what makes the figures mean something."""
+    """Measures in this process; `measure` calls it in a new one, where the figures are meaningful."""
     torch.set_num_threads(case.threads)
     device = device_of(case.choices)
     warm_up(case.choices.precision, device)
@@ -89,12 +89,12 @@ def run_case(case: Case) -> Measured:
 
 
 def device_of(choices: Choices) -> torch.device:
-    """Where a plan computes."""
+    """Returns the device on which a plan computes."""
     return torch.device("cuda" if choices.cuda else "cpu")
 
 
 def warm_up(precision: Precision, device: torch.device) -> None:
-    """Trains the bundled model for a step: kernels, threads and libraries that any training needs are there then."""
+    """Trains the bundled model for a step, which loads the kernels, threads and libraries that any training needs."""
     choices = Choices(
         weights="packed",
         precision=precision,
@@ -109,15 +109,15 @@ def warm_up(precision: Precision, device: torch.device) -> None:
 
 
 def meter_for(device: torch.device) -> Meter:
-    """Gives the meter that counts what a model on that device takes."""
+    """Returns the meter for models on that device."""
     return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
 
 
 class ProcessMeter:
-    """The resident set of this process and its high-water mark, as the kernel counts them."""
+    """Meters the resident set of this process and its high-water mark, as the kernel counts them."""
 
     def reset(self) -> int:
-        """Gives back what is free, forgets the peak; the resident set, bytes."""
+        """Returns free heap memory to the system and resets the peak; returns the bytes of the resident set."""
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
             trim(0)
@@ -125,25 +125,25 @@ class ProcessMeter:
         return _status("VmRSS")
 
     def peak(self) -> int:
-        """Since the reset, bytes."""
+        """Returns the peak since the reset, in bytes."""
         return _status("VmHWM")
 
 
 class CudaMeter:
-    """What torch's allocator holds on a GPU."""
+    """Meters the memory that torch's allocator holds on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def reset(self) -> int:
-        """Forgets the peak; what is allocated, bytes."""
+        """Resets the peak; returns the allocated bytes."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         return torch.cuda.memory_allocated(self._device)
 
     def peak(self) -> int:
-        """Since the reset, bytes."""
+        """Returns the peak since the reset, in bytes."""
         return torch.cuda.max_memory_allocated(self._device)
 
 
@@ -162,7 +162,7 @@ def _load(case: Case) -> AdaptedModel:
 
 
 def _train(model: AdaptedModel, case: Case) -> float:
-    """Takes one optimizer step on random tokens of the full length; gives its seconds."""
+    """Takes one optimizer step on random tokens of the full length; returns its seconds."""
     choices, random = case.choices, np.random.default_rng(0)
     vocabulary = int(model.base.network.config.get_text_config().vocab_size)
     first = max(1, round(choices.sequence_length * (1.0 - case.target_share)))
@@ -182,6 +182,6 @@ def _train(model: AdaptedModel, case: Case) -> float:
 
 
 if __name__ == "__main__":
-    with suppress(OSError):  # where memory runs out the kernel shall end this process, not the one that waits for it
+    with suppress(OSError):  # makes the kernel kill this process first where memory runs out, not its caller
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
     print(json.dumps(asdict(run_case(case_from_json(json.load(sys.stdin))))))
