@@ -25,6 +25,7 @@ from fedtune.core.secagg import (
     ServerFaultError,
     Stage,
     Subject,
+    client_session,
     graph,
     round_config,
 )
