@@ -1,4 +1,4 @@
-"""What both sides must agree on: the job, the adapter's layout, messages, errors, seeds.
+"""The code that server and devices share: the job, the adapter's layout, messages, codecs, errors, seeds.
 
-numpy, cryptography and parsers only: never torch, never flwr.
+It needs numpy, cryptography and parsers only; it never imports torch or flwr.
 """

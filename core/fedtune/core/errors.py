@@ -1,22 +1,22 @@
-"""One error tree: every error says what was wrong, where, and what was expected, and whose fault it was.
+"""The tree of errors. A message states the problem, its place and the expected value; the type shows whose fault it is.
 
 FedtuneError                exit status 1
-├── InputError              exit status 2: the person at the keyboard can mend it
-│   ├── JobError            the job file; carries every problem found, not the first
+├── InputError              exit status 2: the user can correct the input
+│   ├── JobError            the job file; carries all problems found, not only the first
 │   ├── DataError           a data file; names file and line
 │   ├── ModelError          a base model or an adapter that does not fit it
 │   ├── RunDirectoryError   a run directory that is in the way, incomplete or not one
 │   ├── ExportError         an exported directory that is in the way, corrupt or not one; names the file; or a run
 │   │                       that no export could hold
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
-├── RunError                the run could not go on; what was acknowledged is on disk
+├── RunError                the run could not go on; all acknowledged rounds are on disk
 │   └── RoundAbortedError   a secure round ends without a sum
-├── UpdateError             one client's update is refused; the round goes on without it
+├── UpdateError             a client's update is refused; the round goes on without it
 └── PeerError               bytes from the other side are malformed, oversized or out of order
     ├── ServerFaultError    in secure aggregation a client refuses what the server sent
     └── ClientFaultError    in secure aggregation the server refuses what one client sent; names the client
 
-An error of secure aggregation leaves the session that raises it as it was.
+An error of secure aggregation does not change the session that raises it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from typing import Any
 
 
 class FedtuneError(Exception):
-    """Base of all errors that fedtune raises on purpose."""
+    """The base class of all errors that fedtune raises on purpose."""
 
     exit_status = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the message and the attributes, whatever a type's constructor takes."""
+        """Pickles the message and the attributes, independent of the parameters of a type's constructor."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class InputError(FedtuneError):
-    """The input was wrong; the message says where and what was expected."""
+    """The input is wrong; the message states the place and the expected value."""
 
     exit_status = 2
 
@@ -47,8 +47,8 @@ class JobError(InputError):
     """The job cannot be run as written.
 
     Args:
-        problems: one sentence each, all that were found.
-        source: the file they were found in, or None for a job made in code.
+        problems: all problems that were found, one sentence each.
+        source: file of the job, or None for a job made in code.
     """
 
     def __init__(self, problems: Sequence[str], source: Path | None = None) -> None:
@@ -59,7 +59,7 @@ class JobError(InputError):
 
 
 class DataError(InputError):
-    """A data file cannot be used; `line` counts from 1 and is None when the whole file is meant."""
+    """A data file cannot be used; `line` counts from 1 and is None when the problem concerns the whole file."""
 
     def __init__(self, path: Path, problem: str, line: int | None = None) -> None:
         self.path = path
@@ -76,7 +76,7 @@ class RunDirectoryError(InputError):
 
 
 class ExportError(InputError):
-    """An exported directory is in the way, corrupt or not one; or no export could hold what a run learnt."""
+    """An exported directory is in the way, corrupt or not one, or an export could not hold all of a run's result."""
 
 
 class MissingExtraError(InputError):
@@ -91,7 +91,7 @@ class RunError(FedtuneError):
 
 
 class UpdateError(FedtuneError):
-    """One client's update is refused, with the reason; the round goes on without that client."""
+    """A client's update is refused; the round goes on without that client."""
 
 
 class PeerError(FedtuneError):
@@ -99,10 +99,10 @@ class PeerError(FedtuneError):
 
 
 class ServerFaultError(PeerError):
-    """What the server sent is refused. The client session is as it was before and still waits for a good message.
+    """A client refuses a message of the server. Its session is unchanged and still waits for a valid message.
 
     Attributes:
-        suspect: the client that is to blame if the server is not; the next attempt should do without it.
+        suspect: client that is at fault if the server is not; the next attempt should leave it out.
     """
 
     def __init__(self, problem: str, suspect: str | None = None) -> None:
@@ -111,7 +111,7 @@ class ServerFaultError(PeerError):
 
 
 class ClientFaultError(PeerError):
-    """What one client sent is refused. The server session is as it was before; the round goes on without the client."""
+    """The server refuses a client's message. Its session is unchanged, and the round goes on without the client."""
 
     def __init__(self, client: str, problem: str) -> None:
         self.client = client
@@ -119,8 +119,8 @@ class ClientFaultError(PeerError):
 
 
 class RoundAbortedError(RunError):
-    """Too few clients are left, or their shares do not fit together: this round ends without a sum.
+    """A secure round ends without a sum: too few clients are left, or their shares do not fit together.
 
-    Another attempt at the same round may follow if it ended before the votes were shown; clients that have revealed
+    Another attempt at the same round may follow if it ended before the votes were sent out; clients that have revealed
     their shares serve only a later round.
     """

@@ -1,14 +1,14 @@
-"""What travelled: bytes and messages by direction and purpose, counted on what was really serialised.
+"""The traffic ledger: bytes and messages by direction and purpose, counted where payloads are serialised.
 
     ledger = Ledger().sent("adapter", 30_959).received("update", 20_792)
     total = sum(ledgers, Ledger())
 
-Seen from the server: what it sends travels down, what it receives travels up. A purpose says what bytes are for:
+Directions are the server's: messages that it sends travel down, messages that it receives travel up. The purposes:
 
-    adapter         down    what turns the adapter a client holds into the one it trains
+    adapter         down    the change from the adapter that a client holds to the one that it trains
     update          up      a client's update, masked or in the clear
     keys            both    secure aggregation, exchange 0: the round's configuration, a client's keys
-    shares          both    exchange 1: everybody's keys, a client's sealed shares; and in exchange 2 their delivery
+    shares          both    exchange 1: all clients' keys, a client's encrypted shares; their delivery in exchange 2
     votes           both    exchange 3: the survivors, a client's signature over them
     unmasking       both    exchange 4: the votes, a client's shares
     evaluation      both    an adapter to score, and the score
@@ -27,7 +27,7 @@ PROTOCOL: frozenset[Purpose] = frozenset({"keys", "shares", "votes", "unmasking"
 
 
 class Entry(NamedTuple):
-    """How many messages, and their bytes together."""
+    """A number of messages, and the sum of their bytes."""
 
     messages: int
     bytes: int
@@ -35,22 +35,22 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What travelled, by purpose; ledgers add up.
+    """The messages and bytes that travelled, by purpose. Ledgers can be added.
 
     Args:
-        up: to the server.
-        down: from the server.
+        up: traffic to the server.
+        down: traffic from the server.
     """
 
     up: Mapping[Purpose, Entry] = field(default_factory=dict)
     down: Mapping[Purpose, Entry] = field(default_factory=dict)
 
     def received(self, purpose: Purpose, size: int) -> Ledger:
-        """This ledger and one message more that the server received."""
+        """Returns this ledger with one more message that the server received."""
         return self + Ledger(up={purpose: Entry(1, size)})
 
     def sent(self, purpose: Purpose, size: int) -> Ledger:
-        """This ledger and one message more that the server sent."""
+        """Returns this ledger with one more message that the server sent."""
         return self + Ledger(down={purpose: Entry(1, size)})
 
     def __add__(self, other: Ledger) -> Ledger:
@@ -66,12 +66,12 @@ class Ledger:
 
     @property
     def protocol_bytes(self) -> int:
-        """Both ways, of secure aggregation's own messages."""
+        """The bytes of secure aggregation's own messages, in both directions."""
         both = (*self.up.items(), *self.down.items())
         return sum(entry.bytes for purpose, entry in both if purpose in PROTOCOL)
 
     def to_json(self) -> dict[str, Any]:
-        """{"up": {purpose: {"messages": n, "bytes": n}}, "down": ...}; purposes without a message are left out."""
+        """Returns {"up": {purpose: {"messages": n, "bytes": n}}, "down": ...}, without purposes of no message."""
         return {
             "up": {purpose: entry._asdict() for purpose, entry in self.up.items()},
             "down": {purpose: entry._asdict() for purpose, entry in self.down.items()},

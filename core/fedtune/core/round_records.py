@@ -1,4 +1,4 @@
-"""What a run writes down: one record a round, and in it one a client. Plain values, ready for JSON."""
+"""The records of a run: one for each round, and in it one for each client, as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fedtune.core.ledger import Ledger
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well an adapter does on held-out examples.
+    """The quality of an adapter on held-out examples.
 
     Args:
         loss: mean cross-entropy in nats over target tokens.
         exact_match: share of examples whose whole completion greedy decoding would reproduce.
-        examples: how many were evaluated.
-        tokens: target tokens among them.
+        examples: number of examples.
+        tokens: number of their target tokens.
     """
 
     loss: float
@@ -33,21 +33,21 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))  # exp(710) overflows a float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the values a report needs."""
+        """Returns the values that a report needs."""
         return {**dataclasses.asdict(self), "perplexity": self.perplexity}
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What one client of a cohort did in a round.
+    """The record of one client of a cohort in a round.
 
     Args:
-        tier: how many rank indices it could train; 0 where that is none of the job's tiers.
-        rank: how many it trained in this round; 0 where it sat out.
-        dropped: why its update is not part of the aggregate; None for a survivor.
-        seconds: of local training, as the client says.
-        answered: seconds from the round's start until its update was there.
-        traffic: what travelled between it and the server for its update.
+        tier: number of rank indices that it could train; 0 where its plan fits none of the job's tiers.
+        rank: number of rank indices that it trained in this round; 0 where it sat out.
+        dropped: reason why its update is not part of the aggregate; None for a survivor.
+        seconds: duration of local training, as the client states it.
+        answered: seconds from the round's start to the arrival of its update.
+        traffic: messages and bytes between it and the server for its update.
 
     Under secure aggregation the server does not learn a client's examples, tokens, loss or seconds.
     """
@@ -64,21 +64,21 @@ class ClientRecord:
     dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the object that stands in rounds.jsonl."""
+        """Returns the client's object in rounds.jsonl."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         bytes_ = {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
         return values | bytes_ | {"traffic": self.traffic.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ClientRecord:
-        """Returns the record that such an object was made of."""
+        """Reads what `to_json` wrote."""
         known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         return cls(**known | {"traffic": Ledger.from_json(values["traffic"])})
 
 
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """One client's evaluation on what it keeps back."""
+    """A client's evaluation on its held-out examples."""
 
     id: str
     evaluation: Evaluation | None
@@ -87,13 +87,13 @@ class ClientEvaluation:
 
 @dataclass(frozen=True)
 class SecureRecord:
-    """What the server saw of a round under secure aggregation, beside who took part and sizes.
+    """The server's view of a round under secure aggregation, besides its participants and sizes.
 
     Args:
-        summed: clients in the sum; 0 where there is none.
-        minimum: fewer survivors than this and there would have been no sum.
-        threshold: how many clients had to agree to open it.
-        liars: survivors that revealed a wrong share; the sum is right in spite of them.
+        summed: number of clients in the sum; 0 where there is no sum.
+        minimum: number of survivors below which there is no sum.
+        threshold: number of clients whose shares open the sum.
+        liars: survivors that revealed a wrong share; the sum is correct in spite of them.
     """
 
     summed: int
@@ -107,7 +107,7 @@ class RoundRecord:
     """One line of rounds.jsonl.
 
     Args:
-        notes: what else was decided in the round, one sentence each: tiers that were merged or sat out, and such.
+        notes: further decisions of the round, one sentence each, such as tiers that were merged or sat out.
     """
 
     round: int
@@ -129,13 +129,13 @@ class RoundRecord:
 
     @property
     def traffic(self) -> Ledger:
-        """What travelled between the server and all clients, evaluations included."""
+        """All traffic between the server and the clients, evaluations included."""
         training = (client.traffic for client in self.clients)
         evaluation = (part.traffic for part in self.client_evaluations)
         return sum((*training, *evaluation), Ledger())
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the object that goes into rounds.jsonl."""
+        """Returns the round's object for rounds.jsonl."""
         survivors, traffic = self.survivors, self.traffic
         up = sum(client.traffic.bytes_up for client in survivors)
         down = sum(client.traffic.bytes_down for client in self.clients)
@@ -172,10 +172,10 @@ class RoundRecord:
 
 
 class Tracker(Protocol):
-    """Told of a run as it happens: a display, a status page, a log of experiments."""
+    """An observer of a run while it happens: a display, a status page, a log of experiments."""
 
     def client(self, record: ClientRecord) -> None:
-        """A client's update came in, or was given up."""
+        """Is called when a client's update has arrived, or is no longer awaited."""
 
     def round(self, record: RoundRecord) -> None:
-        """A round ended, and is on the disk where the run has one."""
+        """Is called when a round has ended, after its checkpoint if the run has a run directory."""

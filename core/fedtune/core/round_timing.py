@@ -1,11 +1,10 @@
-"""The time of a round: its deadline, the share of the work that a slow client does by then, and its course on a virtual
-clock, where a straggler costs no real time.
+"""The timing of a round: its deadline, the share of the work that a slow client does by then, and its virtual clock.
 
     deadline = round_deadline(predicted.values())
     share = done_share(predicted[name], deadline)
     course = run_clock(arrivals, wanted=10, deadline=deadline)
 
-Pure functions of seconds.
+All of these are pure functions of seconds, so stragglers cost no real time.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import numpy as np
 
 QUANTILE, MARGIN = 0.8, 1.3
 OVER_SELECTION = 1.3
-LEAST_WORK = 0.2  # of a round's local work, whatever the deadline: a server may not make all but one device idle
-_SAFETY = 0.9  # of the deadline that a slow client's work is planned for
+LEAST_WORK = 0.2  # share of a round's local work, for any deadline: a server may not make all but one device idle
+_SAFETY = 0.9  # share of the deadline for which a slow client's work is planned
 
 
 def round_deadline(predicted: Collection[float]) -> float:
-    """1.3 times the 80th percentile of the predicted seconds of those that could be asked.
+    """Returns 1.3 times the 80th percentile of the predicted seconds of all clients that could be asked.
 
     Raises:
-        ValueError: nobody, or a time that is not positive and finite.
+        ValueError: there is no client, or a time is not positive and finite.
     """
     seconds = np.array(list(predicted), dtype=np.float64)
     if not seconds.size or not np.isfinite(seconds).all() or seconds.min() <= 0:
@@ -35,9 +34,9 @@ def round_deadline(predicted: Collection[float]) -> float:
 
 
 def work_share(predicted: float, deadline: float) -> float:
-    """The share of a round's local work that a client can do by the deadline: 1, less for the slow, 0 for the hopeless.
+    """Returns the share of a round's local work that a client can do by the deadline; 0 where that is too little.
 
-    Whole tiers are slower than any deadline that is right for the others; with less work a round they still contribute.
+    Whole tiers can be slower than any deadline that suits the others; with less work a round they still contribute.
     """
     if predicted <= deadline:
         return 1.0
@@ -46,24 +45,26 @@ def work_share(predicted: float, deadline: float) -> float:
 
 
 def done_share(predicted: float, deadline: float | None) -> float:
-    """The share of a round's local work that a client does once it is asked: all of it where there is no deadline, and
-    never less than LEAST_WORK, in time or not."""
+    """Returns the share of a round's local work that a client does once it is asked.
+
+    It is 1 where there is no deadline, and never less than LEAST_WORK, in time or not.
+    """
     return 1.0 if deadline is None else work_share(predicted, deadline) or LEAST_WORK
 
 
 def over_selected(wanted: int, available: int) -> int:
-    """How many are asked so that about `wanted` arrive in time."""
+    """Returns how many clients to ask so that about `wanted` answer in time."""
     return min(available, math.ceil(wanted * OVER_SELECTION))
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a round went.
+    """The course of a round.
 
     Args:
-        arrived: names in order of arrival, those that count.
-        late: names that had not arrived when the round closed, those that vanished included.
-        seconds: until it closed.
+        arrived: names of the clients that answered before the round closed, in order of arrival.
+        late: names of the others, including clients that vanished.
+        seconds: time until the round closed.
     """
 
     arrived: tuple[str, ...]
@@ -72,12 +73,12 @@ class Course:
 
 
 def run_clock(arrivals: Mapping[str, float | None], wanted: int, deadline: float | None, least: int = 0) -> Course:
-    """Closes the round when `wanted` clients have arrived, at the deadline, or when nobody else can come.
+    """Closes the round when `wanted` clients have answered, at the deadline, or when no other client can answer.
 
     Args:
-        arrivals: name -> seconds, None for a client that vanished. Without a deadline a vanished one is noticed when
-            the last of the others has arrived.
-        least: with fewer the round would come to nothing, so it waits for them beyond the deadline.
+        arrivals: name -> seconds, None for a client that vanished. Without a deadline a vanished client is noticed when
+            the last of the others has answered.
+        least: fewest answers with which the round has a result; it waits for them beyond the deadline.
     """
     order = sorted((seconds, name) for name, seconds in arrivals.items() if seconds is not None)
     wanted = max(wanted, least)
@@ -91,7 +92,7 @@ def run_clock(arrivals: Mapping[str, float | None], wanted: int, deadline: float
 
 
 def staleness_weight(rounds_late: int) -> float:
-    """What a late update weighs in the clear: 1/√(1 + τ) for τ rounds (Xie et al. 2019, polynomial, a = ½)."""
+    """Returns a stale update's weight in the clear: 1/√(1 + τ) for τ rounds (Xie et al. 2019, polynomial, a = ½)."""
     if rounds_late < 0:
         raise ValueError(f"an update from {-rounds_late} rounds ahead")
     return 1.0 / math.sqrt(1.0 + rounds_late)

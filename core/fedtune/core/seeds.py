@@ -1,11 +1,11 @@
-"""Random streams, each bound to what it is for, so that no two are ever the same by accident.
+"""Random streams, each bound to its purpose, so that no two streams are the same by accident.
 
-    generator(job_seed, "cohort", round)        # numpy's distributions, for what one machine decides
-    open_stream(seed, "rotation")               # raw bits, for what two machines must draw alike
+    generator(job_seed, "cohort", round)        # numpy's distributions, for decisions of one machine
+    open_stream(seed, "rotation")               # raw bits, for values that two machines must draw alike
 
-Of the second kind only raw 64-bit outputs of SFC64 are used: numpy promises those for good, while its distributions may
-change between versions, and a selection or a rotation that two machines draw differently would ruin the sum without a
-sound. None of these streams keeps a secret.
+The second kind uses only raw 64-bit outputs of SFC64. numpy guarantees those, while its distributions may change
+between versions, and a selection or a rotation that two machines draw differently would corrupt the sum without an
+error. None of these streams is cryptographically secure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-SEED_BITS = 63  # what torch.manual_seed and a TOML integer both hold
+SEED_BITS = 63  # the width that both torch.manual_seed and a TOML integer can hold
 
 
 def derive_seed(job_seed: int, purpose: str, *indices: int | str) -> int:
@@ -24,9 +24,9 @@ def derive_seed(job_seed: int, purpose: str, *indices: int | str) -> int:
     seed = first 63 bits of SHA-256("fedtune-seed" ‖ job_seed ‖ purpose ‖ indices)
 
     Args:
-        job_seed: the job's `training.seed`.
-        purpose: what the stream is for, e.g. "train" or "cohort".
-        indices: what tells streams of one purpose apart, e.g. round and client.
+        job_seed: `training.seed` of the job.
+        purpose: purpose of the stream, e.g. "train" or "cohort".
+        indices: values that distinguish streams of one purpose, e.g. round and client.
 
     Returns:
         A non-negative integer below 2**63, the same on every platform.
@@ -36,7 +36,7 @@ def derive_seed(job_seed: int, purpose: str, *indices: int | str) -> int:
 
 
 def generator(job_seed: int, purpose: str, *indices: int | str) -> np.random.Generator:
-    """Returns a numpy generator on the stream that `derive_seed` names."""
+    """Returns a numpy generator whose seed is that of `derive_seed`."""
     return np.random.Generator(np.random.Philox(derive_seed(job_seed, purpose, *indices)))
 
 
@@ -49,17 +49,17 @@ def open_stream(seed: int, purpose: str) -> np.random.SFC64:
 
 
 def draw_uint16(stream: np.random.SFC64, count: int) -> NDArray[np.uint16]:
-    """Returns the next `count` uniform 16-bit integers; what is left of the last 64-bit output is dropped."""
+    """Draws the next `count` uniform 16-bit integers; the rest of the last 64-bit output is dropped."""
     return _draw(stream, count, 16).view("<u2")[:count]
 
 
 def draw_uint32(stream: np.random.SFC64, count: int) -> NDArray[np.uint32]:
-    """Returns the next `count` uniform 32-bit integers; what is left of the last 64-bit output is dropped."""
+    """Draws the next `count` uniform 32-bit integers; the rest of the last 64-bit output is dropped."""
     return _draw(stream, count, 32).view("<u4")[:count]
 
 
 def draw_signs(stream: np.random.SFC64, count: int) -> NDArray[np.float32]:
-    """Returns the next `count` uniform signs, -1 or +1; bit j of an output, from the lowest, is sign j: 0 is +1."""
+    """Draws the next `count` uniform signs, -1 or +1; bit j of an output, from the lowest, is sign j: 0 is +1."""
     bits = np.unpackbits(_draw(stream, count, 1).view(np.uint8), bitorder="little")[:count]
     return np.float32(1) - np.float32(2) * bits.astype(np.float32)
 

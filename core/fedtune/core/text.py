@@ -1,4 +1,4 @@
-"""Text from elsewhere: in Unicode's NFC in bounded time, and fit for a person's terminal, a log or a status file."""
+"""Untrusted text: normalised to Unicode's NFC in bounded time, and made safe for a terminal, a log or a status file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LONG_RUN = 32  # combining marks on one letter; Unicode's stream-safe format ha
 
 
 def nfc(text: str) -> str:
-    """`unicodedata.normalize("NFC", text)`, which takes time in the square of how many marks one letter carries.
+    """Returns `unicodedata.normalize("NFC", text)`, but not in quadratic time.
 
-    It brings marks into the order of their classes by insertion: a megabyte of them out of order would hold everything
-    up for minutes. Sorted beforehand, as the standard's first step sorts them, they take no longer than other text.
+    The library sorts the combining marks of a letter by insertion: a megabyte of unsorted marks would take minutes.
+    This function sorts long runs of marks first, as the first step of the standard sorts them.
     """
     if unicodedata.is_normalized("NFC", text):
         return text
@@ -22,7 +22,7 @@ def nfc(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line, without anything that steers a terminal or turns text around: U+FFFD takes its place."""
+    """Returns the text on one line, with U+FFFD for characters that steer a terminal or change the text's direction."""
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))
 
 

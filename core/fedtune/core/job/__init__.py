@@ -1,1 +1,1 @@
-"""A job: its settings, its file, and what in it contradicts itself."""
+"""The job: its settings, its file, and the check for contradictions between settings."""

@@ -1,4 +1,4 @@
-"""Which settings of a job cannot be meant together, each said in a sentence that names the keys."""
+"""The check of a job for settings that contradict each other; each problem is a sentence that names the keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 
 def contradictions(job: Job) -> list[str]:
-    """Returns a sentence about everything in a job that cannot be meant together; empty when all of it can."""
+    """Returns one sentence for each contradiction in a job; empty when there is none."""
     problems = []
     if job.training.local_steps is not None and job.training.local_epochs is not None:
         problems.append("training.local_steps and training.local_epochs are both set; expected one of them")
@@ -54,7 +54,7 @@ def contradictions(job: Job) -> list[str]:
 
 
 def unexportable(job: Job) -> str | None:
-    """Why an export could not hold all that the job's run learnt; None when it can."""
+    """Returns the reason why an export could not hold all of the run's result; None when it can."""
     aggregation = job.federation.aggregation
     if AGGREGATIONS[aggregation].keeps_residual:
         return (
@@ -65,7 +65,7 @@ def unexportable(job: Job) -> str | None:
 
 
 def _insecure(job: Job) -> list[str]:
-    """Why secure aggregation cannot do what the job asks of it; empty when it can, or is off."""
+    """Returns the reasons why the job cannot use secure aggregation; empty when it can, or when it is off."""
     secure, wanted = job.secure_aggregation, job.federation.clients_per_round
     if not secure.enabled:
         return []
@@ -81,7 +81,7 @@ def _insecure(job: Job) -> list[str]:
 
 
 def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
-    """Why a cohort of this size cannot be summed securely as the job asks; empty when it can."""
+    """Returns the reasons why a cohort of this size cannot be summed securely as the job asks; empty when it can."""
     secure = job.secure_aggregation
     try:
         minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
@@ -127,7 +127,7 @@ def _late_problems(job: Job) -> list[str]:
 
 
 def aggregation_problems(job: Job) -> list[str]:
-    """A sentence about everything in [federation] that contradicts itself, or needs what the server is not shown."""
+    """Returns one sentence for each setting in [federation] that contradicts others or needs values hidden by masks."""
     federation = job.federation
     name, method = f'federation.aggregation is "{federation.aggregation}"', AGGREGATIONS[federation.aggregation]
     problems = []

@@ -1,4 +1,4 @@
-"""A fleet: kinds of device, how many of each, and what each can do. Simulations model their time by it.
+"""A simulated fleet: kinds of device, their counts and capabilities, from which a simulation computes its time line.
 
     fleet = load_fleet(Path("fleet.toml"))          # [[kind]] name = "phone" count = 50 tokens_per_second = 600 ...
     kinds = fleet.assign(["ann", "bob", ...], seed)  # client name -> Kind
@@ -35,12 +35,12 @@ class Kind:
     """One kind of device.
 
     Args:
-        count: how many of a fleet are of it; with another number of clients, its share.
-        memory_mb: what a training process may take, in MB.
-        tokens_per_second: of training steps.
-        uplink_kbit, downlink_kbit: kilobits a second.
+        count: number of devices of this kind; with another number of clients, its share.
+        memory_mb: memory that a training process may use, in MB.
+        tokens_per_second: speed of training steps.
+        uplink_kbit, downlink_kbit: kilobits per second.
         availability: probability that a device can be reached in a round.
-        charging: probability that it is charging, or has battery to spare.
+        charging: probability that it is charging, or has enough battery.
         cool: probability that it is not too hot to train.
         unmetered: probability that its link costs nothing.
         failure_rate: probability that a device that was asked vanishes.
@@ -62,7 +62,7 @@ class Kind:
 
     @property
     def eligibility(self) -> dict[str, float]:
-        """What must hold for a device to train in a round, each with its probability, whatever else holds."""
+        """The conditions for a device to train in a round, each with its probability, independent of the others."""
         return {
             "reachable": self.availability,
             "charging": self.charging,
@@ -71,7 +71,7 @@ class Kind:
         }
 
     def seconds(self, tokens: float, bytes_up: float, bytes_down: float) -> float:
-        """t = tokens / tokens_per_second + bytes_up / bandwidth_up + bytes_down / bandwidth_down."""
+        """Returns t = tokens / tokens_per_second + bytes_up / bandwidth_up + bytes_down / bandwidth_down."""
         up, down = (rate * 1000 / 8 for rate in (self.uplink_kbit, self.downlink_kbit))
         return tokens / self.tokens_per_second + bytes_up / up + bytes_down / down
 
@@ -83,7 +83,7 @@ class Fleet:
     kind: Annotated[tuple[Kind, ...], Field(min_length=1, max_length=MAX_KINDS)]
 
     def assign(self, names: Sequence[str], seed: int) -> dict[str, Kind]:
-        """Gives every client a kind: shares as in the fleet (largest remainders), at random from the seed."""
+        """Assigns a kind to every client: in the fleet's shares (largest remainders), at random from the seed."""
         total = sum(kind.count for kind in self.kind)
         exact = [len(names) * kind.count / total for kind in self.kind]
         counts = [int(share) for share in exact]
@@ -111,7 +111,7 @@ def load_fleet(path: Path) -> Fleet:
     read = []
     for number, kind in enumerate(kinds, start=1):
         where = f"kind {number}" + (f" ({kind['name']})" if isinstance(kind.get("name"), str) else "")
-        try:  # through JSON, where strict types still let a table stand for a dataclass
+        try:  # through JSON, where strict mode still accepts a table for a dataclass
             read.append(TypeAdapter(Kind).validate_json(json.dumps(kind, default=str)))
         except ValidationError as error:
             problems += [f"{where}: {_sentence(detail)}" for detail in error.errors()]

@@ -1,4 +1,4 @@
-"""A job as a TOML file, written so that it reads back equal; any user's TOML file is read bounded in size and depth.
+"""The job file: a job as TOML, which reads back equal. TOML files are read with bounds on their size and depth.
 
     job = load_job(Path("job.toml"), overrides=["federation.rounds=40"])
 
@@ -26,14 +26,14 @@ MAX_JOB_BYTES = 1 << 20
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
-    """Reads a job file and applies `section.key=value` overrides to it.
+    """Reads a job file and applies `section.key=value` overrides; relative paths start at the job file's folder.
 
     Args:
-        path: a TOML file, or None for the defaults, which are the bundled demo.
+        path: TOML file, or None for the defaults, which are the bundled demo.
         overrides: each "section.key=value"; the value is TOML, or a bare string where it is not.
 
     Raises:
-        JobError: with every problem found; relative paths are resolved against the job file's folder.
+        JobError: the job has problems; the error lists all of them.
     """
     table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
     problems = [problem for override in overrides if (problem := _apply(table, override))]
@@ -45,7 +45,7 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
 
 
 def dump_job(job: Job) -> str:
-    """Returns the job as TOML that `load_job` reads back to an equal job."""
+    """Returns the job as TOML; `load_job` reads an equal job from it."""
     sections = {
         section: {key: value for key, value in settings.items() if value is not None}
         for section, settings in dataclasses.asdict(job).items()
@@ -54,8 +54,8 @@ def dump_job(job: Job) -> str:
 
 
 def _validate(table: Mapping[str, Any]) -> tuple[Job, list[str]]:
-    """Returns the job, with the default in place of every key that is wrong, and a sentence about each of those."""
-    # Through JSON, where strict types still let a table stand for a nested dataclass. TOML's dates have no place there.
+    """Returns the job, with the default in place of every invalid key, and a sentence about each of these keys."""
+    # Through JSON, where strict mode still accepts a table for a nested dataclass. TOML's dates are not allowed there.
     text = json.dumps(table, default=lambda value: {type(value).__name__: str(value)})
     try:
         return TypeAdapter(Job).validate_json(text), []
@@ -125,18 +125,18 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
     return dataclasses.replace(job, model=model, data=data, simulation=simulation)
 
 
-_DEEPEST = 8  # tables and arrays in each other; a job has three
+_DEEPEST = 8  # levels of nested tables and arrays; a job has three
 
 
 def read_table(path: Path, what: str, limit: int) -> dict[str, Any]:
-    """Returns the file's content.
+    """Returns the content of a TOML file.
 
     Args:
-        what: "a job file", for people.
-        limit: most bytes.
+        what: name for messages, such as "a job file".
+        limit: largest size in bytes.
 
     Raises:
-        JobError: it cannot be read, is larger or nested deeper than it may be, or is not TOML.
+        JobError: the file cannot be read, is larger than `limit`, is nested too deeply, or is not TOML.
     """
     try:
         if path.stat().st_size > limit:
@@ -144,7 +144,7 @@ def read_table(path: Path, what: str, limit: int) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise JobError([f"cannot be read: {error.strerror}"], path) from error
-    except ValueError as error:  # its grammar, its characters, or a number of too many digits
+    except ValueError as error:  # invalid grammar or characters, or a number with too many digits
         raise JobError([f"not TOML: {error}"], path) from error
     except RecursionError as error:
         raise JobError([f"nested too deep; expected {what}"], path) from error

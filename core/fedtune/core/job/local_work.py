@@ -1,12 +1,12 @@
-"""Local work: what a job asks of each client's training, from the key in the job file to the field of the request.
+"""Local work: the training that a job asks of each client, from the key in the job file to the field of the request.
 
     [training]                                # a job
     learning_rate = 2e-3
         ->  TrainingSettings(learning_rate=2e-3)
         ->  LocalWork(learning_rate=2e-3)     # in every request of a round, with that round's learning rate
 
-A setting reaches the trainers by its name: one that is a field of both classes travels, and a trainer finds it in its
-task's work. The others serve planning, or the server alone.
+A setting reaches the trainers by its name: a field that both classes have is copied into the request, and a trainer
+finds it in its task's work. The other settings serve planning, or the server alone.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainingSettings:
-    """[training]: what one client does with the adapter it receives.
+    """[training]: the work of a client on the adapter that it receives.
 
     Args:
-        local_steps: optimizer steps a round; 20 where neither this nor `local_epochs` is set.
-        local_epochs: passes over the client's examples a round, instead of `local_steps`.
-        batch_tokens: tokens an optimizer step, padding included; reached by accumulation where memory is short.
-        learning_rate: of AdamW, made afresh every round, in round 1.
-        schedule: how the learning rate goes down to 0 over the job's rounds; the server sends each round's value.
-        max_gradient_norm: longer gradients are scaled down to it.
+        local_steps: optimizer steps per round; 20 where neither this nor `local_epochs` is set.
+        local_epochs: passes over the client's examples per round, instead of `local_steps`.
+        batch_tokens: tokens per optimizer step, padding included; reached by accumulation where memory is short.
+        learning_rate: learning rate of AdamW in round 1; every round starts a new optimizer.
+        schedule: decay of the learning rate to 0 over the job's rounds; the server sends each round's value.
+        max_gradient_norm: norm to which longer gradients are scaled down.
         proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
-        precision: of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
-        weights: how a device holds the reference base: "packed" (least memory), "dequantized" (fastest), or "auto".
-        gradient_checkpointing: compute activations twice rather than keep them.
-        seed: every random stream of the job follows from it.
+        precision: format of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, else fp32.
+        weights: format of the reference base on a device: "packed" (least memory), "dequantized" (fastest), or "auto".
+        gradient_checkpointing: whether activations are computed twice instead of kept.
+        seed: seed of the job, from which all its random streams follow.
     """
 
     local_steps: Annotated[int, Field(ge=1)] | None = None
@@ -59,21 +59,21 @@ class TrainingSettings:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps a round; the default where the job counts epochs, as an estimate."""
+        """The optimizer steps per round; where the job counts epochs, the default as an estimate."""
         return self.local_steps or DEFAULT_LOCAL_STEPS
 
 
 class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What a client does with the adapter it receives in one round; one of `local_steps` and `local_epochs` is 0.
+    """The work of a client on the adapter that it receives in one round; one of `local_steps` and `local_epochs` is 0.
 
     Args:
-        factors: those that are trained; the others stay as received.
-        learning_rate: this round's.
-        holdout: share of the client's examples that it does not train on.
+        factors: factors that are trained; the others stay as received.
+        learning_rate: learning rate of this round.
+        holdout: share of the client's examples on which it does not train.
         proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
-        align: turn the trained factors towards the received ones before they are sent.
-        deadline: seconds in which the update should be there; a client that takes longer for all of the work does as
-            much as it can. 0 where everybody is waited for.
+        align: whether the trained factors are aligned to the received ones before they are sent.
+        deadline: seconds after which the update should have arrived; a client that needs longer for all of the work
+            does less of it. 0 where the round waits for all clients.
     """
 
     factors: Factors
@@ -90,7 +90,7 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
     deadline: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
 
     def scaled(self, share: float) -> LocalWork:
-        """As much less work, but at least one step."""
+        """Returns this share of the work, but at least one step."""
         steps = max(1, round(share * self.local_steps)) if self.local_steps else 0
         return msgspec.structs.replace(self, local_steps=steps, local_epochs=share * self.local_epochs)
 
@@ -98,10 +98,10 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
 def local_work(
     settings: TrainingSettings, factors: Factors = "ab", holdout: float = 0.0, **of_the_round: Any
 ) -> LocalWork:
-    """Returns the work that a job's settings ask for.
+    """Returns the local work that a job's settings ask for.
 
     Args:
-        of_the_round: fields that change from round to round, in place of the settings'.
+        of_the_round: fields that change from round to round, which override the settings.
     """
     shared = {name: getattr(settings, name) for name in LocalWork.__struct_fields__ if hasattr(settings, name)}
     epochs = settings.local_epochs or 0.0

@@ -1,9 +1,9 @@
-"""Every method declares here, once, what it needs and does; devices, server and the checks of a job read this table.
+"""The table of methods: each declares here, once, its needs and effects, for devices, server and the checks of a job.
 
     method = method_of(job.federation)
     if job.hides_updates and not method.works_under_masks: ...
 
-An aggregation is declared by itself, and so is each rule that may go around it; `Method.within` composes the two.
+Aggregations and the rules around them are declared separately; `Method.within` composes the two.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Method:
     """The needs and effects of a way to combine updates.
 
     Args:
-        trains: the factors that rounds train, one entry a round, over and over.
-        aligns: devices turn their factors towards the received ones before they send them.
-        sees_updates: why a sum of updates is not enough, as the end of "..., which ..."; "" where it is.
-        equal_ranks: why all clients must train the same rank, likewise; "" where they need not.
-        changes_basis: every round writes both factors in another basis, so whatever belongs to a basis ends with it:
-            residuals, coarse changes, moments of a server optimizer.
-        keeps_residual: the server keeps part of the result, which no adapter of the job's rank holds.
+        trains: factors that rounds train, one entry per round, repeated over the rounds.
+        aligns: whether devices align their factors to the received ones before they send them.
+        sees_updates: reason why a sum of updates is not enough, as the end of "..., which ..."; "" where it is enough.
+        equal_ranks: reason why all clients must train the same rank, in the same form; "" where they need not.
+        changes_basis: whether every round writes both factors in another basis, which invalidates residuals, coarse
+            changes and moments of a server optimizer.
+        keeps_residual: whether the server keeps a part of the result that no adapter of the job's rank can hold.
     """
 
     trains: tuple[Factors, ...] = ("ab",)
@@ -45,21 +45,21 @@ class Method:
 
     @property
     def works_under_masks(self) -> bool:
-        """Returns whether the server needs no more than a sum; noise for privacy needs the same."""
+        """True if the server needs no more than a sum; noise for privacy has the same requirement."""
         return not self.sees_updates
 
     @property
     def works_with_tiers(self) -> bool:
-        """Returns whether clients may train different ranks."""
+        """True if clients may train different ranks."""
         return not self.equal_ranks
 
     @property
     def freezes_a(self) -> bool:
-        """Returns whether A stays as the job's seed made it."""
+        """True if A keeps the values that follow from the job's seed."""
         return all(factors == "b" for factors in self.trains)
 
     def within(self, rule: Method) -> Method:
-        """This aggregation with a rule around it: what either needs, both need."""
+        """Returns this aggregation with a rule around it, with the needs and effects of both."""
         return replace(
             self,
             sees_updates=rule.sees_updates or self.sees_updates,

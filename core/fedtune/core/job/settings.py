@@ -1,4 +1,6 @@
-"""A job: what shall be trained, on what, by whom and how. The same for simulation and live; every key has a default."""
+"""The settings of a job: the model, the data, the clients and the training. Every key has a default.
+
+The same settings serve simulations and live runs."""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class ModelSettings:
     """[model]: the frozen base that every adapter is trained against.
 
     Args:
-        base: a Hugging Face directory or hub id, or "demo" for the bundled model.
-        quantization: what the reference base's linear weights are: "nf4" (QLoRA) or "none".
+        base: Hugging Face directory or hub id, or "demo" for the bundled model.
+        quantization: format of the reference base's linear weights: "nf4" (QLoRA) or "none".
     """
 
     base: Annotated[str, Field(min_length=1)] = DEMO
@@ -40,8 +42,8 @@ class AdapterSettings:
 
     Args:
         rank: R, the largest rank that any device trains.
-        tiers: how many of the rank indices a device may train a round, ascending to the rank; 4, 8, 16, … where not
-            set. Which one it trains follows from its plan; without plans everybody trains all.
+        tiers: numbers of rank indices that a device may train in a round, ascending to the rank; 4, 8, 16, … where not
+            set. A device's plan decides its tier; without plans all clients train all rank indices.
         target_modules: "all-linear", or the endings of the names of the modules to adapt.
     """
 
@@ -53,17 +55,17 @@ class AdapterSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataSettings:
-    """[data]: where examples come from and how they are split among simulated clients.
+    """[data]: the source of examples and their partition among simulated clients.
 
     Args:
-        train: a file or glob pattern, relative to the job file, or "demo" for the bundled households.
-        partition: "by-file" (one client a file), "iid", "dirichlet:ALPHA", "dirichlet:ALPHA:FIELD", "by-field:FIELD".
-        clients: how many clients "iid", "dirichlet" and the demo make; the other partitions follow from the data.
-        examples_per_client: how many examples each of the demo's households has.
-        evaluation: a file of held-out examples for the server, "demo", or "" for none.
+        train: file or glob pattern, relative to the job file, or "demo" for the bundled households.
+        partition: "by-file" (one client per file), "iid", "dirichlet:ALPHA", "dirichlet:ALPHA:FIELD", "by-field:FIELD".
+        clients: number of clients for "iid", "dirichlet" and the demo; for other partitions it follows from the data.
+        examples_per_client: number of examples of each of the demo's households.
+        evaluation: file of held-out examples for the server, "demo", or "" for none.
         holdout: share of each client's examples that it keeps back for its own evaluation.
-        sequence_length: tokens; longer prompts lose their beginning, longer completions drop the example.
-        skip_bad: count broken lines and go on instead of stopping at the first file with one.
+        sequence_length: tokens; longer prompts are cut at the beginning, examples with longer completions are dropped.
+        skip_bad: whether broken lines are counted and skipped; otherwise the first file with one is an error.
     """
 
     train: Annotated[str, Field(min_length=1)] = DEMO
@@ -83,28 +85,29 @@ class FederationSettings:
     """[federation]: the rounds.
 
     Args:
-        clients_per_round: a count, or a share of the population between 0 and 1.
-        selection: "uniform", or by the times that devices or a simulated fleet predict "deadline": more than are
-            wanted, of those that can be in time, or "utility": of those, the ones whose updates should teach most a
-            second (Oort; by time alone where the server sees sums only). Slow devices do part of the work.
-        late: what becomes of an update that comes when its round has closed: "drop", or in the clear "next": the next
-            round takes it at 1/√2 of its weight. Only simulated fleets know late updates yet.
-        minimum_clients: fewer survivors than this and the round changes nothing.
-        deadline: seconds after which a round goes on without those who have not answered, or "auto" to wait for all.
-        aggregation: how client updates become one (fedtune.strategies.aggregation).
+        clients_per_round: number of clients, or a share of the population between 0 and 1.
+        selection: policy that chooses the cohort: "uniform"; "deadline", which uses the times that devices or a
+            simulated fleet predict and asks more clients than wanted, all of them able to answer in time; or "utility",
+            which prefers among those the clients with the most useful updates per second (Oort; by time alone where the
+            server sees sums only). Slow devices do part of the work.
+        late: treatment of stale updates: "drop", or in the clear "next": the next round takes them at 1/√2 of their
+            weight. Only simulated fleets have stale updates yet.
+        minimum_clients: number of survivors below which the round leaves the adapter as it is.
+        deadline: seconds after which a round goes on without the clients that have not answered; "auto" waits for all.
+        aggregation: way to combine client updates (fedtune.strategies.aggregation).
         rebalance_every: rounds after which both factors are brought to the same share of every direction; 0 for never.
             The product stays as it is; the next request carries the whole adapter, at 8 bits.
-        server_optimizer: what the server makes of the aggregate (fedtune.strategies.server_optimizers).
+        server_optimizer: step of the server along the aggregate (fedtune.strategies.server_optimizers).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
         robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
-        robust_share: of the clients, how many may be hostile: cut off at either end, or left out.
-        clip_norm: in the clear, the length to which longer updates are scaled down.
-        weight: what a client's update weighs: its examples, its target tokens, or the same as everyone's.
-        weight_cap: examples or tokens above which a client's weight grows no more; a ring's cap is lower where the
-            cohort's mean weight is, since its words have room for the heaviest (fedtune.core.codec.clipping).
-        evaluate_every: rounds between evaluations on the server; 0 for only before and after.
+        robust_share: share of the clients that may be hostile: cut off at either end, or left out.
+        clip_norm: in the clear, the norm to which longer updates are scaled down.
+        weight: weight of a client's update: its examples, its target tokens, or the same for all clients.
+        weight_cap: examples or tokens above which a client's weight does not grow; a ring's cap is lower where the
+            cohort's mean weight is, since its words have room for the largest weight (fedtune.core.codec.clipping).
+        evaluate_every: rounds between evaluations on the server; 0 for only before and after the rounds.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
-        evaluation_clients: how many clients evaluate at most.
+        evaluation_clients: largest number of clients that evaluate.
     """
 
     rounds: _Positive = 20
@@ -129,16 +132,16 @@ class FederationSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class CompressionSettings:
-    """[compression]: how few bytes an adapter update is.
+    """[compression]: the size and resolution of adapter updates.
 
     Args:
         preset: "none" (float32, exact), "balanced" or "extreme"; it fills in every key that is not set.
         form: "sparse" sends each client's largest values, entropy-coded; "ring" sends words that can be added before
-            they are decoded, which is what secure aggregation masks; "auto" takes the one that fits.
-        bits: how fine a value is sent up: steps of 6 / (2^bits - 1) of the values' root mean square.
-        density: the share of a factor's values that a client sends in a round.
-        error_feedback: whether a client keeps what it did not send and adds it to its next update.
-        downlink_bits: how fine the adapter's change is sent down.
+            they are decoded, as secure aggregation needs them; "auto" takes the one that fits.
+        bits: resolution of values on the uplink: steps of 6 / (2^bits - 1) of the values' root mean square.
+        density: share of a factor's values that a client sends in a round.
+        error_feedback: whether a client keeps the values that it did not send and adds them to its next update.
+        downlink_bits: resolution of the adapter's change on the downlink.
         rotation: whether a randomized Hadamard transform spreads the values before they are rounded; "ring" only.
     """
 
@@ -153,12 +156,12 @@ class CompressionSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class SecureAggregationSettings:
-    """[secure_aggregation]: the server learns the sum over a round's survivors and nothing of any one of them.
+    """[secure_aggregation]: the server learns the sum over a round's survivors and no single update.
 
     Args:
         enabled: whether updates are masked; they then travel in a ring (compression.form).
-        max_dropout: the share of a cohort that may vanish at any step before a round has no sum.
-        max_corrupt: the share of a cohort that may collude with a lying server.
+        max_dropout: share of a cohort that may vanish at any step before a round has no sum.
+        max_corrupt: share of a cohort that may collude with a lying server.
     """
 
     enabled: bool = True
@@ -168,19 +171,18 @@ class SecureAggregationSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class SimulationSettings:
-    """[simulation]: how `fedtune simulate` runs, and the faults it injects.
+    """[simulation]: the way `fedtune simulate` runs clients, and the faults that it injects.
 
     Args:
         backend: "local" trains in this process and its forks, which share one base model; "ray" spreads clients over a
             pool of Ray actors, each with its own.
         workers: processes that train, or "auto" for as many as there are cores (GPUs for "ray") and clients in a round,
-            and as memory allows. It changes no bit of the result.
+            and as memory allows. The number does not change the result.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
-            on how many cores a machine has, and because small models gain little from more; workers do better there.
-        fleet: a file of kinds of device (fedtune.core.job.device_kinds), "bundled", or "" for devices that are all
-            alike.
+            on a machine's number of cores, and because small models gain more from workers than from threads.
+        fleet: file of kinds of device (fedtune.core.job.device_kinds), "bundled", or "" for devices that are all alike.
         ranks: without a fleet, the rank of each client in the order of names, again from the first where there are more
-            clients; none for the adapter's.
+            clients; empty for the adapter's rank.
         dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
             round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
@@ -200,10 +202,10 @@ class SimulationSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class ExportSettings:
-    """[export]: what a finished run is turned into for inference.
+    """[export]: the files that a finished run is converted to for inference.
 
     Args:
-        formats: ONNX models to write, each gated against the merged model; none by default.
+        formats: ONNX models to write, each compared with the merged model by the parity gate; none by default.
     """
 
     formats: tuple[Literal["int4", "int8", "fp16", "fp32"], ...] = ()
@@ -211,7 +213,7 @@ class ExportSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class Job:
-    """Everything that determines a run; the same job gives the same adapter."""
+    """All settings of a run; the same job gives the same adapter."""
 
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
@@ -225,14 +227,14 @@ class Job:
 
     @property
     def compression_form(self) -> Literal["sparse", "ring"]:
-        """compression.form, with "auto" decided."""
+        """The value of compression.form, with "auto" resolved."""
         if self.compression.form != "auto":
             return self.compression.form
         return "ring" if self.secure_aggregation.enabled else "sparse"
 
     @property
     def hides_updates(self) -> bool:
-        """Returns whether the server sees only sums: nothing that looks at single updates can work then."""
+        """True if the server sees only sums, so that nothing can work that reads single updates."""
         return self.compression.preset != "none" and self.compression_form == "ring"
 
     @property
@@ -247,7 +249,7 @@ class Job:
 
     @property
     def tiers(self) -> tuple[int, ...]:
-        """adapter.tiers, with its default filled in: 4, 8, 16, … and the rank, or the rank alone where all need it."""
+        """The tiers, by default 4, 8, 16, … and the rank, or the rank alone where all clients must train the same."""
         rank = self.adapter.rank
         if self.adapter.tiers is not None:
             return self.adapter.tiers
@@ -257,7 +259,7 @@ class Job:
 
 
 def rank_tiers(largest: int) -> tuple[int, ...]:
-    """Gives 4, 8, 16, … and the largest itself."""
+    """Returns 4, 8, 16, … and the largest itself."""
     tiers, rank = [], SMALLEST_TIER
     while rank < largest:
         tiers.append(rank)

@@ -1,1 +1,1 @@
-"""What server and devices say to each other: typed payloads with bounded sizes, and the files that they exchange."""
+"""The protocol of server and devices: typed payloads of bounded sizes, and the files that they exchange."""

@@ -1,16 +1,17 @@
-"""Messages with all their objects in one request each, where they are small enough for it.
+"""Message bundles: small messages that travel with all their objects in one request.
 
-    POST /v1/fleet/take         TakeMessage -> Taken             a device asks what waits for it
+    POST /v1/fleet/take         TakeMessage -> Taken             a device asks for its next message
     POST /v1/fleet/bring        BringReply -> nothing            a device answers
-    POST /v1/fedtune/send       SendMessages -> Sent             the server's own, on its private socket
-    POST /v1/fedtune/collect    CollectReplies -> Collected      the server's own
+    POST /v1/fedtune/send       SendMessages -> Sent             between the server's processes, on a private socket
+    POST /v1/fedtune/collect    CollectReplies -> Collected      likewise
 
-Flower asks for every object of a message in a request of its own. That lets large adapters go on where a slow line
-broke off, and costs a message of a hundred bytes eight requests. So what has no more bytes than one such piece travels
-whole; everything larger goes Flower's way. What Flower itself says is carried as it is, as serialised protobuf.
+Flower transfers every object of a message in its own request. That lets the transfer of large adapters resume after a
+broken connection, but a message of a hundred bytes takes eight requests. So a message of no more bytes than one piece
+of a large one travels whole; larger messages are transferred by Flower. Flower's own messages are carried unchanged, as
+serialised protobuf.
 
-Bundles state no protocol version but that in their paths: a device that speaks another one must still be reached by the
-registration, which tells both sides so in words.
+Bundles state no protocol version except in their paths: the registration must still reach a device of another version,
+to tell both sides about it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from fedtune.core.protocol.messages import Payload
 
 TAKE, BRING = "/v1/fleet/take", "/v1/fleet/bring"
 SEND, COLLECT = "/v1/fedtune/send", "/v1/fedtune/collect"
-MAX_BUNDLE_BYTES = 128 << 10  # of objects, between a device and the server: a piece of a large message has as many
-MAX_BATCH_BYTES = 4 << 20  # of objects, between the server's own processes
-MAX_OBJECTS = 256  # of one message in a bundle
+MAX_BUNDLE_BYTES = 128 << 10  # objects between a device and the server; a piece of a large message has the same size
+MAX_BATCH_BYTES = 4 << 20  # objects between the server's own processes
+MAX_OBJECTS = 256  # objects of one message in a bundle
 MAX_TAKE_BYTES = 64
 MAX_TAKEN_BYTES = 16 << 20  # a large message comes without objects, but with the names of all
 
@@ -36,17 +37,17 @@ _Objects = dict[_ObjectId, bytes]
 
 
 class TakeMessage(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What waits for this node?"""
+    """A device's request for the next message to its node."""
 
     node: _Node
 
 
 class Taken(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The message that waits, if any.
+    """The next message to the node, if there is one.
 
     Args:
         found: a PullMessagesResponse.
-        objects: all that the message consists of, and then it counts as received; or none, and they are to be pulled.
+        objects: all objects of the message, which then counts as received; or none, and the device pulls them.
     """
 
     found: _Proto
@@ -54,11 +55,11 @@ class Taken(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
 
 
 class BringReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A reply, whole.
+    """A whole reply of a device.
 
     Args:
         request: a PushMessagesRequest.
-        objects: all that the reply consists of.
+        objects: all objects of the reply.
     """
 
     request: _Proto
@@ -70,8 +71,8 @@ class SendMessages(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
 
     Args:
         request: a PushAppMessagesRequest; without messages it only announces.
-        objects: of those messages, as many as fit.
-        announced: nodes that may take from now on, one entry a message whose objects are then all there.
+        objects: objects of those messages, as many as fit.
+        announced: nodes that may take their message now, one entry per message whose objects are all present.
     """
 
     request: _Proto
@@ -80,24 +81,24 @@ class SendMessages(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
 
 
 class Sent(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A PushAppMessagesResponse, whose objects to push are those that have not come along."""
+    """A PushAppMessagesResponse, which lists the objects that are still to be pushed."""
 
     pushed: _Proto
 
 
 class CollectReplies(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What answers these messages?"""
+    """A request for the replies to these messages."""
 
     ids: tuple[_ObjectId, ...]
 
 
 class Collected(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What has come.
+    """The replies that have arrived.
 
     Args:
         found: a PullAppMessagesResponse.
-        whole: message ids of the replies all of whose objects are here, and which count as received.
-        objects: of those replies.
+        whole: message ids of the replies whose objects are all included; these replies count as received.
+        objects: objects of those replies.
     """
 
     found: _Proto

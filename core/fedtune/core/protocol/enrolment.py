@@ -1,10 +1,10 @@
-"""What a device is given when it is enrolled, and how it learns who else is.
+"""Enrolment: the bundle that makes a machine a device of a fleet, and the signed roster of all enrolled devices.
 
-Trust, in prose. Whoever enrols the fleet holds the fleet key, an Ed25519 key. It signs the roster: every device's name
-and identity key, with a version that only grows. A device is handed a bundle over a channel its owner trusts; it pins
-the certificate authority that server certificates are checked against, and the fleet key that rosters are checked
-against. Later rosters reach the device through the server of the rounds, which need not be trusted with them: a
-roster counts only with the fleet key's signature, and never with a version older than the one the device holds.
+The person who enrols the fleet holds the fleet key, an Ed25519 key. It signs the roster: every device's name and
+identity key, with a version that only grows. The owner of a device receives its bundle over a trusted channel. The
+bundle pins the certificate authority for the server's certificate, and the fleet key for rosters. Later rosters reach
+the device through the server, which need not be trusted with them: a device accepts a roster only with the fleet key's
+signature, and never with a version older than the one that it holds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
     """Returns a device's name, as it may stand in file names, tables and messages.
 
     Raises:
-        InputError: it is empty, too long, or has other characters.
+        InputError: the name is empty, too long, or has other characters.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -48,10 +48,10 @@ def check_name(name: str) -> str:
 
 
 def check_address(address: str) -> str:
-    """HOST:PORT, with an IPv6 host in brackets.
+    """Returns an address HOST:PORT, with an IPv6 host in brackets.
 
     Raises:
-        InputError: it is anything else.
+        InputError: the text is no such address.
     """
     match = _ADDRESS.fullmatch(address)
     if not match or not 0 < int(match[2]) < 65536:
@@ -64,9 +64,9 @@ class SignedRoster:
     """A roster as the fleet key's holder published it.
 
     Args:
-        version: grows with every change; a device never goes back.
+        version: number that grows with every change; a device never goes back to a smaller one.
         roster: client name -> identity key.
-        signature: over both.
+        signature: signature over both.
     """
 
     version: int
@@ -75,14 +75,14 @@ class SignedRoster:
 
     @classmethod
     def sign(cls, fleet: Identity, version: int, roster: Roster) -> SignedRoster:
-        """Publishes a roster."""
+        """Signs a roster for publication."""
         return cls(version, roster, fleet.sign(_statement(version, roster)))
 
     def check(self, fleet_key: bytes) -> None:
-        """Makes sure that it was published with the fleet key.
+        """Checks the signature of the fleet key.
 
         Raises:
-            PeerError: it was not.
+            PeerError: the signature does not fit.
         """
         try:
             Ed25519PublicKey.from_public_bytes(fleet_key).verify(self.signature, _statement(self.version, self.roster))
@@ -90,7 +90,7 @@ class SignedRoster:
             raise PeerError("the roster is not signed with this fleet's key") from None
 
     def to_json(self) -> dict[str, Any]:
-        """As it travels and lies on disk."""
+        """Returns the roster as the JSON object that travels and is kept on disk."""
         keys = {name: self.roster.keys[name].hex() for name in sorted(self.roster.keys)}
         return {"version": self.version, "keys": keys, "signature": self.signature.hex()}
 
@@ -99,7 +99,7 @@ class SignedRoster:
         """Reads what `to_json` wrote; the signature is not checked here.
 
         Raises:
-            PeerError: it is not that.
+            PeerError: the value is no signed roster.
         """
         if not isinstance(value, dict) or set(value) != {"version", "keys", "signature"}:
             raise PeerError("a signed roster has version, keys and signature")
@@ -115,7 +115,7 @@ class SignedRoster:
             raise PeerError(f"a roster cannot be read: {error}") from None
 
     def to_bytes(self) -> bytes:
-        """As it travels."""
+        """Returns the roster as bytes for messages."""
         return json.dumps(self.to_json()).encode()
 
     @classmethod
@@ -123,7 +123,7 @@ class SignedRoster:
         """Reads what `to_bytes` wrote.
 
         Raises:
-            PeerError: it is not that, or too large.
+            PeerError: the bytes are no signed roster, or too many.
         """
         if len(data) > MAX_BUNDLE_BYTES:
             raise PeerError(f"a roster has at most {MAX_BUNDLE_BYTES} bytes")
@@ -139,16 +139,16 @@ def _statement(version: int, roster: Roster) -> bytes:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything that makes a machine a device of a fleet, in one file. Whoever holds it can speak as that device.
+    """The file that makes a machine a device of a fleet. Its holder can act as that device.
 
     Args:
-        name: the device's.
+        name: name of the device.
         server: HOST:PORT of the server's public interface.
         authority: certificate authority of the server's certificate, PEM.
         node_key: P-256 key with which every request to the server is signed, PEM (PKCS #8).
         identity: Ed25519 key of the device in secure aggregation.
-        fleet_key: public half of the key that rosters are signed with.
-        roster: as of the enrolment.
+        fleet_key: public half of the key that signs rosters.
+        roster: roster at the time of the enrolment.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Bundle:
     roster: SignedRoster
 
     def save(self, path: Path) -> None:
-        """Writes the one file, readable by its owner only."""
+        """Writes the bundle to a file that only its owner can read."""
         content = {
             "format": FORMAT,
             "name": self.name,
@@ -178,7 +178,7 @@ class Bundle:
         """Reads and checks a bundle.
 
         Raises:
-            InputError: it is not one, or its parts do not belong together.
+            InputError: the file is no bundle, or its parts do not belong together.
         """
         content = read_json(path, "a bundle, which `fedtune server enroll` writes", MAX_BUNDLE_BYTES)
         expected = {"format", "name", "server", "authority", "node_key", "identity", "fleet_key", "roster"}
@@ -231,6 +231,6 @@ def load_node_key(pem: str) -> ec.EllipticCurvePrivateKey:
 
 
 def make_node_key() -> str:
-    """Returns a new P-256 key, PEM."""
+    """Generates a P-256 key, PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()

@@ -1,15 +1,15 @@
 """Messages between server and clients: the actions that a client is asked for, and typed payloads <-> bytes.
 
 A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in their order;
-`fedtune.strategies.secure_sum` says what each carries. One payload is one msgpack array of bounded size, tagged with
+`fedtune.strategies.secure_sum` describes their content. One payload is one msgpack array of bounded size, tagged with
 its kind, and travels as one byte array whatever carries it:
 
     data = encode(TrainRequest(...))
     request = decode(data, TrainRequest)
 
-A request is the same for all clients that come from the same version of the adapter and train the same tier: what else
-differs between them (their seed, their data) they derive themselves from their names, so a server serialises once for
-each version and tier.
+A request is the same for all clients that hold the same version of the adapter and train the same tier. Clients derive
+everything else that differs between them, such as their seeds, from their names, so a server serialises once for each
+version and tier.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Request:
     """One message to a client, as plain values.
 
     Args:
-        action: its message type.
-        group: what the messages of one round have in common, such as the round's number.
-        node: the number of the node that is asked.
+        action: message type.
+        group: label that the messages of one round share, such as the round's number.
+        node: number of the node that is asked.
         parts: payloads, `parts_of(action)` of them.
     """
 
@@ -66,11 +66,11 @@ def parts_of(action: str) -> int:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A device's reason not to do what it was asked.
+    """A device's refusal of a request.
 
     Args:
-        reason: a sentence for people; no program reads it.
-        sits_out: whether one of its owner's conditions does not hold now. The device may be asked again later.
+        reason: sentence for people; no program reads it.
+        sits_out: whether one of its owner's conditions does not hold now, so that the device may be asked again later.
     """
 
     reason: str
@@ -82,7 +82,7 @@ MAX_PAYLOAD_BYTES = 1 << 30
 MAX_TEXT = 4096
 MAX_COUNT = 1 << 40
 MAX_TIERS = 32
-HEADER_BYTES = 64 << 10  # every field beside the vector fits in this
+HEADER_BYTES = 64 << 10  # all fields besides the vector fit in it
 
 _Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -93,11 +93,11 @@ _Loss = Annotated[float, Meta(ge=0, le=1e6)]  # bounded, so that no client can m
 
 
 class Payload(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Base of everything that travels."""
+    """The base class of all payloads."""
 
 
 class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Which frozen base the adapter belongs to, and how the adapter sits on it; the same all through a job."""
+    """The frozen base model of the adapter and the adapter's layout on it; the same for the whole job."""
 
     name: _Text
     digest: _Digest
@@ -109,11 +109,11 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """How updates travel up; `selection_phases` and `clips` have one entry a trained factor.
+    """The settings of the uplink in a round; `selection_phases` and `clips` have one entry per trained factor.
 
     Args:
-        form: the name of one of `fedtune.core.codec.update_forms`; a device refuses one that it does not know.
-        tiers: how many rank indices clients of this round train, ascending; none where everybody trains them all.
+        form: name of one of `fedtune.core.codec.update_forms`; a device refuses a form that it does not know.
+        tiers: numbers of rank indices that clients of this round train, ascending; empty where all clients train all.
     """
 
     form: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")]
@@ -130,11 +130,11 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """An adapter, as what changes in one that the device holds.
+    """An adapter, as the change of one that the device holds.
 
     Args:
-        basis: digest of the adapter that `parts` change; "" is the one every job starts from, which follows from seed.
-        digest: of the adapter that results; another result is refused.
+        basis: digest of the adapter that `parts` change; "" for the job's first adapter, which follows from the seed.
+        digest: digest of the resulting adapter; the device refuses another result.
         parts: one payload of `fedtune.core.codec.downlink` for `lora_a`, one for `lora_b`.
     """
 
@@ -147,9 +147,9 @@ class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
     """The last change of the adapter's basis; see `fedtune.core.adapter.basis.basis_changes`.
 
     Args:
-        round: after which it was made.
-        digest: of the adapter that devices held in that round, from which it follows.
-        before: the round of the change before, or 0.
+        round: round after which it was made.
+        digest: digest of the adapter that devices held in that round, from which the change follows.
+        before: round of the previous change, or 0.
     """
 
     round: _Count
@@ -158,11 +158,11 @@ class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
 
 
 class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Train this adapter, and send back what changed.
+    """The request to train an adapter and to send back the update.
 
     Args:
-        tier: how many rank indices this client trains, one of `uplink.tiers`; 0 where those are none.
-        rebasing: what a residual of an earlier round must follow; None where the basis never changed.
+        tier: number of rank indices that this client trains, one of `uplink.tiers`; 0 where that is empty.
+        rebasing: change of basis that residuals of earlier rounds must follow; None where the basis never changed.
     """
 
     version: int
@@ -177,7 +177,7 @@ class TrainRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
 
 
 class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Trained minus received, one payload for each of the terms of the client's tier, and what it took."""
+    """A client's update, one payload for each of the terms of its tier, and the facts of its training."""
 
     round: _Count
     examples: _Count
@@ -189,7 +189,7 @@ class TrainReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown
 
 
 class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Evaluate this adapter on the examples the client keeps back."""
+    """The request to evaluate an adapter on the client's held-out examples."""
 
     version: int
     job_seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -200,7 +200,7 @@ class EvaluateRequest(Payload, frozen=True, array_like=True, tag=True, forbid_un
 
 
 class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A client's evaluation: sums a server can add up are `loss` and `exact_match` times their counts."""
+    """A client's evaluation. The server adds up `loss` and `exact_match` times their counts."""
 
     round: _Count
     examples: _Count
@@ -215,8 +215,7 @@ _NOBODYS = Downlink("", "0" * 64, (b"", b""))
 
 
 def terms_digest(request: TrainRequest) -> bytes:
-    """One hash over all that a request asks, but for the way the adapter travels and the tier: those differ between
-    clients."""
+    """Returns a hash over a request without its downlink and tier, which differ between clients."""
     common = msgspec.structs.replace(request, adapter=_NOBODYS, tier=0)
     return hashlib.sha256(msgspec.msgpack.encode(common)).digest()
 
@@ -230,20 +229,20 @@ def decode(data: bytes | memoryview, kind: type[P], limit: int = MAX_PAYLOAD_BYT
     """Reads a payload of one kind.
 
     Args:
-        data: what came from the other side.
-        kind: the only kind that is accepted here.
-        limit: most bytes accepted; a caller that knows the adapter's size says less than the default.
+        data: bytes from the other side.
+        kind: the only kind that is accepted.
+        limit: largest number of bytes; a caller that knows the adapter's size sets less than the default.
 
     Raises:
-        PeerError: too large, truncated, of another kind, a field missing, unknown, of a wrong type or out of bounds, or
-            of another protocol version.
+        PeerError: the bytes are too many, truncated, of another kind or protocol version, or a field is missing,
+            unknown, of a wrong type or out of bounds.
     """
     if len(data) > limit:
         raise PeerError(f"{kind.__name__}: {len(data)} bytes; at most {limit} are accepted")
     try:
         payload = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        _check_version(kind, _stated_version(data, kind))  # other fields are what another version would have
+        _check_version(kind, _stated_version(data, kind))  # another version may have other fields
         raise PeerError(f"{kind.__name__}: {error}") from error
     _check_version(kind, getattr(payload, "version", PROTOCOL_VERSION))
     if not _finite(payload):
@@ -252,7 +251,7 @@ def decode(data: bytes | memoryview, kind: type[P], limit: int = MAX_PAYLOAD_BYT
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
-    """How a payload begins that states its version; whatever follows is skipped."""
+    """The beginning of a payload that states its version; the rest is skipped."""
 
     kind: str
     version: int
@@ -267,7 +266,7 @@ def _check_version(kind: type[Payload], version: int) -> None:
 
 
 def _stated_version(data: bytes | memoryview, kind: type[Payload]) -> int:
-    """The version that a payload of any version states, as its first field; this side's where it states none."""
+    """Returns the version that a payload of any version states in its first field, or this side's if it states none."""
     try:
         head = msgspec.msgpack.decode(data, type=_Head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,9 +1,9 @@
-"""An exported directory as both sides see it: model files, and a manifest that names every one of them by SHA-256.
+"""The manifest of an exported directory, which lists every model file with its SHA-256.
 
     manifest = verify(directory)
 
-`fedtune.json` holds where the model came from and, under "files", name -> {"sha256", "bytes"} of every other file. The
-manifest cannot vouch for itself; whoever has its digest from a source they trust compares `manifest_digest`.
+`fedtune.json` states the model's provenance and, under "files", name -> {"sha256", "bytes"} of every other file. The
+manifest cannot prove its own authenticity; users who have its digest from a trusted source compare `manifest_digest`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _HEX_DIGITS = 64
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file.
+    """A file's entry in the manifest.
 
     Args:
-        sha256: 64 hexadecimal digits.
-        bytes: its size.
+        sha256: digest, 64 hexadecimal digits.
+        bytes: size of the file.
     """
 
     sha256: str
@@ -48,12 +48,12 @@ class Manifest:
 
     Args:
         kind: "model" (adapter merged), "adapter-base" (the base, with the adapter's factors as inputs) or "adapter".
-        name: what the model is called when it is served.
+        name: name under which the model is served.
         format: "int4", "int8", "fp16" or "fp32".
         provenance: base, adapter, job, rounds, clients, gate results, licence, versions: for people and audits.
         files: relative name with forward slashes -> its digest and size.
-        start_tokens: what every prompt begins with; chat templates write their own.
-        context: tokens that prompt and completion may have together.
+        start_tokens: tokens at the beginning of every prompt; chat templates write their own.
+        context: largest number of tokens of prompt and completion together.
     """
 
     kind: str
@@ -65,12 +65,12 @@ class Manifest:
     context: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """Returns the manifest as the object in the file."""
         return {"schema": SCHEMA, **asdict(self)}
 
 
 def digest_file(path: Path) -> FileEntry:
-    """SHA-256 and size of a file, read in pieces."""
+    """Returns SHA-256 and size of a file, read in pieces."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):
@@ -80,7 +80,7 @@ def digest_file(path: Path) -> FileEntry:
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Returns every file under a directory but the manifest, by name."""
+    """Returns every file under a directory except the manifest, by name."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
     return {name: digest_file(path) for name, path in names.items() if name != MANIFEST}
@@ -90,7 +90,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads `fedtune.json` without looking at the other files.
 
     Raises:
-        ExportError: it is missing or not a manifest.
+        ExportError: the file is missing or not a manifest.
     """
     path = directory / MANIFEST
     try:
@@ -109,10 +109,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     """Reads a manifest's bytes.
 
     Args:
-        where: what errors call them.
+        where: name of their source in error messages.
 
     Raises:
-        ExportError: they are not a manifest of this schema.
+        ExportError: the bytes are not a manifest of this schema.
     """
     try:
         value = json.loads(text)
@@ -134,7 +134,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """Reads the manifest and every file that it names.
+    """Checks every file of a directory against its manifest; returns the manifest.
 
     Raises:
         ExportError: a file is missing, changed or not in the manifest; the message names it.
@@ -157,7 +157,7 @@ def verify(directory: Path) -> Manifest:
 
 
 def manifest_digest(directory: Path) -> str:
-    """SHA-256 of `fedtune.json`, which names all the rest: one number for the whole directory."""
+    """Returns the SHA-256 of `fedtune.json`; as the manifest has all digests, it identifies the whole directory."""
     return digest_file(directory / MANIFEST).sha256
 
 

@@ -1,11 +1,11 @@
-"""How a device pulls an exported model from its server: what it asks, what it is told, and how a request is signed.
+"""The requests with which a device pulls an exported model from its server, their answers and their signatures.
 
     POST /v1/fleet/describe-model    DescribeModel -> ModelDescription
     POST /v1/fleet/read-model        ReadModel -> bytes of one file
 
-Both go over the server's public TLS socket and carry the device's signature, with the key it was enrolled with. What
-the device gets are files and nothing else: it names each by the manifest that it was told first, puts it only where
-that manifest allows, and counts the model as there when every file has the SHA-256 that the manifest states.
+Both use the server's public TLS socket and carry the device's signature with the key of its enrolment. The device
+receives files only: it requests the files that the manifest lists, writes them only to the paths that the manifest
+allows, and accepts the model when every file has the SHA-256 that the manifest states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES
 from fedtune.core.secagg.primitives import framed
 
 DESCRIBE, READ = "/v1/fleet/describe-model", "/v1/fleet/read-model"
-MAX_PIECE_BYTES = 4 << 20  # of a file, in one answer
+MAX_PIECE_BYTES = 4 << 20  # bytes of a file in one answer
 MAX_REQUEST_BYTES = 16 << 10
 MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + 4096
 MAX_CLOCK_ERROR = 60  # seconds between a request's time and the server's
@@ -39,11 +39,11 @@ _Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class DescribeModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Which model is there?
+    """A request for the description of an exported model.
 
     Args:
-        job: a finished job's name; None for the one that finished last.
-        format: None for the smallest that the job was exported in.
+        job: name of a finished job; None for the one that finished last.
+        format: format of the export; None for the smallest that the job has.
     """
 
     version: int
@@ -61,11 +61,11 @@ class ModelDescription(Payload, frozen=True, array_like=True, tag=True, forbid_u
 
 
 class ReadModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A piece of one of its files, please: `size` bytes from `offset`, or what is left of it.
+    """A request for a piece of one of a model's files: `size` bytes from `offset`, or the rest of the file.
 
     Args:
-        manifest: SHA-256 of the manifest that the device was told; the server may have exported anew since.
-        file: as the manifest names it.
+        manifest: SHA-256 of the manifest that the device received; the server may have a new export since.
+        file: name of the file in the manifest.
     """
 
     version: int
@@ -78,10 +78,10 @@ class ReadModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
 
 
 def sign_request(key: ec.EllipticCurvePrivateKey, device: str, path: str, moment: int, body: bytes) -> dict[str, str]:
-    """Returns the headers by which the server knows who asks.
+    """Returns the headers by which the server identifies the device.
 
     Args:
-        key: the device's own.
+        key: private key of the device.
         moment: seconds since 1970 by the server's clock.
     """
     signature = key.sign(_statement(device, path, moment, body), ec.ECDSA(hashes.SHA256()))
@@ -89,14 +89,14 @@ def sign_request(key: ec.EllipticCurvePrivateKey, device: str, path: str, moment
 
 
 def check_request(headers: Mapping[str, str], keys: Mapping[str, bytes], path: str, now: float, body: bytes) -> str:
-    """Who asks.
+    """Returns the name of the device that signed a request.
 
     Args:
-        headers: by lower-case name.
-        keys: of every enrolled device, PEM.
+        headers: values by lower-case name.
+        keys: public keys of all enrolled devices, PEM.
 
     Raises:
-        PeerError: nobody who is enrolled signed this very request just now.
+        PeerError: no enrolled device signed exactly this request within the allowed time.
     """
     device, moment, signature = (headers.get(name, "") for name in (DEVICE_HEADER, TIME_HEADER, SIGNATURE_HEADER))
     if max(map(len, (device, moment, signature))) > _MAX_HEADER or not (moment.isascii() and moment.isdigit()):

@@ -1,12 +1,12 @@
-"""What a server and a device say to each other before any work: versions, the roster, the job, and the device's plan.
+"""The registration: server and device exchange versions, the roster, the job's terms and the device's plan.
 
-A device that speaks another protocol version is refused here, with a sentence, and not in the middle of a round. So is
-one that the job does not fit: it plans for the job before it answers.
+A device of another protocol version is refused here, with a sentence, and not in the middle of a round. So is a device
+that the job does not fit: it plans for the job before it answers.
 
-What a server learns of a plan says next to nothing of the device's data. The length to which examples are cut is the
-job's, or, on a device short of memory that has longer ones, half of it or less; memory and seconds, on which lengths of
-examples bear, are told to two digits. Battery, temperature and link stay on the device: the server hears which of its
-owner's conditions does not hold, and no reading.
+The plan that a server receives reveals very little about the device's data. The length to which examples are cut is the
+job's, or, on a device short of memory that has longer examples, half of it or less. Memory and seconds, which depend on
+the lengths of examples, are rounded to two digits. Readings of battery, temperature and link stay on the device: the
+server only learns which of its owner's conditions does not hold.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _Short = Annotated[str, Meta(max_length=200)]
 
 
 class Terms(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What a device must know of a job to plan for it; keys are the job file's.
+    """The terms of a job that a device needs to plan for it; their names are those of the job file.
 
     Args:
-        local_steps, local_epochs: one of them is 0.
-        deadline: seconds of a round; 0 where it waits for all.
+        local_steps, local_epochs: local work; one of them is 0.
+        deadline: seconds of a round; 0 where it waits for all clients.
     """
 
     base: Base
@@ -45,16 +45,15 @@ class Terms(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
 
 
 class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What the server says.
+    """The server's part of the registration.
 
     Args:
-        version: the server's PROTOCOL_VERSION.
-        software: the server's fedtune version, for people.
-        job: what the server calls the job that comes next, the same across restarts; devices keep what they remember
-            of a job under it.
-        secure: whether updates will be masked; a device that wants that does not take part otherwise.
-        terms: what to plan for.
-        roster: the newest signed roster, as `SignedRoster.to_bytes` wrote it.
+        version: PROTOCOL_VERSION of the server.
+        software: fedtune version of the server, for people.
+        job: server's name for the next job, the same across restarts; devices keep their state of a job under it.
+        secure: whether updates will be masked; a device that requires masks does not take part otherwise.
+        terms: terms to plan for.
+        roster: newest signed roster, as `SignedRoster.to_bytes` wrote it.
     """
 
     version: int
@@ -66,21 +65,21 @@ class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
 
 
 class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What a device answers.
+    """The device's part of the registration.
 
     Args:
-        version: the device's PROTOCOL_VERSION.
-        software: the device's fedtune version.
-        roster_version: of the roster that the device holds now.
-        cores: CPU cores.
-        memory_mb: of the machine.
-        accelerator: a GPU's name, or "".
-        sits_out: which of its owner's conditions for taking part does not hold now, or "".
-        rank: how many rank indices it trains: its tier.
-        weights: how it holds the base.
-        sequence_length: to which it cuts examples.
-        peak_mb: predicted, of training, over the program itself.
-        seconds: predicted, of a round.
+        version: PROTOCOL_VERSION of the device.
+        software: fedtune version of the device.
+        roster_version: version of the roster that the device holds now.
+        cores: number of CPU cores.
+        memory_mb: memory of the machine.
+        accelerator: name of a GPU, or "".
+        sits_out: one of its owner's conditions for taking part that does not hold now, or "".
+        rank: number of rank indices that it trains: its tier.
+        weights: format of the base's weights on the device.
+        sequence_length: length to which it cuts examples, in tokens.
+        peak_mb: predicted peak memory of training, without the program itself.
+        seconds: predicted duration of a round.
     """
 
     version: int
@@ -103,10 +102,10 @@ def two_digits(value: float) -> float:
 
 
 def check_plan(reply: RegistrationReply, terms: Terms) -> None:
-    """Refuses a plan that cannot be one for these terms on that machine.
+    """Refuses a plan that is impossible for these terms on that machine.
 
     Raises:
-        PeerError: with everything that is wrong.
+        PeerError: the plan has problems; the message lists all of them.
     """
     base = terms.base
     wrong = []
