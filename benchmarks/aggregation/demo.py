@@ -1,10 +1,10 @@
-"""On the demo: does a fleet of mixed ranks reach what equal ranks reach, and which aggregator gets there?
+"""Does a fleet of mixed ranks reach the exact match of equal ranks on the demo, and with which aggregator?
 
 Ten households, rank 16 throughout, or four of rank 16, three of rank 8 and three of rank 4. Updates travel as float32,
-so that the method alone decides. "Mixed" devices load the whole adapter and train their rank indices under the public
+so that only the method differs. "Mixed" devices load the whole adapter and train their rank indices under the public
 permutation, and each index is divided by its owners' weight; "zero-padded" ones see and train a fixed prefix of the
-rank indices, and sums are divided by the whole cohort's weight. Bytes up are those of an answer, 4 for each trained
-value and some tens beside.
+rank indices, and sums are divided by the whole cohort's weight. Bytes up are those of an answer: 4 for each trained
+value and a few tens of overhead.
 
     python benchmarks/aggregation/demo.py                    # every row: a minute or two each
     python benchmarks/aggregation/demo.py --rows "fedavg, mixed" --seeds 0
@@ -51,10 +51,10 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Row:
-    """A way to train and combine.
+    """A way to train clients and combine their updates.
 
     Args:
-        ranks: "equal", "mixed" or "zero-padded".
+        ranks: the clients' ranks: "equal", "mixed" or "zero-padded".
     """
 
     aggregation: str
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
-    """Exact match, loss and bytes up a client-round, after the job's last round."""
+    """Returns exact match and loss after the job's last round, and the bytes up per client-round."""
     settings = [
         "secure_aggregation.enabled=false",
         "export.formats=[]",
@@ -112,8 +112,8 @@ def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
 def simulate_row(job: Job, path: Path, row: Row) -> dict[str, Any]:
     """Returns the summary of a run.
 
-    Zero-padding is done as HeteroLoRA does it: fixed prefixes of the rank indices, alone in the forward pass, and sums
-    divided by the whole cohort's weight.
+    Zero-padding works as in HeteroLoRA: clients use only a fixed prefix of the rank indices in the forward pass, and
+    sums are divided by the whole cohort's weight.
     """
     padded = row.ranks == "zero-padded"
     prefixes = patch.object(tiers, "_order", lambda *drawn: np.arange(drawn[-1])) if padded else nullcontext()
@@ -127,7 +127,7 @@ def simulate_row(job: Job, path: Path, row: Row) -> dict[str, Any]:
 
 
 class Alone(TorchTrainer):
-    """Sees its own rank indices only."""
+    """A client that sees its own rank indices only."""
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
         seen, every = received.copy(), np.arange(self.layout.rank)
@@ -137,7 +137,7 @@ class Alone(TorchTrainer):
 
 
 class ZeroPadded(Mean):
-    """Sums over the owners, divided by everybody's weight: an index that a client does not own counts as zero."""
+    """A mean divided by the whole cohort's weight, where an index that a client does not own counts as zero."""
 
     def begin(self, frame: Frame) -> MeanOfOwners:
         return PaddedMean(frame)
@@ -154,7 +154,7 @@ class PaddedMean(MeanOfOwners):
 
 
 def format_table(results: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """Markdown."""
+    """Formats the results as a Markdown table."""
     reference = _mean(results.get("fedavg", {}), 0)
     lines = [
         "| method | exact match | over seeds | of fedavg, all rank 16 | loss | bytes up, a client-round |",

@@ -1,9 +1,9 @@
-"""Which way to combine adapters of mixed rank comes closest to a known answer, and what does each part of it bring?
+"""Which way to combine adapters of mixed rank comes closest to a known answer, and how much does each part contribute?
 
 Clients fit a linear map in 48 dimensions: W* of rank 8, the same for all, plus a dense one of their own with half its
-norm; over the clients those add up to nothing. Inputs have an anisotropic covariance that is each client's own. Six
-clients train 16 rank indices, seven 8 and seven 4 (or all 16, in the second table). The error is ‖B·A - W*‖²/‖W*‖²
-after some rounds. Everything here is plain numpy and shares no code with fedtune: it is the reference, not the product.
+norm; the clients' own maps add up to zero. Each client's inputs have their own anisotropic covariance. Six clients
+train 16 rank indices, seven 8 and seven 4 (or all 16, in the second table). The error is ‖B·A - W*‖²/‖W*‖² after some
+rounds. This reference is plain numpy and shares no code with fedtune.
 
     python benchmarks/aggregation/toy.py              # under two minutes on one core
 """
@@ -30,17 +30,17 @@ REBALANCE_EVERY = 2
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train and combine.
+    """A way to train clients and combine their updates.
 
     Args:
         alternate: B in odd rounds, A in even ones; otherwise both at once.
-        frozen_a: A never moves.
+        frozen_a: A is never trained.
         divide: an index's sum is divided by its "owners" or by the whole "cohort", which is zero-padding.
-        frozen_rest: a device sees the whole adapter and trains its part; otherwise it sees only its part.
-        permuted: which indices a tier owns changes from round to round; otherwise the first ones.
-        products: average B·A and cut it by an SVD.
+        frozen_rest: a client sees the whole adapter and trains its part; otherwise it sees only its part.
+        permuted: the indices that a tier owns change from round to round; otherwise it owns the first ones.
+        products: average B·A and truncate it by an SVD.
         rebalance: change the basis every REBALANCE_EVERY rounds.
-        bits: of an update's values, with error feedback; None for exact ones.
+        bits: bits of an update's values, with error feedback; None for exact values.
     """
 
     alternate: bool = False
@@ -70,7 +70,7 @@ METHODS = {
 
 
 class Task:
-    """What the clients see."""
+    """The clients' targets and inputs."""
 
     def __init__(self, seed: int) -> None:
         random = np.random.default_rng([seed, 0])
@@ -94,7 +94,7 @@ class Task:
 def train(
     task: Task, client: int, lora_a: np.ndarray, lora_b: np.ndarray, move: str, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Adam on ½·E‖(B·A - W*)x‖², made afresh as a device does in every round; what changed."""
+    """Trains with a new Adam optimizer on ½·E‖(B·A - W*)x‖², as a client does in every round; returns the update."""
     now = {"a": lora_a.copy(), "b": lora_b.copy()}
     moments = {letter: (np.zeros_like(now[letter]), np.zeros_like(now[letter])) for letter in move}
     for step in range(1, LOCAL_STEPS + 1):
@@ -109,7 +109,7 @@ def train(
 
 
 def run(method: Method, tiers: list[int], seed: int) -> tuple[float, float]:
-    """The error after EARLY rounds and after all."""
+    """Returns the error after EARLY rounds and after all."""
     task = Task(seed)
     random = np.random.default_rng([seed, 1])
     lora_a = random.uniform(-1, 1, (RANK, DIMENSION)) / DIMENSION**0.5
@@ -127,7 +127,7 @@ def run(method: Method, tiers: list[int], seed: int) -> tuple[float, float]:
             owned = np.sort(order[:tier])
             delta_a, delta_b = _train_part(method, task, client, lora_a, lora_b, owned, move, rate)
             product += (lora_b + delta_b) @ (lora_a + delta_a) / len(tiers)
-            if not method.frozen_rest and method.products:  # what a device does not see is not in its product
+            if not method.frozen_rest and method.products:  # parts that a client does not see are not in its product
                 product -= (lora_b @ lora_a - lora_b[:, owned] @ lora_a[owned]) / len(tiers)
             for letter, delta in (("a", delta_a), ("b", delta_b)):
                 if letter in move:
@@ -160,7 +160,7 @@ def _train_part(
     delta_a, delta_b = np.zeros_like(lora_a), np.zeros_like(lora_b)
     if method.frozen_rest:
         rest = np.setdiff1d(np.arange(RANK), owned)
-        # The frozen part is a constant of the output: a smaller target takes its place.
+        # The frozen part adds a constant to the output, so it is subtracted from the target.
         shifted = copy.copy(task)
         shifted.targets = [target - lora_b[:, rest] @ lora_a[rest] for target in task.targets]
         task = shifted
@@ -208,7 +208,7 @@ def _rebalance(lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def table(tiers: list[int]) -> str:
-    """Markdown: the median of the seeds."""
+    """Formats the median over the seeds as a Markdown table."""
     lines = [
         f"| method | round {EARLY} | round {ROUNDS} | range over {len(SEEDS)} seeds |",
         "| --- | --- | --- | --- |",

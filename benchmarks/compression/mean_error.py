@@ -1,8 +1,8 @@
 """How far is the decoded mean from the true one, by cohort size and bits, and does a range that follows both pay?
 
 The relative squared error ‖decoded - mean‖²/‖mean‖² of dense maskable updates in one round, without error feedback.
-Updates are heavy-tailed and of uneven scale over modules; half of each one's energy is what all clients agree on. The
-clip is the adaptive one once it has settled; the error of clipping alone is in the last column. The peer is the same
+Updates are heavy-tailed and of uneven scale over modules; half of each one's energy is common to all clients. The clip
+is the adaptive one after it has settled; the error of clipping alone is in the last column. The baseline is the same
 chain with the fixed range of 3 standard deviations.
 """
 
@@ -26,7 +26,7 @@ FIXED_RANGE = 3.0
 
 
 def update_of(client: int) -> np.ndarray:
-    """What the cohort agrees on, and as much again that is the client's own."""
+    """Returns the common part of the cohort's updates plus a part of the client's own with the same energy."""
     scales = np.exp(np.random.default_rng(1).normal(0, 0.7, MODULES)).repeat(COUNT // MODULES)
     common, own = (np.random.default_rng(seed).standard_t(5, COUNT) for seed in (2, 1000 + client))
     strength = np.random.default_rng(5000 + client).uniform(0.7, 1.3)
@@ -38,7 +38,7 @@ def clip_of(cohort: int) -> float:
 
 
 def errors_of(cohort: int, bits: int, clip: float) -> tuple[float, float, float]:
-    """Relative squared errors: the range that follows n and bits, the fixed range, clipping alone."""
+    """Returns relative squared errors: of the range that follows n and bits, of the fixed range, of clipping alone."""
     size = rotated_size(COUNT)
     bounds = (public_range(clip, size, bits, cohort), FIXED_RANGE * clip / sqrt(size))
     truth = np.zeros(COUNT)

@@ -1,14 +1,14 @@
-"""How much of what clients trained has come across, by how a ring's coordinates are chosen?
+"""How much of the clients' training has reached the server, by the way in which a ring's coordinates are chosen?
 
 The demo's ten households train for ROUNDS rounds, uncompressed. Their updates are then sent again, a share of the
-coordinates each round, the same ones from everybody, and what is not sent waits in the residuals. The error after a
-round is the squared norm of what waits over that of everything trained so far. Choosing is linear and the same for
-all, so the mean of ten residuals is the residual of the mean, and one vector is enough.
+coordinates each round, the same ones from every client, and the others stay in the residuals. The error after a round
+is the squared norm of the residual over that of all training so far. The selection is linear and the same for all
+clients, so the mean of ten residuals is the residual of the mean, and one vector is enough.
 
     turns           as the codec does: fedtune.core.codec.coordinate_selection
-    random          drawn anew each round
-    last aggregate  four fifths where the last aggregate was largest, the others drawn anew
-    oracle          where the mean residual is largest, which nobody knows: what no public choice can beat by much
+    random          drawn again each round
+    last aggregate  four fifths where the last aggregate was largest, the others drawn again each round
+    oracle          where the mean residual is largest, which nobody knows; no public choice can be much better
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from fedtune.model.lora import adapt
 from fedtune.strategies.federation import scheduled_learning_rate
 
 JOB = Path(__file__).parent.parent / "demo" / "job.toml"
-QUESTION = "How much of what clients trained has come across, by how a ring's coordinates are chosen?"
+QUESTION = (
+    "How much of the clients' training has reached the server, by the way in which a ring's coordinates are chosen?"
+)
 ROUNDS = 8
 DENSITIES = (0.25, 0.4)
 FOLLOWING = 0.8
@@ -45,7 +47,7 @@ Choice = Callable[[int, float, np.ndarray, np.ndarray], np.ndarray]
 
 
 def trained_updates() -> tuple[list[np.ndarray], list[slice]]:
-    """The mean update of every round, and where the factors lie in it."""
+    """Returns the mean update of every round, and the slices of the factors in it."""
     job = load_job(JOB)
     torch.set_num_threads(max(1, job.simulation.threads))
     model = adapt(load_base(job.model, weights=job.training.weights, precision=job.training.precision), job.adapter)
@@ -101,7 +103,7 @@ CHOICES: dict[str, Choice] = {
 
 
 def errors(updates: list[np.ndarray], density: float, choose: Choice) -> list[float]:
-    """‖what waits‖² / ‖what was trained so far‖² of one factor after each round."""
+    """Returns ‖residual‖² / ‖sum of updates so far‖² of one factor after each round."""
     waiting, trained, last = (np.zeros_like(updates[0]) for _ in range(3))
     left = []
     for number, update in enumerate(updates):

@@ -1,4 +1,4 @@
-"""How few bytes reach the exact match of uncompressed training on the demo, by form, bits, density, error feedback?
+"""How few bytes reach the exact match of uncompressed training on the demo, by form, bits, density and feedback?
 
 Every point is one federation, run by `fedtune.server.simulation.simulate` on the job of benchmarks/demo and read from
 its summary.json: final exact match on the server's evaluation set, and every payload byte of the run, up and down,
@@ -6,10 +6,10 @@ evaluation messages included. Its peer is the same federation with float32 A and
 is `training.seed`: the adapter's start, the households' data and every random draw follow from it.
 
     python benchmarks/compression/sweep.py              # runs what is missing: about 95 seconds of one core a run
-    python benchmarks/compression/sweep.py --dry        # says what is missing, and writes table and plot again
+    python benchmarks/compression/sweep.py --dry        # prints what is missing, and writes table and plot again
 
-A finished run is one line of sweep.jsonl, which is kept: a second call goes on where the first one was stopped, and
-repeats nothing but runs whose job, settings or base model have changed since.
+A finished run is one line of sweep.jsonl, which is kept: a second call continues where the first one stopped, and
+repeats only runs whose job, settings or base model have changed since.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ JOB = HERE.parent / "demo" / "job.toml"
 RUNS = HERE / "sweep.jsonl"
 PLOT = HERE / "sweep.svg"
 QUESTION = "How few bytes reach the exact match of uncompressed training on the demo?"
-CLEAR = ("secure_aggregation.enabled=false",)  # masks change no value, and benchmarks/demo counts what they cost
+CLEAR = ("secure_aggregation.enabled=false",)  # masks change no value, and benchmarks/demo measures their cost
 SEEDS = (0, 1, 2)
-GOALS = {"sparse": 40, "ring": 20}  # how far below fp32 FedAvg a form must be, within TOLERANCE of uncompressed
+GOALS = {"sparse": 40, "ring": 20}  # fp32 FedAvg's bytes over a form's must reach this
 TOLERANCE = 0.01
 READING = (
     "Ten households, all of them in each of 16 rounds. MB are of a whole run: all payload bytes up, and down. The goal "
@@ -56,7 +56,7 @@ READING = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is set in [compression]; every key, so that a preset that changes changes no line."""
+    """A setting of all keys of [compression], so that a changed preset changes no recorded line."""
 
     form: str
     bits: int
@@ -66,20 +66,20 @@ class Setting:
     rotation: bool = True
 
     def keys(self) -> dict[str, Any]:
-        """The keys of [compression]; rotation is the ring's alone."""
+        """Returns the keys of [compression]; rotation exists for the ring only."""
         keys = asdict(self)
         if self.form != "ring" or self.rotation:
             del keys["rotation"]
         return keys
 
     def presets(self) -> list[str]:
-        """Names of the presets that mean this setting."""
+        """Returns the names of the presets with this setting."""
         candidates = {name: {"preset": name, "form": self.form} for name in ("balanced", "extreme")}
         return [name for name, keys in candidates.items() if meaning(keys) == meaning(self.keys())]
 
 
 def overrides(keys: dict[str, Any]) -> list[str]:
-    """Keys of [compression] as `load_job` takes them."""
+    """Returns keys of [compression] as overrides for `load_job`."""
     return [f"compression.{key}={json.dumps(value)}" for key, value in keys.items()]
 
 
@@ -94,7 +94,7 @@ SETTINGS: tuple[Setting | None, ...] = (
     Setting("ring", 2, 0.4),
     Setting("sparse", 3, 0.03),
     Setting("ring", 2, 0.25),
-    # And what is around these, one key at a time.
+    # Neighbours of these settings, one key at a time.
     Setting("sparse", 3, 0.07, error_feedback=False),
     Setting("ring", 2, 0.4, error_feedback=False),
     Setting("ring", 2, 0.4, rotation=False),
@@ -112,7 +112,7 @@ SETTINGS: tuple[Setting | None, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """One federation that is to be run: a setting (None is float32) under a seed."""
+    """One planned federation: a setting (None is float32) and a seed."""
 
     setting: Setting | None
     seed: int
@@ -140,12 +140,12 @@ def main() -> None:
 
 
 def planned() -> list[Run]:
-    """What the sweep consists of, each run once: setting by setting, so that a part of it has all its seeds."""
+    """Returns the sweep's runs, each once, setting by setting, so that a partial sweep has all seeds of a setting."""
     return [Run(setting, seed) for setting in SETTINGS for seed in SEEDS]
 
 
 class Book:
-    """The finished runs: lines of a file, each with all that it depends on."""
+    """The finished runs: lines of a file, each with all its inputs."""
 
     def __init__(self, path: Path, base_digest: str, lines: list[dict[str, Any]]) -> None:
         self._path = path
@@ -159,7 +159,7 @@ class Book:
         return cls(path, load_base(load_job(JOB).model).digest, [json.loads(line) for line in text.splitlines()])
 
     def outcome(self, run: Run) -> dict[str, Any] | None:
-        """What a finished run came to; None where it is still to be run."""
+        """Returns a finished run's results; None if it still has to be run."""
         basis = self._basis(run)
         return next((line["outcome"] for line in self._lines if line["basis"] == basis), None)
 
@@ -180,7 +180,7 @@ class Book:
 
 
 class _Rounds(Silent):
-    """One growing line a run: the share of rounds that are done."""
+    """A display with one growing line a run: the share of rounds that are done."""
 
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
         del done, cohort, moved
@@ -193,7 +193,7 @@ class _Rounds(Silent):
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Runs one federation from its beginning; what its summary.json says."""
+    """Runs one federation from its beginning and returns its summary."""
     fixed = [*CLEAR, "federation.evaluate_every=0", f"training.seed={run.seed}"]
     job = load_job(JOB, fixed + overrides(run.compression()))
     with tempfile.TemporaryDirectory() as folder:
@@ -213,14 +213,14 @@ def measure(run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting over the seeds it was run with.
+    """One setting's results over its seeds.
 
     Args:
-        seeds: how many.
+        seeds: the number of seeds.
         exact_match, worst, held_out: mean and lowest final exact match; the mean on the clients' own held-out data.
-        gap: mean of exact match minus that of uncompressed training with the same seed.
-        up, down: bytes of a whole run, mean.
-        ratio: bytes of fp32 FedAvg over all bytes, of all seeds together.
+        gap: mean difference of exact match to uncompressed training with the same seed.
+        up, down: mean bytes of a whole run.
+        ratio: bytes of fp32 FedAvg over all bytes, summed over the seeds.
     """
 
     setting: Setting | None
@@ -241,7 +241,7 @@ class Point:
 
 
 def points(book: Book) -> Iterator[Point]:
-    """Settings in the order of the table: uncompressed, then by form, feedback and bytes."""
+    """Returns the settings in the table's order: uncompressed, then by form, feedback and bytes."""
     runs: dict[Setting | None, dict[int, dict[str, Any]]] = {}
     for run in planned():
         outcome = book.outcome(run)
@@ -278,7 +278,7 @@ def _point(setting: Setting | None, outcomes: dict[int, dict[str, Any]], plain: 
 
 
 def report(book: Book) -> None:
-    """Prints the table, keeps it beside this program, and draws it."""
+    """Prints the table, writes it beside this program, and draws it."""
     measured = list(points(book))
     columns = ["form", "bits", "density", "else", "preset", "seeds", "exact match", "lowest", "against uncompressed"]
     columns += ["clients' held-out", "MB up", "MB down", "fp32 FedAvg / total", "goal"]
@@ -315,7 +315,7 @@ def _named(setting: Setting) -> list[str]:
 
 
 def _differences(setting: Setting) -> tuple[str, str, str]:
-    """What is unlike most settings; empty where it is not."""
+    """Returns in words how a setting differs from most; empty if it does not."""
     return (
         "" if setting.error_feedback else "no error feedback",
         "" if setting.rotation else "no rotation",
@@ -324,7 +324,7 @@ def _differences(setting: Setting) -> tuple[str, str, str]:
 
 
 def draw(measured: Sequence[Point], path: Path) -> None:
-    """Exact match against bytes: form by marker, bits by colour, feedback by filling; large markers are all seeds."""
+    """Draws exact match against bytes: marker by form, colour by bits, fill by feedback, large means over all seeds."""
     import matplotlib
 
     matplotlib.rcParams |= {"svg.hashsalt": "sweep", "svg.fonttype": "none"}  # the same file for the same points

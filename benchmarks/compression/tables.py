@@ -1,4 +1,4 @@
-"""Printing a benchmark's table and keeping it beside the program as Markdown."""
+"""Output of a benchmark's table: printed, and written beside the program as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def publish(
     program: str, question: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
 ) -> None:
-    """Prints the table and writes it to the program's name with the ending .md: question above, notes below."""
+    """Prints the table and writes it beside the program as .md, with the question above and the notes below."""
     lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
     table = "\n".join(f"| {line} |" for line in lines)
     print(table)

@@ -1,8 +1,8 @@
-"""How fast is each step of the codecs on one core, and how much memory does it take?
+"""How fast is each step of the codecs on one core, and how much memory does it need?
 
-Processor time of the best of REPEATS runs of one thread. Memory is what the step allocates at its peak, its result
-included and its input not, in multiples of the float32 vector. The bars: quantize + pack at 50 M coordinates/s, a
-whole encode at 10M coordinates in under 1 s and in at most 3 vectors.
+Processor time of the best of REPEATS runs of one thread. Memory is the step's peak allocation, with its result and
+without its input, in multiples of the float32 vector. The targets: quantize + pack at 50 M coordinates/s, a whole
+encode of 10 M coordinates in under 1 s and in at most 3 vectors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Stopwatch:
-    """Measures steps on vectors of one size and collects the rows."""
+    """A stopwatch that measures steps on vectors of one size and collects the rows."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 def rows_for(count: int) -> list[list[str]]:
-    """All steps, dense and as they are used by default."""
+    """Measures all steps, dense and with default settings."""
     watch = Stopwatch(count)
     update = (1e-3 * np.random.default_rng(0).standard_normal(count)).astype(np.float32)
     maskable, sparse = MaskableCodec(BITS), SparseCodec(density=0.1, bits=BITS)

@@ -1,4 +1,4 @@
-"""How close does the demo's federation come to centralised LoRA on everybody's data, and at how many bytes?
+"""How close does the demo's federation come to centralised LoRA on all clients' data, and with how many bytes?
 
 Six rows, each run by `fedtune simulate` itself on the same base, seeds, schedule and evaluation set:
 
@@ -6,19 +6,19 @@ Six rows, each run by `fedtune simulate` itself on the same base, seeds, schedul
     client alone            one household trains on its own rows only; the mean over all households
     federated, fp32 FedAvg  A and B, float32, in the clear
     federated, compressed   the job without secure aggregation: updates compressed, in the clear
-    federated, secure       the job as it stands (job.toml): compressed, and only sums to see
-    centralised             one trainer on the pooled rows: the federation's cohort rolled into one
+    federated, secure       the job as it is (job.toml): compressed, and the server sees only sums
+    centralised             one trainer on the pooled rows, in place of the federation's cohort
 
 The work is matched by optimizer steps of the same batch (training.batch_tokens). With R rounds, cohorts of K out of N
 clients and S local steps, a federation takes R·K·S client steps in all. The centralised trainer takes R stages of K·S
 steps, as many steps on as many samples; a household alone takes R stages of round(K·S / N) steps, its share of them. As
-in a federated round, each stage starts AdamW afresh, on the same schedule at SOLO_RATE times the learning rate.
+in a federated round, each stage starts with a new AdamW, on the same schedule at SOLO_RATE times the learning rate.
 
     python benchmarks/demo/run.py                                     # job.toml: about ten minutes on two idle cores
     python benchmarks/demo/run.py --set federation.rounds=2 --set training.local_steps=3 --runs /tmp/tiny
 
-Every row is a run directory under --runs: a second call goes on where the first one was stopped, and repeats nothing
-but rows whose job or base model has changed since. Seconds are those of the rounds, evaluation left out.
+Every row is a run directory under --runs: a second call continues where the first one stopped, and repeats only rows
+whose job or base model has changed since. Seconds are those of the rounds, without evaluation.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Row:
     """One line of the table.
 
     Args:
-        bytes_up: payload bytes of one client-round; None where nothing is sent in rounds.
-        seconds: of training.
+        bytes_up: payload bytes of one client-round; None for training without rounds.
+        seconds: seconds of training.
     """
 
     exact_match: float
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def measure(job: Job, runs: Path) -> dict[str, Row]:
-    """Trains whatever is not trained yet; row name -> row."""
+    """Trains the rows that are not trained yet; returns row name -> row."""
     households, pooled = _write_data(job, runs)
     base_digest = load_base(job.model).digest
 
@@ -122,12 +122,12 @@ def measure(job: Job, runs: Path) -> dict[str, Row]:
 
 
 def in_the_clear(job: Job) -> Job:
-    """The same federation, whose server sees every update."""
+    """Returns the same federation without secure aggregation."""
     return replace(job, secure_aggregation=SecureAggregationSettings(enabled=False))
 
 
 def fp32_fedavg(job: Job) -> Job:
-    """The same federation, with nothing between a client's float32 A and B and the mean."""
+    """Returns the same federation without compression: a plain mean of float32 A and B."""
     return replace(
         in_the_clear(job),
         federation=replace(job.federation, aggregation="fedavg"),
@@ -136,18 +136,18 @@ def fp32_fedavg(job: Job) -> Job:
 
 
 def alone_job(job: Job, household: Path) -> Job:
-    """One client on its own rows, with its share of the federation's steps."""
+    """Returns a job for one client on its own rows, with its share of the federation's steps."""
     share = max(1, round(_cohort(job) * _local_steps(job) / job.data.clients))
     return _single_trainer(job, household, share)
 
 
 def centralised_job(job: Job, pooled: Path) -> Job:
-    """One trainer on everybody's rows, with all of the federation's steps."""
+    """Returns a job for one trainer on all clients' rows, with all of the federation's steps."""
     return _single_trainer(job, pooled, _cohort(job) * _local_steps(job))
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of rows that send nothing."""
+    """Returns the mean of rows that send nothing."""
     return Row(
         statistics.fmean(row.exact_match for row in rows),
         statistics.fmean(row.loss for row in rows),
@@ -156,7 +156,7 @@ def mean_row(rows: Sequence[Row]) -> Row:
 
 
 def format_table(rows: dict[str, Row]) -> str:
-    """The rows in Markdown."""
+    """Formats the rows as a Markdown table."""
     goal = rows["centralised"].exact_match
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     for name, row in rows.items():
@@ -173,7 +173,7 @@ def format_table(rows: dict[str, Row]) -> str:
 
 
 def write_results(table: str, job: Job) -> None:
-    """Keeps the table beside this program."""
+    """Writes the table beside this program."""
     stated = ", ".join(f"{package} {version}" for package, version in versions().items())
     command = shlex.join(["python", "benchmarks/demo/run.py", *sys.argv[1:]])
     machine = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
@@ -189,7 +189,7 @@ def write_results(table: str, job: Job) -> None:
 
 
 class _Progress(Terminal):
-    """Rounds as they pass, without every run's own table at its end."""
+    """A display that shows rounds, but not every run's own table at its end."""
 
     def end(self, summary: dict[str, Any]) -> None:
         self.note(f"after training: exact match {summary['eval_after']['exact_match']:.1%}")
@@ -203,7 +203,7 @@ def _check(parser: argparse.ArgumentParser, job: Job) -> None:
 
 
 def _write_data(job: Job, runs: Path) -> tuple[list[Path], Path]:
-    """The demo's households as files: one each, and one with all of them."""
+    """Writes the demo's households as files: one each, and one with all of them."""
     clients, examples, seed = job.data.clients, job.data.examples_per_client, job.training.seed
     folder = runs / f"data-{clients}x{examples}-seed-{seed}"
     write_federation(folder, clients, seed, examples)
@@ -225,7 +225,7 @@ def _single_trainer(job: Job, data: Path, local_steps: int) -> Job:
 
 
 def _train(name: str, job: Job, path: Path, base_digest: str) -> None:
-    """Leaves a finished run of the job at the path; what an earlier call did is kept if it was this very job."""
+    """Makes sure that the path has a finished run of the job; an earlier call's run is kept if its job was the same."""
     file = path / JOB
     same = file.is_file() and base_digest in file.read_text(encoding="utf-8") and load_job(file) == job
     if same and (path / SUMMARY).is_file():

@@ -1,8 +1,8 @@
 """How much virtual time does each way of choosing clients take to a target exact match on a fleet of unequal devices?
 
-The bundled fleet and the demo's task, one household a device, as `fedtune simulate --fleet` runs it. Training is real;
-time is the fleet's: what a device takes follows from its kind, with jitter, and devices are not eligible or vanish as
-their kind does, alike for every policy.
+The bundled fleet and the demo's task, one household a device, as `fedtune simulate --fleet` runs it. Training is real,
+but time is the fleet's: a device's seconds follow from its kind, with jitter, and devices are ineligible or vanish as
+often as their kind, in the same way for every policy.
 
     uniform          K clients, and the round waits for the slowest
     deadline-aware   1.3·K of those that can do some of the work by the deadline, 1.3 × the 80th percentile of predicted
@@ -42,8 +42,8 @@ CLIENTS, COHORT, MOST_ROUNDS = 100, 10, 24
 POLICIES = {"uniform": "uniform", "deadline-aware": "deadline", "utility-aware": "utility"}
 
 
-class Reached(Exception):  # noqa: N818 - it is no error
-    """The target is met; no further round is needed."""
+class Reached(Exception):  # noqa: N818 - it is not an error
+    """Raised when the target is met and no further round is needed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Outcome:
     """One policy's run.
 
     Args:
-        seconds: of virtual time until the target was met; None where it never was.
-        updates: kind -> updates that counted.
+        seconds: virtual seconds until the target was met; None if it was not.
+        updates: kind -> number of updates in aggregates.
     """
 
     rounds: int
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 class Watch(Silent):
-    """Prints every round, and stops the run at the target."""
+    """A display that prints every round and stops the run at the target."""
 
     def __init__(self, policy: str, path: Path, target: float) -> None:
         self.policy, self.path, self.target = policy, path, target
@@ -105,7 +105,7 @@ class Watch(Silent):
 
 
 def run(policy: str, fleet: Path, target: float, overrides: list[str]) -> Outcome:
-    """Rounds until the target is met."""
+    """Runs rounds until the target is met."""
     settings = [
         "secure_aggregation.enabled=false",
         "export.formats=[]",
@@ -130,7 +130,7 @@ def run(policy: str, fleet: Path, target: float, overrides: list[str]) -> Outcom
 
 
 def format_table(outcomes: dict[str, Outcome], fleet: Fleet) -> str:
-    """Markdown."""
+    """Formats the outcomes as a Markdown table."""
     names = [kind.name for kind in fleet.kind]
     head = ("policy", "virtual s to target", "of uniform", "rounds", "s a round", *(f"updates of {n}" for n in names))
     lines = [list(head), ["---"] * len(head)]
@@ -151,7 +151,7 @@ def format_table(outcomes: dict[str, Outcome], fleet: Fleet) -> str:
 
 
 def write_results(table: str, target: float) -> None:
-    """Keeps the table beside this program."""
+    """Writes the table beside this program."""
     question, _, rest = (__doc__ or "").partition("\n\n")
     command = shlex.join(["python", "benchmarks/fleet/run.py", *sys.argv[1:]])
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}"

@@ -1,10 +1,10 @@
-"""One contestant in a process of its own: loads a model, answers the prompts, and prints what it took as JSON.
+"""One contestant in its own process, which loads a model, answers the prompts and prints time and memory as JSON.
 
     python benchmarks/inference/contestant.py onnx DIRECTORY PROMPTS.json THREADS
     python benchmarks/inference/contestant.py transformers DIRECTORY PROMPTS.json THREADS [bfloat16]
 
-PROMPTS.json holds {"prompts": [[token, ...], ...], "tokens": how many to write}; all is greedy. Peak memory is the
-process's own, libraries and all: what a device must have.
+PROMPTS.json holds {"prompts": [[token, ...], ...], "tokens": number of tokens to generate}; decoding is greedy. Peak
+memory is that of the process with all libraries, which a device must have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPEATS = 3  # of each prompt; its quickest counts
+REPEATS = 3  # of each prompt, of which the fastest counts
 Ids = list[int]
 Moment = tuple[float, float]
 """Seconds of the clock on the wall, and of this process's CPU time, all threads."""
@@ -25,7 +25,7 @@ Answer = Callable[[Ids, int], tuple[list[Moment], Ids]]
 
 
 def onnx(directory: Path, threads: int) -> Answer:
-    """As `fedtune serve` runs it."""
+    """Runs the model as `fedtune serve` does."""
     from fedtune.client.inference.exported_model import ExportedModel, Sampling, read
     from fedtune.client.inference.scheduler import PREFILL_PIECE
 
@@ -47,7 +47,7 @@ def onnx(directory: Path, threads: int) -> Answer:
 
 
 def transformers(directory: Path, threads: int, dtype: str) -> Answer:
-    """`generate` on the merged model."""
+    """Runs `generate` on the merged model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def transformers(directory: Path, threads: int, dtype: str) -> Answer:
     network = loaded.eval()
 
     class Clock:
-        """Takes the prompt first, then each token."""
+        """A streamer that takes the prompt first, then each token, and records their times."""
 
         def __init__(self) -> None:
             self.moments: list[Moment] = []
@@ -70,7 +70,7 @@ def transformers(directory: Path, threads: int, dtype: str) -> Answer:
             self._prompt = False
 
         def end(self) -> None:
-            """Nothing is left to do."""
+            """Does nothing; transformers calls it at the end."""
 
     def answer(prompt: Ids, tokens: int) -> tuple[list[Moment], Ids]:
         clock, ids = Clock(), torch.tensor([prompt])
@@ -89,20 +89,20 @@ def transformers(directory: Path, threads: int, dtype: str) -> Answer:
 
 
 def now() -> Moment:
-    """Both clocks."""
+    """Returns the wall clock and the CPU time."""
     return time.perf_counter(), time.process_time()
 
 
 def peak_memory() -> int:
-    """Bytes of the resident set at its largest."""
+    """Returns the peak resident set size in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def main() -> None:
-    """Answers every prompt, after one that warms up.
+    """Answers every prompt, after one to warm up.
 
-    `best` has for each prompt the seconds to the first token and from there on, by the wall's clock; then in CPU time.
+    `best` has for each prompt the seconds to the first token and after it, by the wall clock, then in CPU time.
     """
     kind, directory, prompts, threads, *dtype = sys.argv[1:]
     wanted = json.loads(Path(prompts).read_text(encoding="utf-8"))

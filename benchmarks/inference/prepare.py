@@ -1,4 +1,4 @@
-"""What the contestants need of one model: every export, the merged model for transformers, and the prompts.
+"""Preparation of one model for the contestants: every export, the merged model for transformers, and the prompts.
 
 python benchmarks/inference/prepare.py demo|llama-100m FOLDER [RUN_DIR]
 """
@@ -29,8 +29,8 @@ from fedtune.server.simulation.simulate import simulate
 
 DEMO_PROMPTS, DEMO_TOKENS = 20, 48
 LLAMA_PROMPTS, LLAMA_TOKENS, LLAMA_PROMPT_TOKENS = 4, 64, 256
-CHECKED = 1  # example of the gate; random weights have nothing to lose
-# 107 million parameters: 65 in linear layers, 41 in embeddings and head.
+CHECKED = 1  # number of examples for the gate; random weights need no check
+# 107 million parameters: 65 million in linear layers, 41 million in embeddings and head.
 LLAMA: dict[str, Any] = {
     "hidden_size": 640,
     "intermediate_size": 1792,
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def random_run(folder: Path) -> Path:
-    """A run as if finished: a Llama of random weights, and a random adapter."""
+    """Makes a run that looks finished: a Llama with random weights and a random adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     torch.manual_seed(0)

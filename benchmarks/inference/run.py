@@ -1,12 +1,12 @@
-"""What does an exported model take on a CPU, beside transformers' generate on the merged model?
+"""How fast is an exported model on a CPU, and how much memory does it need, against transformers on the merged model?
 
 Models: the bundled demo, trained, which answers held-out requests; and a Llama of 107 million random weights, which
-continues 256 random tokens by 64. Every contestant runs in a process of its own with the same prompts, greedily, with
-the same number of threads; peak memory is the process's, libraries and all. The contestants run in turns, several
-times over; each prompt counts with its quickest answer, for a busy machine only ever slows one down.
+continues 256 random tokens by 64. Every contestant runs in its own process with the same prompts, greedily, with the
+same number of threads; peak memory is that of the process with all libraries. The contestants run in turns, several
+times; each prompt counts with its fastest answer, since a busy machine can only slow an answer down.
 
     python benchmarks/inference/run.py                     # about ten minutes on two cores
-    python benchmarks/inference/run.py --run runs/demo-1   # with a demo run that is there already
+    python benchmarks/inference/run.py --run runs/demo-1   # with an existing demo run
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = ("demo", "llama-100m")
 PEERS = {"transformers fp32": ["float32"], "transformers bf16": ["bfloat16"]}
 PEER = "transformers fp32"
 JUDGED = "llama-100m"
-SPEED, MEMORY = 5.0, 0.4  # of int4 against the peer, on the judged model
+SPEED, MEMORY = 5.0, 0.4  # required speed and memory of int4 over the peer's, on the judged model
 RESULTS = HERE / "RESULTS.md"
 COLUMNS = (
     "model",
@@ -51,7 +51,7 @@ COLUMNS = (
 
 @dataclass
 class Contestant:
-    """One row, as good as it has been so far."""
+    """One row with its best figures so far."""
 
     model: str
     name: str
@@ -64,7 +64,7 @@ class Contestant:
     answers: list[list[int]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Once more; each prompt keeps its quickest answer, and memory its largest."""
+        """Runs the contestant once more; keeps each prompt's fastest answer and the largest memory."""
         found = json.loads(subprocess.run(self.command, stdout=subprocess.PIPE, check=True).stdout)
         self.load, self.peak = min(self.load, found["load"]), max(self.peak, found["peak"])
         before = self.best or found["best"]
@@ -75,17 +75,17 @@ class Contestant:
 
     @property
     def first(self) -> float:
-        """Seconds to the first token, the mean of all prompts."""
+        """Returns the seconds to the first token, as the mean of all prompts."""
         return sum(first for first, *_ in self.best) / len(self.best)
 
     @property
     def decode(self) -> float:
-        """Tokens a second after the first."""
+        """Returns the tokens per second after the first."""
         return self._tokens / sum(rest for _, rest, *_ in self.best)
 
     @property
     def decode_cpu(self) -> float:
-        """Tokens a second of CPU time, all threads, after the first."""
+        """Returns the tokens per second of CPU time, over all threads, after the first."""
         return self._tokens / sum(rest for *_, rest in self.best)
 
     @property
@@ -93,7 +93,7 @@ class Contestant:
         return sum(len(said) - 1 for said in self.answers)
 
     def cells(self, peer: Contestant, prompt_tokens: int) -> list[str]:
-        """A row of the table."""
+        """Returns a row of the table."""
         size = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
         return [
             self.model,
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def prepare(model: str, folder: Path, run: Path | None, threads: int) -> list[Contestant]:
-    """Exports the model in every format, in a child process, and names the contestants."""
+    """Exports the model in every format, in a child process, and returns the contestants."""
     folder.mkdir()
     extra = [str(run)] if run and model == "demo" else []
     subprocess.run([sys.executable, str(HERE / "prepare.py"), model, str(folder), *extra], check=True)
@@ -164,7 +164,7 @@ def prepare(model: str, folder: Path, run: Path | None, threads: int) -> list[Co
 
 
 def judge(int4: Contestant, peer: Contestant) -> tuple[str, bool]:
-    """Whether int4 reaches what it must, in words."""
+    """Returns a sentence about whether int4 reaches its targets."""
     speed, memory = int4.decode / peer.decode, int4.peak / peer.peak
     text = (
         f"On {JUDGED}, int4 decodes at {speed:.1f} times the tokens/s of {PEER} (at least {SPEED:g} is wanted) "
@@ -174,7 +174,7 @@ def judge(int4: Contestant, peer: Contestant) -> tuple[str, bool]:
 
 
 def load(model: Path) -> str:
-    """What sixteen clients at once meet for a minute, in words."""
+    """Returns a sentence about the service that sixteen concurrent clients get for a minute."""
     done = subprocess.run(
         [sys.executable, str(HERE / "streams.py"), str(model), "--json"], stdout=subprocess.PIPE, check=True
     )
@@ -190,12 +190,12 @@ def load(model: Path) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Formats the rows as a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows))
 
 
 def _agreement(answers: list[list[int]], peer: list[list[int]]) -> float:
-    """Share of the peer's tokens that an answer has up to where they part."""
+    """Returns the share of the peer's tokens that an answer repeats before it first differs."""
     same = 0
     for ours, theirs in zip(answers, peer, strict=True):
         same += next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))

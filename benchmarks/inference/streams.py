@@ -1,8 +1,8 @@
-"""Do sixteen clients at once all get their answers, in fair shares, from a server whose memory stays bounded?
+"""Do sixteen concurrent clients all get their answers, in fair shares, from a server whose memory stays bounded?
 
-Starts `fedtune serve` and lets clients stream completions from it without a pause, with different seeds and lengths,
-then cuts connections in the middle of answers. Prints errors, tokens for each client, the server's memory, and how long
-it takes until a client that has gone no longer holds a slot.
+The program starts `fedtune serve` and lets clients stream completions from it without a pause, with different seeds and
+lengths, then cuts connections in the middle of answers. It prints errors, tokens for each client, the server's memory,
+and the time until a disconnected client's slot is free.
 
     python benchmarks/inference/streams.py runs/demo-1/onnx/int4                  # a minute
     python benchmarks/inference/streams.py MODEL_DIR --seconds 5 --json
@@ -24,12 +24,12 @@ import psutil  # type: ignore[import-untyped]
 
 PROMPT = "dim the attic lights =>"
 CUTS = 5
-SETTLED = 0.2  # of the time, after which memory should no longer grow
+SETTLED = 0.2  # the share of the time after which memory should no longer grow
 SAMPLE_SECONDS = 0.25
 
 
 class Client:
-    """One client: request after request, each a stream; `tokens` counts what it got."""
+    """One client, which sends one streaming request after the other; `tokens` counts the tokens it got."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -37,7 +37,7 @@ class Client:
         self.errors: list[str] = []
 
     async def run(self, http: httpx.AsyncClient, model: str, end: float) -> None:
-        """Until `end`."""
+        """Sends requests until `end`."""
         while time.monotonic() < end:
             body = {
                 "model": model,
@@ -68,7 +68,7 @@ class Client:
 
 
 async def load(url: str, process: psutil.Process, streams: int, seconds: float) -> dict[str, Any]:
-    """The figures of one run of many clients."""
+    """Runs many clients and returns the figures."""
     memory: list[tuple[float, int]] = []
     limits = httpx.Limits(max_connections=streams + 4)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
@@ -97,11 +97,11 @@ async def load(url: str, process: psutil.Process, streams: int, seconds: float) 
 
 
 def cut(url: str) -> float:
-    """Seconds for which a client that has gone in the middle of its answer still holds a slot."""
+    """Measures the seconds for which a client that disconnects in the middle of its answer still holds a slot."""
     health = url.removesuffix("/v1") + "/health"
     with httpx.Client(base_url=url, timeout=30) as http:
         model = http.get("/models").json()["data"][0]["id"]
-        # Random words: an answer of the trained model would be over too soon.
+        # Random words, since the trained model's answers end too soon.
         body = {"model": model, "prompt": PROMPT, "max_tokens": 200, "temperature": 2.0, "stream": True}
         while True:
             with http.stream("POST", "/completions", json=body) as response:

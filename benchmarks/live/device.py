@@ -1,4 +1,4 @@
-"""A device of the benchmark: the process of `fedtune client start`, which echoes, or notes when it trained.
+"""A device of the benchmark: the process of `fedtune client start`, which echoes, or records when it trains.
 
 python benchmarks/live/device.py HOME echo
 python benchmarks/live/device.py HOME FILE      # appends a line "begin end" to FILE for each time it trained
@@ -30,7 +30,7 @@ from fedtune.flower.fleet_link import FleetLink  # noqa: E402
 
 
 class Echo:
-    """Answers with as many bytes as were asked for."""
+    """Work that answers with as many bytes as were asked for."""
 
     def answer(self, request: Request) -> bytes | Refusal:
         return exchanges.echoed(request.parts[0])
@@ -39,11 +39,11 @@ class Echo:
         return Refusal(f"{action}: {error}")
 
     def sent(self, action: str, size: int, seconds: float) -> None:
-        """Nothing is learned of the link."""
+        """Ignores the link's speed."""
 
 
 class Noting:
-    """Writes down when it trained."""
+    """Work that records when it trains."""
 
     def __init__(self, work: RegisteredDevice, file: Path) -> None:
         self._work, self._file = work, file

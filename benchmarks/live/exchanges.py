@@ -1,8 +1,8 @@
-"""Measures the same on both sides: messages out, echoes back, over whatever grid; and the app that echoes.
+"""The measurement for both contestants, messages out and echoes back over any grid; and the app that echoes.
 
     seconds = measure(grid, nodes, workloads(len(nodes)))
 
-A stock Flower app is made of this file, so it needs Flower and numpy alone.
+A stock Flower app consists of this file, so it needs only Flower and numpy.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from flwr.serverapp import Grid
 
 PATIENCE_SECONDS = 600.0
 SHORT_BYTES = 4096  # payloads up to here travel as one object, as in fedtune
-LENGTH_BYTES = 8  # at the beginning of a question: how many bytes are wanted back
+LENGTH_BYTES = 8  # at the beginning of a question: the number of bytes wanted back
 MEGABYTES = 8
 TRIVIAL, LARGE, ROUND = "trivial", f"{MEGABYTES} MB both ways", "a secure round's five"
 
-# Bytes to and from each client in the exchanges of one secure round of the demo, as its rounds.jsonl has them.
+# Bytes to and from each client in the exchanges of one secure round of the demo, from its rounds.jsonl.
 SECURE_ROUND = ((26_219, 183), (331, 237), (331, 49_740), (49, 106), (175, 140))
 
 app = ClientApp()
@@ -30,11 +30,11 @@ app = ClientApp()
 
 @dataclass(frozen=True)
 class Workload:
-    """Exchanges one after the other; each is a message to every client and its echo.
+    """A sequence of exchanges, each of which is a message to every client and its echo.
 
     Args:
-        sizes: bytes to and from each client, an exchange each.
-        repetitions: of the whole.
+        sizes: bytes to and from each client, one pair an exchange.
+        repetitions: how often the whole sequence is repeated.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Workload:
 
 
 def workloads(clients: int) -> list[Workload]:
-    """The workloads for so many clients."""
+    """Returns the workloads for this number of clients."""
     large = MEGABYTES * 1_000_000
     few = [Workload(TRIVIAL, ((1, 1),), 5), Workload(LARGE, ((large, large),), 3)] if clients == 2 else []
     return [*few, Workload(ROUND, SECURE_ROUND, 2)]
 
 
 def measure(grid: Grid, nodes: Sequence[int], planned: Sequence[Workload]) -> dict[str, list[float]]:
-    """Seconds of every repetition, by workload.
+    """Measures the seconds of every repetition, by workload.
 
     Raises:
         RuntimeError: a client did not echo.
@@ -72,7 +72,7 @@ def measure(grid: Grid, nodes: Sequence[int], planned: Sequence[Workload]) -> di
 
 
 def echoed(question: bytes) -> bytes:
-    """As many bytes as are wanted."""
+    """Returns as many bytes as the question wants."""
     return np.random.default_rng().bytes(int.from_bytes(question[:LENGTH_BYTES]))
 
 
@@ -91,7 +91,7 @@ def _exchange(grid: Grid, messages: Sequence[Message], up: int) -> None:
 
 
 def _content(payload: bytes) -> RecordDict:
-    """The payload as fedtune's messages carry it."""
+    """Returns the message content that carries the payload, as in fedtune's messages."""
     if len(payload) <= SHORT_BYTES:
         return RecordDict({"fedtune": ConfigRecord({"part-0": payload})})
     return RecordDict({"fedtune": ArrayRecord({"part-0": Array(np.frombuffer(payload, dtype=np.uint8))})})

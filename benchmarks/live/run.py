@@ -1,17 +1,17 @@
-"""What does an exchange cost on a live server, and a secure round, against Flower's way of running apps?
+"""How long do an exchange and a secure round take on a live server, against Flower's way of running apps?
 
 The peer is stock Flower as its tutorials run it: flower-superlink, flower-supernode and `flwr run`, which start a
-process for every message; without TLS, authentication and a database, which it does not have by default. Ours is the
-product: the guarded SuperLink and processes of `fedtune client start`, with TLS, signed requests and SQLite. Both sides
-echo the same bytes by the same code (exchanges.py), and the clock stands around `Grid.send_and_receive`.
+process for every message; without TLS, authentication and a database, which it does not have by default. fedtune runs
+as in production: the guarded SuperLink and processes of `fedtune client start`, with TLS, signed requests and SQLite.
+Both echo the same bytes by the same code (exchanges.py), and the time of `Grid.send_and_receive` is measured.
 
     python benchmarks/live/run.py            # ten minutes on two idle cores
 
 An exchange is a message to every client and its answer. The five of a secure round carry as many bytes as they do in
-the demo. In the second table whole secure rounds of the demo run for real, in the product alone, for stock Flower
-forgets a client between two messages of a round. A round's overhead is its seconds less those in which any device
-trained; masking, signatures, the sum and the checkpoint are part of it. Two clients are refused there: a sum over two
-hides neither. The first round, in which devices load the base model, is left out.
+the demo. The second table has whole secure rounds of the demo, with fedtune only, since stock Flower forgets a client
+between two messages of a round. A round's overhead is its seconds minus those in which any device trains; masking,
+signatures, the sum and the checkpoint are part of it. Two clients are refused there, since a sum over two hides
+neither. The first round, in which devices load the base model, is left out.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ ROUNDS = 4
 WAIT_SECONDS = 600.0
 COLUMNS = ("exchanges", "clients", "stock Flower s", "fedtune s", "ratio")
 ROUND_COLUMNS = ("clients", "round s", "of which no device trained s")
-FAST = 10.0  # a trivial exchange must be so many times faster
-OVERHEAD_SECONDS = 8.0  # of a secure round, at most
+FAST = 10.0  # a trivial exchange must be this many times faster
+OVERHEAD_SECONDS = 8.0  # the largest overhead of a secure round
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
         rounds.append((str(clients), f"{seconds:.2f}", f"{overhead:.2f}"))
         print(_row(rounds[-1]), flush=True)
     text = [
-        "# Live: what an exchange costs, against Flower's way of running apps",
+        "# Live: the time of an exchange, against Flower's way of running apps",
         machine_facts("benchmarks/live/run.py", sys.argv[1:]),
         f"Load average before it began, of the machine's other work: {load:.1f}.",
         _table(COLUMNS, rows),
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def verdict(rows: Sequence[Sequence[str]], rounds: Sequence[Sequence[str]]) -> str:
-    """Whether it is as fast as it must be."""
+    """Returns a sentence about whether the targets are reached."""
     faster = next(float(row[-1].rstrip("x")) for row in rows if row[0] == TRIVIAL)
     exchanges = next(float(row[3]) for row in rows if row[:2] == (ROUND, "8"))
     overhead = next(float(row[-1]) for row in rounds if row[0] == "8")
@@ -113,7 +113,7 @@ def verdict(rows: Sequence[Sequence[str]], rounds: Sequence[Sequence[str]]) -> s
 
 
 def measure_fedtune(folder: Path, clients: int) -> dict[str, list[float]]:
-    """Echoes over the product's listener, link and device processes."""
+    """Measures echoes over fedtune's listener, link and device processes."""
     home, devices = fleet(folder, clients)
     with Listener(home) as listener:
         link = listener.link(listener.start(), print)
@@ -130,7 +130,7 @@ def measure_fedtune(folder: Path, clients: int) -> dict[str, list[float]]:
 
 
 def secure_rounds(folder: Path, clients: int) -> tuple[float, float]:
-    """Median seconds of a secure round, and of its overhead."""
+    """Returns the median seconds of a secure round and of its overhead."""
     home, devices = fleet(folder, clients)
     job = load_job(
         JOB,
@@ -165,7 +165,7 @@ def secure_rounds(folder: Path, clients: int) -> tuple[float, float]:
 
 
 def fleet(folder: Path, clients: int) -> tuple[ServerHome, list[Path]]:
-    """A server's folder, and those of devices that joined."""
+    """Makes a server's folder, and those of devices that joined."""
     port = free_port()
     config = ServerConfig(address=f"localhost:{port}", listen="127.0.0.1", port=port)
     home = ServerHome.create(folder / "server", config, [])
@@ -178,7 +178,7 @@ def fleet(folder: Path, clients: int) -> tuple[ServerHome, list[Path]]:
 
 
 def _covered(intervals: Sequence[tuple[float, ...]]) -> float:
-    """Seconds that lie in at least one interval."""
+    """Returns the seconds that lie in at least one interval."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))
@@ -190,7 +190,7 @@ def _covered(intervals: Sequence[tuple[float, ...]]) -> float:
 
 
 def measure_flower(folder: Path, clients: int) -> dict[str, list[float]]:
-    """Echoes over stock Flower, told to use what is installed, for there may be no network to install from."""
+    """Measures echoes over stock Flower, which uses the installed packages, since there may be no network."""
     port, out = free_port(), folder / "measured.json"
     flower_home = folder / "flower"
     flower_home.mkdir()
@@ -210,7 +210,7 @@ def measure_flower(folder: Path, clients: int) -> dict[str, list[float]]:
         run = [str(BIN / "flwr"), "run", str(HERE), "here", "--run-config", config]
         subprocess.run(run, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
         wait(out.exists, lambda: _output(folder))
-        time.sleep(1.0)  # it is written in one go
+        time.sleep(1.0)  # the file is written at once
     return json.loads(out.read_text())
 
 
@@ -221,7 +221,7 @@ def measure_flower(folder: Path, clients: int) -> dict[str, list[float]]:
 def processes(
     folder: Path, commands: Sequence[Sequence[str]], environment: dict[str, str] | None = None
 ) -> Iterator[None]:
-    """Programs that run meanwhile, each in a session of its own, so that what they start ends with them."""
+    """Runs programs during the block, each in its own session, so that their child processes end with them."""
     started = []
     try:
         for index, command in enumerate(commands):
@@ -258,7 +258,7 @@ def wait(condition, explain=lambda: "it did not happen"):  # type: ignore[no-unt
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a free port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 

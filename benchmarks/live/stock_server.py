@@ -1,4 +1,4 @@
-"""The peer's ServerApp: waits for its clients, measures, writes what it measured."""
+"""The peer's ServerApp, which waits for its clients, measures, and writes the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run of `flwr run`."""
+    """Serves one run of `flwr run`."""
     clients = int(context.run_config["clients"])
     while len(nodes := sorted(grid.get_node_ids())) < clients:
         time.sleep(0.2)

@@ -1,9 +1,9 @@
-"""How far is a plan's predicted peak memory from what one real training step takes?
+"""How far is a plan's predicted peak memory from that of one real training step?
 
 Cases: {nf4 packed, bf16} × {checkpointing off, on} × two sequence lengths, on the bundled model and on a Llama of 100
-million random weights, each in a process of its own. The prediction is the bare formula, without this machine's κ.
-Memory is what the resident set grows by, over the same process with all libraries loaded and warmed up; "loading" is
-its peak while the model is read and packed, "training" its peak over five optimizer steps.
+million random weights, each in its own process. The prediction is the bare formula, without this machine's κ. Memory is
+the growth of the resident set, over the same process with all libraries loaded and warmed up; "loading" is its peak
+while the model is read and packed, "training" its peak over five optimizer steps.
 
     python benchmarks/plan/run.py                     # about five minutes on two cores
     python benchmarks/plan/run.py --models demo --dry
@@ -33,10 +33,10 @@ from fedtune.model.shape import shape_of
 
 HERE = Path(__file__).parent
 RANK, ALPHA = 16, 32.0
-TOKENS = 1024  # of a micro-batch
+TOKENS = 1024  # tokens of a micro-batch
 LENGTHS = {"demo": (64, 256), "llama-100m": (128, 512)}
 ALLOWED = 0.2
-# 107 million parameters: 65 in linear layers, 41 in embeddings and head.
+# 107 million parameters: 65 million in linear layers, 41 million in embeddings and head.
 LLAMA: dict[str, Any] = {
     "hidden_size": 640,
     "intermediate_size": 1792,
@@ -55,7 +55,7 @@ LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case, foretold and measured."""
+    """One case, predicted and measured."""
 
     model: str
     case: Case
@@ -64,11 +64,11 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Predicted over measured peak, less 1."""
+        """Returns the predicted peak over the measured one, minus 1."""
         return self.predicted.peak / self.measured.peak - 1
 
     def cells(self) -> list[str]:
-        """A row of the table."""
+        """Returns a row of the table."""
         loading, training, choices = self.predicted.loading, self.predicted.training, self.case.choices
         return [
             self.model,
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def run_model(model: str, folder: Path) -> list[Outcome]:
-    """All cases of one model."""
+    """Runs all cases of one model."""
     base = "demo" if model == "demo" else str(make_llama(folder / model))
     shape = shape_of(ModelSettings(base))
     outcomes = []
@@ -117,7 +117,7 @@ def run_model(model: str, folder: Path) -> list[Outcome]:
 
 
 def make_llama(directory: Path) -> Path:
-    """A Llama of random weights with the bundled model's tokenizer."""
+    """Writes a Llama with random weights and the bundled model's tokenizer."""
     import transformers
 
     from fedtune.demo import BASE_DIRECTORY
@@ -132,7 +132,7 @@ def make_llama(directory: Path) -> Path:
 
 
 def format_table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown; memory columns are predicted / measured."""
+    """Formats the outcomes as a Markdown table; memory columns are predicted / measured."""
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *(outcome.cells() for outcome in outcomes)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

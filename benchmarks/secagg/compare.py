@@ -1,9 +1,10 @@
 """Is secure aggregation here faster, smaller and more exact than Flower's SecAgg+ on the same vectors?
 
-Both run in this process, on one cohort with a complete graph and the same threshold. Ours is run whole: every client,
-every message, the sum compared bit for bit. Flower's clients are run on a sample and its server is counted
-(flower_round.py), so every Flower row is scaled. Seconds are CPU seconds. Bytes are payload bytes of one surviving
-client without the model; for Flower without its message envelope. "Total" is n clients plus the server.
+Both run in this process, on one cohort with a complete graph and the same threshold. fedtune's round runs in full:
+every client, every message, the sum compared bit for bit. Only a sample of Flower's clients runs, and its server's cost
+is computed from measured units (flower_round.py), so every Flower row is scaled. Seconds are CPU seconds. Bytes are
+payload bytes of one surviving client without the model; for Flower without its message envelope. "Total" is n clients
+plus the server.
 
     python benchmarks/secagg/compare.py                       # n = 20 and 100, 100k and 1M parameters: some minutes
     python benchmarks/secagg/compare.py --clients 20 --parameters 100000 --dropout 0 0.2 --sample 2
@@ -26,9 +27,9 @@ from rehearsal import Rehearsal, Update, plain_sum
 
 from fedtune.core.secagg import Segment, Stage
 
-BITS = 4  # of a quantized update; the ring has as many more as n of them need
+BITS = 4  # bits of a quantized value; a ring's word has more, enough for a sum over n clients
 WEIGHT_LIMIT = 1 << 16
-LORA_SIZE = 1e-3  # of an update's coordinates, for what is given to Flower as floats
+LORA_SIZE = 1e-3  # size of an update's coordinates that Flower gets as floats
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def compare(updates: dict[str, Update], dropouts: int, sample: int) -> None:
-    """Prints three rows: ours, Flower's, and how many times more Flower's is."""
+    """Prints three rows: fedtune, Flower, and the ratio of Flower to fedtune."""
     n, parameters = len(updates), updates["client-0"]["v"].size
     ours = our_round(updates, dropouts)
     floats = [(update["v"] / ((1 << BITS) - 1) - 0.5) * LORA_SIZE for update in updates.values()]
@@ -69,7 +70,7 @@ def compare(updates: dict[str, Update], dropouts: int, sample: int) -> None:
 
 
 def make_updates(n: int, parameters: int) -> dict[str, Update]:
-    """Quantized updates of n clients, and a weight in an auxiliary sum of its own."""
+    """Draws quantized updates of n clients, and each client's weight as a segment of its own."""
     rng = np.random.default_rng(0)
     weight = np.array([100], dtype=np.uint32)
     return {
@@ -79,7 +80,7 @@ def make_updates(n: int, parameters: int) -> dict[str, Update]:
 
 
 def our_round(updates: dict[str, Update], dropouts: int) -> Cost:
-    """One whole round, whose last `dropouts` clients vanish after sharing their keys."""
+    """Runs one whole round, whose last `dropouts` clients vanish after they have shared their keys."""
     n = len(updates)
     ring = (n * ((1 << BITS) - 1)).bit_length()
     segments = [

@@ -1,8 +1,8 @@
-"""What does a round of secure aggregation cost a client and the server, from 10 to 10,000 clients?
+"""How much does a round of secure aggregation cost a client and the server, from 10 to 10,000 clients?
 
-Cohorts up to `--whole` clients are run whole and measured. For every cohort the cost is also counted: each operation is
-timed once and multiplied by how often the protocol does it, so that the measured rows show what the counted ones are
-worth. CPU seconds; a fifth of the cohort drops out after sharing its keys.
+Cohorts up to `--whole` clients are run in full and measured. For every cohort the cost is also computed: each operation
+is timed once and multiplied by how often the protocol does it, so that the measured rows show how good the computed
+ones are. Seconds are CPU seconds; a fifth of the cohort drops out after sharing its keys.
 
     python benchmarks/secagg/cost.py                           # a minute or two
     python benchmarks/secagg/cost.py --whole 1000              # measures 300 and 1,000 too: a quarter of an hour
@@ -30,7 +30,7 @@ from fedtune.core.secagg.shamir import split
 COHORTS = (10, 30, 100, 200, 300, 1000, 10_000)
 MAX_CORRUPT, MAX_DROPOUT, DROPOUT = 0.1, 0.3, 0.2
 SEGMENTS = 2  # the vector and the weight
-ENTRY_BYTES = 136  # of a key list
+ENTRY_BYTES = 136  # of a key list's entry
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Units:
-    """CPU seconds of one operation; `multiply` is one step of Horner's rule in the field, the last three per word."""
+    """CPU seconds of each operation; `multiply` is one step of Horner's rule in the field; the last three are a word's."""
 
     verify: float
     agree: float
@@ -86,7 +86,7 @@ def time_units() -> Units:
 
 
 def counted(n: int, parameters: int, units: Units) -> Cost:
-    """The protocol's operations, times their units; ring words are taken as 16 bits wide."""
+    """Computes a round's cost: the protocol's operations times their units, with ring words of 16 bits."""
     chosen = choose_thresholds(n, MAX_CORRUPT, MAX_DROPOUT)
     k, t, q = chosen.degree, chosen.threshold, chosen.quorum
     gone = int(DROPOUT * n)
@@ -115,7 +115,7 @@ def counted(n: int, parameters: int, units: Units) -> Cost:
 
 
 def per_call(work: Callable[[], object], least: float = 0.1) -> float:
-    """CPU seconds of one call, averaged over at least `least` seconds of calls after one to warm up."""
+    """Measures the CPU seconds of one call, averaged over at least `least` seconds of calls after one to warm up."""
     work()
     calls, start = 0, time.process_time()
     while time.process_time() - start < least:

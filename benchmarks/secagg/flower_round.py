@@ -1,8 +1,8 @@
-"""A round of Flower's SecAgg+, made of the functions that its client mod and its workflow are made of.
+"""A round of Flower's SecAgg+, composed of the functions that its client mod and its workflow call.
 
 All clients of the cohort make keys; `sample` of them go through the client's four stages for real, with the shares
 from all their peers. The server's work is measured one unit of each kind at a time (adding a masked vector, combining
-the shares of a secret, expanding and taking off a mask) and multiplied by how often `SecAggPlusWorkflow` does it.
+the shares of a secret, expanding and removing a mask) and multiplied by how often `SecAggPlusWorkflow` does it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 
 
 def flower_round(updates: list[Floats], dropouts: int, threshold: int, sample: int) -> Cost:
-    """One round with a complete graph, whose last `dropouts` clients vanish after sharing their keys."""
+    """Runs one round with a complete graph, whose last `dropouts` clients vanish after they have shared their keys."""
     cost = Cost(clients=len(updates))
     states, keys = _keys(len(updates), threshold)
     masked = _clients(cost, states, keys, updates, dropouts, sample)
@@ -73,7 +73,7 @@ def _clients(
     dropouts: int,
     sample: int,
 ) -> list[bytes]:
-    """Runs some clients; gives one masked vector as it travels."""
+    """Runs some clients and returns one masked vector in its wire form."""
     ids = list(states)
     alive, dead = ids[: len(ids) - dropouts], ids[len(ids) - dropouts :]
     listed = ConfigRecord({str(nid): [key[Key.PUBLIC_KEY_1], key[Key.PUBLIC_KEY_2]] for nid, key in keys.items()})
@@ -101,7 +101,7 @@ def _clients(
 
 
 def _encrypted_shares_for(state: SecAggPlusState, others: list[int]) -> ConfigRecord:
-    """An encrypted share from every peer, sealed as the peer would, around shares of the right size."""
+    """Makes an encrypted share from every peer, as the peer would, with shares of the right size."""
     shares = state.rd_seed_share_dict[state.nid], state.sk1_share_dict[state.nid]
     plaintexts = [share_keys_plaintext_concat(other, state.nid, *shares) for other in others]
     sealed = [encrypt(state.ss2_dict[other], text) for other, text in zip(others, plaintexts, strict=True)]
@@ -141,7 +141,7 @@ def _server(
 
 
 def _error(updates: list[Floats]) -> float:
-    """The masks cancel modulo 2^32; what is left is what quantizing to 2^22 steps over ±8 does to the sum."""
+    """Returns the sum's error from quantizing to 2^22 steps over ±8; the masks cancel modulo 2^32."""
     quantized, expected = np.zeros(updates[0].shape, np.int64), np.zeros(updates[0].shape)
     for update in updates:
         quantized += quantize([update], CLIPPING, TARGET)[0]
@@ -151,7 +151,7 @@ def _error(updates: list[Floats]) -> float:
 
 
 def _size(part: object) -> int:
-    """Payload bytes: byte strings as they are, numbers as 8 bytes."""
+    """Returns the payload bytes: byte strings by length, numbers as 8 bytes."""
     if isinstance(part, bytes):
         return len(part)
     if isinstance(part, int | float):

@@ -1,4 +1,4 @@
-"""What the benchmarks in this folder share: a clock and the shape of a result."""
+"""Common parts of this folder's benchmarks: a clock and the type of a result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class Clock:
-    """CPU seconds of this process, all threads, spent inside its `with` blocks; a busy machine changes them little."""
+    """A clock of this process's CPU seconds, over all threads, inside its `with` blocks; other load changes them little."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -26,11 +26,11 @@ class Clock:
 
 @dataclass
 class Cost:
-    """What one round costs.
+    """The cost of one round.
 
     Attributes:
-        clients: n.
-        client: CPU seconds of one surviving client, all its messages.
+        clients: the number of clients, n.
+        client: CPU seconds of one surviving client for all its messages.
         server: CPU seconds of the server, from the first key to the sum.
         up, down: payload bytes of one surviving client.
         error: ‖sum − true sum‖ / ‖true sum‖.

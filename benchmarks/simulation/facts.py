@@ -1,4 +1,4 @@
-"""The sentence about machine, versions, date and command that a table of measurements is worthless without."""
+"""The sentence about machine, versions, date and command that every table of measurements needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GIB = 1 << 30
 
 
 def machine_facts(program: str, arguments: Sequence[str]) -> str:
-    """Markdown: command line, date, processor, memory and versions."""
+    """Returns command line, date, processor, memory and versions as Markdown."""
     stated = ", ".join(f"{package} {version}" for package, version in versions().items())
     return (
         f"`{shlex.join(['python', program, *arguments])}` on {datetime.date.today():%Y-%m-%d}: "

@@ -2,8 +2,8 @@
 
     python peer.py --base DIR --clients 10 --cohort 10 --rounds 3 --local-steps 5 --workers 2
 
-Every client call loads and quantizes the model anew (peer_client.py). Prints a line a round, as `fedtune simulate` does
-when piped.
+Every client call loads and quantizes the model again (peer_client.py). The program prints a line a round, as
+`fedtune simulate` does when piped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def server_app(workload: Workload, tuned: bool) -> ServerApp:
-    """FedAvg over A and B, without evaluation."""
+    """Returns a ServerApp with FedAvg over A and B, without evaluation."""
     app = ServerApp()
 
     @app.main()
@@ -65,7 +65,7 @@ def server_app(workload: Workload, tuned: bool) -> ServerApp:
 
 
 class _Announced(FedAvg):
-    """FedAvg that prints a line when a round's aggregate is there."""
+    """FedAvg that prints a line when a round's aggregate is ready."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -1,10 +1,10 @@
-"""The peer's ClientApp: load, quantize, wrap, train, forget, in every single call.
+"""The peer's ClientApp, which loads, quantizes, wraps and trains the model in every single call.
 
-Written after Flower's published app for language models (examples/flowertune-llm in adap/flower). As published: all
-that is loaded in every call, 4 bits with the library's default arithmetic (float32), gradient checkpointing, batches of
-16 padded to their longest. Changed, so that all contestants train the same: model, data, LoRA on all linear layers
-without dropout, NF4 with double quantization, a constant learning rate; and transformers' Trainer in place of trl's
-heavier one. Tuned, the peer gets what fedtune has: bf16 where the processor multiplies it, and no checkpointing. Ray's
+It follows Flower's published app for language models (examples/flowertune-llm in adap/flower). As published: the model
+is loaded in every call, 4 bits with the library's default arithmetic (float32), gradient checkpointing, batches of 16
+padded to their longest. Changed, so that all contestants train the same: model, data, LoRA on all linear layers without
+dropout, NF4 with double quantization, a constant learning rate; and transformers' Trainer in place of trl's heavier
+one. The tuned peer has fedtune's settings: bf16 if the processor multiplies it natively, and no checkpointing. Ray's
 workers import this file by name.
 """
 
@@ -39,7 +39,7 @@ from workload import ALPHA, BATCH_EXAMPLES, EXAMPLES_PER_CLIENT, LEARNING_RATE, 
 from fedtune.demo import Household, make_households
 from fedtune.model.base_model import best_precision
 
-IGNORED = -100  # the label of a token that the loss does not count
+IGNORED = -100  # the label of tokens outside the loss
 
 app = ClientApp()
 
@@ -86,12 +86,12 @@ def train(message: Message, context: Context) -> Message:
 
 
 def initial_arrays(base: str) -> ArrayRecord:
-    """What the server begins with: a freshly wrapped model's A and B."""
+    """Returns the initial A and B of a newly wrapped model, with which the server begins."""
     return ArrayRecord(get_peft_model_state_dict(open_model(base, tuned=False)))
 
 
 def open_model(base: str, tuned: bool) -> PeftModel:
-    """The base, quantized on load to the same NF4 recipe as fedtune's, with the same adapter attached."""
+    """Loads the base, quantized by the same NF4 recipe as fedtune's, with the same adapter attached."""
     log: Any = transformers.logging
     log.set_verbosity_error()
     log.disable_progress_bar()
@@ -113,11 +113,11 @@ def open_model(base: str, tuned: bool) -> PeftModel:
 
 
 def _half_precision() -> torch.dtype:
-    """What fedtune would choose on this processor: bf16 where it multiplies it natively."""
+    """Returns fedtune's choice of a type on this processor: bf16 if it multiplies it natively, else float32."""
     return torch.bfloat16 if best_precision(torch.device("cpu")) == "bf16" else torch.float32
 
 
-# The published app, too, keeps its data set for the life of a worker process, and tokenises a partition in every call.
+# The published app also keeps its data set for the life of a worker process and tokenises a partition in every call.
 @lru_cache(maxsize=1)
 def _households(clients: int) -> list[Household]:
     return make_households(clients, SEED, EXAMPLES_PER_CLIENT)

@@ -1,23 +1,23 @@
-"""How many client-rounds an hour, and how much memory, does `fedtune simulate` need against Flower's published pattern?
+"""How fast is `fedtune simulate`, and how much memory does it need, against Flower's published pattern?
 
 The peer (peer.py, peer_client.py) follows Flower's LLM fine-tuning app: every client call loads, quantizes and wraps
-the model anew, under FedAvg and Flower's Ray engine; as published in float32 with gradient checkpointing, and tuned,
-with fedtune's bf16 and without. All contestants get the same base model, households, 16 examples a step, learning rate
-and local steps, send A and B whole (but for the row that says otherwise), evaluate nothing, see no GPU, use as many
-cores, and run as programs of their own, one after another.
+the model again, under FedAvg and Flower's Ray engine; as published in float32 with gradient checkpointing, and tuned,
+with fedtune's bf16 and without checkpointing. All contestants get the same base model, households, 16 examples a step,
+learning rate and local steps, send A and B whole (except in the row that says otherwise), evaluate nothing, see no GPU,
+use as many cores, and run as separate programs, one after another.
 
     python benchmarks/simulation/run.py                                  # about half an hour on two idle cores
     python benchmarks/simulation/run.py --clients 10 --local-steps 5     # less
 
-A client-round is one client's part in one round. Hourly rate and "CPU s", the seconds of processor time that one takes
-in all processes together, are measured from the end of round 1 to the end of the last; "start" is what launch and
-round 1 cost beyond a steady round. "training s" is how long a client of fedtune does nothing but its local steps:
-whoever's steps are as fast cannot be further ahead of the peer than the peer's "CPU s" are above it. Ratios are to the
-peer as published and to the peer tuned. Those of rates count how Flower polls, too, which costs the peer up to 3 s a
-round; on a machine that does other work besides, those of processor time are the surer ones. Memory is the highest
-sum, over the whole tree of processes, of proportional set sizes, where a page shared by n processes counts 1/n in
-each. The loss is the cohort's mean training loss in round 2, to see that all contestants do the same work; at 100
-clients their cohorts differ.
+A client-round is one client's part in one round. The hourly rate and "CPU s", the processor time of a client-round in
+all processes together, are measured from the end of round 1 to the end of the last; "start" is the time of launch and
+round 1 beyond a steady round. "training s" is the time that a client of fedtune spends in its local steps alone; with
+steps of that speed, no lead over the peer can be larger than the ratio of the peer's "CPU s" to it. Ratios are to the
+peer as published and to the peer tuned. Ratios of rates include Flower's polling, which costs the peer up to 3 s a
+round; on a machine with other work, ratios of processor time are more reliable. Memory is the highest sum, over the
+whole tree of processes, of proportional set sizes, where a page shared by n processes counts 1/n in each. The loss is
+the cohort's mean training loss in round 2, which shows that all contestants do the same work; at 100 clients their
+cohorts differ.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ROUND_LINE = re.compile(r"round (\d+)(?:/\d+)?  .*?loss (\d+\.\d+)")
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "FLWR_TELEMETRY_ENABLED": "0",
-    "HF_HUB_OFFLINE": "1",  # otherwise the peer looks for the directory it loads on the network
+    "HF_HUB_OFFLINE": "1",  # otherwise the peer looks up its local model directory on the network
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -77,15 +77,15 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one program did.
+    """The results of one program.
 
     Args:
-        start_seconds: from launch to the end of round 1, less one steady round.
+        start_seconds: from launch to the end of round 1, minus one steady round.
         rate: client-rounds an hour after round 1.
-        processor_seconds: of a client-round after round 1, in all processes together.
-        peak_mib: of its process tree.
+        processor_seconds: processor time of a client-round after round 1, in all processes together.
+        peak_mib: peak memory of its process tree.
         loss: mean training loss of round 2.
-        training_seconds: of a client-round after round 1, from its first local step to its last; as fedtune says.
+        training_seconds: of a client-round after round 1, from its first local step to its last; fedtune only.
     """
 
     start_seconds: float
@@ -131,14 +131,14 @@ def main() -> None:
 
 
 class Table:
-    """Rows as they are measured, printed at once."""
+    """A table whose rows are printed as soon as they are measured."""
 
     def __init__(self) -> None:
         self.rows: list[Sequence[str]] = []
         self.peaks: dict[Workload, float] = {}
 
     def add(self, contestant: str, workload: Workload, outcome: Outcome, peers: Sequence[Outcome]) -> None:
-        """Adds what a contestant reached, with its ratios to the peers."""
+        """Adds a contestant's outcome, with its ratios to the peers."""
         if contestant == "fedtune":
             self.peaks[workload] = outcome.peak_mib
         self.rows.append(table_row(contestant, workload, outcome, peers))
@@ -158,12 +158,12 @@ def compare(table: Table, few: Workload, rounds: int, workers: int, with_ray: bo
 
 
 def local(workers: int) -> list[str]:
-    """The default backend."""
+    """Returns the overrides of the default backend."""
     return ["simulation.backend=local", f"simulation.workers={workers}"]
 
 
 def ray(workers: int) -> list[str]:
-    """The Ray backend."""
+    """Returns the overrides of the Ray backend."""
     return ["simulation.backend=ray", f"simulation.workers={workers}"]
 
 
@@ -198,17 +198,17 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
 
 
 def peer_command(workload: Workload, workers: int, *, tuned: bool) -> list[str]:
-    """The peer's command line."""
+    """Returns the peer's command line."""
     values = {**asdict(workload), "workers": workers}
     flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, str(HERE / "peer.py"), *flags, *(["--tuned"] if tuned else [])]
 
 
 def measure(command: Sequence[str], workload: Workload) -> Outcome:
-    """Runs a program that prints a line a round, watching the clock and its memory.
+    """Runs a program that prints a line a round, and measures its time and memory.
 
     Raises:
-        RuntimeError: it failed, or finished fewer rounds than the workload has; with the end of what it said.
+        RuntimeError: it failed, or finished fewer rounds than the workload has; the message has the end of its output.
     """
     ends: list[float] = []
     worked: list[float] = []
@@ -241,7 +241,7 @@ def measure(command: Sequence[str], workload: Workload) -> Outcome:
 
 
 def table_row(contestant: str, workload: Workload, outcome: Outcome, peers: Sequence[Outcome]) -> list[str]:
-    """One line of the table; the ratios are of rates and of processor time, to each of the peers."""
+    """Returns one row of the table, with the ratios of rates and of processor time to each of the peers."""
     rates = " and ".join(f"**{outcome.rate / peer.rate:.1f}x**" for peer in peers)
     processor = " and ".join(f"{peer.processor_seconds / outcome.processor_seconds:.1f}x" for peer in peers)
     return [
@@ -262,7 +262,7 @@ def table_row(contestant: str, workload: Workload, outcome: Outcome, peers: Sequ
 
 
 def memory_growth(peaks: dict[Workload, float]) -> list[str]:
-    """One sentence for each step from one population of the local backend to the next larger one."""
+    """Returns a sentence for each step from one population of the local backend to the next larger one."""
     bundled = {workload: peak for workload, peak in peaks.items() if workload.base == str(BASE_DIRECTORY)}
     steps = CROWD.local_steps
     line_up = sorted((workload.clients, peak) for workload, peak in bundled.items() if workload.local_steps == steps)
@@ -273,12 +273,12 @@ def memory_growth(peaks: dict[Workload, float]) -> list[str]:
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """Cells as a line of a Markdown table."""
+    """Formats cells as a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def write_results(rows: Sequence[Sequence[str]], growth: Sequence[str]) -> None:
-    """Keeps the table beside this program."""
+    """Writes the table beside this program."""
     from fedtune.core.job.settings import AdapterSettings, ModelSettings
     from fedtune.model.base_model import load_base
     from fedtune.model.lora import adapter_layout
@@ -296,7 +296,7 @@ def write_results(rows: Sequence[Sequence[str]], growth: Sequence[str]) -> None:
 
 @contextmanager
 def _peak_memory(pid: int) -> Iterator[list[float]]:
-    """A list whose one element is the highest proportional set size, in bytes, of a process and its descendants."""
+    """Keeps in a list's one element the highest proportional set size, in bytes, of a process and its descendants."""
     peak = [0.0]
     ended = threading.Event()
 
@@ -328,7 +328,7 @@ def _tree_memory(pid: int) -> float:
 def _memory(process: psutil.Process) -> float:
     try:
         return float(process.memory_full_info().pss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # the process ended meanwhile
         return 0.0
 
 

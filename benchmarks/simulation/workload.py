@@ -1,4 +1,4 @@
-"""What every contestant of this benchmark is given, so that only the way of simulating differs."""
+"""The workload that every contestant of this benchmark gets, so that only the way of simulating differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALPHA = 32.0
 LEARNING_RATE = 2e-3
 EXAMPLES_PER_CLIENT = 200
 BATCH_EXAMPLES = 16  # the peer counts a batch in examples
-BATCH_TOKENS = 808  # fedtune in tokens, padding included: 16 of the demo's examples on average
+BATCH_TOKENS = 808  # fedtune counts in tokens, padding included: 16 of the demo's examples on average
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
@@ -24,7 +24,7 @@ class Workload:
     Args:
         clients: the population.
         cohort: clients a round.
-        rounds: how many; the first one is not measured, it pays for the start.
+        rounds: the number of rounds; the first one, which includes the start, is not measured.
         local_steps: optimizer steps a client takes in a round.
         base: a model directory; the bundled one by default.
     """
@@ -37,7 +37,7 @@ class Workload:
 
 
 def make_large_base(folder: Path) -> str:
-    """Writes a Llama of 86 million random parameters with the bundled tokenizer, and gives its directory."""
+    """Writes a Llama of 86 million random parameters with the bundled tokenizer, and returns its directory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
