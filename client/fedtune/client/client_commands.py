@@ -49,8 +49,8 @@ def join(
         bool,
         typer.Option(
             "--scores",
-            help="Also score adapters on examples kept back here. The server sees this device's own scores; a lying "
-            "one could ask for many.",
+            help="Also score adapters on held-out examples. The server sees this device's own scores; a dishonest "
+            "one could request many.",
         ),
     ] = False,
     only_charging: Annotated[
@@ -58,7 +58,9 @@ def join(
     ] = DEFAULT_REQUIREMENTS.only_charging,
     battery_reserve: Annotated[
         float,
-        typer.Option("--battery-reserve", metavar="PERCENT", min=0, max=100, help="On battery, train above this only."),
+        typer.Option(
+            "--battery-reserve", metavar="PERCENT", min=0, max=100, help="On battery, train only above this charge."
+        ),
     ] = DEFAULT_REQUIREMENTS.battery_reserve,
     max_temperature: Annotated[
         float,
@@ -142,10 +144,10 @@ def status(
 @app.command()
 def pull(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="A finished job; without one, the last that has a model.")
+        str | None, typer.Argument(metavar="[JOB]", help="A finished job; by default the last one that has a model.")
     ] = None,
     form: Annotated[
-        str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest there is.")
+        str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest available.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[

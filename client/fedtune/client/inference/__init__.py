@@ -1,4 +1,4 @@
-"""Answering prompts with an exported model, on a device without torch: OpenAI's HTTP API, and a terminal chat.
+"""Inference with an exported model, on a device without torch: OpenAI's HTTP API, and a chat in the terminal.
 
-Nothing is exported here, so that the command line can name `fedtune serve` without loading onnxruntime.
+The package exports nothing, so that the command line can name `fedtune serve` without loading onnxruntime.
 """

@@ -1,4 +1,4 @@
-"""A conversation in the terminal; with piped input, one prompt a line and one answer a line."""
+"""A chat in the terminal; with piped input, each line is a prompt and gets one line as its answer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D ends"
 def answers(
     scheduler: Scheduler, turns: list[dict[str, str]], sampling: Sampling, adapter: str | None = None
 ) -> Iterator[str]:
-    """The answer to a conversation, piece by piece; leaving early cancels it.
+    """Yields the answer to a conversation, piece by piece; leaving the loop early cancels it.
 
     Args:
-        sampling: `max_tokens` is cut to what the context leaves.
+        sampling: settings of the answer; `max_tokens` is cut to the space left in the context.
 
     Raises:
-        PromptError: it is longer than the context.
+        PromptError: the conversation is longer than the context.
     """
     model = scheduler.model
     ids = model.encode_chat(turns)
@@ -36,7 +36,7 @@ def converse(
     """Reads prompts and writes answers until the input ends.
 
     Args:
-        remember: earlier turns are part of the prompt; the oldest are forgotten when the context is full.
+        remember: whether earlier turns are part of the prompt; the oldest are dropped when the context is full.
     """
     scheduler = Scheduler(model, slots=1, queue=1)
     terminal = source.isatty()
@@ -75,7 +75,7 @@ def _answer(
             if len(turns) == 1:
                 print(f"({error})", file=sink, flush=True)
                 return []
-            turns = turns[2:]  # a question and its answer
+            turns = turns[2:]  # drops a question and its answer
 
 
 def _ask(source: TextIO, sink: TextIO, terminal: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""An exported model in memory: checked file by file, with its tokenizer, chat template and adapters.
+"""An exported model in memory, with its tokenizer, chat template and adapters; every file is checked first.
 
 model = ExportedModel(Path("runs/first/onnx/int4"))
 ids = model.encode_chat([{"role": "user", "content": "water the lavender"}])
@@ -27,7 +27,7 @@ from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX, MAX_MANIFEST_BY
 from fedtune.core.text import nfc
 
 MAX_ADAPTERS = 64
-_LOADED = ("library", "lib_path", "backend_path")  # in keys of onnxruntime-genai and of execution providers
+_LOADED = ("library", "lib_path", "backend_path")  # keys of onnxruntime-genai and execution providers contain these
 
 
 class PromptError(InputError):
@@ -36,13 +36,13 @@ class PromptError(InputError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is chosen.
+    """The sampling settings of an answer.
 
     Args:
-        max_tokens: after which it is cut.
+        max_tokens: number of tokens after which the answer is cut.
         temperature: 0 takes the likeliest token.
-        top_p: the share of probability that is drawn from.
-        seed: the same seed gives the same answer; None draws another each time.
+        top_p: cumulative probability of the tokens to draw from.
+        seed: equal seeds give equal answers; None uses a new seed each time.
         stop: strings before which the answer ends.
     """
 
@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclass(eq=False)
 class Adapter:
-    """A loaded adapter; `users` streams answer with it, and it leaves memory after the last of them."""
+    """A loaded adapter; `users` counts the streams that use it, and it leaves memory after the last of them."""
 
     name: str
     key: str
@@ -68,20 +68,20 @@ class ExportedModel:
     """Loads a directory that `fedtune export` wrote.
 
     Args:
-        directory: every file in it is read and held against the manifest first.
-        name: what it is called; by default what the manifest says.
-        adapters: a folder of `.onnx_adapter` files that may be loaded by name, for an exported base.
-        threads: for one token; by default onnxruntime's choice, the physical cores.
+        directory: exported directory; every file in it is first checked against the manifest.
+        name: name of the model; by default the manifest's.
+        adapters: folder of `.onnx_adapter` files that may be loaded by name, for an exported base.
+        threads: threads for one token; by default onnxruntime's choice, the physical cores.
 
     Raises:
-        ExportError: not an exported directory, or a file was changed; the message names it.
+        ExportError: it is not an exported directory, or a file was changed; the message names it.
     """
 
     def __init__(
         self, directory: Path, name: str | None = None, adapters: Path | None = None, threads: int | None = None
     ) -> None:
         if directory.is_symlink():
-            directory = directory.resolve()  # it may come to name another version while files are read
+            directory = directory.resolve()  # a link may move to another version while files are read
         self.manifest = verify(directory)
         if self.manifest.kind not in ("model", "adapter-base"):
             raise ExportError(f"{directory}: holds {self.manifest.kind}; expected a model")
@@ -100,7 +100,7 @@ class ExportedModel:
             self._template, self._special = _chat_template(directory)
         except ExportError:
             raise
-        except Exception as error:  # tokenizers and onnxruntime raise what they like
+        except Exception as error:  # tokenizers and onnxruntime may raise any exception
             reason = str(error).strip() or type(error).__name__
             raise ExportError(f"{directory}: cannot be loaded: {reason.splitlines()[0]}") from error
         self._pool: Any = onnxruntime_genai.Adapters(self._model) if adapters is not None else None
@@ -110,18 +110,18 @@ class ExportedModel:
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Names of the loaded adapters -> SHA-256 of their files."""
+        """The names of the loaded adapters, each with the SHA-256 digest of its file."""
         with self._lock:
             return {name: adapter.sha256 for name, adapter in sorted(self._adapters.items())}
 
     def encode(self, text: str) -> list[int]:
-        """A prompt as training made it: NFC, behind the start tokens."""
+        """Encodes a prompt as in training: in NFC, after the start tokens."""
         ids: list[int] = self._tokenizer.encode(nfc(text), add_special_tokens=False).ids
         start = list(self.manifest.start_tokens)
         return ids if start and ids[: len(start)] == start else start + ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation, as the model's chat template renders it.
+        """Encodes a conversation as the model's chat template renders it.
 
         Raises:
             PromptError: there is no template, or it refuses the conversation.
@@ -131,18 +131,18 @@ class ExportedModel:
         turns = [{**turn, "content": nfc(turn["content"])} for turn in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
-        except Exception as error:  # a template is a program of the model's author and raises what it likes
+        except Exception as error:  # a template is code of the model's author and may raise any exception
             raise PromptError(f"the chat template refuses the conversation: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Tokens as text, without special tokens."""
+        """Decodes tokens to text, without special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def check_prompt(self, ids: Sequence[int], max_tokens: int | None = None) -> int:
-        """How many tokens may follow a prompt.
+        """Returns the number of tokens that may follow a prompt.
 
         Raises:
             PromptError: it is empty, has unknown tokens, or is too long for the context.
@@ -160,7 +160,7 @@ class ExportedModel:
         return max_tokens or room
 
     def generator(self, prompt_tokens: int, sampling: Sampling, adapter: Adapter | None = None) -> Any:
-        """An onnxruntime-genai generator that has read nothing yet; `read` feeds it."""
+        """Returns an onnxruntime-genai generator without a prompt; `read` feeds it."""
         params = onnxruntime_genai.GeneratorParams(self._model)
         options: dict[str, Any] = {"max_length": prompt_tokens + sampling.max_tokens, "do_sample": False}
         if sampling.temperature > 0:
@@ -179,7 +179,7 @@ class ExportedModel:
         return generator
 
     def load_adapter(self, name: str) -> None:
-        """Loads NAME.onnx_adapter, or swaps it for its newer file; streams that use the old one finish with it.
+        """Loads NAME.onnx_adapter, or replaces it by its newer file; streams that use the old one finish with it.
 
         Raises:
             ExportError: there is no such file, its description does not fit, or it belongs to another base.
@@ -211,7 +211,7 @@ class ExportedModel:
             self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter; streams that use it finish with it.
+        """Unloads an adapter; streams that use it finish with it.
 
         Raises:
             ExportError: it is not loaded.
@@ -222,7 +222,7 @@ class ExportedModel:
             self._retire(self._adapters.pop(name))
 
     def acquire(self, name: str) -> Adapter | None:
-        """The adapter that a model name stands for, held until `release`; None for the model itself.
+        """Returns the adapter of that model name, held until `release`; None for the model itself.
 
         Raises:
             KeyError: there is no model or adapter of that name.
@@ -261,7 +261,7 @@ class ExportedModel:
 
 
 def read(generator: Any, ids: Sequence[int]) -> None:
-    """Feeds a generator a piece of its prompt."""
+    """Feeds a piece of the prompt to a generator."""
     generator.append_tokens(np.array(ids, dtype=np.int32))
 
 
@@ -274,7 +274,7 @@ def _engine(directory: Path, threads: int | None) -> Any:
 
 
 def _refuse_libraries(config: Any, path: Path) -> None:
-    """A model is data: onnxruntime-genai would load a shared library that the configuration names, and run it.
+    """Refuses a configuration that names a shared library, which onnxruntime-genai would load and run.
 
     Raises:
         ExportError: the configuration names one.
@@ -290,7 +290,7 @@ def _refuse_libraries(config: Any, path: Path) -> None:
 
 
 def _chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[str, str]]:
-    """The template, and the special tokens that it may write; as transformers renders it."""
+    """Returns the template, rendered as transformers does, and the special tokens that it may write."""
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     special = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):

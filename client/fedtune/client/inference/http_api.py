@@ -1,13 +1,14 @@
-"""The HTTP API of an exported model, as OpenAI's clients speak it.
+"""The HTTP API of an exported model, compatible with OpenAI's clients.
 
-    GET  /health                    whether it answers; open to everybody
+    GET  /health                    whether the server is healthy; needs no token
     GET  /metrics                   for Prometheus
     GET  /v1/models                 the model, and each loaded adapter as a model
-    POST /v1/completions            a prompt, continued
-    POST /v1/chat/completions       a conversation, continued
+    POST /v1/completions            completes a prompt
+    POST /v1/chat/completions       completes a conversation
     GET, POST /v1/adapters, DELETE /v1/adapters/NAME
 
-A request is read with a bound, checked, and queued; too many get 429. When its client goes away, its stream ends.
+A request is read up to a bound, checked, and queued; if too many wait, it gets 429. A stream ends when its client
+disconnects.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from fedtune.client.inference.openai_bodies import (
 from fedtune.client.inference.scheduler import BusyError, Piece, Scheduler, Stream
 from fedtune.core.errors import ExportError
 
-DISCONNECT_POLL = 0.2  # seconds between looks whether the client of an answer that is not streamed is still there
-BODY_SECONDS = 30.0  # a client that takes longer to send its request is not waited for
+DISCONNECT_POLL = 0.2  # seconds between checks whether the client of an unstreamed answer is still connected
+BODY_SECONDS = 30.0  # limit for a client to send its request
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -51,10 +52,10 @@ _COUNTED = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/co
 
 
 def create_app(model: ExportedModel, scheduler: Scheduler, token: str | None = None) -> FastAPI:
-    """The ASGI application.
+    """Returns the ASGI application.
 
     Args:
-        token: what requests must bring as `Authorization: Bearer TOKEN`; None lets everybody in.
+        token: token that requests must carry as `Authorization: Bearer TOKEN`; None admits all requests.
     """
     service = _Service(model, scheduler, _Metrics(scheduler))
 
@@ -90,7 +91,7 @@ def create_app(model: ExportedModel, scheduler: Scheduler, token: str | None = N
 
 
 class _Metrics:
-    """Counts what one server does, for Prometheus, in a registry of its own."""
+    """Prometheus metrics of one server, in a registry of its own."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._registry = CollectorRegistry()
@@ -112,7 +113,7 @@ class _Metrics:
         waiting.set_function(lambda: scheduler.load[1])
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -154,7 +155,7 @@ class _Service:
         asked = parse(CompletionRequest, await _body(request))
         prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
         if isinstance(prompt, str):
-            ids = await asyncio.to_thread(self._model.encode, prompt)  # seconds, where it is as large as it may be
+            ids = await asyncio.to_thread(self._model.encode, prompt)  # takes seconds for a prompt of the largest size
         else:
             ids = [int(token) for token in asked.prompt]
         if asked.max_tokens is None:
@@ -210,7 +211,7 @@ class _Service:
         return await _whole(request, watched, answer)
 
     async def _watched(self, stream: Stream, pieces: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
-        """The pieces, counted; whoever stops asking for them cancels the stream."""
+        """Yields and counts the pieces; cancels the stream when the consumer stops early."""
         began = time.monotonic()
         tokens, reason = 0, "cancelled"
         try:
@@ -232,7 +233,7 @@ class _Service:
 
 
 class _Endpoint:
-    """Lets in who brings the token, and counts who was answered how. Plain ASGI, which hides no disconnect."""
+    """Checks the token and counts responses by status. It is plain ASGI, which lets disconnects through."""
 
     def __init__(self, app: ASGIApp, service: _Service, token: str | None) -> None:
         self._app, self._service, self._token = app, service, token
@@ -288,7 +289,7 @@ async def _whole(request: Request, pieces: AsyncIterator[Piece], answer: Answer)
     try:
         while not (await asyncio.wait([task], timeout=DISCONNECT_POLL))[0]:
             if await request.is_disconnected():
-                return Response(status_code=499)  # nobody reads it; the status is for the metrics
+                return Response(status_code=499)  # the client is gone; the status is for the metrics
         last = task.result()
     finally:
         task.cancel()
@@ -313,7 +314,7 @@ async def _export_errors(call: Callable[[str], None], name: str) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """The request's body, if it is not larger than it may be and comes in time."""
+    """Returns the request's body; refuses one that is too large or too slow."""
     too_large = ApiError(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:

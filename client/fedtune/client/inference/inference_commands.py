@@ -1,4 +1,4 @@
-"""`fedtune serve` and `fedtune chat`: the command lines of inference, which never load torch."""
+"""`fedtune serve` and `fedtune chat`: the commands of inference, which never load torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODEL = Annotated[
     typer.Argument(
         metavar="[MODEL_DIR]",
         help="A directory that fedtune export wrote, e.g. runs/demo-1/onnx/int4; by default this device's own model, "
-        "the one that fedtune client pull brought.",
+        "the one that fedtune client pull installed.",
     ),
 ]
 
@@ -33,15 +33,18 @@ _Threads = Annotated[
 def serve(
     model_directory: _MODEL = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Any but loopback lets others in, and needs a token.")
+        str,
+        typer.Option(
+            help="Address to listen on. Any address but loopback is open to other machines, and needs a token."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, and prints it.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port, and prints it.")] = 8080,
     slots: Annotated[
         int,
-        typer.Option(min=1, max=1024, help="Answers written at once, by turns; each takes memory for its own text."),
+        typer.Option(min=1, max=1024, help="Answers generated at the same time; each takes memory for its own text."),
     ] = 16,
     queue: Annotated[
-        int, typer.Option(min=0, max=65536, help="Requests that may wait for a slot; more get status 429.")
+        int, typer.Option(min=0, max=65536, help="Requests that may wait for a slot; further ones get status 429.")
     ] = 64,
     threads: _Threads = None,
     name: Annotated[str | None, typer.Option(help="The model's name in requests; by default the export's own.")] = None,
@@ -84,7 +87,7 @@ def chat(
         int, typer.Option(min=1, help="Tokens after which an answer is cut; a token is a few letters.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, max=2, help="How freely it chooses its words; 0 always takes the likeliest.")
+        float, typer.Option(min=0, max=2, help="Randomness of the answer; 0 always takes the likeliest token.")
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -95,10 +98,13 @@ def chat(
     ] = None,
     threads: _Threads = None,
     forget: Annotated[
-        bool, typer.Option("--forget", help="Answer every prompt by itself, for models that learnt no conversations.")
+        bool,
+        typer.Option(
+            "--forget", help="Answer every prompt by itself, for models that were not trained on conversations."
+        ),
     ] = False,
 ) -> None:
-    """Talk to an exported model in the terminal; piped input is answered line by line.
+    """Chat with an exported model in the terminal; piped input is answered line by line.
 
     Needs no torch: pip install 'fedtune[inference]'. At the prompt, /reset forgets the conversation and /quit ends;
     Ctrl-C stops an answer. Examples:
@@ -123,12 +129,12 @@ class Serving:
 
     Args:
         directory: an exported model.
-        slots: answers that are written at once.
+        slots: answers that are generated at the same time.
         queue: requests that may wait for a slot.
-        threads: for each token; None leaves the number to onnxruntime.
-        name: None for the export's own.
-        adapters: a folder whose `.onnx_adapter` files are loaded.
-        token_file: None takes the token of the environment, or none.
+        threads: threads for each token; None leaves the number to onnxruntime.
+        name: name of the model; None for the export's own.
+        adapters: folder whose `.onnx_adapter` files are loaded.
+        token_file: file of the token; None takes the token of the environment, if any.
     """
 
     directory: Path
@@ -146,7 +152,8 @@ def answer_requests(wanted: Serving) -> None:
     """Serves a model until the process is stopped.
 
     Raises:
-        InputError: others could use the model without a token, the model cannot be loaded, or the port is taken.
+        InputError: the address is open to other machines without a token, the model cannot be loaded, or the port is
+            in use.
         MissingExtraError: the packages of inference are not installed.
     """
     try:
@@ -186,7 +193,7 @@ def answer_requests(wanted: Serving) -> None:
 
 
 def pulled_model() -> Path:
-    """The model that this device pulled last, or went back to.
+    """Returns the current model of this device, as set by a pull or a rollback.
 
     Raises:
         InputError: it has none.
@@ -201,7 +208,7 @@ def pulled_model() -> Path:
 
 
 def read_token(file: Path | None) -> str | None:
-    """The bearer token: of the file, or of the environment, or none.
+    """Returns the bearer token from the file or the environment, or None.
 
     Raises:
         InputError: the file cannot be read or holds no token.

@@ -1,4 +1,4 @@
-"""A device's line to the fleet's server, for exported models: signed requests over TLS, tried again after breaks.
+"""A device's link to the model registry of the fleet's server: signed requests over TLS, with retries.
 
 line = ModelLine(server, authority, name, node_key)
 offer = PatientLine(line, PAUSES).describe(job=None, form=None)
@@ -30,35 +30,35 @@ from fedtune.core.protocol.model_requests import (
 )
 from fedtune.core.text import one_line
 
-CALL_SECONDS = 30.0  # without a single byte
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds between tries; after the last, the pull gives up for now
+CALL_SECONDS = 30.0  # limit without a single byte
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds between tries; after the last one the pull gives up
 _MAX_TEXT = 2000
 _CHUNK = 64 << 10
 
 
 class LineError(FedtuneError):
-    """The server cannot be reached now; it may be reached later."""
+    """The server cannot be reached now, and may be reachable later."""
 
 
 class Line(Protocol):
-    """Answers a pull's requests: `ModelLine`, or a test's own."""
+    """The interface to a model registry: `ModelLine`, or a test's own."""
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
-        """Returns what there is, as `ModelLine.describe`."""
+        """Returns the registry's offer, as `ModelLine.describe` does."""
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
-        """Returns a piece of a file, as `ModelLine.read`."""
+        """Yields a piece of a file, as `ModelLine.read` does."""
 
 
 class ModelLine:
-    """A device's signed requests for models.
+    """Sends a device's signed requests for models.
 
     Args:
         server: HOST:PORT.
-        authority: the only certificate authority that is trusted, PEM.
-        device: the name it was enrolled under.
+        authority: PEM certificate authority, the only trusted one.
+        device: name under which the device is enrolled.
         node_key: private key of the device, PEM.
-        clock: the server's, as far as it is known.
+        clock: estimate of the server's clock.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class ModelLine:
         self._clock = clock or ServerClock()
 
     def close(self) -> None:
-        """Gives the connection back."""
+        """Closes the connection."""
         self._client.close()
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
-        """Asks for the offer of a model.
+        """Requests the offer of a model.
 
         Raises:
-            InputError: it has no such model, or does not know this device.
-            PeerError: it answers with something else.
-            LineError: it cannot be reached.
+            InputError: the server has no such model, or does not know this device.
+            PeerError: the answer is not an offer.
+            LineError: the server cannot be reached.
         """
         with self._ask(DESCRIBE, DescribeModel(PROTOCOL_VERSION, job, form)) as response:
             content = bytearray()
@@ -89,10 +89,10 @@ class ModelLine:
         return decode(bytes(content), ModelDescription, MAX_DESCRIPTION_BYTES)
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
-        """A piece of a file, as it comes in; never more than was asked for.
+        """Yields a piece of a file as it arrives; never more than requested.
 
         Raises:
-            InputError, PeerError, LineError: as `describe`.
+            InputError, PeerError, LineError: as in `describe`.
         """
         left = wanted.size
         with self._ask(READ, wanted) as response:
@@ -125,20 +125,20 @@ class ModelLine:
     @contextmanager
     def _send(self, path: str, body: bytes) -> Iterator[httpx.Response]:
         headers = sign_request(self._key, self._device, path, int(self._clock.now()), body)
-        # Not compressed on the way: what arrives is counted against what was asked for.
+        # Without compression, so that the received bytes can be counted against the requested ones.
         with self._client.stream("POST", path, content=body, headers={**headers, "accept-encoding": "identity"}) as got:
             yield got
 
 
 @dataclass(frozen=True)
 class PatientLine:
-    """A line that is tried again after each break, with longer and longer pauses."""
+    """Retries another line after each failure, with growing pauses."""
 
     line: Line
     pauses: Sequence[float]
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
-        """Returns the offer, whatever the line does meanwhile."""
+        """Returns the offer, in spite of interruptions."""
         failures = 0
         while True:
             try:
@@ -148,7 +148,7 @@ class PatientLine:
                 failures += 1
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
-        """Yields the piece, whatever the line does: after a break it goes on where it was."""
+        """Yields the piece, and resumes it where it was after an interruption."""
         got = failures = 0
         while got < wanted.size:
             rest = structs.replace(wanted, offset=wanted.offset + got, size=wanted.size - got)
@@ -170,10 +170,10 @@ class PatientLine:
 
 
 def _check(response: httpx.Response) -> None:
-    """Makes sure that it is what was asked for.
+    """Raises unless the response is the requested one.
 
     Raises:
-        InputError, PeerError, LineError: what the server answered instead.
+        InputError, PeerError, LineError: the server answered with an error.
     """
     status = response.status_code
     if status == 200:

@@ -1,11 +1,11 @@
-"""Pulling the exported model of a finished job from the fleet's server, over whatever line there is.
+"""The pull of a finished job's exported model from the fleet's server.
 
     line = ModelLine(server, authority, name, node_key)
     path = pull(line, Versions(home / "models"))
 
-What arrives stays: a pull that was broken off, by the line or by a crash, goes on at the byte where it was. Nothing is
-believed: names come from a manifest that was checked, sizes are its sizes, and a file whose SHA-256 is another than
-the manifest's is thrown away before the version gets its name.
+Received bytes are kept: a pull that was interrupted by the network or a crash resumes at the same byte. No input is
+trusted: names and sizes come from a checked manifest, and a file whose SHA-256 digest differs from the manifest's is
+removed before the version gets its name.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from fedtune.core.protocol.model_manifest import (
 from fedtune.core.protocol.model_requests import MAX_PIECE_BYTES, ModelDescription, ReadModel
 
 FIRST_PIECE, SHORTEST_PIECE = 256 << 10, 32 << 10
-QUICK_SECONDS, SLOW_SECONDS = 1.0, 15.0  # a piece that takes less makes the next larger; one that takes more, smaller
+QUICK_SECONDS, SLOW_SECONDS = 1.0, 15.0  # a faster piece makes the next one larger, a slower one makes it smaller
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that are there, and the bytes there will be."""
+"""Receives the bytes that have arrived and the total bytes."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Pulled:
     """The outcome of a pull.
 
     Args:
-        path: of the version that is current now.
-        received: bytes that came over the line, this time.
+        path: folder of the version that is now current.
+        received: bytes received in this pull.
         total: bytes of the whole version.
     """
 
@@ -68,17 +68,17 @@ def pull(
     progress: Progress | None = None,
     pauses: Sequence[float] = PAUSES,
 ) -> Pulled:
-    """Brings a model here and makes it the current version; the one before stays as the previous.
+    """Downloads a model and makes it the current version; the current one becomes the previous.
 
     Args:
         job: a finished job; None for the last.
-        form: "int4", ...; None for the smallest there is.
-        pauses: seconds between tries while the server cannot be reached; after the last, the pull gives up.
+        form: "int4", ...; None for the smallest available.
+        pauses: seconds between tries while the server cannot be reached; after the last one, the pull gives up.
 
     Raises:
-        InputError: there is no such model or format, the device is not known, or another process pulls.
-        PeerError: what the server sent is not what it announced; it was thrown away.
-        RunError: the line broke for too long, or the disk is full; what arrived is kept, and the next pull goes on.
+        InputError: there is no such model or format, the device is unknown, or another process pulls.
+        PeerError: the received data differ from those announced, and were removed.
+        RunError: the network was down for too long, or the disk is full; the next pull resumes.
     """
     if form not in (None, *FORMATS):
         raise InputError(f"--format {form}: unknown; expected one of {', '.join(FORMATS)}")
@@ -97,7 +97,7 @@ def pull(
 
 @dataclass(frozen=True)
 class _Version:
-    """The version that is pulled.
+    """The version to pull.
 
     Args:
         manifest: the offer's, checked.
@@ -115,25 +115,25 @@ class _Version:
 
     @property
     def total(self) -> int:
-        """Bytes of all its files."""
+        """The total bytes of its files."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     def piece(self, file: str, offset: int, size: int) -> ReadModel:
-        """The request for so many bytes of a file."""
+        """Returns the request for `size` bytes of a file."""
         return ReadModel(PROTOCOL_VERSION, self.offer.job, self.offer.format, self.digest, file, offset, size)
 
 
 def _fetch(line: PatientLine, versions: Versions, version: _Version, progress: Progress) -> int:
-    """Brings the files that are missing, checks all of them, and gives the version its name.
+    """Downloads the missing files, checks all of them, and gives the version its name.
 
     Returns:
-        Bytes that came over the line.
+        Bytes received.
     """
     folder = versions.incoming(version.name)
     files = version.manifest.files
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         if path.relative_to(folder).as_posix() not in files:
-            path.unlink()  # half of a manifest, left by a crash
+            path.unlink()  # an incomplete manifest, left by a crash
     _take_over(versions.current, folder, version.manifest)
     missing = version.total - sum(min(entry.bytes, _size(folder / name)) for name, entry in files.items())
     free = shutil.disk_usage(folder).free
@@ -156,20 +156,20 @@ def _fetch(line: PatientLine, versions: Versions, version: _Version, progress: P
             fsync(file.fileno())
         _hold_against(path, name, entry)
         done += entry.bytes
-    write_private(folder / MANIFEST, version.offer.manifest)  # last: from here on it is an exported directory
+    write_private(folder / MANIFEST, version.offer.manifest)  # last, since the manifest makes it an exported directory
     verify(folder)
     versions.admit(version.name)
     return received
 
 
 class _Pace:
-    """How large the next piece is: a fast line takes large ones, a slow one none that would take minutes."""
+    """Adapts the size of the next piece to the speed, so that no piece takes minutes."""
 
     def __init__(self) -> None:
         self.size = FIRST_PIECE
 
     def took(self, seconds: float) -> None:
-        """Learns from the last piece."""
+        """Updates the size by the duration of the last piece."""
         if seconds < QUICK_SECONDS:
             self.size = min(2 * self.size, MAX_PIECE_BYTES)
         elif seconds > SLOW_SECONDS:
@@ -197,7 +197,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _take_over(current: Path | None, folder: Path, manifest: Manifest) -> None:
-    """Files that the current version has, too, need not travel again: the tokenizer seldom changes."""
+    """Copies files that the current version shares, such as the tokenizer, so that they are not downloaded."""
     try:
         held = read_manifest(current).files if current else {}
     except ExportError:
@@ -228,7 +228,7 @@ def _size(path: Path) -> int:
 
 @contextmanager
 def _kept(versions: Versions) -> Iterator[None]:
-    """Turns a full or failing disk into an error that says what to do; the current version is as it was."""
+    """Turns a full or failing disk into an error with advice; the current version stays as it was."""
     try:
         yield
     except OSError as error:

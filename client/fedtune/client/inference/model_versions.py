@@ -1,11 +1,11 @@
-"""The models that a device pulled: one folder for each version, and two names that say which counts.
+"""The pulled models of a device: one folder for each version, and links to the current and the previous one.
 
     models/JOB-FORMAT-DIGEST/     an exported directory, whole and checked
     models/current, previous      symbolic links to two of them
-    models/.incoming-VERSION/     what has arrived of a version so far; it has no manifest, so nothing takes it for one
+    models/.incoming-VERSION/     the received part of a version; without a manifest, so that it cannot be loaded
 
-A version gets its name when it is whole, and `current` moves from one version to the other in one step: whoever reads
-`models/current`, at whatever moment, finds a whole model.
+A version gets its name when it is whole, and `current` moves between versions atomically: a reader of `models/current`
+always finds a whole model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Versions:
     """A device's models.
 
     Args:
-        folder: of all of them; made when the first is pulled.
+        folder: folder of all versions; created by the first pull.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +34,7 @@ class Versions:
 
     @property
     def current(self) -> Path | None:
-        """The version that is served; None where none was pulled yet."""
+        """The version that is served; None before the first pull."""
         return self._target(CURRENT)
 
     @property
@@ -45,32 +45,32 @@ class Versions:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Held by the one process that pulls or switches.
+        """Holds the lock of the one process that may pull or switch.
 
         Raises:
-            InputError: another process does.
+            InputError: another process holds it.
         """
         private_folder(self.folder)
         with ServiceLock(self.folder / ".lock"):
             yield
 
     def incoming(self, version: str) -> Path:
-        """Where the files of a version that is not whole yet arrive."""
+        """Returns the folder that receives the files of an incomplete version."""
         return private_folder(self.folder / f"{INCOMING}{version}")
 
     def admit(self, version: str) -> Path:
-        """Gives a version that has arrived whole its name."""
+        """Gives its name to a version that is complete."""
         path = self.folder / version
         incoming = self.incoming(version)
         for part in (incoming, *(found for found in incoming.rglob("*") if found.is_dir())):
             sync_directory(part)
-        shutil.rmtree(path, ignore_errors=True)  # a version of the same name that was found damaged
+        shutil.rmtree(path, ignore_errors=True)  # a damaged version of the same name
         incoming.rename(path)
         sync_directory(self.folder)
         return path
 
     def switch(self, version: str) -> None:
-        """Makes a version the current one, and the current one the previous; what is neither is removed."""
+        """Makes a version the current one, and the current one the previous; removes all others."""
         current = self.current
         if current is not None and current.name != version:
             self._point(PREVIOUS, current.name)
@@ -84,7 +84,7 @@ class Versions:
         """Swaps the current version and the previous one.
 
         Returns:
-            The version that is current now.
+            The version that is now current.
 
         Raises:
             InputError: there is no previous one.

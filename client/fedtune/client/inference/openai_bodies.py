@@ -1,4 +1,4 @@
-"""OpenAI's request and response bodies, as far as a text model can honour them; what it cannot is refused, not ignored.
+"""OpenAI's request and response bodies, as far as a text model can honour them; others are refused, not ignored.
 
 A refusal is {"error": {"message", "type", "param", "code"}}, which OpenAI's own clients turn into exceptions.
 """
@@ -19,12 +19,12 @@ MAX_BODY_BYTES = 1 << 20
 MAX_MESSAGES = 512
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chats may fill the context
 Body = TypeVar("Body", bound=BaseModel)
-# Where Python and clients written in it end a line, beside the controls that JSON escapes anyway.
+# Characters at which Python clients split lines, beside the control characters that JSON escapes anyway.
 _LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}
 _Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
-# Features that change an answer, and the values that ask for none of them.
+# Features that change an answer, and the values that leave them off.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -48,7 +48,7 @@ class ApiError(Exception):
 
     Args:
         kind: OpenAI's type, e.g. "invalid_request_error".
-        param: the field that was wrong.
+        param: the invalid field.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ApiError(Exception):
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
 
     def body(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the refusal as a JSON body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
@@ -74,20 +74,20 @@ class _Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn; content may come in parts, all of them text."""
+    """One turn of a conversation; its content may have several parts, all of them text."""
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[_Part], Field(max_length=MAX_MESSAGES)]
 
     def turn(self) -> dict[str, str]:
-        """For a chat template."""
+        """Returns the turn as a chat template expects it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": content}
 
 
 class StreamOptions(BaseModel):
-    """Says what a stream carries besides text."""
+    """The options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
@@ -105,7 +105,7 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
 
     def sampling(self, max_tokens: int) -> Sampling:
-        """How the answer is to be chosen; OpenAI's default temperature is 1."""
+        """Returns the sampling settings; OpenAI's default temperature is 1."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
             max_tokens=max_tokens,
@@ -159,7 +159,7 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 
 class Answer:
-    """Writes one answer's bodies: whole, or as the chunks of a stream."""
+    """Makes the bodies of one answer: whole, or as the chunks of a stream."""
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
         self._model, self._chat, self._prompt_tokens = model, chat, prompt_tokens
@@ -167,26 +167,26 @@ class Answer:
         self._created = int(time.time())
 
     def whole(self, text: str, finish: str, tokens: int) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Returns the body of an answer that is not streamed."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
         choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         kind = "chat.completion" if self._chat else "text_completion"
         return self._body(kind, [choice]) | {"usage": self.usage(tokens)}
 
     def opening(self) -> dict[str, Any] | None:
-        """A chat's first chunk says who speaks."""
+        """Returns a chat's first chunk, which names the role."""
         return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else None
 
     def chunk(self, text: str, finish: str | None) -> dict[str, Any]:
-        """One chunk of a stream."""
+        """Returns one chunk of a stream."""
         return self._chunk({"content": text} if text else {}, finish) if self._chat else self._chunk(text, finish)
 
     def closing(self, tokens: int) -> dict[str, Any]:
-        """The chunk with the counts, where they were asked for."""
+        """Returns the chunk with the token counts, where requested."""
         return self._body(self._kind, []) | {"usage": self.usage(tokens)}
 
     def usage(self, tokens: int) -> dict[str, int]:
-        """Tokens of prompt and answer."""
+        """Returns the token counts of prompt and answer."""
         prompt = self._prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
@@ -203,7 +203,7 @@ class Answer:
 
 
 def event(body: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Encodes one server-sent event."""
     return b"data: " + json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS).encode() + b"\n\n"
 
 

@@ -1,11 +1,11 @@
-"""Many answers at once, fairly: one thread gives every stream one token in turn.
+"""Concurrent answers with fair scheduling: one thread generates one token for each stream in turn.
 
     scheduler = Scheduler(model, slots=16, queue=64)
     stream = scheduler.submit(ids, sampling, adapter, emit)     # emit(Piece) is called on the scheduler's thread
     stream.cancel()                                             # its slot is free before the next turn
 
-A stream is waiting, then active, then over; a bounded number may be active and waiting. Long prompts are read in pieces
-of `PREFILL_PIECE` tokens, one a turn, so that they hold nobody up for longer than that.
+A stream is waiting, then active, then over; the numbers of active and waiting streams are bounded. Long prompts are
+read in pieces of `PREFILL_PIECE` tokens, one piece a turn, which bounds the delay of other streams.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from fedtune.client.inference.exported_model import Adapter, ExportedModel, Sampling, read
 
-_PATIENCE = 8  # tokens without a whole character after which bytes are taken for broken; a character has four at most
-_INCOMPLETE = "\ufffd"  # what a decoder writes for the first bytes of a character whose last are still to come
+_PATIENCE = 8  # tokens without a whole character after which bytes count as broken; a character has at most four
+_INCOMPLETE = "\ufffd"  # written by decoders for a character whose last bytes are missing
 
 
 class TextStream:
@@ -37,13 +37,13 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._begin = 0  # of the window that is decoded again for each token
+        self._begin = 0  # start of the window that is decoded again for each token
         self._read = 0  # tokens before this one have become text
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes a token and returns what may be shown because of it."""
+        """Adds a token and returns the text that it completes."""
         self._ids.append(token)
         before = self._decode(self._ids[self._begin : self._read])
         window = self._decode(self._ids[self._begin :])
@@ -54,7 +54,7 @@ class TextStream:
         return self._release(self._held + window[len(before) :])
 
     def finish(self) -> str:
-        """Returns the text that is left to show when no token follows."""
+        """Returns the remaining text once no token follows."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._begin : self._read])
@@ -76,7 +76,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Returns the length of the longest end of `text` that is a beginning of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
@@ -90,11 +90,11 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that happened to a stream.
+    """An event of a stream.
 
     Args:
-        text: to be shown.
-        tokens: how many have been generated so far.
+        text: text to show.
+        tokens: number of tokens generated so far.
         finish: None while it goes on; "stop", "length", "error" or "cancelled" with its last piece.
     """
 
@@ -104,7 +104,7 @@ class Piece:
 
 
 class Stream:
-    """One answer in the making; only the scheduler's thread touches more than `cancel`."""
+    """One answer in progress; other threads than the scheduler's may call only `cancel`."""
 
     def __init__(
         self,
@@ -124,11 +124,11 @@ class Stream:
         self.over = False
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Marks the stream as no longer needed."""
         self._cancelled.set()
 
     def turn(self) -> None:
-        """One piece of the prompt, or one token."""
+        """Reads one piece of the prompt, or generates one token."""
         try:
             if self._cancelled.is_set():
                 self.end("cancelled")
@@ -136,12 +136,12 @@ class Stream:
                 self._read()
             else:
                 self._generate()
-        except Exception:  # onnxruntime raises what it likes; one stream's failure must not end the others
+        except Exception:  # onnxruntime may raise any exception; one stream's failure must not end the others
             _LOG.exception("a stream failed")
             self.end("error")
 
     def end(self, finish: str, text: str = "") -> None:
-        """Gives back all it holds."""
+        """Ends the stream and releases its resources."""
         self._generator = None
         self.over = True
         self._model.release(self._adapter)
@@ -174,8 +174,8 @@ class Scheduler:
     """Runs streams until it is closed.
 
     Args:
-        slots: streams that are active at once; each holds a cache of its prompt's and answer's length.
-        queue: streams that may wait for a slot.
+        slots: number of active streams; each holds a cache of the length of its prompt and answer.
+        queue: number of waiting streams.
     """
 
     def __init__(self, model: ExportedModel, slots: int = 16, queue: int = 64) -> None:
@@ -195,17 +195,17 @@ class Scheduler:
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many streams are active and how many wait."""
+        """The numbers of active and waiting streams."""
         with self._changed:
             return len(self._active), len(self._waiting)
 
     def submit(
         self, ids: Sequence[int], sampling: Sampling, adapter: Adapter | None, emit: Callable[[Piece], None]
     ) -> Stream:
-        """Queues a stream; from here on it releases the adapter itself.
+        """Queues a stream, which releases the adapter when it ends.
 
         Raises:
-            BusyError: nothing was queued, and the adapter is still the caller's.
+            BusyError: the stream was not queued, and the caller still holds the adapter.
         """
         stream = Stream(self.model, ids, sampling, adapter, emit)
         with self._changed:
@@ -217,10 +217,10 @@ class Scheduler:
         return stream
 
     def answer(self, ids: Sequence[int], sampling: Sampling, adapter: Adapter | None = None) -> Iterator[str]:
-        """Yields an answer piece by piece to a caller that waits for it; leaving early cancels the stream.
+        """Yields an answer piece by piece to a caller that waits for it; leaving the loop early cancels the stream.
 
         Raises:
-            BusyError: as `submit`.
+            BusyError: as in `submit`.
         """
         pieces: queue.Queue[Piece] = queue.Queue()
         stream = self.submit(ids, sampling, adapter, pieces.put)
@@ -232,7 +232,7 @@ class Scheduler:
             stream.cancel()
 
     def close(self, seconds: float = 5.0) -> None:
-        """Ends every stream after its present turn."""
+        """Ends every stream after its current turn."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -258,10 +258,10 @@ class Scheduler:
                 self._active = [stream for stream in self._active if not stream.over]
             if closing:
                 return
-            time.sleep(0)  # lets the thread that writes answers have its turn, too
+            time.sleep(0)  # lets the thread that writes answers run
 
     def _drop_cancelled(self) -> None:
-        """Takes streams that wait and are wanted no more out of the queue at once."""
+        """Removes cancelled streams from the queue."""
         for stream in [waiting for waiting in self._waiting if waiting._cancelled.is_set()]:
             self._waiting.remove(stream)
             stream.end("cancelled")
