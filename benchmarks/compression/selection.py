@@ -1,4 +1,4 @@
-"""How much of the clients' training has reached the server, by the way in which a ring's coordinates are chosen?
+"""How much of the clients' training has reached the server, by the way in which coordinates are chosen?
 
 The demo's ten households train for ROUNDS rounds, uncompressed. Their updates are then sent again, a share of the
 coordinates each round, the same ones from every client, and the others stay in the residuals. The error after a round
@@ -35,9 +35,7 @@ from fedtune.model.lora import adapt
 from fedtune.strategies.federation import scheduled_learning_rate
 
 JOB = Path(__file__).parent.parent / "demo" / "job.toml"
-QUESTION = (
-    "How much of the clients' training has reached the server, by the way in which a ring's coordinates are chosen?"
-)
+QUESTION = "How much of the clients' training has reached the server, by the way in which coordinates are chosen?"
 ROUNDS = 8
 DENSITIES = (0.25, 0.4)
 FOLLOWING = 0.8

@@ -56,7 +56,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Units:
-    """CPU seconds of each operation; `multiply` is one step of Horner's rule in the field; the last three are a word's."""
+    """CPU seconds of an operation; `multiply` is a step of Horner's rule in the field, the last three are per word."""
 
     verify: float
     agree: float

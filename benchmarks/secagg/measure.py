@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class Clock:
-    """A clock of this process's CPU seconds, over all threads, inside its `with` blocks; other load changes them little."""
+    """A clock of this process's CPU seconds, over all threads, inside `with` blocks; other load changes them little."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
