@@ -309,7 +309,7 @@ def test_a_damaged_roster_is_told_when_the_device_starts(joined: ClientHome) -> 
     roster = joined.path / "roster.json"
     roster.write_text(roster.read_text().replace('"version": 1', '"version": 7'))
     loop, _ = loop_of(joined, Line(), [])
-    with pytest.raises(InputError, match="not signed with this fleet's key; join anew with a new bundle"):
+    with pytest.raises(InputError, match="not signed with this fleet's key; join again with a new bundle"):
         loop.run()
 
 

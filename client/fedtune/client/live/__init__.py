@@ -1,1 +1,1 @@
-"""A device of a live fleet: its folder and keys, and the one process that answers the server and opens no port."""
+"""A live device: its folder and keys, and the process that answers the server's messages without an open port."""

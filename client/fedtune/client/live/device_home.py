@@ -1,17 +1,17 @@
-"""A device's folder: its keys, its roster, and what it remembers. Its owner's only; `leave` removes it.
+"""A device's folder: its keys, its roster, and its state between rounds; private to its owner, and removed by `leave`.
 
-device.json         name, server, data file, base models, when the device takes part
+device.json         name, server, data file, base models, conditions for taking part
 authority.pem       certificate authority of the server's certificate
-node.key            signs requests to the server
-identity.key        the device in secure aggregation
-roster.json         who the other devices are, signed by the fleet's key
+node.key            key that signs requests to the server
+identity.key        identity key for secure aggregation
+roster.json         names and keys of the other devices, signed with the fleet key
 rounds.json         the last round served of each job
 jobs/               residuals, adapters and terms, by job
-uplink              bytes a second that the last update went up with
-calibration/        what real training steps took, by base model
-working             the message that is being worked on, until its answer is with the server
-models/             exported models that were pulled, and which of them counts
-status.json         what `fedtune client status` shows
+uplink              bytes a second of the last upload
+calibration/        measurements of trial steps, by base model
+working             the message in work, until the server has its answer
+models/             pulled models, and links to the current and the previous one
+status.json         content of `fedtune client status`
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ CALIBRATIONS = "calibration"
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """device.json.
+    """The content of device.json.
 
     Args:
         bases: model directories of this device; a job's base is found among them by its digest.
-        fleet_key: public key that rosters are signed with, in hexadecimal digits.
+        fleet_key: public key with which rosters are signed, in hexadecimal digits.
         allow_clear: whether the device takes part in jobs that do not mask updates.
-        scores: whether it evaluates for the server, which sees each device's score by itself.
-        requirements: when the device takes part.
+        scores: whether it evaluates for the server, which then sees each of the device's scores.
+        requirements: conditions under which the device takes part.
     """
 
     name: str
@@ -69,7 +69,7 @@ class DeviceConfig:
 
 
 def default_home() -> Path:
-    """Where the device lives when nothing else is said."""
+    """Returns the default folder of a device."""
     return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".fedtune" / "client")
 
 
@@ -77,7 +77,7 @@ class ClientHome:
     """An existing folder of a device.
 
     Raises:
-        InputError: there is none, others may enter it, or it is damaged.
+        InputError: there is none, other users may enter it, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,10 +99,10 @@ class ClientHome:
         scores: bool = False,
         requirements: Requirements = DEFAULT_REQUIREMENTS,
     ) -> ClientHome:
-        """Makes a device's folder out of a bundle.
+        """Creates a device's folder from a bundle.
 
         Raises:
-            InputError: a device lives there already, or the data file or a base model is missing.
+            InputError: the folder belongs to a device already, or the data file or a base model is missing.
         """
         if (path / _DEVICE).exists():
             raise InputError(f"{path}: a device lives here already; remove it with: fedtune client leave")
@@ -125,65 +125,65 @@ class ClientHome:
             scores,
             requirements,
         )
-        write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: now it is a device
+        write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: makes it a device
         return cls(path)
 
     def leave(self) -> None:
-        """Removes keys and everything remembered."""
+        """Removes the keys and all state."""
         shutil.rmtree(self.path)
 
     @property
     def authority(self) -> bytes:
-        """Certificate authority, PEM."""
+        """The certificate authority, PEM."""
         return read_bounded(self.path / "authority.pem", "a certificate")
 
     @property
     def node_key(self) -> str:
-        """Private key that signs requests, PEM."""
+        """The private key that signs requests, PEM."""
         path = self.path / "node.key"
         check_private(path)
         return read_bounded(path, "a key").decode("ascii", "replace")
 
     @property
     def identity(self) -> Identity:
-        """The device in secure aggregation."""
+        """The device's identity for secure aggregation."""
         return Identity.load(self.path / "identity.key")
 
     @property
     def round_log(self) -> FileRoundLog:
-        """The last round served of each job."""
+        """The log of the last round served of each job."""
         return FileRoundLog(self.path / "rounds.json")
 
     @property
     def models(self) -> Versions:
-        """Exported models that were pulled."""
+        """The pulled models."""
         return Versions(self.path / MODELS)
 
     @property
     def lock(self) -> ServiceLock:
-        """Held by the running device."""
+        """The lock that the running device holds."""
         return ServiceLock(self.path / "service.lock")
 
     @property
     def roster(self) -> SignedRoster:
-        """The other devices, as last signed.
+        """The last signed roster of the fleet.
 
         Raises:
-            InputError: the file is damaged, or not signed with the fleet's key.
+            InputError: the file is damaged, or not signed with the fleet key.
         """
         path = self.path / "roster.json"
         try:
             roster = SignedRoster.from_bytes(read_bounded(path, "a roster"))
             roster.check(bytes.fromhex(self.config.fleet_key))
         except PeerError as error:
-            raise InputError(f"{path}: {error}; join anew with a new bundle") from None
+            raise InputError(f"{path}: {error}; join again with a new bundle") from None
         return roster
 
     def renew_roster(self, roster: SignedRoster) -> None:
-        """Takes over a newer roster; one of the same version must be the same.
+        """Stores a newer roster; one of the same version must be equal to the stored one.
 
         Raises:
-            PeerError: it is not signed with the fleet's key, older, or does not name this device with its key.
+            PeerError: it is not signed with the fleet key, older, or does not name this device with its key.
         """
         held = self.roster
         roster.check(bytes.fromhex(self.config.fleet_key))
@@ -198,10 +198,10 @@ class ClientHome:
 
 
 def check_data(path: Path) -> None:
-    """Makes sure that there is something to read; its records are checked when they are first used.
+    """Checks that the data file is readable and not empty; its records are checked when they are first used.
 
     Raises:
-        InputError: no such file, it is empty, or it may not be read.
+        InputError: the file is missing, empty, or not readable.
     """
     try:
         with path.open("rb") as file:
@@ -212,15 +212,15 @@ def check_data(path: Path) -> None:
 
 
 class JobMemory(ClientStore):
-    """A device's memory between rounds, kept apart by job; the last few jobs are kept.
+    """A device's state between rounds, separate for each job; only the last few jobs are kept.
 
     Args:
-        folder: of all jobs.
+        folder: folder of all jobs.
     """
 
     def __init__(self, folder: Path) -> None:
         self._root = private_folder(folder)
-        for left in self._root.rglob(f".*{TEMPORARY}"):  # by a process that was killed
+        for left in self._root.rglob(f".*{TEMPORARY}"):  # left by a process that was killed
             left.unlink(missing_ok=True)
         newest = max(self._jobs(), key=lambda path: path.stat().st_mtime, default=self._root / "none")
         super().__init__(newest)
@@ -232,10 +232,10 @@ class JobMemory(ClientStore):
 
     @property
     def terms(self) -> bytes:
-        """The terms that the server asked to plan for when it registered the device for this job.
+        """The terms that the server sent when it registered the device for this job.
 
         Raises:
-            PeerError: it did not.
+            PeerError: the device has not been registered for a job.
         """
         try:
             return (self._folder / "terms").read_bytes()
@@ -243,7 +243,7 @@ class JobMemory(ClientStore):
             raise PeerError("this device has not been registered for a job") from None
 
     def begin(self, job: str, secure: bool, terms: bytes) -> None:
-        """Turns to a job, new or known."""
+        """Selects a job, new or known."""
         self._folder = private_folder(self._root / hashlib.sha256(job.encode()).hexdigest()[:24])
         if secure:
             (self._folder / "clear").unlink(missing_ok=True)
@@ -273,6 +273,6 @@ def _read_config(path: Path) -> DeviceConfig:
         data, fleet_key = content["data"], content["fleet_key"]
         return DeviceConfig(name, server, data, bases, fleet_key, allow_clear, scores, requirements)
     except (TypeError, ValueError):
-        raise InputError(f"{path}: damaged; leave and join anew") from None
+        raise InputError(f"{path}: damaged; leave and join again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

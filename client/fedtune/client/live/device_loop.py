@@ -1,12 +1,12 @@
-"""The one process of a device: it asks the server for work, has it done, and brings the answer.
+"""The main loop of a device: it pulls messages from the server, has them handled, and uploads the answers.
 
     serve(home, planner, show)               # until SIGTERM or Ctrl-C
 
-It opens no port, and comes back by itself from whatever happens to it or the network. A message is written down before
-it is taken from the server and crossed out when its answer is there; a process that finds one written down says that it
-was interrupted, so that no round waits for what will never come.
+It opens no port, and recovers by itself from failures of the device and the network. The device writes a message down
+before it fetches it, and removes the note once the server has the answer; a process that finds such a note reports an
+interruption, so that no round waits for an answer that will not come.
 
-Threads: the main one works; the heart beats in another.
+Threads: the main one works; another sends heartbeats.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ from fedtune.flower.signed_http import (
     UnreachableError,
 )
 
-POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, at most while a round is near, at most otherwise
+POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, limit while a round is near, limit otherwise
 POLL_GROWTH = 1.2
-NEAR_SECONDS = 120.0  # a round counts as near for as long after the last message
+NEAR_SECONDS = 120.0  # a round counts as near until this long after the last message
 BEAT_SECONDS = 8.0
 BACKOFF_SECONDS = (0.5, 30.0)  # first and longest pause after a failure
-MANY_FAILURES = 6  # it takes a person to mend this, so pauses are long from the first
-ANSWER_SECONDS = 900.0  # how long an answer is worth bringing
+MANY_FAILURES = 6  # for failures that only a person can fix: long pauses from the start
+ANSWER_SECONDS = 900.0  # limit for uploading an answer
 STATUS_SECONDS = 1.0
 
 
 class Work(Protocol):
-    """Does what the server asks; `RegisteredDevice` is one."""
+    """Handles the server's messages; implemented by `RegisteredDevice`."""
 
     def answer(self, request: Request) -> bytes | Refusal:
-        """The payload, or a refusal."""
+        """Returns the payload, or a refusal."""
 
     def cannot_store(self, action: str, error: OSError) -> Refusal:
-        """Refuses a message that could not be written down."""
+        """Returns the refusal of a message that could not be written down."""
 
     def sent(self, action: str, size: int, seconds: float) -> None:
-        """Told how long an answer took on its way."""
+        """Records the seconds that the upload of an answer took."""
 
 
 def serve(home: ClientHome, planner: DevicePlanner, show: Callable[[str], None]) -> None:
-    """Serves as the device that lives in a folder until SIGTERM or Ctrl-C.
+    """Runs the device of a folder until SIGTERM or Ctrl-C.
 
     Args:
-        home: whose lock this process holds.
+        home: the folder, whose lock this process holds.
         planner: plans for this device, and opens the models it trains.
-        show: what people see, line by line.
+        show: prints a line to the owner.
     """
     remove_unfinished(home.path)
     config = home.config
@@ -78,11 +78,11 @@ def serve(home: ClientHome, planner: DevicePlanner, show: Callable[[str], None])
 
 
 class DeviceLoop:
-    """A device's process.
+    """The process of a device.
 
     Args:
-        home: whose lock this process holds.
-        link: the device's line to its server, which is closed in the end.
+        home: the folder, whose lock this process holds.
+        link: the device's link to its server, which is closed at the end.
         write: replaces a file's content.
     """
 
@@ -106,7 +106,7 @@ class DeviceLoop:
         beats = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         with stopping():
             try:
-                _ = self._home.roster  # damaged files are told now, not in a round
+                _ = self._home.roster  # reports damaged files now, not in a round
                 beats.start()
                 self._report.show(f"{self._home.config.name}: connecting to {self._home.config.server}")
                 while True:
@@ -122,7 +122,7 @@ class DeviceLoop:
                 self._report.happens("stops", task="")
 
     def _live(self) -> None:
-        """From one connection to its loss."""
+        """Serves one connection until it is lost."""
         try:
             self._connect()
             self._serve()
@@ -137,11 +137,11 @@ class DeviceLoop:
     def _connect(self) -> None:
         before = self._node_before()
         if before and not self._link.node_id:
-            self._link.deactivate(before)  # a crash left us counted as online; only our own folder says so
+            self._link.deactivate(before)  # after a crash the server still counts this device as online
         if not self._is_counted_in():
             self._link.activate()
         self._counted_out.clear()
-        with suppress(OSError):  # it is of use after a crash only
+        with suppress(OSError):  # needed only after a crash
             self._write(self._home.path / "node", f"{self._link.node_id}\n")
         self._backoff.reset()
         clock_error, status = self._link.clock_error, self._report.status
@@ -153,9 +153,9 @@ class DeviceLoop:
         self._own_up()
 
     def _is_counted_in(self) -> bool:
-        """Whether the server goes on with this process where the network left off; to activate would be refused then.
+        """Returns whether the server still counts this process as online; it would refuse to activate it then.
 
-        A heartbeat also counts a device in again that was away for too long.
+        A heartbeat also counts a device as online again that was away for too long.
         """
         if not self._link.node_id:
             return False
@@ -178,7 +178,7 @@ class DeviceLoop:
                 self._work(task)
                 pause, last = shortest, self._clock.monotonic()
                 continue
-            self._clock.sleep(max(pause, took))  # a server that is slow to answer has enough to do
+            self._clock.sleep(max(pause, took))  # spares a server that is slow to answer
             pause = min(pause * POLL_GROWTH, near if self._clock.monotonic() - last < NEAR_SECONDS else longest)
             if self._clock.now() - (self._report.status.contact or 0.0) > STATUS_SECONDS:
                 self._report.tell(contact=self._clock.now())
@@ -205,7 +205,7 @@ class DeviceLoop:
         self._report.happens("ends", task="", answered=answered, contact=self._clock.now())
 
     def _outcome(self, task: Task, kind: str, note: Path) -> bytes | Refusal:
-        """Does what is asked, once it is written down: the server has handed it out, and will not again."""
+        """Writes the message down, fetches and handles it; the server hands each message out only once."""
         try:
             self._write(note, task.note)
             self._report.happens("takes", task=kind, contact=self._clock.now())
@@ -235,7 +235,7 @@ class DeviceLoop:
                 self._report.happens("retries")
 
     def _own_up(self) -> None:
-        """Tells the server of a message that an earlier process took and never answered."""
+        """Refuses a message that an earlier process took and never answered."""
         note = self._home.path / "working"
         if not note.exists():
             return
@@ -244,13 +244,13 @@ class DeviceLoop:
             if task.node == self._link.node_id:
                 self._link.answer(task, self._refusal("the device was interrupted while it worked on this"))
         except (RunOverError, PeerError, OSError):
-            pass  # nobody waits for it any more
+            pass  # the server no longer waits for it
         note.unlink(missing_ok=True)
 
     def _refusal(self, reason: str) -> Answer:
         return Answer(Refusal(reason), 0.0, self._clock.now())
 
-    # -- the heart, and pauses ----------------------------------------------------------------------------------------
+    # -- heartbeats and pauses ----------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self._ending.wait(BEAT_SECONDS * random.uniform(0.9, 1.0)):
@@ -262,7 +262,7 @@ class DeviceLoop:
             except UnknownDeviceError:
                 self._counted_out.set()
             except FedtuneError:
-                continue  # the main thread notices by itself, and says so
+                continue  # the main thread notices and reports it
 
     def _pause(self, error: FedtuneError) -> None:
         pause, problem = self._backoff.next(), one_line(str(error))

@@ -1,6 +1,6 @@
-"""A device tells its owner what happens: in lines as it happens, and in status.json with the state it is in.
+"""The status of a device for its owner: lines as events happen, and status.json with the current state.
 
-The state follows from what happens, by the table `TRANSITIONS`; the device's loop says what happened and no more.
+The table `TRANSITIONS` maps a state and an event to the next state; the device's loop only reports events.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     ("starting", "connects"): "connected",
     ("starting", "fails"): "waiting",
     ("starting", "stops"): "stopped",
-    ("connected", "connects"): "connected",  # again, or after a call that had failed
+    ("connected", "connects"): "connected",  # reconnects, or succeeds after a failed call
     ("connected", "fails"): "waiting",
     ("connected", "takes"): "working",
-    ("connected", "answers"): "answering",  # of a message that it cannot write down
+    ("connected", "answers"): "answering",  # refuses a message that it cannot write down
     ("connected", "ends"): "connected",
     ("connected", "stops"): "stopped",
     ("working", "answers"): "answering",
-    ("working", "ends"): "connected",  # nobody waits for the answer any more
+    ("working", "ends"): "connected",  # the server no longer waits for the answer
     ("working", "fails"): "waiting",
     ("working", "stops"): "stopped",
     ("answering", "ends"): "connected",
@@ -46,22 +46,22 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     ("waiting", "retries"): "answering",
     ("waiting", "stops"): "stopped",
 }
-"""(state, what happens) -> the state after it. A pair that is not here does not happen."""
+"""(state, event) -> next state. A pair that is missing cannot happen."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """status.json.
+    """The content of status.json.
 
     Args:
         state: "waiting" is between two tries to reach the server.
-        trying: how often in a row the server could not be reached.
-        next_try: when it will be tried again, seconds since 1970.
-        contact: when the server last answered, seconds since 1970.
-        clock_error: seconds by which this device's clock is ahead of the server's, where it had to be corrected.
-        sits_out: which of its owner's conditions kept the device from training when it was last asked, or "".
-        plan: what it trains under, and what that took; None before the first job.
-        problem: the last one, and when.
+        trying: number of consecutive failures to reach the server.
+        next_try: time of the next try, seconds since 1970.
+        contact: time of the server's last answer, seconds since 1970.
+        clock_error: seconds by which this device's clock is ahead of the server's, where it was corrected.
+        sits_out: the owner's condition that kept the device from training when it was last asked, or "".
+        plan: the current plan with its measurements; None before the first job.
+        problem, problem_time: the last problem and its time.
     """
 
     pid: int
@@ -82,11 +82,11 @@ class Status:
 
 
 class DeviceReport:
-    """The one way from a device's process to its owner; may be used from several threads.
+    """Reports a device's events to its owner; may be used from several threads.
 
     Args:
-        folder: of the device.
-        show: what people see, line by line.
+        folder: the device's folder.
+        show: prints a line to the owner.
         write: replaces a file's content.
     """
 
@@ -109,10 +109,10 @@ class DeviceReport:
         return self._status
 
     def happens(self, event: Event, **changes: Any) -> None:
-        """Goes to the state that follows, and writes the status.
+        """Moves to the next state, and writes the status.
 
         Raises:
-            ValueError: this cannot happen in the current state, which stays as it is.
+            ValueError: the event cannot happen in the current state, which stays as it is.
         """
         after = TRANSITIONS.get((self._status.state, event))
         if after is None:
@@ -120,17 +120,17 @@ class DeviceReport:
         self.tell(state=after, **changes)
 
     def tell(self, **changes: Any) -> None:
-        """Changes the status otherwise, and writes it."""
+        """Changes the status within its state, and writes it."""
         with self._lock:
             self._status = replace(self._status, **changes, written=self._clock.now())
-            with suppress(OSError):  # a full disk must not stop what can go on without it
+            with suppress(OSError):  # a full disk must not stop the device
                 self._write(self._path, json.dumps(asdict(self._status), indent=1) + "\n")
 
     def show(self, text: str) -> None:
-        """Shows a line, some of which the server may have written."""
+        """Shows a line, in which text from the server is made safe."""
         self._show(one_line(text))
 
     def problem(self, text: str) -> None:
-        """Shows a problem and keeps it."""
+        """Shows a problem and stores it in the status."""
         self.show(text)
         self.tell(problem=one_line(text)[:1000], problem_time=self._clock.now())

@@ -1,9 +1,9 @@
-"""A device's answers to its server: it registers for a job and plans for it, then trains and scores as it promised.
+"""A registered device: it registers for a job and plans for it, then trains and scores under that plan.
 
     device = RegisteredDevice(home, PlannedWork(...), report)
-    outcome = device.answer(request)            # a payload, or a Refusal that says why there is none
+    outcome = device.answer(request)            # a payload, or a Refusal with the reason
 
-It runs nothing but what is installed, and no error of one message ends the process.
+It executes only installed code, and no error in a message ends the process.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from fedtune.core.protocol.registration import (
 )
 from fedtune.core.secagg import Policy
 
-TELLING_BYTES = 50_000  # of an answer whose time tells the link's bandwidth
+TELLING_BYTES = 50_000  # smallest answer that measures the link's bandwidth
 
 
 class RegisteredDevice:
     """One device and the job that it is registered for.
 
     Args:
-        home: whose lock this process holds.
+        home: the folder, whose lock this process holds.
         planned: the device's base models and data.
-        report: told of plans, training and problems.
-        sensors: what the device sees of itself now.
+        report: receives plans, training and problems.
+        sensors: reads the device's current sensors.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RegisteredDevice:
         self._make_handlers()
 
     def answer(self, request: Request) -> bytes | Refusal:
-        """The payload, or a refusal with a reason that says nothing of the device's data."""
+        """Returns the payload, or a refusal whose reason reveals nothing about the device's data."""
         try:
             return self._answer(request)
         except (PeerError, UpdateError, NoPlanError) as error:
@@ -70,19 +70,19 @@ class RegisteredDevice:
             problem, reason = str(error), f"{type(error).__name__}: the device's own status says more"
         except OSError as error:
             return self.cannot_store(request.action, error)
-        except Exception as error:  # torch raises what it likes; a message never ends the process
+        except Exception as error:  # torch may raise any exception; a message never ends the process
             cause = error.__cause__ or error
             problem, reason = f"{type(cause).__name__}: {cause}", f"{type(cause).__name__} on the device"
         self._report.problem(f"{request.action}: {problem}")
         return Refusal(reason)
 
     def cannot_store(self, action: str, error: OSError) -> Refusal:
-        """Reports a full disk, say, and refuses what was asked."""
+        """Reports a failure to write or read files, and refuses the message."""
         self._report.problem(f"{action}: {error.strerror} ({error.filename or self._home.path})")
         return Refusal(f"the device cannot write or read its files: {error.strerror}")
 
     def sent(self, action: str, size: int, seconds: float) -> None:
-        """Remembers how fast an update went up; smaller answers say more of delay than of bandwidth."""
+        """Stores the upload rate; smaller answers measure delay rather than bandwidth."""
         if action == TRAIN and size >= TELLING_BYTES:
             self._planned.uplink = size / max(seconds, 1e-3)
             write_private(self._home.path / "uplink", f"{self._planned.uplink:.0f}\n")
@@ -90,7 +90,7 @@ class RegisteredDevice:
     def _answer(self, request: Request) -> bytes | Refusal:
         if request.action == ACTION:
             return self._register(decode(request.parts[0], Registration, limit=MAX_REGISTRATION_BYTES))
-        if self._planned.terms is None:  # an earlier process was registered
+        if self._planned.terms is None:  # registered by an earlier process
             self._take_on(decode(self._memory.terms, Terms))
         secure, name = self._memory.secure, self._home.config.name
         handler = self._secure_handler if secure else self._clear_handler
@@ -132,7 +132,7 @@ class RegisteredDevice:
         return encode(reply)
 
     def _take_on(self, terms: Terms) -> Outcome:
-        """Plans for a job; what was open of another is over."""
+        """Plans for a job, and ends rounds of another one that are still open."""
         try:
             return self._planned.take_on(terms)
         finally:
@@ -147,13 +147,13 @@ class RegisteredDevice:
         self._clear_handler = handle_in_the_clear(device)  # reached only where the owner allows it, see `_register`
 
     def _sits_out(self) -> str:
-        """Which of its owner's conditions keeps the device from training now, or ""."""
+        """Returns the owner's condition that keeps the device from training now, or ""."""
         obstacle = not_now(self._sensors(), self._home.config.requirements)
         self._report.tell(sits_out=obstacle.reading if obstacle else "")
         return obstacle.condition if obstacle else ""
 
     def _credentials(self, client: str) -> Credentials:
-        del client  # there is but one here
+        del client  # a device has one client
         home = self._home
         return Credentials(home.identity, home.roster.roster, Policy(), home.round_log)
 
