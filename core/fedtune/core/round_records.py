@@ -172,10 +172,13 @@ class RoundRecord:
 
 
 class Tracker(Protocol):
-    """An observer of a run while it happens: a display, a status page, a log of experiments."""
+    """An observer of a run as it happens: a display, a status page, a log of experiments.
+
+    An error that it raises ends the run.
+    """
 
     def client(self, record: ClientRecord) -> None:
-        """Is called when a client's update has arrived, or is no longer awaited."""
+        """Receives a client's record when its update is in or given up; later exchanges still add to its traffic."""
 
     def round(self, record: RoundRecord) -> None:
-        """Is called when a round has ended, after its checkpoint if the run has a run directory."""
+        """Receives a round's record when the round has ended and its state is stored."""

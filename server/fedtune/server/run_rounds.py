@@ -115,8 +115,6 @@ def run_rounds(
             checkpoint.answers_before,
         )
         directory.acknowledge(checkpoint, record)
-        for tracker in federation.trackers:
-            tracker.round(record)
     summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
     display.end(summary)
     if summary["status"] == FAILED:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -79,14 +80,18 @@ class AdapterStrategy(Strategy):
     def rounds(
         self, grid: Grid, state: FederationState, last_round: int, evaluate: Evaluate | None = None
     ) -> Iterator[tuple[FederationState, RoundRecord]]:
-        """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends."""
+        """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends.
+
+        Trackers hear of a round once the caller asks for the next one, when it has stored this one.
+        """
         for number in range(state.round + 1, last_round + 1):
             roster = self.roster(grid)
             training = self._open(state, self._trainable(roster))
             self._run(grid, training, roster)
             names = {node_id: name for name, node_id in roster.items()}
             for reply in self.stale_updates():
-                training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
+                with suppress(KeyError, PeerError):  # of a node that is gone, or an error: the round goes without it
+                    training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
             state, record = training.close()
             self.remember(record.round, record.clients)
             if clients_evaluate(self.federation.job, number):
@@ -96,6 +101,8 @@ class AdapterStrategy(Strategy):
             if evaluate is not None:
                 record = replace(record, eval=evaluate(number, state.adapter))
             yield state, record
+            for tracker in self.federation.trackers:
+                tracker.round(record)
 
     def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
         """Lets the selection learn from a round; a run that goes on hands in its earlier ones, in order."""

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedtune.core.adapter.layout import AdapterLayout
-from fedtune.core.codec.update_forms import FORMS, UpdateForm
+from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
-from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, update_aggregator
+from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, Unpacked, Update, update_aggregator
 from fedtune.strategies.cohorts.selection import AmongPresent, Selection, UniformSelection, cohort_size
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.cohorts.timed_selection import timed_selection
@@ -52,17 +53,25 @@ class Clients:
     virtual_time: bool = False
 
 
+def unchanged(aggregator: Aggregator[Any]) -> Aggregator[Any]:
+    """Puts nothing around an aggregator."""
+    return aggregator
+
+
 @dataclass(frozen=True)
 class Parts:
     """Custom parts in place of those that the job names; None keeps the job's.
 
     Args:
-        aggregator: aggregator of decoded updates, in the clear; under masks its method must be linear.
+        aggregator: aggregator of decoded updates; a job whose updates travel as words of a ring refuses it.
+        around: puts an aggregator, such as one that adds noise, around the innermost one: `Mean` and its kind in the
+            clear, `RingMean` in a ring and under masks.
         form: form in which updates travel; the devices must have the same one.
         postprocess: changes to the aggregate before the server takes its step.
     """
 
-    aggregator: Aggregator | None = None
+    aggregator: Aggregator[Update] | None = None
+    around: Callable[[Aggregator[Any]], Aggregator[Any]] = unchanged
     form: UpdateForm | None = None
     selection: Selection | None = None
     schedule: Schedule | None = None
@@ -97,16 +106,17 @@ def assemble(
     """
     form = parts.form or FORMS[Compression.of(job).form]
     selection = parts.selection or _selection(job, clients)
-    timed = job.federation.selection != "uniform" and not clients.virtual_time
-    settings = job.federation
+    settings, collector = job.federation, _collector(job, form, secure, parts)
+    if clients.ranks is not None and len(job.tiers) > 1 and (reason := collector.aggregator.method.equal_ranks):
+        raise JobError([f"the aggregator {reason}, but clients train the tiers {list(job.tiers)}; expected one tier"])
     return Federation(
         job=job,
         base=base,
         layout=layout,
         form=form,
-        collector=_collector(job, parts.aggregator or update_aggregator(settings), form, secure),
+        collector=collector,
         selection=AmongPresent(selection, clients.present) if clients.present else selection,
-        schedule=parts.schedule or (ByDeadline(job) if timed else Synchronous()),
+        schedule=parts.schedule or (Synchronous() if clients.virtual_time else ByDeadline(job)),
         optimizer=parts.optimizer or server_optimizer_named(settings.server_optimizer, settings.server_learning_rate),
         ranks=clients.ranks,
         postprocess=parts.postprocess,
@@ -114,20 +124,25 @@ def assemble(
     )
 
 
-def _collector(job: Job, aggregator: Aggregator, form: UpdateForm, secure: SecureAggregation | None) -> Collector:
-    """Returns SecureSum(RingMean) under masks, InTheClear(RingMean) in a ring, else InTheClear(Decoded(aggregator))."""
+def _collector(job: Job, form: UpdateForm, secure: SecureAggregation | None, parts: Parts) -> Collector:
+    """Returns the nesting that the job and the parts describe.
+
+    Under masks SecureSum(around(RingMean)), in a ring InTheClear(Unpacked(around(RingMean))), otherwise
+    InTheClear(Decoded(around(aggregator), form)).
+    """
     if job.secure_aggregation.enabled != (secure is not None):
         problem = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
         raise JobError([problem])
-    if not form.carries_weight:
+    aggregator = parts.aggregator or update_aggregator(job.federation)
+    if form != RING:
         if secure is not None:
             raise JobError([f"updates of the form {form.name} cannot be masked; expected a ring"])
-        return InTheClear(Decoded(aggregator, form))
-    if not aggregator.method.works_under_masks:
-        problem = f"the aggregator {aggregator.method.sees_updates}, but updates travel as words of a ring"
-        raise JobError([f"{problem}; expected one that needs no more than their sum"])
-    ring = RingMean(aggregator.method)
-    return SecureSum(ring, secure, job.secure_aggregation) if secure is not None else InTheClear(ring)
+        return InTheClear(Decoded(parts.around(aggregator), form))
+    if parts.aggregator or aggregator.method.sees_updates:
+        problem = f"the aggregator {aggregator.method.sees_updates or 'takes one update at a time'}, but "
+        raise JobError([problem + "updates travel as words of a ring; expected one that needs no more than their sum"])
+    ring = parts.around(RingMean(aggregator.method))
+    return SecureSum(ring, secure, job.secure_aggregation) if secure is not None else InTheClear(Unpacked(ring))
 
 
 def _selection(job: Job, clients: Clients) -> Selection:
@@ -137,6 +152,4 @@ def _selection(job: Job, clients: Clients) -> Selection:
     if clients.seconds is None:
         problem = f'federation.selection is "{settings.selection}", but nothing here predicts how long clients take'
         raise JobError([f'{problem}; expected "uniform", a live fleet, or a simulated one (simulation.fleet)'])
-    timed = timed_selection(job, cohort_size(settings.clients_per_round, clients.count), clients.seconds)
-    assert timed is not None, "every selection except the uniform one is timed"
-    return timed
+    return timed_selection(job, cohort_size(settings.clients_per_round, clients.count), clients.seconds)

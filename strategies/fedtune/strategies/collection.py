@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedtune.core.codec.downlink import max_body_size
 from fedtune.core.codec.uplink import uplink_weight
@@ -67,6 +67,9 @@ class ClientFacts:
     seconds: float = 0.0
 
 
+NO_FACTS = ClientFacts()
+
+
 @dataclass(frozen=True, eq=False)
 class Collected:
     """The outcome of a collection.
@@ -108,8 +111,8 @@ class Collection(Protocol):
             RoundAbortedError, JobError: the round cannot go on.
         """
 
-    def take(self, name: str, payload: bytes) -> ClientFacts | None:
-        """Takes a client's answer; returns its facts once its update is in, None while further answers are due.
+    def take(self, name: str, payload: bytes) -> ClientFacts:
+        """Takes a client's answer, and returns the facts that it states.
 
         Raises:
             PeerError, UpdateError: the answer cannot be used; nothing has changed.
@@ -127,7 +130,7 @@ class Collector(Protocol):
     """A way to collect a round's updates around an aggregator of payloads."""
 
     @property
-    def aggregator(self) -> Aggregator:
+    def aggregator(self) -> Aggregator[Any]:
         """The aggregator that receives the payloads, or their sum."""
 
     @property
@@ -145,8 +148,8 @@ class Collector(Protocol):
 class InTheClear:
     """Collects payloads in the clear: each goes to the aggregation as it arrives."""
 
-    aggregator: Aggregator
-    single_exchange: bool = True
+    aggregator: Aggregator[Payloads]
+    single_exchange: ClassVar[bool] = True
 
     def admits(self, client: str) -> bool:
         """Admits every client."""
@@ -174,7 +177,7 @@ class ClearCollection:
     def exchanges(self) -> Iterator[Exchange]:
         """Yields the only exchange."""
         requests = {name: (request,) for name, request in self._inputs.requests.items()}
-        yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True)
+        yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True, closing=self._plan.closing)
 
     def take(self, name: str, payload: bytes) -> ClientFacts:
         """Adds a client's update."""

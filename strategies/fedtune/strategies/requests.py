@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
+from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.job.local_work import LocalWork, local_work
 from fedtune.core.protocol.messages import (
@@ -159,7 +160,7 @@ def _uplink(
         density=compression.density,
         error_feedback=compression.error_feedback,
         weight=job.federation.weight,
-        weight_cap=min(cap, round(state.clips[WEIGHT])) if federation.form.carries_weight else cap,
+        weight_cap=min(cap, round(state.clips[WEIGHT])) if federation.form == RING else cap,
         n_max=max(clients, 1),
         selection_phases=tuple(sum(letter in trained for trained in earlier) for letter in letters),
         clips=tuple(state.clips[letter] for letter in letters),

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +25,12 @@ from fedtune.core.codec.downlink import FIRST, advance, refreshed
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.ledger import Ledger
-from fedtune.core.protocol.messages import TRAIN, Downlink, Rebasing
+from fedtune.core.protocol.messages import Downlink, Rebasing
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.strategies.aggregation.aggregator import Aggregate, Frame, State
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.collection import Collected, Collection, Exchange, Inputs
+from fedtune.strategies.collection import NO_FACTS, ClientFacts, Collected, Collection, Exchange, Inputs
 from fedtune.strategies.federation import Federation, FederationState
 from fedtune.strategies.requests import Requests, RoundPlan, plan_round, train_request
 
@@ -57,11 +56,12 @@ class Event(Enum):
     ANSWER = "answer"  # it answered, and there is more to come
     UPDATE = "update"  # it answered, and its update is in
     GIVE_UP = "give up"  # it does not answer, or its answer is unusable
+    EXCLUDE = "exclude"  # it is not asked, or the round is aborted before its update is in
 
 
 TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
     (Phase.IDLE, Event.ASK): Phase.ASKED,
-    (Phase.IDLE, Event.GIVE_UP): Phase.OUT,
+    (Phase.IDLE, Event.EXCLUDE): Phase.OUT,
     (Phase.ASKED, Event.ANSWER): Phase.IDLE,
     (Phase.ASKED, Event.UPDATE): Phase.IN,
     (Phase.ASKED, Event.GIVE_UP): Phase.OUT,
@@ -70,8 +70,6 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
     (Phase.ASKED_AGAIN, Event.GIVE_UP): Phase.IN,
 }
 """The phase after an event. Every other event changes nothing, such as a second answer or an unexpected one."""
-
-WAITING = (Phase.ASKED, Phase.ASKED_AGAIN)
 
 
 class TrainingRound:
@@ -106,7 +104,7 @@ class TrainingRound:
         self._stale: dict[str, bytes] = {}
         for name, tier in plan.assignment.trained.items():
             if not tier:
-                self._drop(name, SAT_OUT)
+                self._drop(name, Event.EXCLUDE, SAT_OUT)
 
     @classmethod
     def open(
@@ -135,24 +133,23 @@ class TrainingRound:
         """Yields the exchanges in order; clients that have not answered when the next one is fetched are late."""
         try:
             for exchange in self._collection.exchanges():
-                if exchange.message_type == TRAIN:
-                    exchange = replace(exchange, closing=self.plan.closing)
                 self._exchange = exchange
                 for name, parts in exchange.requests.items():
                     self._move(name, Event.ASK)
                     for purpose, part in zip(exchange.down, parts, strict=True):
                         self._count(name, self._records[name].traffic.sent(purpose, len(part)))
                 yield exchange
-                for name in sorted(name for name, phase in self._phases.items() if phase in WAITING):
+                for name in sorted(self.cohort):
                     self.give_up(name, LATE)
         except (RoundAbortedError, JobError) as error:
             self._aborted = str(error)
 
     def take_in(self, name: str, payload: bytes) -> None:
         """Takes one client's answer to the exchange, or records why it is unusable; ignores a second answer."""
-        if self._exchange is None or self._phases.get(name) not in WAITING:
-            return
         exchange = self._exchange
+        event = Event.UPDATE if exchange is not None and exchange.up == "update" else Event.ANSWER
+        if exchange is None or not self._allows(name, event):
+            return
         self._count(name, self._records[name].traffic.received(exchange.up, len(payload)))
         try:
             facts = self._collection.take(name, payload)
@@ -161,21 +158,21 @@ class TrainingRound:
             return
         if exchange.carries_adapter:
             self.requests.broadcast.sent(name, self.state.held)
-        self._move(name, Event.ANSWER if facts is None else Event.UPDATE)
-        if facts is not None:
-            self._settle(name, examples=facts.examples, tokens=facts.tokens, loss=facts.loss, seconds=facts.seconds)
+        self._move(name, event)
+        if event is Event.UPDATE:
+            self._settle(name, facts)
 
     def give_up(self, name: str, reason: str) -> None:
         """Records that a client does not answer; an update of it that is already in counts."""
-        if self._exchange is None or self._phases.get(name) not in WAITING:
+        if self._exchange is None or not self._allows(name, Event.GIVE_UP):
             return
         if self._exchange.carries_adapter:
             self.requests.broadcast.lost(name)
-        self._drop(name, reason)
+        self._drop(name, Event.GIVE_UP, reason)
 
     def take_stale(self, name: str, payload: bytes) -> None:
         """Keeps the answer of a client that was given up as late; the next round may use it."""
-        if self._phases[name] is Phase.OUT and name not in self._stale:
+        if self._phases.get(name) is Phase.OUT and name not in self._stale:
             self._count(name, self._records[name].traffic.received("update", len(payload)))
             self._stale[name] = payload
             self.requests.broadcast.sent(name, self.state.held)
@@ -184,8 +181,8 @@ class TrainingRound:
         """Returns the state after this round and its record; after a failed round only the round's number changes."""
         for name in self.cohort:
             self.give_up(name, LATE)
-            if self._phases[name] is Phase.IDLE:
-                self._drop(name, ABORTED)
+            if self._allows(name, Event.EXCLUDE):
+                self._drop(name, Event.EXCLUDE, ABORTED)
         clients = tuple(self._records[name] for name in self.cohort)
         collected, aborted = self._collected(clients)
         state, notes = replace(self.state, round=self.number), self.plan.assignment.notes
@@ -260,19 +257,29 @@ class TrainingRound:
         )
         return after, ("the adapter's basis was rebalanced", *([lost] if lost else []))
 
-    def _move(self, name: str, event: Event) -> None:
-        self._phases[name] = TRANSITIONS.get((self._phases[name], event), self._phases[name])
+    def _allows(self, name: str, event: Event) -> bool:
+        return name in self._phases and (self._phases[name], event) in TRANSITIONS
 
-    def _drop(self, name: str, reason: str) -> None:
-        self._move(name, Event.GIVE_UP)
+    def _move(self, name: str, event: Event) -> None:
+        self._phases[name] = TRANSITIONS[self._phases[name], event]
+
+    def _drop(self, name: str, event: Event, reason: str) -> None:
+        self._move(name, event)
         if self._phases[name] is Phase.OUT:
             self._settle(name, dropped=reason)
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)
 
-    def _settle(self, name: str, **known: Any) -> None:
-        answered = time.monotonic() - self._started
-        self._records[name] = replace(self._records[name], answered=answered, **known)
+    def _settle(self, name: str, facts: ClientFacts = NO_FACTS, dropped: str | None = None) -> None:
+        self._records[name] = replace(
+            self._records[name],
+            answered=time.monotonic() - self._started,
+            examples=facts.examples,
+            tokens=facts.tokens,
+            loss=facts.loss,
+            seconds=facts.seconds,
+            dropped=dropped,
+        )
         for tracker in self.federation.trackers:
             tracker.client(self._records[name])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.core.codec.masked import masked_segments, opened_sums
 from fedtune.core.job.settings import SecureAggregationSettings
@@ -25,8 +26,8 @@ from fedtune.core.protocol.messages import OPEN, SHARE, TRAIN, UNMASK, VOTE, que
 from fedtune.core.round_records import ClientRecord, SecureRecord
 from fedtune.core.secagg import Assumptions, Member, Roster, RoundMark, ServerSession, Stage, Subject, round_config
 from fedtune.core.secagg.graph import MIN_SURVIVORS
-from fedtune.strategies.aggregation.aggregator import Frame
-from fedtune.strategies.aggregation.payload_sums import RingAggregation, RingMean
+from fedtune.strategies.aggregation.aggregator import Aggregation, Aggregator, Frame
+from fedtune.strategies.aggregation.payload_sums import Totals
 from fedtune.strategies.cohorts.tier_assignment import tier_minimum
 from fedtune.strategies.collection import ClientFacts, Collected, Exchange, Inputs
 from fedtune.strategies.requests import RoundPlan
@@ -52,14 +53,14 @@ class SecureSum:
     """Collects masked updates, and gives the aggregator only their sum: SecureSum(RingMean(...), ...).
 
     Args:
-        aggregator: decodes the sum.
+        aggregator: takes the sum, once a round.
         settings: the job's.
     """
 
-    aggregator: RingMean
+    aggregator: Aggregator[Totals]
     secure: SecureAggregation
     settings: SecureAggregationSettings
-    single_exchange: bool = False
+    single_exchange: ClassVar[bool] = False
 
     def admits(self, client: str) -> bool:
         """Admits the clients whose identity keys the others pin."""
@@ -91,7 +92,7 @@ _TRAVEL: Mapping[Stage, _Travel] = {
 class SecureCollection:
     """The collection of a secure round; the server sees only the sum over the survivors."""
 
-    def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: RingAggregation, inputs: Inputs) -> None:
+    def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: Aggregation[Totals], inputs: Inputs) -> None:
         self._secure, self._settings = collector.secure, collector.settings
         self._plan = plan
         self._aggregation = aggregation
@@ -106,19 +107,19 @@ class SecureCollection:
             yield self._exchange(session, requests)
             requests = session.advance()
 
-    def take(self, name: str, payload: bytes) -> ClientFacts | None:
-        """Passes a client's answer to the protocol; the client's update counts as in once it is masked."""
+    def take(self, name: str, payload: bytes) -> ClientFacts:
+        """Passes a client's answer to the protocol, which hides the facts about it."""
         assert self._session is not None, "set before the first exchange"
         self._session.receive(name, payload)
-        return ClientFacts() if self._session.stage is Stage.MASK else None
+        return ClientFacts()
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
-        """Merges the opened sum into the aggregation; the survivors are those of the protocol."""
+        """Adds the opened sum to the aggregation; the survivors are those of the protocol."""
         del survivors
         assert self._session is not None, "set before the first exchange"
         result, config = self._session.result, self._session.config
         totals, loss = opened_sums(result.sums, result.contributors, self._plan.terms)
-        self._aggregation.merge_totals(totals)
+        self._aggregation.add(dict(zip(self._plan.terms, totals, strict=True)))
         record = SecureRecord(len(result.survivors), config.minimum, config.threshold, result.liars)
         return Collected(self._aggregation.finish(), loss, secure=record)
 
@@ -138,9 +139,9 @@ class SecureCollection:
 
     def _exchange(self, session: ServerSession, messages: Mapping[str, bytes]) -> Exchange:
         stage = session.stage
-        opens = stage is Stage.ADVERTISE
+        opens, closing = stage is Stage.ADVERTISE, self._plan.closing if stage is Stage.MASK else None
         requests = {
             name: (message, self._inputs.requests[name]) if opens else (message,) for name, message in messages.items()
         }
         travel = _TRAVEL[stage]
-        return Exchange(travel.message_type, requests, travel.down, travel.up, carries_adapter=opens)
+        return Exchange(travel.message_type, requests, travel.down, travel.up, opens, closing)

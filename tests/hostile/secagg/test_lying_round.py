@@ -32,7 +32,7 @@ def in_the_open(fixture: Fixture, request: TrainRequest, names: list[str]) -> Ve
     summed = RingMean(fixture.federation.method).begin(frame)
     for name in names:
         parts = fixture.device.contribute(name, request).parts
-        summed.merge_totals([RingTotal(part, 1) for part in parts])
+        summed.add({each: RingTotal(part, 1) for each, part in zip(frame.terms, parts, strict=True)})
     return summed.finish().update
 
 

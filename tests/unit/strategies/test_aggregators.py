@@ -35,11 +35,11 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 FEDAVG = Mean(AGGREGATIONS["fedavg"])
 
 
-def named(name: Any) -> Aggregator:
+def named(name: Any) -> Aggregator[Update]:
     return update_aggregator(FederationSettings(aggregation=name))
 
 
-def begin(aggregator: Aggregator, factors: Any, adapter: Vector | None = None, state: Any = NOTHING) -> Any:
+def begin(aggregator: Aggregator[Update], factors: Any, adapter: Vector | None = None, state: Any = NOTHING) -> Any:
     """An aggregation of a round that trains these factors."""
     return aggregator.begin(Frame(LAYOUT, factors, LAYOUT.initial(0) if adapter is None else adapter, state))
 
@@ -54,7 +54,7 @@ def cohort(factors: str, clients: int = 6, seed: int = 0) -> tuple[Vector, list[
 
 
 def aggregate(
-    aggregator: Aggregator, order: Any = None, state: Any = None, seed: int = 0
+    aggregator: Aggregator[Update], order: Any = None, state: Any = None, seed: int = 0
 ) -> tuple[Vector, Vector, Any]:
     """The adapter before and after a round, and the state that is left."""
     factors = aggregator.method.factors(1)

@@ -24,7 +24,17 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.data.examples import Example
-from fedtune.strategies.aggregation import Aggregate, Decoded, Frame, Mean, RingMean, Update
+from fedtune.strategies.aggregation import (
+    Aggregate,
+    Aggregation,
+    Aggregator,
+    Decoded,
+    Frame,
+    Mean,
+    RingMean,
+    Unpacked,
+    Update,
+)
 from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.selection import UniformSelection
@@ -89,6 +99,65 @@ def test_an_aggregator_that_sees_single_updates_is_refused_where_only_their_sum_
         assemble(job("compression.form=ring"), BASE, LAYOUT, parts=Parts(aggregator=SignVote(0.1)))
 
 
+def test_an_aggregator_of_updates_is_never_dropped_in_silence() -> None:
+    with pytest.raises(JobError, match="takes one update at a time, but updates travel as words of a ring"):
+        assemble(job("compression.form=ring"), BASE, LAYOUT, parts=Parts(aggregator=Mean(Method())))
+
+
+# -- noise, around whatever is innermost -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Adds noise to the aggregate, once a round, whoever formed the sum."""
+
+    inner: Aggregator[Any]
+    scale: float
+
+    @property
+    def method(self) -> Method:
+        return self.inner.method
+
+    def begin(self, frame: Frame) -> Noise:
+        return Noise(self.inner.begin(frame), self.scale)
+
+
+class Noise:
+    """One round's noise."""
+
+    def __init__(self, inner: Aggregation[Any], scale: float) -> None:
+        self._inner, self._scale = inner, scale
+
+    def add(self, update: Any) -> None:
+        self._inner.add(update)
+
+    def merge(self, other: Noise) -> None:
+        self._inner.merge(other._inner)
+
+    def finish(self) -> Aggregate:
+        aggregate = self._inner.finish()
+        noise = np.random.default_rng(0).normal(0.0, self._scale, aggregate.update.size).astype(np.float32)
+        return replace(aggregate, update=aggregate.update + noise)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("secure_aggregation.enabled=true", "federation.clients_per_round=5"),
+        ("compression.form=ring",),
+        ("compression.preset=none", "federation.clip_norm=1.0"),
+    ],
+    ids=["under masks", "in a ring", "in the clear"],
+)
+def test_toy_noise_is_one_object_under_masks_and_in_the_clear(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    one_round = job(*overrides, "federation.rounds=1")
+    (plain, _), *_ = run_federation(one_round, 5, tmp_path / "plain")
+    noised = Parts(around=lambda inner: Noised(inner, 0.01))
+    (noisy, _), *_ = run_federation(one_round, 5, tmp_path / "noisy", parts=noised)
+    added = (noisy.adapter - plain.adapter)[LAYOUT.segment("ab")]
+    assert added.std() == pytest.approx(0.01, rel=0.1)
+
+
 # -- a form of compression ---------------------------------------------------------------------------------------------
 
 
@@ -97,7 +166,6 @@ class HalfForm:
     """Two bytes a value."""
 
     name: str = "half"
-    carries_weight: bool = False
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
         del terms, private_seed, weight
@@ -184,7 +252,8 @@ def test_a_toy_tracker_is_told_of_every_client_beside_the_others(tmp_path: Path)
     one, other = Diary(), Diary()
     run_federation(job(), 2, tmp_path, trackers=[one, other])
     assert one.lines == other.lines
-    assert sorted(one.lines) == ["00", "00", "01", "01"]
+    assert [line for line in one.lines if line.startswith("round")] == ["round 1", "round 2"]
+    assert [sorted(one.lines[:2]), one.lines[2], sorted(one.lines[3:5])] == [["00", "01"], "round 1", ["00", "01"]]
 
 
 def test_the_aggregate_may_be_changed_before_the_server_takes_its_step(tmp_path: Path) -> None:
@@ -206,7 +275,7 @@ def test_the_same_job_is_put_together_by_nesting() -> None:
     def aggregator(*overrides: str) -> Any:
         return assemble(job(*overrides), BASE, LAYOUT).collector.aggregator
 
-    assert aggregator("compression.form=ring") == RingMean(AGGREGATIONS["fedavg"])
+    assert aggregator("compression.form=ring") == Unpacked(RingMean(AGGREGATIONS["fedavg"]))
     assert aggregator() == Decoded(Mean(AGGREGATIONS["fedavg"]), FORMS["sparse"])
     assert aggregator("compression.preset=none").form is FORMS["exact"]
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST, REMEMBERED_VERSIONS, advance, receive
-from fedtune.core.codec.update_forms import EXACT, FORMS, UpdateForm
+from fedtune.core.codec.update_forms import EXACT, FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.protocol.messages import Downlink, Uplink
-from fedtune.strategies.aggregation import Decoded, Frame, Mean, RingMean
+from fedtune.strategies.aggregation import Decoded, Frame, Mean, RingMean, Unpacked
 from fedtune.strategies.aggregation.aggregator import Payloads
 from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
@@ -36,7 +36,7 @@ def aggregation(agreed: FactorTerms) -> Any:
     """Of the form's payloads, under way."""
     form: UpdateForm = FORMS[agreed.form]
     method = AGGREGATIONS["ffa"]
-    aggregator = RingMean(method) if form.carries_weight else Decoded(Mean(method), form)
+    aggregator = Unpacked(RingMean(method)) if form == RING else Decoded(Mean(method), form)
     return aggregator.begin(Frame(LAYOUT, "b", LAYOUT.initial(SEED), terms=[agreed]))
 
 

@@ -25,6 +25,7 @@ from fedtune.strategies.aggregation import (
     ProductMean,
     RingMean,
     Robust,
+    Unpacked,
     Update,
 )
 from fedtune.strategies.aggregation.aggregator import Payloads
@@ -90,7 +91,7 @@ def test_payloads_merge_whether_they_are_decoded_one_by_one_or_added_first(form:
         halves = LAYOUT.halves(update.values)
         parts = [FORMS[form].encode(half, each, seed, 0.5)[0] for half, each in zip(halves, terms, strict=True)]
         cohort.append(Payloads(parts, update.weight))
-    aggregator = RingMean(FEDAVG) if form == "ring" else Decoded(Mean(FEDAVG), FORMS[form])
+    aggregator = Unpacked(RingMean(FEDAVG)) if form == "ring" else Decoded(Mean(FEDAVG), FORMS[form])
     whole, merged = whole_and_merged(aggregator, frame, cohort, 3)
     assert whole.update.tobytes() == merged.update.tobytes()
     assert whole.clips == merged.clips

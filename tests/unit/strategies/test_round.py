@@ -381,21 +381,53 @@ def test_absurd_claims_buy_a_client_no_more_than_the_cap_in_time_or_late() -> No
     assert after.adapter - state.adapter == pytest.approx((10 * 1.0 + 7 * 4.0) / 17, abs=1e-6)
 
 
-def test_an_event_that_the_table_does_not_have_leaves_a_client_where_it_is() -> None:
-    terminal = {Phase.OUT}
-    assert {before for before, _ in TRANSITIONS} == set(Phase) - terminal
-    for phase in Phase:
-        for event in Event:
-            round_ = opened()
-            round_._phases["ann"] = phase
-            round_._move("ann", event)
-            assert round_._phases["ann"] is TRANSITIONS.get((phase, event), phase)
+@pytest.mark.parametrize(
+    ("events", "moved"),
+    [
+        (["update"], 2.5),
+        (["update", "another update"], 2.5),
+        (["update", "give up"], 2.5),
+        (["give up", "update"], 1.0),
+        (["give up", "give up"], 1.0),
+        ([], 1.0),
+    ],
+)
+def test_an_event_that_the_table_does_not_have_changes_nothing(events: list[str], moved: float) -> None:
+    round_ = opened(1, FEDAVG)
+    round_.take_in("bob", reply(round_, 1.0))
+    for event in events:
+        if event == "give up":
+            round_.give_up("ann", LATE)
+        else:
+            round_.take_in("ann", reply(round_, 4.0 if event == "update" else 8.0))
+    state, record = round_.close()
+    assert state.adapter - round_.state.adapter == pytest.approx(moved)
+    assert record.clients[0].dropped == (None if moved > 1.0 else LATE)
+
+
+def test_nothing_counts_before_a_client_is_asked() -> None:
+    fed = federation(FEDAVG)
+    round_ = TrainingRound.open(fed, initial_state(fed), NAMES, broadcast())
+    round_.take_in("ann", reply(round_, 4.0))
+    round_.give_up("bob", LATE)
+    asked(round_)
+    for name in NAMES:
+        round_.take_in(name, reply(round_, 1.0))
+    state, record = round_.close()
+    assert state.adapter - round_.state.adapter == pytest.approx(1.0)
+    assert all(client.dropped is None for client in record.clients)
+
+
+def test_every_phase_but_the_last_has_a_way_on() -> None:
+    assert {before for before, _ in TRANSITIONS} == set(Phase) - {Phase.OUT}
 
 
 def test_the_table_alone_decides_whose_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_ = opened()
+    round_ = opened(1, FEDAVG)
+    round_.take_in("bob", reply(round_, 1.0))
     rest = {key: after for key, after in TRANSITIONS.items() if key != (Phase.ASKED, Event.UPDATE)}
     monkeypatch.setattr(round_module, "TRANSITIONS", rest)
-    round_.take_in("ann", reply(round_, 1.0))
-    _, record = round_.close()
+    round_.take_in("ann", reply(round_, 4.0))
+    state, record = round_.close()
     assert record.clients[0].dropped == LATE
+    assert state.adapter - round_.state.adapter == pytest.approx(1.0)

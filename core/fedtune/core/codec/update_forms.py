@@ -5,7 +5,7 @@
 
 Payloads of a ring are added first and decoded as a sum:
 
-    total = RING.add(RING.zero(terms), payload, terms)
+    total = RING.join(RING.read(first, terms), RING.read(second, terms), terms)
     mean = RING.mean(total, terms)
 
 Server and devices know each form by its name. The server names it in every request; a device that does not know it
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -38,10 +38,6 @@ class UpdateForm(Protocol):
     @property
     def name(self) -> str:
         """The name in jobs and requests."""
-
-    @property
-    def carries_weight(self) -> bool:
-        """True if a client's weight travels inside its payloads, bounded by the room that the form has for it."""
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
         """Returns a client's payload for one factor, and the part of the update that it carries.
@@ -68,8 +64,7 @@ class UpdateForm(Protocol):
 class ExactForm:
     """Plain float32, without loss."""
 
-    name: str = "exact"
-    carries_weight: bool = False
+    name: ClassVar[str] = "exact"
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
         """Returns a payload of four bytes a value, and the whole update."""
@@ -85,8 +80,7 @@ class ExactForm:
 class SparseForm:
     """The largest values, quantized and entropy-coded."""
 
-    name: str = "sparse"
-    carries_weight: bool = False
+    name: ClassVar[str] = "sparse"
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
         """Returns the payload, and the values as the server will read them."""
@@ -110,10 +104,12 @@ class RingTotal:
 
 @dataclass(frozen=True)
 class RingForm:
-    """Words of a ring, which are added before they are decoded, in the clear or under masks."""
+    """Words of a ring, which are added before they are decoded, in the clear or under masks.
 
-    name: str = "ring"
-    carries_weight: bool = True
+    A client's weight travels inside its payloads, bounded by the room that the ring has for it.
+    """
+
+    name: ClassVar[str] = "ring"
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
         """Returns the packed words and auxiliary sums, and the part of the update that they carry."""
@@ -132,14 +128,14 @@ class RingForm:
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Decodes a single payload, as the mean of a sum of one."""
-        return self.mean(self.add(self.zero(terms), payload, terms), terms).update
+        return self.mean(self.read(payload, terms), terms).update
 
     def zero(self, terms: FactorTerms) -> RingTotal:
         """Returns the empty sum."""
         return RingTotal(MaskableCodec(terms.bits).zero(terms.context()))
 
-    def add(self, summed: RingTotal, payload: bytes, terms: FactorTerms) -> RingTotal:
-        """Returns the sum with one client's payload added.
+    def read(self, payload: bytes, terms: FactorTerms) -> RingTotal:
+        """Returns one client's payload as a sum of one.
 
         Raises:
             PeerError: the payload is malformed.
@@ -157,7 +153,7 @@ class RingForm:
             np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
         )
         codec.decode_sum(contribution, 1, context)  # refuses what no single client can have sent
-        return self.join(summed, RingTotal(contribution, 1), terms)
+        return RingTotal(contribution, 1)
 
     def join(self, left: RingTotal, right: RingTotal, terms: FactorTerms) -> RingTotal:
         """Returns the sum of two sums."""

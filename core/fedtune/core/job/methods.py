@@ -49,11 +49,6 @@ class Method:
         return not self.sees_updates
 
     @property
-    def works_with_tiers(self) -> bool:
-        """True if clients may train different ranks."""
-        return not self.equal_ranks
-
-    @property
     def freezes_a(self) -> bool:
         """True if A keeps the values that follow from the job's seed."""
         return all(factors == "b" for factors in self.trains)

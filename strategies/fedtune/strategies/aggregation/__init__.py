@@ -8,7 +8,7 @@ from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.job.settings import FederationSettings
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Aggregation, Aggregator, Frame, State, Update
 from fedtune.strategies.aggregation.mean import Mean
-from fedtune.strategies.aggregation.payload_sums import Decoded, RingMean
+from fedtune.strategies.aggregation.payload_sums import Decoded, RingMean, Unpacked
 from fedtune.strategies.aggregation.products import ProductMean
 from fedtune.strategies.aggregation.robust import Clipped, CoordinateMedian, MultiKrum, Robust, TrimmedMean
 
@@ -28,15 +28,16 @@ __all__ = [
     "Robust",
     "State",
     "TrimmedMean",
+    "Unpacked",
     "Update",
     "update_aggregator",
 ]
 
 
-def update_aggregator(settings: FederationSettings) -> Aggregator:
+def update_aggregator(settings: FederationSettings) -> Aggregator[Update]:
     """Returns a job's aggregator of updates; clipping is outermost, so that robust rules see clipped updates."""
     declared = AGGREGATIONS[settings.aggregation]
-    aggregator: Aggregator = ProductMean(declared) if declared.changes_basis else Mean(declared)
+    aggregator: Aggregator[Update] = ProductMean(declared) if declared.changes_basis else Mean(declared)
     match settings.robust:
         case "median":
             aggregator = Robust(declared, CoordinateMedian())

@@ -11,7 +11,7 @@
 Aggregators compose by nesting, and read from the outside in as an update passes through them:
 
     Decoded(Clipped(Mean(method), norm=1.0), form)      # payloads are decoded, updates clipped, and averaged
-    RingMean(method)                                    # payloads are added as they are, and decoded once
+    Unpacked(RingMean(method))                          # payloads are added as words of a ring, and decoded once
 
 They hold no state between rounds: the state that a round leaves is returned and passed to the next round.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.adapter.tiers import RankSlice
@@ -108,10 +108,10 @@ Added = TypeVar("Added", contravariant=True)
 
 
 class Aggregation(Protocol[Added]):
-    """One round's aggregation, under way. Most take an `Update`, the outermost `Payloads`."""
+    """One round's aggregation, under way; it takes an `Update`, the outermost one `Payloads`, one in a ring sums."""
 
-    def add(self, update: Added) -> None:
-        """Adds one client's update.
+    def add(self, update: Added, /) -> None:
+        """Adds one client's update, or a sum of several.
 
         Raises:
             PeerError, UpdateError: it cannot be added; the aggregation is unchanged.
@@ -132,12 +132,12 @@ class Aggregation(Protocol[Added]):
         """
 
 
-class Aggregator(Protocol):
+class Aggregator(Protocol[Added]):
     """A way to combine client updates."""
 
     @property
     def method(self) -> Method:
         """The declaration of its needs and effects; an aggregator around another passes the inner one's on."""
 
-    def begin(self, frame: Frame) -> Aggregation[Any]:
+    def begin(self, frame: Frame) -> Aggregation[Added]:
         """Returns an empty aggregation for a round."""

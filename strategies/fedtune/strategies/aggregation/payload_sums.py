@@ -1,10 +1,15 @@
-"""The outermost aggregators, which take payloads: decoded one by one, or added in a ring and decoded once."""
+"""The outermost aggregators, which take payloads, and the mean in a ring.
+
+Payloads are decoded one by one, or added as words of a ring and decoded once. Under masks the outermost is missing:
+a secure round gives the ring's mean a cohort's sums, where `Unpacked` gives it each client's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
@@ -15,6 +20,7 @@ from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import (
+    Added,
     Aggregate,
     Aggregation,
     Aggregator,
@@ -24,18 +30,21 @@ from fedtune.strategies.aggregation.aggregator import (
     Update,
 )
 
+Totals = Mapping[FactorTerms, RingTotal]
+"""Sums in a ring, one for each of the terms that their clients own."""
+
 WEIGHT = "weight"  # the key of the weight cap among a ring's clips
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decodes every update, and passes it to an aggregator of updates.
+    """Decodes every payload to an update, and passes it to an aggregator of updates.
 
     Args:
         form: form in which updates travel.
     """
 
-    inner: Aggregator
+    inner: Aggregator[Update]
     form: UpdateForm
 
     @property
@@ -43,28 +52,57 @@ class Decoded:
         """The inner aggregator's method."""
         return self.inner.method
 
-    def begin(self, frame: Frame) -> Decoding:
+    def begin(self, frame: Frame) -> Behind[Update]:
         """Returns the inner aggregator's aggregation behind the decoding."""
-        return Decoding(frame, self.inner.begin(frame), self.form)
+
+        def decode(payloads: Payloads) -> Update:
+            own = owned_terms(frame.terms, payloads)
+            parts = {each: self.form.decode(data, each) for data, each in zip(payloads.parts, own, strict=True)}
+            return Update(joined(frame.terms, parts), payloads.weight, payloads.tier)
+
+        return Behind(self.inner.begin(frame), decode)
 
 
-class Decoding:
-    """Decodes payloads on their way into an aggregation of updates."""
+@dataclass(frozen=True)
+class Unpacked:
+    """Reads every payload as a sum of one in a ring, and passes it to an aggregator of such sums."""
 
-    def __init__(self, frame: Frame, inner: Aggregation[Update], form: UpdateForm) -> None:
-        self._frame, self._inner, self._form = frame, inner, form
+    inner: Aggregator[Totals]
+
+    @property
+    def method(self) -> Method:
+        """The inner aggregator's method."""
+        return self.inner.method
+
+    def begin(self, frame: Frame) -> Behind[Totals]:
+        """Returns the inner aggregator's aggregation behind the reading."""
+
+        def read(payloads: Payloads) -> Totals:
+            own = owned_terms(frame.terms, payloads)
+            return {each: RING.read(data, each) for data, each in zip(payloads.parts, own, strict=True)}
+
+        return Behind(self.inner.begin(frame), read)
+
+
+class Behind(Generic[Added]):
+    """An aggregation behind a function that every payload passes first.
+
+    Args:
+        enter: payloads -> what `inner` takes; raises PeerError where they cannot be read.
+    """
+
+    def __init__(self, inner: Aggregation[Added], enter: Callable[[Payloads], Added]) -> None:
+        self._inner, self._enter = inner, enter
 
     def add(self, payloads: Payloads) -> None:
-        """Decodes the payloads and adds the update that they carry.
+        """Reads the payloads and adds the result.
 
         Raises:
-            PeerError, UpdateError: they cannot be decoded or added; the aggregation is unchanged.
+            PeerError, UpdateError: they cannot be read or added; the aggregation is unchanged.
         """
-        own = owned_terms(self._frame.terms, payloads)
-        parts = {each: self._form.decode(data, each) for data, each in zip(payloads.parts, own, strict=True)}
-        self._inner.add(Update(joined(self._frame.terms, parts), payloads.weight, payloads.tier))
+        self._inner.add(self._enter(payloads))
 
-    def merge(self, other: Decoding) -> None:
+    def merge(self, other: Behind[Added]) -> None:
         """Merges the inner aggregations."""
         self._inner.merge(other._inner)
 
@@ -75,7 +113,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class RingMean:
-    """Averages in a ring: no single update is decoded, and the weights travel inside the payloads.
+    """Averages in a ring: takes sums of one client or of many, and decodes no single update.
 
     Args:
         method: declares which factors rounds train; it must be linear.
@@ -85,37 +123,27 @@ class RingMean:
 
     def begin(self, frame: Frame) -> RingAggregation:
         """Returns an empty sum."""
-        return RingAggregation(frame, {each: RING.zero(each) for each in frame.terms})
+        return RingAggregation(frame)
 
 
 class RingAggregation:
     """The sum of words in a ring, with one total for each of the round's terms."""
 
-    def __init__(self, frame: Frame, totals: Mapping[FactorTerms, RingTotal]) -> None:
+    def __init__(self, frame: Frame) -> None:
         self._frame = frame
-        self._totals = dict(totals)
+        self._totals: dict[FactorTerms, RingTotal] = {}
 
-    def add(self, payloads: Payloads) -> None:
-        """Adds one client's words.
-
-        Raises:
-            PeerError: they are not one client's words; the totals are unchanged.
-        """
-        own = owned_terms(self._frame.terms, payloads)
-        self._totals |= {
-            each: RING.add(self._totals[each], data, each) for data, each in zip(payloads.parts, own, strict=True)
+    def add(self, totals: Totals) -> None:
+        """Adds sums that were formed elsewhere, such as one client's, or those of a whole cohort under masks."""
+        joined = {
+            each: RING.join(self._totals[each], total, each) if each in self._totals else total
+            for each, total in totals.items()
         }
+        self._totals |= joined
 
     def merge(self, other: RingAggregation) -> None:
         """Adds the other's totals."""
-        self.merge_totals([other._totals[each] for each in self._frame.terms])
-
-    def merge_totals(self, totals: Sequence[RingTotal]) -> None:
-        """Adds sums that were formed elsewhere, one for each of the round's terms, such as those under masks."""
-        self._totals |= {
-            each: RING.join(self._totals[each], total, each)
-            for each, total in zip(self._frame.terms, totals, strict=True)
-        }
+        self.add(other._totals)
 
     def finish(self) -> Aggregate:
         """Returns the mean, and the clips of the next round that trains each factor.
@@ -127,7 +155,8 @@ class RingAggregation:
             PeerError, RunError: the totals are no sums of that many contributions.
         """
         terms = self._frame.terms
-        means = {each: RING.mean(total, each) for each, total in self._totals.items() if total.contributors}
+        summed = {each: self._totals[each] for each in terms if each in self._totals}
+        means = {each: RING.mean(total, each) for each, total in summed.items() if total.contributors}
         update = joined(terms, {each: mean.update for each, mean in means.items()})
         if not means:
             return Aggregate(update)

@@ -157,7 +157,7 @@ class Clipped:
         norm: c.
     """
 
-    inner: Aggregator
+    inner: Aggregator[Update]
     norm: float
 
     @property

@@ -157,15 +157,11 @@ class UtilitySelection:
         ]
 
 
-def timed_selection(job: Job, wanted: int, seconds: Mapping[str, float]) -> Selection | None:
-    """Returns the job's selection if it is a timed one, else None."""
-    match job.federation.selection:
-        case "deadline":
-            return DeadlineSelection(wanted, job.training.seed, seconds)
-        case "utility":
-            cap, hidden = job.federation.weight_cap, job.hides_updates
-            return UtilitySelection(wanted, job.training.seed, seconds, cap, hidden)
-    return None
+def timed_selection(job: Job, wanted: int, seconds: Mapping[str, float]) -> Selection:
+    """Returns the selection of a job that selects by deadline or by utility."""
+    if job.federation.selection == "utility":
+        return UtilitySelection(wanted, job.training.seed, seconds, job.federation.weight_cap, job.hides_updates)
+    return DeadlineSelection(wanted, job.training.seed, seconds)
 
 
 def bounded_seconds(claimed: float) -> float:
