@@ -15,7 +15,7 @@ from pathlib import Path
 from numpy_trainer import DIGEST, LAYOUT, NumpyTrainer, load_examples
 
 from fedtune.client.client_store import ClientStore
-from fedtune.client.device import Device, Postprocess
+from fedtune.client.device import Device, UpdateChange
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.trainer import Trainer
 from fedtune.core.adapter.layout import AdaptedModule
@@ -46,7 +46,7 @@ class DeviceParts:
     """Parts of one's own on the devices; the defaults are those that a device has by itself."""
 
     trainer: Trainer = field(default_factory=NumpyTrainer)
-    postprocess: Sequence[Postprocess] = ()
+    postprocess: Sequence[UpdateChange] = ()
     forms: Mapping[str, UpdateForm] = field(default_factory=lambda: FORMS)
 
 

@@ -21,7 +21,7 @@ from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.identity import Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
 from fedtune.core.secagg.masking import Words
 from fedtune.core.secagg.primitives import Random
-from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
+from fedtune.core.secagg.server_session import OpenedSum, ServerSession, Stage
 
 Update = Mapping[str, Words]
 
@@ -129,7 +129,7 @@ class Rehearsal:
             requests = self.exchange(requests, updates, (silent or {}).get(self.server.stage, frozenset()))
         return requests
 
-    def run(self, updates: Mapping[str, Update], silent: Mapping[Stage, Set[str]] | None = None) -> SecureSum:
+    def run(self, updates: Mapping[str, Update], silent: Mapping[Stage, Set[str]] | None = None) -> OpenedSum:
         """All five exchanges; arguments and errors are those of `until`."""
         self.until(Stage.DONE, updates, silent)
         return self.server.result

@@ -16,7 +16,7 @@ import numpy as np
 from fedtune.client.client_store import ClientStore
 from fedtune.client.trainer import LocalResult, LocalTask, Trainer
 from fedtune.core.adapter.basis import Basis, align_update, basis_changes, follow
-from fedtune.core.adapter.layout import AdapterLayout, Factor, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector, adapter_digest
 from fedtune.core.adapter.tiers import Indices, rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive
@@ -32,13 +32,18 @@ CACHED_CLIENTS = 64  # clients whose tokenised examples stay in memory; those of
 OpenTrainer = Callable[[Base], Trainer]
 LoadExamples = Callable[[str, Trainer, int], Sequence[Example]]
 WorkShare = Callable[[str, TrainRequest], float]
-Postprocess = Callable[[AdapterLayout, Vector, Vector], Vector]
-Part = TypeVar("Part")
-Encode = Callable[[Vector, FactorTerms, int, float], tuple[Part, Vector]]
+UpdateChange = Callable[[AdapterLayout, Factors, Vector, Vector], Vector]
+"""Changes an update before it is encoded: (layout, factors, received, update) -> update.
+
+`received` is the whole adapter, `update` the segment of the trained factors.
+"""
+
+Encoded = TypeVar("Encoded")
+Encode = Callable[[Vector, FactorTerms, int, float], tuple[Encoded, Vector]]
 
 
 @dataclass(frozen=True)
-class Contribution(Generic[Part]):
+class Contribution(Generic[Encoded]):
     """A trained update in the form in which it travels.
 
     Args:
@@ -52,7 +57,7 @@ class Contribution(Generic[Part]):
     request: TrainRequest
     result: LocalResult
     terms: tuple[FactorTerms, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Encoded, ...]
     unsent: tuple[Vector, ...]
 
 
@@ -83,7 +88,7 @@ class Device:
         load_examples: LoadExamples,
         store: ClientStore,
         share: WorkShare = lambda client, request: 1.0,  # noqa: ARG005
-        postprocess: Sequence[Postprocess] = (),
+        postprocess: Sequence[UpdateChange] = (),
         forms: Mapping[str, UpdateForm] = FORMS,
     ) -> None:
         self._open_trainer = open_trainer
@@ -178,7 +183,7 @@ class Device:
         self._held = (adapter.digest, held)
         return held
 
-    def _contribution(self, client: str, request: TrainRequest, encode: Encode[Part]) -> Contribution[Part]:
+    def _contribution(self, client: str, request: TrainRequest, encode: Encode[Encoded]) -> Contribution[Encoded]:
         """Trains, adds the residual to each factor's update, and encodes it."""
         result, terms = self._train(client, request)
         uplink, segment_of = request.uplink, self._trainer_for(request.base).layout.segment
@@ -207,9 +212,10 @@ class Device:
         owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
         task = _local_task(client, request, owned, self._share(client, request))
         result = trainer.train(split.training, received, task)
-        for change in (*((align_update,) if work.align else ()), *self._postprocess):
-            result = replace(result, update=change(layout, received, result.update))
-        return result, terms
+        update = align_update(layout, received, result.update) if work.align else result.update
+        for change in self._postprocess:
+            update = change(layout, work.factors, received, update)
+        return replace(result, update=update), terms
 
     def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
         """Returns the client's residual of a whole factor before this round, in the basis of this round.
@@ -237,7 +243,7 @@ class Device:
             self._rebasing = (digest, None if held is None else basis_changes(layout, held))
         return self._rebasing[1]
 
-    def _keep(self, client: str, made: Contribution[Part]) -> None:
+    def _keep(self, client: str, made: Contribution[Encoded]) -> None:
         """Stores the new residuals; at indices that this client does not own in this round they stay as they were."""
         request = made.request
         if not request.uplink.error_feedback:

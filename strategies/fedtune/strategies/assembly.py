@@ -25,7 +25,7 @@ from fedtune.strategies.cohorts.selection import AmongPresent, Selection, Unifor
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.cohorts.timed_selection import timed_selection
 from fedtune.strategies.collection import Collector, InTheClear
-from fedtune.strategies.federation import Federation, Postprocess
+from fedtune.strategies.federation import AggregateChange, Federation
 from fedtune.strategies.schedule import ByDeadline, Schedule, Synchronous
 from fedtune.strategies.secure_sum import SecureAggregation, SecureSum
 from fedtune.strategies.server_optimizers import ServerOptimizer, server_optimizer_named
@@ -76,7 +76,7 @@ class Parts:
     selection: Selection | None = None
     schedule: Schedule | None = None
     optimizer: ServerOptimizer | None = None
-    postprocess: Sequence[Postprocess] = ()
+    postprocess: Sequence[AggregateChange] = ()
 
 
 ANY_CLIENTS, NO_PARTS = Clients(), Parts()

@@ -22,7 +22,7 @@ from fedtune.strategies.collection import Collector
 from fedtune.strategies.schedule import Schedule
 from fedtune.strategies.server_optimizers import ServerOptimizer
 
-Postprocess = Callable[[AdapterLayout, Factors, Vector], Vector]
+AggregateChange = Callable[[AdapterLayout, Factors, Vector], Vector]
 """Changes a round's aggregate before the server takes its step: (layout, factors, aggregate) -> aggregate."""
 
 
@@ -53,7 +53,7 @@ class Federation:
     schedule: Schedule
     optimizer: ServerOptimizer
     ranks: Ranks | None = None
-    postprocess: Sequence[Postprocess] = ()
+    postprocess: Sequence[AggregateChange] = ()
     trackers: Sequence[Tracker] = ()
 
     @property

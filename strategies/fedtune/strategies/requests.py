@@ -140,8 +140,8 @@ def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
     return local_work(
         job.training,
         plan.factors,
-        job.data.holdout,
         learning_rate=plan.learning_rate,
+        holdout=job.data.holdout,
         align=federation.method.aligns,
         deadline=plan.closing.seconds if plan.closing else 0.0,
     )

@@ -11,10 +11,10 @@ from numpy_trainer import DIGEST, NumpyTrainer, load_examples
 from numpy_trainer import LAYOUT as GOLDEN
 
 from fedtune.client.client_store import ClientStore
-from fedtune.client.device import Device, Postprocess
+from fedtune.client.device import Device, UpdateChange
 from fedtune.client.live.device_home import JobMemory
 from fedtune.core.adapter.basis import align_update
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factors, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.job.job_file import load_job
@@ -41,7 +41,7 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
         assert kept.tobytes() == first.tobytes()
 
 
-def trained_update(folder: Path, aggregation: str, *postprocess: Postprocess) -> Vector:
+def trained_update(folder: Path, aggregation: str, *postprocess: UpdateChange) -> Vector:
     """What one client of a job in the clear, at full precision, sends in its first round."""
     overrides = ["secure_aggregation.enabled=false", "compression.preset=none", "data.holdout=0"]
     job = load_job(None, [*overrides, f"federation.aggregation={aggregation}"])
@@ -59,13 +59,13 @@ def trained_update(folder: Path, aggregation: str, *postprocess: Postprocess) ->
 def test_an_update_goes_through_every_step_in_order_before_it_is_encoded(tmp_path: Path) -> None:
     seen: list[tuple[str, Vector]] = []
 
-    def double(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
-        assert (layout, received.tobytes()) == (GOLDEN, GOLDEN.initial(0).tobytes())
+    def double(layout: AdapterLayout, factors: Factors, received: Vector, update: Vector) -> Vector:
+        assert (layout, factors, received.tobytes()) == (GOLDEN, "ab", GOLDEN.initial(0).tobytes())
         seen.append(("double", update))
         return 2 * update
 
-    def add_one(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
-        del layout, received
+    def add_one(layout: AdapterLayout, factors: Factors, received: Vector, update: Vector) -> Vector:
+        del layout, factors, received
         seen.append(("add one", update))
         return update + np.float32(1)
 
@@ -77,8 +77,8 @@ def test_an_update_goes_through_every_step_in_order_before_it_is_encoded(tmp_pat
 def test_steps_see_the_update_aligned_where_the_request_asks_for_it(tmp_path: Path) -> None:
     seen: list[Vector] = []
 
-    def look(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
-        del layout, received
+    def look(layout: AdapterLayout, factors: Factors, received: Vector, update: Vector) -> Vector:
+        del layout, factors, received
         seen.append(update)
         return update
 

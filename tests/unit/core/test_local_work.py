@@ -20,7 +20,7 @@ OTHERS = TrainingSettings(
 
 
 def test_every_setting_that_is_a_field_of_the_work_travels() -> None:
-    work, settings = local_work(OTHERS, "b", 0.1), dataclasses.asdict(OTHERS)
+    work, settings = local_work(OTHERS, "b", holdout=0.1), dataclasses.asdict(OTHERS)
     shared = settings.keys() & set(LocalWork.__struct_fields__) - {"local_steps"}
     assert {"batch_tokens", "learning_rate", "proximal"} < shared
     assert {name: getattr(work, name) for name in shared} == {name: settings[name] for name in shared}

@@ -17,10 +17,10 @@ from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.secagg import (
     Assumptions,
     ClientFaultError,
+    OpenedSum,
     Policy,
     RoundAbortedError,
     RoundMark,
-    SecureSum,
     Segment,
     ServerFaultError,
     Stage,
@@ -401,7 +401,7 @@ def test_a_client_invited_twice_is_refused_when_the_round_is_made() -> None:
         )
 
 
-def assert_exact(result: SecureSum, updates: Mapping[str, Update]) -> None:
+def assert_exact(result: OpenedSum, updates: Mapping[str, Update]) -> None:
     for name, got in result.sums.items():
         carriers = [client for client in result.survivors if name in updates[client]]
         assert result.contributors[name] == len(carriers)

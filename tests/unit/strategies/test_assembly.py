@@ -14,7 +14,7 @@ from in_process import BASE, DeviceParts, run_federation
 from numpy_trainer import LAYOUT, NumpyTrainer
 
 from fedtune.client.trainer import LocalResult, LocalTask
-from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.codec.update_forms import FORMS
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.errors import JobError, PeerError
@@ -80,9 +80,9 @@ class Votes:
         return Aggregate((self._step * np.sign(self._total)).astype(np.float32))
 
 
-def send_signs(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
+def send_signs(layout: AdapterLayout, factors: Factors, received: Vector, update: Vector) -> Vector:
     """The devices' help."""
-    del layout, received
+    del layout, factors, received
     return np.sign(update).astype(np.float32)
 
 

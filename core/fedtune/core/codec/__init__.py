@@ -8,7 +8,7 @@ from fedtune.core.codec.clipping import ClipRange, initial_clip, next_weight_cap
 from fedtune.core.codec.coordinate_selection import select_largest, select_public
 from fedtune.core.codec.downlink import apply, encode_catch_up, encode_delta, encode_refresh, encode_whole
 from fedtune.core.codec.exact import ExactCodec
-from fedtune.core.codec.maskable import MaskableCodec, RingMean, RingUpdate, RoundContext
+from fedtune.core.codec.maskable import DecodedSum, MaskableCodec, RingUpdate, RoundContext
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.residual import Residual
 from fedtune.core.codec.ring import Ring
@@ -16,11 +16,11 @@ from fedtune.core.codec.sparse import SparseCodec
 
 __all__ = [
     "ClipRange",
+    "DecodedSum",
     "ExactCodec",
     "MaskableCodec",
     "Residual",
     "Ring",
-    "RingMean",
     "RingUpdate",
     "RoundContext",
     "SparseCodec",

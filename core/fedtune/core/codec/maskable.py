@@ -79,7 +79,7 @@ class RingUpdate:
 
 
 @dataclass(frozen=True)
-class RingMean:
+class DecodedSum:
     """A decoded sum: the weighted mean update (float32, zero where not selected), Σw, and the mean norm."""
 
     update: NDArray[np.float32]
@@ -143,7 +143,7 @@ class MaskableCodec:
         """Returns the sum in the ring; auxiliary sums wrap around at 2^32, as uint32 does."""
         return RingUpdate(self.ring(context).add(left.words, right.words), left.auxiliary + right.auxiliary)
 
-    def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> RingMean:
+    def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> DecodedSum:
         """Returns the mean of the `survivors` contributions in `total`.
 
         Raises:
@@ -166,7 +166,7 @@ class MaskableCodec:
         if context.rotation:
             values = unrotate(values, context.selected, context.seed)
         mean[context.selection] = values / np.float32(weight)
-        return RingMean(mean, weight, NORM_BOUND * context.clip * norms / survivors)
+        return DecodedSum(mean, weight, NORM_BOUND * context.clip * norms / survivors)
 
     def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:
         """Returns the update that one contribution decodes to; the residual is the client's update minus this."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec.exact import ExactCodec
-from fedtune.core.codec.maskable import AUXILIARY_SUMS, MaskableCodec, RingMean, RingUpdate
+from fedtune.core.codec.maskable import AUXILIARY_SUMS, DecodedSum, MaskableCodec, RingUpdate
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.sparse import SparseCodec
 from fedtune.core.codec.uplink import FactorTerms
@@ -160,7 +160,7 @@ class RingForm:
         total = MaskableCodec(terms.bits).add(left.total, right.total, terms.context())
         return RingTotal(total, left.contributors + right.contributors)
 
-    def mean(self, summed: RingTotal, terms: FactorTerms) -> RingMean:
+    def mean(self, summed: RingTotal, terms: FactorTerms) -> DecodedSum:
         """Returns the weighted mean of the contributions.
 
         Raises:

@@ -5,13 +5,12 @@
         ->  TrainingSettings(learning_rate=2e-3)
         ->  LocalWork(learning_rate=2e-3)     # in every request of a round, with that round's learning rate
 
-A setting reaches the trainers by its name: a field that both classes have is copied into the request, and a trainer
-finds it in its task's work. The other settings serve planning, or the server alone.
+A trainer finds the work in its task. The other settings serve planning, or the server alone.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -96,14 +95,31 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
 
 
 def local_work(
-    settings: TrainingSettings, factors: Factors = "ab", holdout: float = 0.0, **of_the_round: Any
+    settings: TrainingSettings,
+    factors: Factors = "ab",
+    *,
+    learning_rate: float | None = None,
+    holdout: float = 0.0,
+    align: bool = False,
+    deadline: float = 0.0,
 ) -> LocalWork:
-    """Returns the local work that a job's settings ask for.
+    """Returns the work that a job's settings ask for.
 
     Args:
-        of_the_round: fields that change from round to round, which override the settings.
+        learning_rate: this round's; the settings' where it is None.
     """
-    shared = {name: getattr(settings, name) for name in LocalWork.__struct_fields__ if hasattr(settings, name)}
     epochs = settings.local_epochs or 0.0
-    shared |= {"local_steps": 0 if epochs else settings.steps, "local_epochs": epochs}
-    return LocalWork(factors=factors, holdout=holdout, **(shared | of_the_round))
+    return LocalWork(
+        factors=factors,
+        local_steps=0 if epochs else settings.steps,
+        local_epochs=epochs,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+        weight_decay=settings.weight_decay,
+        max_gradient_norm=settings.max_gradient_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        holdout=holdout,
+        proximal=settings.proximal,
+        align=align,
+        deadline=deadline,
+    )

@@ -10,7 +10,7 @@ from fedtune.core.secagg.config import Assumptions, Policy, Subject, round_confi
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.graph import Thresholds, choose_thresholds
 from fedtune.core.secagg.identity import FileRoundLog, Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
-from fedtune.core.secagg.server_session import SecureSum, ServerSession, Stage
+from fedtune.core.secagg.server_session import OpenedSum, ServerSession, Stage
 
 __all__ = [
     "Assumptions",
@@ -20,13 +20,13 @@ __all__ = [
     "Identity",
     "Member",
     "MemoryRoundLog",
+    "OpenedSum",
     "Policy",
     "Roster",
     "RoundAbortedError",
     "RoundConfig",
     "RoundLog",
     "RoundMark",
-    "SecureSum",
     "Segment",
     "ServerFaultError",
     "ServerSession",

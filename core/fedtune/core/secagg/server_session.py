@@ -72,7 +72,7 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True)
-class SecureSum:
+class OpenedSum:
     """The outcome of a round.
 
     Attributes:
@@ -118,7 +118,7 @@ class ServerSession:
         self._transcript: Transcript | None = None
         self._sharers: frozenset[int] = frozenset()
         self._survivors: frozenset[int] = frozenset()
-        self._result: SecureSum | None = None
+        self._result: OpenedSum | None = None
 
     def open(self) -> dict[str, bytes]:
         """Starts the round: the configuration, for everybody invited."""
@@ -127,7 +127,7 @@ class ServerSession:
         return self._enter(Stage.ADVERTISE, self._to(range(len(self.config.cohort)), self.config))
 
     @property
-    def result(self) -> SecureSum:
+    def result(self) -> OpenedSum:
         """The sum, once the last exchange is over."""
         if self._result is None:
             raise RoundAbortedError(f"there is no sum at {self.stage.value}")
@@ -285,7 +285,7 @@ class ServerSession:
         seeds, liars = self._recover()
         unmask_sums(self._sums, self._agreed, self._survivors, seeds)
         segments, survivors = self.config.segments, self._survivors
-        self._result = SecureSum(
+        self._result = OpenedSum(
             sums={segment.name: reduce(self._sums[index], segment.bits) for index, segment in enumerate(segments)},
             contributors={segment.name: len(carriers(self.config, segment) & survivors) for segment in segments},
             survivors=self._names(survivors),
