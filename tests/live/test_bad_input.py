@@ -75,7 +75,7 @@ def test_a_bundle_that_is_none_is_refused(refused: Command, tmp_path: Path) -> N
     for name, text, complaint in (
         ("cut", whole[:300], "it is not JSON"),
         ("other", '{"format": "fedtune-bundle-99"}', "not a bundle of this version"),
-        ("short", '{"format": "fedtune-bundle-1"}', "incomplete; enrol the device anew"),
+        ("short", '{"format": "fedtune-bundle-1"}', "incomplete; enrol the device again"),
         ("changed", whole.replace('"version": 1', '"version": 2'), "not signed with this fleet's key"),
         ("renamed", whole.replace('"name": "ada"', '"name": "bob"'), "its identity key is not the roster's"),
     ):

@@ -1,1 +1,1 @@
-"""The machine that a process runs on: its files, signals, environment and connections."""
+"""The host of a process: its files, signals, environment, clock and connections."""

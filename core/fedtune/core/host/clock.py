@@ -1,4 +1,4 @@
-"""The clock that a service goes by, and how long it pauses after failures; tests hand in their own."""
+"""The clock of a service, and its pauses after failures; tests pass their own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Clock:
     """A source of time.
 
     Args:
-        now: seconds since 1970.
-        monotonic: seconds since some moment; it never goes back.
-        sleep: waits for so many seconds.
+        now: returns seconds since 1970.
+        monotonic: returns seconds since some moment; it never goes back.
+        sleep: waits for a number of seconds.
     """
 
     now: Callable[[], float] = time.time
@@ -27,11 +27,11 @@ SYSTEM_CLOCK = Clock()
 
 
 class Backoff:
-    """Pauses that double up to a limit, with jitter, so that a fleet does not come back all at once.
+    """Pauses that double up to a limit, with jitter, so that the devices of a fleet do not all reconnect at once.
 
     Args:
         first, longest: seconds; a pause is between half of min(longest, first · 2^failures) and all of it.
-        draw: gives values between 0 and 1, of which 1 is the longest pause.
+        draw: returns values between 0 and 1, of which 1 gives the longest pause.
     """
 
     def __init__(self, first: float, longest: float, draw: Callable[[], float] = random.random) -> None:

@@ -1,10 +1,10 @@
-"""HTTP/1.1 connections as both servers, the fleet's and the model's, take them from unauthenticated clients.
+"""HTTP/1.1 connections of unauthenticated clients, bounded in bytes and time, for the fleet's and the model's server.
 
     uvicorn.Config(app, http=BoundedHttp, h11_max_incomplete_event_size=MAX_HEAD_BYTES, ...)
 
-Before a request's head is whole, no application sees it and none can refuse it. So the head is bounded here, in bytes,
-which uvicorn leaves open with httptools, and in time, which it leaves open altogether: connections that say nothing
-would fill up the number that may be open at once.
+An application sees a request only when its head is complete, so it cannot refuse earlier. The head is therefore bounded
+here: in bytes, which uvicorn does not do with httptools, and in time, which it never does. Idle connections would
+otherwise use up the number of connections that may be open at once.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ HEAD_SECONDS = 30.0
 
 
 class BoundedHttp(H11Protocol):
-    """Closes a connection whose next request does not come whole, but for its body, in time after its first byte; the
-    first request's time begins with the connection. Between requests uvicorn's `timeout_keep_alive` counts."""
+    """Closes a connection if the head of a request is not complete in time after its first byte.
+
+    The time of the first request begins with the connection. Between requests uvicorn's `timeout_keep_alive` applies.
+    """
 
     _stale: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The clock starts."""
+        """Starts the timer."""
         super().connection_made(cast(asyncio.Transport, transport))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """It stops once a request is being answered, and starts with the first byte of the one after it."""
+        """Stops the timer once a request is being answered, and starts it with the next request's first byte."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is left to wait for."""
+        """Stops the timer."""
         self._stop()
         super().connection_lost(exc)
 

@@ -1,4 +1,4 @@
-"""Files that hold keys and state: their owner's only, written whole or not at all, and never by two processes.
+"""Private files for keys and state: readable by their owner only, written atomically, never by two processes at once.
 
 with ServiceLock(folder / "service.lock") as lock: ...     # raises InputError where another process holds it
 """
@@ -23,17 +23,17 @@ _POLL_SECONDS = 0.1
 
 
 def private_folder(path: Path) -> Path:
-    """Makes a folder that only its owner may enter; one that is there already is narrowed to that."""
+    """Makes a folder that only its owner may enter, and restricts an existing one to its owner."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)
     return path
 
 
 def check_private(path: Path) -> None:
-    """Refuses a file or folder that others than its owner may read or enter.
+    """Refuses a file or folder that users other than its owner may read or enter.
 
     Raises:
-        InputError: it is not there, or it is open to others; the message has the command that mends it.
+        InputError: it does not exist, or it is open to others; the message has the command that corrects this.
     """
     try:
         mode = path.stat().st_mode
@@ -45,7 +45,7 @@ def check_private(path: Path) -> None:
 
 
 def write_private(path: Path, content: bytes | str) -> None:
-    """Replaces a file's content atomically; the file can be read by its owner only."""
+    """Replaces a file's content atomically; only its owner can read the file."""
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{UNFINISHED}")  # mode 0600
     try:
@@ -60,7 +60,7 @@ def write_private(path: Path, content: bytes | str) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Removes what a crash left of `write_private`; for the one process that writes files of this name."""
+    """Removes temporary files that a crash of `write_private` left; only the process that writes `name` may call it."""
     for left in folder.glob(f".{name}.{UNFINISHED}*"):
         left.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def read_bounded(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> bytes:
     """Returns a file's content.
 
     Raises:
-        InputError: it cannot be read, or is larger than the limit.
+        InputError: the file cannot be read, or is larger than the limit.
     """
     try:
         with path.open("rb") as file:
@@ -94,7 +94,7 @@ def read_json(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> Any:
     """Returns a JSON file's value.
 
     Raises:
-        InputError: it cannot be read, is too large, or is not JSON.
+        InputError: the file cannot be read, is too large, or is not JSON.
     """
     try:
         return json.loads(read_bounded(path, what, limit))
@@ -103,7 +103,7 @@ def read_json(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> Any:
 
 
 class ServiceLock:
-    """Held by the one process that serves a folder; the file says which process that is."""
+    """The lock of the one process that serves a folder; its file holds that process's id."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""This process: the environment that libraries read, the signals that end it, and the facts that a summary states.
+"""The process itself: the environment that libraries read, the signals that end it, and the facts for a summary.
 
 prepare_environment()               # before Flower or torch is imported; child processes inherit it
 with stopping():                    # raises Stopped on SIGTERM and Ctrl-C
@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
 _SETTINGS = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait bring a busy machine to its knees
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down a busy machine severely
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -26,18 +26,18 @@ _SETTINGS = {
 
 
 def prepare_environment() -> None:
-    """Sets what nobody has set otherwise."""
+    """Sets the variables that the environment does not set already."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def limit_pieces(size: int) -> None:
-    """In how large pieces this process sends a payload: each is a request of its own, and must cross slow links."""
+    """Limits the size of the pieces in which this process sends payloads: slow links must carry each in one request."""
     os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(size))
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C: raised wherever the main thread is, so that it ends at once."""
+    """SIGTERM or Ctrl-C asks the process to end; raised wherever the main thread is, so that it ends at once."""
 
 
 @contextmanager
@@ -76,12 +76,12 @@ _RSS_UNITS_PER_MB = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrs
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process, in MiB."""
+    """Returns the peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on; a package that is not installed is left out."""
+    """Returns the versions of Python and of the packages on which results depend, if they are installed."""
     stated = {"python": platform.python_version()}
     for package in _STATED:
         try:

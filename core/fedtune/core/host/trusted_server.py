@@ -1,4 +1,4 @@
-"""How a device trusts its fleet's server: by its one certificate authority, and by its clock where they differ.
+"""A device's trust in its fleet's server: its pinned certificate authority, and the server's clock.
 
 context = trusting(authority)
 clock = ServerClock()
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
-MAX_CLOCK_ERROR = 2.0  # seconds that a signed time may be off without being refused
+MAX_CLOCK_ERROR = 2.0  # seconds by which a signed time may differ without being refused
 
 
 def trusting(authority: bytes) -> ssl.SSLContext:
-    """Returns a TLS context that trusts one certificate authority, PEM, and checks certificate and host name."""
+    """Returns a TLS context that trusts only one certificate authority, PEM, and checks certificate and host name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=authority.decode("ascii"))
@@ -26,10 +26,10 @@ def trusting(authority: bytes) -> ssl.SSLContext:
 
 
 class ServerClock:
-    """The server's time, as far as it is known.
+    """The server's time, as this device estimates it.
 
     Args:
-        local: this device's own clock, seconds since 1970.
+        local: returns the time of this device's own clock, seconds since 1970.
     """
 
     def __init__(self, local: Callable[[], float] = time.time) -> None:
@@ -39,17 +39,17 @@ class ServerClock:
         """Seconds by which this device's clock is ahead of the server's, as far as it had to be corrected."""
 
     def now(self) -> float:
-        """Seconds since 1970."""
+        """Returns seconds since 1970."""
         return self._local() - self.ahead
 
     def note(self, date: str | None) -> None:
-        """Measures by the date of a server's answer."""
+        """Measures the difference of the clocks by the date of a server's answer."""
         if date:
-            with suppress(ValueError):  # a proxy's own idea of a date
+            with suppress(ValueError):  # a proxy may send a malformed date
                 self._measured = self._local() - parsedate_to_datetime(date).timestamp()
 
     def correct(self) -> bool:
-        """Takes over the server's clock as last measured; False where it was the one in use already."""
+        """Adopts the last measured difference to the server's clock; returns False if it was in use already."""
         if abs(self._measured - self.ahead) <= MAX_CLOCK_ERROR:
             return False
         self.ahead = self._measured

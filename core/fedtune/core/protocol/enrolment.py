@@ -187,7 +187,7 @@ class Bundle:
                 f"{path}: not a bundle of this version; expected a file that `fedtune server enroll` wrote"
             )
         if set(content) != expected or not all(isinstance(content[key], str) for key in expected - {"roster"}):
-            raise InputError(f"{path}: the bundle is incomplete; enrol the device anew")
+            raise InputError(f"{path}: the bundle is incomplete; enrol the device again")
         try:
             bundle = cls(
                 check_name(content["name"]),
@@ -200,7 +200,7 @@ class Bundle:
             )
             bundle._check()
         except (ValueError, FedtuneError) as error:
-            raise InputError(f"{path}: the bundle is damaged ({error}); enrol the device anew") from None
+            raise InputError(f"{path}: the bundle is damaged ({error}); enrol the device again") from None
         return bundle
 
     def _check(self) -> None:

@@ -1,8 +1,8 @@
-"""Messages between server and clients: the actions that a client is asked for, and typed payloads <-> bytes.
+"""Messages between server and clients: the types of requests to a client, and typed payloads with their form as bytes.
 
 A round in the clear is one `TRAIN`. A secure round is `SECURE_EXCHANGES`, in their order;
-`fedtune.strategies.secure_sum` describes their content. One payload is one msgpack array of bounded size, tagged with
-its kind, and travels as one byte array whatever carries it:
+`fedtune.strategies.secure_sum` describes their content. A payload is one msgpack array of bounded size, tagged with its
+kind, and travels as one byte array over any transport:
 
     data = encode(TrainRequest(...))
     request = decode(data, TrainRequest)

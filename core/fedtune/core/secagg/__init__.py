@@ -1,7 +1,7 @@
 """Secure aggregation, sans I/O: the server learns the sum over the survivors of a round and nothing else.
 
-`ClientSession` and `ServerSession` take messages and return messages through five exchanges; docs/secure-aggregation.md
-states the threat model, the protocol byte by byte, and what is not promised.
+`ClientSession` and `ServerSession` take messages and return messages through five exchanges.
+docs/secure-aggregation.md states the threat model, the protocol byte by byte, and the limits of its guarantees.
 """
 
 from fedtune.core.errors import ClientFaultError, RoundAbortedError, ServerFaultError

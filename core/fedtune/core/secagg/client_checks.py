@@ -1,6 +1,6 @@
-"""What a client asks of each message of the server before it answers; whatever falls short raises `ServerFaultError`.
+"""A client's checks of the server's messages before it answers; each raises `ServerFaultError` if a message fails it.
 
-None of these changes anything: a client that has refused a message is where it was, and may get a better one.
+No check changes any state: a client that has refused a message may still receive a valid one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
 
 def check_config(config: RoundConfig, policy: Policy, roster: Roster) -> None:
-    """Asks for a configuration that agrees with itself, with the client's policy and with its roster."""
+    """Checks that a configuration is consistent in itself, with the client's policy and with its roster."""
     found = config_problems(config) or policy_problems(config, policy)
     if found:
         raise ServerFaultError("configuration: " + "; ".join(found))
@@ -30,10 +30,10 @@ def check_config(config: RoundConfig, policy: Policy, roster: Roster) -> None:
 
 
 def own_index(config: RoundConfig, client: str, public: bytes, roster: Roster) -> int:
-    """This client's index in the cohort.
+    """Returns this client's index in the cohort.
 
     Args:
-        public: its identity key, which the roster must name.
+        public: identity key of the client, which the roster must list.
     """
     invited = [index for index, member in enumerate(config.cohort) if member.client == client]
     if not invited or roster.keys[client] != public:
@@ -42,7 +42,7 @@ def own_index(config: RoundConfig, client: str, public: bytes, roster: Roster) -
 
 
 def check_holdings(config: RoundConfig, base_digest: str, adapter_digest: str) -> None:
-    """Asks that the round trains the base model and the adapter which this client holds."""
+    """Checks that the round trains the base model and the adapter that this client holds."""
     asked, loaded = (config.base_digest, config.adapter_digest), (base_digest, adapter_digest)
     for what, theirs, ours in zip(("base", "adapter"), asked, loaded, strict=True):
         if theirs != ours:
@@ -50,13 +50,13 @@ def check_holdings(config: RoundConfig, base_digest: str, adapter_digest: str) -
 
 
 def check_later(mark: RoundMark, last: RoundMark | None) -> None:
-    """Asks for a round, or an attempt at it, after the last one that this client served."""
+    """Checks that the round, or the attempt at it, is later than the last one that this client served."""
     if last is not None and mark <= last:
         raise ServerFaultError(f"configuration: round {mark} is not after {last}, the last one served")
 
 
 def check_keys(config: RoundConfig, digest: bytes, roster: Roster, own: KeyEntry, keys: KeyList) -> None:
-    """Asks for keys that are fresh, strong and signed by enough of the cohort, this client's own among them.
+    """Checks that keys are distinct, strong and signed by enough clients, and that this client's own are among them.
 
     Args:
         digest: H(cfg).
@@ -80,7 +80,7 @@ def check_keys(config: RoundConfig, digest: bytes, roster: Roster, own: KeyEntry
 def opened_pair(
     transcript: Transcript, key: bytes, sender: int, receiver: int, encrypted: bytes
 ) -> tuple[bytes, bytes]:
-    """Returns the sender's shares of b and of σ, each 32 bytes, out of what the server passed on to the receiver."""
+    """Decrypts the sender's shares of b and of σ, each 32 bytes, for the receiver."""
     opened = unseal(key, encrypted, transcript.associated_data(sender, receiver))
     client = transcript.config.cohort[sender].client
     if opened is None:
@@ -98,7 +98,7 @@ def opened_pair(
 def check_votes(
     transcript: Transcript, roster: Roster, sharers: frozenset[int], survivors: frozenset[int], quorum: Quorum
 ) -> None:
-    """Asks for a quorum of survivors that have signed these two sets, U2 and U3."""
+    """Checks that a quorum of survivors has signed these two sets, U2 and U3."""
     config = transcript.config
     voters = index_set(quorum.voters, survivors, None, "voters")
     if len(voters) < config.quorum:
@@ -112,7 +112,10 @@ def check_votes(
 
 
 def index_set(listed: Sequence[int], within: Iterable[int], own: int | None, what: str) -> frozenset[int]:
-    """A list of client indices as a set: increasing, part of the set before it, with this client where it must be."""
+    """Returns a list of client indices as a set, after checks.
+
+    The list must be increasing, a part of the set before it, and contain this client where it must be in it.
+    """
     found = frozenset(listed)
     if not increasing(listed):
         raise ServerFaultError(f"{what}: client indices must be strictly increasing")
@@ -124,7 +127,7 @@ def index_set(listed: Sequence[int], within: Iterable[int], own: int | None, wha
 
 
 def check_enough(config: RoundConfig, present: Iterable[int], what: str) -> None:
-    """Asks that these clients are enough to be summed, in all and in every tier."""
+    """Checks that these clients are enough to be summed, in total and in every tier."""
     missing = shortfall(config, present)
     if missing:
         raise ServerFaultError(f"{what}: {missing}")
@@ -134,7 +137,7 @@ def checked_update(config: RoundConfig, own: int, update: Mapping[str, Words]) -
     """Returns a copy of this client's update by segment index, in machine words that masks can be added to.
 
     Raises:
-        UpdateError: it does not fit the segments of the client's tier.
+        UpdateError: the update does not fit the segments of the client's tier.
     """
     wanted = segments_of(config, own)
     names = {config.segments[segment].name for segment in wanted}

@@ -1,4 +1,4 @@
-"""The client's side of one round: five messages in, five messages out, no sockets, no clock.
+"""The client's side of one secure round: five messages in, five messages out, without sockets or a clock.
 
     session = ClientSession("phone-7", identity, roster, policy, log)
     reply = session.advertise(message, base_digest=..., adapter_digest=...)     # exchange 0
@@ -7,9 +7,9 @@
     reply = session.vote(message)                                               # exchange 3
     reply = session.unmask(message)                                             # exchange 4; the session is over
 
-`EXCHANGES` is the state machine: which message is accepted in which state, and which state follows. A message that is
-out of order, malformed or dishonest raises `ServerFaultError` and leaves the session as it was. All that one round
-shows the server is the sum over at least the minimum of survivors, who took part, and sizes.
+`EXCHANGES` is the state machine: it lists the message that each state accepts, and the state that follows. A message
+that is out of order, malformed or dishonest raises `ServerFaultError` and does not change the session. From one round
+the server learns only the sum over at least the minimum of survivors, the participants, and sizes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SharePair = tuple[Secret, Secret]
 
 @dataclass(frozen=True)
 class State:
-    """Where a client is in the round; holds what it knows there and nothing more.
+    """The state of a client in the round, with only the values that it still needs.
 
     In every state that has it, `index` is this client's own index in the cohort.
     """
@@ -88,12 +88,12 @@ class State:
 
 @dataclass(frozen=True)
 class Idle(State):
-    """Nothing has come yet."""
+    """The client has received no message yet."""
 
 
 @dataclass(frozen=True)
 class Advertised(State):
-    """The keys are out. `self_seed` is b, `mask_seed` is σ, `share_key` the X25519 key for sharing."""
+    """The client has sent its keys. `self_seed` is b, `mask_seed` is σ, `share_key` is the X25519 key for sharing."""
 
     config: RoundConfig
     digest: bytes
@@ -111,7 +111,7 @@ class Advertised(State):
 
 @dataclass(frozen=True)
 class _Transcribed(State):
-    """The key list is known, and so all that the round's keys and statements are bound to."""
+    """The client knows the key list, and so the transcript to which all keys and statements of the round are bound."""
 
     transcript: Transcript
     index: int
@@ -122,7 +122,7 @@ class _Transcribed(State):
 
 @dataclass(frozen=True)
 class Shared(_Transcribed):
-    """The shares are out. `open_keys` decrypt the shares of others; `kept` is this client's pair of its own secrets."""
+    """The client has sent its shares. `open_keys` decrypt others' shares; `kept` is the client's own pair."""
 
     self_seed: Secret
     mask_seed: Secret
@@ -135,7 +135,7 @@ class Shared(_Transcribed):
 
 @dataclass(frozen=True)
 class Masked(_Transcribed):
-    """The masked input is out; only other clients' shares (and the kept pair) are left. `sharers` is U2."""
+    """The client has sent its masked update; it keeps only other clients' shares and its own pair. `sharers` is U2."""
 
     sharers: frozenset[int]
     held: dict[int, SharePair]
@@ -146,7 +146,7 @@ class Masked(_Transcribed):
 
 @dataclass(frozen=True)
 class Voted(_Transcribed):
-    """The survivor set U3 is signed, and this client will never agree to another."""
+    """The client has signed the survivor set U3, and will never agree to another."""
 
     sharers: frozenset[int]
     survivors: frozenset[int]
@@ -158,20 +158,20 @@ class Voted(_Transcribed):
 
 @dataclass(frozen=True)
 class Ended(State):
-    """The shares are revealed, or the session was closed; no secret is left and nothing is accepted."""
+    """The client has revealed its shares, or the session was closed; no secret is left and no message is accepted."""
 
 
 @dataclass
 class ClientSession:
-    """One client in one round; a new round needs a new session.
+    """The session of one client in one round; a new round needs a new session.
 
     Attributes:
-        client: this client's name in the roster.
-        identity: its long-lived key.
-        roster: the pinned identity keys of the fleet.
-        policy: what this client insists on.
-        log: the last round it served, job by job.
-        random: the source of all its secrets.
+        client: name of this client in the roster.
+        identity: long-lived key of this client.
+        roster: pinned identity keys of the fleet.
+        policy: requirements of this client.
+        log: last round that this client served, by job.
+        random: source of all its secrets.
     """
 
     client: str
@@ -183,28 +183,28 @@ class ClientSession:
     state: State = field(default_factory=Idle, init=False, repr=False)
 
     def advertise(self, message: bytes, *, base_digest: str, adapter_digest: str) -> bytes:
-        """Exchange 0: takes the configuration, gives this client's signed keys for the round.
+        """Takes the configuration and returns this client's signed keys for the round (exchange 0).
 
         Args:
-            base_digest, adapter_digest: of the base model and the adapter this client really holds.
+            base_digest, adapter_digest: digests of the base model and the adapter that this client really holds.
 
         Raises:
-            ServerFaultError: the configuration contradicts itself, asks for less care than the policy, invites unknown
-                clients, belongs to another adapter, or is of a round that was served before.
+            ServerFaultError: the configuration contradicts itself, is weaker than the policy, invites unknown clients,
+                belongs to another adapter, or is of a round that was served before.
         """
         return self._exchange(RoundConfig, message, base_digest, adapter_digest)
 
     def share(self, message: bytes) -> bytes:
-        """Exchange 1: takes everybody's keys, gives this client's shares, each sealed for its holder.
+        """Takes all clients' keys and returns this client's shares, each encrypted for its holder (exchange 1).
 
         Raises:
-            ServerFaultError: a key is not signed by its client, is repeated or is weak, this client's own entry is not
-                what it sent, or too few clients are left.
+            ServerFaultError: a key is not signed by its client, is repeated or is weak, this client's own entry differs
+                from the keys that it sent, or too few clients are left.
         """
         return self._exchange(KeyList, message)
 
     def mask(self, message: bytes, update: Mapping[str, Words]) -> bytes:
-        """Exchange 2: takes the shares of others, gives the masked update.
+        """Takes the shares of others and returns the masked update (exchange 2).
 
         y_i = u_i + PRG(b_i) + Σ_{j>i} PRG(s_ij) − Σ_{j<i} PRG(s_ij)   mod 2^ℓ, on every segment, j in U2
 
@@ -212,24 +212,25 @@ class ClientSession:
             update: for each segment of this client's tier, unsigned words of shape (length,), none above its limit.
 
         Raises:
-            ServerFaultError: U2 is not a part of U1 with this client in it, is too small, or a share does not decrypt.
+            ServerFaultError: U2 is not a subset of U1 that contains this client, is too small, or a share does not
+                decrypt.
             UpdateError: the update does not fit the segments.
         """
         return self._exchange(Delivery, message, update)
 
     def vote(self, message: bytes) -> bytes:
-        """Exchange 3: takes the survivor set, gives this client's signature over it.
+        """Takes the survivor set and returns this client's signature over it (exchange 3).
 
         Raises:
-            ServerFaultError: U3 is not a part of U2 with this client in it, or is too small.
+            ServerFaultError: U3 is not a subset of U2 that contains this client, or is too small.
         """
         return self._exchange(Survivors, message)
 
     def unmask(self, message: bytes) -> bytes:
-        """Exchange 4: takes the votes, gives for each owner the share of b if it survived, else the share of σ.
+        """Takes the votes; returns for each owner the share of b if it survived, else the share of σ (exchange 4).
 
-        From here on the log refuses every further attempt at this round: were the same update summed once more without
-        somebody's, the difference of the two sums would be that client's.
+        From here on the log refuses every further attempt at this round: if the same updates were summed again without
+        one client, the difference of the two sums would be that client's update.
 
         Raises:
             ServerFaultError: there is no quorum of valid votes for exactly the sets that this client signed.
@@ -237,11 +238,11 @@ class ClientSession:
         return self._exchange(Quorum, message)
 
     def close(self) -> None:
-        """Ends the session wherever it is and wipes its secrets."""
+        """Ends the session in any state and wipes its secrets."""
         self._move(Ended())
 
     def _exchange(self, kind: type[Message], data: bytes, *inputs: Any) -> bytes:
-        """Carries out the exchange that the table names for this state, if it is the one about this kind of message."""
+        """Carries out the exchange that the table lists for this state, if it takes this kind of message."""
         exchange = EXCHANGES.get(type(self.state))
         if exchange is None or exchange.message is not kind:
             at = type(self.state).__name__.lower()
@@ -255,7 +256,7 @@ class ClientSession:
         return encode(reply)
 
     def _decoded(self, kind: type[Message], data: bytes) -> Message:
-        """Returns the message, if it is of this kind and of this round."""
+        """Decodes a message, which must be of this kind and of this round."""
         agreed = self.state.agreed()
         try:
             message = decode(data, kind, size_limit(kind, agreed[0]) if agreed else MAX_CONFIG_BYTES)
@@ -266,7 +267,7 @@ class ClientSession:
         return message
 
     def _move(self, after: State) -> None:
-        """Enters a state; secrets that are not carried over into it are wiped."""
+        """Enters a state, and wipes secrets that it does not keep."""
         carried = {id(secret) for secret in after.secrets()}
         before, self.state = self.state, after
         for secret in before.secrets():
@@ -364,10 +365,10 @@ class Exchange(Generic[S, M, T]):
     """One row of the state machine.
 
     Attributes:
-        state: where it is carried out.
-        message: the kind that it takes; every other is out of order there.
-        answer: checks the message and gives the state after it and the reply, or raises and changes nothing.
-        after: the state that follows.
+        state: state in which it is carried out.
+        message: kind of message that it takes; every other kind is out of order there.
+        answer: checks the message and returns the next state and the reply, or raises and changes nothing.
+        after: state that follows.
     """
 
     state: type[S]

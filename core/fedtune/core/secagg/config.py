@@ -1,4 +1,4 @@
-"""The round's configuration: made by the server, checked by all, measured by each client against its own policy."""
+"""The configuration of a secure round: the server makes it, and each client checks it against its own policy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
 
 @dataclass(frozen=True)
 class Policy:
-    """What a client insists on, whatever the server says.
+    """A client's own requirements for a secure round, which no server can lower.
 
     Attributes:
-        max_corrupt: the part of the cohort that may collude with the server, γ.
-        min_survivors: the fewest clients the client agrees to be summed with, itself included.
-        min_tier_survivors: the same within every tier; segments of one tier are summed over that tier alone.
-        min_tier_honest: the fewest of them that must be left if all who may collude are in that tier.
+        max_corrupt: share of the cohort that may collude with the server, γ.
+        min_survivors: fewest clients with which the client agrees to be summed, itself included.
+        min_tier_survivors: fewest survivors within every tier; segments of one tier are summed over that tier alone.
+        min_tier_honest: fewest of them that must be honest if all colluding clients are in that tier.
     """
 
     max_corrupt: float = 0.1
@@ -33,12 +33,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Subject:
-    """The round that a configuration is for; clients agree on nothing that belongs to another.
+    """The round for which a configuration is made; clients refuse one for another round.
 
     Attributes:
-        job: names the run.
-        base_digest, adapter_digest: of the base model and of the adapter that is sent, in hexadecimal.
-        context: whatever else all must agree on, such as a digest of the codec's terms.
+        job: name of the run.
+        base_digest, adapter_digest: digests of the base model and of the adapter that is sent, in hexadecimal.
+        context: further data on which all must agree, such as a digest of the codec's terms.
     """
 
     job: str
@@ -50,12 +50,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The failures that a round must bear.
+    """The failures that a round must tolerate.
 
     Attributes:
-        max_corrupt: the part of the cohort that may collude with the server, γ.
-        max_dropout: the part that may be gone before the round is over.
-        min_tier_survivors: the fewest that a tier is summed over.
+        max_corrupt: share of the cohort that may collude with the server, γ.
+        max_dropout: share that may drop out before the round is over, δ.
+        min_tier_survivors: fewest clients over which a tier is summed.
     """
 
     max_corrupt: float
@@ -106,7 +106,7 @@ def thresholds_of(config: RoundConfig) -> Thresholds:
 
 
 def config_problems(config: RoundConfig) -> list[str]:
-    """What makes a configuration contradict itself, whoever wrote it; empty when nothing does."""
+    """Returns the contradictions within a configuration; empty when there are none."""
     n = len(config.cohort)
     found = []
     repeated = [client for client, times in Counter(member.client for member in config.cohort).items() if times > 1]
@@ -133,7 +133,7 @@ def config_problems(config: RoundConfig) -> list[str]:
 
 
 def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
-    """Where a configuration asks a client for less care than its own policy; empty when nowhere."""
+    """Returns the points in which a configuration is weaker than a client's policy; empty when there are none."""
     found = problems(thresholds_of(config), policy.max_corrupt)
     if config.minimum < policy.min_survivors:
         found.append(f"a minimum of {config.minimum} survivors is below this client's {policy.min_survivors}")
@@ -146,10 +146,10 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
 
 
 def shortfall(config: RoundConfig, present: Iterable[int]) -> str | None:
-    """Why these clients are too few to be summed: fewer than the minimum, or a tier below its own; None if enough.
+    """Returns the reason why these clients are too few to be summed, in total or in a tier; None if they are enough.
 
     Args:
-        present: their indices in the cohort.
+        present: indices of the clients in the cohort.
     """
     clients = list(present)
     if len(clients) < config.minimum:

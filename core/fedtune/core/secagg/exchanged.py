@@ -1,4 +1,4 @@
-"""The messages of the five exchanges, as bytes and back, every size bounded.
+"""The messages of the five exchanges and their form as bytes, with every size bounded.
 
     exchange          server to client        client to server
     0  advertise      RoundConfig             Advertisement
@@ -7,9 +7,9 @@
     3  consistency    Survivors               Vote
     4  unmask         Quorum                  Reveal
 
-A message is one msgpack array, its name first. Clients are named by their *client index*, the position in the
-configuration's cohort. Lists of client indices are strictly increasing, and values for each client of an agreed list
-are joined without lengths. A message has one form only: bytes that would not be written again the same way are refused.
+A message is one msgpack array that begins with its name. Clients are identified by their *client index*, the position
+in the configuration's cohort. Lists of client indices are strictly increasing, and the values for each client of an
+agreed list are joined without lengths. Every message has exactly one form as bytes; other bytes are refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_CONTEXT = 64 << 10
 ENCRYPTED_SHARE_BYTES = 2 * ELEMENT_BYTES + TAG_BYTES
 MAX_CONFIG_BYTES = 8 << 20
 
-_NAME_OVERHEAD = 64  # more than any message's name, list headers and config digest take beside what is counted
+_NAME_OVERHEAD = 64  # more than a message's name, list headers and config digest take besides the counted parts
 _INDEX_BYTES = 3  # msgpack takes at most this for a number below MAX_COHORT
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -52,18 +52,18 @@ Index = Annotated[int, Meta(ge=0, lt=MAX_TIERS)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Base of everything that travels."""
+    """The base class of all messages."""
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A vector that is summed in its own ring over the clients of some tiers.
 
     Attributes:
-        name: distinct within the round.
-        length: the words of it.
-        bits: ℓ, the ring is the integers modulo 2^ℓ.
-        limit: the greatest word one client may contribute.
-        tiers: the tiers that carry it, strictly increasing.
+        name: name, distinct within the round.
+        length: number of words.
+        bits: ℓ, where the ring is the integers modulo 2^ℓ.
+        limit: largest word that one client may contribute.
+        tiers: tiers that carry it, strictly increasing.
     """
 
     name: Name
@@ -81,16 +81,16 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class RoundConfig(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Everything both sides must agree on; its digest is bound into every later statement.
+    """The configuration of a round, on which both sides must agree; every later statement includes its digest.
 
     Attributes:
-        job, round, attempt: which round; an aborted one is tried again under the next attempt.
-        nonce: drawn by the server for this round.
-        base_digest, adapter_digest: what the client must have loaded before it trains.
-        context: the codec's public parameters (selection seed, clip, bits), opaque here.
-        cohort: the invited clients; a position is a client index.
-        tier_minimums: for each tier, the survivors below which the round has no sum.
-        segments: what is summed.
+        job, round, attempt: identity of the round; an aborted round is tried again under the next attempt.
+        nonce: random bytes that the server draws for this round.
+        base_digest, adapter_digest: digests of the base model and the adapter that the client must have loaded.
+        context: public parameters of the codec (selection seed, clip, bits), opaque here.
+        cohort: invited clients; a position is a client index.
+        tier_minimums: for each tier, the number of survivors below which the round has no sum.
+        segments: vectors that are summed.
         degree, threshold, quorum, minimum: see `graph.Thresholds`.
     """
 
@@ -120,7 +120,7 @@ class Advertisement(Message, frozen=True, array_like=True, tag=True, forbid_unkn
 
 
 class KeyEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One client's advertisement as everybody gets to see it."""
+    """One client's advertisement, as the server relays it to all clients."""
 
     client_index: ClientIndex
     share_key: Key
@@ -129,7 +129,7 @@ class KeyEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class KeyList(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The keys of all who advertised, by increasing client index: the set U1."""
+    """The keys of all clients that advertised, by increasing client index: the set U1."""
 
     config: Digest
     entries: Annotated[tuple[KeyEntry, ...], Meta(max_length=MAX_COHORT)]
@@ -144,7 +144,7 @@ class EncryptedShares(Message, frozen=True, array_like=True, tag=True, forbid_un
 
 
 class Delivery(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Who has shared (the set U2), and the encrypted shares for one client from the others in U2, by client index."""
+    """The sharers (the set U2), and the encrypted shares for one client from the others in U2, by client index."""
 
     config: Digest
     sharers: ClientIndices
@@ -159,7 +159,7 @@ class MaskedInput(Message, frozen=True, array_like=True, tag=True, forbid_unknow
 
 
 class Survivors(Message, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Whose masked input is in the sum: the set U3."""
+    """The clients whose masked update is in the sum: the set U3."""
 
     config: Digest
     survivors: ClientIndices
@@ -191,7 +191,7 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """Returns the one byte form of a message."""
+    """Returns the one form of a message as bytes."""
     return msgspec.msgpack.encode(message)
 
 
@@ -199,7 +199,8 @@ def decode(data: bytes, expected: type[M], limit: int) -> M:
     """Reads a message of the expected kind.
 
     Raises:
-        PeerError: longer than `limit`, not such a message, a field out of bounds, or not in the one byte form.
+        PeerError: the bytes are longer than `limit`, not such a message, not in its one form as bytes, or a field is
+            out of bounds.
     """
     kind = expected.__name__
     if len(data) > limit:
@@ -231,12 +232,12 @@ def size_limit(expected: type[Message], config: RoundConfig) -> int:
 
 
 def increasing(indices: Sequence[int]) -> bool:
-    """Returns whether a list of indices is in its one form: strictly increasing, so without repetition."""
+    """Returns whether a list of indices is strictly increasing, and so without repetition."""
     return all(before < after for before, after in pairwise(indices))
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:
-    """Cuts bytes into the equal pieces that they were joined from."""
+    """Cuts bytes into the pieces of equal size from which they were joined."""
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 

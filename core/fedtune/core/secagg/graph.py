@@ -1,9 +1,9 @@
-"""Who masks with whom and who holds whose shares: the communication graph and the thresholds that make it safe.
+"""The communication graph, which pairs clients for masks and shares, and the thresholds that make it safe.
 
-Up to `COMPLETE_UP_TO` clients everybody is joined with everybody. Above, a k-regular graph: the clients on a circle in
-a drawn order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
+Up to `COMPLETE_UP_TO` clients the graph is complete. Above, it is k-regular: the clients lie on a circle in a random
+order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
 
-Fractions: γ (`corrupt`) of the cohort colludes with the server, δ (`dropout`) vanishes.
+A share γ (`corrupt`) of the cohort colludes with the server, and a share δ (`dropout`) vanishes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 from fedtune.core.errors import JobError
 
 COMPLETE_UP_TO = 200
-MIN_SURVIVORS = 3  # fewest clients that anybody should agree to be summed with, themselves included
+MIN_SURVIVORS = 3  # fewest clients with which a client should agree to be summed, itself included
 SECURITY_BITS = 40  # a cohort is unsafe with probability at most 2^-40 ...
 ABORT_BITS = 20  # ... and cannot be unmasked, although few enough dropped out, with probability at most 2^-20
 
-_ROUNDING = 1e-9  # 0.29 * 100 is a hair under 29
+_ROUNDING = 1e-9  # in floats, 0.29 * 100 is slightly less than 29
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a cohort of `cohort` invited clients must keep to.
+    """The thresholds for a cohort of `cohort` invited clients.
 
     Attributes:
-        degree: k, the neighbours each client masks with and shares to; cohort − 1 for the complete graph.
-        threshold: t, the shares that recover a secret.
-        quorum: q, the signatures over one and the same survivor set that a client wants before it reveals anything.
-        minimum: n_min, the survivors below which a round has no sum.
+        degree: k, the number of neighbours with which each client masks and shares; cohort − 1 in the complete graph.
+        threshold: t, the number of shares that recover a secret.
+        quorum: q, the number of signatures over the same survivor set that a client requires before it reveals shares.
+        minimum: n_min, the number of survivors below which a round has no sum.
     """
 
     cohort: int
@@ -55,7 +55,7 @@ def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds
     Complete graph: t = q = floor((n + floor(γn))/2) + 1. Sparse graph: `sparse_parameters`. n_min = n − floor(δn).
 
     Raises:
-        JobError: no thresholds do, with the largest dropout or the smallest corruption that would.
+        JobError: no thresholds are safe; the message has the nearest parameters that would be.
     """
     minimum = cohort - part(dropout, cohort)
     quorum = majority(cohort, part(corrupt, cohort))
@@ -70,7 +70,7 @@ def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds
 
 
 def problems(thresholds: Thresholds, corrupt: float) -> list[str]:
-    """Why somebody else's thresholds are not safe when `corrupt` of the cohort colludes; empty when they are."""
+    """Returns the reasons why thresholds are not safe when `corrupt` of the cohort colludes; empty when they are."""
     n, k, t, q = thresholds.cohort, thresholds.degree, thresholds.threshold, thresholds.quorum
     colluding = part(corrupt, n)
     found = []
@@ -124,22 +124,25 @@ def sparse_parameters(cohort: int, corrupt: float, dropout: float, lying_server:
 
 
 def part(fraction: float, cohort: int) -> int:
-    """floor(fraction · cohort), exact for fractions written in decimals."""
+    """Returns floor(fraction · cohort), exact for fractions written in decimals."""
     return floor(fraction * cohort + _ROUNDING)
 
 
 def majority(holders: int, colluding: int) -> int:
-    """The smallest number with 2·number > holders + colluding: honest holders, who speak once, cannot fill it twice."""
+    """Returns the smallest number with 2·number > holders + colluding.
+
+    Honest holders answer once, so no two different sets of answers can both have this number.
+    """
     return (holders + colluding) // 2 + 1
 
 
 class Graph:
-    """A regular graph on some clients of a cohort, symmetric, the same for everybody who knows the seed.
+    """A regular, symmetric graph on some clients of a cohort, which follows from a seed.
 
     Args:
-        clients: their indices in the cohort, distinct.
+        clients: indices of the clients in the cohort, distinct.
         degree: k; len(clients) − 1 or more gives the complete graph, otherwise an even number.
-        seed: orders the circle by SHA-256(seed ‖ client index), client index as 4 big-endian bytes.
+        seed: seed of the circle's order by SHA-256(seed ‖ client index), client index as 4 big-endian bytes.
     """
 
     def __init__(self, clients: Iterable[int], degree: int, seed: bytes) -> None:
@@ -151,7 +154,7 @@ class Graph:
         self._position = {client: position for position, client in enumerate(self._circle)}
 
     def neighbours(self, client: int) -> frozenset[int]:
-        """Returns the clients joined to this one, which is not among them; none for a client outside the graph."""
+        """Returns the clients joined to this one, without itself; none for a client outside the graph."""
         if client not in self._position:
             return frozenset()
         if self.complete:
@@ -161,7 +164,7 @@ class Graph:
         return frozenset(self._circle[(here + step) % size] for step in steps)
 
     def holders(self, owner: int) -> frozenset[int]:
-        """The clients that hold shares of the owner's secrets: its neighbours, and in the complete graph itself.
+        """Returns the holders of the owner's shares: its neighbours, and in the complete graph also itself.
 
         In the complete graph every survivor's share may be needed, so the owner keeps one too; the thresholds count it.
         """
@@ -190,7 +193,7 @@ def _likely_corrupt_neighbours(n: int, k: int, colluding: int) -> int:
 
 
 def _hypergeometric(n: int, marked: int, drawn: int) -> NDArray[np.float64]:
-    """P[X = x] for x = 0 ... drawn, where X counts the marked among `drawn` out of n without replacement."""
+    """Returns P[X = x] for x = 0 ... drawn, where X counts the marked among `drawn` out of n without replacement."""
     log_factorial = _log_factorials(n)
     x = np.arange(drawn + 1)
     possible = x[(x <= marked) & (drawn - x <= n - marked)]
@@ -214,7 +217,7 @@ def _log_factorials(n: int) -> NDArray[np.float64]:
 
 
 def _nearest(cohort: int, corrupt: float, dropout: float) -> str:
-    """Returns the sentence that refuses the parameters and says which nearby ones can be met."""
+    """Returns the sentence that refuses the parameters and names the nearest ones that can be met."""
     wanted = (
         f"secure aggregation with {cohort} clients cannot stand max_corrupt = {corrupt} and max_dropout = {dropout}"
     )

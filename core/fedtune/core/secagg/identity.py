@@ -1,7 +1,7 @@
-"""Identity across rounds: a device's long-lived key, the roster it pins, and the memory of the last round it served.
+"""Identity across rounds: a device's long-lived key, the roster that it pins, and the log of the last round it served.
 
-A roster is what the whole protocol stands on: it must reach a device from whoever enrols the fleet, not from the server
-of the round. Whoever writes rosters can enrol clients that do not exist.
+The whole protocol relies on the roster: a device must receive it from the person who enrols the fleet, not from the
+server of the round. The author of a roster could enrol clients that do not exist.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fedtune.core.errors import InputError
 from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
 
 MAX_LOG_BYTES = 1 << 20
-_MARK_BYTES = 40  # by which one may grow
+_MARK_BYTES = 40  # bytes by which one mark may grow
 MAX_NAME = 128
 
 
 class Identity:
-    """An Ed25519 key that says which device is speaking [RFC 8032]. Made once, kept on the device."""
+    """The Ed25519 key that identifies a device [RFC 8032]. It is made once and kept on the device."""
 
     def __init__(self, private: bytes) -> None:
         self._private = Secret(private)
@@ -41,7 +41,7 @@ class Identity:
         """Reads a key that `save` wrote.
 
         Raises:
-            InputError: no such file, others may read it, or it does not hold a key.
+            InputError: the file does not exist, others may read it, or it does not hold a key.
         """
         try:
             if path.stat().st_mode & 0o077:
@@ -59,7 +59,7 @@ class Identity:
         _write_atomically(path, self._private.value.hex() + "\n")
 
     def sign(self, statement: bytes) -> bytes:
-        """Returns the signature over a statement; statements are made by `framed`, whose label is the domain tag."""
+        """Returns the signature over a statement made by `framed`, whose label is the domain tag."""
         return Ed25519PrivateKey.from_private_bytes(self._private.value).sign(statement)
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class Roster:
     """The public identity key of every enrolled device, by client name.
 
     Raises:
-        InputError: a name or key is malformed, or two clients have one key: one device would count as two.
+        InputError: a name or key is malformed, or two clients have the same key, so that one device would count twice.
     """
 
     keys: Mapping[str, bytes] = field(repr=False)
@@ -88,7 +88,7 @@ class Roster:
             seen[key] = client
 
     def verify(self, client: str, statement: bytes, signature: bytes) -> bool:
-        """Returns whether this client, as pinned here, signed the statement; False for a client that is not pinned."""
+        """Returns whether this client signed the statement; False for a client that is not in the roster."""
         key = self.keys.get(client)
         if key is None:
             return False
@@ -100,29 +100,29 @@ class Roster:
 
     @property
     def digest(self) -> bytes:
-        """One hash for the whole roster, for people to compare over another channel."""
+        """A hash of the whole roster, for people to compare over another channel."""
         return digest("roster", *(part for name in sorted(self.keys) for part in (name.encode(), self.keys[name])))
 
 
 class RoundMark(NamedTuple):
-    """Which attempt at which round; later ones compare greater."""
+    """The number of a round and of an attempt at it; later marks compare greater."""
 
     round: int
     attempt: int
 
 
 class RoundLog(Protocol):
-    """Remembers the last round a client took part in, job by job, across restarts."""
+    """The log of the last round in which a client took part, by job, across restarts."""
 
     def last(self, job: str) -> RoundMark | None:
         """Returns the last mark recorded for the job."""
 
     def record(self, job: str, mark: RoundMark) -> None:
-        """Remembers the mark; must be on disk, where there is one, before it returns."""
+        """Records the mark; a log on disk must be written before this returns."""
 
 
 class MemoryRoundLog:
-    """A round log for clients that live as long as their process: simulation and tests."""
+    """A round log in memory, for clients that exist only as long as their process, in simulations and tests."""
 
     def __init__(self) -> None:
         self._marks: dict[str, RoundMark] = {}
@@ -137,8 +137,8 @@ class MemoryRoundLog:
 class FileRoundLog:
     """A round log in one JSON file, replaced atomically; a crash leaves the old or the new one.
 
-    A file that cannot be read is an error, never an empty log: forgetting a round is what an attacker wants. Nor may a
-    server that names ever more jobs make the log too large to be read: a full one takes no further job.
+    A file that cannot be read is an error, never an empty log, since a forgotten round would help an attacker. The log
+    has a largest number of jobs, so that a server that names ever more jobs cannot make it too large to be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,7 +151,7 @@ class FileRoundLog:
         marks = self._read()
         content = json.dumps({**marks, job: mark}) + "\n"
         if job not in marks and len(content) + _MARK_BYTES * len(marks) > MAX_LOG_BYTES:
-            raise InputError(f"{self._path}: the round log is full after {len(marks)} jobs; leave and join anew")
+            raise InputError(f"{self._path}: the round log is full after {len(marks)} jobs; leave and join again")
         _write_atomically(self._path, content)
 
     def _read(self) -> dict[str, RoundMark]:

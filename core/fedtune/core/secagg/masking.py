@@ -1,11 +1,11 @@
-"""Masks: a key becomes a stream of uniform words, and streams are added to vectors in place.
+"""Masks: keys are expanded to streams of uniform words, which are added to vectors in place.
 
 client   y_i = u_i + PRG(b_i) + Σ_{j>i} PRG(s_ij) − Σ_{j<i} PRG(s_ij)                 j in U2, partners of i
 server   Σ_{i∈U3} u_i = Σ_{i∈U3} (y_i − PRG(b_i)) − Σ_{i∈U3} Σ_{j∈U2∖U3} ± PRG(s_ij)   the sign i gave it
 
-A ring of ℓ bits is worked on in the smallest machine word of w >= ℓ bits (8, 16, 32 or 64). Reducing mod 2^w all along
-and mod 2^ℓ once at the end is reducing mod 2^ℓ, and the low ℓ bits of a uniform w-bit word are uniform. So addition is
-the machine's own, and a coordinate costs w/8 bytes of keystream.
+A ring of ℓ bits uses the smallest machine word of w >= ℓ bits (8, 16, 32 or 64). To reduce mod 2^w after each addition
+and mod 2^ℓ once at the end is to reduce mod 2^ℓ, and the low ℓ bits of a uniform w-bit word are uniform. So machine
+addition is enough, and a coordinate costs w/8 bytes of keystream.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def mask_update(
 
     Args:
         words: machine words by segment index, for the segments of the client's tier.
-        own: the client's index.
+        transcript: transcript of the round.
+        own: index of the client.
         sharers: U2.
-        seeds: the client's b and σ.
+        seeds: b and σ of the client.
 
     Raises:
         ValueError: a partner's mask key is of small order.
@@ -68,6 +69,7 @@ def unmask_sums(
     Args:
         sums: machine words by segment index, Σ y_i over the survivors that carry the segment.
         survivors: U3.
+        transcript: transcript of the round.
         seeds: for every client in U2, by index: b if it survived, else σ.
     """
     added: dict[int, list[bytes]] = {segment: [] for segment in sums}
@@ -90,7 +92,7 @@ def word_type(bits: int) -> np.dtype[Any]:
 
 
 def add_masks(words: Words, added: Iterable[bytes] = (), subtracted: Iterable[bytes] = ()) -> None:
-    """words ← words + Σ PRG(k), k in `added`, − Σ PRG(k), k in `subtracted`, modulo 2^w, in place.
+    """Sets words ← words + Σ PRG(k), k in `added`, − Σ PRG(k), k in `subtracted`, modulo 2^w, in place.
 
     PRG(k) is the AES-256-CTR keystream of k from counter 0 [NIST SP 800-38A], read as little-endian words.
 
@@ -111,7 +113,7 @@ def add_masks(words: Words, added: Iterable[bytes] = (), subtracted: Iterable[by
 
 
 def reduce(words: Words, bits: int) -> NDArray[np.uint32] | NDArray[np.uint64]:
-    """words mod 2^bits, as uint32 for rings up to 32 bits and uint64 above."""
+    """Returns words mod 2^bits, as uint32 for rings up to 32 bits and uint64 above."""
     if bits <= 32:
         return words.astype(np.uint32) & np.uint32((1 << bits) - 1)
     return words.astype(np.uint64) & np.uint64((1 << bits) - 1)

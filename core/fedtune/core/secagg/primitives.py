@@ -1,4 +1,4 @@
-"""The cryptographic primitives, each under one name: framing, hashes, key derivation, agreement, encryption, secrets.
+"""The cryptographic primitives of the protocol: framing, hashes, key derivation, agreement, encryption, secrets.
 
 Everything that is hashed, signed, authenticated or fed to a key derivation goes through `framed`, so that no two
 different statements ever have the same bytes.
@@ -25,14 +25,14 @@ PROTOCOL = "fedtune secure aggregation 1"
 Random = Callable[[int], bytes]
 """Gives that many bytes nobody else can predict: `os.urandom`, or a fixed stream for known-answer tests."""
 
-_ONCE_ONLY_NONCE = bytes(12)  # a sealing key is derived for one direction of one pair in one round and used once
+_ONCE_ONLY_NONCE = bytes(12)  # a sealing key is derived for one direction of one pair in one round, and used once
 
 
 class Secret:
-    """Key material in memory of its own, which `wipe` overwrites; it never shows in a repr, so never in a log.
+    """Key material in its own memory, which `wipe` overwrites; its repr does not show it, so no log can contain it.
 
-    Copies that the interpreter or a library makes while computing are out of reach; `wipe` ends the copy that would
-    otherwise live as long as the session.
+    Temporary copies of the interpreter or a library are out of reach; `wipe` erases the copy that would otherwise exist
+    as long as the session.
     """
 
     __slots__ = ("_value",)
@@ -59,21 +59,21 @@ class Secret:
 
 
 def framed(label: str, *parts: bytes | int) -> bytes:
-    """Returns one unambiguous byte string out of a domain label and parts.
+    """Returns an unambiguous byte string of a domain label and parts.
 
     F(label, p_1 ... p_m) = len(P) ‖ P ‖ len(label) ‖ label ‖ len(p_1) ‖ p_1 ‖ ... with lengths as 8 bytes and integers
-    as 4 bytes, both big-endian, P the protocol's name. Injective: the parts can be read back from it.
+    as 4 bytes, both big-endian, P the protocol's name. F is injective: the parts can be read back from it.
     """
     return _PROTOCOL + b"".join(map(_with_length, (label.encode(), *parts)))
 
 
 def digest(label: str, *parts: bytes | int) -> bytes:
-    """SHA-256(F(label, parts))."""
+    """Returns SHA-256(F(label, parts))."""
     return hashlib.sha256(framed(label, *parts)).digest()
 
 
 def derive(secret: bytes, salt: bytes, label: str, *parts: bytes | int) -> bytes:
-    """HKDF-SHA256(secret, salt, info = F(label, parts)), 32 bytes [RFC 5869]."""
+    """Returns HKDF-SHA256(secret, salt, info = F(label, parts)), 32 bytes [RFC 5869]."""
     return HKDF(hashes.SHA256(), KEY_BYTES, salt, framed(label, *parts)).derive(secret)
 
 
@@ -88,18 +88,18 @@ class Agreement:
         """Returns the shared secret.
 
         Raises:
-            ValueError: the public key is a point of small order, so that the result would be known to everybody.
+            ValueError: the public key is a point of small order, so that the result would be publicly known.
         """
         return self._private.exchange(X25519PublicKey.from_public_bytes(public))
 
 
 def is_weak(public: bytes) -> bool:
-    """Returns whether a public key is of small order, so that what is agreed with it would be known to everybody."""
+    """Returns whether a public key is of small order, so that a shared secret with it would be publicly known."""
     return int.from_bytes(public, "little") % (1 << 255) % _CURVE_PRIME in _SMALL_ORDER
 
 
 def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
-    """ChaCha20-Poly1305 [RFC 8439] under a key that is used this once; 16 bytes longer than the plaintext."""
+    """Encrypts by ChaCha20-Poly1305 [RFC 8439] under a key that is used only once; adds 16 bytes to the plaintext."""
     return ChaCha20Poly1305(key).encrypt(_ONCE_ONLY_NONCE, plaintext, associated)
 
 

@@ -1,16 +1,16 @@
-"""The server's side of one round: it relays, adds up and takes the masks off the sum. No sockets, no clock.
+"""The server's side of one secure round: it relays messages, adds up masked updates and unmasks the sum.
 
     session = ServerSession(config, roster)
     requests = session.open()                       # client -> message
     while requests:
-        for client, reply in ask(requests):         # whoever answers in time
+        for client, reply in ask(requests):         # the clients that answer in time
             session.receive(client, reply)          # raises ClientFaultError: that client counts as silent
         requests = session.advance()                # raises RoundAbortedError: start over with a new attempt
     result = session.result
 
-`EXCHANGES` is the state machine: which message is taken at which stage, and which stage follows. The caller says when
-an exchange is over; a client that has not answered by then has dropped out. Who sent a reply must come from something
-that knows, such as Flower's node identity over TLS.
+It uses no sockets and no clock. `EXCHANGES` is the state machine: it lists the message that each stage accepts, and the
+stage that follows. The caller decides when an exchange is over; a client that has not answered by then has dropped out.
+The caller must authenticate the sender of each reply, for example by Flower's node identity over TLS.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from fedtune.core.secagg.transcript import (
 
 
 class Stage(Enum):
-    """Which exchange the server is in."""
+    """The exchange in which the server is."""
 
     NEW = "new"
     ADVERTISE = "advertise"
@@ -76,11 +76,11 @@ class OpenedSum:
     """The outcome of a round.
 
     Attributes:
-        sums: for each segment the sum of the survivors' words modulo 2^ℓ, uint32 up to 32 bits, else uint64.
-        contributors: for each segment, how many clients are in its sum.
-        survivors: the clients whose update is in the sum.
-        dropouts: the other invited clients.
-        liars: survivors found to have revealed a wrong share; the sum is right in spite of them.
+        sums: for each segment, the sum of the survivors' words modulo 2^ℓ, uint32 up to 32 bits, else uint64.
+        contributors: for each segment, the number of clients in its sum.
+        survivors: clients whose update is in the sum.
+        dropouts: other invited clients.
+        liars: survivors that revealed a wrong share; the sum is correct in spite of them.
     """
 
     sums: Mapping[str, NDArray[np.uint32] | NDArray[np.uint64]]
@@ -91,7 +91,7 @@ class OpenedSum:
 
 
 class ServerSession:
-    """The server in one round; a new round needs a new session.
+    """The session of the server in one round; a new round needs a new session.
 
     Raises:
         JobError: the configuration contradicts itself.
@@ -121,14 +121,14 @@ class ServerSession:
         self._result: OpenedSum | None = None
 
     def open(self) -> dict[str, bytes]:
-        """Starts the round: the configuration, for everybody invited."""
+        """Starts the round; returns the configuration for each invited client."""
         if self.stage is not Stage.NEW:
             raise RoundAbortedError(f"this session is at {self.stage.value}: a round is opened once")
         return self._enter(Stage.ADVERTISE, self._to(range(len(self.config.cohort)), self.config))
 
     @property
     def result(self) -> OpenedSum:
-        """The sum, once the last exchange is over."""
+        """The outcome, once the last exchange is over."""
         if self._result is None:
             raise RoundAbortedError(f"there is no sum at {self.stage.value}")
         return self._result
@@ -137,8 +137,8 @@ class ServerSession:
         """Takes one client's answer in the current exchange.
 
         Raises:
-            ClientFaultError: nothing is asked of this client now, it has answered already, or the answer is not right;
-                the session is as before.
+            ClientFaultError: this client is not asked now, has answered already, or its answer is invalid; the session
+                is unchanged.
         """
         exchange, index = EXCHANGES.get(self.stage), self._indices.get(client)
         if exchange is None or index is None or index not in self._asked:
@@ -160,10 +160,11 @@ class ServerSession:
         """Ends the current exchange and starts the next one with those who answered.
 
         Returns:
-            the next request for each client that goes on; empty when the sum is there.
+            The next request for each remaining client; empty when the sum is complete.
 
         Raises:
-            RoundAbortedError: too few are left, or their shares do not give the secrets back. The session is over.
+            RoundAbortedError: too few clients are left, or their shares do not recover the secrets. The session is
+                over.
         """
         exchange = EXCHANGES.get(self.stage)
         if exchange is None:
@@ -295,13 +296,13 @@ class ServerSession:
         return {}
 
     def _recover(self) -> tuple[dict[int, bytes], set[int]]:
-        """Every owner's secret: b of a survivor, σ of a dropout, each checked; and who revealed a wrong share."""
+        """Recovers and checks the secrets, b of a survivor or σ of a dropout; also returns senders of wrong shares."""
         threshold = self.config.threshold
         combiners: dict[tuple[int, ...], shamir.Combiner] = {}
         seeds: dict[int, bytes] = {}
         liars: set[int] = set()
         for owner in sorted(self._sharers):
-            # Holders that have lied already come last, so that each lie is corrected once.
+            # Holders of wrong shares come last in later recoveries, so that each of them is corrected once.
             holders = sorted(self._revealed, key=lambda holder: (holder in liars, holder))
             shares = {
                 holder + 1: self._revealed[holder][owner] for holder in holders if owner in self._revealed[holder]
@@ -342,9 +343,9 @@ class ServerSession:
         return dict.fromkeys(sorted(indices), encode(message))
 
     def _enter(self, stage: Stage, requests: Mapping[int, bytes]) -> dict[str, bytes]:
-        """Enters a stage in which these clients are asked, and addresses their requests by name.
+        """Enters a stage in which these clients are asked, and returns their requests by name.
 
-        Where nobody is asked the round is over, and everything that a masked sum could be opened with is dropped.
+        If no client is asked the round is over, and all values that could unmask a sum are deleted.
         """
         self.stage = stage
         self._asked, self._answered = frozenset(requests), set()
@@ -358,7 +359,7 @@ class ServerSession:
             raise RoundAbortedError(f"too few clients {what}: {missing}")
 
     def _require_holders(self, owners: Iterable[int], present: Iterable[int], what: str) -> None:
-        """Every owner's secrets must be recoverable by those present."""
+        """Checks that the clients present can recover every owner's secrets."""
         here = frozenset(present)
         for owner in sorted(owners):
             left = len(self._agreed.holders(owner) & here)
@@ -374,10 +375,10 @@ class Exchange:
     """One row of the server's state machine.
 
     Attributes:
-        message: the kind that it takes.
-        take: checks one and keeps what is in it; gives the problem, and keeps nothing, if there is one.
-        close: ends the exchange with those who answered; gives the next requests by client index, or raises.
-        after: the stage that follows.
+        message: kind of message that it takes.
+        take: checks a message and keeps its content; returns the problem, and keeps nothing, if there is one.
+        close: ends the exchange with the clients that answered; returns the next requests by client index, or raises.
+        after: stage that follows.
     """
 
     message: type[Message]

@@ -32,7 +32,7 @@ def to_element(data: bytes) -> int:
     """Reads a field element.
 
     Raises:
-        ValueError: not 32 bytes, or a number that is not below p.
+        ValueError: the data is not 32 bytes long, or its number is not below p.
     """
     element = int.from_bytes(data, "big")
     if len(data) != ELEMENT_BYTES or element >= PRIME:
@@ -41,9 +41,9 @@ def to_element(data: bytes) -> int:
 
 
 def split(secret: int, threshold: int, points: Sequence[int], random: Random) -> list[int]:
-    """f(x) for x in points, where f(X) = secret + Σ_{m=1}^{t−1} a_m·X^m with random a_m.
+    """Returns f(x) for x in points, where f(X) = secret + Σ_{m=1}^{t−1} a_m·X^m with random a_m.
 
-    Any t shares determine the secret; t − 1 of them say nothing about it.
+    Any t shares determine the secret; t − 1 of them reveal nothing about it.
 
     Args:
         secret: an element of the field.
@@ -51,7 +51,7 @@ def split(secret: int, threshold: int, points: Sequence[int], random: Random) ->
         points: distinct, none of them 0 modulo p.
 
     Raises:
-        ValueError: a point is repeated or is 0, so that a share would give away what it must not.
+        ValueError: a point is repeated, or is 0, whose share would be the secret itself.
     """
     if len(set(points)) != len(points) or not all(0 < point < PRIME for point in points):
         raise ValueError("points of shares must be distinct and not zero")
@@ -67,7 +67,7 @@ def split(secret: int, threshold: int, points: Sequence[int], random: Random) ->
 
 
 class Combiner:
-    """Recovers secrets whose shares sit at the same points: the Lagrange weights are computed once.
+    """Recovers secrets whose shares belong to the same points; the Lagrange weights are computed once.
 
     λ_i = Π_{j≠i} x_j / (x_j − x_i),   secret = f(0) = Σ_i λ_i·y_i  (mod p)
     """
@@ -86,7 +86,7 @@ class Combiner:
             self._weights.append(product * pow(denominator, -1, PRIME) % PRIME)
 
     def combine(self, shares: Sequence[int]) -> int:
-        """Returns the secret behind shares[i] at points[i]; as many shares as points."""
+        """Recovers the secret from shares[i] at points[i], with as many shares as points."""
         return sum(weight * share for weight, share in zip(self._weights, shares, strict=True)) % PRIME
 
 
@@ -98,7 +98,7 @@ class Corrected(NamedTuple):
 
 
 def correct(points: Sequence[int], shares: Sequence[int], threshold: int) -> Corrected | None:
-    """The secret in spite of up to (m − t) // 2 wrong shares among m; None when no polynomial is as near as that.
+    """Recovers the secret in spite of up to (m − t) // 2 wrong shares among m; None when no polynomial is near enough.
 
     Gao's decoder: with g_0 = Π(X − x_i) and g_1 the interpolation of all shares, the extended Euclidean algorithm on
     (g_0, g_1), stopped at the first remainder r of degree below (m + t)/2, has r = v·f for the error locator v.

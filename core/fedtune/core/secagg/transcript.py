@@ -1,7 +1,7 @@
-"""The transcript of a round: all that has been agreed so far, and every statement, key and graph bound to it.
+"""The transcript of a round: the configuration and the key list, and every statement, key and graph bound to them.
 
-Both sides build a transcript out of the configuration and the key list. If two clients were shown anything different,
-their transcripts differ, and then signatures fail, encrypted shares do not open and masks do not cancel.
+Both sides build the transcript. If the server showed two clients different content, their transcripts differ, and then
+signatures fail, encrypted shares do not decrypt and masks do not cancel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedtune.core.secagg.primitives import Agreement, derive, digest, framed
 
 
 def config_digest(config: RoundConfig) -> bytes:
-    """H(cfg) = SHA-256(F("config", cfg as it travels))."""
+    """Returns H(cfg) = SHA-256(F("config", cfg as it travels))."""
     return digest("config", encode(config))
 
 
@@ -25,15 +25,15 @@ def advertisement_statement(config_digest: bytes, index: int, share_key: bytes, 
 
 
 def commitment(seed: bytes, config_digest: bytes, index: int) -> bytes:
-    """Client i's commitment to its self-mask seed: HKDF(b, salt = H(cfg), info = F("commitment", i)).
+    """Returns client i's commitment to its self mask's seed: HKDF(b, salt = H(cfg), info = F("commitment", i)).
 
-    It lets the server notice a wrong share before it spoils the sum, and hides b, which has 255 bits of entropy.
+    It lets the server detect a wrong share before the sum is corrupted, and hides b, which has 255 bits of entropy.
     """
     return derive(seed, config_digest, "commitment", index)
 
 
 def mask_agreement(seed: bytes) -> Agreement:
-    """Returns the X25519 key behind a mask key: HKDF(σ, no salt, info = F("mask key")). Whoever has σ can check it."""
+    """Returns the X25519 key of a mask key: HKDF(σ, no salt, info = F("mask key")). A holder of σ can check it."""
     return Agreement(derive(seed, b"", "mask key"))
 
 
@@ -43,7 +43,7 @@ class Transcript:
     Attributes:
         config: the configuration.
         config_digest: H(cfg).
-        keys: the key list by client index; its keys are U1.
+        keys: key list by client index; its keys are U1.
         digest: H(keys) = SHA-256(F("keys", H(cfg), index_1, share key_1, mask key_1, signature_1, ...)).
         salt: H(keys) ‖ H(cfg), the salt of every key that is derived from here on.
     """
@@ -67,14 +67,14 @@ class Transcript:
         return self._masking[segment].neighbours(client) & self.keys.keys()
 
     def sealing_key(self, shared: bytes, sender: int, receiver: int) -> bytes:
-        """Returns the key that seals the shares of one pair in one direction.
+        """Returns the key that encrypts the shares of one pair in one direction.
 
         HKDF(DH, salt, info = F("encrypted_share", sender, receiver))
         """
         return derive(shared, self.salt, "encrypted_share", sender, receiver)
 
     def associated_data(self, sender: int, receiver: int) -> bytes:
-        """Returns the statement that is authenticated along with sealed shares.
+        """Returns the statement that is authenticated along with encrypted shares.
 
         F("encrypted_share", H(cfg), H(keys), sender, receiver)
         """
@@ -88,7 +88,7 @@ class Transcript:
         return framed("vote", self.config_digest, self.digest, _joined(sharers), _joined(survivors))
 
     def _mask_graphs(self) -> list[Graph]:
-        """Returns one graph a segment, over the clients that carry it; segments of the same tiers have the same one."""
+        """Returns one graph per segment, over the clients that carry it; segments of the same tiers share one."""
         by_tiers: dict[tuple[int, ...], Graph] = {}
         graphs = []
         for segment in self.config.segments:
