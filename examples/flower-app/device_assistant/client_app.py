@@ -1,4 +1,4 @@
-"""The clients' side: `flwr run` finds `app` here."""
+"""The ClientApp, which `flwr run` finds as `app`."""
 
 from fedtune.server.simulation.stock_flower import flower_client_app
 

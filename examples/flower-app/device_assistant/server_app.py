@@ -1,4 +1,4 @@
-"""The server's side: `flwr run` finds `app` here."""
+"""The ServerApp, which `flwr run` finds as `app`."""
 
 from fedtune.server.simulation.stock_flower import flower_server_app
 

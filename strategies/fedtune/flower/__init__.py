@@ -1,1 +1,1 @@
-"""Everything that knows Flower: its messages, grids, apps and internals (flwr 1.41). No other package imports flwr."""
+"""The Flower side (flwr 1.41): its messages, grids, apps and internals. No other package imports flwr."""

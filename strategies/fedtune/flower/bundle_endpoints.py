@@ -1,9 +1,9 @@
-"""Four calls in front of Flower's, behind the guard, that carry whole messages; see `fedtune.core.protocol.bundles`.
+"""Four endpoints before Flower's, behind the guard, that carry whole messages; see `fedtune.core.protocol.bundles`.
 
-They are made of Flower's own handlers and state, in one transaction each, so that nobody sees a message before its
-objects are there. Devices show the signatures that they show to Flower, which checks them here too. The server's own
-calls need what Flower's runtime calls need, the token of a run's task, beside the control key, which the guard wants to
-see on the private socket.
+They use Flower's own handlers and state, in one transaction each, so that a message becomes visible together with its
+objects. Device requests carry the same signatures as for Flower, which checks them here too. The server's own calls
+need the token of a run's task, as Flower's runtime calls do, and the control key, which the guard requires on the
+private socket.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from fedtune.core.protocol.bundles import (
 from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, decode, encode
 from fedtune.flower.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
 
-_NAMES_AT_ONCE = 10_000  # SQLite takes 32,766 values in a statement
+_NAMES_AT_ONCE = 10_000  # SQLite accepts 32,766 values in a statement
 MAX_REPLY_PIECES = 10_000  # the largest payload in the pieces that devices send
 _PUSH_MESSAGES = "/v1/fleet/push-messages"
 
@@ -64,7 +64,7 @@ M = TypeVar("M")
 
 
 class Bundles:
-    """An ASGI application around Flower's; it also keeps unsound replies from Flower's own call for replies.
+    """An ASGI application around Flower's; it also refuses invalid replies in Flower's own call for replies.
 
     Args:
         app: Flower's.
@@ -78,13 +78,13 @@ class Bundles:
             SEND: self._send,
             COLLECT: self._collect,
         }
-        # How many messages each node may still find; who has none is answered without a search.
+        # An upper bound on each node's waiting messages; a node with none is answered without a search.
         self._waiting: Counter[int] = Counter()
-        # SQLite has one writer at a time; more threads would wait for it in its own coarse steps.
+        # SQLite has one writer at a time; more threads would wait for it by polling with long sleeps.
         self._worker = ThreadPoolExecutor(1, "bundles")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the four calls, and passes everything else on."""
+        """Answers the four calls, and passes all others on."""
         call = self._calls.get(scope["path"]) if scope["type"] == "http" else None
         if call is None and (scope["type"] != "http" or scope["path"] != _PUSH_MESSAGES):
             await self._app(scope, receive, send)
@@ -127,7 +127,7 @@ class Bundles:
             with state.session():
                 try:
                     return 200, call(request, body, state)
-                except FlowerError as error:  # what Flower tidied up before it refused stays tidied up
+                except FlowerError as error:  # keeps the cleanup that Flower did before it refused
                     return API_ERROR_MAP[error.code].http_status_code, b""
         except HTTPException as error:
             return error.status_code, b""
@@ -208,7 +208,7 @@ def _task(request: Request, state: SqlLinkState) -> Task:
 
 
 def _check_reply(request: PushMessagesRequest) -> None:
-    """Flower checks who sends a reply, but not that the reply speaks in the sender's name, nor what size it claims."""
+    """Checks what Flower does not: that the reply's own source is the sender, and that its size is within the limit."""
     own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
     single = len(request.messages_list) == len(request.message_object_trees) == 1
     if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
@@ -216,7 +216,7 @@ def _check_reply(request: PushMessagesRequest) -> None:
 
 
 def _objects(state: SqlLinkState, run_id: int, tree: ObjectTree, limit: int) -> dict[str, bytes]:
-    """All objects of a message; none where one is not there yet, or where they are too many or too large."""
+    """Returns all objects of a message; none if one is missing, or if they are too many or too large."""
     objects: dict[str, bytes] = {}
     for part in iterate_object_tree(tree):
         content = state.get_object(run_id, part.object_id)
@@ -232,14 +232,14 @@ def _store(
 ) -> None:
     for object_id in object_ids:
         if not state.store_object(run_id, session_id, object_id, objects[object_id]):
-            raise PeerError("an object is not what its name says")  # and nothing of the message is kept
+            raise PeerError("an object is not what its name says")  # the transaction drops the whole message
 
 
 def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
-    """Removes what is stored of these objects as parts of others than they are.
+    """Removes stored objects whose children differ from those in the given trees.
 
-    A device says of what objects its reply consists before it brings them, and may name one that it foresees the server
-    to send, like the survivors of a round in which nobody drops out. Flower then refuses the server's message.
+    A device announces the objects of its reply before it sends them, and may name one that it expects the server to
+    send, such as the survivors of a round without dropouts. Flower would then refuse the server's message.
     """
     true = {
         part.object_id: {child.object_id for child in part.children}
@@ -262,7 +262,7 @@ def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
 
 
 def _batched(names: Iterable[str]) -> Iterator[list[str]]:
-    """The names, so many at once as one statement takes."""
+    """Yields the names in batches that fit into one statement."""
     rest = iter(names)
     while some := list(islice(rest, _NAMES_AT_ONCE)):
         yield some
@@ -286,7 +286,7 @@ def _size(contents: Iterable[bytes]) -> int:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The request's body, which the guard has bounded; None where it ends early."""
+    """Returns the request's body, which the guard has bounded; None where it ends early."""
     chunks, more = [], True
     while more:
         event = await receive()

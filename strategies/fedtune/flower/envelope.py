@@ -1,12 +1,12 @@
-"""Flower messages (flwr 1.41): payloads in them, plain requests out of them, and whole messages as bytes and back.
+"""The translation of Flower messages (flwr 1.41): payloads, plain requests, and the byte form of whole messages.
 
 A payload is one Array of uint8 in one RecordDict, because many small arrays are slow.
 Measured on flwr 1.41 over HTTP: 448 arrays of 32 KB took 29 s, the same bytes in one array 6.4 s. A message has one
-part, or two where one of them is the same for many clients: Flower stores equal arrays once. Short parts go into a
+part, or two where one of them is the same for many clients: Flower stores equal arrays once. Short parts use a
 ConfigRecord instead: an Array travels as three objects with a request each, both ways, a ConfigRecord as one.
 
-As bytes a message is what a client receives over a network, by Flower's own serialisation: nothing unserialisable
-passes, and a simulated server and its clients share nothing by accident.
+The byte form is the one that a client receives over a network, made by Flower's own serialisation. It ensures that
+every message can be serialised, and that a simulated server and its clients share no objects.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from fedtune.core.errors import PeerError
 from fedtune.core.protocol.messages import Handler, Payload, Request, encode, parts_of
 
 MAX_PARTS = 2
-MAX_SHORT_BYTES = 4096  # of all parts together
+MAX_SHORT_BYTES = 4096  # for all parts together
 
 SITS_OUT_CODE = 1000
-"""The error code of a device that sits a round out; all codes below are Flower's own."""
+"""Error code of a device that sits a round out; all codes below it are Flower's own."""
 
 _RECORD = "fedtune"
 _PARTS = tuple(f"part-{index}" for index in range(MAX_PARTS))
 
 
 def seal(*parts: bytes) -> RecordDict:
-    """The content of a Flower message that carries the parts."""
+    """Returns the content of a Flower message that carries the parts."""
     if sum(map(len, parts)) <= MAX_SHORT_BYTES:
         return RecordDict({_RECORD: ConfigRecord(dict(zip(_PARTS, parts, strict=False)))})
     arrays = {name: Array(np.frombuffer(part, dtype=np.uint8)) for name, part in zip(_PARTS, parts, strict=False)}
@@ -43,20 +43,20 @@ def seal(*parts: bytes) -> RecordDict:
 
 
 def unseal(message: Message) -> bytes:
-    """The one part that a Flower message carries.
+    """Returns the only part that a Flower message carries.
 
     Raises:
-        PeerError: as `unseal_parts`, or it carries more parts than one.
+        PeerError: as in `unseal_parts`, or the message carries more than one part.
     """
     (payload,) = unseal_parts(message, 1)
     return payload
 
 
 def unseal_parts(message: Message, count: int) -> tuple[bytes, ...]:
-    """The parts that a Flower message carries.
+    """Returns the parts that a Flower message carries.
 
     Raises:
-        PeerError: the message carries an error instead, or something other than so many flat arrays of uint8.
+        PeerError: the message carries an error, or its content is not `count` flat arrays of uint8.
     """
     if message.has_error():
         raise PeerError(f"no answer: {message.error.reason or 'unknown reason'} (code {message.error.code})")
@@ -68,10 +68,10 @@ def unseal_parts(message: Message, count: int) -> tuple[bytes, ...]:
 
 
 def request_of(message: Message) -> Request:
-    """The plain values of a message to a client.
+    """Returns the plain values of a message to a client.
 
     Raises:
-        PeerError: as `unseal_parts`.
+        PeerError: as in `unseal_parts`.
     """
     asked = message.metadata
     parts = unseal_parts(message, parts_of(asked.message_type))
@@ -80,7 +80,7 @@ def request_of(message: Message) -> Request:
 
 @dataclass(frozen=True)
 class WireMessage:
-    """A serialised message: Flower's content-addressed objects, the root's address and the message's own id."""
+    """A serialised message: Flower's content-addressed objects, the root's address, and the message id."""
 
     message_id: str
     object_id: str
@@ -101,13 +101,13 @@ def from_wire(wire: WireMessage) -> Message:
 
 
 def answer_wire(wire: WireMessage, client: str, handler: Handler) -> WireMessage:
-    """Lets a client answer a message, bytes in and bytes out; errors of the handler pass through."""
+    """Answers a message by a client's handler, bytes in and bytes out; the handler's errors pass through."""
     message = from_wire(wire)
     return to_wire(Message(seal(handler(client, request_of(message))), reply_to=message))
 
 
 def identified(message: Message, message_id: str) -> Message:
-    """The message with the id that a SuperLink would have given it; replies refer to it. The content is shared."""
+    """Returns the message with the id that a SuperLink would give it, to which replies refer; shares the content."""
     told = message.metadata
     metadata = Metadata(
         run_id=told.run_id,
@@ -128,7 +128,7 @@ def identified(message: Message, message_id: str) -> Message:
 
 
 def reply_metadata(asked: Metadata, created_at: float) -> Metadata:
-    """The metadata of a reply; what was asked expires when it expires.
+    """Returns the metadata of a reply, which expires when the message does.
 
     Args:
         created_at: seconds since 1970.
@@ -149,10 +149,10 @@ def reply_metadata(asked: Metadata, created_at: float) -> Metadata:
 
 
 def post(client: ProtobufClient, path: str, payload: Payload) -> bytes:
-    """The answer to a call that carries a bare payload, over the connections and with the headers of Flower's client.
+    """Returns the answer to a call with a bare payload, sent over Flower's client with its connections and headers.
 
     Raises:
-        httpx.HTTPError: there is none.
+        httpx.HTTPError: the call failed.
     """
     request = client._client.build_request("POST", f"{client._base_url}{path}", content=encode(payload))
     response = client._send(ProtobufRequestContext(path, Node(), request))
@@ -167,9 +167,9 @@ def _bytes(array: object) -> bytes:
         raise PeerError(f"the payload is {type(array).__name__}; expected bytes or an array")
     try:
         values = array.numpy()
-    except Exception as error:  # numpy believes the header: MemoryError, tokenize's errors and more are the sender's
+    except Exception as error:  # numpy trusts the header: a sender can cause MemoryError, tokenize's errors and more
         raise PeerError(f"the payload is not a readable array: {error}") from error
-    if not isinstance(values, np.ndarray):  # an archive of some
+    if not isinstance(values, np.ndarray):  # an archive of several arrays
         raise PeerError(f"the payload is {type(values).__name__}; expected a flat array of uint8")
     if values.dtype != np.uint8 or values.ndim != 1:
         raise PeerError(f"the payload is {values.dtype} with {values.ndim} dimensions; expected a flat array of uint8")

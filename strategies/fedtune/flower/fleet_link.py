@@ -1,4 +1,4 @@
-"""A device's line to its server (flwr 1.41); `tests/live/test_flower_contract.py` holds Flower's internals to account.
+"""A device's link to its server (flwr 1.41); `tests/live/test_flower_contract.py` checks the Flower internals it uses.
 
     link = FleetLink(server, authority, node_key)
     link.activate()
@@ -6,8 +6,8 @@
     request = link.fetch(task)
     link.answer(task, Answer(payload, seconds, made))
 
-No SuperNode process, no open port, and nothing that executes what a server sends: apps are never asked for. Messages
-come and go as plain values.
+There is no SuperNode process, no open port, and no code from the server: the link never requests apps. Messages enter
+and leave it as plain values.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ from fedtune.flower.signed_http import (
 )
 
 MAX_PIECES = 100_000
-MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (16 << 20)  # with a configuration beside the payload
-MAX_REASON = 500  # characters of a refusal
+MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (16 << 20)  # a payload and a configuration
+MAX_REASON = 500  # characters in a refusal
 _FETCH_SECONDS = 600.0
 
 
@@ -77,10 +77,10 @@ class Task:
     """A message that waits for this device.
 
     Args:
-        note: all that an answer needs to know of it, as bytes; see `recalled`.
-        head: who asked what.
-        tree: the pieces of which it consists.
-        objects: those pieces, if they are small.
+        note: the part of it that an answer needs, as bytes; see `recalled`.
+        head: its Flower metadata.
+        tree: its object tree.
+        objects: content of its objects, if they are small.
     """
 
     note: bytes
@@ -90,28 +90,28 @@ class Task:
 
     @property
     def action(self) -> str:
-        """Its message type."""
+        """The message type."""
         return self.head.message_type
 
     @property
     def group(self) -> str:
-        """The round it belongs to, as text."""
+        """The round that it belongs to, as text."""
         return self.head.group_id
 
     @property
     def node(self) -> int:
-        """The node that was asked."""
+        """The node that it was sent to."""
         return self.head.dst_node_id
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A device's answer to a task; the same one makes the same message, however often it is brought.
+    """A device's answer to a task; equal answers make equal messages, so that an upload can be repeated.
 
     Args:
-        outcome: the payload, or why there is none.
-        seconds: that the work took.
-        made: when it was done, seconds since 1970 by this device's clock.
+        outcome: the payload, or a refusal.
+        seconds: duration of the work.
+        made: time when it was done, seconds since 1970 by this device's clock.
     """
 
     outcome: bytes | Refusal
@@ -121,7 +121,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class LinkLimits:
-    """How many bytes a device takes: of one call's answer, and of a message in pieces."""
+    """Limits on the bytes that a device accepts: in one response, and in a message in pieces."""
 
     answer_bytes: int = MAX_ANSWER_BYTES
     message_bytes: int = MAX_MESSAGE_BYTES
@@ -131,13 +131,13 @@ LINK_LIMITS = LinkLimits()
 
 
 class FleetLink:
-    """A device's line to its server.
+    """A device's link to its server.
 
     Args:
         server: HOST:PORT.
-        authority: the only certificate authority that is trusted, PEM.
+        authority: PEM certificate authority, the only trusted one.
         node_key: private key of the device, PEM.
-        clock: the server's, as far as it is known.
+        clock: estimate of the server's clock.
     """
 
     def __init__(
@@ -159,20 +159,20 @@ class FleetLink:
 
     @property
     def public_key(self) -> bytes:
-        """The key that requests show, PEM."""
+        """The public key that identifies requests, PEM."""
         return self._http.public_key
 
     @property
     def clock_error(self) -> float:
-        """Seconds by which this device's clock is ahead of the server's, as far as it had to be corrected."""
+        """Seconds by which this device's clock is ahead of the server's, as far as it was corrected."""
         return self._http.clock.ahead
 
     def close(self) -> None:
-        """Gives the connections back."""
+        """Closes the connections."""
         self._http.close()
 
     def activate(self) -> int:
-        """Tells the server that this device is there.
+        """Tells the server that this device is online.
 
         Returns:
             The node id.
@@ -191,12 +191,12 @@ class FleetLink:
         return node_id
 
     def deactivate(self, node_id: int) -> None:
-        """Tells the server that the device of this node id has gone; whether it hears it does not matter."""
+        """Tells the server that the device of this node id is offline; ignores failures."""
         with suppress(FedtuneError):
             self._http.call(self._http.beats.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
 
     def beat(self) -> bool:
-        """A heartbeat; False where the server no longer counts this device in."""
+        """Sends a heartbeat; returns False if the server no longer counts this device as online."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL)
         response = self._http.call(
             lambda beat: self._http.beats._unary_unary(
@@ -211,10 +211,10 @@ class FleetLink:
         return bool(response.success)
 
     def pull(self) -> Task | None:
-        """A message that waits, or None.
+        """Returns a waiting message, or None.
 
         Raises:
-            PeerError: what waits is no message, or larger than any may be.
+            PeerError: the response is no message, or too large.
         """
 
         def take(asked: TakeMessage) -> tuple[PullMessagesResponse, dict[str, bytes]]:
@@ -230,14 +230,14 @@ class FleetLink:
         try:
             proto, tree = found.messages_list[0], found.message_object_trees[0]
             return Task(proto.SerializeToString(), message_from_proto(proto).metadata, tree, objects)
-        except Exception as error:  # Flower raises what it likes
+        except Exception as error:  # Flower may raise any exception
             raise PeerError(f"not a message: {type(error).__name__}") from error
 
     def fetch(self, task: Task) -> Request:
-        """Brings the message's content here.
+        """Downloads the message's content.
 
         Raises:
-            PeerError: it is not to be had, or is not what was announced.
+            PeerError: the content is unavailable, or differs from the announced one.
         """
         if sum(1 for _ in iterate_object_tree(task.tree)) > MAX_PIECES:
             raise PeerError(f"the message has more than {MAX_PIECES} pieces")
@@ -273,15 +273,15 @@ class FleetLink:
                 raise TypeError("it is not a message")
         except FedtuneError:
             raise
-        except Exception as error:  # whatever a server sent, this process goes on
+        except Exception as error:  # no message of a server may end this process
             raise PeerError(f"a message could not be fetched: {error}") from error
         return request_of(message)
 
     def answer(self, task: Task, answer: Answer) -> None:
-        """Brings an answer to the server; may be called again with the same one after it failed.
+        """Uploads an answer; may be repeated with the same answer after a failure.
 
         Raises:
-            RunOverError: nobody waits for it any more.
+            RunOverError: the server no longer waits for it.
             UnreachableError: try again.
         """
         with no_object_id_recompute():
@@ -294,13 +294,13 @@ class FleetLink:
                 self._push(reply, request)
 
     def bundle(self, task: Task, answer: Answer) -> BringReply:
-        """The answer as one call carries it, without objects where they are too many or too large for that."""
+        """Returns the answer as one call carries it, without objects where they are too many or too large for that."""
         reply = _reply(task, answer)
         return BringReply(self._announcement(reply, answer.seconds).SerializeToString(), _objects(reply))
 
     def _announcement(self, reply: Message, seconds: float) -> PushMessagesRequest:
         head = message_to_proto(remove_content_from_message(reply))
-        # By the server's clock: what seems to have expired is dropped there, and without a word.
+        # By the server's clock, since the server silently drops replies that seem to have expired.
         head.metadata.created_at -= self.clock_error
         head.metadata.ttl += self.clock_error
         return PushMessagesRequest(
@@ -311,7 +311,7 @@ class FleetLink:
         )
 
     def _push(self, reply: Message, request: PushMessagesRequest) -> None:
-        """Brings a large reply, piece by piece."""
+        """Uploads a large reply piece by piece."""
         pushed = self._http.call(self._http.brief.PushMessages, request)
         push = make_push_object_fn_protobuf(
             lambda piece: self._http.call(self._http.pieces.PushObject, piece),
@@ -324,14 +324,14 @@ class FleetLink:
                 get_all_nested_objects(reply),
                 push,
                 object_ids_to_push=set(pushed.objects_to_push),
-                max_concurrent_pushes=1,  # more would only queue up before heartbeats on a slow link
+                max_concurrent_pushes=1,  # more would only delay heartbeats on a slow link
             )
         except ObjectPushError as error:
             raise UnreachableError("the server gave up on an upload that took too long") from error
 
 
 def recalled(note: bytes) -> Task:
-    """The task that an earlier process of this device was working on, as far as a refusal needs it.
+    """Returns the task that an earlier process of this device worked on, as far as a refusal needs it.
 
     Raises:
         PeerError: the bytes are no message.
@@ -340,7 +340,7 @@ def recalled(note: bytes) -> Task:
     try:
         message.ParseFromString(note)
         head = message_from_proto(message).metadata
-    except Exception as error:  # protobuf and Flower raise what they like; the file is only an aid
+    except Exception as error:  # protobuf and Flower may raise any exception
         raise PeerError(f"not a message: {type(error).__name__}") from error
     return Task(note, head, ObjectTree(object_id=head.message_id), {})
 
@@ -356,7 +356,7 @@ def _reply(task: Task, answer: Answer) -> Message:
 
 
 def _objects(reply: Message) -> dict[str, bytes]:
-    """All objects of a reply; none where they are too many or too large to travel at once."""
+    """Returns all objects of a reply; none if they are too many or too large for one call."""
     objects: dict[str, bytes] = {}
     left = MAX_BUNDLE_BYTES
     for object_id, part in get_all_nested_objects(reply).items():

@@ -1,14 +1,15 @@
 """The guard before Flower's API: the public socket serves devices, the private one the server's own processes.
 
-Flower serves its whole API on one port, and whoever reaches its control calls can start runs and revoke devices. So one
-server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no header can forge:
+Flower serves its whole API on one port, and any client of its control calls can start runs and revoke devices.
+Therefore one server listens on two sockets, and an ASGI layer decides by the local socket of a connection, which no
+header can forge:
 
-    public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and from an enrolled
-                device by the key it shows: what is signed is known only when a body was read, and bodies of
-                unauthenticated clients, each a megabyte that may take its time, would fill the memory
-    private     on loopback; everything, for those who show the control key, which lies in the server's folder
+    public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and with the public
+                key of an enrolled device. Signatures can be checked only after a body was read, and slow bodies of
+                unauthenticated clients, a megabyte each, would fill the memory
+    private     on loopback; all calls, with the control key from the server's folder
 
-Everything else is answered 404, as if there were nothing.
+All other requests get 404, as if the path did not exist.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTROL_HEADER = "fedtune-control"
-MAX_BODY_BYTES = 1 << 20  # objects are pushed in pieces that are far smaller; bodies are parsed before signatures
+MAX_BODY_BYTES = 1 << 20  # pieces of objects are far smaller; bodies are parsed before signatures are checked
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
 DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
@@ -54,9 +55,9 @@ class Guard:
 
     Args:
         app: Flower's.
-        private: (host, port) of the private socket, as `getsockname` gives it.
-        control_key: what a request on the private socket must show.
-        enrolled: the keys of enrolled devices, as requests show them.
+        private: (host, port) of the private socket, as `getsockname` returns it.
+        control_key: key that requests on the private socket must carry.
+        enrolled: public keys of enrolled devices, as requests carry them.
     """
 
     def __init__(self, app: App, private: tuple[str, int], control_key: str, enrolled: Container[bytes]) -> None:
@@ -67,11 +68,11 @@ class Guard:
         self._open = False
 
     def open(self) -> None:
-        """Lets devices in; before, they are told to come back."""
+        """Opens the public socket to devices; before, they are told to retry later."""
         self._open = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets the request through to the application, or answers it with nothing but a status."""
+        """Passes the request on to the application, or answers it with a status alone."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -82,7 +83,7 @@ class Guard:
         if refusal is not None:
             await answer(send, refusal)
             return
-        # On time over, the server closes the connection without an answer.
+        # After a timeout the server closes the connection without an answer.
         await asyncio.wait_for(self._app(scope, receive, send), REQUEST_SECONDS)
 
     def _refusal(self, scope: Scope) -> int | None:
@@ -91,7 +92,7 @@ class Guard:
         if server is not None and tuple(server) == self._private:
             shown = headers.get(CONTROL_HEADER.encode(), b"")
             return None if hmac.compare_digest(shown, self._control_key) else _NOT_FOUND
-        # `path` is what Flower routes by, with escapes resolved: an exact match leaves no room for tricks with dots.
+        # Flower routes by `path`, with escapes resolved; an exact match excludes tricks with dots.
         if scope["method"] != "POST" or scope["path"] not in DEVICE_CALLS or scope.get("root_path"):
             return _NOT_FOUND
         length = headers.get(b"content-length", b"")
@@ -101,13 +102,13 @@ class Guard:
             return _TOO_LARGE
         if not self._open:
             return _COME_BACK
-        if scope["path"] in (DESCRIBE, READ):  # signed otherwise, and of a few kB
+        if scope["path"] in (DESCRIBE, READ):  # with signatures of their own, and small bodies
             return None
         return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN
 
 
 async def answer(send: Send, status: int) -> None:
-    """Answers with nothing but a status."""
+    """Sends a response with a status and no body."""
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""Flower's Grid over executors in place of a SuperLink: push hands messages to executors, pull takes what is done.
+"""A Flower Grid over executors in place of a SuperLink: push submits messages to them, pull takes their results.
 
 Measured on flwr 1.41: 100 lockstep messages take 0.16 s here, serialisation included, and 10 s on Flower's Ray engine.
 """
@@ -32,8 +32,9 @@ class Outgoing:
     Args:
         action: its message type.
         group: the round's number, as text.
-        node: which node it is for.
-        pack: serialises it; called when its turn comes, so that a waiting cohort shares one copy of the adapter.
+        node: the destination node.
+        pack: serialises it; called when the executor reaches it, so that a waiting cohort shares one copy of the
+            adapter.
     """
 
     action: str
@@ -43,7 +44,7 @@ class Outgoing:
 
 
 class Executor(Protocol):
-    """Lets clients answer messages."""
+    """Runs clients on messages."""
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the work; the future holds the reply, the exception that the client raised, or a RunError."""
@@ -51,11 +52,11 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A client is known to fail before it is asked.
+    """The failure of a client, known before it is asked.
 
     Args:
-        error: its reply's.
-        works_on: whether it is asked all the same, and its answer kept for `stale_updates`.
+        error: error of its reply.
+        works_on: whether it is asked nevertheless, and its answer kept for `stale_updates`.
     """
 
     error: Exception
@@ -63,11 +64,11 @@ class Failure:
 
 
 Fates = Callable[[Sequence[Outgoing]], Sequence[Failure | None]]
-"""Messages that are sent together -> for each, None where the client answers."""
+"""(messages of one batch) -> for each, its failure, or None where the client answers."""
 
 
 def everyone_answers(messages: Sequence[Outgoing]) -> Sequence[None]:
-    """The fates of clients of which nothing is known beforehand."""
+    """Returns no failures."""
     return [None] * len(messages)
 
 
@@ -75,9 +76,9 @@ class InProcessGrid(Grid):
     """The Grid of a simulation.
 
     Args:
-        executor: who runs the clients.
-        node_ids: the nodes there are.
-        fates: asked with every batch of messages.
+        executor: runs the clients.
+        node_ids: all nodes.
+        fates: predicts the failures of a batch of messages.
     """
 
     def __init__(self, executor: Executor, node_ids: Sequence[int], fates: Fates = everyone_answers) -> None:
@@ -100,17 +101,17 @@ class InProcessGrid(Grid):
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes; in a simulation each can always be reached."""
+        """Returns all nodes; in a simulation each can always be reached."""
         return list(self._node_ids)
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message to one node."""
+        """Makes a message to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hands the messages to the executor, except for clients that fail."""
+        """Submits the messages to the executor, except to clients that fail."""
         numbered = [identified(message, f"message-{next(self._numbers)}") for message in messages]
         outgoing = [_outgoing(message) for message in numbered]
         return [
@@ -119,7 +120,7 @@ class InProcessGrid(Grid):
         ]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there by now, each once.
+        """Returns the replies that are there by now, each once.
 
         Raises:
             RunError: the executor cannot go on.
@@ -130,7 +131,7 @@ class InProcessGrid(Grid):
                 yield _reply(message, future)
 
     def stale_updates(self) -> Iterable[Message]:
-        """Waits for the answers that came when their round had closed."""
+        """Waits for the answers of clients that failed but worked on, and returns them."""
         waiting, self._late = self._late, []
         replies: list[Message] = []
         while len(replies) < len(waiting):
@@ -145,7 +146,7 @@ class InProcessGrid(Grid):
         return list(self.pull_messages(message_ids))
 
     def _push(self, message: Message, outgoing: Outgoing, failure: Failure | None) -> str:
-        """Takes a message as pushed; returns the id that its reply is pulled by."""
+        """Records a message as pushed; returns the id under which its reply is pulled."""
         message_id = message.metadata.message_id
         if failure is None:
             self._pending[message_id] = (message, self._executor.submit(outgoing))
@@ -169,7 +170,7 @@ def _reply(message: Message, future: Future[WireMessage]) -> Message:
     error = future.exception()
     if error is None:
         return from_wire(future.result())
-    if isinstance(error, RunError):  # the executor's, not the client's
+    if isinstance(error, RunError):  # an error of the executor, not the client
         raise error
     code = ErrorCode.NODE_UNAVAILABLE if isinstance(error, ConnectionError) else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)

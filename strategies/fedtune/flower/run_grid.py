@@ -1,4 +1,4 @@
-"""A Flower grid over the SuperLink's runtime API; `tests/live/test_flower_contract.py` holds Flower to account.
+"""A Flower grid over the SuperLink's runtime API; `tests/live/test_flower_contract.py` checks the internals it uses.
 
 with link.open_run(longest_answer) as grid:
     grid.push_messages(messages)
@@ -49,10 +49,10 @@ from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, Payload, decode
 from fedtune.core.text import one_line
 from fedtune.flower.envelope import SITS_OUT_CODE, identified, post, reply_metadata, seal, unseal
 
-MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # with all that Flower puts around a payload
+MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # including Flower's framing around a payload
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
-PATIENCE = 5.0  # times as long as half of the devices took, others may take
+PATIENCE = 5.0  # the others may take this many times as long as the faster half
 _POLL_SECONDS = 0.05
 
 T = TypeVar("T")
@@ -60,18 +60,18 @@ P = TypeVar("P", bound=Payload)
 
 
 class LinkLostError(RunError):
-    """The SuperLink does not answer, or no longer knows the run; the run goes on from its last round in a new one."""
+    """The SuperLink does not answer, or no longer knows the run; the job resumes in a new run after its last round."""
 
 
 def called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) -> T:
-    """The answer to a request.
+    """Returns the answer to a request.
 
     Args:
-        alive: whether the process that listens still runs; without it a call would wait for an answer until its time
-            is over, for this process holds the sockets open.
+        alive: whether the listening process still runs; without this check a call would wait until its timeout, since
+            this process keeps the sockets open.
 
     Raises:
-        LinkLostError: there is none.
+        LinkLostError: the call failed.
     """
     if not alive():
         raise LinkLostError("the listening process has ended")
@@ -86,7 +86,7 @@ def called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) ->
 
 @dataclass(frozen=True)
 class RunLimits:
-    """How many bytes a reply may have, and how many travel in one call to the SuperLink."""
+    """Limits on the bytes of a reply, and on those in one call to the SuperLink."""
 
     reply_bytes: int = MAX_REPLY_BYTES
     batch_bytes: int = MAX_BATCH_BYTES
@@ -97,7 +97,7 @@ RUN_LIMITS = RunLimits()
 
 @dataclass
 class _Sent:
-    """A message that waits for its reply, and the batch it went out with."""
+    """A message that waits for its reply, and its batch."""
 
     head: Message
     batch: _Batch
@@ -105,10 +105,10 @@ class _Sent:
 
 @dataclass
 class _Batch:
-    """Messages that went out together, and how long they may take.
+    """Messages that were sent together, and the time that they may take.
 
-    As long as fewer than half have answered, everyone may take `longest`; from then on PATIENCE times as long as that
-    half took, for a device whose message was lost on the way never answers.
+    Until half of them are answered, each may take `longest`; from then on PATIENCE times as long as that half took,
+    because a device whose message was lost on the way never answers.
     """
 
     size: int
@@ -132,7 +132,7 @@ class _Batch:
 
 @dataclass
 class _Arriving:
-    """A reply that is known, but perhaps not all of whose pieces have been uploaded yet."""
+    """A reply that has been announced, some of whose pieces may still be missing."""
 
     proto: MessageProto
     missing: list[str]
@@ -149,14 +149,14 @@ class _Arriving:
 
 
 class RunGrid(Grid):
-    """A Flower grid over the SuperLink's runtime API; it never waits for anything, and a slow upload delays no other.
+    """A Flower grid over the SuperLink's runtime API; it never blocks, and a slow upload delays no other.
 
-    Use as a context manager: it keeps the run's task alive, and ends it.
+    As a context manager it keeps the run's task alive, and ends it.
 
     Args:
-        client: with the run's token.
-        longest_answer: seconds that a device may take where nothing better is known.
-        alive: as for `called`.
+        client: client with the run's token.
+        longest_answer: seconds that a device may take where no measurement says less.
+        alive: as in `called`.
     """
 
     def __init__(
@@ -195,12 +195,12 @@ class RunGrid(Grid):
             output = PushTaskOutputRequest(sub_status=status, details=details)
             called(self._client.PushTaskOutput, output, self._alive)
         except LinkLostError:
-            pass  # it is over there anyway
+            pass  # the SuperLink has ended it already
         finally:
             self._client.close()
 
     def set_run(self, run: Run) -> None:
-        """A grid has its run from the beginning."""
+        """Replaces the run; a grid is created with one."""
         self._run = run
 
     @property
@@ -209,15 +209,15 @@ class RunGrid(Grid):
         return self._run
 
     def create_message(self, *arguments: Any, **named: Any) -> Message:
-        """Flower's old way to make a message."""
+        """Refuses Flower's deprecated way to make a message."""
         raise NotImplementedError("make a flwr.app.Message instead")
 
     def get_node_ids(self) -> list[int]:
-        """Devices that are online."""
+        """Returns the devices that are online."""
         return [node.node_id for node in self._call(self._client.GetNodes, GetNodesRequest()).nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
-        """Sends messages; the ids of those that could be sent, "" for the others."""
+        """Sends messages; returns the ids of those that were sent, "" for the others."""
         messages = list(messages)
         batch = _Batch(len(messages), self._longest)
         with no_object_id_recompute():
@@ -274,7 +274,7 @@ class RunGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that have arrived whole, or can no longer arrive: those carry an error."""
+        """Returns the complete replies to these messages; a reply that can no longer arrive carries an error."""
         asked = [message_id for message_id in message_ids if message_id in self._sent]
         unknown = [message_id for message_id in asked if message_id not in self._arriving]
         if unknown:
@@ -298,19 +298,19 @@ class RunGrid(Grid):
         return replies
 
     def drop_late(self) -> set[int]:
-        """Takes the answers that nobody waited for any longer, and throws them away; the nodes that still owe one."""
+        """Discards late answers; returns the nodes that have still not answered."""
         self.pull_messages(list(self._sent))
         return {sent.head.metadata.dst_node_id for sent in self._sent.values()}
 
     def sitting_out(self) -> set[int]:
-        """The nodes that refused a message since this was last asked, since they sit out."""
+        """Returns the nodes that refused a message because they sit out, since the last call."""
         found, self._sitting_out = self._sitting_out, set()
         return found
 
     def ask(
         self, nodes: Iterable[int], action: str, group: str, payload: bytes, seconds: float
     ) -> dict[int, bytes | PeerError]:
-        """Asks all nodes the same; those that answered in time: node -> payload, or why there is none."""
+        """Sends a payload to all nodes; returns the answers that arrive in time: node -> payload, or its error."""
         content = seal(payload)
         messages = [Message(content, node, action, group_id=group) for node in nodes]
         answers: dict[int, bytes | PeerError] = {}
@@ -322,7 +322,7 @@ class RunGrid(Grid):
         return answers
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Sends, and waits for all replies or until the time is over."""
+        """Sends the messages, and waits for all replies or until the timeout."""
         end = None if timeout is None else time.monotonic() + timeout
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
         replies: list[Message] = []
@@ -359,7 +359,7 @@ class RunGrid(Grid):
             self._call(self._client.ConfirmMessageReceived, receipt)
         try:
             reply = inflate_object_from_contents(object_id, arriving.contents)
-        except Exception as error:  # whatever a device sent, this process goes on
+        except Exception as error:  # no reply of a device may end this process
             return _failed(sent.head, f"the reply cannot be read: {type(error).__name__}")
         if not isinstance(reply, Message):
             return _failed(sent.head, "the reply is not a message")
@@ -396,7 +396,7 @@ class RunGrid(Grid):
 
 @dataclass
 class _Parcel:
-    """Messages that are pushed together, and their objects: as content where they fit, else as they are."""
+    """Messages that are pushed together, with their objects: as content while they fit, otherwise as objects."""
 
     heads: list[Message] = field(default_factory=list)
     trees: list[ObjectTree] = field(default_factory=list)
@@ -410,5 +410,5 @@ def _object_ids(tree: ObjectTree) -> list[str]:
 
 
 def _failed(head: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
-    """An error as the device that was asked would have sent it."""
+    """Returns an error in the form in which the asked device would send it."""
     return make_message(metadata=reply_metadata(head.metadata, time.time()), error=Error(code, one_line(reason[:500])))

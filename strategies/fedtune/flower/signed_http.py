@@ -1,4 +1,4 @@
-"""A device's HTTP calls to Flower's Fleet API (flwr 1.41): signed, bounded, and with errors that say what to do.
+"""A device's HTTP calls to Flower's Fleet API (flwr 1.41): signed, bounded, and with errors that give advice.
 
 calls = SignedHttp(server, authority, node_key)
 response = calls.call(calls.brief.ActivateNode, request)
@@ -28,17 +28,17 @@ from fedtune.core.host.trusted_server import ServerClock, trusting
 from fedtune.core.protocol.bundles import MAX_TAKEN_BYTES
 from fedtune.core.protocol.enrolment import load_node_key
 
-HEARTBEAT_INTERVAL = 15.0  # the server takes a device for gone after two of these
+HEARTBEAT_INTERVAL = 15.0  # the server counts a device as offline after two of these
 CALL_SECONDS = 20.0
 HEARTBEAT_CALL_SECONDS = 12.0
-PIECE_SECONDS = 240.0  # a piece, up or down, over a very slow link
-MAX_ANSWER_BYTES = MAX_TAKEN_BYTES + (1 << 20)  # of one call: a piece of a message is far smaller
+PIECE_SECONDS = 240.0  # for a piece, up or down, over a very slow link
+MAX_ANSWER_BYTES = MAX_TAKEN_BYTES + (1 << 20)  # for one call; a piece of a message is far smaller
 
 T = TypeVar("T")
 
 
 class UnreachableError(FedtuneError):
-    """The server cannot be reached now; it may be reached later."""
+    """The server cannot be reached now, and may be reachable later."""
 
 
 class UntrustedError(UnreachableError):
@@ -50,26 +50,26 @@ class UnknownDeviceError(FedtuneError):
 
 
 class NotAdmittedError(FedtuneError):
-    """The server does not take this device in: it was revoked, or still counts as running from before a crash."""
+    """The server does not admit this device: it was revoked, or still counts as running from before a crash."""
 
 
 class RunOverError(FedtuneError):
-    """The run that a message belongs to is over; its answer is of no use to anyone."""
+    """The run that a message belongs to is over, and its answer is no longer needed."""
 
 
 class IncompatibleError(FedtuneError):
-    """The server runs a version of Flower that this one cannot talk to."""
+    """The server runs a version of Flower that is incompatible with this device's."""
 
 
 class SignedHttp:
-    """The calls of one device, over connections with different patience.
+    """The calls of one device, over several connections with different timeouts.
 
     Args:
         server: HOST:PORT.
-        authority: the only certificate authority that is trusted, PEM.
+        authority: PEM certificate authority, the only trusted one.
         node_key: private key of the device, PEM.
-        clock: the server's, as far as it is known.
-        max_answer_bytes: of one call's answer.
+        clock: estimate of the server's clock.
+        max_answer_bytes: limit on the bytes of one response.
     """
 
     def __init__(
@@ -89,25 +89,25 @@ class SignedHttp:
             for seconds in (CALL_SECONDS, HEARTBEAT_CALL_SECONDS, PIECE_SECONDS)
         )
         for client in (self.brief, self.beats, self.pieces):
-            client._client.follow_redirects = False  # a server must not send devices about in their own networks
+            client._client.follow_redirects = False  # a server must not redirect devices to hosts of their own networks
             client._client.event_hooks = {"response": [lambda response: _bound(response, max_answer_bytes)]}
 
     @property
     def public_key(self) -> bytes:
-        """The key that requests show, PEM."""
+        """The public key that identifies requests, PEM."""
         return self._signer.public
 
     def close(self) -> None:
-        """Gives the connections back."""
+        """Closes the connections."""
         for client in (self.brief, self.beats, self.pieces):
             client.close()
 
     def call(self, call: Callable[[Any], T], request: Any) -> T:
-        """The answer to a request.
+        """Returns the answer to a request.
 
         Raises:
             UnreachableError, UntrustedError, UnknownDeviceError, NotAdmittedError, RunOverError, IncompatibleError,
-            PeerError: there is none, or none that can be used.
+            PeerError: the call failed, or its answer cannot be used.
         """
         try:
             return call(request)
@@ -120,7 +120,7 @@ class SignedHttp:
 
 
 class _Bounded(httpx.SyncByteStream):
-    """An answer's bytes, of which there may be so many."""
+    """The byte stream of a response, with a limit."""
 
     def __init__(self, stream: httpx.SyncByteStream, limit: int) -> None:
         self._stream, self._limit = stream, limit
@@ -138,7 +138,7 @@ class _Bounded(httpx.SyncByteStream):
 
 
 def _bound(response: httpx.Response, limit: int) -> None:
-    """Keeps an answer from taking more memory than any of this fleet's does; httpx reads whatever comes."""
+    """Limits the bytes of a response; httpx alone reads any number."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise PeerError("the server's answer is compressed, which nobody asked for")
     assert isinstance(response.stream, httpx.SyncByteStream)
@@ -146,7 +146,7 @@ def _bound(response: httpx.Response, limit: int) -> None:
 
 
 class _Signer:
-    """Signs the time of every request, by the server's clock once that is known to differ."""
+    """Signs the time of every request, by the server's clock once it is known to differ."""
 
     def __init__(self, node_key: str, clock: ServerClock) -> None:
         self._key, self._clock = load_node_key(node_key), clock
@@ -168,9 +168,9 @@ class _Signer:
 
 
 class _Versions:
-    """Says which Flower this is; unlike Flower's own, it does not end the process when the server minds.
+    """Adds Flower's version headers; unlike Flower's own interceptor, it does not end the process on a mismatch.
 
-    It also asks for answers that are not compressed, see `_bound`.
+    It also requests uncompressed responses, see `_bound`.
     """
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ def _meaning(response: httpx.Response) -> FedtuneError:
         case 401:
             return UnknownDeviceError(
                 "the server does not know this device; if it was revoked, ask for a new bundle, then: "
-                "fedtune client leave, and join anew"
+                "fedtune client leave, and join again"
             )
         case 403:
             return RunOverError("the run is over")

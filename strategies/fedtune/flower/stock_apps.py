@@ -1,4 +1,4 @@
-"""Flower's own two kinds of app, for `flwr run` and anyone's SuperLink, around plain functions.
+"""Flower's two kinds of app around plain functions, for `flwr run` and any SuperLink.
 
 app = server_app(main)             # main(grid, run_config)
 app = client_app(answer)           # answer(run_config, partition, request) -> the reply's payload
@@ -20,7 +20,7 @@ RunConfig = Mapping[str, bool | float | int | str]
 
 
 def server_app(main: Callable[[Grid, RunConfig], None]) -> ServerApp:
-    """A ServerApp that runs `main` with its grid and its run configuration."""
+    """Returns a ServerApp that runs `main` with its grid and its run configuration."""
     app = ServerApp()
 
     @app.main()
@@ -31,7 +31,7 @@ def server_app(main: Callable[[Grid, RunConfig], None]) -> ServerApp:
 
 
 def client_app(answer: Callable[[RunConfig, int, Request], bytes]) -> ClientApp:
-    """A ClientApp that answers training and evaluation for the client of its node's partition."""
+    """Returns a ClientApp that answers training and evaluation for the client of its node's partition."""
     app = ClientApp()
 
     def reply(message: Message, context: Context) -> Message:

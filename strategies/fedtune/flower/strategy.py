@@ -1,13 +1,13 @@
-"""Federated training of one adapter as a Flower Strategy, usable in anyone's ServerApp:
+"""Federated training of one adapter as a Flower Strategy, usable in any ServerApp:
 
     strategy = AdapterStrategy(assemble(job, base, layout))
     result = strategy.start(grid, strategy.initial_arrays(), num_rounds=20)
 
-fedtune's own server takes it round by round, state in and state out, so that it can save what each round acknowledged:
+fedtune's own server drives it round by round, state in and state out, so that it can store each acknowledged round:
 
     for state, record in strategy.rounds(grid, state, last_round=20, evaluate=evaluate): ...
 
-`fedtune.strategies.round` says what a round is; here it meets Flower's grid and messages.
+`fedtune.strategies.round` implements a round; this module connects it to Flower's grid and messages.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from fedtune.strategies.federation import Federation, FederationState, initial_s
 from fedtune.strategies.round import TrainingRound
 from fedtune.strategies.schedule import Closing
 
-ADAPTER = "adapter"  # the one array of the ArrayRecord that Flower's interface hands around
+ADAPTER = "adapter"  # the only array in the ArrayRecords of Flower's interface
 
 Evaluate = Callable[[int, Vector], Evaluation | None]
 Roster = Callable[[Grid], dict[str, int]]
 
 
 def roster_by_node_id(grid: Grid) -> dict[str, int]:
-    """Names clients after their Flower node, where nothing better is known."""
+    """Names clients by their Flower node, where no other names are known."""
     return {str(node_id): node_id for node_id in grid.get_node_ids()}
 
 
@@ -51,9 +51,9 @@ class AdapterStrategy(Strategy):
     """Federated training of one adapter.
 
     Args:
-        federation: what stays the same all through the job.
+        federation: parts that stay the same throughout the job.
         roster: client name -> Flower node, of the clients that can be reached now.
-        stale_updates: gives the answers that came when their round had closed, asked when a round has.
+        stale_updates: returns the answers that arrived after their round had closed; called at the end of each round.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class AdapterStrategy(Strategy):
         self._names: dict[int, str] = {}
 
     def initial_arrays(self) -> ArrayRecord:
-        """The adapter before round 1, as Flower's `start` takes it."""
+        """Returns the adapter before round 1 in the form that `start` takes."""
         return _to_arrays(initial_state(self.federation).adapter)
 
     def rounds(
@@ -105,14 +105,14 @@ class AdapterStrategy(Strategy):
                 tracker.round(record)
 
     def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
-        """Lets the selection learn from a round; a run that goes on hands in its earlier ones, in order."""
+        """Updates the selection by a round's records; a resumed run passes its earlier rounds in order."""
         self.federation = replace(self.federation, selection=self.federation.selection.learned(number, clients))
 
     def _open(self, state: FederationState, population: Sequence[str]) -> TrainingRound:
         return TrainingRound.open(self.federation, state, population, self._broadcast)
 
     def _trainable(self, roster: dict[str, int]) -> list[str]:
-        """The clients that can be asked to train: under secure aggregation those whose identity the others know."""
+        """Returns the clients that can be asked to train: under secure aggregation, those with pinned identity keys."""
         return sorted(name for name in roster if self.federation.collector.admits(name))
 
     def _run(self, grid: Grid, round_: TrainingRound | EvaluationRound, roster: dict[str, int]) -> None:
@@ -128,10 +128,10 @@ class AdapterStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One request, the same for the whole cohort; `config` is not read, the job says it all.
+        """Returns one request, the same for the whole cohort; `config` is ignored in favour of the job.
 
         Raises:
-            JobError: secure aggregation takes five exchanges a round, and this call has place for one.
+            JobError: secure aggregation takes five exchanges a round, and this interface has one.
         """
         del config
         if not self.federation.collector.single_exchange:
@@ -145,7 +145,7 @@ class AdapterStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Takes the replies in as they come; nothing where too few survived."""
+        """Takes the replies as they arrive; returns None where too few clients survived."""
         if self._training is None or self._training.number != server_round:
             raise RuntimeError(f"aggregate_train({server_round}) without configure_train({server_round}) before it")
         _collect(self._training, replies, self._names)
@@ -158,7 +158,7 @@ class AdapterStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A request to every client that can be reached, in the rounds in which the job wants clients to evaluate."""
+        """Returns a request to every client that can be reached, in rounds in which the job lets clients evaluate."""
         del config
         self._evaluation = None
         if not clients_evaluate(self.federation.job, server_round):
@@ -170,7 +170,7 @@ class AdapterStrategy(Strategy):
         return _messages(next(self._evaluation.exchanges()), roster, server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """All clients' scores as one."""
+        """Returns the pooled score of all clients."""
         if self._evaluation is None or self._evaluation.number != server_round:
             return None
         _collect(self._evaluation, replies, self._names)
@@ -178,7 +178,7 @@ class AdapterStrategy(Strategy):
         return _evaluate_metrics(score) if score else None
 
     def summary(self) -> None:
-        """Nothing beside what fedtune's own output says."""
+        """Prints nothing; fedtune's own output has the summary."""
 
     def start(
         self,
@@ -190,9 +190,9 @@ class AdapterStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Flower's whole loop on top of `rounds`, which streams replies instead of holding them all.
+        """Runs Flower's whole loop on top of `rounds`, which streams replies instead of holding them all.
 
-        `timeout` and the configs are not read: the job's deadline and settings hold.
+        `timeout` and the configs are ignored; the job's deadline and settings apply.
         """
         del timeout, train_config, evaluate_config
         result = Result()
@@ -210,7 +210,7 @@ class AdapterStrategy(Strategy):
         return result
 
     def _take_over(self, arrays: ArrayRecord) -> FederationState:
-        """The state so far, with whatever adapter the ServerApp hands in as the one that devices shall have."""
+        """Returns the state so far, with the adapter from the ServerApp as the one that devices receive."""
         adapter = _from_arrays(arrays, self.federation.layout)
         if np.array_equal(adapter, self._state.adapter):
             return self._state
@@ -220,7 +220,7 @@ class AdapterStrategy(Strategy):
 
 
 def _messages(exchange: Exchange, roster: dict[str, int], number: int) -> Sequence[Message]:
-    contents: dict[tuple[bytes, ...], RecordDict] = {}  # who is asked the same shares one, however many they are
+    contents: dict[tuple[bytes, ...], RecordDict] = {}  # clients with equal requests share one
     messages = []
     for name, parts in exchange.requests.items():
         if parts not in contents:
@@ -271,15 +271,15 @@ def stream_replies(
     closing: Closing | None = None,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Iterator[Message]:
-    """Sends the messages and yields their replies in order of arrival, each once, so that no more than one is held.
+    """Sends the messages and yields their replies in order of arrival, each once, so that only one is held at a time.
 
     Flower's `Grid.send_and_receive` returns with the last reply, holding them all, and sleeps 3 s between polls.
 
     Args:
-        grid: where to send them.
-        messages: each to one node.
+        grid: grid to send them through.
+        messages: messages, each to one node.
         deadline: seconds to wait for the last reply, or None to wait for all.
-        closing: when to go on before all are there; errors do not count as answers.
+        closing: condition to stop before all replies have arrived; errors do not count as answers.
     """
     started, answers = clock.monotonic(), 0
     end = math.inf if deadline is None else started + deadline

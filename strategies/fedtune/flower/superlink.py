@@ -1,4 +1,4 @@
-"""The SuperLink, and calls to it (flwr 1.41); `tests/live/test_flower_contract.py` holds Flower's internals to account.
+"""The SuperLink, and calls to it (flwr 1.41); `tests/live/test_flower_contract.py` checks the internals it uses.
 
 app = link_app(database, secret)                    the SuperLink's API, in the process that listens
 link = Link(address, authority, control_key)        the server's own calls to it
@@ -45,7 +45,7 @@ _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
-# A Flower app without any code: what a run is called. Devices never ask for it, and the server runs what is installed.
+# A Flower app without code, since a run needs one. Devices never request it, and the server runs installed code.
 _APP = b"""
 [build-system]
 requires = ["hatchling"]
@@ -67,7 +67,7 @@ T = TypeVar("T")
 
 
 def link_app(database: Path, secret: str) -> App:
-    """The SuperLink's ASGI application, with signed device requests and its state in one SQLite file."""
+    """Returns the SuperLink's ASGI application, with signed device requests and its state in one SQLite file."""
     os.environ["FLWR_DATABASE"] = str(database)
     from flwr.superlink.main import create_app
 
@@ -81,7 +81,7 @@ def link_app(database: Path, secret: str) -> App:
 
 @dataclass(frozen=True)
 class NodeState:
-    """A registered device as the SuperLink sees it."""
+    """The SuperLink's view of a registered device."""
 
     node_id: int
     public_key: bytes
@@ -95,11 +95,10 @@ class Link:
 
     Args:
         address: HOST:PORT of the private socket.
-        authority: of the server's certificate, PEM.
-        control_key: what the guard wants to see.
-        report: told of what should not have happened.
-        alive: whether the process that listens still runs; without it a call would wait for an answer until its time
-            is over, for this process holds the sockets open.
+        authority: authority of the server's certificate, PEM.
+        control_key: key that the guard requires.
+        report: receives messages about unexpected events.
+        alive: whether the listening process still runs; see `called`.
     """
 
     def __init__(
@@ -121,12 +120,12 @@ class Link:
         self._fab = build_fab_from_files({"pyproject.toml": _APP})[0]
 
     def close(self) -> None:
-        """Gives the connections back."""
+        """Closes the connections."""
         self._control.close()
         self._runtime.close()
 
     def wait_until_ready(self) -> None:
-        """Waits for the listening process.
+        """Waits until the listening process is ready.
 
         Raises:
             RunError: it ended, or did not answer in time.
@@ -141,7 +140,7 @@ class Link:
         raise RunError("the server's listening process did not start; its output says why")
 
     def nodes(self) -> list[NodeState]:
-        """Every registered device."""
+        """Returns every registered device."""
         found = self._call(self._control.ListNodes, ListNodesRequest()).nodes_info
         return [
             NodeState(
@@ -156,15 +155,15 @@ class Link:
         ]
 
     def register(self, name: str, public_key: bytes) -> None:
-        """Lets a device in."""
+        """Registers a device, which may then connect."""
         self._call(self._control.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name))
 
     def unregister(self, node_id: int) -> None:
-        """Shuts a device out, from its next request on."""
+        """Unregisters a device, whose next request is refused."""
         self._call(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
     def open_run(self, longest_answer: float, limits: RunLimits = RUN_LIMITS) -> RunGrid:
-        """Begins a Flower run of our own and takes its task.
+        """Starts a Flower run and takes its task.
 
         Args:
             longest_answer: seconds after which a device is given up, see `RunGrid`.
@@ -182,7 +181,7 @@ class Link:
         return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive, limits)
 
     def refuse_foreign_runs(self) -> None:
-        """Ends every run that somebody else began, unread."""
+        """Ends every run that another client started, without reading it."""
         with self._acquiring:
             while acquired := self._acquire():
                 self._refuse(acquired)
@@ -215,7 +214,7 @@ class Link:
 
 
 class _ControlInterceptor:
-    """Shows the control key to the guard."""
+    """Adds the control key, which the guard requires."""
 
     def __init__(self, key: str) -> None:
         self._key = key
