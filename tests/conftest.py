@@ -1,4 +1,4 @@
-"""Tiny random-weight models of many architectures, written to disk as a user's model directory would be."""
+"""Fixtures of tiny random-weight models of many architectures, written to disk like a user's model directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost such small models more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads make such small models slower
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gpt_neox", "gpt2")
 CORPUS = [
@@ -38,7 +38,7 @@ MakeModel = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> MakeTokenizer:
-    """make_tokenizer(chat_template=..., pad_token=None, ...): a byte-level BPE with <pad>, <s> and </s>."""
+    """Gives make_tokenizer(pad_token=None, ...), which makes a byte-level BPE with the tokens <pad>, <s> and </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,9 +64,9 @@ def make_tokenizer() -> MakeTokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: MakeTokenizer) -> MakeModel:
-    """make_model("qwen3", hidden_size=32, ...): a directory with a model of random weights and its tokenizer.
+    """Gives make_model("qwen3", hidden_size=32, ...), which writes a model of random weights and its tokenizer.
 
-    The same arguments give the same directory; nobody may change what is in it.
+    The same arguments give the same directory, whose content no test may change.
     """
     import torch
     import transformers
@@ -95,13 +95,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: MakeTok
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Each of the architectures that fedtune is tested on."""
+    """Gives each of the architectures that fedtune is tested on."""
     return str(request.param)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """small_disk(300): a folder on a file system of so many kilobytes; skips the test where none can be made."""
+    """Gives small_disk(300), which makes a file system of that many kilobytes or skips the test where it cannot."""
     mounted: list[Path] = []
 
     def make(kilobytes: int) -> Path:

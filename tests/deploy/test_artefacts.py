@@ -1,6 +1,6 @@
-"""Every file in deploy/ before its own validator; a validator that is not installed is skipped.
+"""Checks every file in deploy/ with its own validator; a validator that is not installed is skipped.
 
-The dev extra brings all but systemd-analyze, nginx and caddy, which `.ci/run` takes from the distribution where it can.
+The dev extra installs all but systemd-analyze, nginx and caddy, which `.ci/run` takes from the distribution if it can.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-MAX_EXPOSURE = 1.5  # of ten, by `systemd-analyze security`
+MAX_EXPOSURE = 1.5  # out of ten, by `systemd-analyze security`
 SECRET_FILES = ("*.key", "*.bundle", "*.pem")
 
 
 def tool(name: str) -> str:
-    """A program of the virtual environment or of the machine."""
+    """Returns a program of the virtual environment or of the machine."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/usr/sbin")
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -116,7 +116,7 @@ def test_systemd_understands_every_line_of_the_units(unit: str, tmp_path: Path) 
         [tool("systemd-analyze"), "verify", copied], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0
-    assert Path(unit).name not in done.stderr, done.stderr  # it complains of other units of the machine, too
+    assert Path(unit).name not in done.stderr, done.stderr  # it reports problems of the machine's other units too
 
 
 @pytest.mark.parametrize("unit", ["fedtune-server.service", "fedtune-client.service"])

@@ -1,4 +1,4 @@
-"""The install script: what it refuses, what it would do, and, behind the slow marker, a whole life of a device."""
+"""The install script: its refusals, its dry run and, behind the slow marker, an installation from begin to end."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_dry_run_says_everything_and_does_nothing(machine: Machine) -> None:
 def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
     arguments = ("--bundle", machine.bundle, "--data", machine.data, "--dry-run")
     fake = machine.programs / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nexit 9\n")  # the driver is there, the GPU is not
+    fake.write_text("#!/bin/sh\nexit 9\n")  # a driver without a GPU
     fake.chmod(0o755)
     without = machine.install(*arguments, "--torch-index", "https://cpu.example.org").stdout
     assert "torch for cpu" in without

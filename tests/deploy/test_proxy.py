@@ -1,4 +1,4 @@
-"""The reverse-proxy rules, for real: a proxy on loopback in front of a listening server."""
+"""The reverse-proxy rules under a real proxy on loopback in front of a listening server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ http {{
 
 @dataclass(frozen=True)
 class Proxy:
-    """A running proxy, and what stands behind it."""
+    """A running proxy and the server behind it."""
 
     port: int
     endpoint: Endpoint
@@ -62,7 +62,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 def proxy(
     request: pytest.FixtureRequest, endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:
-    """Each proxy with its rules as they are, but for names, ports and folders."""
+    """Runs each proxy with its rules unchanged except for names, ports and folders."""
     program = shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
         pytest.skip(f"{request.param} is not installed")

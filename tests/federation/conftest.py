@@ -15,7 +15,7 @@ from fedtune.server.simulation.simulation_context import Wrap
 
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
-    """Runs a small federation in tmp_path/NAME and returns its summary."""
+    """Gives a function that runs a small federation in tmp_path/NAME and returns its summary."""
 
     def start(*overrides: str, name: str = "run", wrap: Wrap | None = None) -> dict[str, Any]:
         return run(small_job(*overrides), tmp_path / name, wrap=wrap)
@@ -25,6 +25,6 @@ def simulate(tmp_path: Path) -> Simulate:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The small federation as it is, undisturbed and with its report's pictures: what disturbed runs must come to."""
+    """Runs the small federation undisturbed, with its report's pictures, as the reference for disturbed runs."""
     path = tmp_path_factory.mktemp("whole") / "run"
     return FinishedRun(path, simulate_with_pictures(small_job(), path, Silent()))

@@ -54,18 +54,18 @@ Simulate = Callable[..., dict[str, Any]]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that tests share; nobody may change what is in its directory.
+    """A run that tests share; no test may change its directory.
 
     Args:
-        path: of the run directory.
-        summary: as `simulate` returned it.
+        path: the run directory.
+        summary: the summary that `simulate` returned.
     """
 
     path: Path
     summary: Mapping[str, Any]
 
     def copied(self, path: Path) -> Path:
-        """A run directory that a test may do with as it likes."""
+        """Returns a copy of a run directory that a test may change."""
         return Path(shutil.copytree(self.path, path))
 
 
@@ -75,7 +75,7 @@ def small_job(*overrides: str) -> Job:
 
 @contextmanager
 def without_pictures() -> Iterator[None]:
-    """Leaves a report's pictures blank: to draw them takes longer than most of these federations."""
+    """Leaves a report's pictures blank, since drawing them takes longer than most of these federations."""
 
     def blank(figure: Figure, target: TextIO, **settings: object) -> None:
         target.write("<svg></svg>")

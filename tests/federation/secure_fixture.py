@@ -1,7 +1,7 @@
 """Secure rounds without a model: the strategy's side and the clients' side, joined by function calls.
 
-stand = Stand(names)
-state, record = stand.run(drop=lambda name, message_type: False)
+fixture = Fixture(names)
+state, record = fixture.run(drop=lambda name, message_type: False)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Drop = Callable[[str, str], bool]
 
 
 class Untrained:
-    """A device that has no model: its updates are drawn from a seed."""
+    """A device without a model, whose updates are drawn from a seed."""
 
     def __init__(self) -> None:
         self.kept: list[str] = []
@@ -91,11 +91,11 @@ class Fixture:
         self._ticks = 0
 
     def open(self) -> TrainingRound:
-        """The next round, nobody asked yet."""
+        """Opens the next round, in which no client has been asked yet."""
         return TrainingRound.open(self.federation, self.state, self.names, self.broadcast)
 
     def answer(self, name: str, exchange: Exchange) -> bytes:
-        """What a client answers."""
+        """Returns a client's answer."""
         parts = exchange.requests[name]
         if exchange.message_type == query(OPEN):
             return self.rounds.open(name, *parts)
@@ -108,7 +108,7 @@ class Fixture:
         return step(name, *parts)
 
     def run(self, drop: Drop = lambda name, kind: False) -> RoundRecord:
-        """A whole round, in which clients for which drop(name, message type) holds never answer."""
+        """Runs a whole round, in which clients for which drop(name, message type) is true never answer."""
         round_ = self.open()
         for exchange in round_.exchanges():
             for name in exchange.requests:

@@ -1,4 +1,4 @@
-"""A run that is killed at any instant goes on, and ends where an undisturbed run ends, bit for bit."""
+"""A run that is killed at any instant can be resumed, and equals an undisturbed run bit for bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_ten_kills_at_random_instants_change_nothing(simulate: Simulate, tmp_pat
 
 
 class Interrupted(Silent):
-    """A display at which somebody presses ctrl-c when the second round is shown."""
+    """A display that raises KeyboardInterrupt when the second round is shown."""
 
     def round(self, record: object) -> None:
         if getattr(record, "round", 0) == 2:
@@ -55,7 +55,7 @@ class Interrupted(Silent):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """A run that stopped after its second round of four."""
+    """Makes a run that stopped after its second round of four."""
     path = tmp_path_factory.mktemp("stopped") / "half"
     with pytest.raises(KeyboardInterrupt):
         run(small_job(), path, Interrupted())
@@ -64,7 +64,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture
 def half_done(stopped: FinishedRun, tmp_path: Path) -> Path:
-    """A copy of the stopped run."""
+    """Copies the stopped run."""
     return stopped.copied(tmp_path / "half")
 
 
@@ -96,7 +96,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(half_done: Path) -> None:
 
 
 class Heard(Silent):
-    """A display that remembers what it is told."""
+    """A display that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -112,7 +112,7 @@ def test_a_finished_run_can_be_resumed_without_harm(whole: FinishedRun, tmp_path
     heard = Heard()
     again = go_on(path, heard)
     assert again["adapter_digest"] == whole.summary["adapter_digest"]
-    assert again["peak_rss_mb"] == 98_765.4  # what the run took, and not what writing it down took
+    assert again["peak_rss_mb"] == 98_765.4  # the run's own peak, not that of writing the summary
     assert any("all rounds are done already" in note for note in heard.notes)
 
 

@@ -1,4 +1,4 @@
-"""A simulated fleet from the command's own entry point: stragglers cost virtual time, and runs repeat."""
+"""A simulated fleet from the command's own entry point: stragglers cost virtual time, and runs are reproducible."""
 
 from __future__ import annotations
 

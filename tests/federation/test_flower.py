@@ -1,4 +1,4 @@
-"""fedtune's strategy is a Flower strategy: it runs in anyone's ServerApp, under its own loop and under Flower's."""
+"""fedtune's strategy is a Flower strategy: it runs in any ServerApp, under its own loop and under Flower's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forked workers give what one process gives, bit for bit, and never outlive it."""
+"""Forked workers give the same result as one process, bit for bit, and never outlive it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Federations of devices of different rank: the same adapter in the clear and with masks, whoever vanishes."""
+"""Federations of devices of different rank give the same adapter in the clear and with masks, for any dropouts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_under_secure_aggregation_mixed_ranks_come_to_the_adapter_that_the_same_
 
 
 def in_the_clear(fixture: Fixture, survivors: Sequence[str] = NAMES) -> RoundRecord:
-    """A round of the same contributions, added where all can see them."""
+    """Runs a round with the same contributions in the clear."""
     round_ = fixture.open()
     exchange = next(round_.exchanges())
     for name in survivors:
@@ -107,7 +107,7 @@ def test_a_client_of_one_tier_may_vanish_before_any_exchange(exchange: str) -> N
     ranks = {**TIERED, "client-9": 2}
     secret, clear = (Fixture(sorted(ranks), [*FIXTURE, *form], ranks) for form in ((), CLEAR_RING))
     assert secret.run(lambda name, kind: name == "client-9" and kind == exchange).aborted is None
-    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
+    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update had arrived by then
     in_the_clear(clear, sorted(ranks) if counted else NAMES)
     assert secret.digest == clear.digest
 

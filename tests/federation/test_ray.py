@@ -1,4 +1,4 @@
-"""The `ray` backend gives what the local one gives."""
+"""The `ray` backend gives the same result as the local one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A change of the adapter's basis between rounds: the product stays, and everything that lives in the basis follows."""
+"""A change of the adapter's basis between rounds keeps the product, and all state in the basis follows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = ["000", "001", "002"]
 
 
 class Fixture:
-    """Rounds on one device, one call each."""
+    """Rounds on one device, with one call a round."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.simulation_context = SimulationContext.begin(small_job(EVERY, "federation.rounds=8", *overrides), folder)

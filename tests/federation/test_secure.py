@@ -1,4 +1,4 @@
-"""Federations under secure aggregation: the same adapter as in the clear, whoever vanishes, and nothing else to see."""
+"""Federations under secure aggregation give the same adapter as in the clear, for any dropouts, and reveal no more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Drop = Callable[[str, Request], bool]
 
 
 def losing(drop: Drop) -> Wrap:
-    """Clients that never answer a message for which drop(client, request) holds."""
+    """Makes clients that never answer a message for which drop(client, request) is true."""
 
     def wrap(handler: Handler) -> Handler:
         def handle(client: str, request: Request) -> bytes:
@@ -50,7 +50,7 @@ def test_a_client_may_vanish_before_any_exchange(simulate: Simulate, tmp_path: P
     one_round = ("federation.rounds=1", "data.clients=5", "data.holdout=0")
     secret = simulate(*SECURE, *one_round, name="secret", wrap=losing(drop))
     line = read_rounds(tmp_path / "secret")[0]
-    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update was in by then
+    counted = exchange in SECURE_EXCHANGES[3:]  # its masked update had arrived by then
     assert ("001" in line["survivors"]) is counted
     assert line["secure"]["summed"] == len(line["survivors"]) == (5 if counted else 4)
     absent = losing(lambda client, request: not counted and client == "001")

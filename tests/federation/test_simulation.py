@@ -1,4 +1,4 @@
-"""Whole federations in this process: what a run promises and what it leaves."""
+"""Whole federations in this process: the promises of a run and its files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_run_leaves_what_the_design_promises(whole: FinishedRun) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """A run that trains long enough to learn something."""
+    """Makes a run that trains long enough to learn something."""
     path = tmp_path_factory.mktemp("trained") / "run"
     return FinishedRun(path, run(small_job("training.local_steps=4"), path))
 

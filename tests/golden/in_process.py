@@ -43,7 +43,7 @@ SHAPE = ModelShape("golden", LINEAR, 100_000, 4, 64, 64, 32, 128, True, 512, 256
 
 @dataclass(frozen=True)
 class DeviceParts:
-    """Parts of one's own on the devices; the defaults are those that a device has by itself."""
+    """Replacements of parts of the devices; the defaults are a device's own parts."""
 
     trainer: Trainer = field(default_factory=NumpyTrainer)
     postprocess: Sequence[UpdateChange] = ()
@@ -54,7 +54,7 @@ OWN_PARTS = DeviceParts()
 
 
 class Inline:
-    """Answers every message when it is submitted, in the order of submission."""
+    """An executor that answers every message when it is submitted, in the order of submission."""
 
     def __init__(self, handler: Handler, clients: Mapping[int, str]) -> None:
         self._handler, self._clients = handler, clients
@@ -78,7 +78,7 @@ def run_federation(
     parts: Parts = NO_PARTS,
     devices: DeviceParts = OWN_PARTS,
 ) -> list[tuple[FederationState, RoundRecord]]:
-    """Runs a job with so many clients, named 00, 01 and so on, from its first round to its last."""
+    """Runs a job with `count` clients, named 00, 01 and so on, from its first round to its last."""
     folder.mkdir(exist_ok=True)
     clients = {1000 + index: f"{index:02d}" for index in range(count)}
     nodes = {client: node_id for node_id, client in clients.items()}

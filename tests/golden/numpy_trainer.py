@@ -1,4 +1,4 @@
-"""Local training without torch, the same bits on every machine: what recorded adapters are made with.
+"""Local training without torch, with the same bits on every machine, for recorded adapters.
 
 A client pulls the adapter a tenth of the way towards a target of its own and adds noise. Only single IEEE operations on
 float32 and numpy's promised random streams are used, so that a digest recorded on one processor holds on another.
@@ -27,7 +27,7 @@ FIRST_CLIENTS_EXAMPLES = 6
 
 
 def load_examples(client: str, trainer: Trainer, sequence_length: int) -> list[Example]:
-    """A client's examples: more of them the later its name."""
+    """Returns a client's examples; later names have more."""
     del trainer, sequence_length
     count = FIRST_CLIENTS_EXAMPLES + 3 * int(client)
     return [Example(np.arange(4 + index % 5, dtype=np.int32), 2) for index in range(count)]
@@ -43,7 +43,7 @@ class NumpyTrainer:
     tokenizer: Any = None
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-        """Gives the update that the task asks for: float32, zero where this client owns nothing."""
+        """Returns the update that the task asks for: float32, zero for indices that the client does not own."""
         layout = self.layout
         segment = layout.segment(task.work.factors)
         size = segment.stop - segment.start
@@ -62,5 +62,5 @@ class NumpyTrainer:
         )
 
     def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
-        """Scores nothing: the recorded jobs hold no examples back."""
+        """Returns no score, since the recorded jobs hold no examples back."""
         raise NotImplementedError

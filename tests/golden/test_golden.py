@@ -1,7 +1,7 @@
-"""Five small jobs whose adapters and traffic are recorded: what a change of the structure must leave as it is.
+"""Five small jobs with recorded adapters and traffic, which a change of structure must not alter.
 
-A digest or a byte count that differs is a change of behaviour. It is recorded again only in a commit that names what
-was meant to change: `python tests/golden/test_golden.py` writes what the code gives now to recorded.json.
+A different digest or byte count is a change of behaviour. It is recorded again only in a commit that names the intended
+change: `python tests/golden/test_golden.py` writes the present results to recorded.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EVERY_JOB = (
 )
 CLEAR = "secure_aggregation.enabled=false"
 
-# Job -> how many clients there are, and what the job says.
+# Job -> the number of clients, and the job's overrides.
 JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
     "secure default": (8, ("federation.clients_per_round=6", "simulation.dropout=0.15")),
     "sparse in the clear": (

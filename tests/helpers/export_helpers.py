@@ -1,4 +1,4 @@
-"""Exports whose ONNX is written in this process: a child takes seconds to start."""
+"""Exports whose ONNX is written in this process, since a child process takes seconds to start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeRun = Callable[..., Path]
 
 
 def build_here(builds: Sequence[Build], log: Path) -> list[str]:
-    """Does what the child process does; test_architectures asks for the child itself."""
+    """Builds models as the child process does; test_architectures runs the child itself."""
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     with (

@@ -12,12 +12,12 @@ from fedtune.core.job.local_work import LocalWork, TrainingSettings, local_work
 
 
 def local_task(seed: int = 1, **settings: Any) -> LocalTask:
-    """A task to train both factors under a job with these settings."""
+    """Returns a task to train both factors under a job with these settings."""
     return LocalTask(seed, local_work(TrainingSettings(**settings)))
 
 
 def changed(task: LocalTask, **changes: Any) -> LocalTask:
-    """The task with other values for some of its fields, or of its work's."""
+    """Returns the task with other values for some of its fields, or of its work's."""
     work = {name: value for name, value in changes.items() if name in LocalWork.__struct_fields__}
     rest = {name: value for name, value in changes.items() if name not in work}
     return replace(task, work=msgspec.structs.replace(task.work, **work), **rest)

@@ -1,4 +1,4 @@
-"""A whole cohort in one process: the five exchanges as a loop, for tests and benchmarks.
+"""A whole secure cohort in one process, with the five exchanges as a loop, for tests and benchmarks.
 
 rehearsal = Rehearsal.prepare(tiers=[0] * 10, segments=[Segment("v", 1000, 8, 15, (0,))])
 updates = random_updates(rehearsal.server.config)
@@ -32,7 +32,7 @@ FIRST = RoundMark(1, 0)
 
 
 def enrol(names: Iterable[str], random: Random = os.urandom) -> tuple[dict[str, Identity], Roster]:
-    """An identity for each name, and the roster of them all."""
+    """Makes an identity for each name, and the roster of them all."""
     identities = {name: Identity.generate(random) for name in names}
     return identities, Roster({name: identity.public for name, identity in identities.items()})
 
@@ -54,7 +54,7 @@ class Rehearsal:
         mark: RoundMark = FIRST,
         random: Random = os.urandom,
     ) -> Rehearsal:
-        """Invents everything but the cohort's tiers and the segments; clients are called client-0, client-1 ..."""
+        """Makes a round for the cohort's tiers and the segments; clients are called client-0, client-1 ..."""
         members = [Member(f"client-{index}", tier) for index, tier in enumerate(tiers)]
         identities, roster = enrol([member.client for member in members], random)
         config = round_config(
@@ -76,14 +76,14 @@ class Rehearsal:
         policy: Policy = LENIENT,
         random: Random = os.urandom,
     ) -> Rehearsal:
-        """Fresh sessions for everybody invited."""
+        """Starts new sessions for all invited clients."""
         names = [member.client for member in config.cohort]
         logs = logs or {name: MemoryRoundLog() for name in names}
         clients = {name: ClientSession(name, identities[name], roster, policy, logs[name], random) for name in names}
         return cls(ServerSession(config, roster), clients)
 
     def answer(self, client: str, request: bytes, updates: Mapping[str, Update]) -> bytes:
-        """What one client answers in the current exchange."""
+        """Returns one client's answer in the current exchange."""
         session, config = self.clients[client], self.server.config
         match self.server.stage:
             case Stage.ADVERTISE:
@@ -101,7 +101,7 @@ class Rehearsal:
     def exchange(
         self, requests: Mapping[str, bytes], updates: Mapping[str, Update], silent: Set[str] = frozenset()
     ) -> dict[str, bytes]:
-        """One exchange: everybody asked answers, but those who are silent; gives the next requests.
+        """Runs one exchange, in which all clients but the silent ones answer; returns the next requests.
 
         Raises:
             RoundAbortedError: too many were silent.
@@ -114,11 +114,11 @@ class Rehearsal:
     def until(
         self, stage: Stage, updates: Mapping[str, Update], silent: Mapping[Stage, Set[str]] | None = None
     ) -> dict[str, bytes]:
-        """Opens the round and runs up to a stage; gives the requests of that stage.
+        """Opens the round and runs up to a stage; returns the requests of that stage.
 
         Args:
             stage: the first exchange that is left to do, or `Stage.DONE`.
-            updates: what each client adds, by client and segment name.
+            updates: the words that each client adds, by client and segment name.
             silent: the clients that vanish in each exchange, before they answer.
 
         Raises:
@@ -130,13 +130,13 @@ class Rehearsal:
         return requests
 
     def run(self, updates: Mapping[str, Update], silent: Mapping[Stage, Set[str]] | None = None) -> OpenedSum:
-        """All five exchanges; arguments and errors are those of `until`."""
+        """Runs all five exchanges; arguments and errors are those of `until`."""
         self.until(Stage.DONE, updates, silent)
         return self.server.result
 
 
 def random_updates(config: RoundConfig, seed: int = 0) -> dict[str, Update]:
-    """Words from 0 to each segment's limit for every client, drawn from one seed."""
+    """Draws words from 0 to each segment's limit for every client, from one seed."""
     rng = np.random.default_rng(seed)
     updates: dict[str, Update] = {}
     for client, member in enumerate(config.cohort):
@@ -146,7 +146,7 @@ def random_updates(config: RoundConfig, seed: int = 0) -> dict[str, Update]:
 
 
 def plain_sum(updates: Mapping[str, Update], segment: str, clients: Iterable[str]) -> NDArray[np.uint64]:
-    """What the secure sum of a segment must be: the words of these clients added up in the open."""
+    """Returns the expected secure sum of a segment: the plain sum of these clients' words."""
     vectors = [updates[client][segment] for client in clients if segment in updates[client]]
     total: NDArray[np.uint64] = np.sum(vectors, axis=0, dtype=np.uint64)
     return total

@@ -1,4 +1,4 @@
-"""docs/architecture.md says what the code does: its drawing is the imports', its tables are the code's."""
+"""docs/architecture.md agrees with the code: its drawing with the imports, its tables with the tables of the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents name exists: modules, links, paths, and the labels of secure aggregation."""
+"""The documents name only things that exist: modules, links, paths, and the labels of secure aggregation."""
 
 from __future__ import annotations
 

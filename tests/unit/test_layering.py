@@ -1,4 +1,4 @@
-"""The house stays in order: core <- strategies <- server, core <- model <- client; simulation sees both sides."""
+"""The packages import only as allowed: core <- strategies <- server, core <- model <- client; simulation sees both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALLOWED = {
         "fedtune.server",
     ),
     "fedtune.server.simulation": ("fedtune",),
-    "fedtune.server.cli": ("fedtune",),  # the one command stands in front of both sides
+    "fedtune.server.cli": ("fedtune",),  # the one command calls both sides
 }
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "ray"),
@@ -84,7 +84,7 @@ def test_one_package_knows_flower() -> None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_benchmarks_and_examples_import_names_that_exist(path: Path) -> None:
-    """mypy does not read them, and some run for hours before they would fail."""
+    """mypy does not read them, and some run for hours before a wrong import would fail."""
     house = modules()
     for name in (one.name for one in imports(path) if within(one.name, "fedtune")):
         module, _, attribute = name.rpartition(".")
@@ -92,7 +92,7 @@ def test_benchmarks_and_examples_import_names_that_exist(path: Path) -> None:
 
 
 def defined(path: Path) -> set[str]:
-    """The names that a module binds at its top level."""
+    """Returns the names that a module binds at its top level."""
     names: set[str] = set()
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         for node in ast.walk(statement):

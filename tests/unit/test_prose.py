@@ -1,4 +1,4 @@
-"""The check of the project's prose: what it reads, and what it finds."""
+"""The check of the project's prose: the texts that it reads, and the offences that it finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device holds from one message to the next."""
+"""The state that a device keeps from one message to the next."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
     for job in ("one", "two"):
         memory.begin(job, secure=True, terms=b"")
         assert device.hold(request) == adapter_digest(first)
-        kept = memory.adapter(adapter_digest(first), LAYOUT.size)  # which the next round's change is against
+        kept = memory.adapter(adapter_digest(first), LAYOUT.size)  # the base of the next round's change
         assert kept is not None, job
         assert kept.tobytes() == first.tobytes()
 
 
 def trained_update(folder: Path, aggregation: str, *postprocess: UpdateChange) -> Vector:
-    """What one client of a job in the clear, at full precision, sends in its first round."""
+    """Returns the update of one client of a job in the clear, at full precision, in its first round."""
     overrides = ["secure_aggregation.enabled=false", "compression.preset=none", "data.holdout=0"]
     job = load_job(None, [*overrides, f"federation.aggregation={aggregation}"])
     base = Base("golden", DIGEST, "nf4", GOLDEN.rank, GOLDEN.alpha, ("all-linear",), 256)

@@ -1,4 +1,4 @@
-"""What a client remembers between rounds."""
+"""The state that a client keeps between rounds."""
 
 from __future__ import annotations
 

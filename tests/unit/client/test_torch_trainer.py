@@ -1,4 +1,4 @@
-"""One out-of-memory costs time; a second one costs the round, with the sizes that were tried."""
+"""A trainer that runs out of memory retries in smaller steps; the second time it refuses, with the tried sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate
 
 @contextmanager
 def failing(model: AdaptedModel, limit: int, message: str = NO_MEMORY) -> Iterator[None]:
-    """Forward passes of more tokens than the limit fail, as they do where there is no memory for them."""
+    """Makes forward passes of more tokens than the limit fail, as without memory for them."""
     model.lm_head  # noqa: B018  # checks itself with a forward pass of its own
 
     def check(_module: Any, _positional: Any, inputs: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def test_memory_that_runs_out_once_costs_smaller_micro_batches_and_no_update(wor
     with failing(model, 64):
         result = trainer.train(examples, received, TASK)
     np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.work.learning_rate * 0.02)
-    assert trainer.limits == Limits(64)  # the next round does not run into it again
+    assert trainer.limits == Limits(64)  # the next round avoids the same failure
 
 
 def test_a_trainer_s_limits_are_kept_to(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_a_trainer_s_limits_are_kept_to(world: Any, monkeypatch: pytest.MonkeyPa
     trainer = TorchTrainer(model, Limits(100, checkpointing=True))
     with failing(model, 100):
         result = trainer.train(examples, received, TASK)
-    assert trainer.limits == Limits(100, checkpointing=True)  # memory did not run out
+    assert trainer.limits == Limits(100, checkpointing=True)  # there was memory enough
     assert len(enabled) == 1
     np.testing.assert_allclose(result.update, whole.update, rtol=1e-2, atol=TASK.work.learning_rate * 0.02)
 

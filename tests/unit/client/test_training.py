@@ -1,4 +1,4 @@
-"""Local training: it learns, it is exact to the bit, and what is not finite never leaves the device."""
+"""Local training learns, is exact to the bit, and never sends values that are not finite."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_proximal_term_pulls_towards_what_was_received(make_model: MakeModel) 
     first = changed(task, local_steps=1)
     held = train_locally(model, examples, received, changed(task, proximal=100.0)).update
     assert np.linalg.norm(held) < 0.5 * np.linalg.norm(free)
-    # Nothing has moved yet in the first step, so there is nothing to pull back.
+    # In the first step the adapter has not moved yet, so the proximal term is zero.
     assert np.array_equal(
         train_locally(model, examples, received, first).update,
         train_locally(model, examples, received, changed(first, proximal=100.0)).update,

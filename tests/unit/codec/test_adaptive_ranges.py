@@ -1,6 +1,6 @@
-"""Clip and weight cap come to where a cohort is, from wherever they start.
+"""Clip and weight cap converge to a cohort's values from any start.
 
-The clip fits most updates and shows nobody's norm; the cap lets few clients make a ring coarse for all.
+The clip fits most updates and reveals no client's norm; the cap keeps few clients from making a ring coarse for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NORMS = np.linspace(0.8, 1.2, CLIENTS)
 
 
 def adapted(state: ClipRange, norms: np.ndarray) -> ClipRange:
-    """One round of the codec with updates of these norms."""
+    """Runs one round of the codec with updates of these norms."""
     codec = MaskableCodec(bits=4)
     context = RoundContext(0, np.ones(COUNT, dtype=np.bool_), state.clip, CLIENTS)
     total = codec.zero(context)
@@ -58,7 +58,7 @@ def test_a_clip_that_is_no_norm_is_refused(clip: float) -> None:
 
 
 def capped(cap: float, weights: list[int], rounds: int) -> float:
-    """The cap after rounds with clients of these weights, capped and rounded as a round does it."""
+    """Returns the cap after rounds with clients of these weights, capped and rounded as in a round."""
     for _ in range(rounds):
         whole = round(cap)
         cap = next_weight_cap(float(np.mean([min(weight, whole) for weight in weights])))
@@ -85,7 +85,7 @@ def test_a_cap_comes_up_again_after_a_round_of_next_to_nothing() -> None:
 
 
 def mean_error(cap: int) -> float:
-    """‖mean - true mean‖² / ‖true mean‖² of ten clients with 180 examples each, at 2 bits."""
+    """Returns ‖mean - true mean‖² / ‖true mean‖² of ten clients with 180 examples each, at 2 bits."""
     codec = MaskableCodec(bits=2)
     context = RoundContext(0, np.ones(COUNT, dtype=np.bool_), 1.25, n_max=10)
     total, truth = codec.zero(context), np.zeros(COUNT)

@@ -1,4 +1,4 @@
-"""The way down: every device holds the same bits, whatever it missed, and nothing is lost for good."""
+"""The downlink: every device holds the same bits, whatever it missed, and no change is lost permanently."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def run_of(rounds: int, bits: int = 3, scale: float = 1e-3) -> tuple[list[np.ndarray], list[bytes], np.ndarray]:
-    """The versions the devices held, the deltas between them and the server's target at the end."""
+    """Returns the versions that the devices held, the deltas between them, and the server's target at the end."""
     target = np.zeros(COUNT, dtype=np.float32)
     versions, deltas = [target], []
     for round_number in range(rounds):

@@ -1,4 +1,4 @@
-"""The level coder: against a slow reference, near the entropy, and on every shape of level."""
+"""The level coder agrees with a slow reference, comes near the entropy, and codes every shape of levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The maskable codec: against a slow reference, linear in the ring, and what it refuses."""
+"""The maskable codec agrees with a slow reference, is linear in the ring, and refuses invalid sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing against one big Python integer."""
+"""Packing agrees with one big Python integer."""
 
 from __future__ import annotations
 

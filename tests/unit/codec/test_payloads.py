@@ -1,4 +1,4 @@
-"""Codecs in the clear: round trips, what is lost, and every way in which a payload can be wrong."""
+"""Codecs in the clear: round trips, losses, and refusals of every kind of invalid payload."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_sparse_codec_sends_the_largest_within_half_a_step_and_the_others_no
 
 
 def slow_sparse_values(update: list[float], density: float, bits: int) -> list[float]:
-    """Selection, step and rounding in plain Python, from the formulas."""
+    """Computes selection, step and rounding in plain Python, from the formulas."""
     wanted = -(-len(update) * round(density * 10) // 10)
     kept = set(sorted(range(len(update)), key=lambda position: (-abs(update[position]), position))[:wanted])
     deviation = (sum(update[position] ** 2 for position in kept) / wanted) ** 0.5
@@ -109,7 +109,7 @@ def test_an_absurd_update_is_refused_on_the_device() -> None:
 
 
 def resealed(data: bytes, position: int, value: bytes) -> bytes:
-    """The payload with some bytes replaced and a checksum that fits."""
+    """Returns the payload with some bytes replaced and a valid checksum."""
     changed = data[:position] + value + data[position + len(value) :]
     return changed[:12] + struct.pack("<I", crc32(changed[16:], crc32(changed[:12]))) + changed[16:]
 

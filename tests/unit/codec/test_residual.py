@@ -1,4 +1,4 @@
-"""Error feedback: bookkeeping, and what it is for, on a quadratic whose answer is known."""
+"""Error feedback: its bookkeeping, and its benefit on a quadratic with a known solution."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COUNT, CLIENTS, ROUNDS, RATE = 200, 4, 250, 0.03
 
 
 def centres() -> np.ndarray:
-    """Where each client alone would go: all far apart, with a mean that is small beside them."""
+    """Returns each client's own optimum; they are far apart, with a small mean."""
     random = np.random.default_rng(0)
     return (random.standard_normal((CLIENTS, COUNT)) * 5 + random.standard_normal(COUNT)).astype(np.float32)
 
 
 def sparse_distance(feedback: bool) -> float:
-    """‖x - mean of the centres‖ relative to ‖mean‖ after descending the mean of ½‖x - centre_i‖², a tenth sent."""
+    """Returns ‖x - mean‖ / ‖mean‖ of the centres after descent on the mean of ½‖x - centre_i‖², with a tenth sent."""
     goals, codec = centres(), SparseCodec(density=0.1, bits=4)
     everything = np.arange(COUNT)
     model = np.zeros(COUNT, dtype=np.float32)
@@ -36,7 +36,7 @@ def sparse_distance(feedback: bool) -> float:
 
 
 def maskable_distance(feedback: bool) -> float:
-    """The same under masks, with a public tenth."""
+    """Returns the same distance under masks, with a public selection of a tenth."""
     goals, codec = centres(), MaskableCodec(bits=4)
     everything = np.arange(COUNT)
     model = np.zeros(COUNT, dtype=np.float32)

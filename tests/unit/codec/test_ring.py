@@ -1,4 +1,4 @@
-"""The overflow proof, held against extreme inputs."""
+"""The overflow proof, checked on extreme inputs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_summed_weights_are_the_weights_that_were_used(weights: list[float]) -> 
     )
 
 
-def test_the_weight_lane_cannot_wrap_at_the_largest_cohort() -> None:
+def test_the_weight_sum_cannot_wrap_at_the_largest_cohort() -> None:
     assert MAX_COHORT * weight_word(1.0) < 2**32
 
 
@@ -91,13 +91,13 @@ def test_a_weight_out_of_range_is_refused(weight: float) -> None:
         weight_word(weight)
 
 
-def test_an_impossible_sum_in_a_lane_is_refused() -> None:
+def test_an_impossible_auxiliary_sum_is_refused() -> None:
     with pytest.raises(PeerError, match="an auxiliary sum of 2 clients"):
         auxiliary_total(2 * AUXILIARY_ONE + 1, 2)
 
 
 @given(st.floats(0, 1e30), st.floats(1e-12, 1e30))
-def test_the_norm_lane_cannot_wrap_at_the_largest_cohort_whatever_the_norm(norm: float, most: float) -> None:
+def test_the_norm_sum_cannot_wrap_at_the_largest_cohort_whatever_the_norm(norm: float, most: float) -> None:
     assert 0 <= MAX_COHORT * norm_word(norm, most) < 2**32
 
 

@@ -1,4 +1,4 @@
-"""The rotation: orthonormal, invertible, mixing, and with little padding."""
+"""The rotation is orthonormal and invertible, spreads values evenly, and pads little."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public and private selection."""
+"""Public and private selection of coordinates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_public_selection_is_random_and_of_about_the_wanted_size() -> None:
     assert (first & other).mean() == pytest.approx(0.0625, abs=0.01)
 
 
-def test_turns_share_nothing_until_everybody_had_one() -> None:
+def test_selection_phases_are_disjoint_until_every_coordinate_was_selected() -> None:
     selection_phases = [
         select_public(10_000, 0.25, seed=1, selection_phase=selection_phase) for selection_phase in range(8)
     ]

@@ -1,4 +1,4 @@
-"""Streams are the same everywhere: known answers, so that a change of numpy or of machine shows."""
+"""Random streams match recorded values, so that a change by numpy or by the machine is noticed."""
 
 from __future__ import annotations
 

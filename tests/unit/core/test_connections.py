@@ -1,4 +1,4 @@
-"""Connections that never come to a request end by themselves, and no head of a request is larger than it may be."""
+"""Connections without a request are closed after a time, and no request's head exceeds its limit."""
 
 from __future__ import annotations
 
@@ -83,4 +83,4 @@ def test_a_head_that_never_ends_is_cut_off(address: tuple[str, int]) -> None:
         with suppress(ConnectionError):
             while sent < 1000 * MAX_HEAD_BYTES:
                 sent += stranger.send(b"x" * MAX_HEAD_BYTES)
-        assert sent < 500 * MAX_HEAD_BYTES  # the rest is what sockets buffer
+        assert sent < 500 * MAX_HEAD_BYTES  # sockets buffer the rest

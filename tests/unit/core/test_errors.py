@@ -1,4 +1,4 @@
-"""Errors cross from one process to another whole."""
+"""Errors cross from one process to another without loss."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def write(folder: Path, *kinds: dict[str, str], before: str = "") -> Path:
     return path
 
 
-def test_the_bundled_fleet_has_phones_boards_laptops_and_an_edge_box() -> None:
+def test_the_bundled_fleet_has_phones_boards_laptops_and_an_edge_gpu() -> None:
     fleet = load_fleet(FLEET)
     assert sum(kind.count for kind in fleet.kind) == 100
     assert [kind.name for kind in fleet.kind] == ["phone", "single-board computer", "laptop", "edge GPU box"]

@@ -1,4 +1,4 @@
-"""What a job asks of training reaches the trainers under the same names."""
+"""A job's training settings reach the trainers under the same names."""
 
 from __future__ import annotations
 

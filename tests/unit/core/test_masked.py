@@ -1,4 +1,4 @@
-"""What a secure round sums means what the same contributions mean when they are added in the open."""
+"""The sums of a secure round decode to the same values as the same contributions summed in the clear."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_su
         ("lora_a.4", (0, 1)), ("lora_a.16", (1,)), ("lora_b.4", (0, 1)), ("lora_b.16", (1,)),
         ("auxiliary.4", (0, 1)), ("auxiliary.16", (1,)),
     ]  # fmt: skip
-    assert [segment.length for segment in segments[-2:]] == [5, 4]  # the loss is in the first alone
+    assert [segment.length for segment in segments[-2:]] == [5, 4]  # only the first has the loss
     small = [each for each in terms if each.tier == 4]
     contributions = [RING.contribute(np.ones(each.count, dtype=np.float32), each, 1, 0.5)[0] for each in small]
     words = masked_words(small, contributions, 0.5)

@@ -1,4 +1,4 @@
-"""Payloads: what was sent is what is read, and nothing else is read."""
+"""Payloads are read back as they were written, and anything else is refused."""
 
 from __future__ import annotations
 

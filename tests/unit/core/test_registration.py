@@ -1,4 +1,4 @@
-"""A device says of its plan what is bounded, and is refused where it cannot be."""
+"""A device's registration has only bounded values, and values out of bounds are refused."""
 
 from __future__ import annotations
 

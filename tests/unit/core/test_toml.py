@@ -1,4 +1,4 @@
-"""Files of users that no job and no fleet has ever looked like are refused with a reason."""
+"""TOML files that resemble no job and no fleet are refused with a reason."""
 
 from __future__ import annotations
 

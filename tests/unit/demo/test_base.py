@@ -1,4 +1,4 @@
-"""The bundled base model as it lies in the repository."""
+"""The bundled base model as it is in the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public and federated skills, and what pretraining may see of them."""
+"""Public and federated skills, and the separation of the latter from pretraining."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished runs of tiny random-weight models, made without training anything."""
+"""Fixtures of finished runs of tiny random-weight models, made without training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ROWS = [{"prompt": f"turn on the lamp in room {room}", "completion": f" lamp {ro
 
 @pytest.fixture(scope="session")
 def make_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """make_run("qwen3", seed=1, ...): the directory of a run whose adapter is random; the same for the same arguments.
+    """Gives make_run("qwen3", seed=1, ...), which makes a run directory with a random adapter.
 
-    Nobody may change what is in it.
+    The same arguments give the same directory, whose content no test may change.
     """
     made: dict[str, Path] = {}
 

@@ -1,4 +1,4 @@
-"""Every architecture's ONNX model is the merged torch model: the builder's own, and torch.onnx for the others."""
+"""Every architecture's ONNX model equals the merged torch model, by the builder or, for others, by torch.onnx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedtune.server.export.gate import Candidate, Reference, gate
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 
 BY_BUILDER = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
-SETTINGS = {"phi3": {"original_max_position_embeddings": 256}}  # unless it is the context, rotation is another
+SETTINGS = {"phi3": {"original_max_position_embeddings": 256}}  # a different value would change the rotary embedding
 DROP = 100.0  # random weights have nothing to lose
 ERRORS = {"fp16": 0.05, "int8": 0.5, "int4": 5.0}  # of logits that are a few units large
 
@@ -25,7 +25,7 @@ Written = tuple[dict[str, FinishedRun], Path, dict[Path, str]]
 
 
 def write_all(make_run: Callable[..., Path], folder: Path, wanted: Sequence[tuple[str, Format]]) -> Written:
-    """Writes (architecture, format) pairs in one child process; runs by architecture, and who wrote which model."""
+    """Writes (architecture, format) pairs in one child process; returns runs by architecture and writers by model."""
     runs, builds = {}, []
     for architecture, form in wanted:
         source = folder / architecture / "merged"
@@ -72,7 +72,7 @@ def test_the_cache_gives_the_merged_models_logits_token_by_token(written: Writte
     params.set_search_options(max_length=len(ids))
     generator = onnxruntime_genai.Generator(model, params)
     for position, token in enumerate(ids):
-        generator.append_tokens(np.array([token], dtype=np.int32))  # all it knows of the others is in its cache
+        generator.append_tokens(np.array([token], dtype=np.int32))  # it knows the other tokens from its cache only
         assert np.abs(generator.get_logits().reshape(-1) - wanted[position]).max() < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""fedtune export: nothing appears under its name unless it is whole and proved; mistakes are named."""
+"""fedtune export publishes only complete models that passed the gate, and names mistakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LENIENT = ExportOptions(max_drop=100.0)  # random weights have nothing to lose
 
 @pytest.fixture(scope="module")
 def exported(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with fp32/ and int4/; tests that change it take a copy."""
+    """Makes a directory with fp32/ and int4/; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
     export_run(make_run(), ["int4", "fp32"], out, LENIENT)
     return out

@@ -78,7 +78,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 class WatchedModel(ExportedModel):
-    """Calls `before(generator, sampling)` before each token."""
+    """A model that calls `before(generator, sampling)` before each token."""
 
     def __init__(self, directory: Path, before: Callable[[object, Sampling], None]) -> None:
         super().__init__(directory, "lamp")
@@ -101,7 +101,7 @@ class WatchedGenerator:
 
 
 class SlowReader(ExportedModel):
-    """Takes as long to tokenise as a test wants."""
+    """A tokenizer that takes as long as a test wants."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, "lamp")
@@ -245,7 +245,7 @@ def test_a_body_without_a_length_is_bounded_too(url: str) -> None:
     assert answer.status_code == 413
 
 
-def test_only_the_token_opens_the_door(model: ExportedModel) -> None:
+def test_only_the_token_gives_access(model: ExportedModel) -> None:
     with serving(model, token="secret") as url:
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="guess", max_retries=0).models.list()
@@ -302,7 +302,7 @@ def test_streams_progress_fairly_and_all_are_answered(directory: Path) -> None:
     scheduler.close()
     assert set(ends) <= {"length", "stop"}
     assert scheduler.load == (0, 0)
-    # Between two turns of any stream, every other that is active has had one, too.
+    # Between two tokens of any stream, every other active stream has got one too.
     for index in range(200, 300):
         following = turns.index(turns[index], index + 1) if turns[index] in turns[index + 1 :] else None
         if following is not None:
@@ -345,7 +345,7 @@ def test_adapters_are_listed_loaded_and_swapped_while_serving(make_run: MakeRun,
         assert (ask("run-1"), ask("run-0")) == (wanted["run-1"], wanted["run-0"])
         assert ask("base") not in wanted.values()
 
-        # A stream keeps the adapter that it began with; the next request has the new file of that name.
+        # A stream keeps the adapter with which it began; the next request uses the new file of that name.
         held = model.acquire("run-0")
         for ending in (".onnx_adapter", ".json"):
             content = (tmp_path / f"run-1{ending}").read_bytes().replace(b"run-1.", b"run-0.")
@@ -424,7 +424,7 @@ def test_a_tampered_directory_is_refused_with_the_file_named(
 
 
 def replaced(directory: Path, name: str, content: str) -> None:
-    """Replaces a file as the author of the export could have: the manifest fits."""
+    """Replaces a file and updates the manifest, as the author of the export could."""
     (directory / name).write_text(content)
     manifest = json.loads((directory / "fedtune.json").read_text())
     entry = digest_file(directory / name)

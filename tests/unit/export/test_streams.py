@@ -1,4 +1,4 @@
-"""The program that loads a server with sixteen clients: no error, bounded memory, fair shares, slots that come free."""
+"""The load program with sixteen clients finds no error, bounded memory, fair shares, and slots that become free."""
 
 from __future__ import annotations
 

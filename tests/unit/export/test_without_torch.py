@@ -1,4 +1,4 @@
-"""An environment with the inference extra alone has no torch, and pulls, serves and chats."""
+"""An environment with only the inference extra has no torch, and can pull, serve and chat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Endpoint]:
-    """A listening server with one finished job, exported."""
+    """Runs a listening server with one finished and exported job."""
     listener = listening(tmp_path)
     endpoint = next(listener)
     export_run(make_run(), ["fp32"], endpoint.home.path / "runs" / "first" / "onnx")
@@ -53,12 +53,12 @@ def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint,
     (tmp_path / "mine.jsonl").write_text('{"text": "turn on the lamp"}\n')
     done = fedtune("client", "join", str(tmp_path / "ada.bundle"), "--data", str(tmp_path / "mine.jsonl"))
     assert done.returncode == 0, done.stderr
-    address = tmp_path / "device" / "device.json"  # the bundle's has a fixed port, this listener took a free one
+    address = tmp_path / "device" / "device.json"  # the bundle has a fixed port, but this listener uses a free one
     address.write_text(address.read_text().replace("localhost:8443", offering.public))
     done = fedtune("client", "pull")
     assert done.returncode == 0, done.stderr
     assert "first-fp32-" in done.stdout
-    # The model has no chat template: chat says so, which only a loaded model can.
+    # The model has no chat template; chat says so, which proves that it has loaded the model.
     chatted = fedtune("chat", text="turn on the lamp\n")
     assert "has no chat template" in chatted.stdout
     assert chatted.returncode == 0

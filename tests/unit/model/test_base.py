@@ -1,4 +1,4 @@
-"""Loading a base: one digest however it is held, and one clear sentence for whatever is wrong with it."""
+"""Loading a base: one digest for every form of its weights, and a clear sentence for every fault."""
 
 from __future__ import annotations
 

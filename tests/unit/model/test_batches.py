@@ -1,4 +1,4 @@
-"""Steps hold every example once an epoch, within the budget, in an order that follows from the seed."""
+"""Steps have every example once an epoch, within the token budget, in an order that follows from the seed."""
 
 from __future__ import annotations
 

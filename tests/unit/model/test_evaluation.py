@@ -1,4 +1,4 @@
-"""Evaluation: exact match is greedy decoding's, and loss is the model's own."""
+"""Evaluation: exact match agrees with greedy decoding, and loss with the model's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(make_model: MakeModel, architecture: str) -> AdaptedModel:
 
 
 def written(model: AdaptedModel, prompt: list[int], tokens: int) -> list[int]:
-    """Greedy decoding of one prompt, one full forward pass a token."""
+    """Decodes one prompt greedily, with one full forward pass a token."""
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():

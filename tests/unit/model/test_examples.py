@@ -1,4 +1,4 @@
-"""Cleaning, tokenising and holding out: what is kept, what is dropped, and that both are counted."""
+"""Cleaning, tokenising and holding out of examples, with counts of kept and dropped records."""
 
 from __future__ import annotations
 

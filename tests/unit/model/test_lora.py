@@ -1,4 +1,4 @@
-"""The adapter computes what peft's does, on every architecture, and lives in one flat vector."""
+"""The adapter computes the same as peft's on every architecture, from one flat vector."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_vector(model: AdaptedModel, seed: int = 0) -> Any:
 
 
 def as_peft(model: AdaptedModel, vector: Any, directory: Path, path: Path) -> nn.Module:
-    """The same base and adapter, put together by peft alone."""
+    """Makes the same base and adapter with peft alone."""
     base = load_base(ModelSettings(str(directory)), weights="dequantized", precision="fp32")
     save_adapter(path, model.layout, vector, base=str(directory))
     return peft.PeftModel.from_pretrained(base.network, str(path), is_trainable=True)
@@ -77,7 +77,7 @@ def test_output_and_an_optimizer_step_are_peft_s(
     for name, factors in moved.items():
         for letter, factor, gradient in zip("AB", factors, gradients[name], strict=True):
             theirs = state[f"base_model.model.{name}.lora_{letter}.weight"].numpy()
-            # Adam divides by the gradient's size: where it is all rounding, so is the step.
+            # Adam divides by the gradient's size, so the step is rounding error wherever the gradient is.
             certain = np.abs(gradient) > 1e-6
             np.testing.assert_allclose(factor[certain], theirs[certain], rtol=1e-3, atol=LEARNING_RATE * 0.01)
 
@@ -92,7 +92,7 @@ def test_a_saved_adapter_is_one_that_peft_loads_on_the_original_model(
     model.load(vector)
     save_adapter(tmp_path, model.layout, vector, base=str(directory))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, on layers that GPT-2 keeps transposed
+        warnings.simplefilter("ignore")  # peft warns about layers that GPT-2 stores transposed
         original = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(original, str(tmp_path))
     with torch.no_grad():

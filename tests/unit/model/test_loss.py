@@ -1,4 +1,4 @@
-"""Completion-only cross-entropy, in chunks, is the plain one, on every architecture."""
+"""Completion-only cross-entropy in chunks equals the plain one on every architecture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def examples() -> list[Example]:
 
 
 def plain_loss(network: nn.Module) -> torch.Tensor:
-    """Σ over examples of the cross-entropy of their target tokens, one example at a time, without padding."""
+    """Sums the cross-entropy of all target tokens, one example at a time, without padding."""
     total = torch.zeros(())
     for example in examples():
         ids = torch.from_numpy(example.ids.astype(np.int64))

@@ -1,4 +1,4 @@
-"""NF4: the values are bitsandbytes's, with it or without."""
+"""NF4 gives the same values as bitsandbytes, whether that is installed or not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     codes, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     packed = quantize(weight)
     assert torch.equal(packed.codes, codes.reshape(-1))
-    # One level apart where a scale lies midway: the sums that the mean is made of are rounded otherwise.
+    # Scales midway between two levels may differ by one level, since the mean's sums are rounded differently.
     assert (packed.scale_codes.int() - state.absmax.int()).abs().max() <= 1
     assert torch.equal(nf4.scale_map(), bnb.create_dynamic_map())  # type: ignore[no-untyped-call]
 

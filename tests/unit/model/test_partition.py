@@ -1,4 +1,4 @@
-"""Partitions deal every record to one client, the same way for the same seed, and leave no client empty."""
+"""Partitions assign every record to one client, reproducibly by seed, and leave no client empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data files: three formats, and for each thing that can be wrong a sentence with file and line."""
+"""Data files: three formats, and for each mistake a sentence with file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One real step: measured in a process of its own, remembered, and what the command prints of it."""
+"""The trial step: measured in its own process, stored, and printed by the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOB = ["data.sequence_length=64", "training.batch_tokens=256"]
 
 
 class Told(TorchBackend):
-    """Measures what the test says."""
+    """A meter that gives the test's measurements."""
 
     def __init__(self, measured: Callable[[Case], Measured]) -> None:
         super().__init__()

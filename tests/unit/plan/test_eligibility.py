@@ -1,4 +1,4 @@
-"""Whether a device trains now is its own decision, by what it can see of itself."""
+"""A device decides by itself whether it trains now, from its own sensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A live device under its plan: what a simulation trains where memory is plenty, up to rounding where it is not."""
+"""A live device under its plan trains the same as a simulation, and with little memory the same up to rounding."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def never(case: Case) -> Measured:
 
 
 class Fixture(TorchBackend):
-    """A device with as much memory as the test says, and whatever its meter and its trial steps shall show."""
+    """A device whose memory, meter and trial steps the test sets."""
 
     def __init__(self, tmp_path: Path, bases: Sequence[Path], data: Path) -> None:
         super().__init__(torch.device("cpu"))
@@ -83,7 +83,7 @@ class Fixture(TorchBackend):
         """The same device in a process that has begun again."""
 
     def warm_up(self) -> None:
-        """The test's process is warm."""
+        """Does nothing, since the test's process is warm."""
 
     def measure(self, case: Case) -> Measured:
         return self.measured(case)
@@ -101,7 +101,7 @@ class Fixture(TorchBackend):
         return replace(probe(), memory_free=self.free, gpus=())
 
     def update(self, terms: Terms) -> Vector:
-        """One round's training, as a device does it."""
+        """Trains one round as a device does."""
         trainer = self.work.open_trainer(terms.base)
         with self.work.watched():
             examples = self.work.load_examples("", trainer, terms.base.sequence_length)

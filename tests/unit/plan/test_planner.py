@@ -1,4 +1,4 @@
-"""The plan: the first choice that fits, and numbers where none does."""
+"""The plan is the first choice that fits; if none fits, the refusal has the numbers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_no_model_has_no_sizes() -> None:
 def test_with_memory_to_spare_the_plan_is_what_a_simulation_does() -> None:
     plan = choose(SHAPE, replace(CONSTRAINTS, batch_tokens=4000), LARGE)
     assert (plan.choices.weights, plan.choices.checkpointing, plan.sequence_length) == ("dequantized", False, 512)
-    assert (plan.choices.tokens, plan.accumulation, plan.tier) == (4000, 1, 16)  # whole steps, no power of two
+    assert (plan.choices.tokens, plan.accumulation, plan.tier) == (4000, 1, 16)  # whole steps, not a power of two
 
 
 def test_less_memory_costs_micro_batch_then_format_then_checkpointing_then_length() -> None:
@@ -134,7 +134,7 @@ def test_kappa_makes_the_prediction_what_was_measured() -> None:
     measured = round(1.37 * predict_memory(SHAPE, ONE).training)
     kappa = kappa_of(SHAPE, ONE, measured)
     assert predict_memory(SHAPE, ONE, kappa=kappa).training == pytest.approx(measured, rel=1e-6)
-    assert kappa > 1.37  # weights are known and take no part in it
+    assert kappa > 1.37  # the weights' size is known and not scaled
 
 
 def test_prompts_that_the_loss_does_not_count_have_no_logits() -> None:

@@ -1,4 +1,4 @@
-"""The probe: what a process may really use, whatever the machine has."""
+"""The probe finds the memory and cores that a process may use, rather than those of the machine."""
 
 from __future__ import annotations
 

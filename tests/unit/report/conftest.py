@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, made in a moment."""
+"""Fixtures of run directories like those of real runs, without a run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ MakeRun = Callable[..., Path]
 
 
 def evaluation(progress: float) -> Evaluation:
-    """A plausible score, from nothing learned (0) to all learned (1)."""
+    """Returns a plausible score for a progress from 0 (untrained) to 1 (fully trained)."""
     return Evaluation(2.6 * math.exp(-3 * progress) + 0.1, 0.95 * progress**1.5, EVALUATED, 12 * EVALUATED)
 
 
 @pytest.fixture(scope="session")
 def run_writer() -> MakeRun:
-    """`write_run`, for fixtures that outlive one test."""
+    """Gives `write_run` to fixtures that outlive one test."""
     return write_run
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """make_run(...) -> the path of a run directory; see `write_run`."""
+    """Gives make_run(...), which writes a run directory and returns its path; see `write_run`."""
 
     def make(name: str = "run", **options: Any) -> Path:
         return write_run(tmp_path / name, **options)
@@ -62,7 +62,7 @@ def write_run(
     Args:
         cohort: clients asked each round; all by default.
         dropout: (round, client) -> the reason for which it drops out.
-        reported_loss: (client, true loss) -> what the client says.
+        reported_loss: (client, true loss) -> the loss that the client reports.
     """
     chance = random.Random(0)
     path.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The report as a file: whole, safe, the same every time, and written for runs in every state."""
+"""The report as a file is self-contained, safe, reproducible, and written for runs in every state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
+    """A parser that collects tags, attributes and text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, run_writer: MakeRun) -> Page:
-    """The report of an ordinary run, for the tests that only look at it."""
+    """Writes and parses the report of an ordinary run, for tests that only read it."""
     return Page(write_report(run_writer(tmp_path_factory.mktemp("runs") / "run")))
 
 

@@ -1,4 +1,4 @@
-"""Text and numbers that clients chose, made fit for a page."""
+"""Text and numbers from clients are made safe for a page."""
 
 from __future__ import annotations
 

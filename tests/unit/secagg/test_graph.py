@@ -1,4 +1,4 @@
-"""Thresholds against the published table, and the graphs themselves."""
+"""Thresholds agree with the published table, and graphs have their properties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.secagg.graph import Graph, Thresholds, choose_thresholds, majority, part, problems, sparse_parameters
 
 COHORTS = (100, 300, 1000, 10_000)
-TABLE = [  # lying server, corrupt, dropout, degree/threshold for each of COHORTS
+TABLE = [  # malicious server, corrupt, dropout, degree/threshold for each of COHORTS
     (False, 0.1, 0.1, [(22, 11), (36, 21), (48, 27), (54, 31)]),
     (False, 0.1, 0.3, [(34, 11), (66, 26), (88, 36), (108, 44)]),
     (True, 0.1, 0.1, [(32, 22), (66, 46), (96, 67), (122, 85)]),

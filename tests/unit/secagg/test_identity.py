@@ -1,4 +1,4 @@
-"""Identity keys, rosters and the memory of served rounds."""
+"""Identity keys, rosters and the log of served rounds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_spoilt_round_log_is_an_error_and_never_an_empty_one(tmp_path: Path, c
 
 
 def test_a_round_log_never_grows_so_large_that_it_cannot_be_read(tmp_path: Path) -> None:
-    """As it would under a server that names a new job for every round, with names as long as they may be."""
+    """The server names a new job for every round, with names of the greatest length."""
     log, marks = FileRoundLog(tmp_path / "rounds.json"), dict[str, RoundMark]()
     name = "\U0001f600" * 122
     for number in range(600):

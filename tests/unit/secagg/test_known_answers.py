@@ -1,11 +1,11 @@
-"""The whole protocol against recorded bytes, so that another implementation, or a later version, can be held to them.
+"""The whole protocol against recorded bytes, with which other implementations and later versions can be compared.
 
 `known_answers.json` holds the primitives on small inputs and every message of one round of four clients, the last of
 which shares its secrets and then vanishes. Secrets come from `Stream`, so that a reader can follow each one.
 
     PYTHONPATH=tests/helpers python tests/unit/secagg/test_known_answers.py    # records them again
 
-That is done only after a deliberate change of the protocol.
+Record again only after a deliberate change of the protocol.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ UPDATES: dict[str, Update] = {
 
 
 class Stream:
-    """Bytes to draw in order: SHA-256(name ‖ 0) ‖ SHA-256(name ‖ 1) ‖ ..., the count as 8 big-endian bytes."""
+    """A source of the bytes SHA-256(name ‖ 0) ‖ SHA-256(name ‖ 1) ‖ ..., with the count as 8 big-endian bytes."""
 
     def __init__(self, name: str) -> None:
         self._name, self._count, self._ready = name.encode(), 0, b""

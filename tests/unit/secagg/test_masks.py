@@ -1,4 +1,4 @@
-"""Mask streams against a slow reference, and that they look like noise and cancel."""
+"""Mask streams agree with a slow reference, look like noise, and cancel."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_masking_leaves_the_neighbouring_memory_alone() -> None:
 
 
 def _reference_stream(key: bytes, count: int, width: int) -> list[int]:
-    """Counter mode by hand: AES of 0, 1, 2 ... as 16 big-endian bytes, cut into little-endian words."""
+    """Computes counter mode by hand: AES of 0, 1, 2 ... as 16 big-endian bytes, split into little-endian words."""
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     stream = b"".join(block.update(i.to_bytes(16, "big")) for i in range(count * width // 16 + 1))
     return [int.from_bytes(stream[i * width : (i + 1) * width], "little") for i in range(count)]

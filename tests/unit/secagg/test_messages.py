@@ -1,4 +1,4 @@
-"""Messages have one byte form, and everything else is refused with a reason."""
+"""Messages have exactly one encoding, and everything else is refused with a reason."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_the_sum_is_exact_for_any_tiers_and_any_dropouts_up_to_the_limit(data: s
     tiers = data.draw(st.lists(st.integers(0, 1), min_size=4, max_size=12).filter(lambda t: set(t) == {0, 1}), "tiers")
     rehearsal = Rehearsal.prepare(tiers, TIERED)
     config = rehearsal.server.config
-    keepers = {tiers.index(0), tiers.index(1)}  # nobody is left to be summed in a tier that vanishes as a whole
+    keepers = {tiers.index(0), tiers.index(1)}  # a tier that vanishes as a whole has no sum
     leavers = data.draw(
         st.lists(
             st.sampled_from([index for index in range(len(tiers)) if index not in keepers]),
@@ -204,7 +204,7 @@ def test_secrets_are_gone_from_memory_after_the_session() -> None:
     while requests:
         requests = rehearsal.exchange(requests, updates)
     gc.collect()
-    # By type and not isinstance, which would ask every lazy proxy in the process what it is.
+    # By type and not isinstance, which would resolve every lazy proxy in the process.
     reachable = [o for o in gc.get_objects() if type(o) is Secret]
     assert not any(not secret.wiped and secret.value in seeds for secret in reachable)
     assert all(isinstance(session.state, Ended) for session in rehearsal.clients.values())
@@ -252,7 +252,7 @@ def test_a_client_accepts_in_each_state_what_its_table_says_and_nothing_else(
         step(session, rehearsal, updates, kind, seen.get(kind, b""))
     assert session.state is before
     while requests:
-        requests = rehearsal.exchange(requests, updates)  # and it still goes on
+        requests = rehearsal.exchange(requests, updates)  # and the round still goes on
 
 
 @pytest.mark.parametrize("stage", Stage)
@@ -309,7 +309,7 @@ def test_a_client_whose_table_names_another_message_takes_that_one(monkeypatch: 
     monkeypatch.setitem(CLIENT, Masked, replace(CLIENT[Masked], message=Quorum))
     with pytest.raises(ServerFaultError, match="Survivors came out of order"):
         session.vote(requests["client-0"])
-    with pytest.raises(ServerFaultError, match="Quorum: Expected `array`"):  # taken for one, and then read
+    with pytest.raises(ServerFaultError, match="Quorum: Expected `array`"):  # accepted as one, and then decoded
         session.unmask(requests["client-0"])
 
 
@@ -411,7 +411,7 @@ def assert_exact(result: OpenedSum, updates: Mapping[str, Update]) -> None:
 def step(
     session: ClientSession, rehearsal: Rehearsal, updates: Mapping[str, Update], kind: type[Message], message: bytes
 ) -> bytes:
-    """The client's step that is about this kind of message."""
+    """Calls the client's step for this kind of message."""
     config = rehearsal.server.config
     if kind is RoundConfig:
         return session.advertise(message, base_digest=config.base_digest, adapter_digest=config.adapter_digest)

@@ -15,7 +15,7 @@ elements = st.integers(0, PRIME - 1)
 
 @st.composite
 def sharings(draw: st.DrawFn) -> tuple[int, int, list[int]]:
-    """A secret, a threshold and at least as many points."""
+    """Draws a secret, a threshold and at least that many points."""
     points = draw(st.lists(st.integers(1, 10_000), min_size=1, max_size=12, unique=True))
     return draw(elements), draw(st.integers(1, len(points))), points
 
@@ -80,7 +80,7 @@ def test_bytes_that_are_no_element_are_refused(data: bytes) -> None:
 
 
 def _line_through(points: list[tuple[int, int]], at: int) -> int:
-    """The value at `at` of the lowest polynomial through the points, by the textbook formula."""
+    """Evaluates the lowest polynomial through the points at `at`, by Lagrange's formula."""
     total = 0
     for x, y in points:
         weight = 1

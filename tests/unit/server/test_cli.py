@@ -1,4 +1,4 @@
-"""The command line: help that teaches, mistakes in one line, exit status 0, 1, 2 or 130."""
+"""The command line: help with examples, mistakes in one line, exit status 0, 1, 2 or 130."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*arguments: str, programs: cli.Programs | None = None) -> int:
 
 
 def commands(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command of the tree, with the words that call it."""
+    """Yields every command of the tree, with the words that call it."""
     yield path, command
     for name, part in getattr(command, "commands", {}).items():
         yield from commands(part, *path, name)

@@ -1,4 +1,4 @@
-"""How long a live round waits, and for which devices."""
+"""The client manager's waiting: how long a live round waits, and for which devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("ann", "bob", "cid", "dan")
 
 
 class Present:
-    """A registrar, its board and a clock that only sleep moves; dan comes at second 3 and is away from second 4 on."""
+    """A registrar, its board and a clock that only sleep moves; dan is present from second 3 to second 4."""
 
     def __init__(self) -> None:
         self.now, self.left_out, self.states = 0.0, 0, list[str]()

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines when piped, a table and answers at the end."""
+"""The display of a run: plain lines when piped, a table and answers at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows of its evaluation data: prompts as the model sees them."""
+"""The prompts that a run shows of its evaluation data, in the form that the model sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients as devices: who is there, who is in time, and that nobody is left out for being slow."""
+"""Simulated devices: their presence and durations, and that slow ones are not left out permanently."""
 
 from __future__ import annotations
 

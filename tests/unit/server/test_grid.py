@@ -1,4 +1,4 @@
-"""The in-process grid: Flower's Grid by Flower's own serialisation."""
+"""The in-process grid, which implements Flower's Grid with Flower's own serialisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedtune.server.simulation.faults import with_faults
 
 
 class Threads:
-    """An executor of so many threads, whose clients are called like their nodes."""
+    """An executor with several threads, whose clients are named like their nodes."""
 
     def __init__(self, handler: Handler, threads: int) -> None:
         self._handler = handler
@@ -33,7 +33,7 @@ class Threads:
 
 
 def echo(client: str, request: Request) -> bytes:
-    """Sends back what it got, reversed."""
+    """Sends the payload back reversed."""
     if client == "13" and request.action != EVALUATE:
         raise ValueError("thirteen")
     return request.parts[0][::-1]

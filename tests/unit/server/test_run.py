@@ -1,4 +1,4 @@
-"""What a run says of itself at its end."""
+"""The summary and messages at a run's end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints hold all that a round hands to the next, the server's own vectors included."""
+"""Checkpoints have the whole state between rounds, with the server's own vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live server and jobs that go wrong."""
+"""The live server with jobs that fail."""
 
 from __future__ import annotations
 

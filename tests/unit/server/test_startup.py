@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "transformers", "flwr", "ray")
-# Runs the command lines of standard input one after the other; of each, what it said and what it was first to import.
+# Runs the command lines of standard input one after the other; prints each one's output and its new imports.
 PROGRAM = """
 import contextlib, io, json, sys
 from fedtune.server.cli import main
@@ -93,7 +93,7 @@ def start(folder: Path, commands: Sequence[Sequence[str]]) -> list[Said]:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said]:
-    """The answer of each command in a folder with a job that has a typo, data that is broken, and a fleet's server."""
+    """Runs each command in a folder with a job that has a typo, data that is broken, and a fleet's server."""
     path = tmp_path_factory.mktemp("startup")
     (path / "typo.toml").write_text("[federation]\nruonds = 3\n")
     (path / "job.toml").touch()
@@ -126,4 +126,4 @@ def test_a_mistake_is_named_without_heavy_packages(
 
 def test_a_command_that_computes_imports_torch(tmp_path: Path) -> None:
     (found,) = start(tmp_path, [("plan", "--memory", "1")])
-    assert "torch" in found.imported  # so that the tests above would see it
+    assert "torch" in found.imported  # otherwise the tests above would prove nothing

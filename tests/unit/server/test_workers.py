@@ -1,4 +1,4 @@
-"""How many processes a simulation takes where its job leaves that open."""
+"""The number of a simulation's workers when its job does not state it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def base() -> BaseModel:
 
 
 def count(base: BaseModel, *overrides: str, cores: float = 8.5, memory_free: int = 64 * GIB) -> int:
-    """Workers on a machine on which the probe finds so much."""
+    """Returns the number of workers on a machine with these cores and memory."""
     machine = dataclasses.replace(probe(), cores=cores, memory_free=memory_free)
     return worker_count(load_job(None, list(overrides)), base, population=100, probe=lambda: machine)
 

@@ -1,4 +1,4 @@
-"""Every aggregator against a reference written from its formula, and the deviations that tell them apart."""
+"""Every aggregator agrees with a reference written from its formula, and deviates from the others as expected."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def named(name: Any) -> Aggregator[Update]:
 
 
 def begin(aggregator: Aggregator[Update], factors: Any, adapter: Vector | None = None, state: Any = NOTHING) -> Any:
-    """An aggregation of a round that trains these factors."""
+    """Begins the aggregation of a round that trains these factors."""
     return aggregator.begin(Frame(LAYOUT, factors, LAYOUT.initial(0) if adapter is None else adapter, state))
 
 
 def cohort(factors: str, clients: int = 6, seed: int = 0) -> tuple[Vector, list[Vector], list[int]]:
-    """An adapter, updates of the named factors, and weights."""
+    """Draws an adapter, updates of the named factors, and weights."""
     random = np.random.default_rng(seed)
     adapter = random.normal(0, 0.3, LAYOUT.size).astype(np.float32)
     size = adapter[LAYOUT.segment(factors)].size  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def cohort(factors: str, clients: int = 6, seed: int = 0) -> tuple[Vector, list[
 def aggregate(
     aggregator: Aggregator[Update], order: Any = None, state: Any = None, seed: int = 0
 ) -> tuple[Vector, Vector, Any]:
-    """The adapter before and after a round, and the state that is left."""
+    """Returns the adapter before and after a round, and the state after it."""
     factors = aggregator.method.factors(1)
     adapter, updates, weights = cohort(factors, seed=seed)
     aggregation = begin(aggregator, factors, adapter, state or {})
@@ -69,7 +69,7 @@ def aggregate(
 
 
 def matrices(vector: Vector) -> Factors:
-    """Cut by hand: all A factors row by row, then all B factors."""
+    """Splits the flat vector by hand: all A factors row by row, then all B factors."""
     named, place = {}, 0
     shapes = [("q", 3, 7), ("v", 3, 6), ("q", 5, 3), ("v", 9, 3)]
     parts = []
@@ -82,7 +82,7 @@ def matrices(vector: Vector) -> Factors:
 
 
 def mean_products(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Σ p·B_i·A_i, one client after the other."""
+    """Computes Σ p·B_i·A_i, one client after the other."""
     factors = named(name).method.factors(1)
     adapter, updates, weights = cohort(factors, seed=seed)
     shares = np.array(weights) / sum(weights)
@@ -96,7 +96,7 @@ def mean_products(name: str, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def deviation(name: str) -> float:
-    """‖Σ p·B_i·A_i - B·A‖, with the residual counted in where there is one."""
+    """Computes ‖Σ p·B_i·A_i - B·A‖, with the residual added if there is one."""
     _, after, state = aggregate(named(name))
     wanted, square, place = mean_products(name), 0.0, 0
     residual = state.get(RESIDUAL)
@@ -149,7 +149,7 @@ def test_product_means_are_the_best_of_their_rank(name: str) -> None:
     _, after, _ = aggregate(named(name))
     wanted = mean_products(name)
     for module, (lora_a, lora_b) in matrices(after).items():
-        # Eckart and Young, by the eigenvectors of MᵀM rather than an SVD.
+        # The best approximation (Eckart and Young), by the eigenvectors of MᵀM rather than an SVD.
         values, vectors = np.linalg.eigh(wanted[module].T @ wanted[module])
         top = vectors[:, np.argsort(values)[::-1][:3]]
         np.testing.assert_allclose(lora_b @ lora_a, wanted[module] @ top @ top.T, atol=1e-5)
@@ -353,7 +353,7 @@ def test_a_job_names_its_aggregator_and_what_goes_around_it() -> None:
 
 
 def linear_model(train_a: bool, rounds: int) -> list[float]:
-    """‖B·A - b·aᵀ‖²/‖b·aᵀ‖² by round, for a rank-1 target in d = 20 that every client sees through its own noise."""
+    """Returns ‖B·A - b·aᵀ‖²/‖b·aᵀ‖² by round, for a rank-1 target in d = 20 under each client's own noise."""
     dimension, clients = 20, 10
     random = np.random.default_rng(3)
     target_a = random.normal(size=dimension)
@@ -393,7 +393,7 @@ def linear_model(train_a: bool, rounds: int) -> list[float]:
 def test_a_frozen_a_plateaus_where_alternation_goes_on_to_decay() -> None:
     frozen, alternating = linear_model(False, 12), linear_model(True, 12)
     cosine = 1 - frozen[-1]
-    assert frozen[-1] > 0.5  # (1 - r/d) of the target lies outside a random row space
+    assert frozen[-1] > 0.5  # a share of 1 - r/d of the target lies outside a random row space
     assert abs(frozen[-1] - frozen[3]) < 0.05
     assert cosine < 0.5
     assert alternating[-1] < 1e-3 < frozen[-1]

@@ -1,5 +1,8 @@
-"""Parts of one's own are objects that are handed over: toys of every kind run whole federations, and no line of the
-package knows them. What a job asks for and cannot have here is refused, wherever it is put together."""
+"""User-defined parts are objects that are passed in.
+
+Toys of every kind run whole federations, and the package does not know them. A combination that cannot work is refused
+by every way of assembling a federation.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +52,12 @@ def job(*overrides: str) -> Job:
     return load_job(None, [*CLEAR, *overrides])
 
 
-# -- an aggregator that is not linear, and that devices must help ------------------------------------------------------
+# -- a nonlinear aggregator that needs the devices' help ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SignVote:
-    """Moves every coordinate by a step towards the sign that most clients want (signSGD, Bernstein et al. 2018)."""
+    """An aggregator that moves each coordinate by a step along the majority's sign (signSGD, Bernstein et al. 2018)."""
 
     step: float
     method: Method = Method(sees_updates="counts signs")  # noqa: RUF009 - frozen
@@ -64,7 +67,7 @@ class SignVote:
 
 
 class Votes:
-    """The votes of one round."""
+    """The aggregation of one round's votes."""
 
     def __init__(self, frame: Frame, step: float) -> None:
         self._total, self._step = np.zeros(frame.size), step
@@ -81,7 +84,7 @@ class Votes:
 
 
 def send_signs(layout: AdapterLayout, factors: Factors, received: Vector, update: Vector) -> Vector:
-    """The devices' help."""
+    """Replaces a device's update by its signs."""
     del layout, factors, received
     return np.sign(update).astype(np.float32)
 
@@ -104,12 +107,12 @@ def test_an_aggregator_of_updates_is_never_dropped_in_silence() -> None:
         assemble(job("compression.form=ring"), BASE, LAYOUT, parts=Parts(aggregator=Mean(Method())))
 
 
-# -- noise, around whatever is innermost -------------------------------------------------------------------------------
+# -- noise, around the innermost aggregator ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Adds noise to the aggregate, once a round, whoever formed the sum."""
+    """An aggregator that adds noise to the aggregate once a round, for any inner aggregator."""
 
     inner: Aggregator[Any]
     scale: float
@@ -123,7 +126,7 @@ class Noised:
 
 
 class Noise:
-    """One round's noise."""
+    """The aggregation of one round with its noise."""
 
     def __init__(self, inner: Aggregation[Any], scale: float) -> None:
         self._inner, self._scale = inner, scale
@@ -163,7 +166,7 @@ def test_toy_noise_is_one_object_under_masks_and_in_the_clear(overrides: tuple[s
 
 @dataclass(frozen=True)
 class HalfForm:
-    """Two bytes a value."""
+    """A form with two bytes a value."""
 
     name: str = "half"
 
@@ -209,7 +212,7 @@ def test_a_form_that_cannot_be_masked_is_refused_under_secure_aggregation() -> N
 
 @dataclass(frozen=True)
 class Idle(NumpyTrainer):
-    """A trainer that learns nothing."""
+    """A trainer that changes nothing."""
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
         result = super().train(examples, received, task)
@@ -224,7 +227,7 @@ def test_a_toy_trainer_is_an_object_that_the_device_is_given(tmp_path: Path) -> 
 
 @dataclass(frozen=True)
 class InTurn(UniformSelection):
-    """One client a round, in the order of names."""
+    """A selection of one client a round, in the order of names."""
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
         return [sorted(population)[(round_number - 1) % len(population)]]
@@ -237,7 +240,7 @@ def test_a_toy_selection_policy_chooses_every_cohort(tmp_path: Path) -> None:
 
 @dataclass
 class Diary:
-    """A tracker that keeps the order of what it is told."""
+    """A tracker that records its calls in order."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -268,7 +271,7 @@ def test_the_aggregate_may_be_changed_before_the_server_takes_its_step(tmp_path:
     np.testing.assert_allclose(half.adapter - first, 0.5 * (whole.adapter - first), atol=1e-7)
 
 
-# -- what a job asks for -----------------------------------------------------------------------------------------------
+# -- combinations of a job's settings ----------------------------------------------------------------------------------
 
 
 def test_the_same_job_is_put_together_by_nesting() -> None:

@@ -1,4 +1,4 @@
-"""Updates travel compressed, up and down, and everybody ends with the bits that everybody else has."""
+"""Updates travel compressed, up and down, and server and clients end with the same bits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def terms(form: str, density: float = 0.5, rotation: bool = True) -> FactorTerms
 
 
 def aggregation(agreed: FactorTerms) -> Any:
-    """Of the form's payloads, under way."""
+    """Begins an aggregation of the form's payloads."""
     form: UpdateForm = FORMS[agreed.form]
     method = AGGREGATIONS["ffa"]
     aggregator = Unpacked(RingMean(method)) if form == RING else Decoded(Mean(method), form)
@@ -102,7 +102,7 @@ def test_a_damaged_payload_is_refused_and_changes_nothing(form: str, data: st.Da
 
 
 def versions(count: int) -> list[Vector]:
-    """What devices hold over some rounds of alternating training."""
+    """Returns the versions that devices hold over some rounds of alternating training."""
     held = LAYOUT.initial(SEED)
     target = held.copy()
     history = [held]

@@ -1,4 +1,4 @@
-"""Payloads in Flower messages: what they become, and what is refused."""
+"""Payloads in Flower messages: their encoding, and the refusals of invalid ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stored(data: bytes) -> Array:
 
 
 def header(shape: str) -> bytes:
-    """A .npy file without any values."""
+    """Makes a .npy header without any values."""
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 

@@ -1,4 +1,4 @@
-"""The weighted sum that no order of arrival can change."""
+"""The exact weighted sum does not depend on the order of arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aggregations of parts of a cohort, merged, are the aggregation of the whole: a level of sites will rest on that."""
+"""Merged aggregations of parts of a cohort equal the aggregation of the whole, as hierarchical aggregation requires."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def updates(count: int, tiers: tuple[int, ...] = (0,)) -> list[Update]:
 
 
 def whole_and_merged(aggregator: Any, frame: Frame, cohort: list[Any], parts: int) -> tuple[Any, Any]:
-    """One aggregation of all, and one of as many parts, merged in the end."""
+    """Runs one aggregation of all clients, and one of several parts that are merged at the end."""
     whole, sites = aggregator.begin(frame), [aggregator.begin(frame) for _ in range(parts)]
     for index, update in enumerate(cohort):
         whole.add(update)

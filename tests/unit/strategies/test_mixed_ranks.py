@@ -1,4 +1,4 @@
-"""Mixed ranks: nested tiers under a public permutation, means over owners, and a change of basis that all follows."""
+"""Mixed ranks: nested tiers under a public permutation, means over owners, and changes of basis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FACTORS: Any = ("a", "b")
 
 
 def trained_mask(factor: str, owned: Any) -> np.ndarray:
-    """By names: a vector of zeros with ones where a rank index is owned."""
+    """Returns a vector of zeros with ones at the owned rank indices, found by the modules' names."""
     vector = np.zeros(LAYOUT.size, dtype=np.float32)
     for lora_a, lora_b in LAYOUT.views(vector).values():
         if factor == "a":
@@ -184,7 +184,7 @@ def test_rebalancing_changes_no_product_and_balances_the_factors() -> None:
 def test_what_lives_in_the_basis_follows_it() -> None:
     adapter, update = random_adapter(), random_adapter(1)
     balanced, changes = rebalance(LAYOUT, adapter)
-    # "q" alone: "v" has only three rows for four ranks, so a direction of it carries nothing.
+    # Only "q": "v" has only three rows for four ranks, so one of its directions is zero.
     lora_a, lora_b = LAYOUT.views(adapter)["q"]
     new_a, new_b = LAYOUT.views(balanced)["q"]
     half_a, half_b = LAYOUT.halves(update)

@@ -1,4 +1,4 @@
-"""Rounds of mixed ranks without any model: every form comes to a mean over owners, and a tier cannot be lied about."""
+"""Rounds of mixed ranks without a model: every form gives a mean over owners, and false tiers are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def opened(*overrides: str, ranks: Mapping[str, int] = RANKS, state: Any = None)
 
 
 def trained(name: str, round_: TrainingRound) -> Vector:
-    """What a client's training came to: the whole adapter's size, zero where it does not own."""
+    """Returns a client's trained update: of the whole adapter's size, zero at indices that it does not own."""
     request = decode(round_.requests.payload(name), TrainRequest)
     owned = rank_indices(request.job_seed, request.round, LAYOUT.rank, request.tier or LAYOUT.rank)
     update = (0.01 * generator(1, name).standard_normal(LAYOUT.size)).astype(np.float32)
@@ -59,7 +59,7 @@ def trained(name: str, round_: TrainingRound) -> Vector:
 
 
 def answer(name: str, round_: TrainingRound, tier: int | None = None) -> bytes:
-    """A client's reply; of another tier than it was asked for, if it lies."""
+    """Returns a client's reply; a `tier` other than the one it was asked for is a lie."""
     request = decode(round_.requests.payload(name), TrainRequest)
     uplink, factors = request.uplink, request.work.factors
     asked = request.tier if tier is None else tier
@@ -74,7 +74,7 @@ def answer(name: str, round_: TrainingRound, tier: int | None = None) -> bytes:
 
 
 def mean_over_owners(round_: TrainingRound) -> np.ndarray:
-    """By names and indices, one at a time: Σ w·Δ / Σ w over those whose tier holds the index."""
+    """Computes Σ w·Δ / Σ w over the clients whose tier has the index, one index at a time."""
     order = generator(0, "tiers", round_.number).permutation(LAYOUT.rank)
     mean = np.zeros(LAYOUT.size)
     views = {name: LAYOUT.views(trained(name, round_)) for name in RANKS}

@@ -1,4 +1,4 @@
-"""How long replies are waited for."""
+"""The time for which the server waits for replies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedtune.strategies.schedule import Closing
 
 
 class Reply:
-    """As much of a Flower message as is looked at."""
+    """The attributes of a Flower message that are read."""
 
     def __init__(self, number: str, failed: bool = False) -> None:
         self.metadata = type("Metadata", (), {"reply_to_message_id": number})()
@@ -24,7 +24,7 @@ class Reply:
 
 
 class Clockwork:
-    """A grid and a clock: replies arrive at their second, and whoever sleeps lets it pass."""
+    """A grid and a clock: replies arrive at their second, and sleeping advances the clock."""
 
     def __init__(self, arrivals: dict[str, float], failing: Iterable[str] = ()) -> None:
         self.now, self.arrivals, self.failing = 0.0, arrivals, set(failing)
@@ -43,7 +43,7 @@ class Clockwork:
 
 
 def heard(clockwork: Clockwork, deadline: float | None = None, closing: Closing | None = None) -> tuple[str, float]:
-    """Whose replies came, and the second at which nobody waited any more."""
+    """Returns the replies that came, and the second at which waiting ended."""
     grid: Any = clockwork
     clock = Clock(monotonic=clockwork.monotonic, sleep=clockwork.sleep)
     messages: Any = list(clockwork.arrivals)
@@ -66,7 +66,7 @@ def test_everybody_is_waited_for_or_until_the_deadline() -> None:
     [
         (Closing(seconds=10.0, enough=4, least=2), "abc", 10.0),
         (Closing(seconds=10.0, enough=2, least=1), "ab", 2.0),
-        (Closing(seconds=2.5, enough=4, least=3), "abc", 3.0),  # too few were in time, so it was too short
+        (Closing(seconds=2.5, enough=4, least=3), "abc", 3.0),  # too few were in time, so waiting goes on
         (Closing(seconds=2.5, enough=4, least=4), "abcd", 50.0),
     ],
 )

@@ -1,4 +1,4 @@
-"""A round without any I/O: what is asked, what is taken in, and what follows."""
+"""A round without I/O: its requests, the replies it accepts, and its outcome."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def federation(*overrides: str) -> Federation:
 
 
 def payload(value: float, count: int = 6) -> bytes:
-    """An exact payload, of values that the codec itself would refuse to send."""
+    """Makes an exact payload of any values, also of values that the codec refuses to encode."""
     return frame(Kind.EXACT, count, np.full(count, value, dtype="<f4").tobytes())
 
 
@@ -64,7 +64,7 @@ def opened(number: int = 1, *overrides: str) -> TrainingRound:
 
 
 def asked(round_: TrainingRound) -> TrainingRound:
-    """The round, its one exchange begun."""
+    """Begins the round's one exchange."""
     next(round_.exchanges())
     return round_
 
@@ -143,7 +143,7 @@ def test_a_reply_that_cannot_be_used_costs_only_that_client(changes: dict[str, A
     assert "TrainReply" in (record.clients[2].dropped or "")
 
 
-def test_a_second_reply_and_a_stranger_are_ignored() -> None:
+def test_a_second_reply_and_an_unknown_client_are_ignored() -> None:
     round_ = opened()
     round_.take_in("ann", reply(round_, 1.0))
     round_.take_in("ann", reply(round_, 9.0))
@@ -174,7 +174,7 @@ def test_a_client_cannot_weigh_more_than_the_cap() -> None:
 
 @dataclass
 class Seen:
-    """A tracker that keeps the clients it is told of."""
+    """A tracker that records its clients."""
 
     clients: list[ClientRecord]
 
@@ -311,7 +311,7 @@ FEDAVG = "federation.aggregation=fedavg"
 
 
 def next_round(first: TrainingRound) -> TrainingRound:
-    """The round after one in which cid was in time and the others were not."""
+    """Begins the round after one in which only cid was in time."""
     first.take_in("cid", reply(first, 1.0, 10))
     first.give_up("ann", LATE)
     first.give_up("bob", LATE)

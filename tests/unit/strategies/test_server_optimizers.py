@@ -1,4 +1,4 @@
-"""Server optimizers against scalar loops written from the paper's algorithm."""
+"""Server optimizers agree with scalar loops written from the paper's algorithms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def deltas() -> list[np.ndarray]:
 
 
 def reference(name: str, rate: float, values: list[float]) -> list[float]:
-    """One coordinate, round after round."""
+    """Runs the paper's algorithm on one coordinate, round after round."""
     momentum, second, steps = 0.0, 1e-3**2, []
     for delta in values:
         if name == "momentum":

@@ -1,4 +1,4 @@
-"""Cohorts by time and utility, and the virtual clock: slow clients cost little, and no claim buys a place."""
+"""Cohorts by time and utility, and the virtual clock: slow clients cost little, and false claims gain nothing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_higher_loss_is_asked_more_often_and_a_slow_client_less() -> None:
         np.mean([asked[f"fast-{i:02d}"] for i in range(20, 45)]),
     )
     slow = np.mean([asked[name] for name in SLOW])
-    assert useful > 1.4 * plain  # a client not asked for long has a bonus of its own
+    assert useful > 1.4 * plain  # clients that were not asked for long have a bonus too
     assert slow < 0.5 * plain
     assert slow > 0
 
