@@ -15,7 +15,7 @@ from pathlib import Path
 from numpy_trainer import DIGEST, LAYOUT, NumpyTrainer, load_examples
 
 from fedtune.client.client_store import ClientStore
-from fedtune.client.device import Device, UpdateChange
+from fedtune.client.device import Device, UpdateChange, all_of_it
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.trainer import Trainer
 from fedtune.core.adapter.layout import AdaptedModule
@@ -88,7 +88,7 @@ def run_federation(
         lambda base: devices.trainer,
         load_examples,
         ClientStore(folder / "clients"),
-        simulated.work if simulated else lambda client, request: 1.0,
+        simulated.work if simulated else all_of_it,
         devices.postprocess,
         devices.forms,
     )

@@ -23,7 +23,7 @@ from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.client.plan.backend import Measured
 from fedtune.client.plan.calibration import CalibrationStore
 from fedtune.client.plan.device_plan import DevicePlanner
-from fedtune.client.plan.eligibility import Requirements, Sensors
+from fedtune.client.plan.eligibility import Consent, Requirements, Sensors
 from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.torch.torch_backend import TorchBackend
@@ -139,7 +139,8 @@ def test_a_device_scores_for_a_server_only_where_its_owner_says_so(make_fleet: M
     fleet = make_fleet(1)
     name = fleet.names[0]
     data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
-    ClientHome.join(fleet.client_home(name), Bundle.load(fleet.folder / f"{name}.bundle"), data, scores=scores)
+    bundle = Bundle.load(fleet.folder / f"{name}.bundle")
+    ClientHome.join(fleet.client_home(name), bundle, data, consent=Consent(scores=scores))
     device = device_of(fleet, name)
     device.register(fleet)
     assert ("scores nothing for a server" in device.refusal(EVALUATE, b"").reason) != scores

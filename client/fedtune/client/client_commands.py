@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
+from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
 from fedtune.core.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:  # the class is imported when a command runs
@@ -79,7 +79,8 @@ def join(
     Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
     """
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
-    make_device(Joining(bundle, data, tuple(base or ()), home, allow_clear, scores, requirements, try_step))
+    consent = Consent(allow_clear, scores, requirements)
+    make_device(Joining(bundle, data, tuple(base or ()), home, consent, try_step))
 
 
 @app.command()
@@ -220,9 +221,7 @@ class Joining:
         data: this device's examples.
         bases: directories of base models; empty for the bundled one.
         home: the device's folder; None for the default.
-        allow_clear: whether the device takes part in jobs that do not mask updates.
-        scores: whether it evaluates for the server.
-        requirements: the owner's conditions for taking part.
+        consent: the owner's.
         try_step: whether a real training step checks the plan.
     """
 
@@ -230,9 +229,7 @@ class Joining:
     data: Path
     bases: tuple[Path, ...] = ()
     home: Path | None = None
-    allow_clear: bool = False
-    scores: bool = False
-    requirements: Requirements = DEFAULT_REQUIREMENTS
+    consent: Consent = CAUTIOUS
     try_step: bool = True
 
 
@@ -247,15 +244,7 @@ def make_device(wanted: Joining) -> None:
     from fedtune.core.protocol.enrolment import Bundle
 
     folder = wanted.home or default_home()
-    made = ClientHome.join(
-        folder,
-        Bundle.load(wanted.bundle),
-        wanted.data,
-        wanted.bases,
-        allow_clear=wanted.allow_clear,
-        scores=wanted.scores,
-        requirements=wanted.requirements,
-    )
+    made = ClientHome.join(folder, Bundle.load(wanted.bundle), wanted.data, wanted.bases, wanted.consent)
     try:
         plans = _plans(wanted.bases, wanted.data, folder / CALIBRATIONS, wanted.try_step)
     except BaseException:  # also on Ctrl-C: no device is left half made

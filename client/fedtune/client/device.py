@@ -42,6 +42,12 @@ Encoded = TypeVar("Encoded")
 Encode = Callable[[Vector, FactorTerms, int, float], tuple[Encoded, Vector]]
 
 
+def all_of_it(client: str, request: TrainRequest) -> float:
+    """The share of work of a device that has time for all of it: 1."""
+    del client, request
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Contribution(Generic[Encoded]):
     """A trained update in the form in which it travels.
@@ -77,8 +83,7 @@ class Device:
         share: (client, request) -> share of the requested local work that the client can do in time. The device applies
             it itself: a server that chose it could tell a client's update from those of idle ones in their sum.
         postprocess: changes to the trained update before it is encoded, in this order, after the alignment that a
-            request may ask for: (layout, received adapter, update) -> update. The update is the segment of the factors
-            that the request trains, float32.
+            request may ask for.
         forms: forms in which updates may travel up, by their names in requests.
     """
 
@@ -87,7 +92,7 @@ class Device:
         open_trainer: OpenTrainer,
         load_examples: LoadExamples,
         store: ClientStore,
-        share: WorkShare = lambda client, request: 1.0,  # noqa: ARG005
+        share: WorkShare = all_of_it,
         postprocess: Sequence[UpdateChange] = (),
         forms: Mapping[str, UpdateForm] = FORMS,
     ) -> None:

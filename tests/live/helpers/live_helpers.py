@@ -145,11 +145,13 @@ class Fleet:
     def join(self, *names: str, **settings: Any) -> None:
         """Makes device folders, with the newest roster their bundles have."""
         from fedtune.client.live.device_home import ClientHome
+        from fedtune.client.plan.eligibility import Consent
         from fedtune.core.protocol.enrolment import Bundle
 
         for name in names or self.names:
             data = self.folder / "data" / "clients" / f"{name}.jsonl"
-            ClientHome.join(self.client_home(name), Bundle.load(self.folder / f"{name}.bundle"), data, (), **settings)
+            bundle = Bundle.load(self.folder / f"{name}.bundle")
+            ClientHome.join(self.client_home(name), bundle, data, consent=Consent(**settings))
 
     def start_server(self) -> Process:
         self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")

@@ -77,7 +77,17 @@ def serve(
     A program that uses the openai package needs base_url="http://localhost:8080/v1" and nothing else changed.
     """
     answer_requests(
-        Serving(model_directory or pulled_model(), host, port, slots, queue, threads, name, adapters, token_file)
+        Serving(
+            directory=model_directory or pulled_model(),
+            host=host,
+            port=port,
+            slots=slots,
+            queue=queue,
+            threads=threads,
+            name=name,
+            adapters=adapters,
+            token_file=token_file,
+        )
     )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fedtune.client.client_store import TEMPORARY, ClientStore
 from fedtune.client.inference.model_versions import Versions
-from fedtune.client.plan.eligibility import DEFAULT_REQUIREMENTS, Requirements
+from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.private_files import (
     ServiceLock,
@@ -94,10 +94,7 @@ class ClientHome:
         bundle: Bundle,
         data: Path,
         bases: tuple[Path, ...] = (),
-        *,
-        allow_clear: bool = False,
-        scores: bool = False,
-        requirements: Requirements = DEFAULT_REQUIREMENTS,
+        consent: Consent = CAUTIOUS,
     ) -> ClientHome:
         """Creates a device's folder from a bundle.
 
@@ -116,14 +113,14 @@ class ClientHome:
         Identity(bundle.identity).save(path / "identity.key")
         write_private(path / "roster.json", bundle.roster.to_bytes())
         config = DeviceConfig(
-            bundle.name,
-            bundle.server,
-            str(data.absolute()),
-            tuple(str(base.absolute()) for base in bases),
-            bundle.fleet_key.hex(),
-            allow_clear,
-            scores,
-            requirements,
+            name=bundle.name,
+            server=bundle.server,
+            data=str(data.absolute()),
+            bases=tuple(str(base.absolute()) for base in bases),
+            fleet_key=bundle.fleet_key.hex(),
+            allow_clear=consent.allow_clear,
+            scores=consent.scores,
+            requirements=consent.requirements,
         )
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: makes it a device
         return cls(path)
@@ -271,7 +268,16 @@ def _read_config(path: Path) -> DeviceConfig:
         allow_clear, scores = content["allow_clear"] is True, content["scores"] is True
         requirements = Requirements(**content["requirements"])
         data, fleet_key = content["data"], content["fleet_key"]
-        return DeviceConfig(name, server, data, bases, fleet_key, allow_clear, scores, requirements)
+        return DeviceConfig(
+            name=name,
+            server=server,
+            data=data,
+            bases=bases,
+            fleet_key=fleet_key,
+            allow_clear=allow_clear,
+            scores=scores,
+            requirements=requirements,
+        )
     except (TypeError, ValueError):
         raise InputError(f"{path}: damaged; leave and join again") from None
     except InputError as error:

@@ -131,7 +131,7 @@ class DeviceLoop:
         except RunOverError:
             pass
         except IncompatibleError as error:
-            self._backoff.failures = max(self._backoff.failures, MANY_FAILURES)
+            self._backoff.skip(MANY_FAILURES)
             self._pause(error)
 
     def _connect(self) -> None:

@@ -116,18 +116,18 @@ class RegisteredDevice:
         self._memory.begin(registration.job, registration.secure, encode(registration.terms))
         outcome = self._take_on(registration.terms)
         reply = RegistrationReply(
-            PROTOCOL_VERSION,
-            version("fedtune"),
-            self._home.roster.version,
-            os.cpu_count() or 0,
-            psutil.virtual_memory().total >> 20,
-            outcome.machine.gpus[0].name if outcome.machine.gpus else "",
-            self._sits_out(),
-            outcome.plan.tier,
-            outcome.plan.choices.weights,
-            outcome.plan.sequence_length,
-            max(1, round(two_digits(outcome.plan.memory.peak / 1e6))),
-            two_digits(outcome.seconds_per_round),
+            version=PROTOCOL_VERSION,
+            software=version("fedtune"),
+            roster_version=self._home.roster.version,
+            cores=os.cpu_count() or 0,
+            memory_mb=psutil.virtual_memory().total >> 20,
+            accelerator=outcome.machine.gpus[0].name if outcome.machine.gpus else "",
+            sits_out=self._sits_out(),
+            rank=outcome.plan.tier,
+            weights=outcome.plan.choices.weights,
+            sequence_length=outcome.plan.sequence_length,
+            peak_mb=max(1, round(two_digits(outcome.plan.memory.peak / 1e6))),
+            seconds=two_digits(outcome.seconds_per_round),
         )
         return encode(reply)
 

@@ -35,6 +35,24 @@ DEFAULT_REQUIREMENTS = Requirements()
 
 
 @dataclass(frozen=True)
+class Consent:
+    """What a device's owner allows.
+
+    Args:
+        allow_clear: whether the device takes part in jobs that do not mask updates.
+        scores: whether it evaluates for the server, which then sees each of the device's scores.
+        requirements: conditions under which the device takes part.
+    """
+
+    allow_clear: bool = False
+    scores: bool = False
+    requirements: Requirements = DEFAULT_REQUIREMENTS
+
+
+CAUTIOUS = Consent()
+
+
+@dataclass(frozen=True)
 class Sensors:
     """Readings of the device's sensors; None for values that the system does not expose.
 

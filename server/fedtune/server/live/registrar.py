@@ -185,14 +185,14 @@ def terms_of(job: Job, base: Base) -> Terms:
     """The part of a job that devices must know to plan for it."""
     training, deadline = job.training, job.federation.deadline
     return Terms(
-        base,
-        training.batch_tokens,
-        0 if training.local_epochs else training.steps,
-        training.local_epochs or 0.0,
-        training.weights,
-        training.precision,
-        training.gradient_checkpointing,
-        0.0 if deadline == "auto" else deadline,
+        base=base,
+        batch_tokens=training.batch_tokens,
+        local_steps=0 if training.local_epochs else training.steps,
+        local_epochs=training.local_epochs or 0.0,
+        weights=training.weights,
+        precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
+        deadline=0.0 if deadline == "auto" else deadline,
     )
 
 

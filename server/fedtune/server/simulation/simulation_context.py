@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedtune.client.client_store import ClientStore
-from fedtune.client.device import Device
+from fedtune.client.device import Device, all_of_it
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.secure_rounds import Credentials
 from fedtune.client.torch.torch_trainer import TorchTrainer
@@ -168,10 +168,8 @@ class SimulationContext:
     def handler(self) -> Handler:
         """The handler of every client's messages, with the faults that the job injects."""
         store = ClientStore(self.folder)
-        if self.devices is None:
-            device = Device(lambda _: self.trainer, self.examples, store)
-        else:
-            device = Device(lambda _: self.trainer, self.examples, store, self.devices.work)
+        share = self.devices.work if self.devices else all_of_it
+        device = Device(lambda _: self.trainer, self.examples, store, share)
         secure, simulation = self.job.secure_aggregation.enabled, self.job.simulation
         if secure:
             handler = handle_under_secure_aggregation(device, self.enrolment.credentials)
