@@ -59,7 +59,7 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     shown = _fedtune("client", "status", "--home", str(fleet.client_home(fleet.names[0])))
     assert shown.returncode == 0
     assert "waiting to try again in" in shown.stdout
-    assert "the server cannot be reached (does it run, and does its address lead to it?)" in shown.stdout
+    assert "the server cannot be reached (is it running, and is its address right?)" in shown.stdout
     left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
     assert left.returncode == 0
     assert not fleet.client_home(fleet.names[0]).exists()

@@ -141,4 +141,6 @@ class SecureRounds:
         if len(config.cohort) > request.uplink.n_max:
             wrong.append("n_max")
         if wrong:
-            raise ServerFaultError(f"the round's configuration is not about what {client} is asked: {', '.join(wrong)}")
+            raise ServerFaultError(
+                f"the round's configuration does not match the request to {client}: {', '.join(wrong)}"
+            )

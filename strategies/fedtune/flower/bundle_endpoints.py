@@ -161,7 +161,7 @@ class Bundles:
         pushed = fleet_handlers.push_messages(reply, state)
         run_id = reply.messages_list[0].metadata.run_id
         if not set(pushed.objects_to_push) <= brought.objects.keys():
-            raise PeerError("the reply is not whole")
+            raise PeerError("the reply is incomplete")
         _store(state, run_id, pushed.session_id, pushed.objects_to_push, brought.objects)
         if brought.objects:
             state.store_traffic(run_id, bytes_sent=0, bytes_recv=_size(brought.objects.values()))
@@ -212,7 +212,7 @@ def _check_reply(request: PushMessagesRequest) -> None:
     own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
     single = len(request.messages_list) == len(request.message_object_trees) == 1
     if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
-        raise PeerError("not one reply in the sender's own name")
+        raise PeerError("expected a single reply whose source is its sender")
 
 
 def _objects(state: SqlLinkState, run_id: int, tree: ObjectTree, limit: int) -> dict[str, bytes]:
@@ -232,7 +232,7 @@ def _store(
 ) -> None:
     for object_id in object_ids:
         if not state.store_object(run_id, session_id, object_id, objects[object_id]):
-            raise PeerError("an object is not what its name says")  # the transaction drops the whole message
+            raise PeerError("an object's content does not match its id")  # the transaction drops the whole message
 
 
 def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:

@@ -371,7 +371,7 @@ class RunGrid(Grid):
             reply.metadata.src_node_id != sent.head.metadata.dst_node_id
             or reply.metadata.reply_to_message_id != message_id
         ):
-            return _failed(sent.head, "the reply is somebody else's")
+            return _failed(sent.head, "the reply is from another device")
         return identified(reply, object_id)
 
     def _keep_alive(self) -> None:

@@ -140,7 +140,7 @@ class _Bounded(httpx.SyncByteStream):
 def _bound(response: httpx.Response, limit: int) -> None:
     """Limits the bytes of a response; httpx alone reads any number."""
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise PeerError("the server's answer is compressed, which nobody asked for")
+        raise PeerError("the server's answer is compressed, which was not requested")
     assert isinstance(response.stream, httpx.SyncByteStream)
     response.stream = _Bounded(response.stream, limit)
 
@@ -201,7 +201,7 @@ def _meaning(response: httpx.Response) -> FedtuneError:
                 f"uses its keys, or one did until less than {2 * HEARTBEAT_INTERVAL:.0f} s ago (wait)"
             )
         case 404 | 405:
-            return UnreachableError("what answers at this address is not a fedtune server")
+            return UnreachableError("the server at this address is not a fedtune server")
         case 413:
             return PeerError("the server refuses a message of this size")
     return UnreachableError(f"the server answered {response.status_code}: {text}")
@@ -214,4 +214,4 @@ def _transport(error: httpx.TransportError) -> UnreachableError:
         if "expired" in detail or "not yet valid" in detail:
             detail += f"; by this device's clock it is {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
         return UntrustedError(f"the server's certificate is refused: {detail}")
-    return UnreachableError(f"the server cannot be reached (does it run, and does its address lead to it?): {reason}")
+    return UnreachableError(f"the server cannot be reached (is it running, and is its address right?): {reason}")

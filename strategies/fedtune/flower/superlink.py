@@ -174,7 +174,7 @@ class Link:
             while True:
                 acquired = self._acquire()
                 if acquired is None:
-                    raise LinkLostError("the SuperLink did not hand out the task of a run that it has just begun")
+                    raise LinkLostError("the SuperLink did not assign the task of a run that it has just started")
                 if acquired.task.run_id == started.run_id:
                     break
                 self._refuse(acquired)
@@ -196,7 +196,7 @@ class Link:
 
     def _refuse(self, acquired: AcquireTaskResponse) -> None:
         task = acquired.task
-        self._report(f"refused foreign run {task.run_id} (app {task.fab_hash[:16]}…): nothing of it was run")
+        self._report(f"refused foreign run {task.run_id} (app {task.fab_hash[:16]}…): none of its code was run")
         client = self._runtime_client(acquired.token)
         try:
             refusal = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="this server runs its own app only")

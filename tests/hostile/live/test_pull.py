@@ -318,7 +318,7 @@ def test_a_name_that_leads_outside_is_refused(versions: Versions, name: str) -> 
         (Liar(manifest_of({"a": 1}, name="\x1b[2J")), "printable text"),
         (Liar(manifest_of({"a": 1}, start_tokens=[float("inf")])), "not a manifest"),
         (Liar(manifest_of({f"{n}": 0 for n in range(5000)})), "5000 files"),
-        (Liar(manifest_of({"a": 1}), b"x", job="second"), "which nobody asked for"),
+        (Liar(manifest_of({"a": 1}), b"x", job="second"), "which was not requested"),
         (Liar(manifest_of({"a": 5}), b"other"), "a: what arrived has SHA-256"),
     ],
 )

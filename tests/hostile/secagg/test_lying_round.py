@@ -132,7 +132,7 @@ def test_a_client_that_is_asked_for_another_tier_than_its_client_indices_refuses
     fixture = Fixture(names, ["adapter.tiers=[2, 4]"], ranks)
     honest = first_message(fixture)
     assert decode(honest[1], TrainRequest).tier == 4
-    with pytest.raises(PeerError, match=r"not about what client-0 is asked: tier$"):
+    with pytest.raises(PeerError, match=r"does not match the request to client-0: tier$"):
         fixture.rounds.open(VICTIM, *changed_request(lambda request: msgspec.structs.replace(request, tier=2))(*honest))
     assert fixture.rounds.open(VICTIM, *honest)
 

@@ -188,7 +188,7 @@ def test_a_step_that_is_killed_leaves_the_prediction_to_go_by(fixture: Fixture, 
     fixture.measured = killed
     fixture.free = round(peak(folder) * 1.5)
     assert fixture.work.take_on(terms_for(folder)).measured is None
-    assert any("killed by signal 9; going by the prediction" in line for line in fixture.shown)
+    assert any("killed by signal 9; using the prediction" in line for line in fixture.shown)
 
 
 def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with_the_numbers(

@@ -184,7 +184,7 @@ def _check(response: httpx.Response) -> None:
     if status == 404 and text:
         raise InputError(text)
     if status in (404, 405):
-        raise PeerError("what answers at this address offers no models; does the server run this fedtune version?")
+        raise PeerError("the server at this address offers no models; does it run this fedtune version?")
     if status < 500:
         raise PeerError(f"the server refuses the request with status {status}: {text}")
     raise LineError(f"the server answered {status}")

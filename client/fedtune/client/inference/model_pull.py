@@ -86,7 +86,7 @@ def pull(
     with versions.changing(), _kept(versions):
         offer = patient.describe(job, form)
         if (job or offer.job, form or offer.format) != (offer.job, offer.format):
-            raise PeerError(f"the server offers {offer.job} as {offer.format}, which nobody asked for")
+            raise PeerError(f"the server offers {offer.job} as {offer.format}, which was not requested")
         version = _Version(offer, _checked(offer), hashlib.sha256(offer.manifest).hexdigest())
         received = 0
         if not _is_whole(versions.folder / version.name):

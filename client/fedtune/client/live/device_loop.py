@@ -146,7 +146,7 @@ class DeviceLoop:
         self._backoff.reset()
         clock_error, status = self._link.clock_error, self._report.status
         if clock_error and clock_error != status.clock_error:
-            self._report.show(f"this device's clock is {clock_error:+.0f} s off; going by the server's")
+            self._report.show(f"this device's clock is {clock_error:+.0f} s off; using the server's")
         if status.state != "connected":
             self._report.show("connected")
         self._report.happens("connects", trying=0, next_try=None, contact=self._clock.now(), clock_error=clock_error)
@@ -227,7 +227,7 @@ class DeviceLoop:
                     self._device_work.sent(task.action, len(answer.outcome), self._clock.monotonic() - start)
                 return
             except UnknownDeviceError:
-                raise RunOverError("the server began again") from None
+                raise RunOverError("the server has restarted") from None
             except UnreachableError as error:
                 if self._clock.monotonic() > end:
                     raise

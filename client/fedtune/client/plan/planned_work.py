@@ -251,7 +251,7 @@ class PlannedWork:
         try:
             return self._planner.plan(job, self._data, link, trial, runtime=runtime)
         except RunError as error:  # this process and the trial step's do not fit in memory together
-            self._planner.note(f"{error}; going by the prediction")
+            self._planner.note(f"{error}; using the prediction")
             return self._planner.plan(job, self._data, link, "never", runtime=runtime)
 
     def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:

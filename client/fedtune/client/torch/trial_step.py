@@ -63,7 +63,7 @@ def measure(case: Case) -> Measured:
     try:
         return Measured(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError) as error:
-        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
         raise RunError(f"the calibration step failed: {last}") from error
 
 
