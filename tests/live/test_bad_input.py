@@ -109,7 +109,7 @@ def test_keys_that_others_may_read_are_not_used(refused: Command, tmp_path: Path
 
 
 def test_devices_have_names_of_their_own(refused: Command) -> None:
-    assert "enrolled already; to enrol it anew, first: fedtune server revoke ada" in refused(
+    assert "enrolled already; to enrol it again, first: fedtune server revoke ada" in refused(
         "server", "enroll", "ada", "--out", "again.bundle"
     )
     assert "ada.bundle: exists already; choose another --out" in refused(

@@ -268,14 +268,14 @@ def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, lin
 
     assert read("deep/tokenizer.json") == b"{}" * 500
     for file in ("../../../../../fleet.key", "/etc/passwd", MANIFEST, "deep", "deep/../deep/tokenizer.json", "\0"):
-        with pytest.raises(InputError, match="exported anew"):
+        with pytest.raises(InputError, match="exported again"):
             read(file)
     for changes in ({"job": "../../server"}, {"format": "../.."}, {"size": MAX_PIECE_BYTES + 1}, {"offset": -1}):
         with pytest.raises(PeerError, match="400"):
             read("deep/tokenizer.json", **changes)
     with pytest.raises(PeerError, match="none of them is at"):
         read("empty")
-    with pytest.raises(InputError, match="exported anew"):
+    with pytest.raises(InputError, match="exported again"):
         read("deep/tokenizer.json", manifest="0" * 64)
 
 
@@ -404,7 +404,7 @@ def test_an_export_that_was_made_again_meanwhile_is_said(
             path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
             return found
 
-    with pytest.raises(InputError, match="job first was exported anew; ask again"):
+    with pytest.raises(InputError, match="job first was exported again; pull it again"):
         pull(ExportedAgain(line), versions)
     assert pull(line, versions).manifest.provenance == {"seed": 1}
 

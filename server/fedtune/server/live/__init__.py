@@ -1,1 +1,1 @@
-"""The server of a fleet: its folder and keys, who is enrolled, the jobs that wait, and the process that serves them."""
+"""The server of a fleet: its folder and keys, enrolled devices, queued jobs, and the process that serves them."""

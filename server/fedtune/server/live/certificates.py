@@ -1,7 +1,7 @@
-"""A certificate authority of the fleet's own, and the server's certificate under it.
+"""The fleet's own certificate authority, and the server's certificate under it.
 
-Devices trust this authority and no other, so neither a public authority nor a stolen name lets anyone pose as the
-server.
+Devices trust only this authority, so nobody can impersonate the server with a certificate of a public authority or with
+a stolen domain name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fedtune.core.errors import InputError
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # where the server's own processes reach it
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # addresses through which the server's own processes reach it
 _CLOCK_SKEW = datetime.timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate and its private key, PEM."""
+    """A certificate and its private key in PEM format."""
 
     certificate: bytes
     key: bytes
 
 
 def make_authority(days: int = AUTHORITY_DAYS) -> Certificate:
-    """A new certificate authority, good for server certificates only."""
+    """Makes a new certificate authority, for server certificates only."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune fleet")])
     builder = (
@@ -50,7 +50,7 @@ def make_authority(days: int = AUTHORITY_DAYS) -> Certificate:
 
 
 def make_server_certificate(authority: Certificate, hosts: Sequence[str], days: int = SERVER_DAYS) -> Certificate:
-    """A certificate for the server under every name and address that devices call it by.
+    """Makes a certificate for the server, with all names and addresses that devices use for it.
 
     Args:
         hosts: DNS names and IP addresses; the loopback names are added.
@@ -82,7 +82,7 @@ def make_server_certificate(authority: Certificate, hosts: Sequence[str], days: 
 
 
 def days_left(certificate: bytes) -> float:
-    """Days until a certificate expires; negative when it has."""
+    """Returns the days until a certificate expires; negative after that."""
     end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
     return (end - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
 
@@ -101,7 +101,7 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _dated(days: int) -> x509.CertificateBuilder:
-    """A builder with a serial number and dates; an end in the past makes one that has expired."""
+    """Returns a builder with a serial number and dates; a negative number of days gives an expired certificate."""
     now = datetime.datetime.now(datetime.UTC)
     end = now + datetime.timedelta(days=days)
     begin = min(now, end - datetime.timedelta(days=1)) - _CLOCK_SKEW

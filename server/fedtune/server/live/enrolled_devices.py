@@ -1,6 +1,6 @@
 """The enrolled devices: public keys by name, and the signed roster that devices pin.
 
-The private halves go into the bundle and are kept nowhere else.
+The private keys are written to the device's bundle only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Devices:
     """The enrolled devices.
 
     Args:
-        node_keys: name -> public key of the device's requests, PEM.
-        roster: name -> public key of its secure aggregation, signed.
+        node_keys: name -> public key of the device's requests, in PEM format.
+        roster: name -> public key for secure aggregation; signed.
     """
 
     node_keys: dict[str, bytes]
@@ -39,7 +39,7 @@ class Devices:
 
     @classmethod
     def load(cls, home: ServerHome) -> Devices:
-        """Reads devices.json; no device where there is none yet.
+        """Reads devices.json; without that file there are no devices.
 
         Raises:
             InputError: the file is damaged.
@@ -60,7 +60,7 @@ class Devices:
 
 
 class EnrolledKeys:
-    """The public keys of the devices that are enrolled now; a revoked one is out with its next request."""
+    """The public keys of the enrolled devices; a revoked device's next request is refused."""
 
     def __init__(self, home: ServerHome) -> None:
         self._home = home
@@ -68,7 +68,7 @@ class EnrolledKeys:
         self._seen = -1
 
     def __contains__(self, shown: object) -> bool:
-        """Whether it is a device's key, in base64 as a request shows it."""
+        """Returns whether a base64 key from a request belongs to an enrolled device."""
         seen = changed(self._home)
         if seen != self._seen:
             self._shown, self._seen = frozenset(map(b64encode, Devices.load(self._home).node_keys.values())), seen
@@ -79,12 +79,12 @@ def enroll(home: ServerHome, name: str, out: Path) -> Bundle:
     """Enrols a device and writes its bundle, the only place where its private keys are.
 
     Raises:
-        InputError: the name is taken or is none, or the bundle's file exists.
+        InputError: the name is taken or invalid, or the bundle's file exists.
     """
     check_name(name)
     with _changing(home) as devices:
         if name in devices.node_keys:
-            raise InputError(f"{name}: enrolled already; to enrol it anew, first: fedtune server revoke {name}")
+            raise InputError(f"{name}: enrolled already; to enrol it again, first: fedtune server revoke {name}")
         if out.exists():
             raise InputError(f"{out}: exists already; choose another --out")
         if not out.parent.is_dir():
@@ -96,7 +96,7 @@ def enroll(home: ServerHome, name: str, out: Path) -> Bundle:
         bundle = Bundle(
             name, home.config.address, home.authority.decode(), node_key, identity, home.fleet_key.public, roster
         )
-        bundle.save(out)  # first: a device nobody has keys for would be worse than a bundle nobody has enrolled
+        bundle.save(out)  # first: a bundle without an enrolment does less harm than the reverse
         _save(home, Devices({**devices.node_keys, name: _public(node_key)}, roster))
     return bundle
 
@@ -105,7 +105,7 @@ def revoke(home: ServerHome, name: str) -> None:
     """Revokes a device; a running server cuts it off within seconds.
 
     Raises:
-        InputError: no such device.
+        InputError: there is no such device.
     """
     with _changing(home) as devices:
         if name not in devices.node_keys:
@@ -117,7 +117,7 @@ def revoke(home: ServerHome, name: str) -> None:
 
 
 def changed(home: ServerHome) -> int:
-    """A number that is another one after every change to the devices."""
+    """Returns a number that differs after every change to the devices."""
     try:
         return _path(home).stat().st_mtime_ns
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def _path(home: ServerHome) -> Path:
 
 
 def _public(node_key: str) -> bytes:
-    # Exactly the bytes that Flower makes of a public key, for it compares them as bytes.
+    # Exactly the bytes into which Flower serialises a public key, since Flower compares the bytes.
     return load_node_key(node_key).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -145,7 +145,7 @@ def _save(home: ServerHome, devices: Devices) -> None:
 
 @contextmanager
 def _changing(home: ServerHome) -> Iterator[Devices]:
-    """Two people who enrol at once take turns."""
+    """Locks the list of devices, so that concurrent changes happen one after the other."""
     lock = os.open(home.path / "devices.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
 """The jobs of a server: files that move from waiting to finished or failed, and a run directory for each.
 
-    jobs/waiting/NNNNNN-NAME.toml       the oldest is being worked on, as long as the server runs
+    jobs/waiting/NNNNNN-NAME.toml       the oldest is in progress while the server runs
     jobs/finished/, jobs/failed/        with the reason in NNNNNN-NAME.txt
 
-Submitting is writing a file, so it works while the server is down, and who may submit is who may write here.
+To submit a job is to write a file, so it works while the server is down, and needs permission to write to the folder.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits, or is being worked on."""
+    """A job that waits or is in progress."""
 
     number: int
     name: str
     path: Path
 
     def load(self) -> Job:
-        """The job."""
+        """Reads the job."""
         return load_job(self.path)
 
 
@@ -49,7 +49,7 @@ class Jobs:
         """Puts a job at the end of the queue.
 
         Raises:
-            InputError: the name is none, or a run of that name exists.
+            InputError: the name is invalid, or a run of that name exists.
         """
         if not _NAME.fullmatch(name):
             raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
@@ -61,7 +61,7 @@ class Jobs:
         return QueuedJob(number + 1, name, path)
 
     def free_name(self, stem: str) -> str:
-        """STEM-1, or the first such name that no job has had."""
+        """Returns STEM-1, or the first such name that no job has used."""
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:50] or "job"
         number, taken = 1, self._names()
         while f"{stem}-{number}" in taken:
@@ -69,27 +69,27 @@ class Jobs:
         return f"{stem}-{number}"
 
     def waiting(self) -> list[QueuedJob]:
-        """In the order of submission."""
+        """Returns the waiting jobs in the order of submission."""
         return self._in("waiting")
 
     def failed(self) -> dict[str, str]:
-        """Name -> reason."""
+        """Returns the failed jobs: name -> reason."""
         return {entry.name: _reason(entry.path) for entry in self._in("failed")}
 
     def finished(self) -> list[str]:
-        """Names."""
+        """Returns the names of finished jobs."""
         return [entry.name for entry in self._in("finished")]
 
     def run_path(self, job: QueuedJob) -> Path:
-        """The job's run directory."""
+        """Returns the job's run directory."""
         return self._runs / job.name
 
     def finish(self, job: QueuedJob) -> None:
-        """Moves a job that is done."""
+        """Moves a finished job out of the queue."""
         job.path.replace(self._root / "finished" / job.path.name)
 
     def fail(self, job: QueuedJob, reason: str) -> None:
-        """Moves a job that cannot be done, and writes down why."""
+        """Moves a failed job out of the queue, and records the reason."""
         target = self._root / "failed" / job.path.name
         write_private(target.with_suffix(".txt"), reason + "\n")
         job.path.replace(target)

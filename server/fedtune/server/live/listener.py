@@ -1,10 +1,9 @@
-"""The process that listens: the guarded SuperLink on two sockets that `fedtune server start` opened.
+"""The listening process: the guarded SuperLink on two sockets that `fedtune server start` has opened.
 
     python -m fedtune.server.live.listener HOME PUBLIC_FD PRIVATE_FD
 
-Devices are let in when `OPEN` comes on standard input: then the SuperLink knows who is enrolled. The process ends when
-standard input does, which is when the process that started it has gone, however it went; then it takes with it what
-would be of use to nobody.
+Devices are admitted after `OPEN` on standard input, when the SuperLink knows the enrolled devices. The process ends
+with its standard input, which means that its parent process has ended in any way; then it removes its temporary files.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ OPEN = b"open\n"
 CONTROL_KEY = "control.key"
 DATABASE = "link.db"
 MAX_CONNECTIONS = 20_000
-KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, so that it need not shake hands again
+KEEP_ALIVE_SECONDS = 75  # longer than an idle device's pause between polls, which saves TLS handshakes
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=True,  # by which a device learns that its clock is wrong
+        date_header=True,  # from it a device learns that its clock is wrong
         http=BoundedHttp,
         ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -73,13 +72,13 @@ def main() -> None:
 
 
 def remove_passing(home: Path) -> None:
-    """Removes what lasts no longer than one listening process: the control key and messages on their way."""
+    """Removes the files of one listening process: the control key and messages in transit."""
     for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", CONTROL_KEY):
         (home / name).unlink(missing_ok=True)
 
 
 def _is_current(home: Path, key: str) -> bool:
-    """Whether no later server has begun here."""
+    """Returns whether no later server has started in this folder."""
     try:
         return read_bounded(home / CONTROL_KEY, "the control key").decode() == key
     except InputError:

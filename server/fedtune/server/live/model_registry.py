@@ -1,7 +1,7 @@
-"""The exported models of finished jobs, offered to enrolled devices: two calls in front of Flower's, behind the guard.
+"""The exported models of finished jobs, offered to enrolled devices by two calls between the guard and Flower's app.
 
-A device reads a file in pieces, each a request of its own that its key signs, so that it can go on where a broken line
-or a restart of either side left off. Only files that an export's manifest lists can be read.
+A device reads a file in pieces, each with a signed request, so that it can continue after a broken connection or a
+restart of either side. Only files in an export's manifest can be read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
 
-FOLDER = "onnx"  # of a run directory
-_CHUNK_BYTES = 256 << 10  # read at once, so that many slow devices take little memory
+FOLDER = "onnx"  # the folder in a run directory
+_CHUNK_BYTES = 256 << 10  # read at once; small, so that many slow devices need little memory
 _NAMED = 10  # jobs in a refusal
 
 
 class NoSuchModelError(FedtuneError):
-    """A device asks for a model that is not there; the message says which are."""
+    """Raised when a device asks for a model that does not exist; the message names those that do."""
 
 
 class ModelRegistry:
@@ -47,10 +47,10 @@ class ModelRegistry:
         self._jobs = Jobs(home)
 
     def find(self, job: str | None, form: str | None) -> tuple[str, str, Path]:
-        """Job, format and directory of the model that is meant.
+        """Returns job, format and directory of the model that a request means.
 
         Raises:
-            NoSuchModelError: there is none.
+            NoSuchModelError: there is no such model.
         """
         finished = self._jobs.finished()
         wanted = reversed(finished) if job is None else [job] if job in finished else []
@@ -75,11 +75,11 @@ class ModelRegistry:
 
 
 class ModelEndpoints:
-    """An ASGI application around Flower's.
+    """An ASGI application around Flower's application.
 
     Args:
         app: Flower's.
-        home: whose devices may ask, and whose jobs are offered.
+        home: the server's folder, with its devices and jobs.
     """
 
     def __init__(self, app: App, home: ServerHome) -> None:
@@ -125,7 +125,7 @@ class ModelEndpoints:
         text, manifest = _manifest(directory)
         entry = manifest.files.get(asked.file)
         if hashlib.sha256(text).hexdigest() != asked.manifest or entry is None:
-            raise NoSuchModelError(f"job {asked.job} was exported anew; ask again what there is")
+            raise NoSuchModelError(f"job {asked.job} was exported again; pull it again")
         if asked.offset >= entry.bytes:
             raise PeerError(f"{asked.file} has {entry.bytes} bytes; none of them is at {asked.offset}")
         left = min(asked.size, entry.bytes - asked.offset)
@@ -141,7 +141,7 @@ class ModelEndpoints:
                 await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})
 
     def _known(self) -> Mapping[str, bytes]:
-        """Public keys of the enrolled devices; a revoked one is out with its next request."""
+        """Returns the public keys of the enrolled devices; a revoked device's next request is refused."""
         seen = changed(self._home)
         if seen != self._keys_seen:
             self._keys, self._keys_seen = Devices.load(self._home).node_keys, seen
@@ -157,7 +157,7 @@ def _manifest(directory: Path) -> tuple[bytes, Manifest]:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The request's body; None where it is larger than any that is meant, or ends early."""
+    """Reads the request's body; returns None if it is too large or ends early."""
     body, more = b"", True
     while more:
         event = await receive()

@@ -1,6 +1,6 @@
-"""Registers devices before they are asked to train: they say what they run, hold and plan.
+"""Registration of devices before they are asked to train: each one states its software, roster and plan.
 
-Before a round the client manager waits for enough of them, and before the first one for all.
+Before a round the client manager waits for enough registered devices, and before the first round for all.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from fedtune.server.live.status_board import Board, DeviceState, PlanStatus
 from fedtune.strategies.cohorts.selection import cohort_size
 
 REGISTRATION_SECONDS = 30.0
-REFUSED_SECONDS = 60.0  # until a device that was refused is asked again
+REFUSED_SECONDS = 60.0  # the time until a refused device is asked again
 
 
 class AskableGrid(Protocol):
-    """As much of a run's grid as registration needs; nodes are numbers."""
+    """The part of a run's grid that registration needs; nodes are numbers."""
 
     def drop_late(self) -> set[int]:
-        """Throws late answers away; the nodes that still owe one."""
+        """Discards late answers; returns the nodes that still owe one."""
 
     def sitting_out(self) -> set[int]:
-        """The nodes that refused a message since this was last asked, since they sit out."""
+        """Returns the nodes that refused a message because they sit out, since the last call."""
 
     def ask(
         self, nodes: Iterable[int], action: str, group: str, payload: bytes, seconds: float
     ) -> dict[int, bytes | PeerError]:
-        """Asks all nodes the same; node -> payload, or why there is none."""
+        """Sends all nodes the same request; returns node -> payload, or the reason why there is none."""
 
 
 @dataclass(frozen=True)
 class CurrentJob:
-    """The job as devices are told of it."""
+    """The current job as devices get it."""
 
     id: str
     secure: bool
@@ -60,19 +60,19 @@ class CurrentJob:
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Why a device that is online is not asked to train, and since when, on the monotonic clock."""
+    """The reason why an online device is not asked to train, and since when on the monotonic clock."""
 
     state: DeviceState
     since: float
 
 
 class Registrar:
-    """Registers devices for a job, and keeps what they answered.
+    """Registers devices for a job, and keeps their answers.
 
     Args:
-        board: shows what they said.
+        board: the status board, which shows their answers.
         nodes: the devices as the SuperLink sees them.
-        devices: who is enrolled.
+        devices: the enrolled devices.
     """
 
     def __init__(
@@ -93,31 +93,31 @@ class Registrar:
         """Device -> what it predicts that a round of the current job takes it."""
 
     def begin(self, job: CurrentJob) -> None:
-        """Turns to a job, for which every device registers again."""
+        """Begins a job, for which every device registers again."""
         self.forget()
         self.tiers.clear()
         self.seconds.clear()
         self._job = job
 
     def forget(self) -> None:
-        """Forgets who is registered: with a new SuperLink devices have other numbers."""
+        """Forgets all registrations, since devices have other node numbers in a new SuperLink."""
         self._registered.clear()
         self._left_out.clear()
 
     @property
     def left_out(self) -> int:
-        """How many devices answered that they refuse or sit out, and are not asked to train."""
+        """Returns the number of devices that refuse or sit out, and are not asked to train."""
         return len(self._left_out)
 
     def state(self, node: NodeState) -> DeviceState:
-        """The state of a device, for people."""
+        """Returns the state of a device in words."""
         if not node.online:
             return "offline"
         left_out = self._left_out.get(node.node_id)
         return left_out.state if left_out else "online"
 
     def present(self, grid: AskableGrid) -> dict[str, int]:
-        """The devices that are online and free, speak this protocol, and hold the newest roster."""
+        """Returns the devices that are online and free, speak this protocol, and hold the newest roster."""
         for node_id in grid.sitting_out():
             self._registered.pop(node_id, None)  # it registers again before the next round
         names = {key: name for name, key in self._devices().node_keys.items()}
@@ -182,7 +182,7 @@ class Registrar:
 
 
 def terms_of(job: Job, base: Base) -> Terms:
-    """The part of a job that devices must know to plan for it."""
+    """Returns the part of a job that devices must know to plan for it."""
     training, deadline = job.training, job.federation.deadline
     return Terms(
         base=base,
@@ -196,7 +196,7 @@ def terms_of(job: Job, base: Base) -> Terms:
     )
 
 
-MAX_LEAST = 1000  # devices that a round may need
+MAX_LEAST = 1000  # the most devices that a round may need
 _POLL_SECONDS = 0.2
 
 
@@ -204,10 +204,10 @@ class ClientManager:
     """The population of a run's rounds.
 
     Args:
-        grid: of the run.
-        registrar: knows who may be asked.
-        known: the devices that the others know; one that is enrolled while a job runs takes part in the next.
-        wait_seconds: how long the first round waits for everyone.
+        grid: the run's grid.
+        registrar: knows the devices that may be asked.
+        known: the devices in the others' roster; one that is enrolled during a job takes part in the next.
+        wait_seconds: how long the first round waits for all devices.
     """
 
     def __init__(
@@ -223,14 +223,14 @@ class ClientManager:
         self._until = clock.monotonic() + wait_seconds
 
     def __call__(self, grid: object) -> dict[str, int]:
-        """Device -> node, as soon as a round of them can come to something."""
-        del grid  # it is the one this was made with
+        """Waits until there are devices enough for a round, and returns device -> node."""
+        del grid  # it is the grid of the constructor
         board = self._registrar.board
         while True:
             present = {name: node for name, node in self._registrar.present(self._grid).items() if name in self._known}
             everyone = len(present) == len(self._known) or self._clock.monotonic() >= self._until
             if everyone and self._enough(len(present)):
-                self._until = 0.0  # later rounds wait for no more than they need
+                self._until = 0.0  # later rounds wait only for as many devices as they need
                 board.working(state="training")
                 return present
             least = next((count for count in range(len(present), MAX_LEAST) if self._enough(count)), MAX_LEAST)
@@ -241,7 +241,7 @@ class ClientManager:
             self._clock.sleep(_POLL_SECONDS)
 
     def _enough(self, present: int) -> bool:
-        """Whether a round with so many devices can come to anything."""
+        """Returns whether a round with this many devices can give an aggregate."""
         settings = self._job.federation
         if present < settings.minimum_clients:
             return False

@@ -1,10 +1,9 @@
-"""The resident server: it listens through a child process, does one job after the other, and survives its own death.
+"""The resident server, which listens through a child process, runs one job after the other, and recovers from crashes.
 
-What lasts is on disk before it counts: devices, jobs and run directories. What Flower holds, messages on their way,
-lasts as long as one child process; when that ends, or this process does, the round that was open begins again from
-the last checkpoint.
+Permanent state (devices, jobs, run directories) is on disk before it counts. Flower's state, messages in transit, lasts
+as long as one child process; when that process or this one ends, the open round begins again from the last checkpoint.
 
-Threads: the main one works on jobs; the keeper looks after the child, devices and status once a second.
+The main thread works on jobs; the keeper thread looks after the child process, devices and status once a second.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
-MOST_STUMBLES = 3  # over errors that nobody foresaw, before a job counts as failed
+MOST_STUMBLES = 3  # unexpected errors after which a job counts as failed
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
-RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause, and the longest
-HEARTBEAT_PATIENCE_SECONDS = 30.0  # a device counts as online for as long as this after a heartbeat
+RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause and the longest
+HEARTBEAT_PATIENCE_SECONDS = 30.0  # how long a device counts as online after a heartbeat
 _STOP_SECONDS = 5.0
 
 
 class JobDesk:
-    """Takes jobs to their end, whatever that is.
+    """Runs jobs until they finish or fail.
 
     Args:
-        work: takes a job from wherever it stands to its end, and calls `Jobs.finish` then.
-        report: told why a job failed.
+        work: resumes or begins a job, runs it to its end, and then calls `Jobs.finish`.
+        report: called with the reason when a job fails.
     """
 
     def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
@@ -60,10 +59,10 @@ class JobDesk:
         self._stumbles: Counter[str] = Counter()
 
     def take(self, job: QueuedJob) -> None:
-        """Works on a job; it is finished or failed then, or waits on.
+        """Works on a job, which then has finished or failed, or stays in the queue.
 
         Raises:
-            RunError: nothing is wrong with the job, as far as is known, and it may be taken again.
+            RunError: the failure is not the job's, as far as is known, and the job may be tried again.
         """
         try:
             self._work(job)
@@ -73,9 +72,9 @@ class JobDesk:
             raise
         except RunError as error:
             if not (self._jobs.run_path(job) / SUMMARY).is_file():
-                raise  # a full disk, say: it goes on when that is mended
+                raise  # a full disk, for example: the job goes on when there is space again
             self._fail(job, str(error))
-        except Exception as error:  # of torch or Flower, or a mistake of ours: one job's, and not the server's end
+        except Exception as error:  # from torch, Flower or a bug: the job fails, the server goes on
             traceback.print_exc()
             self._stumbles[job.name] += 1
             reason = f"{type(error).__name__}: {error}"
@@ -92,9 +91,9 @@ class Service:
     """One server's process.
 
     Args:
-        home: whose lock this process holds.
-        display: what people see.
-        clock: of the main thread.
+        home: the server's folder, whose lock this process holds.
+        display: the display for people.
+        clock: the main thread's clock.
     """
 
     def __init__(self, home: ServerHome, display: Display, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -162,7 +161,7 @@ class Service:
             self._board.job = None
 
     def _work(self, queued: QueuedJob) -> None:
-        """Takes a job from wherever it stands to its end."""
+        """Begins or resumes a job, and runs it to its end."""
         job, path = queued.load(), self._jobs.run_path(queued)
         check_export(job)
         self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
@@ -174,7 +173,7 @@ class Service:
         self._board.note(f"job {queued.name} finished: {path}")
 
     def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
-        """All rounds that are missing."""
+        """Runs all remaining rounds."""
         model = self._open(job)
         base = describe_base(job, model.base.digest)
         directory = (
@@ -199,9 +198,9 @@ class Service:
             directory.close()
 
     def _export(self, job: Job, path: Path) -> None:
-        """Does what the job's [export] asks for; killed in the middle of it, the server begins it again."""
+        """Exports the formats of the job's [export]; a server that is killed meanwhile begins the export again."""
         self._board.working(state="exporting")
-        self._model = None  # the export loads the base in another precision; there may not be room for both
+        self._model = None  # the export loads the base in another precision; memory may not hold both
         try:
             export_finished(job, path, read_summary(path), self._board)
         except FedtuneError as error:
@@ -239,14 +238,14 @@ class Service:
                     self._link.refuse_foreign_runs()
                     self._show(self._link.nodes())
                 reported = ""
-            except Exception as error:  # the keeper outlives whatever it meets; the same thing is told once
+            except Exception as error:  # no error ends the keeper; the same error is reported once
                 text = f"keeper: {error if isinstance(error, FedtuneError) else type(error).__name__}"
                 if text != reported and not self._ending.is_set():
                     self._board.problem(text)
                 reported = text
 
     def _register(self) -> None:
-        """Makes what the SuperLink knows of devices equal to who is enrolled."""
+        """Makes the SuperLink's devices equal to the enrolled ones."""
         seen = changed(self._home)
         devices = Devices.load(self._home)
         wanted = {key: name for name, key in devices.node_keys.items()}

@@ -1,15 +1,15 @@
-"""The server's folder: configuration, keys, who is enrolled, jobs, runs. Its owner's only, and enough to move a server.
+"""The server's folder: configuration, keys, devices, jobs, runs. It is private, and enough to move a server.
 
 server.toml             addresses and ports, for people to edit
 authority.pem, .key     certificate authority
 server.pem, .key        server certificate
 fleet.key               signs rosters
-control.key             what the server's own processes show each other; new at every start
+control.key             authenticates the server's own processes to each other; new at every start
 devices.json            enrolled devices: public keys, and the version of the roster
 jobs/                   waiting, finished and failed jobs
 runs/NAME/              run directories
-link.db                 messages on their way; new at every start
-status.json             what `fedtune server status` shows
+link.db                 messages in transit; new at every start
+status.json             the data of `fedtune server status`
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _Port = Annotated[int, Field(ge=0, le=65535)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class ServerConfig:
-    """server.toml.
+    """The settings in server.toml.
 
     Args:
-        address: HOST:PORT that devices are told; behind a reverse proxy, the proxy's.
+        address: HOST:PORT for devices; behind a reverse proxy, the proxy's.
         listen: address of the interface to listen on.
         port: of the public interface.
         wait_seconds: how long a round waits for all enrolled devices before it begins with those that are there.
@@ -57,15 +57,15 @@ class ServerConfig:
 
 
 def default_home() -> Path:
-    """Where the server lives when nothing else is said."""
+    """Returns the default folder of the server."""
     return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".fedtune" / "server")
 
 
 class ServerHome:
-    """An existing folder of a server.
+    """The existing folder of a server.
 
     Raises:
-        InputError: there is none, others may enter it, or its configuration is wrong.
+        InputError: there is none, other users have access to it, or its configuration is wrong.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,10 +80,10 @@ class ServerHome:
         """Makes a server's folder with all its keys.
 
         Args:
-            hosts: further names and addresses for the certificate, beside the one that devices are told.
+            hosts: further names and addresses for the certificate, beside the one for devices.
 
         Raises:
-            InputError: a server lives there already, or an address is none.
+            InputError: the folder has a server already, or an address is invalid.
         """
         if (path / _CONFIG).exists():
             raise InputError(f"{path}: a server lives here already")
@@ -100,27 +100,27 @@ class ServerHome:
         return cls(path)
 
     def renew(self, hosts: Sequence[str]) -> None:
-        """A new server certificate; devices notice nothing, for the authority stays."""
+        """Makes a new server certificate; devices accept it, since the authority stays the same."""
         host = self.config.address.rpartition(":")[0].strip("[]")
         _save(self.path, "server", make_server_certificate(self._load("authority"), [host, *hosts]))
 
     @property
     def authority(self) -> bytes:
-        """The authority's certificate, PEM."""
+        """The authority's certificate in PEM format."""
         return self._load("authority").certificate
 
     def certificate_days_left(self) -> float:
-        """Days until devices will refuse the server."""
+        """Returns the days until the server's certificate expires."""
         return min(days_left(self._load(name).certificate) for name in ("authority", "server"))
 
     @property
     def fleet_key(self) -> Identity:
-        """Signs rosters."""
+        """The key that signs rosters."""
         return Identity.load(self.path / "fleet.key")
 
     @property
     def lock(self) -> ServiceLock:
-        """Held by the running server."""
+        """The lock that the running server holds."""
         return ServiceLock(self.path / "service.lock")
 
     def _load(self, name: str) -> Certificate:

@@ -1,4 +1,4 @@
-"""The two sockets of a server, public and private, and the child process that serves them."""
+"""The server's two sockets, public and private, and the child process that serves them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Listener:
         remove_passing(self._home.path)
 
     def _bind_public(self) -> socket.socket:
-        """The public socket; the listening process of a server that was killed may take a moment to let go of it."""
+        """Binds the public socket, with retries since a killed server's listening process may hold it for a moment."""
         config = self._home.config
         end = time.monotonic() + _FOLLOW_SECONDS
         while (self._home.path / CONTROL_KEY).exists() and time.monotonic() < end:
@@ -68,7 +68,7 @@ class Listener:
         return int(self._private.getsockname()[1])
 
     def link(self, key: str, report: Callable[[str], None]) -> Link:
-        """This process's line to the child that `start` began and gave the key for."""
+        """Returns this process's link to the child process whose control key `start` has returned."""
         process = self._process
         return Link(
             f"{LOOPBACK}:{self.private_port}",
@@ -80,14 +80,14 @@ class Listener:
 
     @property
     def alive(self) -> bool:
-        """Whether the child process runs."""
+        """Returns whether the child process runs."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> str:
-        """Starts the child process, with a fresh database.
+        """Starts the child process with a new database.
 
         Returns:
-            The control key that its private socket wants to see.
+            The control key for its private socket.
         """
         assert self._public is not None
         assert self._private is not None
@@ -98,18 +98,18 @@ class Listener:
         handles = (self._public.fileno(), self._private.fileno())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fedtune.server.live.listener", str(self._home.path), *map(str, handles)],
-            stdin=subprocess.PIPE,  # closes when this process ends, however it does, and the child with it
+            stdin=subprocess.PIPE,  # closes when this process ends in any way, which ends the child too
             pass_fds=handles,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends the child in its own time
+            start_new_session=True,  # Ctrl-C reaches only the parent, which ends the child later
             umask=0o077,
         )
         return key
 
     def open(self) -> None:
-        """Lets devices in, who were told to come back until now: the SuperLink knows them."""
+        """Admits devices, which were told to retry until now, since the SuperLink knows them."""
         assert self._process is not None
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has just died, which is noticed elsewhere
+        with suppress(OSError):  # the child has just ended, which another thread notices
             self._process.stdin.write(OPEN)
             self._process.stdin.flush()
 

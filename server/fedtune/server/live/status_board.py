@@ -1,4 +1,4 @@
-"""The running server's knowledge of itself, written to status.json every second for `fedtune server status`."""
+"""The status of the running server, written to status.json every second for `fedtune server status`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DeviceState = Literal["never seen", "online", "offline", "refused", "sits out"]
 
 @dataclass(frozen=True)
 class PlanStatus:
-    """A device's plan, and what it expects of it, as its `RegistrationReply` has them."""
+    """A device's plan and its predicted costs, from its `RegistrationReply`."""
 
     rank: int
     weights: str
@@ -47,11 +47,11 @@ class DeviceStatus:
     """One enrolled device.
 
     Args:
-        last_heard: seconds since its last heartbeat at most, or None before the first.
+        last_heard: at most so many seconds since its last heartbeat; None before the first.
         software: its fedtune version, once it has registered.
         hardware: cores, memory and accelerator, once it has registered.
-        plan: once it has registered.
-        dropped: why it last dropped out of a round, or "".
+        plan: its plan, once it has registered.
+        dropped: the reason why it last dropped out of a round, or "".
     """
 
     state: DeviceState = "never seen"
@@ -65,7 +65,7 @@ class DeviceStatus:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The job that is being worked on."""
+    """The job in progress."""
 
     name: str
     state: str
@@ -78,7 +78,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something a person may want to know of."""
+    """A problem for the operator's attention."""
 
     time: str
     text: str
@@ -86,11 +86,11 @@ class Problem:
 
 @dataclass
 class Board:
-    """The current status; may be changed from several threads.
+    """The current status, which several threads may change.
 
     Args:
-        path: of status.json.
-        display: told of everything that happens in a run, too.
+        path: the path of status.json.
+        display: a display that gets a run's events too.
     """
 
     path: Path
@@ -103,25 +103,25 @@ class Board:
     _started: float = field(default_factory=time.time)
 
     def problem(self, text: str) -> None:
-        """Keeps a problem and shows it."""
+        """Records a problem and shows it."""
         text = text[:1000]
         with self._lock:
             self.problems.append(Problem(_now(), text))
         self.display.note(text)
 
     def device(self, name: str, **changes: Any) -> None:
-        """Changes what is known of a device."""
+        """Gives a device's status for changes."""
         with self._lock:
             self.devices[name] = replace(self.devices.get(name, DeviceStatus()), **changes)
 
     def keep_devices(self, names: set[str]) -> None:
-        """Forgets devices that are not enrolled any more."""
+        """Removes devices that are no longer enrolled."""
         with self._lock:
             for name in set(self.devices) - names:
                 del self.devices[name]
 
     def working(self, **changes: Any) -> None:
-        """Changes what is known of the current job."""
+        """Gives the current job's status for changes."""
         with self._lock:
             if self.job is not None:
                 self.job = replace(self.job, **changes)
@@ -129,16 +129,16 @@ class Board:
     # -- as a Display, for the run ------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Passed on."""
+        """Passes the sentence on."""
         self.display.note(text)
 
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
-        """The job's first round of this process is about to begin."""
+        """Begins the job's first round in this process."""
         self.working(state="training", round=done + 1, rounds=rounds, cohort=cohort, answered=0)
         self.display.begin(done, rounds, cohort, moved)
 
     def client(self, record: ClientRecord) -> None:
-        """A device answered or was given up."""
+        """Takes the record of a device that answered or dropped out."""
         with self._lock:
             if self.job is not None:
                 self.working(answered=self.job.answered + 1)
@@ -151,7 +151,7 @@ class Board:
         self.display.client(record)
 
     def round(self, record: RoundRecord) -> None:
-        """A round is on the disk."""
+        """Takes the record of a round that is on the disk."""
         with self._lock:
             rounds = self.job.rounds if self.job else record.round
             self.working(round=min(record.round + 1, rounds), answered=0, train_loss=record.train_loss)
@@ -160,7 +160,7 @@ class Board:
         self.display.round(record)
 
     def end(self, summary: dict[str, Any]) -> None:
-        """The job is finished."""
+        """Takes the summary of the finished job."""
         self.display.end(summary)
 
     def write(self, waiting: list[str]) -> None:
@@ -180,14 +180,14 @@ class Board:
 
 
 def read_status(home: ServerHome) -> dict[str, Any]:
-    """The status as programs read it: what the server wrote, whether it runs, and the jobs that ended."""
+    """Returns the status for programs: the server's last status, whether it runs, and the jobs that ended."""
     path, jobs = home.path / STATUS, Jobs(home)
     holder = home.lock.holder()
     status: dict[str, Any] = {"job": None, "devices": {}, "problems": [], "address": home.config.address}
     if path.exists():
-        with suppress(InputError):  # half a status is no status; the lock says whether the server runs
+        with suppress(InputError):  # an incomplete status is ignored; the lock says whether the server runs
             status |= read_json(path, "the status")
-    enrolled = sorted(Devices.load(home).node_keys)  # a server that stands still has not heard of the newest
+    enrolled = sorted(Devices.load(home).node_keys)  # a stopped server's status lacks the newest devices
     status["devices"] = {name: asdict(DeviceStatus()) | status["devices"].get(name, {}) for name in enrolled}
     running = holder is not None and status.get("pid") == holder
     stale = time.time() - float(status.get("written", 0.0)) > STALE_SECONDS
@@ -205,7 +205,7 @@ def read_status(home: ServerHome) -> dict[str, Any]:
 
 
 def print_status(console: Console, status: dict[str, Any]) -> None:
-    """The status as people read it."""
+    """Prints the status for people."""
     since = ""
     if status["state"] == "running":
         since = f" for {format_seconds(time.time() - status['started'])}, process {status['pid']}"
@@ -238,7 +238,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
                 device["hardware"],
                 device["dropped"],
             )
-            table.add_row(*map(Text, cells))  # not as markup: devices chose some of the words
+            table.add_row(*map(Text, cells))  # as plain text and not markup, since devices chose some of the words
         console.print(table)
         if plans := {name: device["plan"] for name, device in status["devices"].items() if device.get("plan")}:
             _print_plans(console, plans)
