@@ -36,7 +36,7 @@ DEFAULT_REQUIREMENTS = Requirements()
 
 @dataclass(frozen=True)
 class Consent:
-    """What a device's owner allows.
+    """The consent of a device's owner.
 
     Args:
         allow_clear: whether the device takes part in jobs that do not mask updates.
