@@ -1,1 +1,1 @@
-"""Examples and who holds them: data files, tokenised examples, batches and populations, without torch."""
+"""The data of clients: data files, tokenised examples, batches and populations, without torch."""

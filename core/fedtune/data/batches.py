@@ -1,7 +1,7 @@
-"""Which examples share an optimizer step: a random sample up to a budget of tokens, bound to a seed.
+"""The assignment of examples to optimizer steps: a random sample up to a budget of tokens, bound to a seed.
 
-A step's examples are cut into micro-batches of like length where memory is short; the loss of each is divided by the
-target tokens of the whole step, so the gradient is the same however the step was cut.
+A step's examples are cut into micro-batches of similar length where memory is short. The loss of each is divided by the
+target tokens of the whole step, so the gradient does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedtune.core.seeds import generator
 from fedtune.data.examples import Example
 
-LENGTH_STEP = 8  # padded lengths are multiples of it: few distinct shapes, so kernels are prepared once
+LENGTH_STEP = 8  # padded lengths are multiples of it, so that there are few distinct shapes to prepare kernels for
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Batch:
         ids: int64, (examples, length).
         positions: int64, (targets,): flat indices into (examples · length) of the tokens *before* each target.
         targets: int64, (targets,).
-        owners: int64, (targets,): the row of each target.
+        owners: int64, (targets,): row of each target.
     """
 
     ids: npt.NDArray[np.int64]
@@ -38,8 +38,8 @@ class Batch:
 def steps_of_epoch(examples: Sequence[Example], budget: int, seed: int, epoch: int) -> list[list[Example]]:
     """Deals all examples at random into steps of at most `budget` tokens, padding included.
 
-    A step is a random sample. To fill steps with examples of like length saves padding and costs learning, because
-    length tells what an example is about: on the demo, loss after 20 such steps was about a fifth higher. An example
+    A step is a random sample. Steps of examples of similar length would need less padding but learn less, because
+    length correlates with content: on the demo, the loss after 20 such steps was about a fifth higher. An example
     longer than the budget is a step of its own.
     """
     order = generator(seed, "batches", epoch).permutation(len(examples))
@@ -47,7 +47,7 @@ def steps_of_epoch(examples: Sequence[Example], budget: int, seed: int, epoch: i
 
 
 def micro_batches(step: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Cuts a step into batches of like length, each of at most `budget` tokens, padding included."""
+    """Cuts a step into batches of similar length, each of at most `budget` tokens, padding included."""
     return split(sorted(step, key=_padded_length), budget)
 
 
@@ -66,13 +66,13 @@ def split(examples: Sequence[Example], budget: int) -> list[list[Example]]:
 
 
 def in_order_of_length(examples: Sequence[Example], budget: int) -> Iterator[Batch]:
-    """Gives all examples in batches with little padding, for evaluation."""
+    """Returns all examples in batches with little padding, for evaluation."""
     for run in micro_batches(examples, budget):
         yield collate(run)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lays examples into one padded batch. The padding's token is 0; nothing ever reads its output."""
+    """Collates examples to one padded batch. The padding token is 0; its output is never read."""
     length = max(map(_padded_length, examples))
     ids = np.zeros((len(examples), length), dtype=np.int64)
     for row, example in enumerate(examples):
@@ -84,7 +84,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         ]
     )
     owners = np.repeat(np.arange(len(examples)), [example.target_tokens for example in examples])
-    # The token after a position is its target.
+    # The target of a position is the token after it.
     targets = ids.reshape(-1)[positions + 1]
     return Batch(ids, positions, targets, owners)
 

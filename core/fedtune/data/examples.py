@@ -1,8 +1,8 @@
-"""From records to what a model trains on: cleaned, tokenised, with the prompt masked.
+"""Training examples: records cleaned and tokenised, with the prompt masked.
 
     examples, report = prepare(records, base.tokenizer, sequence_length=256)
 
-Prompt and completion are tokenised apart, so that no token straddles the border, and joined:
+Prompt and completion are tokenised separately, so that no token spans both, and then joined:
 
     [BOS] prompt completion EOS         BOS where the tokenizer puts one; the loss counts completion and EOS only
 
@@ -36,7 +36,7 @@ class Example:
 
     Args:
         ids: int32, (tokens,).
-        first_target: index of the first token that the loss counts, at least 1; all after it count too.
+        first_target: index of the first token that the loss counts, at least 1; the loss counts all later tokens too.
     """
 
     ids: npt.NDArray[np.int32]
@@ -44,22 +44,22 @@ class Example:
 
     @property
     def target_tokens(self) -> int:
-        """How many tokens the loss counts."""
+        """The number of tokens that the loss counts."""
         return len(self.ids) - self.first_target
 
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Counts what became of the records of a data set.
+    """The counts of the records of a data set by the result of their cleaning.
 
     Args:
         read: lines that were read, bad ones included.
         bad: lines that were no record and were skipped.
         empty: records without anything to learn.
         duplicate: records equal to an earlier one.
-        too_long: records whose completion leaves no room for any of the prompt.
-        truncated: examples that lost the beginning of their prompt.
-        continued: examples that go on with a text over the sequence length.
+        too_long: records whose completion leaves no room for the prompt.
+        truncated: examples whose prompt was cut at the beginning.
+        continued: examples that continue a text longer than the sequence length.
         kept: examples; read = bad + empty + duplicate + too_long + kept - continued.
     """
 
@@ -85,10 +85,10 @@ class CleaningReport:
 def load_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, *, skip_bad: bool = False
 ) -> tuple[list[Example], CleaningReport]:
-    """`read_records` and `prepare` of one file.
+    """Reads and prepares the examples of one file.
 
     Raises:
-        DataError: as `read_records` does, and where no record is usable.
+        DataError: `read_records` raises it, or no record is usable.
     """
     records, bad = read_records(path, skip_bad=skip_bad)
     try:
@@ -106,11 +106,12 @@ def prepare(
 ) -> tuple[list[Example], CleaningReport]:
     """Cleans and tokenises records.
 
-    Text is brought to Unicode's NFC. A prompt over the sequence length loses its beginning; a completion never loses
-    anything: one that does not fit drops its record. Plain text, which has no prompt, is cut into several examples.
+    Text is normalised to Unicode's NFC. A prompt that is too long for the sequence length is cut at its beginning. A
+    completion is never cut: a record whose completion does not fit is dropped. Plain text, which has no prompt, is cut
+    into several examples.
 
     Args:
-        sequence_length: tokens an example may have.
+        sequence_length: largest number of tokens of an example.
 
     Raises:
         ModelError: there are conversations, but the tokenizer has no chat template.
@@ -123,8 +124,8 @@ def prepare(
     for record, prompt, completion in zip(
         cleaned, _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer), strict=True
     ):
-        front = [] if record.messages else start  # a template writes its own
-        # A template also writes what follows the end of a turn; nothing after the end would ever be generated.
+        front = [] if record.messages else start  # a template writes its own start tokens
+        # A template also writes text after the end of a turn, which would never be generated.
         target = [*completion[: completion.index(end)], end] if end in completion else [*completion, end]
         if prompt:
             room = sequence_length - len(front) - len(target)
@@ -142,13 +143,13 @@ def prepare(
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Splits off a client's evaluation examples, the same ones for the same seed.
+    """Splits off a client's held-out examples, the same ones for the same seed.
 
     Args:
-        share: of the examples; above 0 it keeps back at least one, as long as one is left to train on.
+        share: share of the examples; above 0 at least one is held out, as long as one is left for training.
 
     Returns:
-        Training examples and held-out examples, both in their old order.
+        Training examples and held-out examples, both in their original order.
     """
     count = min(max(round(share * len(examples)), 1), len(examples) - 1) if share > 0 and examples else 0
     held = set(generator(seed, "holdout").permutation(len(examples))[:count].tolist())
@@ -157,7 +158,7 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
 
 
 def render(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Prompts and completions as the model sees them: conversations go through the tokenizer's chat template.
+    """Returns prompts and completions as the model sees them, conversations by the tokenizer's chat template.
 
     Raises:
         ModelError: there are conversations, but the tokenizer has no chat template, or it refuses them.
@@ -176,7 +177,7 @@ def render(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer puts it in front of a text, otherwise nothing."""
+    """Returns [BOS] if the tokenizer puts it in front of a text, otherwise nothing."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
@@ -186,8 +187,10 @@ def _example(context: list[int], target: list[int]) -> Example:
 
 
 def _pieces(front: list[int], text: list[int], sequence_length: int) -> list[Example]:
-    """Every token is a target once, but the first where nothing is in front: there a piece begins with the last one's
-    last token."""
+    """Cuts a text into examples in which every token is a target once.
+
+    Where `front` is empty, the first token is no target, and each piece begins with the previous one's last token.
+    """
     step = sequence_length - max(len(front), 1)
     if front:
         return [_example(front, text[first : first + step]) for first in range(0, len(text), step)]
@@ -221,9 +224,9 @@ def _converse(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     try:
         prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
         text = str(tokenizer.apply_chat_template(whole, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author and raises what it likes
+    except Exception as error:  # a template is a program of the model's author and may raise anything
         raise ModelError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-    # Some templates open the assistant's turn otherwise when they prompt for it (an empty thought, say).
+    # Some templates begin the assistant's turn differently when they prompt for it (an empty thought, say).
     return prompt, text[len(prompt) :] if text.startswith(prompt) else record.completion
 
 

@@ -1,11 +1,11 @@
-"""The files that a job names besides itself: its base model, its data, its fleet.
+"""The input files of a job: its base model, its data, its fleet.
 
     inputs = JobInputs(job)
-    inputs.check_server()       # InputError in a fraction of a second: nothing here needs torch
+    inputs.check_server()       # raises InputError in a fraction of a second, without torch
     inputs.population.names
 
-Commands read these before they import anything heavy, so that a mistyped path is answered at once; the run then works
-on what was read.
+Commands read these files before they import large libraries, so that a mistyped path is reported at once; the run then
+uses the contents that were read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fedtune.demo import BASE_DIRECTORY, FLEET
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The contents of a job's files; each file is read when it is first asked for, and its contents then stay."""
+    """The contents of a job's files; each file is read once, when it is first used."""
 
     job: Job
 
     @cached_property
     def population(self) -> Population:
-        """The clients that the job's data makes."""
+        """The clients of the job's data."""
         return Population(self.job.data, self.job.training.seed)
 
     @cached_property
@@ -45,10 +45,10 @@ class JobInputs:
         return load_fleet(FLEET if named == BUNDLED else Path(named)) if named else None
 
     def check_server(self) -> None:
-        """Reads what a server needs of the job: its base model's place and its own examples.
+        """Checks the inputs of a server: the base model's location and the held-out examples.
 
         Raises:
-            ModelError: the base is a path that is no model directory.
+            ModelError: the base is a path, but not of a model directory.
             DataError: the held-out examples cannot be read.
         """
         source_of(self.job.model.base)
@@ -56,10 +56,10 @@ class JobInputs:
 
 
 def source_of(base: str) -> str:
-    """Names the base model for transformers: a directory, or a hub id.
+    """Returns the base model's source for transformers: a directory, or a hub id.
 
     Raises:
-        ModelError: a path that is not a model directory.
+        ModelError: the path is not a model directory.
     """
     if base == DEMO:
         return str(BASE_DIRECTORY)
@@ -74,10 +74,10 @@ def source_of(base: str) -> str:
 
 
 def own_data_file(path: Path) -> Path:
-    """Returns the file of this device's examples, if it is there.
+    """Returns the path of this device's examples, after a check that the file exists.
 
     Raises:
-        DataError: no such file.
+        DataError: there is no such file.
     """
     if not path.is_file():
         raise DataError(path, "no such file; expected one with this device's examples")

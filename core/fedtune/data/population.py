@@ -1,14 +1,14 @@
-"""The clients that a job's data makes, and the records each of them has.
+"""The population of a simulation: its clients, and the records of each of them.
 
-Files and the demo's households are read when a client's turn comes, so that a thousand clients cost no more memory than
-the few that are at work; only a file that is split among clients is read at once. It is dealt out from a seed:
+Files and the demo's households are read when their client trains, so that a thousand clients need no more memory than
+the few that are active; only a file that is partitioned among clients is read at once. The partition uses a seed:
 
     iid                       equal shares of the shuffled records
     dirichlet:ALPHA           shares of sizes p ~ Dir(ALPHA, ..., ALPHA)
     dirichlet:ALPHA:FIELD     for each value of FIELD its own p ~ Dir(ALPHA, ...): clients differ in what they hold
     by-field:FIELD            each value of FIELD is a client
 
-Dirichlet label skew as in Hsu, Qi and Brown (2019); the smaller ALPHA, the less alike the clients.
+The Dirichlet label skew is that of Hsu, Qi and Brown (2019); the smaller ALPHA, the more the clients differ.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fedtune.demo import Household, make_evaluation, make_households
 Dealt = dict[str, list[Record]]
 
 DEMO_SOURCE = Path("demo")
-_DRAWS = 20  # of a Dirichlet partition, until every client has a record
+_DRAWS = 20  # attempts at a Dirichlet partition in which every client has a record
 
 
 class Population:
     """The clients of a simulation.
 
     Args:
-        data: the job's.
-        seed: the job's.
+        data: data settings of the job.
+        seed: seed of the job.
 
     Raises:
-        DataError: nothing matches `data.train`, or a file that is to be split cannot be.
+        DataError: nothing matches `data.train`, or a file cannot be partitioned.
     """
 
     def __init__(self, data: DataSettings, seed: int) -> None:
@@ -55,7 +55,7 @@ class Population:
             self._households = {f"{household.index:0{width}d}": household for household in households}
         elif data.partition == "by-file":
             self._paths = _named(_matches(data.train))
-            for name in self._paths:  # a mistake in any file is told now, not in round 17
+            for name in self._paths:  # a problem in any file is reported now, not in round 17
                 self.records(name)
         else:
             files = _matches(data.train)
@@ -64,7 +64,7 @@ class Population:
         self.names = tuple(self._households or self._paths or self._parts)
 
     def source(self, name: str) -> Path:
-        """Where a client's records come from, for messages to people."""
+        """Returns the source of a client's records, for messages to people."""
         if self._households:
             return DEMO_SOURCE / name
         return self._paths.get(name, Path(self._data.train))
@@ -95,9 +95,9 @@ def partition_records(records: Sequence[Record], partition: str, clients: int, s
     """Deals every record to one client.
 
     Args:
-        partition: one of the above.
-        clients: how many "iid" and "dirichlet" make.
-        seed: the same one gives the same partition.
+        partition: one of the partitions above.
+        clients: number of clients for "iid" and "dirichlet".
+        seed: seed of the partition.
 
     Returns:
         Client name -> its records, at least one.
@@ -127,7 +127,7 @@ def partition_records(records: Sequence[Record], partition: str, clients: int, s
 
 
 def _matches(pattern: str) -> list[Path]:
-    # Not Path.glob, which refuses the absolute patterns that a job's paths are resolved to.
+    # Path.glob refuses the absolute patterns to which a job's paths are resolved.
     matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
     paths = [Path(match) for match in matches if Path(match).is_file()]
     if not paths:
@@ -136,7 +136,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _named(paths: list[Path]) -> dict[str, Path]:
-    """Clients are named after their files, or after their paths where two files have one name."""
+    """Names clients after their files, or after their paths where two files have the same name."""
     stems = [path.stem for path in paths]
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
 

@@ -1,12 +1,12 @@
-"""Data files as a person writes them: JSONL, CSV or Parquet -> records, every bad line named by file and number.
+"""The reader of data files: JSONL, CSV or Parquet -> records; errors name the file and line of every bad record.
 
-One object a line (or row):
+Each line or row is one object:
 
     {"prompt": "...", "completion": "..."}                  loss on the completion
     {"messages": [{"role": "user", "content": "..."}, ...]} loss on the last message, which the assistant says
     {"text": "..."}                                         loss on everything
 
-Further keys are kept as text, for partitions that go by a field.
+Further keys are kept as text, for partitions by a field.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Record:
     """One line of a data file.
 
     Args:
-        completion: what the model shall learn to say.
-        prompt: what it is given; empty for plain text.
-        messages: the turns before the completion; empty where there is no conversation.
-        fields: the line's other scalar values, as text.
+        completion: text that the model learns to write.
+        prompt: text before it; empty for plain text.
+        messages: turns before the completion; empty where there is no conversation.
+        fields: other scalar values of the line, as text.
     """
 
     completion: str
@@ -55,13 +55,13 @@ def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Record], int]
     """Reads a data file; its format follows from its ending: .csv, .parquet, and JSONL for any other.
 
     Args:
-        skip_bad: count bad lines instead of stopping at the first.
+        skip_bad: whether bad lines are counted and skipped; otherwise the first one is an error.
 
     Returns:
-        The records, and how many lines were bad.
+        The records, and the number of bad lines.
 
     Raises:
-        DataError: missing, unreadable, empty, or a bad line.
+        DataError: the file is missing, unreadable or empty, or has a bad line.
     """
     lines = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_lines)
     records: list[Record] = []
@@ -84,7 +84,7 @@ def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Record], int]
 
 
 class _BadLineError(Exception):
-    """Why one line is not a record."""
+    """A line is not a record; the message has the reason."""
 
 
 def _record(value: object) -> Record:
@@ -146,7 +146,7 @@ def _parse(line: bytes) -> object:
         return _BadLineError(f"is not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
         return _BadLineError(f"is not JSON: {error.msg} at column {error.colno}; {EXPECTED}")
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         return _BadLineError(f"is not JSON: {type(error).__name__}; {EXPECTED}")
 
 

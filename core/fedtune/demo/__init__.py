@@ -1,6 +1,6 @@
-"""The bundled demo: a small base model, and households whose devices it cannot speak to yet.
+"""The bundled demo: a small base model, and households with devices whose calls it has not learned yet.
 
-`python -m fedtune.demo.pretrain` makes the base; everything else needs no more than the standard library.
+`python -m fedtune.demo.pretrain` trains the base model; all other modules need only the standard library.
 """
 
 from pathlib import Path

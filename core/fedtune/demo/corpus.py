@@ -1,7 +1,7 @@
-"""The text the base model is pretrained on: free text, copying, and public skills in the call format.
+"""The pretraining corpus of the base model: free text, copying, and public skills in the call format.
 
-Everything is written by this module from `vocabulary` and `PUBLIC_SKILLS`; no federated function appears, and neither
-does any outside text.
+This module generates all text from `vocabulary` and `PUBLIC_SKILLS`. It contains no federated function and no text of
+other authors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUMBER_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Document:
-    """One pretraining sequence: what is read, and what must be continued. Free text has an empty prompt."""
+    """One pretraining sequence: a prompt and its completion. Free text has an empty prompt."""
 
     prompt: str
     completion: str
@@ -52,7 +52,7 @@ _COPIED_WORDS = words.NOUNS + words.HOUSE_WORDS
 
 
 def _copying(rng: random.Random) -> Document:
-    """Words and numbers, then the same ones as a JSON list: the move from request to argument, without a skill."""
+    """Returns words and numbers, then the same ones as a JSON list, which teaches to copy arguments without a skill."""
     items: list[str | int] = [
         _number(rng) if rng.random() < NUMBER_SHARE else rng.choice(_COPIED_WORDS) for _ in range(rng.randint(2, 6))
     ]

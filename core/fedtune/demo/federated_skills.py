@@ -1,4 +1,4 @@
-"""Skills that the base model has never seen: a household's own devices, taught by the demo federation."""
+"""Skills that the base model has never seen: the households' own devices, which the demo federation teaches."""
 
 from __future__ import annotations
 

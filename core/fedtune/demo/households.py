@@ -1,11 +1,11 @@
-"""Households and what they ask: the demo's training clients, and an evaluation set that shares no request with them.
+"""The demo's data: households with their requests as training clients, and an evaluation set without their requests.
 
-Every household owns a few devices and asks only for what they can do, so clients are non-IID by nature. A request's
-slot values decide on which side it stands, before any seed is looked at:
+Every household owns a few devices and requests only their functions, so clients are non-IID by nature. The slot values
+of a request, and no seed, decide whether it is held out:
 
     held out  iff  (sum of the slots' value indices) mod HOLD_OUT_EVERY == 0
 
-so training and evaluation share no combination of slot values, whatever the seeds and sizes. All randomness is a
+so training and evaluation share no combination of slot values, for any seeds and sizes. All randomness is a
 `random.Random` bound to (seed, purpose, household): the same seed gives the same rows on every platform.
 """
 
@@ -39,7 +39,7 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Household:
-    """One client of the demo: the devices it owns (names of federated skills) and what was asked of them."""
+    """One client of the demo: the devices that it owns (names of federated skills) and the requests to them."""
 
     index: int
     devices: tuple[str, ...]
@@ -47,10 +47,10 @@ class Household:
 
 
 def make_households(count: int, seed: int, examples_each: int = EXAMPLES_PER_HOUSEHOLD) -> list[Household]:
-    """`count` households, each with `DEVICES_PER_HOUSEHOLD` devices and `examples_each` rows.
+    """Returns `count` households, each with `DEVICES_PER_HOUSEHOLD` devices and `examples_each` rows.
 
-    Devices are dealt from shuffled decks of all skills, so any 3 households in a row leave no skill unowned and
-    10 or 1,000 households own every skill about equally often.
+    Devices are dealt from shuffled decks of all skills, so that any 3 consecutive households own all skills, and 10 or
+    1,000 households own every skill about equally often.
     """
     deal = _deal_skills(random.Random(f"{seed}/devices"))
     households = []
@@ -63,7 +63,7 @@ def make_households(count: int, seed: int, examples_each: int = EXAMPLES_PER_HOU
 
 
 def make_evaluation(size: int = EVALUATION_SIZE, seed: int = 0) -> list[Row]:
-    """`size` rows over all federated skills and functions in equal parts, from held-out slot combinations only."""
+    """Returns `size` rows over all federated skills and functions in equal parts, all with held-out slot values."""
     return _rows(random.Random(f"{seed}/evaluation"), FEDERATED_SKILLS, size, held_out=True)
 
 
@@ -87,12 +87,12 @@ def write_federation(
 
 
 def is_held_out(indices: Sequence[int]) -> bool:
-    """Returns whether the combination of slot values at `indices` belongs to evaluation."""
+    """Returns whether the combination of slot values at `indices` is held out for evaluation."""
     return sum(indices) % HOLD_OUT_EVERY == 0
 
 
 def _rows(rng: random.Random, skills: Sequence[Skill], size: int, *, held_out: bool) -> list[Row]:
-    """`size` rows with distinct prompts, the functions in turn, then shuffled."""
+    """Returns `size` rows with distinct prompts, with the functions in turn, then shuffled."""
     functions = [(skill, function) for skill in skills for function in skill.functions]
     rng.shuffle(functions)
     rows: dict[str, Row] = {}
@@ -121,7 +121,7 @@ def _deal_skills(rng: random.Random) -> Iterator[Skill]:
 
 
 def _distinct(deal: Iterator[Skill], count: int) -> list[Skill]:
-    """Returns the next `count` different skills; a card drawn twice at the seam of two decks is laid aside."""
+    """Returns the next `count` different skills; repetitions at the border of two decks are skipped."""
     owned: dict[str, Skill] = {}
     while len(owned) < count:
         skill = next(deal)

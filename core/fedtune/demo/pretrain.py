@@ -1,8 +1,8 @@
-"""Makes the bundled base model from nothing: `python -m fedtune.demo.pretrain [--seed N] [--steps N] [--out DIR]`.
+"""Trains the bundled base model from scratch: `python -m fedtune.demo.pretrain [--seed N] [--steps N] [--out DIR]`.
 
-The tokenizer, byte-level BPE, and the weights both come from the text that `corpus` writes. One thread adds in one
-order, so two runs with one seed on one kind of processor give the same files. Progress is printed; the last lines are
-the model card's figures.
+The tokenizer, byte-level BPE, and the weights are both trained on the text of `corpus`. A single thread adds in a fixed
+order, so two runs with the same seed on the same kind of processor give the same files. Progress is printed; the last
+lines are the figures of the model card.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the corpus: every digit is a token of its own, a word carries the space before it."""
+    """Trains byte-level BPE on the corpus; every digit is one token, and a word includes the space before it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -118,7 +118,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens, labels), both int64 of shape [BATCH_DOCUMENTS, longest document]."""
+    """Yields (tokens, labels) without end, both int64 of shape [BATCH_DOCUMENTS, longest document]."""
     rng = random.Random(f"{seed}/pretraining")
     while True:
         documents = [draw_document(rng) for _ in range(BATCH_DOCUMENTS * BUCKET_BATCHES)]
@@ -150,11 +150,11 @@ def _collate(tokenizer: PreTrainedTokenizerFast, encoded: Sequence[Encoded]) -> 
 
 
 def completion_loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the labelled tokens, and per sequence whether every one of them is the argmax.
+    """Returns the mean cross-entropy of the labelled tokens, and per sequence whether every one of them is the argmax.
 
-    Under teacher forcing the greedy continuation is right up to the first wrong argmax, so "every argmax right,
-    end-of-sequence included" is exactly "greedy decoding gives this completion", at the price of one forward pass.
-    Padding stands at the end, so causal attention never sees it and no mask is needed.
+    Under teacher forcing the greedy continuation is correct up to the first wrong argmax, so "every argmax is correct,
+    end-of-sequence included" is exactly "greedy decoding gives this completion", at the cost of one forward pass.
+    Padding is at the end, so causal attention never sees it and no mask is needed.
     """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     targets = labels[:, 1:]
@@ -164,15 +164,15 @@ def completion_loss(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> 
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor of the peak learning rates: linear warm-up times a straight line to zero at `steps`."""
+    """Returns the factor of the peak learning rates: linear warm-up times a linear decay to zero at `steps`."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
-    """Trains `model` in place; prints loss and exact match of the training batches as it goes.
+    """Trains `model` in place; prints loss and exact match of the training batches.
 
-    The layers' matrices learn with Muon (orthogonalised momentum, K. Jordan 2024, scaled to AdamW's update size): a
-    trial got 86% of public calls right after 410 steps, where AdamW got 61% after 559. The rest learns with AdamW.
+    The layers' matrices use Muon (orthogonalised momentum, K. Jordan 2024, scaled to AdamW's update size): in a trial
+    86% of public calls were correct after 410 steps, with AdamW 61% after 559. The other parameters use AdamW.
     """
     matrices = [parameter for name, parameter in model.named_parameters() if "layers." in name and parameter.ndim == 2]
     others = [parameter for name, parameter in model.named_parameters() if "layers." not in name or parameter.ndim != 2]
@@ -208,7 +208,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Prints loss and exact match on public and federated calls, as trained and with the layers' weights in NF4."""
+    """Prints loss and exact match on public and federated calls, with the layers' weights as trained and in NF4."""
     rng = random.Random(f"{seed}/measure")
     public = [public_call(rng) for _ in range(MEASURED_CALLS)]
     federated = [Document(row["prompt"], row["completion"]) for row in make_evaluation(MEASURED_CALLS, seed)]
@@ -221,14 +221,14 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]
 ) -> tuple[float, float]:
-    """(mean loss of completion tokens, share of completions that greedy decoding gives exactly), without gradients."""
+    """Returns the mean loss of completion tokens and the exact match of greedy decoding, without gradients."""
     with torch.inference_mode():
         loss, matched = completion_loss(model, *_collate(tokenizer, [_encode(tokenizer, each) for each in documents]))
     return loss.item(), matched.float().mean().item()
 
 
 def _quantized(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy whose linear layers hold the values that NF4 (blocks of 64, double quantization) dequantizes to."""
+    """Returns a copy whose linear layers hold the dequantized values of NF4 (blocks of 64, double quantization)."""
     copy = deepcopy(model)
     for layer in copy.model.layers.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -254,7 +254,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Transformers 5 writes its internal class name; older releases and other runtimes know only this one."""
+    """Replaces the tokenizer's class name: transformers 5 writes one that older releases and runtimes do not know."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""What the device assistant can be asked: functions, the ways people ask for them, and the one call that answers.
+"""The skills of the device assistant: functions, the phrasings of requests for them, and the call that answers each.
 
 A request names every slot value in plain words; the answer is one line of JSON with the function and its arguments:
 
     warm the oven to 180 degrees for 20 minutes =>
     {"call":"kitchen.preheat","degrees":180,"minutes":20}
 
-The base model learnt `public_skills` in pretraining; `federated_skills` is what it never saw and the demo teaches it.
+The base model has learned `public_skills` in pretraining. It has never seen `federated_skills`; the demo teaches them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Value = str | int
 
 @dataclass(frozen=True)
 class Slot:
-    """One argument of a call: its JSON key and the values a request may name."""
+    """One argument of a call: its JSON key and the values that a request may name."""
 
     key: str
     values: Sequence[Value]
@@ -32,11 +32,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Function:
-    """One thing a device can do.
+    """One function of a device.
 
     Args:
         name: `device.action`, the value of "call" in the answer.
-        slots: the arguments, in the order in which the answer lists them.
+        slots: arguments, in the order in which the answer lists them.
         phrasings: format strings over the slots' keys, each naming every slot.
     """
 
@@ -46,7 +46,7 @@ class Function:
 
     @property
     def combinations(self) -> int:
-        """How many different answers this function has."""
+        """The number of distinct answers of this function."""
         return math.prod(len(slot.values) for slot in self.slots)
 
     def call(self, values: Sequence[Value]) -> str:
@@ -69,14 +69,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Skill:
-    """A device and what it can do; households own devices, so this is the unit in which clients differ."""
+    """A device and its functions; households own devices, so clients differ in their skills."""
 
     name: str
     functions: tuple[Function, ...]
 
 
 def format_prompt(request: str) -> str:
-    """Returns a request in words -> the prompt as the model reads it: request, then `SEPARATOR`.
+    """Returns the prompt of a request: its words, then `SEPARATOR`.
 
     A training sequence is tokens(prompt) + tokens(completion) + end-of-sequence, without a beginning-of-sequence token.
     """

@@ -1,7 +1,7 @@
-"""The words the demo speaks: plain English nouns, names and quantities that public and federated skills share.
+"""The vocabulary of the demo: plain English nouns, names and quantities that public and federated skills share.
 
 A base model knows words before it knows a household's devices, so pretraining shows every word of this file in free
-text and in public calls. What it never shows is a federated call.
+text and in public calls. It never shows a federated call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What devices and server compute with: the quantized base, its adapter, examples, loss and evaluation.
+"""The model in torch: the quantized base model, its adapter, loss and scoring.
 
-Nothing is exported here, so that what needs no torch (shapes) costs no import of it.
+The package exports nothing, so that modules that need no torch, such as shapes, can be imported without it.
 """
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional packages that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional packages that fedtune does not use

@@ -1,4 +1,4 @@
-"""The frozen base model: loaded once a process, quantized, with its tokenizer and the digest that names it.
+"""The frozen base model: loaded once per process, quantized, with its tokenizer and the digest that identifies it.
 
     base = load_base(job.model)
 
@@ -35,7 +35,7 @@ from fedtune.model.shape import Precision, Weights
 Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DENSE_SHARE = 0.25  # of the free memory: what unpacked weights may take before "auto" packs them
+DENSE_SHARE = 0.25  # share of the free memory that unpacked weights may take before "auto" packs them
 _AMPERE = (8, 0)  # the first CUDA compute capability with bf16 units
 _FLOAT32_ATTENTION = "fedtune_float32_attention"
 
@@ -45,12 +45,12 @@ class BaseModel:
     """A base model, ready to be adapted.
 
     Args:
-        network: a transformers causal LM, frozen and in evaluation mode; its linear layers hold the reference values.
-        tokenizer: with an end-of-sequence token and a padding token.
+        network: transformers causal LM, frozen and in evaluation mode; its linear layers hold the reference values.
+        tokenizer: tokenizer with an end-of-sequence token and a padding token.
         digest: 64 hexadecimal digits; equal on two devices exactly when original weights and quantization are.
-        name: the directory or hub id it came from.
-        precision: of the arithmetic.
-        weights: how the linear weights are held.
+        name: directory or hub id from which it was loaded.
+        precision: precision of the arithmetic.
+        weights: format of the linear weights.
     """
 
     network: Network
@@ -62,7 +62,7 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return cast(torch.device, self.network.device)
 
     @property
@@ -81,12 +81,12 @@ def load_base(
     """Loads and quantizes a base model; the network is asked only where `settings.base` is a hub id.
 
     Args:
-        weights: "packed" takes least memory, "dequantized" is fastest; "auto" unpacks where memory is plenty.
-        precision: "auto" takes what the device computes fastest, see `best_precision`.
-        device: a torch device; None takes the first GPU, or the CPU.
+        weights: "packed" takes least memory, "dequantized" is fastest; "auto" unpacks where there is enough memory.
+        precision: "auto" takes the fastest precision of the device, see `best_precision`.
+        device: torch device; None takes the first GPU, or the CPU.
 
     Raises:
-        ModelError: not a model directory, not a causal LM, no tokenizer, no weights, or settings that contradict.
+        ModelError: not a model directory, not a causal LM, no tokenizer, no weights, or contradictory settings.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = best_precision(device) if precision == "auto" else precision
@@ -107,15 +107,15 @@ def load_base(
             held = "packed"
         for name, module in linear.items():
             _quantize_in_place(network, name, module, held, dtype)
-    for parameter in network.parameters():  # and no buffer: rotary frequencies and scales of scales stay float32
-        # A copy, since a view would keep the whole file mapped, with the pages of weights long since packed.
+    for parameter in network.parameters():  # but not buffers: rotary frequencies and scales of scales stay float32
+        # This copies, since a view would keep the whole file mapped, with the pages of weights that are already packed.
         parameter.data = parameter.data.to(dtype, copy=True)
     network.to(device)
     return BaseModel(network.eval().requires_grad_(False), tokenizer, digest, settings.base, precision, held)
 
 
 def best_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
+    """Returns bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= _AMPERE else "fp16"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -124,7 +124,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
-    """Yields the linear layers but the head, by name: those that are quantized and that "all-linear" adapts."""
+    """Yields the linear layers except the head, by name: those that are quantized and that "all-linear" adapts."""
     head = network.get_output_embeddings()
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -132,7 +132,7 @@ def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _options(source: str) -> dict[str, bool]:
-    """Returns a directory is never looked for on a hub, and code that comes with a model is never run."""
+    """Returns options of transformers that never look for a directory on a hub and never run a model's own code."""
     return {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
 
 
@@ -140,11 +140,11 @@ def load_config(source: str) -> Any:
     """Returns the transformers configuration of a causal language model.
 
     Raises:
-        ModelError: unreadable, or of another kind of model.
+        ModelError: the configuration is unreadable, or of another kind of model.
     """
     try:
         config = AutoConfig.from_pretrained(source, **_options(source))
-    except Exception as error:  # transformers answers a bad file with half a dozen types
+    except Exception as error:  # transformers raises many types of errors for an invalid file
         raise ModelError(f"{source}: not a readable model: {_first_line(error)}") from error
     architectures = set(config.architectures or [])
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -187,7 +187,7 @@ def _load_network(source: str, config: Any, precision: Precision, device: torch.
 
 
 def _digest(network: Network, quantization: str) -> str:
-    """SHA-256 over the recipe, then name, dtype, shape and bytes of every original parameter, sorted by name."""
+    """Returns SHA-256 of the recipe, then name, dtype, shape and bytes of every original parameter, sorted by name."""
     digest = hashlib.sha256(f"fedtune-base\n{RECIPE if quantization == 'nf4' else quantization}\n".encode())
     for name, parameter in sorted(network.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
@@ -196,7 +196,7 @@ def _digest(network: Network, quantization: str) -> str:
 
 
 def _straighten(network: nn.Module) -> None:
-    """Turns the layers that GPT-2 and its kin keep transposed into plain linear ones of the same function."""
+    """Replaces the transposed layers of GPT-2 and similar models by plain linear layers of the same function."""
     for name, module in list(network.named_modules()):
         if isinstance(module, Conv1D):
             d_in, d_out = module.weight.shape
@@ -221,10 +221,10 @@ def _quantize_in_place(network: nn.Module, name: str, module: nn.Linear, held: W
 def _float32_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention in float32 around half-precision layers.
+    """Computes attention in float32 between half-precision layers.
 
-    On CPUs with bf16 units torch's bf16 attention takes 12 times as long backward as the float32 one, more than all
-    that bf16 saves in the linear layers.
+    On CPUs with bf16 units the backward pass of torch's bf16 attention takes 12 times as long as in float32, more than
+    bf16 saves in the linear layers.
     """
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
@@ -238,7 +238,7 @@ AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the loading libraries' progress bars and advice off the user's terminal."""
+    """Suppresses progress bars and advice of the libraries while they load a model."""
     log: Any = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

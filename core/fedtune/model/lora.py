@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen base: one flat float32 tensor that every factor of every layer is a view of.
+"""Low-rank adapters on a frozen base: one flat float32 tensor, of which every factor of every layer is a view.
 
     model = adapt(base, job.adapter)
     model.load(vector)          # swaps the adapter: one copy
@@ -8,8 +8,8 @@ Per adapted layer with input x of shape (n, d_in):
 
     y = x Wᵀ + s (x Aᵀ) Bᵀ          s = alpha / sqrt(R), A: (R, d_in), B: (d_out, R)
 
-LoRA (Hu et al. 2021) with the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023), attached by peft; what is ours is
-where the values live, and that the sum above is one operation.
+LoRA (Hu et al. 2021) with the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023), attached by peft. The storage of
+the values differs from peft's, and the sum above is one operation.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class AdaptedModel:
     """A base model with one adapter attached, whose values are swapped in place.
 
     Args:
-        base: not to be adapted a second time.
-        layout: where each factor lies in the vector.
+        base: base model, which must not be adapted a second time.
+        layout: layout of the flat vector.
     """
 
     def __init__(self, base: BaseModel, layout: AdapterLayout) -> None:
@@ -68,11 +68,11 @@ class AdaptedModel:
 
     @cached_property
     def lm_head(self) -> LanguageModelHead:
-        """From tokens to logits, as this architecture does it."""
+        """The head of this architecture, from tokens to logits."""
         return LanguageModelHead(self.base)
 
     def load(self, vector: Vector) -> None:
-        """Takes the adapter's values from a flat vector, float32, (layout.size,)."""
+        """Copies the adapter's values from a flat vector, float32, (layout.size,)."""
         self.layout.check(vector)
         self.parameters.copy_(torch.from_numpy(vector))
 
@@ -82,7 +82,7 @@ class AdaptedModel:
         return copy
 
     def train_factors(self, factors: Factors) -> None:
-        """Lets gradients flow to the named factors only; `gradient` accumulates them."""
+        """Enables gradients for the named factors only; `gradient` accumulates them."""
         for lora_a, lora_b in self._factors.values():
             lora_a.requires_grad_("a" in factors)
             lora_b.requires_grad_("b" in factors)
@@ -92,13 +92,13 @@ def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
     """Attaches an adapter, all zeros, to the base model.
 
     Raises:
-        ModelError: a target matches no linear layer; the message lists the names that exist.
+        ModelError: a target matches no linear layer; the message lists the existing names.
     """
     return AdaptedModel(base, adapter_layout(base, settings))
 
 
 def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:
-    """Returns the layout that `adapt` would attach; see there."""
+    """Returns the layout of the adapter that `adapt` would attach; raises as it does."""
     linear = [
         AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
     ]
@@ -108,13 +108,13 @@ def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:
 
 
 class AdaptedLinear(lora.Linear):
-    """peft's adapted layer with its sum computed in one step; factors stay float32, the rest is in the input's dtype.
+    """peft's adapted layer with its sum in one operation; factors stay float32, the rest is in the input's dtype.
 
-    On one core a training step of the bundled model takes about 0.7 of the time that peft's own forward takes.
+    On one core a training step of the bundled model takes about 0.7 times as long as with peft's own forward method.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d_in) -> (..., d_out)."""
+        """Maps x: (..., d_in) -> (..., d_out)."""
         lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
         inputs = (self.base_layer(x), x, lora_a, lora_b, self.scaling[_ADAPTER])
         return cast(Tensor, _LowRankSum.apply(*inputs))  # type: ignore[no-untyped-call]
@@ -123,10 +123,10 @@ class AdaptedLinear(lora.Linear):
 class _LowRankSum(torch.autograd.Function):
     """y = base + s (x Aᵀ) Bᵀ, and with G = ∂L/∂y and H = s G B:
 
-        ∂L/∂x = H A (and what flows through base),   ∂L/∂A = Hᵀ x,   ∂L/∂B = s Gᵀ (x Aᵀ)
+        ∂L/∂x = H A (plus the gradient through base),   ∂L/∂A = Hᵀ x,   ∂L/∂B = s Gᵀ (x Aᵀ)
 
-    One function instead of six recorded operations: the sum is formed by the product itself, the thin x Aᵀ is the only
-    activation kept besides x, and a frozen factor costs nothing.
+    This is one function instead of six recorded operations: the matrix product adds to base directly, the thin x Aᵀ is
+    the only activation kept besides x, and a frozen factor costs nothing.
     """
 
     @staticmethod

@@ -2,8 +2,9 @@
 
     L = Σ_t  logsumexp(z_t) - z_t[target_t],     z_t = language-model head(hidden state before token t), float32
 
-The head is frozen, so the gradient by the hidden states is all that the backward pass wants of it; it is computed chunk
-by chunk in the forward pass, and a chunk's logits are dropped before the next. Peak memory: one chunk of logits.
+The head is frozen, so the backward pass needs only the gradient with respect to the hidden states. It is computed chunk
+by chunk in the forward pass, and a chunk's logits are dropped before the next chunk. The peak memory is one chunk of
+logits.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
 
 
 class LanguageModelHead:
-    """From token ids to logits at chosen positions, as the architecture computes them.
+    """The language-model head, from token ids to logits at chosen positions, as the architecture computes them.
 
-    The last hidden state goes through the head and the scaling or soft cap that some architectures put behind it. An
-    architecture that does more is found out by comparing a few logits, and its own full logits are used instead.
+    The last hidden state goes through the head and the scaling or soft cap that some architectures apply after it. The
+    class compares a few logits with the architecture's own; where they differ, it uses the architecture's full logits.
 
     Args:
-        base: its network must be in evaluation mode.
-        chunk_logits: how many logits exist at once, at least one position's.
+        base: base model, whose network must be in evaluation mode.
+        chunk_logits: number of logits that exist at once, at least those of one position.
     """
 
     def __init__(self, base: BaseModel, chunk_logits: int = MAX_CHUNK_LOGITS) -> None:
@@ -69,7 +70,7 @@ class LanguageModelHead:
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, d) -> float32 logits (n, vocabulary)."""
+        """Maps hidden states (n, d) to float32 logits (n, vocabulary)."""
         if not self.split:
             return hidden.float()
         logits = cast(Tensor, self._head(hidden)).float()
@@ -101,7 +102,7 @@ def completion_loss(lm_head: LanguageModelHead, batch: DeviceBatch) -> Tensor:
 
 @torch.no_grad()
 def score(lm_head: LanguageModelHead, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-    """Per target: its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
+    """Returns per target its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
     losses, right = [], []
     for rows, targets in _chunks(lm_head, lm_head.hidden(batch), batch.targets):
         logits = lm_head.logits(rows)

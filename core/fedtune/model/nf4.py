@@ -1,4 +1,4 @@
-"""NF4 with double quantization: the values that every device computes with, whatever its hardware.
+"""NF4 with double quantization: the same weights for all devices, independent of their hardware.
 
 A weight W of n numbers is cut into blocks of 64, row-major. Per block k, with scale c_k = max |W|:
 
@@ -10,8 +10,8 @@ with m the mean of all c and t_g = max |c - m| over a group of 256 blocks: 4.127
 2023, section 3); the 8-bit levels are those of 8-bit Optimizers via Block-wise Quantization (Dettmers et al. 2022). The
 byte layout is that of bitsandbytes.
 
-Quantization is done here and on the CPU, always, so that a base has the same values on every machine; bitsandbytes,
-where it works, multiplies with them faster than torch can.
+Quantization always runs in this module and on the CPU, so that a base has the same values on every machine;
+bitsandbytes, where it works, unpacks them faster than torch does.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PackedWeight:
     """A quantized matrix.
 
     Args:
-        codes: uint8, (ceil(n / 2),): two NF4 codes a byte, the first in the upper half.
+        codes: uint8, (ceil(n / 2),): two NF4 codes per byte, the first in the upper half.
         scale_codes: uint8, (blocks,).
         scale_steps: float32, (groups,): t_g.
         scale_mean: float32, (): m.
@@ -115,7 +115,7 @@ def quantize(weight: Tensor) -> PackedWeight:
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Ŵ, of shape (d_out, d_in), on the device of the codes: torch alone, bit for bit what bitsandbytes gives."""
+    """Returns Ŵ, (d_out, d_in), on the device of the codes, computed by torch, bit for bit as bitsandbytes does."""
     device = packed.codes.device
     count = math.prod(packed.shape)
     levels, scale_levels = _levels().to(device), scale_map().to(device)
@@ -127,8 +127,8 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_fastest(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """As `dequantize`, by bitsandbytes where that works."""
-    # Where blocks run on from row to row, bitsandbytes 0.50.2 gives wrong values on CPUs: for (64, 96), say.
+    """Does as `dequantize`, with bitsandbytes where that works."""
+    # Where blocks span rows, bitsandbytes 0.50.2 gives wrong values on CPUs, for example for (64, 96).
     if packed.shape[1] % BLOCK == 0 and bitsandbytes_works(packed.codes.device.type):
         return bitsandbytes_dequantize(packed, dtype)
     return dequantize(packed, dtype)
@@ -137,10 +137,10 @@ def unpack_fastest(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 class PackedLinear(nn.Linear):
     """y = x Ŵᵀ + bias with Ŵ kept in NF4 and unpacked for each product, forward and backward.
 
-    An `nn.Linear` in everything but where its weight lives: `weight` is None.
+    It acts as an `nn.Linear`, except that `weight` is None.
 
     Args:
-        unpack: gives the dense weight; every way to unpack gives the same values.
+        unpack: returns the dense weight; all such functions return the same values.
     """
 
     codes: Tensor
@@ -164,7 +164,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def qweight(self) -> Tensor:
-        """Where peft looks for the device of a quantized layer."""
+        """The codes, where peft looks for the device of a quantized layer."""
         return self.codes
 
     @property
@@ -174,11 +174,11 @@ class PackedLinear(nn.Linear):
         return PackedWeight(self.codes, self.scale_codes, self.scale_steps, self.scale_mean, shape)
 
     def dense(self) -> Tensor:
-        """Gives Ŵ in the dtype of the arithmetic."""
+        """Returns Ŵ in the dtype of the arithmetic."""
         return self._unpack(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d_in) -> (..., d_out)."""
+        """Maps x: (..., d_in) -> (..., d_out)."""
         return cast(Tensor, _UnpackedProduct.apply(x, self))  # type: ignore[no-untyped-call]
 
 
@@ -214,13 +214,13 @@ def scale_map() -> Tensor:
 def bitsandbytes_works(device_type: str) -> bool:
     """Returns whether bitsandbytes unpacks on this kind of device.
 
-    Its wheels can import and then fail at the first call (bitsandbytes issue 1930), hence a real one.
+    Its wheels can be imported and then fail at the first call (bitsandbytes issue 1930), so this makes a real call.
     """
     return unpacks_alike(bitsandbytes_dequantize, device_type)
 
 
 def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
-    """Returns whether a function unpacks a small matrix on this kind of device to the very values that torch gives."""
+    """Returns whether a function unpacks a small matrix on this kind of device to the same values as torch."""
     weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK).sin().reshape(-1, 2 * BLOCK)
     packed = quantize(weight).to(device_type)
     try:
@@ -228,7 +228,7 @@ def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
             torch.equal(unpack(packed, dtype), dequantize(packed, dtype))
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         )
-    except Exception:  # whatever a broken native library raises: the torch path is right, only slower
+    except Exception:  # a broken native library may raise anything; the torch path is correct, only slower
         return False
 
 
@@ -257,7 +257,7 @@ def _levels() -> Tensor:
 
 
 def _cut(values: Tensor, size: int) -> Tensor:
-    """Shape (n,) -> (ceil(n / size), size), the last row filled up with zeros."""
+    """Reshapes (n,) -> (ceil(n / size), size), with the last row filled up with zeros."""
     missing = -values.numel() % size
     return nn.functional.pad(values, (0, missing)).reshape(-1, size)
 

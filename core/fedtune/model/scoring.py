@@ -1,7 +1,7 @@
-"""How good an adapter is: loss, perplexity and exact match on examples, and answers to prompts for people to read.
+"""Scoring of an adapter: loss, perplexity and exact match on examples, and answers to prompts for people to read.
 
-Exact match counts an example as right when, given the reference so far, the likeliest token is the reference's at every
-position, the end included. By induction that is exactly when greedy decoding from the prompt writes the reference.
+Exact match counts an example as correct when, given the reference so far, the likeliest token is the reference's at
+every position, the end included. By induction that is exactly when greedy decoding from the prompt gives the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedtune.data.examples import Example, start_tokens
 from fedtune.model.lora import AdaptedModel
 from fedtune.model.loss import on_device, score
 
-EVALUATION_TOKENS = 8192  # a batch; nothing is kept for a backward pass, so more than training's
+EVALUATION_TOKENS = 8192  # per batch; more than in training, since nothing is kept for a backward pass
 ANSWERED_TOGETHER = 16
 
 
@@ -28,7 +28,7 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
     """Scores the adapter that the model holds.
 
     Args:
-        batch_tokens: tokens computed at once, padding included.
+        batch_tokens: number of tokens computed at once, padding included.
 
     Raises:
         InputError: there is no example.
@@ -51,10 +51,10 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
 
 @torch.no_grad()
 def answer(model: AdaptedModel, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """What the adapted model says to each prompt, decoded greedily until it ends or `max_new_tokens`.
+    """Returns the adapted model's answer to each prompt, decoded greedily until its end or `max_new_tokens`.
 
     Args:
-        prompts: as `fedtune.data.examples.render` gives them.
+        prompts: prompts as `fedtune.data.examples.render` returns them.
     """
     tokenizer: Any = model.base.tokenizer
     network, device = model.base.network.eval(), model.base.device
@@ -69,11 +69,11 @@ def answer(model: AdaptedModel, prompts: Sequence[str], max_new_tokens: int = 64
     for first in range(0, len(prompts), ANSWERED_TOGETHER):
         asked = list(prompts[first : first + ANSWERED_TOGETHER])
         rows = [
-            ids if ids[:1] == start else start + ids  # a chat template writes its own
+            ids if ids[:1] == start else start + ids  # a chat template writes its own start tokens
             for ids in tokenizer(asked, add_special_tokens=False)["input_ids"]
         ]
         length = max(1, *map(len, rows))
-        # On the left, so that every answer begins in the same column.
+        # Padding is on the left, so that every answer begins in the same column.
         ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
         written = network.generate(ids, attention_mask=mask, generation_config=greedy)

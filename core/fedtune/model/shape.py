@@ -1,10 +1,9 @@
-"""What a base model's sizes are, read from its configuration alone: no weight is loaded.
+"""The sizes of a base model, read from its configuration without loading weights.
 
     shape = shape_of(ModelSettings("demo"))
 
-The network is built without storage (torch's meta device), so the counts are those of the real one, whatever its
-architecture calls its layers. Only `shape_of` needs torch, and imports it when it is called: a plan is made of sizes
-alone.
+The network is built without storage (torch's meta device), so the counts are those of the real network, independent of
+the names of its layers. Only `shape_of` needs torch, and imports it when it is called; plans need sizes only.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
 
-Precision = Literal["fp32", "bf16", "fp16"]  # of the arithmetic
-Weights = Literal["packed", "dequantized"]  # how the linear weights are held
+Precision = Literal["fp32", "bf16", "fp16"]  # precision of the arithmetic
+Weights = Literal["packed", "dequantized"]  # format of the linear weights
 MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that memory and time follow from.
+    """The sizes of a model, from which memory and time follow.
 
     Args:
-        name: the directory or hub id.
-        linear: every linear layer but the head: those that are quantized, and that "all-linear" adapts.
-        other_parameters: embeddings, head and norms; shared ones count once.
-        layers: L, transformer blocks.
-        width: d, of the residual stream.
-        query_width: heads times head width; it differs from d in some architectures.
-        kv_width: of keys, and of values.
-        mlp_width: f.
+        name: directory or hub id.
+        linear: all linear layers except the head: those that are quantized, and that "all-linear" adapts.
+        other_parameters: number of parameters of embeddings, head and norms; shared ones count once.
+        layers: L, number of transformer blocks.
+        width: d, width of the residual stream.
+        query_width: number of heads times head width; it differs from d in some architectures.
+        kv_width: width of keys, and of values.
+        mlp_width: f, width of the MLP.
         gated: whether the MLP multiplies two branches of width f.
-        vocabulary: V, of the logits.
-        positions: the longest sequence the architecture was made for.
-        file_bytes: of the weight files; 0 where they are not on this machine.
+        vocabulary: V, number of logits.
+        positions: longest sequence that the architecture supports.
+        file_bytes: size of the weight files; 0 where they are not on this machine.
     """
 
     name: str
@@ -57,16 +56,16 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """N_lin."""
+        """N_lin, the number of parameters of all linear layers."""
         return sum(module.d_in * module.d_out for module in self.linear)
 
     @property
     def largest_linear(self) -> int:
-        """Parameters of the largest linear layer."""
+        """The number of parameters of the largest linear layer."""
         return max(module.d_in * module.d_out for module in self.linear)
 
     def adapter_parameters(self, rank: int) -> int:
-        """P of an adapter on all linear layers."""
+        """Returns P, the number of parameters of an adapter on all linear layers."""
         return rank * sum(module.d_in + module.d_out for module in self.linear)
 
 
@@ -131,8 +130,8 @@ def _linear_modules(network: Any) -> list[AdaptedModule]:
 
 
 def _is_gated(linear: tuple[AdaptedModule, ...], mlp_width: int, layers: int) -> bool:
-    """Two branches of width f in each block: as two layers, or as one of twice the width."""
-    outputs = [module.d_out for module in linear if "att" not in module.name]  # a fused q, k and v may well be as wide
+    """Returns whether each block has two branches of width f, as two layers or as one of twice the width."""
+    outputs = [module.d_out for module in linear if "att" not in module.name]  # q, k and v in one layer may be as wide
     return 2 * mlp_width in outputs or outputs.count(mlp_width) >= 2 * layers
 
 
