@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Purpose = Literal["adapter", "update", "keys", "shares", "votes", "unmasking", "evaluation"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 PROTOCOL: frozenset[Purpose] = frozenset({"keys", "shares", "votes", "unmasking"})
-"""What secure aggregation costs beside the updates themselves."""
+"""The purposes of secure aggregation's own messages, besides the updates."""
 
 
 class Entry(NamedTuple):

@@ -12,10 +12,10 @@ BASE_DIRECTORY = Path(__file__).parent / "base"
 """A transformers directory with model and tokenizer; `model.base = "demo"` means this one."""
 
 JOB = Path(__file__).parent / "job.toml"
-"""The job that `fedtune simulate` runs where it is given none."""
+"""The job that `fedtune simulate` runs by default."""
 
 FLEET = Path(__file__).parent / "fleet.toml"
-"""Phones, single-board computers, laptops and edge boxes, for simulations of time."""
+"""A fleet of phones, single-board computers, laptops and edge servers, for simulations of time."""
 
 __all__ = [
     "BASE_DIRECTORY",

@@ -17,7 +17,7 @@ PUBLIC_CALL_SHARE = 0.6
 COPY_SHARE = 0.3
 """Shares of documents; the rest is free text."""
 NUMBER_SHARE = 0.7
-"""Of the copied items, those that are numbers: digit by digit they are the hardest thing to copy."""
+"""Share of numbers among the copied items; they are the hardest to copy, digit by digit."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ DEVICES_PER_HOUSEHOLD = 3
 EXAMPLES_PER_HOUSEHOLD = 200
 EVALUATION_SIZE = 240
 DRAWS = 1_000
-"""Tries at a request that a household has not made yet; the smallest function has thousands of requests."""
+"""Attempts to draw a request that a household has not made yet; the smallest function has thousands of requests."""
 
 
 class Row(TypedDict):

@@ -36,7 +36,7 @@ CONTEXT = 256
 """Longest sequence, in tokens; a demo request with its call takes at most 64."""
 DOCUMENTS = 40_000
 WORD_REPEATS = 300
-"""How often the trainer sees each known word alone, so that it becomes one token with and without a space."""
+"""Number of times that the trainer sees each word alone, so that it becomes one token with and without a space."""
 EOS = "</s>"
 PAD = "<pad>"
 CHAT_TEMPLATE = (
@@ -88,7 +88,7 @@ WARMUP_STEPS = 100
 REPORT_STEPS = 100
 MATRIX_LEARNING_RATE = 5e-3
 MATRIX_WEIGHT_DECAY = 0.2
-"""Strong, so that weights stay small: an adapter's update has to count against them."""
+"""A strong weight decay, so that weights stay small compared with an adapter's update."""
 OTHER_LEARNING_RATE = 2e-3
 GRADIENT_NORM = 1.0
 MEASURED_CALLS = 400

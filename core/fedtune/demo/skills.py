@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEPARATOR = " =>"
-"""Ends every prompt. It stands inside the prompt's own text, so that prompt and completion can be tokenised apart."""
+"""The end of every prompt. It is part of the prompt's text, so that prompt and completion are tokenised separately."""
 
 Value = str | int
 

@@ -55,4 +55,4 @@ HOUSE_WORDS = _words(
     "saw sleep slept speakers speed sport steps tape thaw time tires track trim turns upper volume walk warn water "
     "watts wearable wheels wide width workout workshop"
 )
-"""Words that free text and copying show without any call, so that the tokenizer and the base know them as words."""
+"""Words that occur in free text and copying without a call, so that the tokenizer and the base model know them."""

@@ -48,7 +48,7 @@ class AdaptedModel:
         self.gradient = torch.zeros_like(self.parameters)
         config = LoraConfig(
             r=layout.rank,
-            lora_alpha=layout.alpha,  # type: ignore[arg-type] # peft only divides it; TOML may well say 22.6
+            lora_alpha=layout.alpha,  # type: ignore[arg-type] # peft only divides it; a job may set 22.6
             use_rslora=True,
             target_modules=[module.name for module in layout.modules],
         )

@@ -60,7 +60,7 @@ class LanguageModelHead:
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._vocabulary = int(config.vocab_size)
         self.chunk = max(1, chunk_logits // self._vocabulary)
-        """How many positions' logits are computed at once."""
+        """Number of positions whose logits are computed at once."""
         self.split = True
         self.split = self._agrees(base.device)
 

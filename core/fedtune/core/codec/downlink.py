@@ -78,7 +78,7 @@ def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector
 
 
 def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
-    """Applies what arrived on a device to its `basis`; returns the adapter, float32, (size,).
+    """Applies a downlink to the `basis` that a device holds; returns the adapter, float32, (size,).
 
     Raises:
         PeerError: a payload is malformed, or the result does not have the stated digest.

@@ -1,4 +1,4 @@
-"""Error feedback: what a client could not send is added to its next update (Karimireddy et al., 2019).
+"""Error feedback: values that a client could not send are added to its next update (Karimireddy et al., 2019).
 
 The residual is indexed by the coordinates of the *factor*, not of a segment: the rank indices that a device trains
 change from round to round, and a residual stays with its parameter. A client that misses rounds keeps its residual. If

@@ -36,7 +36,7 @@ class ServerClock:
         self._local = local
         self._measured = 0.0
         self.ahead = 0.0
-        """Seconds by which this device's clock is ahead of the server's, as far as it had to be corrected."""
+        """Seconds by which this device's clock is ahead of the server's; 0 where no correction was needed."""
 
     def now(self) -> float:
         """Returns seconds since 1970."""

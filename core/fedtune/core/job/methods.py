@@ -71,9 +71,9 @@ AGGREGATIONS: Mapping[str, Method] = {
     "flora": Method(sees_updates="multiplies each client's factors", changes_basis=True, keeps_residual=True),
 }
 RULE = Method(sees_updates="compares single updates", equal_ranks="compares whole updates")
-"""A robust rule, whichever, in place of the mean."""
+"""The method of any robust rule in place of the mean."""
 CLIPPING = Method(sees_updates="measures single updates")
-"""Updates scaled down to a length by the server."""
+"""The method of updates that the server scales down to a norm."""
 
 
 def method_of(federation: FederationSettings) -> Method:

@@ -56,7 +56,7 @@ class Request:
 
 
 Handler = Callable[[str, Request], bytes]
-"""(client, request) -> the payload of its reply; an error that it raises becomes an error reply."""
+"""Maps (client, request) to the payload of the reply; an error that it raises becomes an error reply."""
 
 
 def parts_of(action: str) -> int:

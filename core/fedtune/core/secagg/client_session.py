@@ -68,7 +68,7 @@ from fedtune.core.secagg.transcript import (
 )
 
 SharePair = tuple[Secret, Secret]
-"""A share of somebody's self-mask seed b and a share of its mask-key seed σ; at most one of them is ever revealed."""
+"""A share of a client's self-mask seed b and a share of its mask-key seed σ; at most one of them is ever revealed."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ EXCHANGES: Mapping[type[State], Exchange[Any, Any, Any]] = {
         Exchange(Voted, Quorum, ClientSession._unmask, Ended),
     )
 }
-"""What a client accepts where; in a state without a row, `Ended`, it accepts nothing."""
+"""The client's state machine; in a state without a row, `Ended`, it accepts no message."""
 
 
 def _flat(pairs: Mapping[int, SharePair]) -> list[Secret]:

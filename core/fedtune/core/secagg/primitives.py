@@ -23,7 +23,7 @@ TAG_BYTES = 16
 PROTOCOL = "fedtune secure aggregation 1"
 
 Random = Callable[[int], bytes]
-"""Gives that many bytes nobody else can predict: `os.urandom`, or a fixed stream for known-answer tests."""
+"""Returns a number of unpredictable bytes: `os.urandom`, or a fixed stream for known-answer tests."""
 
 _ONCE_ONLY_NONCE = bytes(12)  # a sealing key is derived for one direction of one pair in one round, and used once
 

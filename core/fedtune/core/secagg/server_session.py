@@ -394,4 +394,4 @@ EXCHANGES: Mapping[Stage, Exchange] = {
     Stage.VOTE: Exchange(Vote, ServerSession._take_vote, ServerSession._close_votes, Stage.UNMASK),
     Stage.UNMASK: Exchange(Reveal, ServerSession._take_shares, ServerSession._close_shares, Stage.DONE),
 }
-"""What the server accepts where; at a stage without a row it accepts nothing."""
+"""The server's state machine; at a stage without a row it accepts no message."""
