@@ -62,6 +62,7 @@ BANNED = {
     r"strik(?:e|es|ing)|struck": "removes, revokes",
     r"dawdl\w+": "slow, late",
     r"for ever": "without end, permanent",
+    r"as good as none": "counts as none",
     r"strangers?": "unauthenticated connections, unknown devices",
     r"knock(?:s|ed|ing)?": "connects",
     r"greet(?:s|ed|er|ers|ing|ings)?": "registration, registers",
@@ -78,7 +79,7 @@ BANNED = {
     r"in secret": "under secure aggregation",
     r"doors?": "endpoint",
 }
-OPENERS = re.compile(r"(What|Those|Of|Who|It worked)\b")
+OPENERS = re.compile(r"(What|Those|Of|Who|Whoever|Whatever|Nobody|Everybody|As much|So many|Told|It worked)\b")
 
 # The checks of proselint that suit technical prose.
 PROSELINT = (

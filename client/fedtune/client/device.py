@@ -43,7 +43,7 @@ Encode = Callable[[Vector, FactorTerms, int, float], tuple[Encoded, Vector]]
 
 
 def all_of_it(client: str, request: TrainRequest) -> float:
-    """The share of work of a device that has time for all of it: 1."""
+    """Returns 1, the share of a device that has time for all the work."""
     del client, request
     return 1.0
 

@@ -82,7 +82,7 @@ class AdapterStrategy(Strategy):
     ) -> Iterator[tuple[FederationState, RoundRecord]]:
         """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends.
 
-        Trackers hear of a round once the caller asks for the next one, when it has stored this one.
+        Trackers receive a round's record once the caller asks for the next round, and so has stored this one.
         """
         for number in range(state.round + 1, last_round + 1):
             roster = self.roster(grid)
@@ -90,7 +90,7 @@ class AdapterStrategy(Strategy):
             self._run(grid, training, roster)
             names = {node_id: name for name, node_id in roster.items()}
             for reply in self.stale_updates():
-                with suppress(KeyError, PeerError):  # of a node that is gone, or an error: the round goes without it
+                with suppress(KeyError, PeerError):  # ignores errors, and answers of nodes that are gone
                     training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
             state, record = training.close()
             self.remember(record.round, record.clients)

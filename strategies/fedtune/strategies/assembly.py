@@ -54,7 +54,7 @@ class Clients:
 
 
 def unchanged(aggregator: Aggregator[Any]) -> Aggregator[Any]:
-    """Puts nothing around an aggregator."""
+    """Returns the aggregator itself, with no other around it."""
     return aggregator
 
 

@@ -108,7 +108,7 @@ Added = TypeVar("Added", contravariant=True)
 
 
 class Aggregation(Protocol[Added]):
-    """One round's aggregation, under way; it takes an `Update`, the outermost one `Payloads`, one in a ring sums."""
+    """One round's aggregation, under way. It takes an `Update`, the outermost `Payloads`, one in a ring `Totals`."""
 
     def add(self, update: Added, /) -> None:
         """Adds one client's update, or a sum of several.
