@@ -46,12 +46,7 @@ CLEAN = (
     "examples/",
     "server/",
     "strategies/",
-    "tests/conftest.py",
-    "tests/deploy/",
-    "tests/federation/",
-    "tests/golden/",
-    "tests/helpers/",
-    "tests/unit/",
+    "tests/",
     "tools/",
 )
 

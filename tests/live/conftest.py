@@ -16,7 +16,7 @@ prepare_environment()
 
 @pytest.fixture
 def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
-    """make_fleet(devices=2, ...): a fleet whose processes end with the test."""
+    """Gives make_fleet(devices=2, ...), which makes a fleet whose processes end with the test."""
     fleets: list[Fleet] = []
 
     def make(devices: int, **settings: Any) -> Fleet:
@@ -32,7 +32,7 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
 
 @pytest.fixture
 def make_proxy() -> Iterator[MakeProxy]:
-    """make_proxy(): a network between devices and their server that can be cut and slowed."""
+    """Gives make_proxy(), which makes a network between devices and their server that can be cut and slowed."""
     proxies: list[Proxy] = []
 
     def make() -> Proxy:

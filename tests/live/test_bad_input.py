@@ -1,4 +1,4 @@
-"""Mistakes of operators and owners of devices: one line that says what was wrong and what to do next, and status 2."""
+"""Mistakes of operators and device owners give one line with the fault and the next step, and exit status 2."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def home(tmp_path: Path) -> ServerHome:
-    """A server's folder, with the device ada enrolled."""
+    """Makes a server's folder with the enrolled device ada."""
     home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
     enroll(home, "ada", tmp_path / "ada.bundle")
     (tmp_path / "data.jsonl").write_text('{"text": "one example"}\n')
@@ -50,7 +50,7 @@ def home(tmp_path: Path) -> ServerHome:
 def refused(
     home: ServerHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
-    """refused("client", "join", ...): what the command says when it refuses, which must be one line."""
+    """Gives refused("client", "join", ...), which returns a command's refusal, which must be one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDTUNE_SERVER_HOME", "cloud")
     monkeypatch.setenv("FEDTUNE_CLIENT_HOME", "device")
@@ -182,7 +182,7 @@ def test_a_stopped_server_still_knows_who_is_enrolled(
 
 @dataclass(frozen=True)
 class Task:
-    """As much of a task as the loop looks at itself."""
+    """The attributes of a task that the loop reads."""
 
     action: str = "train"
     group: str = "1"
@@ -190,7 +190,7 @@ class Task:
 
 
 class Line:
-    """A link on which things happen as a test says; it ends the process when nothing is left to happen."""
+    """A link with a test's sequence of events, which ends the process after the last one."""
 
     node_id, clock_error = 7, 0.0
 
@@ -222,7 +222,7 @@ class Line:
 
 
 class Worker:
-    """Answers with the name of what is asked, refuses to evaluate, and notes what it is told of answers."""
+    """Work that answers with the action's name, refuses to evaluate, and records the calls about sent answers."""
 
     def __init__(self) -> None:
         self.sends: list[tuple[str, int]] = []
@@ -247,7 +247,7 @@ def no_space(path: Path, content: bytes | str) -> None:
 
 
 def loop_of(joined: ClientHome, line: Line, pauses: list[float], **settings: Any) -> tuple[DeviceLoop, DeviceReport]:
-    """A device's process on that line, whose pauses are noted and take no time."""
+    """Makes a device's loop on that link, whose pauses are recorded and take no time."""
     clock = replace(SYSTEM_CLOCK, sleep=pauses.append)
     report = DeviceReport(joined.path, "ada", "localhost:1", lambda text: None, clock)
     link: Any = line
@@ -274,7 +274,7 @@ def test_a_line_that_breaks_while_an_answer_is_brought_brings_the_same_one_later
     loop, report = loop_of(joined, line, pauses, work=work)
     loop.run()
     assert [answer.outcome for answer in line.answers] == [b"train", Refusal("no scores")]
-    assert work.sends == [("train", 5)]  # how long a refusal took tells nothing of the link
+    assert work.sends == [("train", 5)]  # a refusal's seconds say nothing about the link
     assert len([pause for pause in pauses if pause >= BACKOFF_SECONDS[0] / 2]) == 3
     assert (report.status.state, report.status.answered) == ("stopped", 2)
     assert not (joined.path / "working").exists()

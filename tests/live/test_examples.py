@@ -1,7 +1,7 @@
-"""The example that a newcomer runs: live processes on loopback, and the same adapter as in simulation.
+"""The example for new users: live processes on loopback, and the same adapter as in simulation.
 
-All of it takes more than a minute. The fast tests read its commands, and test_live_federation.py holds the same promise
-for a fleet of its own: what live processes train is the adapter of the simulation, bit for bit.
+The whole example takes more than a minute. The fast tests only parse its commands; test_live_federation.py checks with
+its own fleet that live processes train the same adapter as the simulation, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_every_command_of_the_live_example_is_one_that_fedtune_has() -> None:
             _, found, rest = command.resolve_command(Context(command), rest)
             assert found is not None, line
             command = found
-        command.make_context("fedtune", list(rest))  # raises where an option is unknown or an argument is missing
+        command.make_context("fedtune", list(rest))  # raises if an option is unknown or an argument is missing
 
 
 def test_the_job_of_the_live_example_is_one() -> None:

@@ -1,4 +1,4 @@
-"""Faults of real processes and networks: a live run goes on by itself, and loses nothing that was acknowledged."""
+"""Faults of real processes and networks: a live run recovers by itself and loses no acknowledged round."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ALL = "federation.clients_per_round=1.0"
 
 
 def acknowledged(run: Path) -> int:
-    """The last round that a checkpoint holds."""
+    """Returns the last round with a checkpoint."""
     return max((int(path.name) for path in (run / CHECKPOINTS).glob("[0-9]*")), default=0)
 
 
 def outcomes(run: Path) -> list[dict[str, Any]]:
-    """The acknowledged rounds' lines."""
+    """Returns the lines of the acknowledged rounds."""
     return read_rounds(run)[: acknowledged(run)]
 
 
@@ -41,18 +41,18 @@ def survivors(run: Path) -> list[str]:
 
 
 def dropped(run: Path, name: str) -> list[str]:
-    """Why a device dropped out of rounds, in their order."""
+    """Returns the reasons why a device dropped out of rounds, in the order of the rounds."""
     found = (client for line in read_rounds(run) for client in line["clients"] if client["id"] == name)
     return [client["dropped"] for client in found if client["dropped"]]
 
 
 def await_state(fleet: Fleet, name: str, state: str, seconds: float) -> None:
-    """Waits until a device says that it is in this state."""
+    """Waits until a device reports this state."""
     eventually(lambda: fleet.device_status(name).get("state") == state, seconds, fleet.logs)
 
 
 def under_way(fleet: Fleet, run: Path, rounds: int = 1) -> None:
-    """Starts everything and waits for so many rounds."""
+    """Starts the server and the devices, and waits for this number of rounds."""
     fleet.start_server()
     fleet.start_devices()
     eventually(lambda: acknowledged(run) >= rounds, LONG, fleet.logs)
@@ -189,7 +189,7 @@ def test_a_network_that_is_cut_for_a_minute_costs_time_and_nothing_else(
 
 
 def test_a_blink_of_the_network_leaves_no_device_outside(make_fleet: MakeFleet, make_proxy: MakeProxy) -> None:
-    """Counted in all the time: whoever asked to be let in again would be refused for as long as its heart beats."""
+    """The device stays online all the time: the server would refuse a new activation while heartbeats arrive."""
     proxy = make_proxy()
     fleet = make_fleet(3, config={"address": f"localhost:{proxy.port}"})
     proxy.target = fleet.port
@@ -222,7 +222,7 @@ def test_a_link_of_50_kilobits_a_second_is_slow_and_works(make_fleet: MakeFleet,
 
 
 def clock_that_is_off(seconds: float) -> str:
-    """Code that sets a process's clock wrong; libfaketime is of no use, it breaks Python's `time.sleep`."""
+    """Returns code that sets a process's clock wrong; libfaketime cannot do it, as it breaks Python's `time.sleep`."""
     return f"""
 import datetime, time
 real_time, real_datetime, seconds = time.time, datetime.datetime, {seconds}
@@ -251,7 +251,7 @@ def test_devices_whose_clocks_are_wrong_go_by_the_servers(make_fleet: MakeFleet)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own, with 64 MB."""
+    """Makes a separate disk of 64 MB."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
     done = subprocess.run(

@@ -46,7 +46,7 @@ def grid(endpoint: Endpoint) -> Iterator[RunGrid]:
 
 
 def take(device: FleetLink) -> tuple[Task, Request]:
-    """The message that waits for a device."""
+    """Returns the message that waits for a device."""
     task = device.pull()
     assert task is not None
     return task, device.fetch(task)
@@ -212,7 +212,7 @@ def test_a_device_cannot_answer_for_another(grid: RunGrid, device: FleetLink, en
 def test_a_device_that_never_answers_is_given_up(endpoint: Endpoint, device: FleetLink) -> None:
     with endpoint.link.open_run(0.2) as grid:
         message_id = ask(grid, device)
-        assert device.pull() is not None  # taken, and lost on the way
+        assert device.pull() is not None  # the device's answer is lost in transit
         assert grid.pull_messages([message_id]) == []
         time.sleep(0.3)
         (reply,) = grid.pull_messages([message_id])
@@ -227,7 +227,7 @@ def test_stragglers_get_a_multiple_of_what_half_of_the_devices_took(monkeypatch:
     now[0] = 100.0
     batch.answer()
     assert not batch.over()
-    batch.answer()  # half, after 100 s
+    batch.answer()  # the first half, after 100 s
     now[0] = 499.0
     assert not batch.over()
     now[0] = 501.0
@@ -257,10 +257,10 @@ def check_kill_and_restart(endpoint: Endpoint, listener: Listener) -> None:
     link = listener.link(key, endpoint.reports.append)
     link.wait_until_ready()
     with pytest.raises(UnreachableError, match="503"):
-        device.pull()  # nobody is let in before everybody is known
+        device.pull()  # no device is admitted before all are known
     listener.open()
     with pytest.raises(UnknownDeviceError):
-        device.pull()  # the new process knows nobody
+        device.pull()  # the new process knows no device
     link.register("newcomer", device.public_key)
     device.activate()
     with link.open_run(60.0) as grid:

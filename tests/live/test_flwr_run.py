@@ -23,7 +23,7 @@ SECONDS = 300
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Flower home of the test's own; the SuperLink that `flwr run` leaves behind in it is ended."""
+    """Makes the test's own Flower home; ends the SuperLink that `flwr run` leaves behind."""
     home = str(tmp_path / "flower")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     flower = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}

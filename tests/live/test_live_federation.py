@@ -1,4 +1,4 @@
-"""A whole live federation, in real processes: what a user does, from init to an adapter in the run directory."""
+"""A whole live federation in real processes: all of a user's steps, from init to an adapter in the run directory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     fleet = make_fleet(3)
     fleet.join()
     everybody = "federation.clients_per_round=1.0"
-    run = fleet.submit(everybody)  # before the server runs: it waits in the queue
+    run = fleet.submit(everybody)  # submitted before the server runs, so it waits in the queue
     server = fleet.start_server()
     fleet.start_devices()
     rounds = fleet.finished(run)
     assert [line["survivors"] for line in rounds] == [fleet.names, fleet.names]
-    assert [line["secure"]["summed"] for line in rounds] == [3, 3]  # the server saw sums of three, and nothing else
+    assert [line["secure"]["summed"] for line in rounds] == [3, 3]  # the server saw only sums over three
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    # Simulated, the job comes to the same adapter, bit for bit; how well either does is of no importance here.
+    # A simulation of the job gives the same adapter, bit for bit; its quality is not tested here.
     data = (f"data.train={fleet.folder / 'data' / 'clients' / '*.jsonl'}", "data.evaluation=")
     simulated = simulate(load_job(JOB, [*SMALL, everybody, *data]), tmp_path / "simulated")
     assert read_summary(run)["adapter_digest"] == simulated["adapter_digest"]
@@ -35,11 +35,11 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     assert status["state"] == "running"
     assert {device["state"] for device in status["devices"].values()} == {"online"}
     assert {device["rounds"] for device in status["devices"].values()} == {2}
-    # Each planned before it trained, and has measured what it predicted.
+    # Each device planned before it trained, and has measured its prediction.
     assert {device["plan"]["rank"] for device in status["devices"].values()} == {16}
     took = fleet.device_status(fleet.names[0])["plan"]["took"]
     assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
-    # The devices have learnt of each other: their bundles knew fewer.
+    # The devices have got the newest roster; those of their bundles had fewer devices.
     from fedtune.client.live.device_home import ClientHome
 
     assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {3}

@@ -1,4 +1,4 @@
-"""What a live run comes to: the adapter that its simulation gives, an export, and sums over everybody."""
+"""The results of a live run: the same adapter as in a simulation, an export, and sums over all devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = 500.0
 
 
 def test_a_live_run_gives_its_simulations_adapter_whatever_aggregates(make_fleet: MakeFleet, tmp_path: Path) -> None:
-    """Bit for bit; what a round sums is integers under masks, so it does not matter who answers first."""
+    """The adapters are equal bit for bit: a round sums integers, so the order of the answers does not matter."""
     fleet = make_fleet(3)
     fleet.join()
     fleet.start_server()
@@ -49,7 +49,7 @@ def test_a_live_job_ends_with_its_export_even_if_the_server_is_killed_in_the_mid
     eventually(lambda: (fleet.status()["job"] or {}).get("state") == "exporting", LONG, fleet.logs)
     eventually(lambda: list((run / "onnx").glob(".export-*")), LONG, fleet.logs)
     server.kill()
-    for device in fleet.devices.values():  # they are not needed any more
+    for device in fleet.devices.values():  # the devices are no longer needed
         assert device.stop() == 0
     eventually(lambda: not fleet.leftovers(), 20, lambda: f"still running: {fleet.leftovers()}")
     rounds = (run / "rounds.jsonl").read_bytes()
@@ -63,7 +63,7 @@ def test_a_live_job_ends_with_its_export_even_if_the_server_is_killed_in_the_mid
 
 
 def test_secure_rounds_of_eight_devices_sum_all_eight(make_fleet: MakeFleet) -> None:
-    """How long they take is benchmarks/live's to say."""
+    """benchmarks/live measures how long they take."""
     fleet = make_fleet(8)
     fleet.join()
     run = fleet.submit("federation.rounds=4", "federation.clients_per_round=1.0", "data.holdout=0")

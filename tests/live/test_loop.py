@@ -1,4 +1,4 @@
-"""The loop closes: what a device's data taught comes back to the device as a model that answers there."""
+"""The full loop: a device's data trains the model, which comes back to the device and answers there."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_a_device_answers_with_the_model_that_its_fleet_trained(make_fleet: Make
     fleet.start_devices()
     held_out = f'data.evaluation="{fleet.folder / "data" / "eval.jsonl"}"'
     run = fleet.submit('export.formats=["fp32"]', "federation.rounds=1", held_out, name="first")
-    fleet.finished(run)  # with the export that the job asks for
+    fleet.finished(run)  # with the job's export
 
     name = fleet.names[0]
     home = ["--home", str(fleet.client_home(name))]
-    pulled = json.loads(fedtune("client", "pull", "--json", *home))  # beside the device's process, which goes on, too
+    pulled = json.loads(fedtune("client", "pull", "--json", *home))  # while the device's process runs
     assert pulled["version"].startswith("first-fp32-")
     manifest = json.loads((Path(pulled["path"]) / "fedtune.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
@@ -44,7 +44,7 @@ def test_a_device_answers_with_the_model_that_its_fleet_trained(make_fleet: Make
         shown = summary["answers"][0]
         body = {"model": "first", "prompt": shown["prompt"], "temperature": 0, "max_tokens": 40}
         answer = httpx.post(f"{url}/completions", json=body, timeout=30).json()
-        # Word for word what the server's torch model answered after training.
+        # The same words as the server's torch model answered after training.
         assert answer["choices"][0]["text"].split() == shown["after"].split()
     finally:
         serving.stop()

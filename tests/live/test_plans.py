@@ -1,4 +1,4 @@
-"""A device and a server of a live fleet speak of plans, one side at a time: both in this process, nothing served."""
+"""The exchange of plans between device and server of a live fleet, one side at a time, in this process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def terms() -> Terms:
 
 @dataclass
 class Device:
-    """A device's side without a server: what it answers, its memory, and what its sensors read."""
+    """A device's side without a server: its answers, its memory, and its sensors' readings."""
 
     work: RegisteredDevice
     planned: PlannedWork
@@ -70,10 +70,10 @@ class Device:
         return outcome
 
     def register(self, fleet: Fleet, *, secure: bool = True) -> RegistrationReply:
-        """Its reply.
+        """Returns the device's reply to a registration.
 
         Raises:
-            PeerError: it refuses; with its reason.
+            PeerError: the device refuses; the message has the reason.
         """
         roster = Devices.load(fleet.home).roster.to_bytes()
         outcome = self.ask(ACTION, encode(Registration(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)))
@@ -90,7 +90,7 @@ def fleet(make_fleet: MakeFleet) -> Fleet:
 
 
 class Warm(TorchBackend):
-    """The test's process is warm."""
+    """A backend in a process that needs no warm-up."""
 
     def warm_up(self) -> None:
         pass
@@ -116,7 +116,7 @@ def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_
         (16, "dequantized", 64, ""),
     ]
     status = fleet.device_status(short)
-    assert status["plan"]["plan"]["longest_example"] < 64  # which the device knows, and the server does not
+    assert status["plan"]["plan"]["longest_example"] < 64  # known to the device, but not to the server
     assert status["plan"]["took"]["rounds"] == 0
 
 
@@ -129,7 +129,7 @@ def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(fleet: Fle
         request: Any = SimpleNamespace(work=SimpleNamespace(deadline=deadline))
         return device.planned.share("", request)
 
-    assert share(0.0) == share(2 * predicted) == 1.0  # nobody waits, or it is fast enough
+    assert share(0.0) == share(2 * predicted) == 1.0  # no deadline, or the device is fast enough
     assert share(predicted / 2) == pytest.approx(0.45)
     assert share(predicted / 1000) == LEAST_WORK
 
@@ -148,7 +148,7 @@ def test_a_device_scores_for_a_server_only_where_its_owner_says_so(make_fleet: M
 
 def test_a_device_that_nothing_fits_answers_with_the_numbers(fleet: Fleet) -> None:
     with pytest.raises(PeerError, match=r"does not fit this device: the smallest plan .* needs \d+ MB .* 0 MB may be"):
-        device_of(fleet, fleet.names[0], reserve=1.0).register(fleet)  # of everything
+        device_of(fleet, fleet.names[0], reserve=1.0).register(fleet)  # reserve all memory
     assert "may be used" in fleet.device_status(fleet.names[0])["problem"]
 
 
@@ -159,7 +159,7 @@ def test_a_device_that_sits_out_says_which_condition_and_its_owner_sees_the_read
     reply = device.register(fleet)
     assert reply.sits_out == "battery low"
     assert fleet.device_status(name)["sits_out"] == "battery at 41% and not charging; 80% are needed"
-    for kind in (query(OPEN), TRAIN):  # a round that begins; what is under way is brought to its end
+    for kind in (query(OPEN), TRAIN):  # a round that begins; rounds in progress are finished
         refusal = device.refusal(kind, b"")
         assert (refusal == Refusal("sits out: battery low", sits_out=True)) == (kind == query(OPEN))
         assert refusal.sits_out == (kind == query(OPEN))
@@ -241,7 +241,7 @@ def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
 
 
 class Replies:
-    """A grid on which every device answers a registration as the test says."""
+    """A grid on which every device answers a registration with the test's reply."""
 
     def __init__(self, answers: dict[int, bytes]) -> None:
         self.answers = answers
@@ -265,7 +265,7 @@ class Replies:
 
 
 class Cloud:
-    """The server's side without a network; a test moves its clock, and says who is online."""
+    """The server's side without a network; a test moves its clock and sets the online devices."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.now = 1000.0
@@ -307,17 +307,17 @@ def test_who_sits_out_is_not_asked_to_train_and_is_asked_again_later(fleet: Flee
     grid = Replies({11: encode(rests)})
     assert cloud.registrar.present(grid) == {}
     assert cloud.registrar.present(grid) == {}
-    assert grid.asked == [11]  # once a minute, not at every look
+    assert grid.asked == [11]  # once a minute, not at every call
     assert cloud.board.devices[name].state == "sits out"
     assert cloud.board.devices[name].dropped == "sits out: too hot"
     cloud.now += REFUSED_SECONDS
     grid.answers[11] = encode(msgspec.structs.replace(rests, sits_out=""))
     assert cloud.registrar.present(grid) == {name: 11}
-    grid.late = {11}  # it still works on a round that has gone on without it
+    grid.late = {11}  # it still works on a round that continued without it
     assert cloud.registrar.present(grid) == {}
     grid.late = set()
     assert cloud.board.devices[name].state == "online"
-    # It sits a round out: before the next one it registers again.
+    # It sits out a round, and registers again before the next one.
     grid.answers[11] = encode(rests)
     grid.resting = {11}
     assert cloud.registrar.present(grid) == {}
@@ -375,4 +375,4 @@ def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     print_status(Console(width=100), status)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ann", "8", "packed", "64", "120", "MB", "1.5", "s"] in lines
-    assert sum(line[:1] == ["bob"] for line in lines) == 1  # with no plan yet
+    assert sum(line[:1] == ["bob"] for line in lines) == 1  # without a plan yet

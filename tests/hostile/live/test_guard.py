@@ -1,4 +1,4 @@
-"""Unauthenticated connections: everything that reaches the public port and is not a known device doing its work."""
+"""The guard of the public port: unauthenticated connections, and requests that no honest device sends, are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ OUTSIDE = [
 def test_nothing_but_device_calls_exists_for_the_outside(endpoint: Endpoint, path: str) -> None:
     assert endpoint.post(path).status_code == 404
     assert endpoint.post(path).content == b""
-    # Nor does the control key open anything there: it counts on the private socket only.
+    # The control key has no effect there, since only the private socket accepts it.
     assert endpoint.post(path, {CONTROL_HEADER: endpoint.key}).status_code == 404
 
 
@@ -138,7 +138,7 @@ def test_a_body_is_measured_before_it_is_read(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("path", [TAKE, BRING, "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
 def test_no_byte_of_an_unauthenticated_clients_body_is_read(endpoint: Endpoint, path: str) -> None:
-    """Nor of one that is not all there: who waits for its rest keeps what has come."""
+    """An incomplete body is refused too; a server that waited for the rest would keep the part that came."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: {MAX_BODY_BYTES}\r\n"
     )
@@ -161,7 +161,7 @@ def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(endpo
 def bundle(
     node_id: int, name: int | None = None, messages: int = 1, objects: dict[str, bytes] | None = None
 ) -> BringReply:
-    """A reply of this node as it says, in whatever name."""
+    """Makes a reply from this node, under any name."""
     head = MessageProto(metadata=MetadataProto(src_node_id=node_id if name is None else name, run_id=1))
     request = PushMessagesRequest(
         node=Node(node_id=node_id), messages_list=[head] * messages, message_object_trees=[ObjectTree()] * messages
@@ -222,7 +222,7 @@ def test_the_servers_own_bundles_want_the_token_of_a_run_too(endpoint: Endpoint)
 
 
 def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoint: Endpoint) -> None:
-    """Eve names what is to come as a part of her reply, and says that it consists of nothing."""
+    """Eve declares the coming message as a part of her reply, without content."""
     eve, ada = endpoint.newcomer(), endpoint.newcomer()
     with endpoint.link.open_run(60.0) as grid:
         eve.activate()
@@ -303,7 +303,7 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp
         "evil.py": code.encode(),
     }
     app = build_fab_from_files(files)[0]
-    # Eve has got hold of the control key, so this is the last line of defence.
+    # Eve has stolen the control key, so this is the last line of defence.
     control = endpoint.link._control
     fab = fab_to_proto(Fab("", app, {}))
     run_id = control.StartRun(StartRunRequest(fab=fab)).run_id
@@ -311,7 +311,7 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp
     run = control.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
     assert (run.status.status, run.status.sub_status) == ("finished", "failed")
     assert any("refused foreign run" in report for report in endpoint.reports)
-    # And while we begin a run of our own: hers does not come in between.
+    # While the server begins its own run, Eve's run does not get in between.
     control.StartRun(StartRunRequest(fab=fab))
     with endpoint.link.open_run(60.0) as grid:
         assert grid.run.fab_id == "fedtune/fedtune"
@@ -329,7 +329,7 @@ def signed(key: ec.EllipticCurvePrivateKey, moment: datetime.datetime | None = N
 
 def test_a_request_without_a_signature_is_refused(endpoint: Endpoint) -> None:
     for path in sorted(DEVICE_CALLS):
-        assert endpoint.post(path).status_code in (401, 400), path  # 400: it does not even say who it is from
+        assert endpoint.post(path).status_code in (401, 400), path  # 400: the request does not name its sender
 
 
 def test_a_key_that_was_never_enrolled_does_not_get_in(endpoint: Endpoint) -> None:
@@ -399,7 +399,7 @@ def test_a_server_under_another_name_is_not_trusted(endpoint: Endpoint) -> None:
 
 
 def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
-    """A TLS server with the fleet's own authority, whose certificate ran out yesterday."""
+    """The TLS server's certificate is of the fleet's own authority, but it expired yesterday."""
     authority = make_authority()
     expired = make_server_certificate(authority, ["localhost"], days=-1)
     (tmp_path / "pem").write_bytes(expired.certificate)

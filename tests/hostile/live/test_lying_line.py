@@ -1,4 +1,4 @@
-"""A lying server's answers to a device: none ends its process, fills its memory or sends it elsewhere."""
+"""A malicious server's answers to a device: none ends its process, fills its memory or redirects it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from fedtune.server.live.certificates import make_authority, make_server_certifi
 
 @dataclass
 class Liar:
-    """A server that answers every call with what a test says.
+    """A server that answers every call with the test's content.
 
     Args:
-        narrow: a second line to it, that takes a megabyte in one answer and three in one message.
+        narrow: a second link to it, which accepts a megabyte in one answer and three in one message.
     """
 
     link: FleetLink
@@ -101,7 +101,7 @@ def taken(messages: list[Message], trees: list[ObjectTree], objects: dict[str, b
         taken([Message()], [ObjectTree()]),
         taken([message(message_type="../\x1b[2J")], [ObjectTree(object_id="a" * 64)]),
     ],
-    ids=["no tree", "nothing", "a type that is none"],  # the bytes carry the time
+    ids=["no tree", "nothing", "a type that is none"],  # the bytes contain the time
 )
 def test_what_is_no_message_is_refused(liar: Liar, answer: bytes) -> None:
     liar.answers[TAKE] = answer

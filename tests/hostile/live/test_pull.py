@@ -1,4 +1,4 @@
-"""Pulling a model over real TLS: broken lines, lying servers, unauthenticated clients; no half version counts."""
+"""Pulling a model over TLS: broken links, malicious servers, unauthenticated clients; no partial version counts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def offered(endpoint: Endpoint) -> Iterator[Endpoint]:
-    """The endpoint, with one finished job that has int4 and fp32."""
+    """Gives the endpoint with one finished job that has int4 and fp32."""
     offer(endpoint, "first", "fp32", 2 * BIG)
     offer(endpoint, "first", "int4", BIG)
     finish(endpoint, "first", 1)
@@ -59,7 +59,7 @@ def offered(endpoint: Endpoint) -> Iterator[Endpoint]:
 
 
 def offer(endpoint: Endpoint, job: str, form: str, size: int, seed: int = 0, kind: str = "model") -> Path:
-    """An exported directory of a run: not a model, but pulled like one."""
+    """Writes an exported directory of a run, which is not a model but is pulled like one."""
     directory = endpoint.home.path / "runs" / job / "onnx" / form
     (directory / "deep").mkdir(parents=True)
     (directory / "model.onnx.data").write_bytes(bytes([seed]) * size)
@@ -106,7 +106,7 @@ def test_the_last_finished_job_is_pulled_in_its_smallest_format(
     assert (pulled.received, shown[-1]) == (pulled.total, (pulled.total, pulled.total))
     assert versions.current == pulled.path
     assert versions.previous is None
-    assert pull(line, versions).received == 0  # it is there already
+    assert pull(line, versions).received == 0  # the device has it already
     assert pull(line, versions, "first", "fp32").path.name.startswith("first-fp32-")
     # A job that is still running, or has no export, is not offered.
     offer(offered, "second", "int4", 10)
@@ -153,7 +153,7 @@ def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
 
 @dataclass(frozen=True)
 class Passing:
-    """A line that hands everything on to another."""
+    """A link that passes everything on to another."""
 
     line: ModelLine
 
@@ -179,10 +179,10 @@ def test_a_pull_that_was_broken_off_goes_on_where_it_was(line: ModelLine, versio
         pull(Dying(line), versions)
     assert versions.current is None
     (incoming,) = versions.folder.glob(".incoming-*")
-    assert not (incoming / MANIFEST).exists()  # nothing would take it for an export
+    assert not (incoming / MANIFEST).exists()  # without a manifest it is not an export
     half = (incoming / "model.onnx.data").stat().st_size
     assert BIG // 2 <= half < BIG
-    (incoming / ".fedtune.json.abcd").touch()  # of a crash while the manifest was written
+    (incoming / ".fedtune.json.abcd").touch()  # left by a crash while the manifest was written
     pulled = pull(line, versions)
     assert pulled.received == BIG - half
     assert names(versions) == [pulled.path.name]
@@ -280,7 +280,7 @@ def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, lin
 
 
 class Liar:
-    """A server that says and sends what it likes."""
+    """A server that claims and sends anything."""
 
     def __init__(self, manifest: Any, content: bytes = b"", job: str = "first") -> None:
         self.manifest = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
@@ -332,7 +332,7 @@ def test_lies_of_a_server_lead_to_no_version(versions: Versions, liar: Liar, wor
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_travels(versions: Versions) -> None:
     with pytest.raises(RunError, match="bytes are to come, and"):
         pull(Liar(manifest_of({"a": 1 << 50})), versions)
-    impossible = manifest_of({"a": 1, "a/b": 1})  # a file that is a folder, too
+    impossible = manifest_of({"a": 1, "a/b": 1})  # a file that is a folder too
     impossible["files"]["a"]["sha256"] = hashlib.sha256(b"x").hexdigest()
     with pytest.raises(RunError, match="File exists; the current model is as it was"):
         pull(Liar(impossible, b"x"), versions)
@@ -353,7 +353,7 @@ def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitt
     finish(offered, "small", 2)
     before = pull(line, versions, "small").path
     (disk / "others").write_bytes(b"x" * 20_000)
-    unforeseen = shutil.disk_usage(disk)._replace(free=1 << 40)  # somebody else fills the disk while it travels
+    unforeseen = shutil.disk_usage(disk)._replace(free=1 << 40)  # another process fills the disk during the transfer
     monkeypatch.setattr(shutil, "disk_usage", lambda path: unforeseen)
     with pytest.raises(RunError, match="the disk is full; the current model is as it was"):
         pull(line, versions, "first")

@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing of both sides' message handlers; an optional target, atheris is not among the dependencies.
+"""Coverage-guided fuzzing of both sides' message handlers; optional, since atheris is not among the dependencies.
 
     pip install atheris
     python tests/hostile/secagg/fuzz_atheris.py -max_total_time=300
 
-Each input chooses an exchange, a side, and the bytes that arrive there in place of the honest ones. Anything but a
-PeerError is a finding, and so is a round that then comes to a wrong sum.
+Each input chooses an exchange, a side, and the bytes that arrive there in place of the honest ones. Any error but a
+PeerError is a finding, and so is a round that then gives a wrong sum.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def one_input(data: bytes) -> None:
 
 
 def deliver(rounds: Any, stage: int, noise: bytes, request: bytes) -> None:
-    """Hands noise to the client in the place of an exchange's message."""
+    """Gives noise to the client in place of an exchange's message."""
     if stage == 0:
         rounds.open(VICTIM, noise, request)
     else:

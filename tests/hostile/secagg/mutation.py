@@ -1,7 +1,7 @@
 """Does every check of secure aggregation have a test that fails without it?
 
 Each mutant takes one check out of a copy of the package and runs the attacks, then the unit tests, then the fuzzers
-against the copy. A mutant that no test notices is a check nobody would miss: the program then exits with status 1.
+against the copy. If no test notices a mutant, its check is untested, and the program exits with status 1.
 
     python tests/hostile/secagg/mutation.py                  # all of them, as a Markdown table
     python tests/hostile/secagg/mutation.py --only quorum    # those with a word in their name
@@ -46,7 +46,7 @@ class Mutant:
 
 UNCHANGED = Mutant("none", "__init__.py", "__all__ = [", "__all__ = [")
 MUTANTS = (
-    # what a client asks of a configuration
+    # the client's checks of a configuration
     Mutant(
         "configuration contradicts itself",
         "client_checks.py",
@@ -94,7 +94,7 @@ MUTANTS = (
         "        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))\n",
         "",
     ),
-    # what a client asks of the key list
+    # the client's checks of the key list
     Mutant("own entry in the key list", "client_checks.py", "if own not in keys.entries:", "if False:"),
     Mutant("keys unique", "client_checks.py", "entry.mask_key)}) != 2 * len(listed):", "entry.mask_key)}) < 0:"),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = (
         "if False:",
     ),
     Mutant("enough advertisers", "client_checks.py", '    check_enough(config, advertisers, "advertisers")\n', ""),
-    # what a client asks of the encrypted shares
+    # the client's checks of the encrypted shares
     Mutant("enough sharers", "client_session.py", '        check_enough(config, sharers, "sharers")\n', ""),
     Mutant(
         "number of encrypted shares",
@@ -142,7 +142,7 @@ MUTANTS = (
         "if given.size and int(given.max()) > segment.limit:",
         "if False:",
     ),
-    # what a client asks of the survivor set and the votes
+    # the client's checks of the survivor set and the votes
     Mutant(
         "enough survivors", "client_session.py", '        check_enough(transcript.config, survivors, "survivors")\n', ""
     ),
@@ -166,7 +166,7 @@ MUTANTS = (
     Mutant("vote covers U2", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(survivors)"),
     Mutant("vote covers U3", "transcript.py", "_joined(sharers), _joined(survivors)", "_joined(sharers)"),
     Mutant("domain tags", "primitives.py", "(label.encode(), *parts)", "(b'', *parts)"),
-    # what a client never does
+    # the client's own states
     Mutant(
         "order of exchanges",
         "client_session.py",
@@ -203,11 +203,11 @@ MUTANTS = (
         'if agreed and getattr(message, "config", None) != agreed[1]:',
         "if False:",
     ),
-    # what everybody asks of bytes
+    # checks of bytes on both sides
     Mutant("size before reading", "exchanged.py", "if len(data) > limit:", "if False:"),
     Mutant("one byte form", "exchanged.py", "if encode(message) != data:", "if False:"),
     Mutant("field elements", "shamir.py", "if len(data) != ELEMENT_BYTES or element >= PRIME:", "if False:"),
-    # what the server asks of its clients
+    # the server's checks of its clients
     Mutant(
         "server: asked at all",
         "server_session.py",
@@ -272,7 +272,7 @@ MUTANTS = (
     Mutant("server: enough clients", "server_session.py", "        if missing:\n", "        if False:\n"),
     Mutant("server: enough votes", "server_session.py", "if len(self._votes) < self.config.quorum:", "if False:"),
     Mutant("server: enough share holders", "server_session.py", "if left < self.config.threshold:", "if False:"),
-    # what ties a secure round to the training it is about
+    # checks that bind a secure round to its training
     Mutant(
         "round: only what can be masked", "secure_rounds.py", 'if request.uplink.form != "ring":', "if False:", CLIENT
     ),
@@ -310,7 +310,7 @@ MUTANTS = (
         "        except (RoundAbortedError, JobError):\n            pass",
         STRATEGIES,
     ),
-    # what is kept on a device
+    # checks of files on a device
     Mutant("one key for each client", "identity.py", "if key in seen:", "if False:"),
     Mutant("identity private to its owner", "identity.py", "if path.stat().st_mode & 0o077:", "if False:"),
     Mutant("spoilt round log", "identity.py", "not all(map(_is_mark, content.values())):", "False:"),
@@ -340,7 +340,7 @@ def main() -> int:
 
 
 def inapplicable() -> list[str]:
-    """The mutants whose check is no longer in the sources as it is written here."""
+    """Returns the mutants whose text no longer occurs in the sources."""
     lost = []
     for mutant in MUTANTS:
         count = (ROOT / mutant.package / mutant.file).read_text(encoding="utf-8").count(mutant.old)
@@ -350,7 +350,7 @@ def inapplicable() -> list[str]:
 
 
 def first_failure(mutant: Mutant) -> str | None:
-    """The first test that fails on the mutant, or None."""
+    """Returns the first test that fails on the mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
         roots = [Path(folder) / name for name in ("core", "strategies", "client")]
         for root in roots:

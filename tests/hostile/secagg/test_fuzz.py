@@ -1,4 +1,4 @@
-"""Random damage to every message of both sides: nothing but the named refusals is raised, and the sum stays exact."""
+"""Random damage to every message of both sides raises only the named refusals, and the sum stays exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEGMENTS = (Segment("v", 5, 8, 15, (0,)), Segment("weight", 1, 32, 1 << 20, (0,)
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_damaged_and_misplaced_requests_never_disturb_a_client(data: st.DataObject) -> None:
-    """Before each good request every client gets bad ones: damaged, empty, of earlier exchanges, or for others."""
+    """Before each good request every client gets bad ones: damaged, empty, from earlier exchanges, or for others."""
     rehearsal = Rehearsal.prepare([0] * 4, SEGMENTS)
     updates = random_updates(rehearsal.server.config)
     history: list[bytes] = []
@@ -29,7 +29,7 @@ def test_damaged_and_misplaced_requests_never_disturb_a_client(data: st.DataObje
             for _ in range(data.draw(st.integers(0, 2))):
                 bad = data.draw(damaged(request) | st.sampled_from([*history, b""]))
                 if bad == request or rehearsal.server.stage is Stage.ADVERTISE:
-                    continue  # another configuration may well be a good one
+                    continue  # a different configuration may be valid
                 before = session.state
                 with contextlib.suppress(ServerFaultError):
                     rehearsal.answer(client, bad, updates)
@@ -59,7 +59,7 @@ def test_damaged_configurations_are_taken_whole_or_refused(data: st.DataObject) 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_damaged_answers_never_crash_the_server_and_never_spoil_the_sum_of_others(data: st.DataObject) -> None:
-    """client-0 sends one damaged answer: it may be left out for it, or the round may end without a sum."""
+    """client-0 sends one damaged answer: it may be excluded for that, or the round may end without a sum."""
     rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
     updates = random_updates(rehearsal.server.config)
     first = data.draw(st.sampled_from([Stage.ADVERTISE, Stage.SHARE, Stage.VOTE, Stage.UNMASK]))
@@ -67,7 +67,7 @@ def test_damaged_answers_never_crash_the_server_and_never_spoil_the_sum_of_other
     silent: set[str] = set()
     with contextlib.suppress(
         RoundAbortedError, ServerFaultError
-    ):  # the latter where an encrypted share of it does not open
+    ):  # the latter if its encrypted share cannot be decrypted
         while requests:
             if "client-0" in requests and "client-0" not in silent and rehearsal.server.stage is not Stage.MASK:
                 answer = rehearsal.answer("client-0", requests["client-0"], updates)
@@ -98,7 +98,7 @@ def test_damaged_masked_inputs_are_taken_whole_or_leave_no_trace(data: st.DataOb
 
 @st.composite
 def damaged(draw: st.DrawFn, message: bytes) -> bytes:
-    """A message with some bytes replaced, cut out, doubled or inserted."""
+    """Draws a message with some bytes replaced, removed, doubled or inserted."""
     spoilt = bytearray(message)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(0, len(spoilt) - 1)))

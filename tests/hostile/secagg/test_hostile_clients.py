@@ -40,16 +40,16 @@ class Fixture:
         self.requests = self.rehearsal.until(stage, self.updates, {Stage.MASK: {f"client-{index}" for index in gone}})
 
     def honest(self, kind: type[Any], client: str = "client-0") -> Any:
-        """What the client would have answered."""
+        """Returns the client's honest answer."""
         return decode(self.rehearsal.answer(client, self.requests[client], self.updates), kind, ANY_SIZE)
 
     def waiting(self) -> frozenset[str]:
-        """The clients that the server has asked and that have not answered yet."""
+        """Returns the clients that the server has asked and that have not answered yet."""
         left = self.server._asked - self.server._answered
         return frozenset(self.server.config.cohort[index].client for index in left)
 
     def refuses(self, reply: bytes | Message, reason: str) -> None:
-        """The server refuses an answer of client-0, names it, still waits for it, and goes on without it."""
+        """Checks that the server refuses an answer of client-0, names it, still waits for it, and works without it."""
         waiting = self.waiting()
         with pytest.raises(ClientFaultError, match=reason) as refusal:
             self.server.receive("client-0", reply if isinstance(reply, bytes) else encode(reply))

@@ -1,4 +1,4 @@
-"""A server that lies about a round of training, and networks that lose it: clients refuse, and sums stay right."""
+"""A server that lies about a round of training, and networks that lose messages: clients refuse, sums stay right."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VICTIM = NAMES[0]
 
 
 def in_the_open(fixture: Fixture, request: TrainRequest, names: list[str]) -> Vector:
-    """What the round must come to: the same contributions, added where all can see them."""
+    """Returns the expected result of the round: the same contributions, summed in the clear."""
     terms = fixture.device.terms(request)
     frame = Frame(LAYOUT, request.work.factors, fixture.state.adapter, terms=terms)
     summed = RingMean(fixture.federation.method).begin(frame)
@@ -66,7 +66,7 @@ def test_whoever_vanishes_whenever_the_sum_is_that_of_the_survivors_or_there_is_
 
 
 class TrainingRequest:
-    """What a server asks for in its first round."""
+    """A server's request in its first round."""
 
     @staticmethod
     def of(fixture: Fixture) -> bytes:
@@ -175,7 +175,7 @@ def test_a_round_that_was_cut_off_early_is_tried_again_by_a_server_that_restarts
     fixture = Fixture(NAMES)
     exchange = next(fixture.open().exchanges())
     for name in NAMES:
-        fixture.answer(name, exchange)  # and the server is gone
+        fixture.answer(name, exchange)  # and the server crashes
     assert fixture.run().aborted is None
 
 
@@ -200,7 +200,7 @@ def test_bytes_from_nowhere_are_refused_and_change_nothing(stage: int, noise: by
     for reached, exchange in enumerate(round_.exchanges()):
         if reached == stage:
             parts = list(exchange.requests[VICTIM])
-            if mutate and stage:  # another nonce is another round, and as good
+            if mutate and stage:  # another nonce makes another valid round
                 spoiled = bytearray(parts[0])
                 spoiled[place % len(spoiled)] ^= 1 + (place % 255)
                 parts[0] = bytes(spoiled)

@@ -1,4 +1,4 @@
-"""Attacks by the server on its clients: each is refused, with a reason, and the client goes on as if nothing had come.
+"""Attacks by the server on its clients: each is refused with a reason, and leaves the client's state unchanged.
 
 Five honest clients, client-0 ... client-4, with n_min = 4 and t = q = 3, unless a test says otherwise.
 """
@@ -65,11 +65,11 @@ class Fixture:
         self.victim = self.rehearsal.clients["client-0"]
 
     def read(self, kind: type[Any], client: str = "client-0") -> Any:
-        """The honest request to one client."""
+        """Returns the honest request to one client."""
         return decode(self.requests[client], kind, ANY_SIZE)
 
     def refuses(self, message: Message, reason: str) -> None:
-        """The victim refuses a message, its state is untouched, and the round still gives the exact sum."""
+        """Checks that the victim refuses a message, keeps its state, and that the round still gives the exact sum."""
         before, secrets = self.victim.state, list(self.victim.state.secrets())
         with pytest.raises(ServerFaultError, match=reason):
             self.rehearsal.answer("client-0", encode(message), self.updates)
@@ -125,7 +125,7 @@ def test_a_configuration_below_the_clients_own_minimum_is_refused() -> None:
 
 
 def test_a_tier_in_which_all_but_one_may_collude_is_refused() -> None:
-    """Two of twenty may collude: in a tier of three with both of them, the third's words are the sum less theirs."""
+    """Two of twenty may collude: in a tier of three with both of them, the third's words are the sum minus theirs."""
     segments = (Segment("v", 4, 16, 1000, (0,)), Segment("w", 4, 16, 1000, (1,)))
     config = changed(Rehearsal.prepare([0] * 17 + [1] * 3, segments).server.config, tier_minimums=(3, 3))
     identities, roster = enrol(member.client for member in config.cohort)
@@ -388,7 +388,7 @@ def test_a_survivor_that_never_shared_is_refused() -> None:
 
 
 def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
-    """Six clients, two in tier 1, which wants both: without one of them the other would stand alone."""
+    """Of six clients, two are in tier 1, which requires both: without one of them the other would be alone."""
     segments = (Segment("v", 4, 16, 1000, (0,)), Segment("w", 4, 16, 1000, (1,)))
     config = changed(Rehearsal.prepare([0, 0, 0, 0, 1, 1], segments).server.config, tier_minimums=(1, 2))
     identities, roster = enrol(member.client for member in config.cohort)
@@ -463,7 +463,7 @@ def test_an_advertisement_does_not_pass_for_a_vote() -> None:
 
 
 def test_two_views_of_the_survivors_never_both_find_a_quorum() -> None:
-    """Half of the clients are told that client-3 dropped out, the others that client-4 did."""
+    """The server tells half of the clients that client-3 dropped out, and the others that client-4 did."""
     fixture = Fixture(Stage.VOTE, clients=6)
     digest, clients = config_digest(fixture.config), fixture.rehearsal.clients
     views = {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4), 2: (0, 1, 2, 3, 4), 3: (0, 1, 2, 3, 5), 5: (0, 1, 2, 3, 5)}
@@ -481,7 +481,7 @@ def test_two_views_of_the_survivors_never_both_find_a_quorum() -> None:
 
 
 def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
-    """All are told the same survivors, but the victim was told that one client fewer had shared."""
+    """All get the same survivors, but the victim got a list of sharers with one client fewer."""
     rehearsal = Rehearsal.prepare([0] * 6, SEGMENTS)
     config, updates = rehearsal.server.config, random_updates(rehearsal.server.config)
     requests = rehearsal.until(Stage.MASK, updates)
@@ -499,7 +499,7 @@ def test_two_views_of_who_shared_never_find_a_quorum_together() -> None:
         rehearsal.clients["client-0"].unmask(encode(quorum))
 
 
-# Both shares, replays, different worlds
+# Both shares, replays, inconsistent views
 
 
 def test_a_client_reveals_once_and_then_nothing_more() -> None:
@@ -538,7 +538,7 @@ def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_t
 
 
 def test_the_masked_input_of_a_recovered_dropout_stays_hidden_behind_its_self_mask() -> None:
-    """The server keeps a late masked input back, has its owner's σ recovered, and takes off every pairwise mask."""
+    """The server withholds a late masked input, recovers its owner's σ, and removes every pairwise mask."""
     fixture = Fixture(Stage.SHARE)
     sigma = fixture.rehearsal.clients["client-4"].state.mask_seed.value  # type: ignore[attr-defined]
     entries = decode(fixture.requests["client-0"], KeyList, ANY_SIZE).entries
@@ -583,7 +583,7 @@ def test_clients_that_were_shown_different_adapters_do_not_recognise_each_others
 
 
 def test_clients_that_were_shown_different_keys_cannot_open_each_others_encrypted_shares() -> None:
-    """Two key lists, both well signed, differ in whether client-5 advertised."""
+    """Two key lists, both with valid signatures, differ in whether client-5 advertised."""
     fixture = Fixture(Stage.SHARE, clients=6)
     keys = fixture.read(KeyList)
     without = encode(changed(keys, entries=keys.entries[:5]))
@@ -624,13 +624,13 @@ def test_a_refusal_never_shows_a_secret() -> None:
 def fresh_session(
     fixture: Fixture, identity: Identity | None = None, policy: Policy = LENIENT, log: FileRoundLog | None = None
 ) -> ClientSession:
-    """Another session of client-0, as after a restart."""
+    """Makes another session of client-0, as after a restart."""
     old = fixture.victim
     return ClientSession("client-0", identity or old.identity, Roster(old.roster.keys), policy, log or old.log)
 
 
 def advertise(session: ClientSession, config: RoundConfig) -> bytes:
-    """Exchange 0 with a client that holds whatever the configuration says."""
+    """Runs exchange 0 with a client for any configuration."""
     return session.advertise(encode(config), base_digest=config.base_digest, adapter_digest=config.adapter_digest)
 
 
@@ -642,14 +642,14 @@ def signed_entry(
     share_key: bytes | None = None,
     mask_key: bytes | None = None,
 ) -> KeyEntry:
-    """Keys of the server's choice with a signature over them."""
+    """Makes an entry with keys of the server's choice and a signature over them."""
     share_key, mask_key = share_key or Agreement(b"\x02" * 32).public, mask_key or Agreement(b"\x03" * 32).public
     statement = advertisement_statement(config_digest(config or fixture.config), index, share_key, mask_key)
     return KeyEntry(index, share_key, mask_key, signer.sign(statement))
 
 
 def advertised_entry(fixture: Fixture, index: int) -> KeyEntry:
-    """The entry of a client in the key list that everybody agreed on."""
+    """Returns the entry of a client in the agreed key list."""
     state: Any = fixture.victim.state
     entry: KeyEntry = state.transcript.keys[index]
     return entry

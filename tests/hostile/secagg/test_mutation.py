@@ -1,4 +1,4 @@
-"""The list of mutants keeps up with the sources."""
+"""The list of mutants agrees with the sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A listening server without the rest, for tests of its sockets: it loads no model, so it starts in seconds."""
+"""A listening server without jobs, for tests of its sockets; it loads no model, so it starts in seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOWER = {"flwr-package-name": "flwr", "flwr-package-version": "1.41.0", "flwr-c
 
 @dataclass
 class Endpoint:
-    """A listening server as it is in production, and the keys of two devices."""
+    """A listening server as in production, and the keys of two devices."""
 
     home: ServerHome
     listener: Listener
@@ -38,7 +38,7 @@ class Endpoint:
     node_keys: dict[bytes, str] = field(default_factory=dict)
 
     def newcomer(self, clock: ServerClock | None = None, limits: LinkLimits = LINK_LIMITS) -> FleetLink:
-        """A device that nobody has seen before."""
+        """Enrols a new device and returns its link."""
         name = f"newcomer-{len(self.lines)}"
         node_key = enroll(self.home, name, self.home.path / f"{name}.bundle").node_key
         link = FleetLink(self.public, self.home.authority, node_key, clock, limits)
@@ -48,7 +48,7 @@ class Endpoint:
         return link
 
     def key_of(self, newcomer: FleetLink) -> EllipticCurvePrivateKey:
-        """The private key of its requests."""
+        """Returns the private key for the device's requests."""
         return load_node_key(self.node_keys[newcomer.public_key])
 
     @property
@@ -74,7 +74,7 @@ class Endpoint:
             return client.post(url, content=body, headers={**PROTOBUF, **FLOWER, **(headers or {})})
 
     def raw(self, request: bytes, port: int | None = None) -> bytes:
-        """The server's answer to exactly these bytes."""
+        """Returns the server's answer to exactly these bytes."""
         context = ssl.create_default_context(cadata=self.home.authority.decode())
         with (
             socket.create_connection(("127.0.0.1", port or self.listener.port), timeout=5) as plain,

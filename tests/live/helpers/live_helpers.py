@@ -34,7 +34,7 @@ SMALL = (
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a free port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
@@ -44,7 +44,7 @@ def eventually(
     seconds: float = PATIENCE_SECONDS,
     complaint: Callable[[], str] = lambda: "it did not happen",
 ) -> Any:
-    """The first true value of the condition; where there is none in time, the complaint says more."""
+    """Returns the condition's first true value; fails with the complaint if there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -54,11 +54,11 @@ def eventually(
 
 
 class Process:
-    """A `fedtune` command that keeps running, with what it prints.
+    """A running `fedtune` command and its output.
 
     Args:
-        before: Python code that the process runs first, to be what fedtune is not, such as an older version.
-        environment: variables of this process alone.
+        before: Python code that the process runs first, for example to pretend to be an older version.
+        environment: environment variables for this process only.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Process:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kills the process with SIGKILL."""
         self._process.kill()
         self._process.wait(10)
         self._output.close()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """It does nothing at all in here, and goes on after as if no time had passed."""
+        """Stops the process with SIGSTOP during the block and continues it afterwards."""
         self._process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -100,13 +100,13 @@ class Process:
             self._process.send_signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
-        """Asks it to end; its exit status."""
+        """Asks the process to end and returns its exit status."""
         if self.running:
             self._process.send_signal(number)
         return self.ended(seconds)
 
     def ended(self, seconds: float = 60.0) -> int:
-        """Waits until it ends by itself; its exit status."""
+        """Waits until the process ends by itself and returns its exit status."""
         try:
             return self._process.wait(seconds)
         finally:
@@ -119,9 +119,9 @@ class Fleet:
     """A server's folder, devices' folders, and their processes.
 
     Args:
-        folder: where everything goes.
-        devices: how many are enrolled and joined.
-        examples: each device has.
+        folder: the folder for all files.
+        devices: the number of devices that are enrolled and joined.
+        examples: the number of examples of each device.
     """
 
     def __init__(self, folder: Path, devices: int, examples: int = 20, config: dict[str, Any] | None = None) -> None:
@@ -143,7 +143,7 @@ class Fleet:
         return self.folder / f"device-{name}"
 
     def join(self, *names: str, **settings: Any) -> None:
-        """Makes device folders, with the newest roster their bundles have."""
+        """Makes device folders, with the newest roster of their bundles."""
         from fedtune.client.live.device_home import ClientHome
         from fedtune.client.plan.eligibility import Consent
         from fedtune.core.protocol.enrolment import Bundle
@@ -168,7 +168,7 @@ class Fleet:
             self.start_device(name)
 
     def submit(self, *overrides: str, name: str = "job") -> Path:
-        """Submits a small job; its run directory."""
+        """Submits a small job and returns its run directory."""
         from fedtune.core.job.job_file import load_job
         from fedtune.demo import JOB
         from fedtune.server.live.job_queue import Jobs
@@ -190,7 +190,7 @@ class Fleet:
         return value
 
     def finished(self, run: Path, seconds: float = PATIENCE_SECONDS) -> list[dict[str, Any]]:
-        """Waits for a run's end; its rounds."""
+        """Waits for a run's end and returns its rounds."""
 
         def done() -> bool:
             assert run.name not in self.status()["failed"], self.status()["failed"]
@@ -203,10 +203,10 @@ class Fleet:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in self.folder.glob("*.log"))
 
     def leftovers(self) -> list[int]:
-        """Processes that work in the fleet's folder and are not in its books, or were meant to have ended."""
+        """Returns processes that work in the fleet's folder but are not the fleet's, or should have ended."""
         known = [*self.devices.values(), *([self.server] if self.server else [])]
         running = {process.pid for process in known if process.running}
-        if self.server and self.server.running:  # its listening process is its own
+        if self.server and self.server.running:  # its listening process belongs to it
             running |= {child.pid for child in psutil.Process(self.server.pid).children()}
         found = []
         for process in psutil.process_iter(["cmdline"]):
@@ -216,7 +216,7 @@ class Fleet:
         return found
 
     def passing_files(self) -> list[str]:
-        """The files that must not outlast the server: messages on their way, and the key to its private socket."""
+        """Returns the files that must not outlast the server: messages in transit, and the private socket's key."""
         return [path.name for path in self.home.path.glob("link.db*")] + [
             path.name for path in self.home.path.glob("*control.key*")
         ]
@@ -244,13 +244,13 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Ends every connection, and takes no new one."""
+        """Ends every connection, and accepts no new one."""
         self._cut.set()
         for end in self._pairs:
             _shut(end)
 
     def mend(self) -> None:
-        """Takes connections again."""
+        """Accepts connections again."""
         self._cut.clear()
 
     def close(self) -> None:
@@ -286,7 +286,7 @@ class Proxy:
                 if not data:
                     break
                 if self.bytes_per_second:
-                    with self._budget:  # one link for all connections, as behind a modem
+                    with self._budget:  # all connections share one link, as behind a modem
                         time.sleep(len(data) / self.bytes_per_second)
                 sink.sendall(data)
         except (OSError, ValueError):
