@@ -388,7 +388,7 @@ def test_a_survivor_that_never_shared_is_refused() -> None:
 
 
 def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
-    """Of six clients, two are in tier 1, which requires both: without one of them the other would be alone."""
+    """Two of six clients are in tier 1, which requires both: without one of them the other would be alone."""
     segments = (Segment("v", 4, 16, 1000, (0,)), Segment("w", 4, 16, 1000, (1,)))
     config = changed(Rehearsal.prepare([0, 0, 0, 0, 1, 1], segments).server.config, tier_minimums=(1, 2))
     identities, roster = enrol(member.client for member in config.cohort)
