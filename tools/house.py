@@ -76,7 +76,7 @@ def _for_types_only(node: ast.AST) -> bool:
 
 
 def within(name: str, prefix: str) -> bool:
-    """Whether the dotted `name` is `prefix` or lies below it."""
+    """Returns whether the dotted `name` is `prefix` or lies below it."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 

@@ -57,7 +57,6 @@ BANNED = {
     r"strik(?:e|es|ing)|struck": "removes, revokes",
     r"dawdl\w+": "slow, late",
     r"for ever": "without end, permanent",
-    r"as good as none": "counts as none",
     r"strangers?": "unauthenticated connections, unknown devices",
     r"knock(?:s|ed|ing)?": "connects",
     r"greet(?:s|ed|er|ers|ing|ings)?": "registration, registers",
@@ -73,8 +72,16 @@ BANNED = {
     r"shelf|shelves": "model registry",
     r"in secret": "under secure aggregation",
     r"doors?": "endpoint",
+    r"tak(?:es?|ing) over|took over": "adopts, copies, replaces",
+    r"comes? to nothing": "has no result",
+    r"as good as": "nearly",
+    r"straddl\w+": "spans",
+    r"vouch\w*": "proves, confirms",
+    r"learnt": "learned",
 }
-OPENERS = re.compile(r"(What|Those|Of|Who|Whoever|Whatever|Nobody|Everybody|As much|So many|Told|It worked)\b")
+OPENERS = re.compile(
+    r"(What|Those|Of|Who|Whoever|Whatever|Whether|Why|Nobody|Everybody|As much|So many|Told|It worked)\b"
+)
 
 # The checks of proselint that suit technical prose.
 PROSELINT = (

@@ -135,7 +135,7 @@ class Collector(Protocol):
 
     @property
     def single_exchange(self) -> bool:
-        """Whether a round consists of a single exchange."""
+        """True if a round consists of a single exchange."""
 
     def admits(self, client: str) -> bool:
         """Returns whether a client can be asked to train."""

@@ -283,7 +283,7 @@ def test_a_client_that_deals_encrypted_shares_nobody_can_open_is_found_by_its_re
     for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(EncryptedShares, client)))
     requests = fixture.server.advance()
-    with pytest.raises(ServerFaultError, match="was changed on its way or is not from it") as refusal:
+    with pytest.raises(ServerFaultError, match="was altered in transit or has another sender") as refusal:
         fixture.rehearsal.answer("client-1", requests["client-1"], fixture.updates)
     assert refusal.value.suspect == "client-0"
 

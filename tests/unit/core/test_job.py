@@ -69,7 +69,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("training.batch_tokens=64", "less than one sequence"),
         ("data.partition=iid", "households are clients already"),
         ("federation.minimum_clients=11", "more than federation.clients_per_round"),
-        ("simulation.workers=2 simulation.threads=0", "threads do not live through a fork"),
+        ("simulation.workers=2 simulation.threads=0", "threads do not survive a fork"),
         ("compression.form=sparse compression.rotation=false", 'only compression.form = "ring" rotates'),
         ("compression.form=sparse compression.bits=1", 'form = "sparse" takes 2 to 8'),
         ("data.partition=by-colour", "data.partition"),

@@ -190,7 +190,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether streams make progress."""
+        """True if streams make progress."""
         return self._thread.is_alive()
 
     @property

@@ -224,7 +224,7 @@ class JobMemory(ClientStore):
 
     @property
     def secure(self) -> bool:
-        """Whether the job masks updates."""
+        """True if the job masks updates."""
         return not (self._folder / "clear").exists()
 
     @property

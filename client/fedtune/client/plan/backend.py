@@ -99,7 +99,7 @@ class Backend(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it computes on a GPU; plans then count the GPU's memory."""
+        """True if it computes on a GPU; plans then count the GPU's memory."""
 
     def best_precision(self) -> Precision:
         """Returns the arithmetic that is fastest on this machine."""

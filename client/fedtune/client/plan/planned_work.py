@@ -113,7 +113,7 @@ class PlannedWork:
 
     @property
     def must_reload(self) -> bool:
-        """Whether the model in memory has the right base but another form than the plan's."""
+        """True if the model in memory has the right base but another form than the plan's."""
         held = self._held
         if held is None or self._terms is None or held.base != self._terms.base:
             return False

@@ -32,7 +32,7 @@ class TorchBackend:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether torch computes on a GPU."""
+        """True if torch computes on a GPU."""
         return self._device.type == "cuda"
 
     def best_precision(self) -> Precision:

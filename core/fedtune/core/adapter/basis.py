@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factor, Vector
 
-FRESH_ROW = 3.0**-0.5  # the norm of a row of A as a job starts it: U(±1/sqrt(d)), d of them
+FRESH_ROW = 3.0**-0.5  # norm of a row of d values of the initial A, U(±1/sqrt(d))
 _NEGLIGIBLE = 1e-7  # relative to the largest singular value; the factors are float32
 
 Matrix = npt.NDArray[np.float64]

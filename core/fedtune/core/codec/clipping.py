@@ -8,8 +8,8 @@ server learns anyway; they reveal no single client's norm or weight.
 
 **The clip.** Rounding errors under masks are proportional to c, so a clip far too high costs more than a few clipped
 updates, whose rest stays in the residual. The usual rule, c ← c·exp(-0.2·(share within c - 0.8)) (Andrew et al.,
-"Differentially private learning with adaptive clipping", 2021), lowers the clip by 4% a round, but a federation has
-tens of rounds, not hundreds. The mean norm shows in one round where the clip belongs, and the bound of 4c keeps a
+"Differentially private learning with adaptive clipping", 2021), lowers the clip by at most 4% a round, but a federation
+has tens of rounds, not hundreds. The mean norm shows in one round where the clip belongs, and the bound of 4c keeps a
 single client from moving it far.
 
 **The cap.** A ring's words have room for a client of weight one, and rounding errors are proportional to that room, not

@@ -8,8 +8,8 @@ That includes the positions of the non-zero levels: with one class their cost eq
 several classes it is less. Signs, and the low bits of magnitudes from DIRECT on, are nearly random and are written
 without coding.
 
-    piece     = table of the classes, one table per class present but 0, number of range-coded words (4 bytes), words,
-                one sign bit per non-zero level (1 is negative), low bits packed octave by octave
+    piece     = table of the classes, one table per class present except 0, number of range-coded words (4 bytes),
+                words, one sign bit per non-zero level (1 is negative), low bits packed octave by octave
     table     = number of symbols (1 byte), one weight code per symbol (1 byte each)
     magnitude = symbol m for m < DIRECT, else symbol DIRECT + k and 4 + k low bits for 2^(4+k) <= m < 2^(5+k)
 

@@ -46,7 +46,7 @@ def contradictions(job: Job) -> list[str]:
     if simulation.backend == "local" and simulation.threads != 1 and simulation.workers not in ("auto", 1):
         problems.append(
             f"simulation.workers is {simulation.workers} and simulation.threads is {simulation.threads}: threads do "
-            'not live through a fork; expected threads = 1, workers = 1 or backend = "ray"'
+            'not survive a fork; expected threads = 1, workers = 1 or backend = "ray"'
         )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')

@@ -102,7 +102,7 @@ def check_request(headers: Mapping[str, str], keys: Mapping[str, bytes], path: s
     if max(map(len, (device, moment, signature))) > _MAX_HEADER or not (moment.isascii() and moment.isdigit()):
         raise PeerError("the request is not signed")
     if abs(now - int(moment)) > MAX_CLOCK_ERROR:
-        raise PeerError("the request was signed at another time")
+        raise PeerError(f"the request's time differs from the server's by more than {MAX_CLOCK_ERROR} seconds")
     if device not in keys:
         raise PeerError("no such device is enrolled")
     key = load_pem_public_key(keys[device])

@@ -85,7 +85,7 @@ def opened_pair(
     client = transcript.config.cohort[sender].client
     if opened is None:
         raise ServerFaultError(
-            f"encrypted shares: the one from {client} was changed on its way or is not from it", client
+            f"encrypted shares: the share from {client} was altered in transit or has another sender", client
         )
     of_self, of_mask = pieces(opened, shamir.ELEMENT_BYTES)
     try:

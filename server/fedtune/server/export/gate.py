@@ -71,7 +71,7 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the model may be published."""
+        """True if the model may be published."""
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class SimulatedFleet:
 
     @property
     def keeps_late(self) -> bool:
-        """Whether the job uses late updates."""
+        """True if the job uses late updates."""
         return self._job.federation.late == "next"
 
     def rank(self, name: str) -> int:
