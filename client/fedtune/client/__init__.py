@@ -1,1 +1,1 @@
-"""The client: local training on a device, behind a Flower ClientApp. It never imports the server."""
+"""The client: local training on a device, and its answers to the server's messages. It never imports the server."""
