@@ -13,8 +13,8 @@ FedtuneError                exit status 1
 │   └── RoundAbortedError   a secure round ends without a sum
 ├── UpdateError             a client's update is refused; the round goes on without it
 └── PeerError               bytes from the other side are malformed, oversized or out of order
-    ├── ServerFaultError    in secure aggregation a client refuses what the server sent
-    └── ClientFaultError    in secure aggregation the server refuses what one client sent; names the client
+    ├── ServerFaultError    in secure aggregation a client refuses the server's message
+    └── ClientFaultError    in secure aggregation the server refuses a client's message; names the client
 
 An error of secure aggregation does not change the session that raises it.
 """

@@ -134,7 +134,7 @@ def check_enough(config: RoundConfig, present: Iterable[int], what: str) -> None
 
 
 def checked_update(config: RoundConfig, own: int, update: Mapping[str, Words]) -> dict[int, Words]:
-    """Returns a copy of this client's update by segment index, in machine words that masks can be added to.
+    """Returns a copy of this client's update by segment index, in machine words to which masks can be added.
 
     Raises:
         UpdateError: the update does not fit the segments of the client's tier.

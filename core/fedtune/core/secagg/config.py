@@ -138,7 +138,7 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
     if config.minimum < policy.min_survivors:
         found.append(f"a minimum of {config.minimum} survivors is below this client's {policy.min_survivors}")
     lowest, least = min(config.tier_minimums), policy.min_tier_survivors
-    if len({member.tier for member in config.cohort}) > 1:  # else who colludes is outnumbered by the minimum of all
+    if len({member.tier for member in config.cohort}) > 1:  # with one tier, the minimum outnumbers the colluders
         least = max(least, part(policy.max_corrupt, len(config.cohort)) + policy.min_tier_honest)
     if lowest < least:
         found.append(f"a tier minimum of {lowest} survivors is below this client's {least}")

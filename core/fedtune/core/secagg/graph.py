@@ -131,7 +131,7 @@ def part(fraction: float, cohort: int) -> int:
 def majority(holders: int, colluding: int) -> int:
     """Returns the smallest number with 2·number > holders + colluding.
 
-    Honest holders answer once, so no two different sets of answers can both have this number.
+    Colluding holders may give two different answers, honest ones only one; so only one of the two can have this many.
     """
     return (holders + colluding) // 2 + 1
 

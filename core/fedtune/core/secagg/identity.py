@@ -137,8 +137,8 @@ class MemoryRoundLog:
 class FileRoundLog:
     """A round log in one JSON file, replaced atomically; a crash leaves the old or the new one.
 
-    A file that cannot be read is an error, never an empty log, since a forgotten round would help an attacker. The log
-    has a largest number of jobs, so that a server that names ever more jobs cannot make it too large to be read.
+    A file that cannot be read is an error, never an empty log, since a forgotten round would help an attacker. The
+    number of jobs in it is limited, so that a server that names ever more jobs cannot make it too large to be read.
     """
 
     def __init__(self, path: Path) -> None:

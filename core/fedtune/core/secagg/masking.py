@@ -1,7 +1,7 @@
 """Masks: keys are expanded to streams of uniform words, which are added to vectors in place.
 
-client   y_i = u_i + PRG(b_i) + Σ_{j>i} PRG(s_ij) − Σ_{j<i} PRG(s_ij)                 j in U2, partners of i
-server   Σ_{i∈U3} u_i = Σ_{i∈U3} (y_i − PRG(b_i)) − Σ_{i∈U3} Σ_{j∈U2∖U3} ± PRG(s_ij)   the sign i gave it
+    client   y_i = u_i + PRG(b_i) + Σ_{j>i} PRG(s_ij) − Σ_{j<i} PRG(s_ij)                 j in U2, partners of i
+    server   Σ_{i∈U3} u_i = Σ_{i∈U3} (y_i − PRG(b_i)) − Σ_{i∈U3} Σ_{j∈U2∖U3} ± PRG(s_ij)   the sign i gave it
 
 A ring of ℓ bits uses the smallest machine word of w >= ℓ bits (8, 16, 32 or 64). To reduce mod 2^w after each addition
 and mod 2^ℓ once at the end is to reduce mod 2^ℓ, and the low ℓ bits of a uniform w-bit word are uniform. So machine

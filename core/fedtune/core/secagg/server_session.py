@@ -157,7 +157,7 @@ class ServerSession:
         self._answered.add(index)
 
     def advance(self) -> dict[str, bytes]:
-        """Ends the current exchange and starts the next one with those who answered.
+        """Ends the current exchange and starts the next one with the clients that answered.
 
         Returns:
             The next request for each remaining client; empty when the sum is complete.
