@@ -1,8 +1,8 @@
-"""Draws the rooms of the house and every arrow between them, from the imports, into docs/architecture.md.
+"""Draws the project's packages ("rooms") and the imports between them ("arrows") into docs/architecture.md.
 
-A room is a Python package. An arrow leads from the room that imports to the room that is imported; it is drawn dashed
-where every import of it waits for a function to run. `make house` rewrites the drawing. tests/unit/test_architecture.py
-fails where drawing and code differ, and tests/unit/test_layering.py where an arrow goes in a forbidden direction.
+An arrow leads from the package that imports to the package that is imported; it is dashed if all these imports happen
+inside functions. `make house` rewrites the drawing. tests/unit/test_architecture.py fails if drawing and code differ,
+and tests/unit/test_layering.py if an arrow has a forbidden direction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN = "<!-- {0}: written by `make house` -->"
 END = "<!-- end of {0} -->"
 
-# Floors of the drawing: all rooms below a prefix stand in one frame, and the longest prefix that matches decides.
+# Frames of the drawing: a room is in the frame of the longest prefix that matches its name.
 FRAMES = (
     "fedtune.core",
     "fedtune.data",
@@ -35,14 +35,14 @@ FRAMES = (
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement's target, a module or a name in one, and whether it waits for a function to run."""
+    """The target of an import, a module or a name in one, and whether the import happens inside a function."""
 
     name: str
     deferred: bool
 
 
 def modules() -> dict[str, Path]:
-    """Returns every module of the house by its dotted name; a package stands for its `__init__.py`."""
+    """Returns every module of the project by its dotted name; a package's name stands for its `__init__.py`."""
     found = {}
     for root in ROOTS:
         for path in sorted((ROOT / root).rglob("*.py")):
@@ -52,9 +52,9 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> list[Import]:
-    """Returns what the module at `path` imports, absolute names only.
+    """Returns the imports of the module at `path`.
 
-    Raises ValueError at a relative import: the house has none.
+    Raises ValueError for a relative import, since the project has none.
     """
     return list(_imports(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), deferred=False))
 
@@ -86,7 +86,7 @@ def longest(name: str, prefixes: Iterable[str]) -> str:
 
 
 def rooms() -> dict[str, str]:
-    """Returns every package of the house with the first line of its docstring."""
+    """Returns every package of the project with the first line of its docstring."""
     lines = {}
     for name, path in modules().items():
         if path.name == "__init__.py":
@@ -108,10 +108,10 @@ def arrows() -> dict[tuple[str, str], bool]:
 
 
 def picture(drawn: Mapping[tuple[str, str], bool]) -> str:
-    """Returns the arrows as a Mermaid flowchart: rooms stand in frames, and arrows between frames are drawn once.
+    """Returns the arrows as a Mermaid flowchart: rooms are in frames, and arrows between frames are drawn once.
 
-    An arrow between two rooms of one frame is drawn as it is. Of rooms in different frames the frames are joined: the
-    table below the picture has the rooms. A frame's first room has the frame's own name.
+    An arrow between two rooms of one frame is drawn as it is. For rooms in different frames the arrow joins the frames,
+    and the table below the picture has the rooms. A frame's first room has the frame's own name.
     """
     framed = defaultdict(list)
     for room in rooms():
@@ -177,15 +177,15 @@ def _short(room: str) -> str:
 
 
 def parts() -> dict[str, str]:
-    """Returns every generated part of docs/architecture.md by the name in its markers."""
+    """Returns every generated part of docs/architecture.md, keyed by the name in its markers."""
     drawn = arrows()
     return {"rooms": description(), "picture": picture(drawn), "arrows": table(drawn)}
 
 
 def rewritten(document: str) -> str:
-    """Returns `document` with every generated part as the code has it now.
+    """Returns `document` with every generated part as the code gives it now.
 
-    Raises ValueError where a part's markers are missing.
+    Raises ValueError if a part's markers are missing.
     """
     for name, text in parts().items():
         before, found, rest = document.partition(BEGIN.format(name) + "\n")
