@@ -11,13 +11,16 @@ every message can be serialised, and that a simulated server and its clients sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 
@@ -146,6 +149,39 @@ def reply_metadata(asked: Metadata, created_at: float) -> Metadata:
         src_task_id=asked.dst_task_id,
         dst_task_id=asked.src_task_id,
     )
+
+
+@dataclass
+class Parcel:
+    """Messages that are pushed together, with their objects: as content while they fit, otherwise as objects."""
+
+    heads: list[Message] = field(default_factory=list)
+    trees: list[ObjectTree] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+
+
+def parcels(messages: Iterable[Message], limit: int) -> Iterator[Parcel]:
+    """Splits messages into parcels, each of about `limit` bytes; equal objects of one parcel are in it once."""
+    parcel = Parcel()
+    for message in messages:
+        if parcel.size > limit:
+            yield parcel
+            parcel = Parcel()
+        parcel.heads.append(identified(remove_content_from_message(message), message.object_id))
+        parcel.trees.append(get_object_tree(message))
+        for object_id, part in get_all_nested_objects(message).items():
+            if object_id in parcel.contents or object_id in parcel.rest:
+                continue
+            content = part.deflate()
+            parcel.size += len(content)
+            if parcel.size > limit:
+                parcel.rest[object_id] = part
+            else:
+                parcel.contents[object_id] = content
+    if parcel.heads:
+        yield parcel
 
 
 def post(client: ProtobufClient, path: str, payload: Payload) -> bytes:

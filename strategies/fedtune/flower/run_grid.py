@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Error, Message
-from flwr.app.message import make_message, remove_content_from_message
+from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
@@ -32,8 +32,6 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
 )
@@ -47,7 +45,7 @@ from fedtune.core.errors import PeerError, RunError
 from fedtune.core.protocol.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
 from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, Payload, decode
 from fedtune.core.text import one_line
-from fedtune.flower.envelope import SITS_OUT_CODE, identified, post, reply_metadata, seal, unseal
+from fedtune.flower.envelope import SITS_OUT_CODE, Parcel, identified, parcels, post, reply_metadata, seal, unseal
 
 MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # including Flower's framing around a payload
 HEARTBEAT_SECONDS = 15.0
@@ -221,11 +219,15 @@ class RunGrid(Grid):
         messages = list(messages)
         batch = _Batch(len(messages), self._longest)
         with no_object_id_recompute():
-            pushed = [message_id for parcel in self._parcels(messages) for message_id in self._push(parcel, batch)]
+            pushed = [
+                message_id
+                for parcel in parcels(messages, self._limits.batch_bytes)
+                for message_id in self._push(parcel, batch)
+            ]
         batch.sent = time.monotonic()
         return pushed
 
-    def _push(self, parcel: _Parcel, batch: _Batch) -> Sequence[str]:
+    def _push(self, parcel: Parcel, batch: _Batch) -> Sequence[str]:
         request = PushAppMessagesRequest(
             messages_list=[message_to_proto(head) for head in parcel.heads], message_object_trees=parcel.trees
         )
@@ -244,26 +246,6 @@ class RunGrid(Grid):
             if message_id:
                 self._sent[message_id] = _Sent(head, batch)
         return list(pushed.message_ids)
-
-    def _parcels(self, messages: Iterable[Message]) -> Iterator[_Parcel]:
-        parcel = _Parcel()
-        for message in messages:
-            if parcel.size > self._limits.batch_bytes:
-                yield parcel
-                parcel = _Parcel()
-            parcel.heads.append(identified(remove_content_from_message(message), message.object_id))
-            parcel.trees.append(get_object_tree(message))
-            for object_id, part in get_all_nested_objects(message).items():
-                if object_id in parcel.contents or object_id in parcel.rest:
-                    continue
-                content = part.deflate()
-                parcel.size += len(content)
-                if parcel.size > self._limits.batch_bytes:
-                    parcel.rest[object_id] = part
-                else:
-                    parcel.contents[object_id] = content
-        if parcel.heads:
-            yield parcel
 
     def _send(
         self, request: PushAppMessagesRequest, objects: dict[str, bytes], announced: tuple[int, ...]
@@ -392,17 +374,6 @@ class RunGrid(Grid):
             return decode(post(self._client, path, payload), kind)
 
         return self._call(call, payload)
-
-
-@dataclass
-class _Parcel:
-    """Messages that are pushed together, with their objects: as content while they fit, otherwise as objects."""
-
-    heads: list[Message] = field(default_factory=list)
-    trees: list[ObjectTree] = field(default_factory=list)
-    contents: dict[str, bytes] = field(default_factory=dict)
-    rest: dict[str, Any] = field(default_factory=dict)
-    size: int = 0
 
 
 def _object_ids(tree: ObjectTree) -> list[str]:
