@@ -78,7 +78,7 @@ def test_clients_that_vanish_or_raise_are_written_down_and_the_run_goes_on(simul
 
 
 def test_a_round_with_too_few_survivors_changes_nothing(simulate: Simulate, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"none of 2 rounds came to a result.*6 times a client dropped out: .*vanished"):
+    with pytest.raises(RunError, match=r"none of 2 rounds gave an aggregate.*6 times a client dropped out: .*vanished"):
         simulate("simulation.dropout=1.0", "federation.rounds=2")
     lines, summary = read_rounds(tmp_path / "run"), read_summary(tmp_path / "run")
     assert summary["status"] == "failed"

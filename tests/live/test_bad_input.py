@@ -97,10 +97,10 @@ def test_a_missing_or_empty_data_file_is_refused_when_a_device_joins(refused: Co
 
 
 def test_a_machine_is_one_device_at_a_time(refused: Command, tmp_path: Path) -> None:
-    assert "no device lives here; make one with: fedtune client join" in refused("client", "start")
+    assert "there is no device here; make one with: fedtune client join" in refused("client", "start")
     ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
     said = refused("client", "join", "ada.bundle", "--data", "data.jsonl")
-    assert "a device lives here already; remove it with: fedtune client leave" in said
+    assert "there is a device here already; remove it with: fedtune client leave" in said
 
 
 def test_keys_that_others_may_read_are_not_used(refused: Command, tmp_path: Path) -> None:
@@ -121,8 +121,10 @@ def test_devices_have_names_of_their_own(refused: Command) -> None:
 
 def test_a_server_needs_an_address_and_a_folder_of_its_own(refused: Command) -> None:
     assert "expected HOST:PORT" in refused("server", "init", "--address", "fleet.example.org", "--home", "other")
-    assert "a server lives here already" in refused("server", "init", "--address", "localhost:8443")
-    assert "no server lives here; make one with: fedtune server init" in refused("server", "status", "--home", "none")
+    assert "there is a server here already" in refused("server", "init", "--address", "localhost:8443")
+    assert "there is no server here; make one with: fedtune server init" in refused(
+        "server", "status", "--home", "none"
+    )
 
 
 def test_a_busy_port_is_named(refused: Command, tmp_path: Path) -> None:

@@ -276,7 +276,9 @@ def _running(directory: Path, silent: bool) -> Iterator[Display]:
             yield display
         except KeyboardInterrupt:
             begun = (directory / "job.toml").is_file()
-            advice = f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing was begun"
+            advice = (
+                f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing has started"
+            )
             error_console().print(f"interrupted; {advice}", markup=False)
             raise typer.Exit(INTERRUPTED) from None
 

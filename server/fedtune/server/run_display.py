@@ -210,7 +210,7 @@ def what_the_server_saw(secure: dict[str, Any]) -> str:
     if not secure["enabled"]:
         return "The server saw every client's update, training loss and example count: secure aggregation was off."
     if not secure["sums"]:
-        return "The server saw no update and no sum: no round of secure aggregation came to its end."
+        return "The server saw no update and no sum: no round of secure aggregation was completed."
     scores = ", and each client's score on its own held-out data" if secure["evaluations_shown"] else ""
     return (
         f"The server saw {secure['sums']} sums, each over {secure['summed_least']} clients or more (under "

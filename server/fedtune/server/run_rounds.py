@@ -191,7 +191,7 @@ def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
     reasons = Counter(client["dropped"] for line in rounds for client in line["clients"] if client["dropped"])
     often = "".join(f"; {count} times a client dropped out: {reason}" for reason, count in reasons.most_common(1))
     last = rounds[-1]["aborted"]
-    return f"none of {len(rounds)} rounds came to a result, the adapter is as it was. The last: {last}{often}"
+    return f"none of {len(rounds)} rounds gave an aggregate, the adapter is unchanged. The last: {last}{often}"
 
 
 def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:

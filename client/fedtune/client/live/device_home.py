@@ -82,7 +82,7 @@ class ClientHome:
 
     def __init__(self, path: Path) -> None:
         if not (path / _DEVICE).is_file():
-            raise InputError(f"{path}: no device lives here; make one with: fedtune client join BUNDLE --data FILE")
+            raise InputError(f"{path}: there is no device here; make one with: fedtune client join BUNDLE --data FILE")
         check_private(path)
         self.path = path
         self.config = _read_config(path / _DEVICE)
@@ -102,7 +102,7 @@ class ClientHome:
             InputError: the folder belongs to a device already, or the data file or a base model is missing.
         """
         if (path / _DEVICE).exists():
-            raise InputError(f"{path}: a device lives here already; remove it with: fedtune client leave")
+            raise InputError(f"{path}: there is a device here already; remove it with: fedtune client leave")
         check_data(data)
         for base in bases:
             if not (base / "config.json").is_file():

@@ -127,7 +127,7 @@ class ModelEndpoints:
         if hashlib.sha256(text).hexdigest() != asked.manifest or entry is None:
             raise NoSuchModelError(f"job {asked.job} was exported again; pull it again")
         if asked.offset >= entry.bytes:
-            raise PeerError(f"{asked.file} has {entry.bytes} bytes; none of them is at {asked.offset}")
+            raise PeerError(f"{asked.file} has {entry.bytes} bytes; got the offset {asked.offset}")
         left = min(asked.size, entry.bytes - asked.offset)
         try:
             file = (directory / asked.file).open("rb")

@@ -127,7 +127,9 @@ class Service:
                 self._listen()
                 keeper.start()
                 listen, port = self._home.config.listen, self._listener.port
-                self._board.note(f"serving devices on {listen}:{port}; they know it as {self._home.config.address}")
+                self._board.note(
+                    f"serving devices on {listen}:{port}; its address for them is {self._home.config.address}"
+                )
                 self._serve()
             except Stopped:
                 self._board.note("stopped; what finished is safe, and goes on when the server starts again")

@@ -70,7 +70,7 @@ class ServerHome:
 
     def __init__(self, path: Path) -> None:
         if not (path / _CONFIG).is_file():
-            raise InputError(f"{path}: no server lives here; make one with: fedtune server init --address HOST:PORT")
+            raise InputError(f"{path}: there is no server here; make one with: fedtune server init --address HOST:PORT")
         check_private(path)
         self.path = path
         self.config = _read_config(path / _CONFIG)
@@ -86,7 +86,7 @@ class ServerHome:
             InputError: the folder has a server already, or an address is invalid.
         """
         if (path / _CONFIG).exists():
-            raise InputError(f"{path}: a server lives here already")
+            raise InputError(f"{path}: there is a server here already")
         host = check_address(config.address).rpartition(":")[0].strip("[]")
         authority = make_authority()
         server = make_server_certificate(authority, [host, *hosts])

@@ -24,7 +24,7 @@ def comparison_plots(runs: Sequence[Run], labels: Sequence[str]) -> list[Plot]:
             runs,
             labels,
             "Exact match by bytes",
-            "Exact match against all bytes moved until then: of two lines, the one further left got there for less.",
+            "Exact match against all bytes moved until then: of two lines, the one further left needed fewer bytes.",
             "MB moved, both ways",
             lambda line: (line.traffic.up + line.traffic.down) / BYTES_PER_MB,
         ),
@@ -33,7 +33,7 @@ def comparison_plots(runs: Sequence[Run], labels: Sequence[str]) -> list[Plot]:
             labels,
             "Exact match by time",
             "Exact match against the time spent in rounds, without the server's evaluations: of two lines, the one "
-            "further left got there sooner.",
+            "further left was faster.",
             "seconds",
             lambda line: line.seconds,
         ),

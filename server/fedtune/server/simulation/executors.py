@@ -180,7 +180,7 @@ class ForkedExecutor:
         except (EOFError, OSError) as error:
             process.join(_ENDING_SECONDS)
             raise RunError(
-                f"a worker of the simulation ended with exit status {process.exitcode}; was its memory short? "
+                f"a worker of the simulation ended with exit status {process.exitcode} (out of memory?). "
                 "Resume the run, with a lower simulation.workers in its job.toml"
             ) from error
 

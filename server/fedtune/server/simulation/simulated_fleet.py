@@ -191,7 +191,7 @@ class VirtualRounds:
         if message.action == virtual.vanishes.get(name):
             return Failure(LateError("vanished"))
         if message.action == TRAIN and name not in virtual.course.arrived:
-            late = LateError(f"not there after {virtual.course.seconds:.1f} virtual seconds")
+            late = LateError(f"no answer after {virtual.course.seconds:.1f} virtual seconds")
             return Failure(late, works_on=self._devices.keeps_late)
         return None
 

@@ -166,7 +166,7 @@ class SimulationContext:
         return Clients(len(names), ranks.__getitem__ if ranks else None)
 
     def handler(self) -> Handler:
-        """The handler of every client's messages, with the faults that the job injects."""
+        """Returns the handler of every client's messages, with the faults that the job injects."""
         store = ClientStore(self.folder)
         share = self.devices.work if self.devices else all_of_it
         device = Device(lambda _: self.trainer, self.examples, store, share)
