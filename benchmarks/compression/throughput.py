@@ -104,7 +104,7 @@ def _encode_and_pack(codec: MaskableCodec, update: np.ndarray, context: RoundCon
 if __name__ == "__main__":
     publish(
         __file__,
-        "How fast is each step of the codecs on one core, and how much memory does it take?",
+        "How fast is each step of the codecs on one core, and how much memory does it need?",
         ["coordinates", "step", "seconds", "M coordinates/s", "memory, vectors"],
         [row for count in SIZES for row in rows_for(count)],
     )

@@ -53,11 +53,11 @@ from fedtune.server.run_display import Terminal
 from fedtune.server.simulation.simulate import resume, simulate
 
 HERE = Path(__file__).parent
-# A trainer by itself takes half the learning rate: at the federation's, whose mean of ten damps the noise, it diverged.
+# A single trainer takes half the learning rate; with the federation's, where a mean of ten damps noise, it diverged.
 SOLO_RATE = 0.5
 READING = (
     "Bytes are payload bytes of one client-round, counted where messages are written. Every row is scored on the same "
-    "evaluation set of all skills; a household alone has only ever seen those of its own few devices."
+    "evaluation set of all skills; a household alone has seen only those of its own few devices."
 )
 COLUMNS = ("", "exact match", "of centralised", "loss", "bytes up", "bytes down", "seconds")
 

@@ -19,9 +19,9 @@ from typing import Any
 REPEATS = 3  # of each prompt, of which the fastest counts
 Ids = list[int]
 Moment = tuple[float, float]
-"""Seconds of the clock on the wall, and of this process's CPU time, all threads."""
+"""Seconds of the wall clock, and of this process's CPU time over all threads."""
 Answer = Callable[[Ids, int], tuple[list[Moment], Ids]]
-"""prompt, tokens -> when each token was there, and the tokens."""
+"""A function: prompt, number of tokens -> the times of the tokens, and the tokens."""
 
 
 def onnx(directory: Path, threads: int) -> Answer:

@@ -209,7 +209,7 @@ def _write_results(table: str, verdicts: Sequence[str]) -> None:
         f"{name} {version(name)}" for name in ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
     )
     text = [
-        "# What an exported model takes on a CPU",
+        "# Speed and memory of an exported model on a CPU",
         (__doc__ or "").splitlines()[0],
         f"`{command}` on {datetime.date.today():%Y-%m-%d}: {os.cpu_count()} cores, {versions}.",
         table,

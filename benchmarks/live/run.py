@@ -84,7 +84,7 @@ def main() -> None:
     text = [
         "# Live: the time of an exchange, against Flower's way of running apps",
         machine_facts("benchmarks/live/run.py", sys.argv[1:]),
-        f"Load average before it began, of the machine's other work: {load:.1f}.",
+        f"Load average before the start, from the machine's other work: {load:.1f}.",
         _table(COLUMNS, rows),
         "Whole secure rounds:",
         _table(ROUND_COLUMNS, rounds),

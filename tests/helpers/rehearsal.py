@@ -26,7 +26,7 @@ from fedtune.core.secagg.server_session import OpenedSum, ServerSession, Stage
 Update = Mapping[str, Words]
 
 LENIENT = Policy(max_corrupt=0.1, min_survivors=2, min_tier_survivors=1, min_tier_honest=0)
-"""The policy of clients that only rehearse: a cohort of two is company enough."""
+"""The policy of rehearsed clients, which accept a cohort of two."""
 
 FIRST = RoundMark(1, 0)
 

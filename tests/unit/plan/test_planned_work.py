@@ -80,7 +80,7 @@ class Fixture(TorchBackend):
         planner = DevicePlanner(self, store, self.shown.append, probe=self._probe, reserve=0.0)
         self.work = PlannedWork(bases, data, planner)
         self.again = PlannedWork(bases, data, planner)
-        """The same device in a process that has begun again."""
+        """The same device in a restarted process."""
 
     def warm_up(self) -> None:
         """Does nothing, since the test's process is warm."""

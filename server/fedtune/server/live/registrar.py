@@ -88,9 +88,9 @@ class Registrar:
         self._registered: dict[int, int] = {}
         self._left_out: dict[int, _LeftOut] = {}
         self.tiers: dict[str, int] = {}
-        """Device -> how many rank indices its plan trains, of those that are registered for the current job."""
+        """Device -> the number of rank indices that its plan trains, for devices registered for the current job."""
         self.seconds: dict[str, float] = {}
-        """Device -> what it predicts that a round of the current job takes it."""
+        """Device -> its predicted seconds for a round of the current job."""
 
     def begin(self, job: CurrentJob) -> None:
         """Begins a job, for which every device registers again."""
