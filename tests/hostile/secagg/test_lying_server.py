@@ -294,14 +294,14 @@ def test_a_box_with_one_bit_changed_is_refused(position: int) -> None:
     delivery = fixture.read(Delivery)
     encrypted_shares = bytearray(delivery.encrypted_shares)
     encrypted_shares[2 * ENCRYPTED_SHARE_BYTES + position] ^= 1
-    fixture.refuses(changed(delivery, encrypted_shares=bytes(encrypted_shares)), "the one from client-3 was changed")
+    fixture.refuses(changed(delivery, encrypted_shares=bytes(encrypted_shares)), "the share from client-3 was altered")
 
 
 def test_encrypted_shares_routed_to_the_wrong_place_are_refused() -> None:
     fixture = Fixture(Stage.MASK)
     delivery = fixture.read(Delivery)
     first, second, *rest = pieces(delivery.encrypted_shares, ENCRYPTED_SHARE_BYTES)
-    fixture.refuses(changed(delivery, encrypted_shares=b"".join([second, first, *rest])), "from client-1 was changed")
+    fixture.refuses(changed(delivery, encrypted_shares=b"".join([second, first, *rest])), "from client-1 was altered")
 
 
 def test_a_box_for_another_receiver_is_refused() -> None:
@@ -312,7 +312,7 @@ def test_a_box_for_another_receiver_is_refused() -> None:
     )  # from client-0, -2, -3, -4
     ours = pieces(delivery.encrypted_shares, ENCRYPTED_SHARE_BYTES)  # from client-1, -2, -3, -4
     fixture.refuses(
-        changed(delivery, encrypted_shares=b"".join([ours[0], theirs[1], *ours[2:]])), "from client-2 was changed"
+        changed(delivery, encrypted_shares=b"".join([ours[0], theirs[1], *ours[2:]])), "from client-2 was altered"
     )
 
 
@@ -324,14 +324,14 @@ def test_a_clients_own_box_sent_back_to_it_is_refused() -> None:
     ]  # client-0's encrypted share for client-1
     fixture.refuses(
         changed(delivery, encrypted_shares=own + delivery.encrypted_shares[ENCRYPTED_SHARE_BYTES:]),
-        "from client-1 was changed",
+        "from client-1 was altered",
     )
 
 
 def test_encrypted_shares_of_another_round_are_refused() -> None:
     fixture, earlier = Fixture(Stage.MASK), Fixture(Stage.MASK)
     fixture.refuses(
-        changed(fixture.read(Delivery), encrypted_shares=earlier.read(Delivery).encrypted_shares), "was changed"
+        changed(fixture.read(Delivery), encrypted_shares=earlier.read(Delivery).encrypted_shares), "was altered"
     )
 
 
@@ -596,7 +596,7 @@ def test_clients_that_were_shown_different_keys_cannot_open_each_others_encrypte
     requests = fixture.rehearsal.server.advance()
     honest = decode(requests["client-1"], Delivery, ANY_SIZE)
     told = Delivery(honest.config, (0, 1, 2, 3, 4), honest.encrypted_shares[: 4 * ENCRYPTED_SHARE_BYTES])
-    with pytest.raises(ServerFaultError, match="from client-1 was changed"):
+    with pytest.raises(ServerFaultError, match="from client-1 was altered"):
         fixture.victim.mask(encode(told), fixture.updates["client-0"])
 
 
