@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from federation_helpers import EVALUATION, FinishedRun, Simulate, run, small_job
 
 from fedtune.core.errors import DataError, InputError, ModelError, RunDirectoryError, RunError
+from fedtune.core.protocol.messages import Handler, Request
 from fedtune.server.run_directory import read_rounds, read_summary
 
 
@@ -112,27 +112,28 @@ def test_a_directory_that_is_no_run_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_data_never_leaves_a_client(
-    simulate: Simulate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_data_never_leaves_a_client(simulate: Simulate, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     canary = "zanzibar-7419-canary"
     (tmp_path / "clients").mkdir()
     for name in ("ann", "bob"):
         rows = [{"prompt": f"{canary} {index} =>", "completion": f"{canary} {index}"} for index in range(8)]
         (tmp_path / "clients" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from fedtune.flower.envelope import answer_wire
-    from fedtune.server.simulation import executors
-
     sent: list[bytes] = []
 
-    def listening(asked: Any, client: str, handler: Any) -> Any:
-        sent.extend(asked.objects.values())
-        reply = answer_wire(asked, client, handler)
-        sent.extend(reply.objects.values())
-        return reply
+    def listening(handler: Handler) -> Handler:
+        def handle(client: str, request: Request) -> bytes:
+            sent.extend(request.parts)
+            sent.append(handler(client, request))
+            return sent[-1]
 
-    monkeypatch.setattr(executors, "answer_wire", listening)
-    simulate(f"data.train={tmp_path}/clients/*.jsonl", "federation.clients_per_round=2", "simulation.failing=0.3")
+        return handle
+
+    simulate(
+        f"data.train={tmp_path}/clients/*.jsonl",
+        "federation.clients_per_round=2",
+        "simulation.failing=0.3",
+        wrap=listening,
+    )
     output = capfd.readouterr()
     needle = canary.encode()
     assert sent

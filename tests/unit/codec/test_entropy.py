@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.codec import entropy
 from fedtune.core.codec.entropy import PIECE, decode_levels, encode_levels, max_coded_size
 from fedtune.core.codec.quantization import MAX_LEVEL
 from fedtune.core.codec.wire import Reader
@@ -93,9 +92,8 @@ def test_levels_survive(levels: list[int]) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1e5])
-def test_vectors_of_several_pieces_survive(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entropy, "PIECE", 1 << 12)
-    levels = np.rint(np.random.default_rng(0).laplace(0, scale, 3 * (1 << 12) + 17)).astype(np.int32)
+def test_vectors_of_several_pieces_survive(scale: float) -> None:
+    levels = np.rint(np.random.default_rng(0).laplace(0, scale, 3 * PIECE + 17)).astype(np.int32)
     assert np.array_equal(roundtrip(levels), levels)
 
 

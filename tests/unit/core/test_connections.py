@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import uvicorn
 
-from fedtune.core.host import connections
 from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
 
 HEAD_SECONDS = 0.5
@@ -28,14 +27,19 @@ async def greet(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hi"})
 
 
+class Impatient(BoundedHttp):
+    """Waits for the head of a request as long as a test may take."""
+
+    head_seconds = HEAD_SECONDS
+
+
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", HEAD_SECONDS)
+def address() -> Iterator[tuple[str, int]]:
     config = uvicorn.Config(
         greet,
         lifespan="off",
         log_level="critical",
-        http=BoundedHttp,
+        http=Impatient,
         ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )

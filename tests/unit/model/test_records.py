@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.core.errors import DataError
-from fedtune.data import records as records_module
-from fedtune.data.records import Message, Record, read_records
+from fedtune.data.records import MAX_LINE_BYTES, Message, Record, read_records
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 
@@ -72,10 +71,9 @@ def test_bytes_that_are_not_utf8_are_a_bad_line(tmp_path: Path) -> None:
         read_records(path)
 
 
-def test_a_line_over_the_limit_is_bad_and_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records_module, "MAX_LINE_BYTES", 50)
-    path = write(tmp_path / "data.jsonl", GOOD, json.dumps({"text": "x" * 1000}), GOOD)
-    with pytest.raises(DataError, match=":2: is longer than 50 bytes"):
+def test_a_line_over_the_limit_is_bad_and_never_held_in_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", GOOD, json.dumps({"text": "x" * (3 * MAX_LINE_BYTES)}), GOOD)
+    with pytest.raises(DataError, match=f":2: is longer than {MAX_LINE_BYTES} bytes"):
         read_records(path)
     records, bad = read_records(path, skip_bad=True)
     assert (len(records), bad) == (2, 1)

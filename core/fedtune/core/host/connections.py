@@ -10,7 +10,7 @@ otherwise use up the number of connections that may be open at once.
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import ClassVar, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -24,6 +24,7 @@ class BoundedHttp(H11Protocol):
     The time of the first request begins with the connection. Between requests uvicorn's `timeout_keep_alive` applies.
     """
 
+    head_seconds: ClassVar[float] = HEAD_SECONDS
     _stale: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -46,7 +47,7 @@ class BoundedHttp(H11Protocol):
         if answering or self.transport.is_closing():
             self._stop()
         elif self._stale is None:
-            self._stale = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+            self._stale = self.loop.call_later(self.head_seconds, self.timeout_keep_alive_handler)
 
     def _stop(self) -> None:
         if self._stale is not None:
