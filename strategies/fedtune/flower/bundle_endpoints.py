@@ -173,7 +173,7 @@ class Bundles:
         messages = _parsed(PushAppMessagesRequest, sent.request)
         pushed = PushAppMessagesResponse()
         if messages.messages_list:
-            _forget_lies(state, messages.message_object_trees)
+            _remove_false_trees(state, messages.message_object_trees)
             pushed = runtime_handlers.push_messages(messages, state, task)
             here = [object_id for object_id in pushed.objects_to_push if object_id in sent.objects]
             _store(state, task.run_id, pushed.session_id, here, sent.objects)
@@ -235,7 +235,7 @@ def _store(
             raise PeerError("an object's content does not match its id")  # the transaction drops the whole message
 
 
-def _forget_lies(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
+def _remove_false_trees(state: SqlLinkState, trees: Iterable[ObjectTree]) -> None:
     """Removes stored objects whose children differ from those in the given trees.
 
     A device announces the objects of its reply before it sends them, and may name one that it expects the server to

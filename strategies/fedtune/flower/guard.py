@@ -47,7 +47,7 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
 )
 
 _KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
-_UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _COME_BACK = 401, 404, 411, 413, 503
+_UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _UNAVAILABLE = 401, 404, 411, 413, 503
 
 
 class Guard:
@@ -101,7 +101,7 @@ class Guard:
         if len(length) > 10 or int(length) > MAX_BODY_BYTES:
             return _TOO_LARGE
         if not self._open:
-            return _COME_BACK
+            return _UNAVAILABLE
         if scope["path"] in (DESCRIBE, READ):  # with signatures of their own, and small bodies
             return None
         return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN

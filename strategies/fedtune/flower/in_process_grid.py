@@ -63,7 +63,7 @@ class Failure:
     works_on: bool = False
 
 
-Fates = Callable[[Sequence[Outgoing]], Sequence[Failure | None]]
+Failures = Callable[[Sequence[Outgoing]], Sequence[Failure | None]]
 """(messages of one batch) -> for each, its failure, or None where the client answers."""
 
 
@@ -78,14 +78,14 @@ class InProcessGrid(Grid):
     Args:
         executor: runs the clients.
         node_ids: all nodes.
-        fates: predicts the failures of a batch of messages.
+        failures: predicts the failures of a batch of messages.
     """
 
-    def __init__(self, executor: Executor, node_ids: Sequence[int], fates: Fates = everyone_answers) -> None:
+    def __init__(self, executor: Executor, node_ids: Sequence[int], failures: Failures = everyone_answers) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, SUPERLINK_NODE_ID
         self._executor = executor
         self._node_ids = list(node_ids)
-        self._fates = fates
+        self._failures = failures
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._numbers = itertools.count(1)
         self._pending: dict[str, tuple[Message, Future[WireMessage]]] = {}
@@ -116,7 +116,7 @@ class InProcessGrid(Grid):
         outgoing = [_outgoing(message) for message in numbered]
         return [
             self._push(message, each, fate)
-            for message, each, fate in zip(numbered, outgoing, self._fates(outgoing), strict=True)
+            for message, each, fate in zip(numbered, outgoing, self._failures(outgoing), strict=True)
         ]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -119,8 +119,8 @@ class TrainingRound:
         plan = plan_round(federation, state, population)
         write = partial(train_request, federation, state, plan)
         requests = Requests(broadcast, state.held, write, plan.tiers)
-        nobodys = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # the downlink differs between clients
-        inputs = Inputs({name: requests.payload(name) for name in plan.tiers}, write(nobodys, 0), state.stale_updates)
+        nothing = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # the downlink differs between clients
+        inputs = Inputs({name: requests.payload(name) for name in plan.tiers}, write(nothing, 0), state.stale_updates)
         frame = Frame(federation.layout, plan.factors, state.adapter, state.server, plan.slices, plan.terms)
         return cls(federation, state, plan, requests, federation.collector.begin(plan, frame, inputs))
 

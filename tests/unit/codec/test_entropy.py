@@ -63,8 +63,8 @@ def reference_encode(levels: list[int]) -> bytes:
     coder = constriction.stream.queue.RangeEncoder()
     head = b""
     for group in [classes] + [
-        [symbol for block, owner in zip(symbols, classes, strict=True) if owner == lively for symbol in block]
-        for lively in sorted(set(classes) - {0})
+        [symbol for block, owner in zip(symbols, classes, strict=True) if owner == used for symbol in block]
+        for used in sorted(set(classes) - {0})
     ]:
         table = reference_table(group)
         head += bytes([len(table), *table])

@@ -9,7 +9,7 @@ import pytest
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import Job
 from fedtune.server.live.job_queue import Jobs
-from fedtune.server.live.resident_server import MOST_STUMBLES, JobDesk
+from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 
 
@@ -25,7 +25,7 @@ def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_serv
 
     reports: list[str] = []
     desk = JobDesk(jobs, stumble, reports.append)
-    for _ in range(MOST_STUMBLES - 1):
+    for _ in range(MAX_ERRORS - 1):
         with pytest.raises(RunError, match="RuntimeError: could not create a primitive"):  # tried again after a pause
             desk.take(job)
     assert [waiting.name for waiting in jobs.waiting()] == ["strange"]

@@ -40,7 +40,6 @@ from fedtune.core.secagg.identity import FileRoundLog, Identity
 
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
-MAX_DATA_CHECK_BYTES = 1 << 16
 MODELS = "models"
 _DEVICE = "device.json"
 CALIBRATIONS = "calibration"

@@ -150,7 +150,7 @@ class DeviceLoop:
         if status.state != "connected":
             self._report.show("connected")
         self._report.happens("connects", trying=0, next_try=None, contact=self._clock.now(), clock_error=clock_error)
-        self._own_up()
+        self._report_interruption()
 
     def _is_counted_in(self) -> bool:
         """Returns whether the server still counts this process as online; it would refuse to activate it then.
@@ -234,7 +234,7 @@ class DeviceLoop:
                 self._pause(error)
                 self._report.happens("retries")
 
-    def _own_up(self) -> None:
+    def _report_interruption(self) -> None:
         """Refuses a message that an earlier process took and never answered."""
         note = self._home.path / "working"
         if not note.exists():

@@ -39,7 +39,7 @@ from fedtune.core.protocol.registration import (
 )
 from fedtune.core.secagg import Policy
 
-TELLING_BYTES = 50_000  # smallest answer that measures the link's bandwidth
+LEAST_MEASURED_BYTES = 50_000  # smallest answer that measures the link's bandwidth
 
 
 class RegisteredDevice:
@@ -83,7 +83,7 @@ class RegisteredDevice:
 
     def sent(self, action: str, size: int, seconds: float) -> None:
         """Stores the upload rate; smaller answers measure delay rather than bandwidth."""
-        if action == TRAIN and size >= TELLING_BYTES:
+        if action == TRAIN and size >= LEAST_MEASURED_BYTES:
             self._planned.uplink = size / max(seconds, 1e-3)
             write_private(self._home.path / "uplink", f"{self._planned.uplink:.0f}\n")
 

@@ -292,12 +292,12 @@ class DevicePlanner:
         """Takes a trial step under the plan, and stores the resulting calibration."""
         case = _case(job, answer.plan, question.target_share)
         seconds = self._seconds(question, case.choices, answer.known)
-        foretold = (question.predicted_peak(case.choices, answer.kappa), seconds)
+        prediction = (question.predicted_peak(case.choices, answer.kappa), seconds)
         self.note(f"trying one step of {case.micro_batch} × {case.choices.sequence_length} tokens")
         measured = self.backend.measure(case)
         known = question.calibration(case.choices, measured)
         self.store.keep(calibration_key(question.machine, question.shape, answer.plan), known)
-        return replace(answer, known=known, measured=measured, predicted_measured=foretold)
+        return replace(answer, known=known, measured=measured, predicted_measured=prediction)
 
     def _seconds(self, question: _Question, choices: Choices, known: Calibration | None) -> float:
         """Predicts the seconds of a micro-batch."""

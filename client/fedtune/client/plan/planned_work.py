@@ -213,7 +213,7 @@ class PlannedWork:
         self._look()
         outcome = self._current()
         if self.took.peak_bytes is not None and self.took.peak_bytes > outcome.plan.budget:
-            self._plan_anew(outcome, self.took.peak_bytes, seconds)
+            self._plan_again(outcome, self.took.peak_bytes, seconds)
 
     def to_json(self) -> dict[str, Any] | None:
         """Returns the plan, with measured beside predicted values; None before there is a plan."""
@@ -254,7 +254,7 @@ class PlannedWork:
             self._planner.note(f"{error}; using the prediction")
             return self._planner.plan(job, self._data, link, "never", runtime=runtime)
 
-    def _plan_anew(self, outcome: Outcome, peak: int, seconds: float) -> None:
+    def _plan_again(self, outcome: Outcome, peak: int, seconds: float) -> None:
         """Corrects this device's κ by a round that exceeded its budget, and tightens the limits of the next."""
         plan, choices = outcome.plan, outcome.plan.choices
         self._planner.note(f"training took {megabytes(peak)}, and {megabytes(plan.budget)} may be used; planning again")
@@ -269,15 +269,15 @@ class PlannedWork:
         job = replace(job, training=replace(job.training, weights=form.weights, precision=form.precision))
         self.took = replace(self.took, peak_bytes=None)
         try:
-            anew = self._make(job, "never")
+            replanned = self._make(job, "never")
         except NoPlanError as error:
             self._plans[held.source] = error
             return
-        if anew.plan.sequence_length < plan.sequence_length:  # too late: the examples are cut already
-            numbers = f"it takes {megabytes(peak)}, and {megabytes(anew.plan.budget)} may be used"
+        if replanned.plan.sequence_length < plan.sequence_length:  # too late: the examples are cut already
+            numbers = f"it takes {megabytes(peak)}, and {megabytes(replanned.plan.budget)} may be used"
             self._plans[held.source] = NoPlanError(f"training does not fit this device: {numbers}")
             return
-        self._plans[held.source], held.trainer.limits = anew, _limits(anew)
+        self._plans[held.source], held.trainer.limits = replanned, _limits(replanned)
 
     def _warm_up(self) -> None:
         """Warms the backend up once, so that its memory counts as the program's own, as it does where κ is measured."""

@@ -37,7 +37,7 @@ from fedtune.model.shape import Precision
 STEPS = 5  # until glibc's heap has settled
 _SECONDS_ALLOWED = 900
 _MARK_RESET = "5"
-_FIRST_TO_GO = "1000"
+_FIRST_TO_KILL = "1000"
 
 
 def measure(case: Case) -> Measured:
@@ -183,5 +183,5 @@ def _train(model: AdaptedModel, case: Case) -> float:
 
 if __name__ == "__main__":
     with suppress(OSError):  # makes the kernel kill this process first where memory runs out, not its caller
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL)
     print(json.dumps(asdict(run_case(case_from_json(json.load(sys.stdin))))))

@@ -75,8 +75,8 @@ def _encode_piece(levels: NDArray[np.int32]) -> bytes:
     coder = constriction.stream.queue.RangeEncoder()
     tables = [_encode_table(classes)]
     coder.encode(classes, _model(tables[0]))
-    for lively in _lively(tables[0]):
-        chosen = symbols[classes == lively].reshape(-1)
+    for used in _used_classes(tables[0]):
+        chosen = symbols[classes == used].reshape(-1)
         table = _encode_table(chosen)
         tables.append(table)
         coder.encode(chosen, _model(table))
@@ -90,14 +90,14 @@ def _encode_piece(levels: NDArray[np.int32]) -> bytes:
 def _decode_piece(body: Reader, count: int) -> NDArray[np.int32]:
     blocks = -(-count // BLOCK)
     table = _take_table(body, _MAX_CLASSES)
-    tables = {lively: _take_table(body, _MAX_SYMBOLS) for lively in _lively(table)}
+    tables = {used: _take_table(body, _MAX_SYMBOLS) for used in _used_classes(table)}
     words = np.frombuffer(body.take(4 * body.take_number(4, "the word count"), "the coded words"), dtype="<u4")
     magnitudes = np.zeros((blocks, BLOCK), dtype=np.int32)
     try:
         coder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
         classes = coder.decode(_model(table), blocks)
-        for lively, symbols in tables.items():
-            chosen = classes == lively
+        for used, symbols in tables.items():
+            chosen = classes == used
             decoded = coder.decode(_model(symbols), int(np.count_nonzero(chosen)) * BLOCK)
             magnitudes[chosen] = decoded.reshape(-1, BLOCK)
         if not coder.maybe_exhausted():
@@ -162,7 +162,7 @@ def _take_table(body: Reader, most: int) -> NDArray[np.uint8]:
     return table
 
 
-def _lively(table: NDArray[np.uint8]) -> list[int]:
+def _used_classes(table: NDArray[np.uint8]) -> list[int]:
     """Returns the classes that occur, without class 0."""
     return [int(present) for present in np.flatnonzero(table) if present > 0]
 

@@ -211,12 +211,12 @@ class EvaluateReply(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
 
 P = TypeVar("P", bound=Payload)
 
-_NOBODYS = Downlink("", "0" * 64, (b"", b""))
+_PLACEHOLDER = Downlink("", "0" * 64, (b"", b""))
 
 
 def terms_digest(request: TrainRequest) -> bytes:
     """Returns a hash over a request without its downlink and tier, which differ between clients."""
-    common = msgspec.structs.replace(request, adapter=_NOBODYS, tier=0)
+    common = msgspec.structs.replace(request, adapter=_PLACEHOLDER, tier=0)
     return hashlib.sha256(msgspec.msgpack.encode(common)).digest()
 
 

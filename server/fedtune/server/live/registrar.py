@@ -59,7 +59,7 @@ class CurrentJob:
 
 
 @dataclass(frozen=True)
-class _LeftOut:
+class _Exclusion:
     """The reason why an online device is not asked to train, and since when on the monotonic clock."""
 
     state: DeviceState
@@ -86,7 +86,7 @@ class Registrar:
         self._nodes, self._devices = nodes, devices
         self._job: CurrentJob | None = None
         self._registered: dict[int, int] = {}
-        self._left_out: dict[int, _LeftOut] = {}
+        self._left_out: dict[int, _Exclusion] = {}
         self.tiers: dict[str, int] = {}
         """Device -> the number of rank indices that its plan trains, for devices registered for the current job."""
         self.seconds: dict[str, float] = {}
@@ -162,7 +162,7 @@ class Registrar:
                 self._take(names[node_id], node_id, answer)
 
     def _refused(self, name: str, node_id: int, error: PeerError) -> None:
-        self._left_out[node_id] = _LeftOut("refused", self._clock.monotonic())
+        self._left_out[node_id] = _Exclusion("refused", self._clock.monotonic())
         self.board.device(name, state="refused", dropped=str(error)[:300])
         self.board.problem(f"device {name} is left out: {error}")
 
@@ -173,7 +173,7 @@ class Registrar:
         plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)
         self.board.device(name, software=one_line(answer.software), hardware=hardware, plan=plan, state="online")
         if answer.sits_out:
-            self._left_out[node_id] = _LeftOut("sits out", self._clock.monotonic())
+            self._left_out[node_id] = _Exclusion("sits out", self._clock.monotonic())
             self.board.device(name, state="sits out", dropped=f"sits out: {one_line(answer.sits_out)}")
             return
         self._registered[node_id] = answer.roster_version

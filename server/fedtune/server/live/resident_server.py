@@ -38,7 +38,7 @@ from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
-MOST_STUMBLES = 3  # unexpected errors after which a job counts as failed
+MAX_ERRORS = 3  # unexpected errors after which a job counts as failed
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause and the longest
@@ -56,7 +56,7 @@ class JobDesk:
 
     def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
         self._jobs, self._work, self._report = jobs, work, report
-        self._stumbles: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
 
     def take(self, job: QueuedJob) -> None:
         """Works on a job, which then has finished or failed, or stays in the queue.
@@ -76,11 +76,11 @@ class JobDesk:
             self._fail(job, str(error))
         except Exception as error:  # from torch, Flower or a bug: the job fails, the server goes on
             traceback.print_exc()
-            self._stumbles[job.name] += 1
+            self._errors[job.name] += 1
             reason = f"{type(error).__name__}: {error}"
-            if self._stumbles[job.name] < MOST_STUMBLES:
+            if self._errors[job.name] < MAX_ERRORS:
                 raise RunError(reason) from error
-            self._fail(job, reason, f", {MOST_STUMBLES} times", "; the log has the traceback")
+            self._fail(job, reason, f", {MAX_ERRORS} times", "; the log has the traceback")
 
     def _fail(self, job: QueuedJob, reason: str, often: str = "", more: str = "") -> None:
         self._report(f"job {job.name} failed{often}: {reason}{more}")

@@ -184,9 +184,9 @@ class VirtualRounds:
             cohort = [self._clients[message.node] for message in messages]
             self._rounds = {number: self._devices.round(number, cohort)}
             self._write(number)
-        return [self._fate(message, self._rounds[number]) for message in messages]
+        return [self._failure(message, self._rounds[number]) for message in messages]
 
-    def _fate(self, message: Outgoing, virtual: VirtualRound) -> Failure | None:
+    def _failure(self, message: Outgoing, virtual: VirtualRound) -> Failure | None:
         name = self._clients[message.node]
         if message.action == virtual.vanishes.get(name):
             return Failure(LateError("vanished"))
