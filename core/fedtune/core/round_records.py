@@ -46,7 +46,7 @@ class ClientRecord:
         rank: number of rank indices that it trained in this round; 0 where it sat out.
         dropped: reason why its update is not part of the aggregate; None for a survivor.
         seconds: duration of local training, as the client states it.
-        answered: seconds from the round's start to the arrival of its update.
+        answered: seconds from the round's start until its update had arrived, or would not come any more.
         traffic: messages and bytes between it and the server for its update.
 
     Under secure aggregation the server does not learn a client's examples, tokens, loss or seconds.

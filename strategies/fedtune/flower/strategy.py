@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.codec.downlink import advance
 from fedtune.core.codec.uplink import Compression
-from fedtune.core.errors import JobError, PeerError
+from fedtune.core.errors import JobError, PeerError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 from fedtune.flower.envelope import seal, unseal
@@ -222,6 +222,8 @@ class AdapterStrategy(Strategy):
 def _messages(exchange: Exchange, roster: dict[str, int], number: int) -> Sequence[Message]:
     contents: dict[tuple[bytes, ...], RecordDict] = {}  # clients with equal requests share one
     messages = []
+    if unknown := exchange.requests.keys() - roster.keys():
+        raise RunError(f"the selection has chosen clients that are not there: {', '.join(sorted(unknown))}")
     for name, parts in exchange.requests.items():
         if parts not in contents:
             contents[parts] = seal(*parts)

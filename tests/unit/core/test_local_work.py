@@ -23,6 +23,10 @@ def test_every_setting_that_is_a_field_of_the_work_travels() -> None:
     work, settings = local_work(OTHERS, "b", holdout=0.1), dataclasses.asdict(OTHERS)
     shared = settings.keys() & set(LocalWork.__struct_fields__) - {"local_steps"}
     assert {"batch_tokens", "learning_rate", "proximal"} < shared
+    defaults = dataclasses.asdict(TrainingSettings())
+    assert not {name for name in shared if settings[name] == defaults[name]}, (
+        "OTHERS needs a value of its own for these"
+    )
     assert {name: getattr(work, name) for name in shared} == {name: settings[name] for name in shared}
     assert (work.factors, work.holdout, work.local_steps) == ("b", 0.1, 0)
 

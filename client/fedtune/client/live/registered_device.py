@@ -132,7 +132,7 @@ class RegisteredDevice:
         return encode(reply)
 
     def _take_on(self, terms: Terms) -> Outcome:
-        """Plans for a job, and ends rounds of another one that are still open."""
+        """Plans for a job, and ends the open rounds of the job before it."""
         try:
             return self._planned.take_on(terms)
         finally:

@@ -22,7 +22,7 @@ class Requirements:
         only_charging: whether a device with a battery must be charging.
         battery_reserve: percent below which a device that is not charging does not train.
         max_temperature: highest permitted temperature of the hottest sensor, in degrees Celsius.
-        unmetered_only: whether a metered link is unacceptable.
+        unmetered_only: whether the device trains on unmetered links only.
     """
 
     only_charging: bool = False

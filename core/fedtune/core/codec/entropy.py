@@ -47,7 +47,7 @@ def encode_levels(levels: NDArray[np.int32]) -> bytes:
 
 
 def decode_levels(body: Reader, count: int) -> NDArray[np.int32]:
-    """Decodes what `encode_levels` wrote, and leaves the reader behind the last piece.
+    """Decodes what `encode_levels` wrote, and leaves the reader just past the last piece.
 
     Raises:
         PeerError: the bytes are not the coded form of `count` levels.

@@ -96,7 +96,7 @@ def opened_sums(
 
 
 def _slices(terms: Sequence[FactorTerms]) -> dict[int, list[int]]:
-    """Returns the tier of each slice, smallest first -> the indices of the terms that belong to it."""
+    """Maps the tier of each slice, smallest first, to the indices of the terms that belong to it."""
     slices: dict[int, list[int]] = {}
     for index, each in enumerate(terms):
         slices.setdefault(each.tier, []).append(index)

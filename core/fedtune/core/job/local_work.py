@@ -36,7 +36,7 @@ class TrainingSettings:
         learning_rate: learning rate of AdamW in round 1; every round starts a new optimizer.
         schedule: decay of the learning rate to 0 over the job's rounds; the server sends each round's value.
         max_gradient_norm: norm to which longer gradients are scaled down.
-        proximal: μ of FedProx: μ/2·‖trained - received‖² is added to every step's loss.
+        proximal: μ of FedProx, as in `LocalWork`.
         precision: format of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, else fp32.
         weights: format of the reference base on a device: "packed" (least memory), "dequantized" (fastest), or "auto".
         gradient_checkpointing: whether activations are computed twice instead of kept.
@@ -69,7 +69,8 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
         factors: factors that are trained; the others stay as received.
         learning_rate: learning rate of this round.
         holdout: share of the client's examples on which it does not train.
-        proximal: μ of FedProx (Li et al. 2020): μ·(now - received) is added to every step's gradient.
+        proximal: μ of FedProx (Li et al. 2020): the gradient of μ/2·‖now - received‖², which is μ·(now - received), is
+            added to every step's.
         align: whether the trained factors are aligned to the received ones before they are sent.
         deadline: seconds after which the update should have arrived; a client that needs longer for all of the work
             does less of it. 0 where the round waits for all clients.

@@ -108,7 +108,7 @@ Added = TypeVar("Added", contravariant=True)
 
 
 class Aggregation(Protocol[Added]):
-    """One round's aggregation, under way. It takes an `Update`, the outermost `Payloads`, one in a ring `Totals`."""
+    """One round's aggregation, under way: of updates, in the outermost of `Payloads`, in a ring of `Totals`."""
 
     def add(self, update: Added, /) -> None:
         """Adds one client's update, or a sum of several.
