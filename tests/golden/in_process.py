@@ -23,7 +23,7 @@ from fedtune.core.codec.update_forms import FORMS, UpdateForm
 from fedtune.core.job.device_kinds import Fleet
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base, Handler
-from fedtune.core.round_records import RoundRecord, Tracker
+from fedtune.core.round_records import RoundRecord
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
 from fedtune.flower.strategy import AdapterStrategy
@@ -74,7 +74,6 @@ def run_federation(
     folder: Path,
     *,
     fleet: Fleet | None = None,
-    trackers: Sequence[Tracker] = (),
     parts: Parts = NO_PARTS,
     devices: DeviceParts = OWN_PARTS,
 ) -> list[tuple[FederationState, RoundRecord]]:
@@ -100,7 +99,7 @@ def run_federation(
         known = Clients(count, simulated.rank, simulated.predicted, simulated.present, virtual_time=True)
         grid = InProcessGrid(executor, list(clients), VirtualRounds(simulated, clients, folder / "virtual.jsonl"))
     identities = SecureAggregation("golden", enrolment.roster, _clock()) if secure else None
-    federation = assemble(job, BASE, LAYOUT, known, secure=identities, trackers=trackers, parts=parts)
+    federation = assemble(job, BASE, LAYOUT, known, secure=identities, parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     return list(strategy.rounds(grid, initial_state(federation), job.federation.rounds))
 

@@ -1,6 +1,6 @@
 """The composition root: assembles a federation from a job, for simulation, live server and stock Flower alike.
 
-    federation = assemble(job, base, layout, clients, secure=SecureAggregation(...), trackers=[display])
+    federation = assemble(job, base, layout, clients, secure=SecureAggregation(...))
 
 A custom part is an object that is passed in place of the one that the job names; there is no registry:
 
@@ -68,6 +68,7 @@ class Parts:
             clear, `RingMean` in a ring and under masks.
         form: form in which updates travel; the devices must have the same one.
         postprocess: changes to the aggregate before the server takes its step.
+        trackers: observers of clients and rounds.
     """
 
     aggregator: Aggregator[Update] | None = None
@@ -77,6 +78,7 @@ class Parts:
     schedule: Schedule | None = None
     optimizer: ServerOptimizer | None = None
     postprocess: Sequence[AggregateChange] = ()
+    trackers: Sequence[Tracker] = ()
 
 
 ANY_CLIENTS, NO_PARTS = Clients(), Parts()
@@ -89,7 +91,6 @@ def assemble(
     clients: Clients = ANY_CLIENTS,
     *,
     secure: SecureAggregation | None = None,
-    trackers: Sequence[Tracker] = (),
     parts: Parts = NO_PARTS,
 ) -> Federation:
     """Returns the federation that a job describes.
@@ -98,7 +99,6 @@ def assemble(
         base: the base model that the adapter belongs to, as clients identify it.
         secure: inputs of secure aggregation, required exactly where the job enables it; without it updates travel in
             the clear.
-        trackers: observers of clients and rounds.
 
     Raises:
         JobError: the job needs something that is missing here: identities for secure aggregation, predicted times for
@@ -120,7 +120,7 @@ def assemble(
         optimizer=parts.optimizer or server_optimizer_named(settings.server_optimizer, settings.server_learning_rate),
         ranks=clients.ranks,
         postprocess=parts.postprocess,
-        trackers=trackers,
+        trackers=parts.trackers,
     )
 
 

@@ -253,7 +253,7 @@ class Diary:
 
 def test_a_toy_tracker_is_told_of_every_client_beside_the_others(tmp_path: Path) -> None:
     one, other = Diary(), Diary()
-    run_federation(job(), 2, tmp_path, trackers=[one, other])
+    run_federation(job(), 2, tmp_path, parts=Parts(trackers=[one, other]))
     assert one.lines == other.lines
     assert [line for line in one.lines if line.startswith("round")] == ["round 1", "round 2"]
     assert [sorted(one.lines[:2]), one.lines[2], sorted(one.lines[3:5])] == [["00", "01"], "round 1", ["00", "01"]]

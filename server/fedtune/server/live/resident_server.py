@@ -35,7 +35,7 @@ from fedtune.server.live.status_board import STATUS, Board, JobStatus
 from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display
 from fedtune.server.run_rounds import Facts, run_rounds
-from fedtune.strategies.assembly import Clients, assemble
+from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
 MAX_ERRORS = 3  # unexpected errors after which a job counts as failed
@@ -190,7 +190,9 @@ class Service:
                 identities, registrar = self._devices.roster.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(current.id, identities) if current.secure else None
-                federation = assemble(job, base, model.layout, clients, secure=secure, trackers=[self._board])
+                federation = assemble(
+                    job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self._board])
+                )
                 client_manager = ClientManager(
                     grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def run_job(
         SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     )
     base, layout = simulation_context.base, simulation_context.model.layout
-    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, trackers=[display], parts=parts)
+    parts = replace(parts, trackers=[display, *parts.trackers])
+    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     try:
         summary = run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))

@@ -26,7 +26,7 @@ from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
-from fedtune.strategies.assembly import Clients, assemble
+from fedtune.strategies.assembly import Clients, Parts, assemble
 
 
 def flower_server_app() -> ServerApp:
@@ -40,7 +40,7 @@ def flower_server_app() -> ServerApp:
         try:
             with Terminal() as display:
                 base, layout = simulation_context.base, simulation_context.model.layout
-                federation = assemble(job, base, layout, _clients(job, grid), trackers=[display])
+                federation = assemble(job, base, layout, _clients(job, grid), parts=Parts(trackers=[display]))
                 strategy = AdapterStrategy(federation)
                 evaluator = ModelEvaluator(simulation_context.model, job.data)
                 run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
