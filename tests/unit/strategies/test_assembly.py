@@ -161,6 +161,52 @@ def test_toy_noise_is_one_object_under_masks_and_in_the_clear(overrides: tuple[s
     assert added.std() == pytest.approx(0.01, rel=0.1)
 
 
+# -- a level of aggregation between devices and server -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Deals updates out to sites, each with an aggregation of its own, and merges what the sites have added."""
+
+    inner: Aggregator[Any]
+    count: int
+
+    @property
+    def method(self) -> Method:
+        return self.inner.method
+
+    def begin(self, frame: Frame) -> SiteAggregation:
+        return SiteAggregation([self.inner.begin(frame) for _ in range(self.count)])
+
+
+class SiteAggregation:
+    """One round's sites."""
+
+    def __init__(self, sites: Sequence[Aggregation[Any]]) -> None:
+        self._sites, self._dealt = sites, 0
+
+    def add(self, update: Any) -> None:
+        self._sites[self._dealt % len(self._sites)].add(update)
+        self._dealt += 1
+
+    def merge(self, other: SiteAggregation) -> None:
+        for own, theirs in zip(self._sites, other._sites, strict=True):
+            own.merge(theirs)
+
+    def finish(self) -> Aggregate:
+        first, *others = self._sites
+        for each in others:
+            first.merge(each)
+        return first.finish()
+
+
+@pytest.mark.parametrize("overrides", [(), ("compression.form=ring",), ("federation.clip_norm=1.0",)])
+def test_toy_sites_give_the_adapter_that_one_server_gives(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    flat = run_federation(job(*overrides), 5, tmp_path / "flat")
+    sited = run_federation(job(*overrides), 5, tmp_path / "sites", parts=Parts(around=lambda inner: Sites(inner, 3)))
+    assert sited[-1][0].adapter.tobytes() == flat[-1][0].adapter.tobytes()
+
+
 # -- a form of compression ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from fedtune.core.protocol.messages import (
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.strategies import round as round_module
 from fedtune.strategies.aggregation.payload_sums import WEIGHT
-from fedtune.strategies.assembly import Clients, assemble
+from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.selection import Selection
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
 from fedtune.strategies.federation import Federation, initial_state, scheduled_learning_rate
 from fedtune.strategies.round import LATE, TRANSITIONS, Event, Phase, TrainingRound
@@ -344,6 +346,33 @@ def test_who_is_in_time_again_has_no_late_update_beside_it() -> None:
     after, record = second.close()
     assert after.adapter - state.adapter == pytest.approx(1.0)
     assert record.notes == ()
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """Closes a round with its first two answers (FedBuff, Nguyen et al. 2022); the others count in the next one."""
+
+    def closing(self, selection: Selection, population: Sequence[str], cohort: int) -> Closing:
+        del selection, population
+        return Closing(seconds=0.0, enough=min(2, cohort), least=1)
+
+
+def test_a_toy_schedule_of_buffered_rounds_is_an_object_that_is_handed_over() -> None:
+    job = load_job(None, [*PLAIN, FEDAVG])
+    fed = assemble(job, BASE, LAYOUT, parts=Parts(schedule=Buffered()))
+    first = TrainingRound.open(fed, initial_state(fed), NAMES, broadcast())
+    exchange = next(first.exchanges())
+    assert exchange.closing == Closing(0.0, 2, 1)
+    for name in ("ann", "bob"):
+        first.take_in(name, reply(first, 1.0))
+    first.give_up("cid", LATE)
+    first.take_stale("cid", reply(first, 4.0))
+    state, record = first.close()
+    assert [client.id for client in record.survivors] == ["ann", "bob"]
+    second = asked(TrainingRound.open(fed, state, NAMES, broadcast()))
+    second.take_in("ann", reply(second, 1.0))
+    after, _ = second.close()
+    assert (after.adapter - state.adapter).max() > 1.5
 
 
 @pytest.mark.parametrize("bad", ["garbage", "another round", "another factor", "nan", "no examples"])
