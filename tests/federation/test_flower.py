@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from federation_helpers import FinishedRun, small_job
@@ -68,10 +69,13 @@ def test_stock_flower_deals_out_the_ranks_of_the_job_in_the_order_of_its_nodes()
         def get_node_ids(self) -> list[int]:
             return [71, 12, 35]
 
-    ranks = stock_flower._clients(small_job("simulation.ranks=[16, 4]"), Grid()).ranks  # type: ignore[arg-type]
-    assert ranks is not None
-    assert [ranks(name) for name in ("12", "35", "71")] == [16, 4, 16]
-    assert stock_flower._clients(small_job(), Grid()).ranks is None  # type: ignore[arg-type]
+    def ranks(*overrides: str) -> Any:
+        grid: Any = Grid()
+        return stock_flower.stock_strategy(small_job(*overrides), BASE, LAYOUT, grid).federation.ranks
+
+    dealt = ranks("simulation.ranks=[16, 4]")
+    assert [dealt(name) for name in ("12", "35", "71")] == [16, 4, 16]
+    assert ranks() is None
 
 
 @pytest.mark.parametrize(
@@ -89,4 +93,4 @@ def test_stock_flower_refuses_what_its_engine_cannot_do(overrides: str, complain
 def test_stock_flower_refuses_a_selection_by_time_instead_of_taking_everybody() -> None:
     timed = stock_flower._job({"set": "federation.selection=deadline secure_aggregation.enabled=false"})
     with pytest.raises(JobError, match="nothing here predicts how long clients take"):
-        assemble(timed, BASE, LAYOUT, stock_flower._clients(timed, None))  # type: ignore[arg-type]
+        stock_flower.stock_strategy(timed, BASE, LAYOUT, None)  # type: ignore[arg-type]

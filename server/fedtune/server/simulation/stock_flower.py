@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import JobError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
-from fedtune.core.protocol.messages import Handler, Request
+from fedtune.core.protocol.messages import Base, Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
 from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
 from fedtune.server.job_model import ModelEvaluator
@@ -26,7 +27,7 @@ from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_rounds import Facts, run_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
-from fedtune.strategies.assembly import Clients, Parts, assemble
+from fedtune.strategies.assembly import NO_PARTS, Clients, Parts, assemble
 
 
 def flower_server_app() -> ServerApp:
@@ -40,8 +41,7 @@ def flower_server_app() -> ServerApp:
         try:
             with Terminal() as display:
                 base, layout = simulation_context.base, simulation_context.model.layout
-                federation = assemble(job, base, layout, _clients(job, grid), parts=Parts(trackers=[display]))
-                strategy = AdapterStrategy(federation)
+                strategy = stock_strategy(job, base, layout, grid, Parts(trackers=[display]))
                 evaluator = ModelEvaluator(simulation_context.model, job.data)
                 run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
         finally:
@@ -77,12 +77,19 @@ def _job(config: RunConfig) -> Job:
     return job
 
 
-def _clients(job: Job, grid: Grid) -> Clients:
-    """Returns the clients with the ranks that the job assigns, in the order of node ids, which are their names here."""
+def stock_strategy(job: Job, base: Base, layout: AdapterLayout, grid: Grid, parts: Parts = NO_PARTS) -> AdapterStrategy:
+    """Returns the strategy of a job whose clients are the grid's nodes, named by their ids.
+
+    Ranks that the job assigns are dealt out in the order of the names.
+
+    Raises:
+        JobError: as `assemble`.
+    """
     dealt = job.simulation.ranks
-    if not dealt:
-        return Clients()
-    return Clients(ranks=lambda name: dealt[sorted(roster_by_node_id(grid)).index(name) % len(dealt)])
+    clients = Clients()
+    if dealt:
+        clients = Clients(ranks=lambda name: dealt[sorted(roster_by_node_id(grid)).index(name) % len(dealt)])
+    return AdapterStrategy(assemble(job, base, layout, clients, parts=parts))
 
 
 # A process that Flower keeps for several messages loads the base only once.
