@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedtune.core.errors import InputError
+from fedtune.core.host.private_files import sync_directory, write_private
 from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
 
 MAX_LOG_BYTES = 1 << 20
@@ -56,7 +56,8 @@ class Identity:
 
     def save(self, path: Path) -> None:
         """Writes the key as one line of hexadecimal digits, readable by the owner only, atomically."""
-        _write_atomically(path, self._private.value.hex() + "\n")
+        write_private(path, self._private.value.hex() + "\n")
+        sync_directory(path.parent)
 
     def sign(self, statement: bytes) -> bytes:
         """Returns the signature over a statement made by `framed`, whose label is the domain tag."""
@@ -152,7 +153,8 @@ class FileRoundLog:
         content = json.dumps({**marks, job: mark}) + "\n"
         if job not in marks and len(content) + _MARK_BYTES * len(marks) > MAX_LOG_BYTES:
             raise InputError(f"{self._path}: the round log is full after {len(marks)} jobs; leave and join again")
-        _write_atomically(self._path, content)
+        write_private(self._path, content)
+        sync_directory(self._path.parent)
 
     def _read(self) -> dict[str, RoundMark]:
         if not self._path.exists():
@@ -180,21 +182,3 @@ def _read_json(path: Path, limit: int, what: str) -> object:
 
 def _reason(error: Exception) -> str:
     return (error.strerror or "unknown reason") if isinstance(error, OSError) else "its content is malformed"
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
