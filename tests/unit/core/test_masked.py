@@ -33,7 +33,7 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
     random = np.random.default_rng(0)
     segments = masked_segments(TERMS)
     sums = {segment.name: np.zeros(segment.length, dtype=np.uint64) for segment in segments}
-    totals = [RING.zero(terms) for terms in TERMS]
+    totals = [RingTotal(MaskableCodec(terms.bits).zero(terms.context())) for terms in TERMS]
     losses = [0.25, 1.5, 0.0, 3.0, 1e9]
     for client, loss in enumerate(losses):
         updates = [(0.1 * random.standard_normal(terms.count)).astype(np.float32) for terms in TERMS]

@@ -130,10 +130,6 @@ class RingForm:
         """Decodes a single payload, as the mean of a sum of one."""
         return self.mean(self.read(payload, terms), terms).update
 
-    def zero(self, terms: FactorTerms) -> RingTotal:
-        """Returns the empty sum."""
-        return RingTotal(MaskableCodec(terms.bits).zero(terms.context()))
-
     def read(self, payload: bytes, terms: FactorTerms) -> RingTotal:
         """Returns one client's payload as a sum of one.
 

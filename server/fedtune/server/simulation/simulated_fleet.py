@@ -40,6 +40,7 @@ from fedtune.flower.in_process_grid import Failure, Outgoing
 from fedtune.model.shape import ModelShape
 from fedtune.server.run_directory import read_virtual
 from fedtune.server.run_files import storage, write_text
+from fedtune.strategies.cohorts.selection import cohort_size
 
 PROGRAM_BYTES = 400_000_000  # memory of a training process before it loads a model
 
@@ -133,7 +134,8 @@ class SimulatedFleet:
         deadline, secure = self._deadline(number), self._job.secure_aggregation
         shares = {name: self.share(name, number) for name in cohort}
         seconds = {name: self._arrival(number, name, shares[name]) for name in cohort}
-        wanted = self._wanted(len(self.kinds)) if deadline is not None else len(cohort)
+        asked = self._job.federation.clients_per_round
+        wanted = cohort_size(asked, len(self.kinds)) if deadline is not None else len(cohort)
         least = len(cohort) - part(secure.max_dropout, len(cohort)) if secure.enabled else 0
         before = SECURE_EXCHANGES[: SECURE_EXCHANGES.index(TRAIN) + 1] if secure.enabled else (TRAIN,)
         vanishes = {
@@ -155,10 +157,6 @@ class SimulatedFleet:
 
     def _random(self, purpose: str, number: int, name: str) -> Any:
         return generator(self._job.training.seed, purpose, number, name)
-
-    def _wanted(self, population: int) -> int:
-        wanted = self._job.federation.clients_per_round
-        return wanted if isinstance(wanted, int) else max(1, round(wanted * population))
 
 
 class VirtualRounds:

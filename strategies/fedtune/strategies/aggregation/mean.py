@@ -90,7 +90,7 @@ class MeanOfOwners:
         for total, part in owned:
             total.check(part, update.weight)
         for total, part in owned:
-            total.add(part, update.weight)
+            total.add_checked(part, update.weight)
 
     def merge(self, other: MeanOfOwners) -> None:
         """Adds the other's sums, which gives the same bits as adding its updates one by one."""
@@ -126,6 +126,10 @@ class ExactSum:
             UpdateError: a value is not finite or too large, the length or the weight is wrong; the sum is unchanged.
         """
         self.check(vector, weight)
+        self.add_checked(vector, weight)
+
+    def add_checked(self, vector: Vector, weight: int) -> None:
+        """Adds weight · vector after `check` has accepted them."""
         scaled = np.multiply(vector, 2.0**FRACTION_BITS, dtype=np.float64)
         np.rint(scaled, out=scaled)
         fixed = scaled.astype(np.int64)
