@@ -17,23 +17,24 @@ import numpy as np
 from tables import publish
 
 from fedtune.core.codec import (
+    DenseCodec,
     MaskableCodec,
     RingUpdate,
     RoundContext,
     SparseCodec,
     apply,
-    encode_delta,
+    encode_change,
     pack,
     select_largest,
-    select_public,
     unpack,
 )
+from fedtune.core.codec.downlink import on_grid
 from fedtune.core.codec.quantization import dequantize_sum, quantize
 from fedtune.core.codec.rotation import rotate, unrotate
 
 SIZES = (1_000_000, 10_000_000)
 REPEATS = 3
-BITS, RING_BITS, CLIP, COHORT = 4, 11, 10.0, 100
+BITS, RING_BITS, LEVELS, CLIP, COHORT = 4, 11, 20, 10.0, 100  # 11 bits have room for a hundred times 20
 
 Result = TypeVar("Result")
 
@@ -62,36 +63,32 @@ class Stopwatch:
 
 
 def rows_for(count: int) -> list[list[str]]:
-    """Measures all steps, dense and with default settings."""
+    """Measures all steps."""
     watch = Stopwatch(count)
     update = (1e-3 * np.random.default_rng(0).standard_normal(count)).astype(np.float32)
-    maskable, sparse = MaskableCodec(BITS), SparseCodec(density=0.1, bits=BITS)
+    maskable, dense, sparse = MaskableCodec(BITS), DenseCodec(3), SparseCodec(density=0.1, bits=BITS)
 
     rotated = watch.measure("rotate", lambda: rotate(update, 0))
     watch.measure("unrotate", lambda: unrotate(rotated, count, 0))
-    words = watch.measure("quantize, b = 4", lambda: quantize(rotated, 0.003, BITS, 0))
-    watch.measure("dequantize a sum", lambda: dequantize_sum(words, 0.003, BITS, COHORT))
+    words = watch.measure("quantize, L = 20", lambda: quantize(rotated, 0.003, LEVELS, 0))
+    watch.measure("dequantize a sum", lambda: dequantize_sum(words, 0.003, LEVELS, COHORT))
     packed = watch.measure("pack, 11 bits (n = 100)", lambda: pack(words, RING_BITS))
     watch.measure("unpack, 11 bits", lambda: unpack(packed, RING_BITS, words.size))
-    watch.measure("quantize + pack", lambda: pack(quantize(rotated, 0.003, BITS, 0), RING_BITS))
-    watch.measure("private top-k, density 0.1", lambda: select_largest(update, 0.1))
-    watch.measure("public selection, density 0.25", lambda: select_public(count, 0.25, 0, 0))
-    for density in (1.0, 0.25):
-        context = RoundContext(0, select_public(count, density, 0, 0), CLIP, COHORT)
-        width = maskable.ring(context).width
-        contribution = watch.measure(
-            f"maskable encode + pack, density {density}",
-            partial(_encode_and_pack, maskable, update, context, width),
-        )
-        watch.measure(
-            f"maskable decode, density {density}",
-            partial(maskable.decode_sum, contribution, 1, context),
-        )
+    watch.measure("quantize + pack", lambda: pack(quantize(rotated, 0.003, LEVELS, 0), RING_BITS))
+    watch.measure("top-k, density 0.1", lambda: select_largest(update, 0.1))
+    context = RoundContext(0, count, CLIP, COHORT)
+    contribution = watch.measure(
+        "maskable encode + pack", partial(_encode_and_pack, maskable, update, context, maskable.ring(context).width)
+    )
+    watch.measure("maskable decode", partial(maskable.decode_sum, contribution, 1, context))
+    payload = watch.measure("dense encode, 3 bits", lambda: dense.encode(update, 0))
+    watch.measure("dense decode", lambda: dense.decode(payload, count))
     data = watch.measure("sparse encode, density 0.1", lambda: sparse.encode(update))
     watch.measure("sparse decode, density 0.1", lambda: sparse.decode(data, count))
-    held = np.zeros_like(update)
-    delta = watch.measure("downlink delta, 3 bits", lambda: encode_delta(held, update, 3))
-    watch.measure("downlink apply", lambda: apply(held, delta))
+    first = np.zeros_like(update)
+    held = watch.measure("downlink grid, 4 bits", lambda: on_grid(first, update, 4))
+    change = watch.measure("downlink change", lambda: encode_change(first, held))
+    watch.measure("downlink apply", lambda: apply(first, change))
     return watch.rows
 
 

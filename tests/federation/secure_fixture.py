@@ -15,7 +15,6 @@ from fedtune.client.device import Contribution
 from fedtune.client.secure_rounds import Credentials, SecureRounds
 from fedtune.client.trainer import LocalResult
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
-from fedtune.core.codec import RingUpdate
 from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
@@ -39,30 +38,22 @@ Drop = Callable[[str, str], bool]
 class Untrained:
     """A device without a model, whose updates are drawn from a seed."""
 
-    def __init__(self) -> None:
-        self.kept: list[str] = []
-
     def hold(self, request: TrainRequest) -> str:
         return request.adapter.digest
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
         return factor_terms(request.uplink, LAYOUT, request.work.factors, request.job_seed, request.round)
 
-    def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
+    def contribute(self, client: str, request: TrainRequest) -> Contribution:
         uplink, number = request.uplink, request.round
         terms = factor_terms(uplink, LAYOUT, request.work.factors, request.job_seed, number, request.tier)
-        parts, unsent = [], []
+        parts = []
         for each in terms:
             whole = 0.01 * generator(9, client, number, each.factor).standard_normal(each.whole)
             update = whole.astype(np.float32)[each.indices]
-            part, sent = RING.contribute(update, each, derive_seed(7, client, number, *each.label), 0.5)
-            parts.append(part)
-            unsent.append(update - sent)
+            parts.append(RING.contribute(update, each, derive_seed(7, client, number, *each.label), 0.5))
         result = LocalResult(whole.astype(np.float32), 1, 1, 1.0, 1, 1, 0.0)
-        return Contribution(request, result, terms, tuple(parts), tuple(unsent))
-
-    def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
-        self.kept.append(client)
+        return Contribution(result, terms, tuple(parts))
 
 
 @dataclass
@@ -87,7 +78,7 @@ class Fixture:
         secure = SecureAggregation("a run", self.roster, self._clock) if job.secure_aggregation.enabled else None
         self.federation: Federation = assemble(job, BASE, LAYOUT, clients, secure=secure)
         self.state: FederationState = initial_state(self.federation)
-        self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), exact=False)
+        self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), bits=4)
         self._ticks = 0
 
     def open(self) -> TrainingRound:

@@ -165,9 +165,12 @@ def test_a_client_that_masks_another_tier_than_it_was_asked_for_is_refused() -> 
     assert "9 segments, expected 3" in (dropped["client-9"] or "")
 
 
+SPARSE = ("adapter.tiers=[4, 16]", "compression.form=sparse", "compression.density=0.1")
+
+
 @pytest.fixture
 def simulation_context(tmp_path: Path) -> SimulationContext:
-    return SimulationContext.begin(small_job("adapter.tiers=[4, 16]", "compression.density=0.1"), tmp_path / "clients")
+    return SimulationContext.begin(small_job(*SPARSE), tmp_path / "clients")
 
 
 def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
@@ -177,7 +180,7 @@ def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
     device = Device(lambda _: simulation_context.trainer, simulation_context.examples, store)
     clients = Clients(ranks={"000": 4, "001": 16, "002": 16}.__getitem__)
     federation = assemble(job, simulation_context.base, layout, clients)
-    state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), exact=False)
+    state, broadcast = initial_state(federation), Broadcast(layout, layout.initial(0), bits=4)
     residuals: list[np.ndarray] = []
     for number in (1, 2, 3):
         round_ = TrainingRound.open(federation, state, ["000", "001", "002"], broadcast)

@@ -41,7 +41,13 @@ JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
     "secure default": (8, ("federation.clients_per_round=6", "simulation.dropout=0.15")),
     "sparse in the clear": (
         8,
-        (CLEAR, "federation.clients_per_round=0.75", "federation.weight=tokens", "simulation.failing=0.2"),
+        (
+            CLEAR,
+            "compression.form=sparse",
+            "federation.clients_per_round=0.75",
+            "federation.weight=tokens",
+            "simulation.failing=0.2",
+        ),
     ),
     "mixed ranks with a fleet": (48, ("federation.clients_per_round=24",)),
     "alternating with robust mean": (

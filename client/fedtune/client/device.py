@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ UpdateChange = Callable[[AdapterLayout, Factors, Vector, Vector], Vector]
 """
 
 Encoded = TypeVar("Encoded")
-Encode = Callable[[Vector, FactorTerms, int, float], tuple[Encoded, Vector]]
+Encode = Callable[[Vector, FactorTerms, int, float], Encoded]
 
 
 def all_of_it(client: str, request: TrainRequest) -> float:
@@ -49,22 +49,31 @@ def all_of_it(client: str, request: TrainRequest) -> float:
 
 
 @dataclass(frozen=True)
-class Contribution(Generic[Encoded]):
-    """A trained update in the form in which it travels.
+class Contribution:
+    """A trained update as words that can be masked.
 
     Args:
-        request: the request that it answers.
         result: outcome of the training.
         terms: the codec's terms, one for each trained factor, or for each slice of it that the client owns.
-        parts: one part for each of the terms: payloads in the clear, or words and auxiliary sums that can be masked.
-        unsent: for each of the terms, the values that its part does not carry.
+        parts: words and auxiliary sums for each of the terms.
     """
 
-    request: TrainRequest
     result: LocalResult
     terms: tuple[FactorTerms, ...]
-    parts: tuple[Encoded, ...]
-    unsent: tuple[Vector, ...]
+    parts: tuple[RingUpdate, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A trained update before it is encoded.
+
+    Args:
+        updates: for each of the terms, the update's values there.
+    """
+
+    result: LocalResult
+    terms: tuple[FactorTerms, ...]
+    updates: tuple[Vector, ...]
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ class Device:
         """Trains the received adapter on the client's examples.
 
         Raises:
-            PeerError: the request does not match its digests.
+            PeerError: the request does not match its digests, or asks for a form that this device does not know or for
+                a residual that would enter a sum.
             ModelError: this device has another base model.
             UpdateError: training gave no update that may be sent.
         """
@@ -121,8 +131,13 @@ class Device:
             if form is None:
                 asked = f"an update of the form {request.uplink.form!r} is asked for"
                 raise PeerError(f"{asked}; this device knows {', '.join(self._forms)}")
-            made = self._contribution(client, request, form.encode)
-            self._keep(client, made)
+            made = self._train(client, request)
+            if request.uplink.error_feedback:
+                made = replace(made, updates=self._compensated(client, request, made))
+            parts = _encoded(client, request, made, form.encode)
+            if request.uplink.error_feedback:
+                sent = [form.decode(part, each) for part, each in zip(parts, made.terms, strict=True)]
+                self._keep(client, request, made, sent)
         result = made.result
         return TrainReply(
             round=request.round,
@@ -131,18 +146,14 @@ class Device:
             steps=result.steps,
             loss=result.loss,
             seconds=result.seconds,
-            update=made.parts,
+            update=parts,
         )
 
-    def contribute(self, client: str, request: TrainRequest) -> Contribution[RingUpdate]:
-        """Trains as `train` does, and returns words that can be masked; residuals change only in `keep_residuals`."""
+    def contribute(self, client: str, request: TrainRequest) -> Contribution:
+        """Trains as `train` does, and returns words that can be masked; no earlier round enters them."""
         with self._lock:
-            return self._contribution(client, request, RING.contribute)
-
-    def keep_residuals(self, client: str, contribution: Contribution[RingUpdate]) -> None:
-        """Stores the residuals of a contribution; to be called once the contribution is certain to count."""
-        with self._lock:
-            self._keep(client, contribution)
+            made = self._train(client, request)
+            return Contribution(made.result, made.terms, _encoded(client, request, made, RING.contribute))
 
     def hold(self, request: TrainRequest) -> str:
         """Receives a request's adapter, and returns the digest of the adapter that this device then holds.
@@ -188,25 +199,8 @@ class Device:
         self._held = (adapter.digest, held)
         return held
 
-    def _contribution(self, client: str, request: TrainRequest, encode: Encode[Encoded]) -> Contribution[Encoded]:
-        """Trains, adds the residual to each factor's update, and encodes it."""
-        result, terms = self._train(client, request)
-        uplink, segment_of = request.uplink, self._trainer_for(request.base).layout.segment
-        weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
-        start = segment_of(request.work.factors).start
-        parts, unsent = [], []
-        for each in terms:
-            segment = segment_of(each.factor)
-            trained = result.update[segment.start - start : segment.stop - start][each.indices]
-            update = self._residual(client, request, each).compensate(trained, each.indices)
-            private_seed = derive_seed(request.job_seed, "dither", request.round, client, *each.label)
-            part, sent = encode(update, each, private_seed, weight)
-            parts.append(part)
-            unsent.append(update - sent)
-        return Contribution(request, result, terms, tuple(parts), tuple(unsent))
-
-    def _train(self, client: str, request: TrainRequest) -> tuple[LocalResult, tuple[FactorTerms, ...]]:
-        """Trains; returns the result, and the codec's terms for each part of the update that travels."""
+    def _train(self, client: str, request: TrainRequest) -> _Trained:
+        """Trains; returns the result, and each part of the update that travels."""
         trainer, work = self._trainer_for(request.base), request.work
         received = self._receive(trainer, request.adapter, request.job_seed)
         split = self._split(client, trainer, request.base, work.holdout, request.job_seed)
@@ -220,7 +214,18 @@ class Device:
         update = align_update(layout, received, result.update) if work.align else result.update
         for change in self._postprocess:
             update = change(layout, work.factors, received, update)
-        return replace(result, update=update), terms
+        updates = []
+        for each in terms:
+            segment, start = layout.segment(each.factor), layout.segment(work.factors).start
+            updates.append(update[segment.start - start : segment.stop - start][each.indices])
+        return _Trained(result, terms, tuple(updates))
+
+    def _compensated(self, client: str, request: TrainRequest, made: _Trained) -> tuple[Vector, ...]:
+        """Returns the updates with the client's residuals added."""
+        return tuple(
+            self._residual(client, request, each).compensate(update, each.indices)
+            for each, update in zip(made.terms, made.updates, strict=True)
+        )
 
     def _residual(self, client: str, request: TrainRequest, terms: FactorTerms) -> Residual:
         """Returns the client's residual of a whole factor before this round, in the basis of this round.
@@ -228,8 +233,6 @@ class Device:
         It is empty where the change of basis is unknown, because the client did not take part then or missed another
         one.
         """
-        if not request.uplink.error_feedback:
-            return Residual.empty(terms.whole)
         residual = self._store.residual(client, terms.factor, terms.whole, request.round)
         rebasing = request.rebasing
         kept = self._store.residual_round(client, terms.factor, request.round)
@@ -248,15 +251,12 @@ class Device:
             self._rebasing = (digest, None if held is None else basis_changes(layout, held))
         return self._rebasing[1]
 
-    def _keep(self, client: str, made: Contribution[Encoded]) -> None:
+    def _keep(self, client: str, request: TrainRequest, made: _Trained, sent: Sequence[Vector]) -> None:
         """Stores the new residuals; at indices that this client does not own in this round they stay as they were."""
-        request = made.request
-        if not request.uplink.error_feedback:
-            return
         residuals: dict[Factor, Residual] = {}
-        for each, rest in zip(made.terms, made.unsent, strict=True):
+        for each, update, carried in zip(made.terms, made.updates, sent, strict=True):
             before = residuals.get(each.factor) or self._residual(client, request, each)
-            residuals[each.factor] = before.carry(rest, each.indices)
+            residuals[each.factor] = before.carry(update - carried, each.indices)
         for factor, residual in residuals.items():
             self._store.keep_residual(client, factor, request.round, residual)
 
@@ -281,6 +281,16 @@ class Device:
                 self._splits.popitem(last=False)
         self._splits.move_to_end(key)
         return self._splits[key]
+
+
+def _encoded(client: str, request: TrainRequest, made: _Trained, encode: Encode[Encoded]) -> tuple[Encoded, ...]:
+    """Returns one part for each of the terms."""
+    uplink, result = request.uplink, made.result
+    weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
+    return tuple(
+        encode(update, each, derive_seed(request.job_seed, "dither", request.round, client, *each.label), weight)
+        for each, update in zip(made.terms, made.updates, strict=True)
+    )
 
 
 def own_tier(request: TrainRequest) -> int:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedtune.client.device import Contribution, Device, own_tier
-from fedtune.core.codec import RingUpdate
 from fedtune.core.codec.masked import masked_segments, masked_words
 from fedtune.core.protocol.messages import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
@@ -48,7 +47,7 @@ class _Round:
 
     session: ClientSession
     request: TrainRequest
-    contribution: Contribution[RingUpdate] | None = None
+    contribution: Contribution | None = None
 
 
 class SecureRounds:
@@ -101,14 +100,8 @@ class SecureRounds:
         return self._round(client).session.vote(message)
 
     def unmask(self, client: str, message: bytes) -> bytes:
-        """Takes a quorum of signatures; returns the shares that open the sum, and deletes the round.
-
-        From here on this client counts its update as sent, and stores its residuals.
-        """
-        round_ = self._round(client)
-        reply = round_.session.unmask(message)
-        if round_.contribution is not None:
-            self._device.keep_residuals(client, round_.contribution)
+        """Takes a quorum of signatures; returns the shares that open the sum, and deletes the round."""
+        reply = self._round(client).session.unmask(message)
         self.close(client)
         return reply
 

@@ -23,7 +23,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector
-from fedtune.core.codec.downlink import advance
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
@@ -66,8 +65,8 @@ class AdapterStrategy(Strategy):
         self.roster = roster
         self.stale_updates = stale_updates
         job, layout = federation.job, federation.layout
-        exact, rebased = job.compression.preset == "none", job.federation.rebalance_every > 0
-        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), exact, rebased)
+        bits = Compression.of(job).downlink_bits
+        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), bits)
         self._state = initial_state(federation)
         self._training: TrainingRound | None = None
         self._evaluation: EvaluationRound | None = None
@@ -214,9 +213,7 @@ class AdapterStrategy(Strategy):
         adapter = _from_arrays(arrays, self.federation.layout)
         if np.array_equal(adapter, self._state.adapter):
             return self._state
-        bits = Compression.of(self.federation.job).downlink_bits
-        held = advance(self.federation.layout, self._state.held, adapter, "ab", bits)
-        return replace(self._state, adapter=adapter, held=held)
+        return replace(self._state, adapter=adapter, held=self._broadcast.to_hold(adapter))
 
 
 def _messages(exchange: Exchange, roster: dict[str, int], number: int) -> Sequence[Message]:

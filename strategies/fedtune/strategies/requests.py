@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
+from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.job.local_work import LocalWork, local_work
@@ -129,10 +130,16 @@ class Requests:
         """Returns the bytes for one client, the same at every call."""
         basis, tier = self._basis.setdefault(name, self.broadcast.basis(name)), self._tiers.get(name, 0)
         if (basis, tier) not in self._payloads:
-            if basis not in self._adapters:
-                self._adapters[basis] = self.broadcast.write(basis, self._held)
-            self._payloads[basis, tier] = encode(self._write(self._adapters[basis], tier))
+            self._payloads[basis, tier] = encode(self._write(self._adapter(basis), tier))
         return self._payloads[basis, tier]
+
+    def _adapter(self, basis: str) -> Downlink:
+        """Returns the smaller one of the changes since the basis and since the first adapter."""
+        if basis not in self._adapters:
+            change = self.broadcast.write(basis, self._held)
+            choices = [change] if basis == FIRST else [change, self._adapter(FIRST)]
+            self._adapters[basis] = min(choices, key=lambda adapter: sum(map(len, adapter.parts)))
+        return self._adapters[basis]
 
 
 def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
@@ -150,10 +157,9 @@ def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
 def _uplink(
     federation: Federation, state: FederationState, factors: Factors, clients: int, tiers: tuple[int, ...]
 ) -> Uplink:
-    job, method = federation.job, federation.method
+    job = federation.job
     compression = Compression.of(job)
-    cap, letters = job.federation.weight_cap, factor_letters(factors)
-    earlier = [method.factors(number) for number in range(1, state.round + 1)]
+    cap = job.federation.weight_cap
     return Uplink(
         form=federation.form.name,
         bits=compression.bits,
@@ -162,8 +168,7 @@ def _uplink(
         weight=job.federation.weight,
         weight_cap=min(cap, round(state.clips[WEIGHT])) if federation.form == RING else cap,
         n_max=max(clients, 1),
-        selection_phases=tuple(sum(letter in trained for trained in earlier) for letter in letters),
-        clips=tuple(state.clips[letter] for letter in letters),
+        clips=tuple(state.clips[letter] for letter in factor_letters(factors)),
         rotation=compression.rotation,
         tiers=tiers,
     )

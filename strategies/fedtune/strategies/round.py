@@ -21,8 +21,7 @@ import numpy as np
 
 from fedtune.core.adapter.basis import basis_changes, changed, follow
 from fedtune.core.adapter.layout import adapter_digest, factor_letters
-from fedtune.core.codec.downlink import FIRST, advance, refreshed
-from fedtune.core.codec.uplink import Compression
+from fedtune.core.codec.downlink import FIRST
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.ledger import Ledger
 from fedtune.core.protocol.messages import Downlink, Rebasing
@@ -229,8 +228,8 @@ class TrainingRound:
             part = update[segment.start - start : segment.stop - start]
             step, server = federation.optimizer.step(letter, part, server)
             adapter[segment] += step
-        held = advance(layout, self.state.held, adapter, factors, Compression.of(federation.job).downlink_bits)
         clips = self.state.clips | aggregate.clips
+        held = self.requests.broadcast.to_hold(adapter)
         return FederationState(self.number, adapter, held, clips, server, rebasing=self.state.rebasing)
 
     def _rebalanced(self, state: FederationState) -> tuple[FederationState, tuple[str, ...]]:
@@ -251,7 +250,7 @@ class TrainingRound:
         after = replace(
             state,
             adapter=adapter,
-            held=refreshed(layout, adapter, Compression.of(job).downlink_bits),
+            held=self.requests.broadcast.to_hold(adapter),
             server=server,
             rebasing=Rebasing(self.number, adapter_digest(self.state.held), before),
         )

@@ -297,13 +297,6 @@ MUTANTS = (
     ),
     Mutant("round: open first", "secure_rounds.py", "if client not in self._rounds:", "if False:", CLIENT),
     Mutant(
-        "round: residuals settled last",
-        "secure_rounds.py",
-        "            self._device.keep_residuals(client, round_.contribution)\n",
-        "            pass\n",
-        CLIENT,
-    ),
-    Mutant(
         "round: aborts change nothing",
         "round.py",
         "        except (RoundAbortedError, JobError) as error:\n            self._aborted = str(error)",

@@ -113,6 +113,7 @@ def of_work(**changes: Any) -> Callable[[TrainRequest], TrainRequest]:
         (changed_request(of_uplink(form="sparse")), "cannot be masked"),
         (changed_request(of_uplink(form="exact")), "cannot be masked"),
         (changed_request(of_uplink(bits=8)), "segments"),
+        (changed_request(of_uplink(error_feedback=True)), "error feedback in a ring: a residual carried into a later"),
         (changed_request(lambda request: msgspec.structs.replace(request, job_seed=99)), "work and codec"),
     ],
 )
@@ -177,12 +178,6 @@ def test_a_round_that_was_cut_off_early_is_tried_again_by_a_server_that_restarts
     for name in NAMES:
         fixture.answer(name, exchange)  # and the server crashes
     assert fixture.run().aborted is None
-
-
-def test_residuals_are_settled_by_those_who_opened_the_sum_and_by_nobody_else() -> None:
-    fixture = Fixture(NAMES)
-    fixture.run(lambda name, kind: name == VICTIM and kind == SECURE_EXCHANGES[4])
-    assert fixture.device.kept == NAMES[1:]
 
 
 def test_a_new_round_ends_the_one_that_was_open() -> None:

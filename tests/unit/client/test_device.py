@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
 from numpy_trainer import DIGEST, NumpyTrainer, load_examples
 from numpy_trainer import LAYOUT as GOLDEN
 
@@ -17,6 +20,8 @@ from fedtune.core.adapter.basis import align_update
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factors, Vector, adapter_digest
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
+from fedtune.core.codec.update_forms import FORMS
+from fedtune.core.errors import PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.messages import Base, TrainRequest, decode
 from fedtune.strategies.assembly import assemble
@@ -31,7 +36,7 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
     memory, first = JobMemory(tmp_path), LAYOUT.initial(0)
     trainer: Any = SimpleNamespace(layout=LAYOUT, digest="0" * 64)
     device = Device(lambda base: trainer, lambda *asked: [], memory)
-    adapter = Broadcast(LAYOUT, first, exact=False).write(FIRST, first)
+    adapter = Broadcast(LAYOUT, first, bits=4).write(FIRST, first)
     request: Any = SimpleNamespace(base=SimpleNamespace(digest="0" * 64), adapter=adapter, job_seed=0)
     for job in ("one", "two"):
         memory.begin(job, secure=True, terms=b"")
@@ -48,7 +53,7 @@ def trained_update(folder: Path, aggregation: str, *postprocess: UpdateChange) -
     base = Base("golden", DIGEST, "nf4", GOLDEN.rank, GOLDEN.alpha, ("all-linear",), 256)
     device = Device(lambda base: NumpyTrainer(), load_examples, ClientStore(folder), postprocess=postprocess)
     federation = assemble(job, base, GOLDEN)
-    broadcast = Broadcast(GOLDEN, GOLDEN.initial(0), exact=True)
+    broadcast = Broadcast(GOLDEN, GOLDEN.initial(0), bits=None)
     round_ = TrainingRound.open(federation, initial_state(federation), ["01"], broadcast)
     next(round_.exchanges())
     reply = device.train("01", decode(round_.requests.payload("01"), TrainRequest))
@@ -86,3 +91,53 @@ def test_steps_see_the_update_aligned_where_the_request_asks_for_it(tmp_path: Pa
     sent = trained_update(tmp_path / "aligned", "fedrot", look)
     assert np.array_equal(sent, align_update(GOLDEN, GOLDEN.initial(0), plain))
     assert np.array_equal(seen[0], sent)
+
+
+def request_of(number: int, *overrides: str) -> TrainRequest:
+    """Returns the request of one round of a job to one of four clients."""
+    job = load_job(None, ["data.holdout=0", "secure_aggregation.enabled=false", *overrides])
+    base = Base("golden", DIGEST, "nf4", GOLDEN.rank, GOLDEN.alpha, ("all-linear",), 256)
+    federation = assemble(job, base, GOLDEN)
+    state = replace(initial_state(federation), round=number - 1)
+    round_ = TrainingRound.open(
+        federation, state, ["00", "01", "02", "03"], Broadcast(GOLDEN, GOLDEN.initial(0), bits=4)
+    )
+    next(round_.exchanges())
+    return decode(round_.requests.payload("01"), TrainRequest)
+
+
+def device_in(folder: Path) -> Device:
+    return Device(lambda base: NumpyTrainer(), load_examples, ClientStore(folder))
+
+
+def test_words_for_a_sum_follow_from_their_round_alone_whatever_a_device_was_asked_before(tmp_path: Path) -> None:
+    """A server that gives one device another past than the others must not find that past in a later sum."""
+    fresh, asked = device_in(tmp_path / "fresh"), device_in(tmp_path / "asked")
+    asked.train("01", request_of(1, "compression.form=sparse"))
+    asked.contribute("01", request_of(1, "compression.form=ring", "compression.bits=1"))
+    assert ClientStore(tmp_path / "asked").residual("01", "b", GOLDEN.size_b, 2).values.any(), "there is a memory"
+    later = request_of(2, "compression.form=ring")
+    for one, other in zip(fresh.contribute("01", later).parts, asked.contribute("01", later).parts, strict=True):
+        assert np.array_equal(one.words, other.words)
+        assert np.array_equal(one.auxiliary, other.auxiliary)
+
+
+def test_a_device_refuses_to_carry_a_residual_into_a_sum(tmp_path: Path) -> None:
+    request, device = request_of(1, "compression.form=ring"), device_in(tmp_path)
+    hostile = msgspec.structs.replace(request, uplink=msgspec.structs.replace(request.uplink, error_feedback=True))
+    for ask in (device.contribute, device.train):
+        with pytest.raises(PeerError, match="error feedback in a ring: a residual carried into a later sum"):
+            ask("01", hostile)
+    assert not list(tmp_path.rglob("residuals"))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_in_the_clear_a_device_sends_later_what_it_did_not_send(form: str, tmp_path: Path) -> None:
+    asked = request_of(1, f"compression.form={form}", "compression.error_feedback=true", "compression.bits=2")
+    _, sent = device_in(tmp_path).train("01", asked).update
+    _, exact = device_in(tmp_path / "exact").train("01", request_of(1, "compression.preset=none")).update
+    (terms,) = [each for each in device_in(tmp_path).terms(asked) if each.factor == "b"]
+    unsent = ExactCodec().decode(exact, GOLDEN.size_b) - FORMS[form].decode(sent, terms)
+    residual = ClientStore(tmp_path).residual("01", "b", GOLDEN.size_b, 2).values
+    assert np.linalg.norm(unsent) > 0
+    assert np.array_equal(residual, unsent)

@@ -18,7 +18,7 @@ NORMS = np.linspace(0.8, 1.2, CLIENTS)
 def adapted(state: ClipRange, norms: np.ndarray) -> ClipRange:
     """Runs one round of the codec with updates of these norms."""
     codec = MaskableCodec(bits=4)
-    context = RoundContext(0, np.ones(COUNT, dtype=np.bool_), state.clip, CLIENTS)
+    context = RoundContext(0, COUNT, state.clip, CLIENTS)
     total = codec.zero(context)
     for client, norm in enumerate(norms):
         direction = np.random.default_rng(client).standard_normal(COUNT)
@@ -87,7 +87,7 @@ def test_a_cap_comes_up_again_after_a_round_of_next_to_nothing() -> None:
 def mean_error(cap: int) -> float:
     """Returns ‖mean - true mean‖² / ‖true mean‖² of ten clients with 180 examples each, at 2 bits."""
     codec = MaskableCodec(bits=2)
-    context = RoundContext(0, np.ones(COUNT, dtype=np.bool_), 1.25, n_max=10)
+    context = RoundContext(0, COUNT, 1.25, n_max=10)
     total, truth = codec.zero(context), np.zeros(COUNT)
     for client in range(10):
         direction = np.random.default_rng(client).standard_normal(COUNT)

@@ -72,6 +72,13 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("simulation.workers=2 simulation.threads=0", "threads do not survive a fork"),
         ("compression.form=sparse compression.rotation=false", 'only compression.form = "ring" rotates'),
         ("compression.form=sparse compression.bits=1", 'form = "sparse" takes 2 to 8'),
+        ("secure_aggregation.enabled=false compression.bits=1", 'form = "dense" takes 2 to 8'),
+        ("compression.density=0.5", 'only compression.form = "sparse" leaves values out'),
+        ("compression.error_feedback=true", 'compression.form is "ring": a residual carried into a later sum'),
+        (
+            "secure_aggregation.enabled=false compression.form=ring compression.error_feedback=true",
+            "a device that takes part once never sends it",
+        ),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("simulation.dropout=1.5", "simulation.dropout"),

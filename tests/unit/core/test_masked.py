@@ -15,12 +15,12 @@ from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Uplink, query
 CLIENTS = 5
 
 
-def ring(bits: int, density: float, n_max: int) -> Uplink:
-    return Uplink("ring", bits, density, True, "examples", 1, n_max, (0,), (1.0,), True)
+def ring(bits: int, n_max: int) -> Uplink:
+    return Uplink("ring", bits, 1.0, False, "examples", 1, n_max, (1.0,), True)
 
 
 TERMS = tuple(
-    FactorTerms(ring(4, 0.5, CLIENTS), 1, 3, letter, count, 0, 0.7)  # type: ignore[arg-type]
+    FactorTerms(ring(4, CLIENTS), 1, 3, letter, count, 0.7)  # type: ignore[arg-type]
     for letter, count in (("a", 70), ("b", 33))
 )
 
@@ -37,7 +37,7 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
     losses = [0.25, 1.5, 0.0, 3.0, 1e9]
     for client, loss in enumerate(losses):
         updates = [(0.1 * random.standard_normal(terms.count)).astype(np.float32) for terms in TERMS]
-        parts = [RING.contribute(update, terms, client, 0.5)[0] for update, terms in zip(updates, TERMS, strict=True)]
+        parts = [RING.contribute(update, terms, client, 0.5) for update, terms in zip(updates, TERMS, strict=True)]
         totals = [add_parts(total, part, terms) for total, part, terms in zip(totals, parts, TERMS, strict=True)]
         words = masked_words(TERMS, parts, loss)
         assert words.keys() == sums.keys()
@@ -55,7 +55,7 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
 
 def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_sums_of_its_own() -> None:
     parts = {4: Part(4, np.arange(0, 20), 70), 16: Part(16, np.arange(20, 70), 70)}
-    terms = [FactorTerms(ring(4, 1.0, CLIENTS), 1, 3, letter, len(part.indices), 0, 0.7, part)  # type: ignore[arg-type]
+    terms = [FactorTerms(ring(4, CLIENTS), 1, 3, letter, len(part.indices), 0.7, part)  # type: ignore[arg-type]
              for letter in "ab" for part in parts.values()]  # fmt: skip
     segments = masked_segments(terms, (4, 16))
     assert [(segment.name, segment.tiers) for segment in segments] == [
@@ -64,7 +64,7 @@ def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_su
     ]  # fmt: skip
     assert [segment.length for segment in segments[-2:]] == [5, 4]  # only the first has the loss
     small = [each for each in terms if each.tier == 4]
-    contributions = [RING.contribute(np.ones(each.count, dtype=np.float32), each, 1, 0.5)[0] for each in small]
+    contributions = [RING.contribute(np.ones(each.count, dtype=np.float32), each, 1, 0.5) for each in small]
     words = masked_words(small, contributions, 0.5)
     assert {name: len(values) for name, values in words.items()} == {
         segment.name: segment.length for segment in segments if 0 in segment.tiers
@@ -72,7 +72,7 @@ def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_su
 
 
 def test_a_factor_of_nothing_but_padding_still_has_a_ring() -> None:
-    one = FactorTerms(ring(1, 1.0, 1), 1, 1, "b", 1, 0, 1.0)
+    one = FactorTerms(ring(1, 1), 1, 1, "b", 1, 1.0)
     words, auxiliary = masked_segments([one])
     assert (words.name, words.bits) == ("lora_b", 1)
     assert auxiliary.name == AUXILIARY_NAME

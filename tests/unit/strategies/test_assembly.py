@@ -216,10 +216,9 @@ class HalfForm:
 
     name: str = "half"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
         del terms, private_seed, weight
-        short = update.astype("<f2")
-        return short.tobytes(), short.astype(np.float32)
+        return update.astype("<f2").tobytes()
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         if len(payload) != 2 * terms.count:
@@ -241,7 +240,9 @@ def test_a_toy_form_of_compression_is_an_object_that_both_sides_hold(tmp_path: P
 def test_a_device_that_does_not_know_the_form_refuses_and_says_which_it_knows(tmp_path: Path) -> None:
     rounds = run_federation(job(), 3, tmp_path, parts=Parts(form=HalfForm()))
     dropped = {client.dropped for client in rounds[0][1].clients}
-    assert all("the form 'half' is asked for; this device knows exact, sparse, ring" in (why or "") for why in dropped)
+    assert all(
+        "the form 'half' is asked for; this device knows exact, dense, sparse, ring" in (why or "") for why in dropped
+    )
 
 
 def test_a_form_that_cannot_be_masked_is_refused_under_secure_aggregation() -> None:
@@ -325,7 +326,7 @@ def test_the_same_job_is_put_together_by_nesting() -> None:
         return assemble(job(*overrides), BASE, LAYOUT).collector.aggregator
 
     assert aggregator("compression.form=ring") == Unpacked(RingMean(AGGREGATIONS["fedavg"]))
-    assert aggregator() == Decoded(Mean(AGGREGATIONS["fedavg"]), FORMS["sparse"])
+    assert aggregator() == Decoded(Mean(AGGREGATIONS["fedavg"]), FORMS["dense"])
     assert aggregator("compression.preset=none").form is FORMS["exact"]
 
 
@@ -333,7 +334,7 @@ def test_the_same_job_is_put_together_by_nesting() -> None:
 def test_fedrot_asks_devices_to_align_whatever_goes_around_it(around: tuple[str, ...]) -> None:
     federation = assemble(job("federation.aggregation=fedrot", *around), BASE, LAYOUT)
     round_ = TrainingRound.open(
-        federation, initial_state(federation), ["ann"], Broadcast(LAYOUT, LAYOUT.initial(0), exact=False)
+        federation, initial_state(federation), ["ann"], Broadcast(LAYOUT, LAYOUT.initial(0), bits=4)
     )
     assert decode(round_.requests.payload("ann"), TrainRequest).work.align
 

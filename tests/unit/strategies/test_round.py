@@ -56,8 +56,8 @@ def reply(round_: TrainingRound, value: float, examples: int = 10, **changes: An
     return encode(msgspec.structs.replace(answer, **changes))
 
 
-def broadcast(exact: bool = True) -> Broadcast:
-    return Broadcast(LAYOUT, LAYOUT.initial(0), exact)
+def broadcast(bits: int | None = None) -> Broadcast:
+    return Broadcast(LAYOUT, LAYOUT.initial(0), bits)
 
 
 def opened(number: int = 1, *overrides: str) -> TrainingRound:

@@ -1,12 +1,14 @@
 """Codecs for updates and adapters: chains of small parts, each with its inverse, in the clear and under masks.
 
-`SparseCodec` and `ExactCodec` work in the clear. `MaskableCodec` produces the words that secure aggregation adds up.
-`Residual` keeps the part of an update that was not sent, and `downlink` carries the adapter to the devices.
+`DenseCodec`, `SparseCodec` and `ExactCodec` work in the clear. `MaskableCodec` produces the words that secure
+aggregation adds up. `Residual` keeps the part of an update that `SparseCodec` did not send, and `downlink` carries the
+adapter to the devices.
 """
 
 from fedtune.core.codec.clipping import ClipRange, initial_clip, next_weight_cap
-from fedtune.core.codec.coordinate_selection import select_largest, select_public
-from fedtune.core.codec.downlink import apply, encode_catch_up, encode_delta, encode_refresh, encode_whole
+from fedtune.core.codec.coordinate_selection import select_largest
+from fedtune.core.codec.dense import DenseCodec
+from fedtune.core.codec.downlink import apply, encode_change, rounded
 from fedtune.core.codec.exact import ExactCodec
 from fedtune.core.codec.maskable import DecodedSum, MaskableCodec, RingUpdate, RoundContext
 from fedtune.core.codec.packing import pack, packed_size, unpack
@@ -17,6 +19,7 @@ from fedtune.core.codec.sparse import SparseCodec
 __all__ = [
     "ClipRange",
     "DecodedSum",
+    "DenseCodec",
     "ExactCodec",
     "MaskableCodec",
     "Residual",
@@ -25,15 +28,12 @@ __all__ = [
     "RoundContext",
     "SparseCodec",
     "apply",
-    "encode_catch_up",
-    "encode_delta",
-    "encode_refresh",
-    "encode_whole",
+    "encode_change",
     "initial_clip",
     "next_weight_cap",
     "pack",
     "packed_size",
+    "rounded",
     "select_largest",
-    "select_public",
     "unpack",
 ]

@@ -1,22 +1,22 @@
-"""The downlink codec: changes of the adapter, after which every device holds the same bits.
+"""The downlink codec: the adapter as all devices hold it, and the changes that lead to it from any version.
 
-The server keeps two vectors per factor: `target`, the adapter that it computed, and `held`, the adapter that the
-devices hold. A *delta* carries their difference, coarsely. The server applies it to its own `held` as every device
-does, so `target - held`, which has not been sent yet, is the server's residual and needs no state of its own.
+The server keeps `target`, the adapter that it computed. Devices hold `held`, which differs from the job's first adapter
+by whole numbers of steps:
 
-    held = advance(layout, held, target, factors, bits)     # on the server, after a round
-    held = receive(layout, basis, request.adapter)          # on a device: the same bits, from any version
+    held = first + δ·round((target - first) / δ)        # rounded(...), a function of the target alone
 
-For one factor:
+δ is a power of two near 6σ/(2^b - 1), σ the root mean square of target - first. So the step grows as the adapter moves
+away from the first one, and a new device never fetches more than about log2(σ/δ) + 2 bits a value, however long the job
+has run: 3.4 bits at b = 4. `held` never strays from the target by more than half a step, and the next `held` follows
+from the next target, so no error adds up.
 
-    data = encode_delta(held, target, bits)
-    held = apply(held, data)                                # on the server, and on every device
+    payload = encode_change(old, held)                  # on the server, for devices that hold the version `old`
+    held = apply(old, payload)                          # on a device: the same bits, from any version
 
-`apply` is one product and one sum per coordinate, each a single IEEE operation: x86 and ARM agree. Steps are powers
-of two, so `held` stays on a binary grid, and the difference of any two versions is a vector of whole numbers. A
-device that missed rounds or is new receives exactly that difference, a *catch-up*, and then holds the same adapter as
-all others. A *refresh* replaces the whole adapter of all devices at 8 bits: after a change of basis, or to put a first
-adapter on a grid.
+`apply` is one product and one sum per coordinate, each a single IEEE operation: x86 and ARM agree. As all versions lie
+on binary grids, the difference of any two is a vector of whole numbers of a step, and is encoded without loss. After
+most rounds most values stay on their grid point, so a device that takes part in every round receives about a bit a
+value.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from math import frexp, ldexp, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, adapter_digest, factor_letters
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.codec.clipping import check_update
 from fedtune.core.codec.entropy import encode_levels
 from fedtune.core.codec.exact import ExactCodec, exact_size, exact_values
-from fedtune.core.codec.quantization import MAX_LEVEL, MIN_STEP, nearest_levels, relative_step
+from fedtune.core.codec.quantization import MAX_LEVEL, MIN_STEP, levels_to_values, nearest_levels, relative_step
 from fedtune.core.codec.sparse import decode_values, encode_step, max_levels_size
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
@@ -38,43 +38,26 @@ from fedtune.core.protocol.messages import Downlink
 
 FIRST = ""  # the job's first adapter, which all devices derive from the seed
 REMEMBERED_VERSIONS = 8  # a device that is further behind starts again from the job's first adapter
-REFRESH_BITS = 8
 GRID_BITS = 20  # a step is at least 2^-20 of the largest value, so that sums on the grid are exact in float32
-# The rest that a delta leaves out is uniform over a step: at most √3 times its root mean square. At 2 bits a step is 2
-# root mean squares. Up to √3 times that, the next delta still sends something; with coarser steps devices would never
-# catch up.
-STRETCH = 1.7
 
-_KINDS = frozenset({Kind.DELTA, Kind.WHOLE, Kind.EXACT})
+_KINDS = frozenset({Kind.DELTA, Kind.EXACT})
 
 
-def advance(layout: AdapterLayout, held: Vector, target: Vector, factors: Factors, bits: int | None) -> Vector:
-    """Returns the adapter that devices shall hold after a round.
+def rounded(layout: AdapterLayout, first: Vector, target: Vector, bits: int | None) -> Vector:
+    """Returns the adapter that devices shall hold, close to the target.
 
     Args:
-        held: the adapter that devices hold now; float32, (size,).
+        first: the job's first adapter; float32, (size,).
         target: the adapter that they should hold; float32, (size,).
-        factors: the factors that the round changed; the others stay as they are.
-        bits: resolution of the change; None sends the target itself, as float32.
+        bits: resolution of the change since the first adapter, 2 to 8; None returns the target itself.
+
+    Raises:
+        UpdateError: the change holds NaN, infinity or an absurd magnitude.
     """
     if bits is None:
         return target.copy()
-    after = held.copy()
-    for factor in factor_letters(factors):
-        segment = layout.segment(factor)
-        after[segment] = apply(held[segment], encode_delta(held[segment], target[segment], bits))
-    return after
-
-
-def refreshed(layout: AdapterLayout, target: Vector, bits: int | None) -> Vector:
-    """Returns the adapter that devices shall hold after a change of basis: all of the target, at 8 bits.
-
-    Args:
-        bits: as in `advance`; None returns the target itself.
-    """
-    if bits is None:
-        return target.copy()
-    return np.concatenate([apply(half, encode_refresh(half)) for half in layout.halves(target)])
+    halves = zip(layout.halves(first), layout.halves(target), strict=True)
+    return np.concatenate([on_grid(before, wanted, bits) for before, wanted in halves])
 
 
 def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
@@ -90,35 +73,24 @@ def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
     return held
 
 
-def encode_delta(held: NDArray[np.float32], target: NDArray[np.float32], bits: int) -> bytes:
-    """Encodes the change from `held` towards `target`, in steps near 6/(2^bits - 1) of its root mean square.
-
-    Args:
-        held: the values that devices hold; float32, shape (count,).
-        target: the values that they should hold; float32, same shape.
-        bits: 2 to 8.
+def on_grid(first: NDArray[np.float32], target: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Returns `first` plus the whole number of steps nearest to `target`; float32, the shape of both.
 
     Raises:
-        UpdateError: the difference holds NaN, infinity or an absurd magnitude.
+        UpdateError: the change holds NaN, infinity or an absurd magnitude.
     """
-    change = _difference(target, held)
-    finest = ldexp(max(_largest(held), _largest(target)), -GRID_BITS)
-    return _encode(Kind.DELTA, change, _step(change, bits, finest))
+    change = _difference(target, first)
+    finest = ldexp(max(_largest(first), _largest(target)), -GRID_BITS)
+    step = np.float32(_step(change, bits, finest))
+    values = levels_to_values(nearest_levels(change, step), step)
+    values += first
+    return values
 
 
-def encode_refresh(target: NDArray[np.float32]) -> bytes:
-    """Encodes all of `target` at 8 bits. It replaces the values on a device, so it must go to all devices.
-
-    Raises:
-        UpdateError: the target holds NaN, infinity or an absurd magnitude.
-    """
-    return _encode(Kind.WHOLE, target, _step(target, REFRESH_BITS, ldexp(_largest(target), -GRID_BITS)))
-
-
-def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> bytes:
+def encode_change(old: NDArray[np.float32], held: NDArray[np.float32]) -> bytes:
     """Encodes the change that takes a device from the version `old` to `held`, bit for bit.
 
-    For a new device `old` is zero. A difference that is not on a grid is sent as float32.
+    A difference that is not on a grid is sent as float32.
 
     Raises:
         UpdateError: either holds NaN, infinity or an absurd magnitude.
@@ -127,30 +99,14 @@ def encode_catch_up(old: NDArray[np.float32], held: NDArray[np.float32]) -> byte
     check_update(change)
     step = _grid(change)
     if _largest(change) <= step * MAX_LEVEL:
-        data = _encode(Kind.DELTA, change, step)
+        data = _encode(change, step)
         if np.array_equal(apply(old, data).view(np.uint32), held.view(np.uint32)):
             return data
     return ExactCodec().encode(held)
 
 
-def encode_whole(held: NDArray[np.float32]) -> bytes | None:
-    """Encodes all of `held`, bit for bit, for devices of any version; None where it does not lie on a grid.
-
-    After a change of basis this takes fewer bytes than the change since an older version.
-
-    Raises:
-        UpdateError: `held` holds NaN, infinity or an absurd magnitude.
-    """
-    check_update(held)
-    step = _grid(held)
-    if _largest(held) > step * MAX_LEVEL:
-        return None
-    data = _encode(Kind.WHOLE, held, step)
-    return data if np.array_equal(apply(held, data).view(np.uint32), held.view(np.uint32)) else None
-
-
 def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.float32]:
-    """Applies a payload to `held`; returns held + δ·levels, or δ·levels, or float32 values, all of them finite.
+    """Applies a payload to `held`; returns held + δ·levels, or float32 values, all of them finite.
 
     Raises:
         PeerError: the payload is not well-formed or leads to values that are not finite.
@@ -159,9 +115,8 @@ def apply(held: NDArray[np.float32], data: bytes | memoryview) -> NDArray[np.flo
     if kind == Kind.EXACT:
         return exact_values(body, held.size)
     values = decode_values(body, held.size)
-    if kind == Kind.DELTA:
-        with np.errstate(over="ignore"):  # refused below, with a reason
-            values += held
+    with np.errstate(over="ignore"):  # refused below, with a reason
+        values += held
     if not np.isfinite(values).all():
         raise PeerError("payload: it leads to NaN or infinity")
     return values
@@ -172,9 +127,9 @@ def max_body_size(count: int) -> int:
     return max(exact_size(count), max_levels_size(count))
 
 
-def _encode(kind: Kind, values: NDArray[np.float32], step: float) -> bytes:
+def _encode(change: NDArray[np.float32], step: float) -> bytes:
     short = np.float32(step)
-    return frame(kind, values.size, encode_step(short) + encode_levels(nearest_levels(values, short)))
+    return frame(Kind.DELTA, change.size, encode_step(short) + encode_levels(nearest_levels(change, short)))
 
 
 def _difference(new: NDArray[np.float32], old: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -186,10 +141,10 @@ def _largest(values: NDArray[np.float32]) -> float:
     return max(float(values.max(initial=0)), -float(values.min(initial=0)))
 
 
-def _step(values: NDArray[np.float32], bits: int, finest: float) -> float:
-    """Returns the largest power of two up to STRETCH times the larger of the values' `relative_step` and `finest`."""
-    deviation = check_update(values) / sqrt(max(values.size, 1))
-    _, exponent = frexp(STRETCH * max(float(relative_step(deviation, bits)), finest))
+def _step(change: NDArray[np.float32], bits: int, finest: float) -> float:
+    """Returns the power of two nearest, by ratio, to the larger of the change's `relative_step` and `finest`."""
+    deviation = check_update(change) / sqrt(max(change.size, 1))
+    _, exponent = frexp(sqrt(2) * max(float(relative_step(deviation, bits)), finest))
     return ldexp(1.0, exponent - 1)
 
 

@@ -1,15 +1,19 @@
 """The codec for updates under masks. Every step is linear and public, so words can be added before they are decoded.
 
-    client    x = update[selection];  y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L      -> words, sums
-    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                                          (secure aggregation)
-    server    mean[selection] = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw,  and zero elsewhere
+    client    y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L                -> words, sums
+    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                            (secure aggregation)
+    server    mean = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw
 
 Without rotation, H·D/√d is the identity, and nothing is padded.
 
+A device keeps nothing of what clip and rounding leave out. Rounding is unbiased, so its errors average out over clients
+and rounds, whether a client takes part once or always. A rest that a device adds to a later update would be a memory
+that the later round's configuration does not name: a server that chooses cohorts and deadlines could arrange a sum in
+which all other updates are known, and read one client's (docs/secure-aggregation.md).
+
 Usage in the clear, for one segment:
 
-    selection = select_public(count, density, job_seed, selection_phase)
-    context = RoundContext(seed, selection, clip.clip, n_max=len(cohort))
+    context = RoundContext(seed, count, clip.clip, n_max=len(cohort))
     total = codec.zero(context)
     for update, weight, private_seed in cohort:
         total = codec.add(total, codec.encode(update, weight, private_seed, context), context)
@@ -24,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, NORM_BOUND, check_update, clip_factor, finite_norm
+from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, NORM_BOUND, check_update, clip_factor
 from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
 from fedtune.core.codec.ring import AUXILIARY_ONE, Ring, auxiliary_total, norm_word, weight_word
 from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
@@ -40,18 +44,18 @@ class RoundContext:
 
     Args:
         seed: the segment's public seed of this round: `derive_seed(job seed, "codec", round, segment)`.
-        selection: the coordinates that travel; bool, shape (count,).
-        clip: c > 0, the norm to which each selected update is clipped.
+        count: number of coordinates.
+        clip: c > 0, the norm to which each update is clipped.
         n_max: the most clients that are ever added in this ring.
         rotation: whether values are rotated before they are rounded. Without rotation the few large values are clipped
-            at ±R, and their rest only travels through the residual.
+            at ±R, and their rest is lost.
 
     Raises:
         PeerError: no update could have the clip as its norm; devices receive it from the server.
     """
 
     seed: int
-    selection: NDArray[np.bool_]
+    count: int
     clip: float
     n_max: int
     rotation: bool = True
@@ -59,10 +63,6 @@ class RoundContext:
     def __post_init__(self) -> None:
         if not MIN_CLIP <= self.clip <= MAX_NORM:
             raise PeerError(f"a clip lies in {MIN_CLIP} to {MAX_NORM:.3g}, got {self.clip}")
-
-    @property
-    def selected(self) -> int:
-        return int(np.count_nonzero(self.selection))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class DecodedSum:
-    """A decoded sum: the weighted mean update (float32, zero where not selected), Σw, and the mean norm."""
+    """A decoded sum: the weighted mean update (float32), Σw, and the mean norm."""
 
     update: NDArray[np.float32]
     total_weight: float
@@ -92,7 +92,7 @@ class MaskableCodec:
     """Encodes updates as ring words, and decodes the sum of words to the mean update.
 
     Args:
-        bits: b, 1 to 8.
+        bits: b, 1 to 8, the least resolution of a value.
     """
 
     bits: int
@@ -102,8 +102,8 @@ class MaskableCodec:
         return Ring(self.bits, context.n_max)
 
     def word_count(self, context: RoundContext) -> int:
-        """Returns the number of words of a contribution: its selected coordinates and the rotation's padding."""
-        return rotated_size(context.selected) if context.rotation else context.selected
+        """Returns the number of words of a contribution: its coordinates and the rotation's padding."""
+        return rotated_size(context.count) if context.rotation else context.count
 
     def encode(
         self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
@@ -111,7 +111,7 @@ class MaskableCodec:
         """Encodes one client's contribution.
 
         Args:
-            update: the client update with its residual added; float32, shape (count,).
+            update: the client update; float32, shape (count,).
             weight: w in (0, 1], rounded to a multiple of 2^-16 first, so that Σw is the sum of the weights applied.
             private_seed: seed of the rounding, different for every client, segment and round.
             context: the parameters on which the cohort agreed.
@@ -120,17 +120,15 @@ class MaskableCodec:
             UpdateError: the update has another size, or holds NaN, infinity or an absurd magnitude.
             JobError: there is no ring for these bits and n_max.
         """
-        self.ring(context)
-        check_update(update)
-        if update.size != context.selection.size:
-            raise UpdateError(f"this segment has {context.selection.size} coordinates, the update has {update.size}")
+        levels = self.ring(context).levels
+        norm = check_update(update)
+        if update.size != context.count:
+            raise UpdateError(f"this segment has {context.count} coordinates, the update has {update.size}")
         fixed_weight = weight_word(weight)
-        norm = finite_norm(update[context.selection])
-        factor = np.float32(fixed_weight / AUXILIARY_ONE * clip_factor(norm, context.clip))
-        values = update[context.selection] * factor
+        values = update * np.float32(fixed_weight / AUXILIARY_ONE * clip_factor(norm, context.clip))
         if context.rotation:
             values = rotate(values, context.seed)
-        words = quantize(values, self._bound(context), self.bits, private_seed)
+        words = quantize(values, self._bound(context), levels, private_seed)
         return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 
     def zero(self, context: RoundContext) -> RingUpdate:
@@ -161,16 +159,11 @@ class MaskableCodec:
         norms = auxiliary_total(int(total.auxiliary[NORM_SUM]), survivors)
         if not weight:
             raise PeerError(f"the weights of {survivors} clients sum to nothing")
-        mean = np.zeros(context.selection.size, dtype=np.float32)
-        values = dequantize_sum(total.words, self._bound(context), self.bits, survivors)
+        values = dequantize_sum(total.words, self._bound(context), self.ring(context).levels, survivors)
         if context.rotation:
-            values = unrotate(values, context.selected, context.seed)
-        mean[context.selection] = values / np.float32(weight)
-        return DecodedSum(mean, weight, NORM_BOUND * context.clip * norms / survivors)
-
-    def transmitted(self, contribution: RingUpdate, context: RoundContext) -> NDArray[np.float32]:
-        """Returns the update that one contribution decodes to; the residual is the client's update minus this."""
-        return self.decode_sum(contribution, 1, context).update
+            values = unrotate(values, context.count, context.seed)
+        values /= np.float32(weight)
+        return DecodedSum(values, weight, NORM_BOUND * context.clip * norms / survivors)
 
     def _bound(self, context: RoundContext) -> float:
-        return public_range(context.clip, self.word_count(context), self.bits, context.n_max)
+        return public_range(context.clip, self.word_count(context), self.ring(context).levels, context.n_max)

@@ -1,10 +1,12 @@
 """The ring Z/2^ℓ in which masked updates are added, and the proof that honest sums cannot wrap around in it.
 
-A client contributes one word u per coordinate, 0 <= u <= L with L = 2^b - 1. At most n_max clients are added, so
+A client contributes one word u per coordinate, 0 <= u <= L. At most n_max clients are added, and
 
-    Σu <= n_max·L < 2^ℓ    with    ℓ = ceil(log2(n_max·L + 1)),
+    L = floor((2^ℓ - 1) / n_max)    with    ℓ = ceil(log2(n_max·(2^b - 1) + 1)),
 
-hence the sum in the ring *is* the sum. With the words of a segment travel two whole numbers, its *auxiliary sums*: the
+so Σu <= n_max·L < 2^ℓ: the sum in the ring *is* the sum. ℓ is the least width with room for b bits of each client, and
+L >= 2^b - 1 uses all of that room. Ten clients of 3 bits need words of 7 bits, in which L = 12 instead of 7 costs
+nothing. With the words of a segment travel two whole numbers, its *auxiliary sums*: the
 client's weight and its update's norm, in fixed point. They are added modulo 2^32, and the same proof holds for them.
 """
 
@@ -46,13 +48,13 @@ class Ring:
 
     @property
     def levels(self) -> int:
-        """L = 2^b - 1, the largest word that a client contributes."""
-        return (1 << self.bits) - 1
+        """L, the largest word that a client contributes; 2^b - 1 to 2^(b + 1)."""
+        return ((1 << self.width) - 1) // self.n_max
 
     @property
     def width(self) -> int:
-        """ℓ = ceil(log2(n_max·L + 1)), the number of bits of a word on the wire."""
-        return (self.n_max * self.levels).bit_length()
+        """ℓ, the number of bits of a word on the wire."""
+        return (self.n_max * ((1 << self.bits) - 1)).bit_length()
 
     def add(self, left: NDArray[np.uint32], right: NDArray[np.uint32]) -> NDArray[np.uint32]:
         """Returns (left + right) mod 2^ℓ, elementwise."""

@@ -1,10 +1,12 @@
-"""The codec for updates in the clear: the largest coordinates, coarsely quantized and entropy-coded.
+"""The codec for updates in the clear of which a part is sent now, and the rest later: the largest coordinates.
 
     k largest of the update -> round to a step -> entropy-code
 
-The step follows from the values sent, δ = 2κσ/(2^b - 1) with σ their root mean square, so `bits` means the same as in
-the ring. There is no largest level and hence no outlier problem: one step for the whole segment, with a coder that
-adapts to each block's class, costs fewer bytes at the same error than four fixed bits with block scales.
+Without error feedback the same coordinates stay behind in every round, so this codec is for clients that take part
+often and keep a residual. The step follows from the values sent, δ = 2κσ/(2^b - 1) with σ their root mean square, so
+`bits` means about the same as in the ring. There is no largest level and hence no outlier problem: one step for the
+whole segment, with a coder that adapts to each block's class, costs fewer bytes at the same error than four fixed bits
+with block scales.
 """
 
 from __future__ import annotations
@@ -80,12 +82,22 @@ def decode_values(body: memoryview, count: int) -> NDArray[np.float32]:
         PeerError: the body is malformed or its values are not finite.
     """
     reader = Reader(body)
+    step = take_step(reader)
+    levels = decode_levels(reader, count)
+    reader.finish()
+    return levels_to_values(levels, step)
+
+
+def take_step(reader: Reader) -> np.float32:
+    """Reads a step.
+
+    Raises:
+        PeerError: the body is too short, or with this step values could be infinite or meaningless.
+    """
     (step,) = _STEP.unpack(reader.take(_STEP.size, "the step"))
     if not MIN_STEP <= step <= MAX_STEP:
         raise PeerError(f"payload: with a step of {step} it would not decode to finite, sensible values")
-    levels = decode_levels(reader, count)
-    reader.finish()
-    return levels_to_values(levels, np.float32(step))
+    return np.float32(step)
 
 
 def max_levels_size(count: int) -> int:

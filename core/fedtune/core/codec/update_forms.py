@@ -1,7 +1,7 @@
-"""The forms in which a client's update of one factor travels up: exact, sparse, or as words of a ring.
+"""The forms in which a client's update of one factor travels up: exact, dense, sparse, or as words of a ring.
 
-    payload, sent = form.encode(update, terms, private_seed, weight)     # on the client; update - sent is its residual
-    vector = form.decode(payload, terms)                                 # on the server
+    payload = form.encode(update, terms, private_seed, weight)     # on the client
+    vector = form.decode(payload, terms)                           # on the server; update - vector is a residual
 
 Payloads of a ring are added first and decoded as a sum:
 
@@ -21,6 +21,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedtune.core.adapter.layout import Vector
+from fedtune.core.codec.dense import DenseCodec
 from fedtune.core.codec.exact import ExactCodec
 from fedtune.core.codec.maskable import AUXILIARY_SUMS, DecodedSum, MaskableCodec, RingUpdate
 from fedtune.core.codec.packing import pack, packed_size, unpack
@@ -39,11 +40,11 @@ class UpdateForm(Protocol):
     def name(self) -> str:
         """The name in jobs and requests."""
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """Returns a client's payload for one factor, and the part of the update that it carries.
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+        """Returns a client's payload for one factor.
 
         Args:
-            update: update with its residual added; float32, (terms.count,).
+            update: float32, (terms.count,); with error feedback its residual is added.
             terms: terms of the factor in this round.
             private_seed: seed of stochastic rounding, different for every client, round and factor.
             weight: weight in (0, 1]; only payloads of a ring carry it.
@@ -66,14 +67,30 @@ class ExactForm:
 
     name: ClassVar[str] = "exact"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """Returns a payload of four bytes a value, and the whole update."""
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+        """Returns a payload of four bytes a value."""
         del terms, private_seed, weight
-        return ExactCodec().encode(update), update
+        return ExactCodec().encode(update)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Returns the update, bit for bit."""
         return ExactCodec().decode(payload, terms.count)
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """All values, rounded without bias and entropy-coded."""
+
+    name: ClassVar[str] = "dense"
+
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+        """Returns the payload of all values."""
+        del weight
+        return DenseCodec(terms.bits).encode(update, private_seed)
+
+    def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
+        """Returns the values, each within half a step of the client's."""
+        return DenseCodec(terms.bits).decode(payload, terms.count)
 
 
 @dataclass(frozen=True)
@@ -82,12 +99,10 @@ class SparseForm:
 
     name: ClassVar[str] = "sparse"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """Returns the payload, and the values as the server will read them."""
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+        """Returns the payload of the largest values."""
         del private_seed, weight
-        codec = SparseCodec(terms.density, terms.bits)
-        payload = codec.encode(update)
-        return payload, codec.decode(payload, terms.count)
+        return SparseCodec(terms.density, terms.bits).encode(update)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Returns the values that were sent, zero elsewhere."""
@@ -111,20 +126,16 @@ class RingForm:
 
     name: ClassVar[str] = "ring"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> tuple[bytes, Vector]:
-        """Returns the packed words and auxiliary sums, and the part of the update that they carry."""
-        contribution, sent = self.contribute(update, terms, private_seed, weight)
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+        """Returns the packed words and auxiliary sums."""
+        contribution = self.contribute(update, terms, private_seed, weight)
         width = MaskableCodec(terms.bits).ring(terms.context()).width
         body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
-        return frame(Kind.RING, terms.count, body), sent
+        return frame(Kind.RING, terms.count, body)
 
-    def contribute(
-        self, update: Vector, terms: FactorTerms, private_seed: int, weight: float
-    ) -> tuple[RingUpdate, Vector]:
+    def contribute(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> RingUpdate:
         """Does as `encode`, but returns words and auxiliary sums as arrays, to which masks can be added."""
-        codec, context = MaskableCodec(terms.bits), terms.context()
-        contribution = codec.encode(update, weight, private_seed, context)
-        return contribution, codec.transmitted(contribution, context)
+        return MaskableCodec(terms.bits).encode(update, weight, private_seed, terms.context())
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Decodes a single payload, as the mean of a sum of one."""
@@ -165,5 +176,5 @@ class RingForm:
         return MaskableCodec(terms.bits).decode_sum(summed.total, summed.contributors, terms.context())
 
 
-EXACT, SPARSE, RING = ExactForm(), SparseForm(), RingForm()
-FORMS: Mapping[str, UpdateForm] = {form.name: form for form in (EXACT, SPARSE, RING)}
+EXACT, DENSE, SPARSE, RING = ExactForm(), DenseForm(), SparseForm(), RingForm()
+FORMS: Mapping[str, UpdateForm] = {form.name: form for form in (EXACT, DENSE, SPARSE, RING)}

@@ -15,12 +15,14 @@ from math import sqrt
 
 from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, factor_letters
 from fedtune.core.adapter.tiers import Indices, RankSlice, coordinates, rank_slices
-from fedtune.core.codec.coordinate_selection import select_public
 from fedtune.core.codec.maskable import RoundContext
 from fedtune.core.errors import PeerError
+from fedtune.core.job.contradictions import NO_FEEDBACK_IN_A_RING
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Uplink
 from fedtune.core.seeds import derive_seed
+
+REBASED_DOWNLINK_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,29 @@ class Compression:
     def of(cls, job: Job) -> Compression:
         """Resolves a job's [compression]; secure aggregation needs a ring.
 
-        In a ring every value costs the same: its bits and the room that a sum needs. Coordinates that are not sent wait
-        for a later round, so many coarse values are best. In the clear positions and values are entropy-coded, and a
-        client sends its largest values, so fewer and finer values are best. The presets are rows of
-        benchmarks/compression/sweep.md.
+        By default nothing is kept on a device: all values travel, rounded coarsely and without bias, so that a client
+        may take part once or always. Only the form "sparse" leaves values out, and keeps a residual. The presets are
+        rows of benchmarks/compression/mean_error.md. A change of basis makes the change since the first adapter as
+        large as the adapter itself, so the downlink is finer then.
         """
         settings = job.compression
         if settings.preset == "none":
             return cls("exact", 8, 1.0, False, None)
         form = job.compression_form
-        bits, density = {
-            ("balanced", "sparse"): (3, 0.07),
-            ("balanced", "ring"): (2, 0.4),
-            ("extreme", "sparse"): (3, 0.03),
-            ("extreme", "ring"): (2, 0.25),
+        bits, density, downlink_bits = {
+            ("balanced", "dense"): (3, 1.0, 4),
+            ("balanced", "sparse"): (3, 0.07, 4),
+            ("balanced", "ring"): (3, 1.0, 4),
+            ("extreme", "dense"): (2, 1.0, 3),
+            ("extreme", "sparse"): (3, 0.03, 3),
+            ("extreme", "ring"): (2, 1.0, 3),
         }[settings.preset, form]
         return cls(
             form,
             settings.bits or bits,
             settings.density or density,
-            settings.error_feedback if settings.error_feedback is not None else True,
-            settings.downlink_bits or 2,
+            settings.error_feedback if settings.error_feedback is not None else form == "sparse",
+            settings.downlink_bits or (REBASED_DOWNLINK_BITS if job.federation.rebalance_every else downlink_bits),
             settings.rotation if settings.rotation is not None else True,
         )
 
@@ -92,8 +96,7 @@ class FactorTerms:
         round: number of the round.
         factor: "a" or "b".
         count: number of coordinates of the factor, or of the slice.
-        selection_phase: number of earlier rounds that trained the factor; the ring's public selection depends on it.
-        clip: norm to which a selected update of the whole factor is clipped; ring only.
+        clip: norm to which an update of the whole factor is clipped; ring only.
         part: coordinates of the slice; None for the whole factor.
     """
 
@@ -102,7 +105,6 @@ class FactorTerms:
     round: int
     factor: Factor
     count: int
-    selection_phase: int
     clip: float
     part: Part | None = None
 
@@ -144,15 +146,11 @@ class FactorTerms:
     def context(self) -> RoundContext:
         """Returns the ring codec's view of these terms.
 
-        The selection is made over the whole factor, so that a coordinate's turn does not depend on its slice. A slice's
-        clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
+        A slice's clip is its share of the factor's, c·√(count/whole), as if the update were spread evenly.
         """
-        selection = select_public(
-            self.whole, self.density, derive_seed(self.seed, "selection", self.factor), self.selection_phase
-        )
         return RoundContext(
             seed=derive_seed(self.seed, "codec", self.round, *self.label),
-            selection=selection[self.indices],
+            count=self.count,
             clip=self.clip * sqrt(self.count / self.whole),
             n_max=self.uplink.n_max,
             rotation=self.uplink.rotation,
@@ -168,18 +166,18 @@ def factor_terms(
         tier: leaves out the slices that clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the uplink does not have one selection phase and one clip for each factor, or has no such tier.
+        PeerError: the uplink does not have one clip for each factor, has no such tier, or asks devices to carry a
+            residual into a sum.
     """
-    if not len(factors) == len(uplink.selection_phases) == len(uplink.clips):
-        counts = f"{len(uplink.selection_phases)} selection phases and {len(uplink.clips)} clips"
-        raise PeerError(f"{counts} for the factors {factors}")
+    if uplink.form == "ring" and uplink.error_feedback:
+        raise PeerError(f"a request for error feedback in a ring: {NO_FEEDBACK_IN_A_RING}")
+    if len(factors) != len(uplink.clips):
+        raise PeerError(f"{len(uplink.clips)} clips for the factors {factors}")
     slices = round_slices(uplink, layout, seed, round_number)
     if tier and tier not in uplink.tiers:
         raise PeerError(f"a request to train {tier} rank indices; this round has the tiers {list(uplink.tiers)}")
     terms = []
-    for letter, selection_phase, clip in zip(
-        factor_letters(factors), uplink.selection_phases, uplink.clips, strict=True
-    ):
+    for letter, clip in zip(factor_letters(factors), uplink.clips, strict=True):
         segment = layout.segment(letter)
         whole = segment.stop - segment.start
         parts: list[Part | None] = [Part(each.tier, coordinates(layout, letter, each.owned), whole) for each in slices]
@@ -190,7 +188,6 @@ def factor_terms(
                 round=round_number,
                 factor=letter,
                 count=len(part.indices) if part else whole,
-                selection_phase=selection_phase,
                 clip=clip,
                 part=part,
             )

@@ -36,7 +36,7 @@ class Kind(IntEnum):
     EXACT = 1  # a vector as float32
     SPARSE = 2  # a client update as levels and a step
     DELTA = 3  # levels and a step, to be added to what the device holds
-    WHOLE = 4  # levels and a step, to replace what the device holds
+    DENSE = 4  # a client update as levels, a step and the seed of their dither
     RING = 5  # packed ring words and auxiliary sums, to be added to those of others
 
 

@@ -7,6 +7,11 @@ from fedtune.core.job.methods import AGGREGATIONS, RULE
 from fedtune.core.job.settings import DEMO, Job
 from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
+NO_FEEDBACK_IN_A_RING = (
+    "a residual carried into a later sum is a memory that the sum's round does not name, by which a server that "
+    "chooses cohorts can read one client's update, and a device that takes part once never sends it"
+)
+
 
 def contradictions(job: Job) -> list[str]:
     """Returns one sentence for each contradiction in a job; empty when there is none."""
@@ -26,11 +31,7 @@ def contradictions(job: Job) -> list[str]:
             f"federation.minimum_clients is {job.federation.minimum_clients}, "
             f"more than federation.clients_per_round = {wanted}"
         )
-    if job.compression_form == "sparse":
-        if job.compression.rotation is not None:
-            problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
-        if job.compression.bits == 1:
-            problems.append('compression.bits is 1; compression.form = "sparse" takes 2 to 8')
+    problems += _form_problems(job)
     if job.federation.late == "next":
         problems += _late_problems(job)
     if job.export.formats and not job.data.evaluation:
@@ -53,6 +54,23 @@ def contradictions(job: Job) -> list[str]:
     return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
 
 
+def _form_problems(job: Job) -> list[str]:
+    """Returns one sentence for each key of [compression] that the form in which updates travel does not have."""
+    form, settings, problems = job.compression_form, job.compression, []
+    if form == "ring" and settings.error_feedback:
+        problems.append(
+            f'compression.error_feedback is true, but compression.form is "ring": {NO_FEEDBACK_IN_A_RING}; expected '
+            'error_feedback = false, or form = "sparse" with secure_aggregation.enabled = false'
+        )
+    if form != "ring" and settings.rotation is not None:
+        problems.append('compression.rotation is set, but only compression.form = "ring" rotates')
+    if form != "ring" and settings.bits == 1:
+        problems.append(f'compression.bits is 1; compression.form = "{form}" takes 2 to 8')
+    if form != "sparse" and settings.density is not None:
+        problems.append('compression.density is set, but only compression.form = "sparse" leaves values out')
+    return problems
+
+
 def unexportable(job: Job) -> str | None:
     """Returns the reason why an export could not hold all of the run's result; None when it can."""
     aggregation = job.federation.aggregation
@@ -73,8 +91,10 @@ def _insecure(job: Job) -> list[str]:
     off = "or set secure_aggregation.enabled = false"
     if job.compression.preset == "none":
         problems.append(f'compression.preset is "none": float32 values cannot be masked; choose another preset, {off}')
-    elif job.compression.form == "sparse":
-        problems.append(f'compression.form is "sparse": only a ring can be masked; set form = "ring", {off}')
+    elif job.compression_form != "ring":
+        problems.append(
+            f'compression.form is "{job.compression.form}": only a ring can be masked; set form = "ring", {off}'
+        )
     if isinstance(wanted, int):
         problems += secure_cohort_problems(job, wanted)
     return problems

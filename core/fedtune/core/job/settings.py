@@ -136,17 +136,21 @@ class CompressionSettings:
 
     Args:
         preset: "none" (float32, exact), "balanced" or "extreme"; it fills in every key that is not set.
-        form: "sparse" sends each client's largest values, entropy-coded; "ring" sends words that can be added before
-            they are decoded, as secure aggregation needs them; "auto" takes the one that fits.
-        bits: resolution of values on the uplink: steps of 6 / (2^bits - 1) of the values' root mean square.
-        density: share of a factor's values that a client sends in a round.
-        error_feedback: whether a client keeps the values that it did not send and adds them to its next update.
-        downlink_bits: resolution of the adapter's change on the downlink.
+        form: "dense" sends all of a client's values, entropy-coded; "sparse" its largest ones; "ring" sends words that
+            can be added before they are decoded, as secure aggregation needs them; "auto" takes "ring" under secure
+            aggregation and "dense" in the clear.
+        bits: resolution of values on the uplink: steps of 6 / (2^bits - 1) of the values' root mean square; "ring" uses
+            all levels that fit the words for at least so many.
+        density: share of a factor's values that a client sends in a round; "sparse" only.
+        error_feedback: whether a client keeps what it did not send and adds it to its next update: by default only with
+            "sparse", and never with "ring".
+        downlink_bits: resolution of the adapter on the downlink: steps of about 6 / (2^bits - 1) of the root mean
+            square of its change since the job began.
         rotation: whether a randomized Hadamard transform spreads the values before they are rounded; "ring" only.
     """
 
     preset: Literal["none", "balanced", "extreme"] = "balanced"
-    form: Literal["auto", "sparse", "ring"] = "auto"
+    form: Literal["auto", "dense", "sparse", "ring"] = "auto"
     bits: Annotated[int, Field(ge=1, le=8)] | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     error_feedback: bool | None = None
@@ -226,11 +230,11 @@ class Job:
     export: ExportSettings = ExportSettings()
 
     @property
-    def compression_form(self) -> Literal["sparse", "ring"]:
+    def compression_form(self) -> Literal["dense", "sparse", "ring"]:
         """The value of compression.form, with "auto" resolved."""
         if self.compression.form != "auto":
             return self.compression.form
-        return "ring" if self.secure_aggregation.enabled else "sparse"
+        return "ring" if self.secure_aggregation.enabled else "dense"
 
     @property
     def hides_updates(self) -> bool:

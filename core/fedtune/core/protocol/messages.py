@@ -77,7 +77,7 @@ class Refusal:
     sits_out: bool = False
 
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_PAYLOAD_BYTES = 1 << 30
 MAX_TEXT = 4096
 MAX_COUNT = 1 << 40
@@ -109,7 +109,7 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The settings of the uplink in a round; `selection_phases` and `clips` have one entry per trained factor.
+    """The settings of the uplink in a round; `clips` has one entry per trained factor.
 
     Args:
         form: name of one of `fedtune.core.codec.update_forms`; a device refuses a form that it does not know.
@@ -123,7 +123,6 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     weight: Literal["examples", "tokens", "uniform"]
     weight_cap: Annotated[int, Meta(ge=1, le=1 << 20)]
     n_max: Annotated[int, Meta(ge=1, le=65_535)]
-    selection_phases: Annotated[tuple[_Count, ...], Meta(min_length=1, max_length=2)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
     rotation: bool
     tiers: Annotated[tuple[_Tier, ...], Meta(max_length=MAX_TIERS)] = ()
