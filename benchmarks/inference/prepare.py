@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.core.adapter.layout import adapter_digest, save_adapter
+from fedtune.core.adapter.adapter_files import save_adapter
+from fedtune.core.adapter.layout import adapter_digest
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.model_manifest import FORMATS
 from fedtune.demo import BASE_DIRECTORY, JOB
+from fedtune.model.adapted_model import adapter_layout
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import adapter_layout
 from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.merge import merge, open_run, save_model
 from fedtune.server.export.request import ExportOptions, ExportRequest, export

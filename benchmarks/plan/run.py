@@ -109,7 +109,7 @@ def run_model(model: str, folder: Path) -> list[Outcome]:
     outcomes = []
     for weights, checkpointing, length in itertools.product(("packed", "dequantized"), (False, True), LENGTHS[model]):
         choices = Choices(weights, "bf16", RANK, length, TOKENS, checkpointing)  # type: ignore[arg-type]
-        case = Case(ModelSettings(base), AdapterSettings(RANK, ALPHA), choices)
+        case = Case(ModelSettings(base), AdapterSettings(rank=RANK, alpha=ALPHA), choices)
         outcome = Outcome(model, case, predict_memory(shape, choices), measure(case))
         print("  ".join(outcome.cells()), flush=True)
         outcomes.append(outcome)

@@ -280,8 +280,8 @@ def markdown_row(cells: Sequence[str]) -> str:
 def write_results(rows: Sequence[Sequence[str]], growth: Sequence[str]) -> None:
     """Writes the table beside this program."""
     from fedtune.core.job.settings import AdapterSettings, ModelSettings
+    from fedtune.model.adapted_model import adapter_layout
     from fedtune.model.base_model import load_base
-    from fedtune.model.lora import adapter_layout
 
     size = adapter_layout(load_base(ModelSettings()), AdapterSettings(rank=RANK, alpha=ALPHA)).size
     text = [

@@ -14,7 +14,8 @@ import numpy as np
 from fedtune.client.device import Contribution
 from fedtune.client.secure_rounds import Credentials, SecureRounds
 from fedtune.client.trainer import LocalResult
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
@@ -30,7 +31,7 @@ from fedtune.strategies.federation import Federation, FederationState, initial_s
 from fedtune.strategies.round import TrainingRound
 from fedtune.strategies.secure_sum import SecureAggregation
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 8, 6), AdaptedModule("up", 6, 10)), rank=4, alpha=8.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 8, 6), AdaptedModule("up", 6, 10)), rank=4, alpha=8.0)
 BASE = Base("demo", "0" * 64, "nf4", 4, 8.0, ("all-linear",), 256)
 Drop = Callable[[str, str], bool]
 

@@ -13,7 +13,8 @@ from secure_fixture import Fixture
 
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
-from fedtune.core.adapter.tiers import coordinates, rank_indices
+from fedtune.core.adapter.lora_layout import lora_layout
+from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec import MaskableCodec
 from fedtune.core.codec.packing import pack
 from fedtune.core.codec.wire import Kind, frame
@@ -176,7 +177,8 @@ def simulation_context(tmp_path: Path) -> SimulationContext:
 def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
     simulation_context: SimulationContext, tmp_path: Path
 ) -> None:
-    job, layout, store = simulation_context.job, simulation_context.model.layout, ClientStore(tmp_path / "clients")
+    job, store = simulation_context.job, ClientStore(tmp_path / "clients")
+    layout = lora_layout(simulation_context.model.layout)
     device = Device(lambda _: simulation_context.trainer, simulation_context.examples, store)
     clients = Clients(ranks={"000": 4, "001": 16, "002": 16}.__getitem__)
     federation = assemble(job, simulation_context.base, layout, clients)
@@ -190,7 +192,7 @@ def test_what_a_device_does_not_own_in_a_round_waits_in_its_residual(
         state, record = round_.close()
         assert record.clients[0].dropped is None
         residuals.append(store.residual("000", "a", layout.size_a, number + 1).values)
-        owned = coordinates(layout, "a", rank_indices(0, number, 16, 4))
+        owned = layout.coordinates("a", rank_indices(0, number, 16, 4))
         frozen = np.setdiff1d(np.arange(layout.size_a), owned)
         before = residuals[-2] if number > 1 else np.zeros(layout.size_a)
         assert np.array_equal(residuals[-1][frozen], before[frozen])

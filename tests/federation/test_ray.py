@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from federation_helpers import Simulate, small_job
 
-from fedtune.core.adapter.layout import load_adapter
+from fedtune.core.adapter.adapter_files import load_adapter
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 

@@ -15,6 +15,7 @@ from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device
 from fedtune.core.adapter.basis import basis_changes, changed, follow
 from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
@@ -39,7 +40,7 @@ class Fixture:
         self.simulation_context = SimulationContext.begin(small_job(EVERY, *LONG, *overrides), folder)
         self.store = ClientStore(folder)
         self.device = Device(lambda _: self.simulation_context.trainer, self.simulation_context.examples, self.store)
-        self.layout: AdapterLayout = self.simulation_context.model.layout
+        self.layout = lora_layout(self.simulation_context.model.layout)
         self.federation = assemble(self.simulation_context.job, self.simulation_context.base, self.layout)
         self.broadcast = Broadcast(self.layout, self.layout.initial(0), bits=8)
         self.states: list[FederationState] = [initial_state(self.federation)]
@@ -68,7 +69,7 @@ def fixture(tmp_path: Path) -> Fixture:
 
 def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
     return np.concatenate(
-        [(lora_b.astype(np.float64) @ lora_a).reshape(-1) for lora_a, lora_b in layout.views(adapter).values()]
+        [(lora_b.astype(np.float64) @ lora_a).reshape(-1) for lora_a, lora_b in layout.pairs(adapter).values()]
     )
 
 
@@ -88,7 +89,7 @@ def test_the_product_and_what_devices_hold_stay_what_they_were(fixture: Fixture)
     np.testing.assert_allclose(products(fixture.layout, state.adapter), expected, atol=1e-6)
     difference = np.linalg.norm(products(fixture.layout, state.held) - expected)
     assert difference < 0.1 * np.linalg.norm(expected)
-    for lora_a, lora_b in fixture.layout.views(state.adapter).values():
+    for lora_a, lora_b in fixture.layout.pairs(state.adapter).values():
         ratio = np.linalg.norm(lora_a) / np.linalg.norm(lora_b)
         assert 0.3 < ratio < 3.0, "both factors carry about the same share"
     assert state.rebasing is not None

@@ -200,7 +200,7 @@ def test_the_adapter_loads_in_peft_and_reproduces_the_evaluation(trained: Finish
             losses.append((float(model(input_ids=ids, labels=labels).loss), len(target)))
     theirs = np.average([loss for loss, _ in losses], weights=[count for _, count in losses])
 
-    from fedtune.core.adapter.layout import load_adapter
+    from fedtune.core.adapter.adapter_files import load_adapter
     from fedtune.data.examples import prepare
     from fedtune.data.population import evaluation_records
     from fedtune.model.scoring import evaluate

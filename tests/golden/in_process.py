@@ -18,7 +18,7 @@ from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device, UpdateChange, all_of_it
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
 from fedtune.client.trainer import Trainer
-from fedtune.core.adapter.layout import AdaptedModule
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
 from fedtune.core.codec.update_forms import FORMS, UpdateForm
 from fedtune.core.job.device_kinds import Fleet
 from fedtune.core.job.settings import Job
@@ -35,7 +35,15 @@ from fedtune.strategies.assembly import NO_PARTS, Clients, Parts, assemble
 from fedtune.strategies.federation import FederationState, initial_state
 from fedtune.strategies.secure_sum import SecureAggregation
 
-BASE = Base("golden", DIGEST, "nf4", LAYOUT.rank, LAYOUT.alpha, ("all-linear",), 256)
+
+def base_of(layout: AdapterLayout) -> Base:
+    """Returns the description of the base model with an adapter of this layout."""
+    return Base(
+        "golden", DIGEST, "nf4", layout.rank, layout.alpha, ("all-linear",), 256, layout.kind, layout.fixed_digest
+    )
+
+
+BASE = base_of(LAYOUT)
 # Ten times as wide as the layout, so that links decide what rank a plan can afford.
 LINEAR = tuple(AdaptedModule(each.name, 10 * each.d_in, 10 * each.d_out) for each in LAYOUT.modules)
 SHAPE = ModelShape("golden", LINEAR, 100_000, 4, 64, 64, 32, 128, True, 512, 256, 1 << 20)
@@ -99,7 +107,8 @@ def run_federation(
         known = Clients(count, simulated.rank, simulated.predicted, simulated.present, virtual_time=True)
         grid = InProcessGrid(executor, list(clients), VirtualRounds(simulated, clients, folder / "virtual.jsonl"))
     identities = SecureAggregation("golden", enrolment.roster, _clock()) if secure else None
-    federation = assemble(job, BASE, LAYOUT, known, secure=identities, parts=parts)
+    layout = devices.trainer.layout
+    federation = assemble(job, base_of(layout), layout, known, secure=identities, parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
     return list(strategy.rounds(grid, initial_state(federation), job.federation.rounds))
 

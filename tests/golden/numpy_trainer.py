@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 
 from fedtune.client.trainer import LocalResult, LocalTask, Trainer
+from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, factor_letters
-from fedtune.core.adapter.tiers import coordinates
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.round_records import Evaluation
 from fedtune.core.seeds import generator
 from fedtune.data.examples import Example
 
-LAYOUT = AdapterLayout(
-    (AdaptedModule("q", 24, 20), AdaptedModule("up", 20, 44), AdaptedModule("down", 44, 24)), 16, 32.0
+LAYOUT = LoraLayout((AdaptedModule("q", 24, 20), AdaptedModule("up", 20, 44), AdaptedModule("down", 44, 24)), 16, 32.0)
+_SHAPES = {module.name: (module.d_out, module.d_in) for module in LAYOUT.modules}
+CORE_LAYOUT = CoreLayout.between(
+    LAYOUT.modules,
+    16,
+    32.0,
+    lambda name: generator(5, "golden-weight", name).uniform(-1, 1, _SHAPES[name]).astype(np.float32),
 )
 DIGEST = "ab" * 32
 FIRST_CLIENTS_EXAMPLES = 6
@@ -54,7 +60,7 @@ class NumpyTrainer:
             owned = np.zeros(size, dtype=np.bool_)
             for letter in factor_letters(task.work.factors):
                 start = layout.segment(letter).start - segment.start
-                owned[start + coordinates(layout, letter, np.asarray(task.owned, dtype=np.intp))] = True
+                owned[start + layout.coordinates(letter, np.asarray(task.owned, dtype=np.intp))] = True
             update = np.where(owned, update, np.float32(0.0))
         tokens = sum(example.target_tokens for example in examples)
         return LocalResult(

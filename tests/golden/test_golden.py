@@ -1,4 +1,4 @@
-"""Five small jobs with recorded adapters and traffic, which a change of structure must not alter.
+"""Six small jobs with recorded adapters and traffic, which a change of structure must not alter.
 
 A different digest or byte count is a change of behaviour. It is recorded again only in a commit that names the intended
 change: `python tests/golden/test_golden.py` writes the present results to recorded.json.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import run_federation
+from in_process import DeviceParts, run_federation
+from numpy_trainer import CORE_LAYOUT, LAYOUT, NumpyTrainer
 
 from fedtune.core.adapter.layout import adapter_digest
 from fedtune.core.job.device_kinds import Fleet, Kind
@@ -26,6 +28,8 @@ FLEET = Fleet(
         Kind("laptop", 4, 4000.0, 4000.0, 900.0, 9000.0, charging=0.9, jitter=0.1),
     )
 )
+# A core adapter is so small that only slower links make devices train different ranks.
+SLOW_FLEET = Fleet(tuple(replace(kind, uplink_kbit=kind.uplink_kbit / 40) for kind in FLEET.kind))
 EVERY_JOB = (
     "data.holdout=0.0",
     "data.evaluation=",
@@ -59,6 +63,10 @@ JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
             "federation.server_optimizer=momentum",
         ),
     ),
+    "core with a fleet": (
+        48,
+        ("adapter.kind=core", "federation.clients_per_round=24", "compression.error_feedback=false"),
+    ),
     "exact float32": (6, (CLEAR, "compression.preset=none", "federation.weight=uniform", "training.schedule=cosine")),
 }
 RECORDED = Path(__file__).with_name("recorded.json")
@@ -67,12 +75,15 @@ RECORDED = Path(__file__).with_name("recorded.json")
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Runs one of the jobs; returns its adapter's SHA-256, and its bytes by direction and purpose."""
     count, overrides = JOBS[name]
-    fleet = FLEET if "fleet" in name else None
-    rounds = run_federation(load_job(None, [*EVERY_JOB, *overrides]), count, folder, fleet=fleet)
+    fleet = None if "fleet" not in name else SLOW_FLEET if "core" in name else FLEET
+    job = load_job(None, [*EVERY_JOB, *overrides])
+    devices = DeviceParts(NumpyTrainer(CORE_LAYOUT if job.adapter.kind == "core" else LAYOUT))
+    rounds = run_federation(job, count, folder, fleet=fleet, devices=devices)
     state, records = rounds[-1][0], [record for _, record in rounds]
     assert sum(record.aborted is None for record in records) >= 3, [record.aborted for record in records]
     if fleet:
-        assert len({client.rank for record in records for client in record.clients}) > 2, "ranks are not mixed"
+        ranks = {client.rank for record in records for client in record.clients}
+        assert len(ranks) == (2 if "core" in name else 3), f"ranks are not mixed: {ranks}"
     traffic = sum((record.traffic for record in records), Ledger()).to_json()
     moved = {way: {purpose: entry["bytes"] for purpose, entry in traffic[way].items()} for way in ("up", "down")}
     return {"adapter": adapter_digest(state.adapter), "bytes": moved}

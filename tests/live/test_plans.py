@@ -36,6 +36,7 @@ from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registr
 from fedtune.core.round_timing import LEAST_WORK
 from fedtune.demo import JOB
 from fedtune.flower.superlink import NodeState
+from fedtune.model.adapted_model import adapt
 from fedtune.model.base_model import load_base
 from fedtune.server import cli
 from fedtune.server.job_model import describe_base
@@ -50,7 +51,7 @@ MAINS, BATTERY = Sensors(41.0, True, None, None), Sensors(41.0, False, None, Non
 
 def terms() -> Terms:
     job = load_job(JOB)
-    return terms_of(job, describe_base(job, load_base(job.model).digest))
+    return terms_of(job, describe_base(job, adapt(load_base(job.model), job.adapter)))
 
 
 @dataclass

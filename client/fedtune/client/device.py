@@ -16,8 +16,9 @@ import numpy as np
 from fedtune.client.client_store import ClientStore
 from fedtune.client.trainer import LocalResult, LocalTask, Trainer
 from fedtune.core.adapter.basis import Basis, align_update, basis_changes, follow
-from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector, adapter_digest
-from fedtune.core.adapter.tiers import Indices, rank_indices
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Indices, Vector, adapter_digest
+from fedtune.core.adapter.lora_layout import lora_layout
+from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
@@ -206,12 +207,14 @@ class Device:
         split = self._split(client, trainer, request.base, work.holdout, request.job_seed)
         if work.align and work.factors != "ab":
             raise PeerError(f"a request to align the factors {work.factors}; only both can be turned")
+        if request.rebasing and trainer.layout.kind != "lora":
+            raise PeerError(f"a request about a change of basis; the adapter's kind is {trainer.layout.kind}")
         layout, seed, number = trainer.layout, request.job_seed, request.round
         terms = factor_terms(request.uplink, layout, work.factors, seed, number, own_tier(request))
         owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
         task = _local_task(client, request, owned, self._share(client, request))
         result = trainer.train(split.training, received, task)
-        update = align_update(layout, received, result.update) if work.align else result.update
+        update = align_update(lora_layout(layout), received, result.update) if work.align else result.update
         for change in self._postprocess:
             update = change(layout, work.factors, received, update)
         updates = []
@@ -241,12 +244,13 @@ class Device:
         changes = self._basis_changes(request, rebasing.digest) if kept > rebasing.before else None
         if changes is None:
             return Residual.empty(terms.whole)
-        return Residual(follow(self._trainer_for(request.base).layout, changes, terms.factor, residual.values))
+        pair = lora_layout(self._trainer_for(request.base).layout)
+        return Residual(follow(pair, changes, terms.factor, residual.values))
 
     def _basis_changes(self, request: TrainRequest, digest: str) -> dict[str, Basis] | None:
         """Returns the change of basis after the round of this adapter; None where this device never held it."""
         if digest != self._rebasing[0]:
-            layout = self._trainer_for(request.base).layout
+            layout = lora_layout(self._trainer_for(request.base).layout)
             held = self._store.adapter(digest, layout.size)
             self._rebasing = (digest, None if held is None else basis_changes(layout, held))
         return self._rebasing[1]
@@ -268,6 +272,12 @@ class Device:
                 raise ModelError(
                     f"this device's base model {trainer.name} has digest {trainer.digest[:16]}…; "
                     f"the job is for {base.digest[:16]}…"
+                )
+            if (trainer.layout.kind, trainer.layout.fixed_digest) != (base.kind, base.fixed):
+                own, wanted = trainer.layout.fixed_digest[:16] or "none", base.fixed[:16] or "none"
+                raise ModelError(
+                    f"this device computed fixed factors of {trainer.name} with digest {own}; the job is for {wanted}: "
+                    "both sides must run the same release of fedtune"
                 )
             self._trainer = (base, trainer)
         return self._trainer[1]

@@ -175,7 +175,11 @@ class PackedLinear(nn.Linear):
 
     def dense(self) -> Tensor:
         """Returns Ŵ in the dtype of the arithmetic."""
-        return self._unpack(self.packed, self.dtype)
+        return self.unpacked(self.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Returns Ŵ, (d_out, d_in), on this layer's device."""
+        return self._unpack(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""

@@ -16,7 +16,7 @@ from fedtune.core.errors import InputError
 from fedtune.core.round_records import Evaluation
 from fedtune.data.batches import in_order_of_length
 from fedtune.data.examples import Example, start_tokens
-from fedtune.model.lora import AdaptedModel
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.loss import on_device, score
 
 EVALUATION_TOKENS = 8192  # per batch; more than in training, since nothing is kept for a backward pass

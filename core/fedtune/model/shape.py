@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.core.adapter.layout import AdaptedModule
+from fedtune.core.adapter.layout import AdaptedModule, AdapterKind
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
@@ -64,8 +64,12 @@ class ModelShape:
         """The number of parameters of the largest linear layer."""
         return max(module.d_in * module.d_out for module in self.linear)
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Returns P, the number of parameters of an adapter on all linear layers."""
+    def adapter_parameters(self, kind: AdapterKind, rank: int) -> int:
+        """Returns P, the number of trained parameters of an adapter on all linear layers."""
+        return len(self.linear) * rank**2 if kind == "core" else self.factor_parameters(rank)
+
+    def factor_parameters(self, rank: int) -> int:
+        """Returns F, the number of values of A and B on all linear layers, whether they are trained or fixed."""
         return rank * sum(module.d_in + module.d_out for module in self.linear)
 
 

@@ -13,8 +13,8 @@ from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example, prepare, render
 from fedtune.data.population import evaluation_records
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.scoring import answer, evaluate
 from fedtune.server.run_rounds import SHOWN_PROMPTS, ShownPrompt
 
@@ -29,17 +29,19 @@ def open_model(job: Job) -> AdaptedModel:
     return adapt(base, job.adapter)
 
 
-def describe_base(job: Job, digest: str) -> Base:
-    """Returns the description of the base model with this digest that requests contain."""
+def describe_base(job: Job, model: AdaptedModel) -> Base:
+    """Returns the description of a job's base model and adapter that requests contain."""
     targets = job.adapter.target_modules
     return Base(
         name=job.model.base,
-        digest=digest,
+        digest=model.base.digest,
         quantization=job.model.quantization,
         rank=job.adapter.rank,
         alpha=job.adapter.alpha,
         target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
         sequence_length=job.data.sequence_length,
+        kind=job.adapter.kind,
+        fixed=model.layout.fixed_digest,
     )
 
 

@@ -27,7 +27,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedtune.core.adapter.layout import AdapterLayout, adapter_digest, save_adapter
+from fedtune.core.adapter.adapter_files import save_adapter
+from fedtune.core.adapter.layout import AdapterLayout, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job

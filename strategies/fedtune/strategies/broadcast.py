@@ -50,10 +50,10 @@ class Broadcast:
         digest = adapter_digest(held)
         if self.bits is None:
             codec = ExactCodec()
-            return Downlink(FIRST, digest, tuple(codec.encode(half) for half in self.layout.halves(held)))  # type: ignore[arg-type]
+            return Downlink(FIRST, digest, tuple(codec.encode(part) for part in self.layout.parts(held)))
         old = self.first if basis == FIRST else self._versions[basis]
-        halves = zip(self.layout.halves(old), self.layout.halves(held), strict=True)
-        return Downlink(basis, digest, tuple(encode_change(before, after) for before, after in halves))  # type: ignore[arg-type]
+        parts = zip(self.layout.parts(old), self.layout.parts(held), strict=True)
+        return Downlink(basis, digest, tuple(encode_change(before, after) for before, after in parts))
 
     def sent(self, client: str, held: Vector) -> None:
         """Records that a client holds this version, because it has answered the request."""

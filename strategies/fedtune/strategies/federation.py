@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factors, Vector
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.codec import initial_clip
 from fedtune.core.codec.clipping import FIRST_WEIGHT_CAP
 from fedtune.core.codec.update_forms import UpdateForm
@@ -86,12 +86,12 @@ class FederationState:
 
 
 def initial_state(federation: Federation) -> FederationState:
-    """Returns the state before round 1: a random A from the job's seed, B = 0, and clips that follow from the job."""
+    """Returns the state before round 1: the first adapter, with ΔW = 0, and clips that follow from the job."""
     job, layout = federation.job, federation.layout
     adapter = layout.initial(job.training.seed)
     clips: Clips = {
-        letter: initial_clip(job.training.learning_rate, job.training.steps, half.size).clip
-        for letter, half in zip(FACTORS, layout.halves(adapter), strict=True)
+        letter: initial_clip(job.training.learning_rate, job.training.steps, segment.stop - segment.start).clip
+        for letter, segment in layout.segments()
     }
     return FederationState(0, adapter, adapter, clips | {WEIGHT: FIRST_WEIGHT_CAP[job.federation.weight]})
 

@@ -65,7 +65,7 @@ class RoundPlan:
 def plan_round(federation: Federation, state: FederationState, population: Sequence[str]) -> RoundPlan:
     """Chooses the cohort of the round after `state`, and the settings of its requests."""
     job, layout, number = federation.job, federation.layout, state.round + 1
-    factors = federation.method.factors(number)
+    factors = federation.method.factors(number, layout.factors)
     cohort = tuple(federation.selection.cohort(number, population))
     assignment = assign_tiers(cohort, federation.ranks, job) if federation.ranks else all_alike(cohort, layout.rank)
     trained = {name: tier for name, tier in assignment.trained.items() if tier}

@@ -21,6 +21,7 @@ import numpy as np
 
 from fedtune.core.adapter.basis import basis_changes, changed, follow
 from fedtune.core.adapter.layout import adapter_digest, factor_letters
+from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.errors import JobError, PeerError, RunError, UpdateError
 from fedtune.core.ledger import Ledger
@@ -241,11 +242,12 @@ class TrainingRound:
         every = job.federation.rebalance_every
         if not every or self.number % every:
             return state, ()
-        changes = basis_changes(layout, self.state.held)
-        adapter = changed(layout, changes, state.adapter)
+        pair = lora_layout(layout)
+        changes = basis_changes(pair, self.state.held)
+        adapter = changed(pair, changes, state.adapter)
         if np.array_equal(adapter, state.adapter):
             return state, ()
-        server, lost = self.federation.optimizer.rebased(state.server, partial(follow, layout, changes))
+        server, lost = self.federation.optimizer.rebased(state.server, partial(follow, pair, changes))
         before = state.rebasing.round if state.rebasing else 0
         after = replace(
             state,

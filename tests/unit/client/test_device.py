@@ -18,6 +18,7 @@ from fedtune.client.device import Device, UpdateChange
 from fedtune.client.live.device_home import JobMemory
 from fedtune.core.adapter.basis import align_update
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factors, Vector, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.update_forms import FORMS
@@ -29,7 +30,7 @@ from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import TrainingRound
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 
 
 def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Path) -> None:

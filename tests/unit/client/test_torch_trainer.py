@@ -19,8 +19,8 @@ from fedtune.core.errors import UpdateError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 
 MakeModel = Callable[..., Path]
 TASK = local_task(seed=1, learning_rate=1e-3, local_steps=2, batch_tokens=256)

@@ -20,8 +20,8 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate, steps_of_epoch
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.loss import completion_loss, on_device
 from fedtune.model.scoring import answer, evaluate
 
@@ -41,7 +41,8 @@ def examples_of(model: AdaptedModel, thing: str, count: int = 24) -> list[Exampl
 
 def start_of(model: AdaptedModel) -> Any:
     vector = model.layout.initial(0)
-    vector[model.layout.segment("b")] = np.random.default_rng(0).standard_normal(model.layout.size_b) * 0.02
+    lora_b = vector[model.layout.segment("b")]
+    lora_b[:] = np.random.default_rng(0).standard_normal(lora_b.size) * 0.02
     return vector
 
 
@@ -233,7 +234,7 @@ def test_a_device_of_a_lower_tier_trains_its_rank_indices_and_moves_nothing_else
     task = changed(TASK, factors=factors, owned=(1, 3), weight_decay=0.1)
     whole = np.zeros(model.layout.size, dtype=np.float32)
     whole[model.layout.segment(factors)] = train_locally(model, examples, received, task).update
-    for lora_a, lora_b in model.layout.views(whole).values():
+    for lora_a, lora_b in model.layout.pairs(whole).values():
         assert not lora_a[[0, 2]].any()
         assert not lora_b[:, [0, 2]].any()
         assert lora_a[[1, 3]].any() == ("a" in factors)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec import apply, encode_change
 from fedtune.core.codec.downlink import FIRST, on_grid, receive
 from fedtune.core.codec.entropy import encode_levels
@@ -129,13 +130,13 @@ def test_empty_and_single_factors_work() -> None:
 
 
 def test_another_adapter_is_noticed_by_its_digest() -> None:
-    layout = AdapterLayout((AdaptedModule("q", 8, 6),), rank=4, alpha=8.0)
+    layout = LoraLayout((AdaptedModule("q", 8, 6),), rank=4, alpha=8.0)
     held = change_of(0, layout.size)
     other = held.copy()
     other[5] = np.nextafter(other[5], np.float32(1))
-    halves = layout.halves(np.zeros_like(held)), layout.halves(held)
+    halves = layout.parts(np.zeros_like(held)), layout.parts(held)
     parts = tuple(encode_change(old, new) for old, new in zip(*halves, strict=True))
-    sent = Downlink(FIRST, adapter_digest(held), parts)  # type: ignore[arg-type]
+    sent = Downlink(FIRST, adapter_digest(held), parts)
     assert same_bits(receive(layout, np.zeros_like(held), sent), held)
     meant = msgspec.structs.replace(sent, digest=adapter_digest(other))
     with pytest.raises(PeerError, match="digest"):

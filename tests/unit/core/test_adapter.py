@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest, load_adapter, save_adapter
+from fedtune.core.adapter.adapter_files import load_adapter, save_adapter
+from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.errors import ModelError
 
-LAYOUT = AdapterLayout((AdaptedModule("layers.0.q", 6, 4), AdaptedModule("layers.0.up", 4, 10)), rank=2, alpha=8.0)
+LAYOUT = LoraLayout((AdaptedModule("layers.0.q", 6, 4), AdaptedModule("layers.0.up", 4, 10)), rank=2, alpha=8.0)
 
 
 def test_every_number_of_the_vector_belongs_to_exactly_one_factor() -> None:
     vector = np.arange(LAYOUT.size, dtype=np.float32)
-    parts = [factor.ravel() for pair in LAYOUT.views(vector).values() for factor in pair]
+    parts = [factor.ravel() for pair in LAYOUT.pairs(vector).values() for factor in pair]
     assert sorted(np.concatenate(parts)) == list(range(LAYOUT.size))
     assert LAYOUT.size == 2 * (6 + 4) + 2 * (4 + 10)
 
@@ -24,7 +26,7 @@ def test_every_number_of_the_vector_belongs_to_exactly_one_factor() -> None:
 def test_each_factor_has_one_contiguous_segment() -> None:
     vector = np.zeros(LAYOUT.size, dtype=np.float32)
     vector[LAYOUT.segment("a")] = 1
-    for lora_a, lora_b in LAYOUT.views(vector).values():
+    for lora_a, lora_b in LAYOUT.pairs(vector).values():
         assert (lora_a == 1).all()
         assert (lora_b == 0).all()
 
@@ -33,7 +35,7 @@ def test_the_initial_adapter_changes_nothing_and_follows_from_the_seed() -> None
     vector = LAYOUT.initial(7)
     assert (vector[LAYOUT.segment("b")] == 0).all()
     assert (vector[LAYOUT.segment("a")] != 0).all()
-    for module, (lora_a, _) in zip(LAYOUT.modules, LAYOUT.views(vector).values(), strict=True):
+    for module, (lora_a, _) in zip(LAYOUT.modules, LAYOUT.pairs(vector).values(), strict=True):
         assert np.abs(lora_a).max() <= module.d_in**-0.5
     assert adapter_digest(vector) == adapter_digest(LAYOUT.initial(7)) != adapter_digest(LAYOUT.initial(8))
 
@@ -74,6 +76,6 @@ def test_a_broken_adapter_file_is_refused_with_its_path(tmp_path: Path, content:
 
 def test_a_vector_of_the_wrong_size_or_type_is_refused() -> None:
     with pytest.raises(ModelError, match="expected float32"):
-        LAYOUT.views(np.zeros(LAYOUT.size, dtype=np.float64))
+        LAYOUT.pairs(np.zeros(LAYOUT.size, dtype=np.float64))
     with pytest.raises(ModelError, match="expected float32"):
-        LAYOUT.views(np.zeros(LAYOUT.size - 1, dtype=np.float32))
+        LAYOUT.pairs(np.zeros(LAYOUT.size - 1, dtype=np.float32))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from export_helpers import MakeRun
 
-from fedtune.core.adapter.layout import adapter_digest, save_adapter
+from fedtune.core.adapter.adapter_files import save_adapter
+from fedtune.core.adapter.layout import adapter_digest
 from fedtune.core.job.job_file import load_job
+from fedtune.model.adapted_model import adapter_layout
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import adapter_layout
 from fedtune.server.run_directory import RunDirectory
 
 ROWS = [{"prompt": f"turn on the lamp in room {room}", "completion": f" lamp {room} on"} for room in range(24)]

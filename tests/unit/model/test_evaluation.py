@@ -14,8 +14,8 @@ from fedtune.core.errors import InputError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.scoring import answer, evaluate
 
 MakeModel = Callable[..., Path]

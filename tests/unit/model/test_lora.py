@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedtune.core.adapter.layout import save_adapter
+from fedtune.core.adapter.adapter_files import save_adapter
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.model.adapted_model import AdaptedModel, adapt, adapter_layout
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt, adapter_layout
 
 MakeModel = Callable[..., Path]
 ADAPTER = AdapterSettings(rank=4, alpha=8.0)
@@ -72,8 +72,8 @@ def test_output_and_an_optimizer_step_are_peft_s(
     optimizer.step()
 
     state = peft.get_peft_model_state_dict(reference)
-    moved = model.layout.views(model.vector())
-    gradients = model.layout.views(model.gradient.numpy())
+    moved = model.layout.pairs(model.vector())
+    gradients = model.layout.pairs(model.gradient.numpy())
     for name, factors in moved.items():
         for letter, factor, gradient in zip("AB", factors, gradients[name], strict=True):
             theirs = state[f"base_model.model.{name}.lora_{letter}.weight"].numpy()

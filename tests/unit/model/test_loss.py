@@ -14,8 +14,8 @@ from torch import nn
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate
 from fedtune.data.examples import Example
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.loss import LanguageModelHead, completion_loss, on_device, score
 
 MakeModel = Callable[..., Path]

@@ -31,8 +31,8 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.core.protocol.messages import Base
 from fedtune.core.protocol.registration import Terms
 from fedtune.data.examples import load_examples
+from fedtune.model.adapted_model import adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import adapt
 from fedtune.model.shape import shape_of
 
 MakeModel = Callable[..., Path]
@@ -114,7 +114,7 @@ def fixture(tmp_path: Path, folder: Path, data: Path) -> Fixture:
 
 
 def simulated(folder: Path, data: Path) -> Vector:
-    model = adapt(load_base(ModelSettings(str(folder)), precision="fp32"), AdapterSettings(4, 8.0))
+    model = adapt(load_base(ModelSettings(str(folder)), precision="fp32"), AdapterSettings(rank=4, alpha=8.0))
     examples, _ = load_examples(data, model.base.tokenizer, 96)
     return train_locally(model, examples, model.layout.initial(0), TASK).update
 

@@ -26,8 +26,8 @@ from fedtune.client.plan.step_costs import (
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import InputError, ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings, rank_tiers
+from fedtune.model.adapted_model import adapter_layout
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import adapter_layout
 from fedtune.model.shape import ModelShape, shape_of
 
 LINEAR = tuple(AdaptedModule(f"layer.{index}", 1024, 1024) for index in range(100))
@@ -47,7 +47,7 @@ def test_sizes_read_from_the_configuration_are_those_of_the_loaded_model(make_mo
     base = load_base(settings, precision="fp32", weights="dequantized")
     layout = adapter_layout(base, AdapterSettings(rank=4))
     assert sorted(shape.linear, key=str) == sorted(layout.modules, key=str)
-    assert shape.adapter_parameters(4) == layout.size
+    assert shape.adapter_parameters("lora", 4) == layout.size
     frozen = sum(parameter.numel() for parameter in base.network.parameters())
     assert shape.linear_parameters + shape.other_parameters == frozen
     assert shape.gated == (architecture not in ("gpt2", "gpt_neox"))

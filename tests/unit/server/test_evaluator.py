@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import DataSettings
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.server.job_model import ModelEvaluator
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedtune.core.adapter.basis import align_update
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
+from fedtune.core.adapter.layout import AdaptedModule, Vector
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.errors import JobError, UpdateError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.methods import AGGREGATIONS
@@ -29,7 +30,7 @@ from fedtune.strategies.aggregation import (
 )
 from fedtune.strategies.aggregation.products import RESIDUAL, factors_of
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 7, 5), AdaptedModule("v", 6, 9)), rank=3, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 7, 5), AdaptedModule("v", 6, 9)), rank=3, alpha=2.0)
 NAMES = ("fedavg", "fedrot", "alternating", "ffa", "flexlora", "flora")
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 FEDAVG = Mean(AGGREGATIONS["fedavg"])
@@ -186,7 +187,7 @@ def test_fedrot_turns_a_client_towards_the_others_and_changes_no_product() -> No
     update = np.empty_like(adapter)
     turned = adapter.copy()
     for (lora_a, lora_b), (into_a, into_b) in zip(
-        LAYOUT.views(adapter).values(), LAYOUT.views(turned).values(), strict=True
+        LAYOUT.pairs(adapter).values(), LAYOUT.pairs(turned).values(), strict=True
     ):
         into_a[:], into_b[:] = turn.T @ lora_a, lora_b @ turn
     update = turned - adapter
@@ -363,7 +364,7 @@ def linear_model(train_a: bool, rounds: int) -> list[float]:
     lora_a /= np.linalg.norm(lora_a)
     lora_b = np.zeros(dimension)
     errors = []
-    layout = AdapterLayout((AdaptedModule("x", dimension, dimension),), rank=1, alpha=1.0)
+    layout = LoraLayout((AdaptedModule("x", dimension, dimension),), rank=1, alpha=1.0)
     aggregator = named("alternating" if train_a else "ffa")
     for number in range(1, rounds + 1):
         factors = aggregator.method.factors(number)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, Vector, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST, REMEMBERED_VERSIONS, receive, rounded
 from fedtune.core.codec.update_forms import EXACT, FORMS, RING, UpdateForm
@@ -24,7 +25,7 @@ from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.requests import Requests
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 24, 16), AdaptedModule("up", 16, 40)), rank=4, alpha=8.0)
 SEED = 3
 
 
@@ -178,9 +179,9 @@ def test_without_compression_the_adapter_comes_down_as_it_is() -> None:
 
 def test_an_adapter_that_is_not_the_one_meant_is_refused() -> None:
     first = LAYOUT.initial(SEED)
-    parts = tuple(ExactCodec().encode(half) for half in LAYOUT.halves(first))
+    parts = tuple(ExactCodec().encode(half) for half in LAYOUT.parts(first))
     with pytest.raises(PeerError, match="its digest differs"):
-        receive(LAYOUT, first, Downlink(FIRST, "f" * 64, parts))  # type: ignore[arg-type]
+        receive(LAYOUT, first, Downlink(FIRST, "f" * 64, parts))
 
 
 def test_presets_fill_in_what_the_job_leaves_open() -> None:

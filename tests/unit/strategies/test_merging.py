@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
+from fedtune.core.adapter.layout import AdaptedModule
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.adapter.tiers import rank_slices
 from fedtune.core.codec.update_forms import FORMS
 from fedtune.core.codec.uplink import factor_terms
@@ -31,7 +32,7 @@ from fedtune.strategies.aggregation import (
 from fedtune.strategies.aggregation.aggregator import Payloads
 from fedtune.strategies.aggregation.mean import MAX_WEIGHT
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 6, 5), AdaptedModule("v", 5, 7)), rank=4, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 6, 5), AdaptedModule("v", 5, 7)), rank=4, alpha=2.0)
 FEDAVG = AGGREGATIONS["fedavg"]
 FRAME = Frame(LAYOUT, "ab", LAYOUT.initial(1))
 EXACT = {"mean": Mean(FEDAVG), "clipped mean": Clipped(Mean(FEDAVG), 0.3), "median": Robust(FEDAVG, CoordinateMedian())}
@@ -75,7 +76,7 @@ def test_means_over_owners_of_mixed_ranks_merge_too() -> None:
 
 def test_means_of_products_merge_up_to_rounding() -> None:
     whole, merged = whole_and_merged(ProductMean(AGGREGATIONS["flexlora"]), FRAME, updates(6), 2)
-    after = [LAYOUT.views(FRAME.adapter + each.update) for each in (whole, merged)]
+    after = [LAYOUT.pairs(FRAME.adapter + each.update) for each in (whole, merged)]
     for module in after[0]:
         products = [views[module][1] @ views[module][0] for views in after]
         np.testing.assert_allclose(products[0], products[1], atol=1e-6)
@@ -88,7 +89,7 @@ def test_payloads_merge_whether_they_are_decoded_one_by_one_or_added_first(form:
     frame = Frame(LAYOUT, "ab", LAYOUT.initial(1), terms=terms)
     cohort = []
     for seed, update in enumerate(updates(6)):
-        halves = LAYOUT.halves(update.values)
+        halves = LAYOUT.parts(update.values)
         parts = [FORMS[form].encode(half, each, seed, 0.5) for half, each in zip(halves, terms, strict=True)]
         cohort.append(Payloads(parts, update.weight))
     aggregator = Unpacked(RingMean(FEDAVG)) if form == "ring" else Decoded(Mean(FEDAVG), FORMS[form])

@@ -10,20 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.core.adapter.basis import follow, rebalance
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
-from fedtune.core.adapter.tiers import coordinates, merged_tiers, rank_indices, rank_slices, tier_for
+from fedtune.core.adapter.layout import AdaptedModule
+from fedtune.core.adapter.lora_layout import LoraLayout
+from fedtune.core.adapter.tiers import merged_tiers, rank_indices, rank_slices, tier_for
 from fedtune.core.errors import UpdateError
 from fedtune.strategies.aggregation import Frame, Update
 from fedtune.strategies.aggregation.mean import MeanOfOwners
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 5, 7), AdaptedModule("v", 6, 3)), rank=4, alpha=2.0)
 FACTORS: Any = ("a", "b")
 
 
 def trained_mask(factor: str, owned: Any) -> np.ndarray:
     """Returns a vector of zeros with ones at the owned rank indices, found by the modules' names."""
     vector = np.zeros(LAYOUT.size, dtype=np.float32)
-    for lora_a, lora_b in LAYOUT.views(vector).values():
+    for lora_a, lora_b in LAYOUT.pairs(vector).values():
         if factor == "a":
             lora_a[owned, :] = 1
         else:
@@ -35,7 +36,7 @@ def trained_mask(factor: str, owned: Any) -> np.ndarray:
 @pytest.mark.parametrize("tier", [1, 2, 4])
 def test_coordinates_are_the_owned_rows_of_a_or_columns_of_b(factor: Any, tier: int) -> None:
     owned = rank_indices(3, 5, LAYOUT.rank, tier)
-    indices = coordinates(LAYOUT, factor, owned)
+    indices = LAYOUT.coordinates(factor, owned)
     assert np.array_equal(np.sort(indices), np.flatnonzero(trained_mask(factor, owned)))
 
 
@@ -47,8 +48,8 @@ def test_tiers_are_nested_public_and_reach_every_index_over_the_rounds() -> None
     assert set(np.concatenate([rank_indices(0, number, 16, 4) for number in range(40)])) == set(range(16))
     parts = rank_slices(0, 7, 16, [16, 4, 8, 4])
     assert [part.tier for part in parts] == [4, 8, 16]
-    assert sorted(np.concatenate([part.owned for part in parts])) == list(range(16))
-    assert set(parts[0].owned) | set(parts[1].owned) == set(large)
+    assert sorted(np.concatenate([np.setdiff1d(part.owned, part.inner) for part in parts])) == list(range(16))
+    assert set(parts[1].owned) == set(large) > set(parts[1].inner) == set(parts[0].owned)
     with pytest.raises(ValueError, match="a tier of 17"):
         rank_indices(0, 0, 16, 17)
 
@@ -136,7 +137,7 @@ def test_an_update_of_another_tier_or_size_is_refused_and_changes_nothing() -> N
     mean.add(Update(good, 1, 2))
     before = mean.finish().update.tobytes()
     late = good.copy()
-    late[trained_mask("b", rank_slices(2, 3, 4, [2, 4])[1].owned)] = np.nan  # only in the last slice
+    late[rank_slices(2, 3, 4, [2, 4])[1].coordinates(LAYOUT, "b")] = np.nan  # only in the last slice
     for update, weight, tier in (
         (good, 1, 3),
         (good, 1, 0),
@@ -166,7 +167,7 @@ def random_adapter(seed: int = 0) -> Any:
 
 
 def products(adapter: Any) -> list[np.ndarray]:
-    return [lora_b.astype(np.float64) @ lora_a for lora_a, lora_b in LAYOUT.views(adapter).values()]
+    return [lora_b.astype(np.float64) @ lora_a for lora_a, lora_b in LAYOUT.pairs(adapter).values()]
 
 
 def test_rebalancing_changes_no_product_and_balances_the_factors() -> None:
@@ -174,7 +175,7 @@ def test_rebalancing_changes_no_product_and_balances_the_factors() -> None:
     balanced, _ = rebalance(LAYOUT, adapter)
     for before, after in zip(products(adapter), products(balanced), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-5)
-    lora_a, lora_b = LAYOUT.views(balanced)["q"]
+    lora_a, lora_b = LAYOUT.pairs(balanced)["q"]
     np.testing.assert_allclose(lora_a @ lora_a.T, lora_b.T @ lora_b, atol=1e-5)
     # Squared norms of the rows are the singular values of the product.
     values = np.linalg.svd(products(adapter)[0])[1][:4]
@@ -185,12 +186,12 @@ def test_what_lives_in_the_basis_follows_it() -> None:
     adapter, update = random_adapter(), random_adapter(1)
     balanced, changes = rebalance(LAYOUT, adapter)
     # Only "q": "v" has only three rows for four ranks, so one of its directions is zero.
-    lora_a, lora_b = LAYOUT.views(adapter)["q"]
-    new_a, new_b = LAYOUT.views(balanced)["q"]
-    half_a, half_b = LAYOUT.halves(update)
+    lora_a, lora_b = LAYOUT.pairs(adapter)["q"]
+    new_a, new_b = LAYOUT.pairs(balanced)["q"]
+    half_a, half_b = LAYOUT.parts(update)
     moved = np.concatenate([follow(LAYOUT, changes, "a", half_a), follow(LAYOUT, changes, "b", half_b)])
-    delta_a, delta_b = LAYOUT.views(update)["q"]
-    moved_a, moved_b = LAYOUT.views(moved.astype(np.float32))["q"]
+    delta_a, delta_b = LAYOUT.pairs(update)["q"]
+    moved_a, moved_b = LAYOUT.pairs(moved.astype(np.float32))["q"]
     np.testing.assert_allclose((new_b + moved_b) @ new_a, (lora_b + delta_b) @ lora_a, atol=1e-4)
     np.testing.assert_allclose(new_b @ (new_a + moved_a), lora_b @ (lora_a + delta_a), atol=1e-4)
     np.testing.assert_allclose(changes["q"].t_inverse @ changes["q"].t, np.eye(4), atol=1e-8)
@@ -200,18 +201,18 @@ def test_before_anything_is_learned_rebalancing_leaves_the_adapter_as_it_is() ->
     adapter = LAYOUT.initial(0)
     balanced, changes = rebalance(LAYOUT, adapter)
     assert balanced.tobytes() == adapter.tobytes()
-    half = LAYOUT.halves(random_adapter())[1]
+    half = LAYOUT.parts(random_adapter())[1]
     assert np.array_equal(follow(LAYOUT, changes, "b", half), half)
 
 
 def test_directions_without_weight_keep_a_row_to_train_and_a_zero_column() -> None:
     adapter = random_adapter()
-    for _, lora_b in LAYOUT.views(adapter).values():
+    for _, lora_b in LAYOUT.pairs(adapter).values():
         lora_b[:, 1:] = 0
     balanced, changes = rebalance(LAYOUT, adapter)
     for before, after in zip(products(adapter), products(balanced), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-5)
-    lora_a, lora_b = LAYOUT.views(balanced)["q"]
+    lora_a, lora_b = LAYOUT.pairs(balanced)["q"]
     assert not lora_b[:, 1:].any()
     gram = lora_a @ lora_a.T
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-5)

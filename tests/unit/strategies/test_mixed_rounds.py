@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
+from fedtune.core.adapter.layout import AdaptedModule, Vector
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec.update_forms import FORMS as UPDATE_FORMS
 from fedtune.core.codec.uplink import factor_terms
@@ -24,7 +25,7 @@ from fedtune.strategies.cohorts.tier_assignment import assign_tiers, tier_least
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import SAT_OUT, TrainingRound
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), rank=8, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), rank=8, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 8, 2.0, ("all-linear",), 256)
 RANKS = {"ann": 8, "bob": 8, "cid": 4, "dan": 2, "eve": 9}
 WEIGHTS = {"ann": 10, "bob": 30, "cid": 20, "dan": 32, "eve": 5}
@@ -53,7 +54,7 @@ def trained(name: str, round_: TrainingRound) -> Vector:
     owned = rank_indices(request.job_seed, request.round, LAYOUT.rank, request.tier or LAYOUT.rank)
     update = (0.01 * generator(1, name).standard_normal(LAYOUT.size)).astype(np.float32)
     frozen = np.setdiff1d(np.arange(LAYOUT.rank), owned)
-    for lora_a, lora_b in LAYOUT.views(update).values():
+    for lora_a, lora_b in LAYOUT.pairs(update).values():
         lora_a[frozen, :] = 0
         lora_b[:, frozen] = 0
     return update
@@ -78,11 +79,11 @@ def mean_over_owners(round_: TrainingRound) -> np.ndarray:
     """Computes Σ w·Δ / Σ w over the clients whose tier has the index, one index at a time."""
     order = generator(0, "tiers", round_.number).permutation(LAYOUT.rank)
     mean = np.zeros(LAYOUT.size)
-    views = {name: LAYOUT.views(trained(name, round_)) for name in RANKS}
+    views = {name: LAYOUT.pairs(trained(name, round_)) for name in RANKS}
     for index in range(LAYOUT.rank):
         owners = [name for name, rank in RANKS.items() if list(order).index(index) < min(rank, LAYOUT.rank)]
         total = sum(WEIGHTS[name] for name in owners)
-        out = LAYOUT.views(mean.astype(np.float32))
+        out = LAYOUT.pairs(mean.astype(np.float32))
         for module, (lora_a, lora_b) in out.items():
             lora_a[index] = sum(WEIGHTS[n] / total * views[n][module][0][index] for n in owners)
             lora_b[:, index] = sum(WEIGHTS[n] / total * views[n][module][1][:, index] for n in owners)
@@ -139,7 +140,7 @@ def test_an_index_whose_owners_all_drop_out_stays_as_it_is() -> None:
         for name in ("cid", "dan"):
             round_.take_in(name, answer(name, round_))
         after, _ = round_.close()
-        lora_b = LAYOUT.views(after.adapter)["q"][1]
+        lora_b = LAYOUT.pairs(after.adapter)["q"][1]
         owned = rank_indices(0, 1, LAYOUT.rank, 4)
         assert lora_b[:, owned].any(axis=0).all()
         assert not lora_b[:, np.setdiff1d(np.arange(8), owned)].any()
@@ -176,12 +177,12 @@ def test_means_of_products_keep_what_a_client_did_not_train(aggregation: str) ->
     for module in ("q", "up"):
         products = []
         for name in RANKS:
-            lora_a, lora_b = LAYOUT.views(adapter + trained(name, round_))[module]
+            lora_a, lora_b = LAYOUT.pairs(adapter + trained(name, round_))[module]
             products.append(lora_b.astype(np.float64) @ lora_a)
         mean = np.tensordot(weights, products, axes=1)
         left, values, right = np.linalg.svd(mean, full_matrices=False)
         best = left[:, :8] * values[:8] @ right[:8]
-        lora_a, lora_b = LAYOUT.views(after.adapter)[module]
+        lora_a, lora_b = LAYOUT.pairs(after.adapter)[module]
         np.testing.assert_allclose(lora_b @ lora_a, best, atol=1e-4)
 
 

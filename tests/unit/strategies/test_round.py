@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, adapter_digest
+from fedtune.core.adapter.layout import AdaptedModule, adapter_digest
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import receive
 from fedtune.core.codec.wire import Kind, frame
@@ -35,7 +36,7 @@ from fedtune.strategies.federation import Federation, initial_state, scheduled_l
 from fedtune.strategies.round import LATE, TRANSITIONS, Event, Phase, TrainingRound
 from fedtune.strategies.schedule import ByDeadline, Closing
 
-LAYOUT = AdapterLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
+LAYOUT = LoraLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
 NAMES = ["ann", "bob", "cid"]
 PLAIN = ("secure_aggregation.enabled=false", "compression.preset=none", "federation.aggregation=alternating")

@@ -384,7 +384,7 @@ def _case(job: Job, plan: Plan, target_share: float) -> Case:
     examples = max(1, choices.tokens // choices.sequence_length)
     return Case(
         model=ModelSettings(base, job.model.quantization),
-        adapter=AdapterSettings(choices.rank, job.adapter.alpha),
+        adapter=AdapterSettings(choices.kind, choices.rank, job.adapter.alpha),
         choices=replace(choices, tokens=examples * choices.sequence_length),
         target_share=target_share,
     )

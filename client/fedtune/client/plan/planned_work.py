@@ -324,7 +324,7 @@ def _job(terms: Terms, source: str) -> Job:
 
 def _adapter(base: Base) -> AdapterSettings:
     targets = base.target_modules
-    return AdapterSettings(base.rank, base.alpha, "all-linear" if targets == ("all-linear",) else targets)
+    return AdapterSettings(base.kind, base.rank, base.alpha, "all-linear" if targets == ("all-linear",) else targets)
 
 
 def _limits(outcome: Outcome) -> Limits:

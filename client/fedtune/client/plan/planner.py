@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedtune.client.plan.step_costs import Choices, MemoryPrediction, predict_memory
+from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.errors import InputError
 from fedtune.core.job.settings import Job, rank_tiers
 from fedtune.data.batches import LENGTH_STEP
@@ -54,6 +55,7 @@ class Constraints:
         cuda: whether memory is a GPU's.
         weights: a format that the job requires, or "auto".
         checkpointing: whether the job requires it.
+        kind: kind of the adapter.
     """
 
     quantization: str
@@ -69,6 +71,7 @@ class Constraints:
     cuda: bool = False
     weights: str = "auto"
     checkpointing: bool = False
+    kind: AdapterKind = "lora"
 
     @classmethod
     def of(cls, job: Job, precision: Precision) -> Constraints:
@@ -84,6 +87,7 @@ class Constraints:
             local_steps=training.steps,
             weights=training.weights,
             checkpointing=training.gradient_checkpointing,
+            kind=job.adapter.kind,
         )
 
 
@@ -145,8 +149,8 @@ def choose(
                 accumulation=-(-constraints.batch_tokens // choices.tokens),
                 memory=predicted(choices),
                 budget=budget,
-                bytes_up=upload_bytes(shape, tier),
-                bytes_down=round(shape.adapter_parameters(constraints.rank) * BYTES_PER_PARAMETER_DOWN),
+                bytes_up=upload_bytes(shape, tier, constraints.kind),
+                bytes_down=download_bytes(shape, constraints.rank, constraints.kind),
             )
     assert smallest is not None  # there is always a candidate
     peak, choices = smallest
@@ -167,9 +171,10 @@ def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
     if constraints.deadline is None or constraints.bandwidth_up is None:
         return tiers[-1]
     seconds = constraints.deadline * UPLOAD_SHARE
-    fitting = [rank for rank in tiers if upload_bytes(shape, rank) <= seconds * constraints.bandwidth_up]
+    most = seconds * constraints.bandwidth_up
+    fitting = [rank for rank in tiers if upload_bytes(shape, rank, constraints.kind) <= most]
     if not fitting:
-        needed = upload_bytes(shape, tiers[0])
+        needed = upload_bytes(shape, tiers[0], constraints.kind)
         raise NoPlanError(
             f"sending a rank-{tiers[0]} update takes {needed / constraints.bandwidth_up:.0f} s for {needed:,} bytes at "
             f"{constraints.bandwidth_up:,.0f} bytes a second; {seconds:.0f} s of the round's deadline are for that"
@@ -177,9 +182,14 @@ def affordable_rank(shape: ModelShape, constraints: Constraints) -> int:
     return fitting[-1]
 
 
-def upload_bytes(shape: ModelShape, rank: int) -> int:
+def upload_bytes(shape: ModelShape, rank: int, kind: AdapterKind = "lora") -> int:
     """Returns the bytes of an update of `rank` rank indices, by the default compression."""
-    return round(shape.adapter_parameters(rank) * BYTES_PER_PARAMETER_UP)
+    return round(shape.adapter_parameters(kind, rank) * BYTES_PER_PARAMETER_UP)
+
+
+def download_bytes(shape: ModelShape, rank: int, kind: AdapterKind = "lora") -> int:
+    """Returns the bytes of the adapter's change, by the default compression."""
+    return round(shape.adapter_parameters(kind, rank) * BYTES_PER_PARAMETER_DOWN)
 
 
 def longest_example(lengths: Sequence[int], cap: int) -> int:
@@ -212,6 +222,7 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
                     tokens=longest,
                     checkpointing=checkpointing,
                     cuda=constraints.cuda,
+                    kind=constraints.kind,
                 ),
             )
         if length // 2 < SHORTEST_SEQUENCE:

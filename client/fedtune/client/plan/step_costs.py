@@ -1,9 +1,10 @@
 """Formulas for the memory and time of a training step, from a model's sizes and a plan's choices.
 
-With n tokens a micro-batch, β the arithmetic's bytes a value, P adapter parameters of the full rank:
+With n tokens a micro-batch, β the arithmetic's bytes a value, P trained parameters of the whole adapter, and F values
+of its factors A and B, which are trained (then P = F) or fixed:
 
     resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, otherwise β; the adapter and its gradient
-    adapter        8P + 8P + P·β                               Adam's moments; received and sent; the factors in β
+    adapter        8P + 8P + F·β                               Adam's moments; received and sent; the factors in β
     activations    L·n·[8d + 2βd + 4(q + 2k) + 4q + βq + m·βf]     q, k: query and key width; m = 4 gated, otherwise 2
       of which     two norms in float32 and their outputs, attention in float32, its output, the MLP
       checkpointed L·n·βd + one layer of the above
@@ -19,7 +20,7 @@ correction, measured over predicted, from one trial step. Time is operations ove
     forward   2·N_lin + 2·V·d·share + 4·L·s·q     a token: products with frozen weights, logits of targets, attention
     backward  2·N_lin + 2·V·d·share + 8·L·s·q     input gradients only; frozen weights have none
     recompute the forward pass of the blocks, where activations are checkpointed
-    adapter   6·P
+    adapter   2·P + 4·F
 
 A step is slower than its largest product alone; benchmarks/plan measured EFFICIENCY. One trial step
 replaces the whole estimate of time, per device and model.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedtune.core.adapter.layout import AdapterKind
 from fedtune.model.shape import MAX_CHUNK_LOGITS, ModelShape, Precision, Weights
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -48,6 +50,7 @@ class Choices:
         rank: rank of the loaded adapter; a lower tier freezes part of it, and the memory stays.
         sequence_length: length of the longest example.
         tokens: n, tokens of a micro-batch, padding included.
+        kind: kind of the adapter.
     """
 
     weights: Weights
@@ -57,6 +60,7 @@ class Choices:
     tokens: int
     checkpointing: bool
     cuda: bool = False
+    kind: AdapterKind = "lora"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def predict_memory(
     tokens, width = choices.tokens, shape.width
     linear_bytes = NF4_BYTES if choices.weights == "packed" else beta
     weights = shape.linear_parameters * linear_bytes + shape.other_parameters * beta
-    adapter = shape.adapter_parameters(choices.rank) * (24 + beta)
+    adapter = shape.adapter_parameters(choices.kind, choices.rank) * 24 + shape.factor_parameters(choices.rank) * beta
     layer = tokens * layer_bytes_per_token(shape, beta, choices.cuda)
     activations = shape.layers * layer
     if choices.checkpointing:
@@ -142,7 +146,7 @@ def operations_per_token(shape: ModelShape, choices: Choices, target_share: floa
     products = 2.0 * shape.linear_parameters
     attention = 4.0 * shape.layers * choices.sequence_length * shape.query_width
     head = 2.0 * shape.vocabulary * shape.width * target_share
-    adapter = 6.0 * shape.adapter_parameters(choices.rank)
+    adapter = 2.0 * shape.adapter_parameters(choices.kind, choices.rank) + 4.0 * shape.factor_parameters(choices.rank)
     recompute = products + attention if choices.checkpointing else 0.0
     return 2 * products + 3 * attention + 2 * head + recompute + adapter
 

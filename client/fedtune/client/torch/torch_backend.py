@@ -11,8 +11,8 @@ from fedtune.client.plan.step_costs import Choices
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.trial_step import device_of, measure, meter_for, warm_up
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.model.adapted_model import adapt
 from fedtune.model.base_model import DTYPES, best_precision, load_base
-from fedtune.model.lora import adapt
 from fedtune.model.nf4 import bitsandbytes_works
 from fedtune.model.shape import ModelShape, Precision
 

@@ -21,7 +21,7 @@ from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
-from fedtune.model.lora import AdaptedModel
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.scoring import EVALUATION_TOKENS, evaluate
 
 SHRINK = 4  # divides the micro-batch for the only retry

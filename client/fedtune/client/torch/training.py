@@ -20,11 +20,10 @@ from torch import nn
 
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
-from fedtune.core.adapter.tiers import coordinates
 from fedtune.core.errors import UpdateError
 from fedtune.data.batches import collate, micro_batches, steps_of_epoch
 from fedtune.data.examples import Example
-from fedtune.model.lora import AdaptedModel
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.loss import completion_loss, on_device
 
 _MAX_SKIPPED_STEPS = 16  # in a row: fp16's loss scale starts at 2**16 and halves with each, down to 1
@@ -95,7 +94,7 @@ def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> to
     frozen = np.ones(segment.stop - segment.start, dtype=np.bool_)
     for letter in factor_letters(factors):
         start = layout.segment(letter).start - segment.start
-        frozen[start + coordinates(layout, letter, np.asarray(owned, dtype=np.intp))] = False
+        frozen[start + layout.coordinates(letter, np.asarray(owned, dtype=np.intp))] = False
     return torch.from_numpy(frozen)
 
 

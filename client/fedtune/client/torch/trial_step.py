@@ -30,8 +30,8 @@ from fedtune.core.errors import RunError
 from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example
+from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.lora import AdaptedModel, adapt
 from fedtune.model.shape import Precision
 
 STEPS = 5  # until glibc's heap has settled

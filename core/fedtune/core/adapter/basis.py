@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.adapter.layout import FACTORS, AdapterLayout, Factor, Vector
+from fedtune.core.adapter.layout import Factor, Vector
+from fedtune.core.adapter.lora_layout import LoraLayout
 
 FRESH_ROW = 3.0**-0.5  # norm of a row of d values of the initial A, U(±1/sqrt(d))
 _NEGLIGIBLE = 1e-7  # relative to the largest singular value; the factors are float32
@@ -48,19 +49,19 @@ class Basis:
     t_inverse: Matrix
 
 
-def rebalance(layout: AdapterLayout, adapter: Vector) -> tuple[Vector, dict[str, Basis]]:
+def rebalance(layout: LoraLayout, adapter: Vector) -> tuple[Vector, dict[str, Basis]]:
     """Returns the adapter in its balanced basis, and the change of each module's basis.
 
     A module whose product is zero, as in every module before round 1, is left as it is.
     """
     balanced = adapter.copy()
     changes = {}
-    for name, (lora_a, lora_b) in layout.views(balanced).items():
+    for name, (lora_a, lora_b) in layout.pairs(balanced).items():
         lora_a[:], lora_b[:], changes[name] = _rebalance_module(lora_a.astype(np.float64), lora_b.astype(np.float64))
     return balanced, changes
 
 
-def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
+def basis_changes(layout: LoraLayout, held: Vector) -> dict[str, Basis]:
     """Returns the change of every module's basis when `held` is rebalanced.
 
     A module whose product has less than the full rank, as before round 1, keeps its basis: a change would lose the
@@ -71,13 +72,12 @@ def basis_changes(layout: AdapterLayout, held: Vector) -> dict[str, Basis]:
     return {name: change if change.t.any(axis=0).all() else same for name, change in changes.items()}
 
 
-def changed(layout: AdapterLayout, changes: Mapping[str, Basis], adapter: Vector) -> Vector:
+def changed(layout: LoraLayout, changes: Mapping[str, Basis], adapter: Vector) -> Vector:
     """Returns an adapter in the new basis, with the same products."""
-    halves = zip(FACTORS, layout.halves(adapter), strict=True)
-    return np.concatenate([follow(layout, changes, factor, half) for factor, half in halves])
+    return np.concatenate([follow(layout, changes, factor, adapter[part]) for factor, part in layout.segments()])
 
 
-def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, values: Vector) -> Vector:
+def follow(layout: LoraLayout, changes: Mapping[str, Basis], factor: Factor, values: Vector) -> Vector:
     """Returns a residual, a moment or an update of one factor in the new basis: values·T for B, T⁺·values for A.
 
     Args:
@@ -97,7 +97,7 @@ def follow(layout: AdapterLayout, changes: Mapping[str, Basis], factor: Factor, 
     return moved
 
 
-def align_update(layout: AdapterLayout, received: Vector, update: Vector) -> Vector:
+def align_update(layout: LoraLayout, received: Vector, update: Vector) -> Vector:
     """Returns a client's update after its alignment: aligned minus received.
 
     Args:
@@ -110,7 +110,7 @@ def align_update(layout: AdapterLayout, received: Vector, update: Vector) -> Vec
     trained = (received + update).astype(np.float32)
     aligned = np.empty_like(trained)
     parts = zip(
-        layout.views(trained).values(), layout.views(received).values(), layout.views(aligned).values(), strict=True
+        layout.pairs(trained).values(), layout.pairs(received).values(), layout.pairs(aligned).values(), strict=True
     )
     for (own_a, own_b), (global_a, global_b), (into_a, into_b) in parts:
         turn = _alignment(own_a, own_b, global_a, global_b)

@@ -1,12 +1,12 @@
 """Tiers: the rank indices that devices of different rank train, and their positions in the flat vector.
 
 A public permutation π_t of the R rank indices follows from the job's seed and the round t. A device of tier r owns
-I_r = π_t[:r]: it loads the whole adapter, and trains rows I_r of A or columns I_r of B; the rest stays frozen in its
-forward pass. Tiers are nested: devices of larger tiers train all rank indices of the smaller ones, and over the rounds
-every device trains every index.
+I_r = π_t[:r]: it loads the whole adapter, and trains rows I_r of A and columns I_r of B, or the block I_r x I_r of a
+core adapter; the rest stays frozen in its forward pass. Tiers are nested: devices of larger tiers train all values of
+the smaller ones, and over the rounds every device trains every index.
 
     owned = rank_indices(seed, number, layout.rank, tier)
-    places = coordinates(layout, "b", owned)               # of the factor, ascending
+    places = layout.coordinates("b", owned)                # of the factor, ascending
     update[places]                                         # the values that such a device uploads
 """
 
@@ -17,25 +17,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from fedtune.core.adapter.layout import AdapterLayout, Factor
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Indices
 from fedtune.core.seeds import generator
-
-Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
 class RankSlice:
-    """Rank indices with the same owners: all devices of its tier and above.
+    """The values that a tier trains and the next smaller one does not; all devices of the tier and above own them.
 
     Args:
         tier: smallest tier that owns them.
-        owned: the rank indices; int, ascending.
+        owned: the tier's rank indices; int, ascending.
+        inner: the rank indices of the next smaller tier; none for the smallest.
     """
 
     tier: int
     owned: Indices
+    inner: Indices
+
+    def coordinates(self, layout: AdapterLayout, factor: Factor) -> Indices:
+        """Returns the positions of these values within a factor's segment: int, ascending, from 0."""
+        whole, inner = (layout.coordinates(factor, indices) for indices in (self.owned, self.inner))
+        return np.setdiff1d(whole, inner, assume_unique=True)
 
 
 def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
@@ -53,31 +57,13 @@ def rank_indices(seed: int, number: int, rank: int, tier: int) -> Indices:
 
 
 def rank_slices(seed: int, number: int, rank: int, tiers: Sequence[int]) -> tuple[RankSlice, ...]:
-    """Returns the rank indices that each tier adds to the next smaller one, smallest tier first.
+    """Returns what each tier adds to the next smaller one, smallest tier first.
 
-    Rank indices that the same tiers own form one slice, so that one sum, masked or not, has one set of owners.
+    Values that the same tiers own form one slice, so that one sum, masked or not, has one set of owners.
     """
     order = _order(seed, number, rank)
     bounds = [0, *sorted(set(tiers))]
-    return tuple(RankSlice(high, np.sort(order[low:high])) for low, high in pairwise(bounds))
-
-
-def coordinates(layout: AdapterLayout, factor: Factor, owned: Indices) -> Indices:
-    """Returns the positions of the owned rank indices within a factor's segment: int, ascending, from 0.
-
-    These are rows of every A, (R, d_in) row-major, or columns of every B, (d_out, R).
-    """
-    parts, start = [], 0
-    for module in layout.modules:
-        if factor == "a":
-            grid = owned[:, None] * module.d_in + np.arange(module.d_in)
-            size = layout.rank * module.d_in
-        else:
-            grid = np.arange(module.d_out)[:, None] * layout.rank + owned
-            size = layout.rank * module.d_out
-        parts.append(start + grid.reshape(-1))
-        start += size
-    return np.concatenate(parts)
+    return tuple(RankSlice(high, np.sort(order[:high]), np.sort(order[:low])) for low, high in pairwise(bounds))
 
 
 def tier_for(rank: int, tiers: Sequence[int]) -> int:

@@ -56,8 +56,8 @@ def rounded(layout: AdapterLayout, first: Vector, target: Vector, bits: int | No
     """
     if bits is None:
         return target.copy()
-    halves = zip(layout.halves(first), layout.halves(target), strict=True)
-    return np.concatenate([on_grid(before, wanted, bits) for before, wanted in halves])
+    parts = zip(layout.parts(first), layout.parts(target), strict=True)
+    return np.concatenate([on_grid(before, wanted, bits) for before, wanted in parts])
 
 
 def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
@@ -66,8 +66,10 @@ def receive(layout: AdapterLayout, basis: Vector, adapter: Downlink) -> Vector:
     Raises:
         PeerError: a payload is malformed, or the result does not have the stated digest.
     """
-    halves = zip(layout.halves(basis), adapter.parts, strict=True)
-    held = np.concatenate([apply(half, part) for half, part in halves])
+    segments = layout.parts(basis)
+    if len(adapter.parts) != len(segments):
+        raise PeerError(f"an adapter of {len(adapter.parts)} payloads; this job's has {len(segments)} factors")
+    held = np.concatenate([apply(old, part) for old, part in zip(segments, adapter.parts, strict=True)])
     if adapter_digest(held) != adapter.digest:
         raise PeerError("the adapter that arrived is not the one that the request was made for (its digest differs)")
     return held

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
 
-from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, factor_letters
-from fedtune.core.adapter.tiers import Indices, RankSlice, coordinates, rank_slices
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Indices, factor_letters
+from fedtune.core.adapter.tiers import RankSlice, rank_slices
 from fedtune.core.codec.maskable import RoundContext
 from fedtune.core.errors import PeerError
 from fedtune.core.job.contradictions import NO_FEEDBACK_IN_A_RING
@@ -94,7 +94,7 @@ class FactorTerms:
         uplink: settings of the round, the same for all factors.
         seed: seed of the job.
         round: number of the round.
-        factor: "a" or "b".
+        factor: the factor's letter.
         count: number of coordinates of the factor, or of the slice.
         clip: norm to which an update of the whole factor is clipped; ring only.
         part: coordinates of the slice; None for the whole factor.
@@ -166,9 +166,11 @@ def factor_terms(
         tier: leaves out the slices that clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the uplink does not have one clip for each factor, has no such tier, or asks devices to carry a
-            residual into a sum.
+        PeerError: the adapter has no such factor; or the uplink does not have one clip for each factor, has no such
+            tier, or asks devices to carry a residual into a sum.
     """
+    if not set(factors) <= set(layout.factors):
+        raise PeerError(f"a request to train the factors {factors}; the adapter has {layout.factors}")
     if uplink.form == "ring" and uplink.error_feedback:
         raise PeerError(f"a request for error feedback in a ring: {NO_FEEDBACK_IN_A_RING}")
     if len(factors) != len(uplink.clips):
@@ -180,7 +182,7 @@ def factor_terms(
     for letter, clip in zip(factor_letters(factors), uplink.clips, strict=True):
         segment = layout.segment(letter)
         whole = segment.stop - segment.start
-        parts: list[Part | None] = [Part(each.tier, coordinates(layout, letter, each.owned), whole) for each in slices]
+        parts: list[Part | None] = [Part(each.tier, each.coordinates(layout, letter), whole) for each in slices]
         terms += [
             FactorTerms(
                 uplink=uplink,

@@ -51,7 +51,7 @@ def contradictions(job: Job) -> list[str]:
         )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems + _tier_problems(job) + aggregation_problems(job) + _insecure(job)
+    return problems + _tier_problems(job) + _kind_problems(job) + aggregation_problems(job) + _insecure(job)
 
 
 def _form_problems(job: Job) -> list[str]:
@@ -126,6 +126,20 @@ def _tier_problems(job: Job) -> list[str]:
         problems.append(f"simulation.ranks has {odd}; expected only tiers: {list(tiers)} (adapter.tiers)")
     if job.simulation.ranks and job.simulation.fleet:
         problems.append("simulation.ranks and simulation.fleet are both set; a fleet's plans say what devices train")
+    return problems
+
+
+def _kind_problems(job: Job) -> list[str]:
+    """Returns the reasons why the aggregation cannot combine adapters of the job's kind."""
+    if job.adapter.kind == "lora":
+        return []
+    federation = job.federation
+    problems: list[str] = []
+    kind = f'adapter.kind is "{job.adapter.kind}", which has no pair of trained factors'
+    if AGGREGATIONS[federation.aggregation].needs_pair:
+        problems.append(f'{kind}, but federation.aggregation is "{federation.aggregation}"; expected "fedavg"')
+    if federation.rebalance_every:
+        problems.append(f"{kind} to balance; expected federation.rebalance_every = 0")
     return problems
 
 

@@ -23,7 +23,8 @@ class Method:
     """The needs and effects of a way to combine updates.
 
     Args:
-        trains: factors that rounds train, one entry per round, repeated over the rounds.
+        trains: factors that rounds train, one entry per round, repeated over the rounds; none where every round trains
+            all factors, whatever the kind of adapter.
         aligns: whether devices align their factors to the received ones before they send them.
         sees_updates: reason why a sum of updates is not enough, as the end of "..., which ..."; "" where it is enough.
         equal_ranks: reason why all clients must train the same rank, in the same form; "" where they need not.
@@ -32,16 +33,26 @@ class Method:
         keeps_residual: whether the server keeps a part of the result that no adapter of the job's rank can hold.
     """
 
-    trains: tuple[Factors, ...] = ("ab",)
+    trains: tuple[Factors, ...] = ()
     aligns: bool = False
     sees_updates: str = ""
     equal_ranks: str = ""
     changes_basis: bool = False
     keeps_residual: bool = False
 
-    def factors(self, round_number: int) -> Factors:
-        """Returns the factors that clients train and send in this round; rounds count from 1."""
-        return self.trains[(round_number - 1) % len(self.trains)]
+    def factors(self, round_number: int, every: Factors = "ab") -> Factors:
+        """Returns the factors that clients train and send in a round.
+
+        Args:
+            round_number: number of the round, counted from 1.
+            every: all factors of the adapter.
+        """
+        return self.trains[(round_number - 1) % len(self.trains)] if self.trains else every
+
+    @property
+    def needs_pair(self) -> bool:
+        """True if the method treats A and B apart, and so needs a LoRA adapter."""
+        return bool(self.trains) or self.aligns or self.changes_basis
 
     @property
     def works_under_masks(self) -> bool:
@@ -51,7 +62,7 @@ class Method:
     @property
     def freezes_a(self) -> bool:
         """True if A keeps the values that follow from the job's seed."""
-        return all(factors == "b" for factors in self.trains)
+        return self.trains == ("b",)
 
     def within(self, rule: Method) -> Method:
         """Returns this aggregation with a rule around it, with the needs and effects of both."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.methods import AGGREGATIONS, RULE
 
@@ -38,15 +39,19 @@ class ModelSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class AdapterSettings:
-    """[adapter]: the low-rank factors, ΔW = alpha / sqrt(rank) · B · A.
+    """[adapter]: the trained change of the base's weights.
 
     Args:
+        kind: "lora" trains both factors of ΔW = alpha / sqrt(rank) · B · A. "core" trains the square matrix R of
+            ΔW = alpha / sqrt(rank) · B · R · A, where A and B follow from the base: far fewer numbers, whose mean over
+            clients is exact (LoRA-XS).
         rank: R, the largest rank that any device trains.
         tiers: numbers of rank indices that a device may train in a round, ascending to the rank; 4, 8, 16, … where not
             set. A device's plan decides its tier; without plans all clients train all rank indices.
         target_modules: "all-linear", or the endings of the names of the modules to adapt.
     """
 
+    kind: AdapterKind = "lora"
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: _PositiveFloat = 32.0
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"

@@ -23,6 +23,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.errors import PeerError
 from fedtune.core.job.local_work import LocalWork
 
@@ -97,7 +98,11 @@ class Payload(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unk
 
 
 class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The frozen base model of the adapter and the adapter's layout on it; the same for the whole job."""
+    """The frozen base model of the adapter and the adapter's layout on it; the same for the whole job.
+
+    Args:
+        fixed: digest of a core adapter's fixed factors, which a device computes by itself; "" for LoRA, which has none.
+    """
 
     name: _Text
     digest: _Digest
@@ -106,6 +111,8 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
     alpha: Annotated[float, Meta(gt=0)]
     target_modules: Annotated[tuple[_Text, ...], Meta(max_length=4096)]
     sequence_length: Annotated[int, Meta(ge=8, le=1 << 20)]
+    kind: AdapterKind = "lora"
+    fixed: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -134,12 +141,12 @@ class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_f
     Args:
         basis: digest of the adapter that `parts` change; "" for the job's first adapter, which follows from the seed.
         digest: digest of the resulting adapter; the device refuses another result.
-        parts: one payload of `fedtune.core.codec.downlink` for `lora_a`, one for `lora_b`.
+        parts: one payload of `fedtune.core.codec.downlink` for each factor, in the order of the flat vector.
     """
 
     basis: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
     digest: _Digest
-    parts: tuple[_Bytes, _Bytes]
+    parts: Annotated[tuple[_Bytes, ...], Meta(min_length=1, max_length=2)]
 
 
 class Rebasing(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

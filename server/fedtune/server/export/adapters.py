@@ -64,18 +64,18 @@ def write_adapter(path: Path, directory: Path, run: FinishedRun) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # onnxruntime warns about inputs with defaults, which are intended here
     session = onnxruntime.InferenceSession(directory / "model.onnx", options)
-    views = run.layout.views(run.adapter)
+    pairs = run.layout.pairs(run.adapter)
     parameters = {}
     for node in session.get_overridable_initializers():
         if not (match := _FACTOR.fullmatch(node.name)):
             continue
         layer, block, projection, letter = match.groups()
         name = next(
-            (name for name in views if name.endswith(f"layers.{layer}.{_BLOCKS.get(block, block)}.{projection}")), ""
+            (name for name in pairs if name.endswith(f"layers.{layer}.{_BLOCKS.get(block, block)}.{projection}")), ""
         )
         if not name:
             raise ModelError(f"{directory}: takes {node.name}, which the adapter does not have")
-        lora_a, lora_b = views[name]
+        lora_a, lora_b = pairs[name]
         factor = lora_a.T if letter == "A" else run.layout.scaling * lora_b.T
         if list(factor.shape) != node.shape:
             raise ModelError(f"{directory}: {node.name} has shape {node.shape}; expected {list(factor.shape)}")

@@ -18,11 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest, load_adapter
+from fedtune.core.adapter.adapter_files import load_adapter
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import Job
+from fedtune.model.adapted_model import adapter_layout
 from fedtune.model.base_model import BaseModel, load_base, quiet
-from fedtune.model.lora import adapter_layout
 from fedtune.server.export.request import read_finished
 from fedtune.server.run_directory import ADAPTER, JOB, read_rounds
 
@@ -84,7 +85,7 @@ def open_run(path: Path) -> FinishedRun:
 def merge(run: FinishedRun) -> None:
     """Adds the adapter to the run's base in place; it must be called once only."""
     with torch.no_grad():
-        for name, (lora_a, lora_b) in run.layout.views(run.adapter).items():
+        for name, (lora_a, lora_b) in run.layout.pairs(run.adapter).items():
             weight = run.base.network.get_submodule(name).weight
             product = torch.from_numpy(lora_b) @ torch.from_numpy(lora_a)
             weight.add_(product.to(weight.device), alpha=run.layout.scaling)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.core.adapter.layout import ADAPTER_WEIGHTS
+from fedtune.core.adapter.adapter_files import ADAPTER_WEIGHTS
 from fedtune.core.errors import ExportError, InputError, MissingExtraError, RunDirectoryError
 from fedtune.core.job.contradictions import unexportable
 from fedtune.core.job.job_file import load_job

@@ -22,7 +22,7 @@ from fedtune.core.job.settings import Job
 from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
-from fedtune.model.lora import AdaptedModel
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.server.export.request import check_export, export_finished
 from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.live.enrolled_devices import Devices, changed
@@ -177,7 +177,7 @@ class Service:
     def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
         """Runs all remaining rounds."""
         model = self._open(job)
-        base = describe_base(job, model.base.digest)
+        base = describe_base(job, model)
         directory = (
             RunDirectory.open(path) if (path / "job.toml").is_file() else RunDirectory.create(path, job, base.digest)
         )

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.client.plan.planner import (
-    BYTES_PER_PARAMETER_DOWN,
     RESERVE,
     Constraints,
     NoPlanError,
     Plan,
     choose,
+    download_bytes,
     upload_bytes,
 )
 from fedtune.core.adapter.tiers import tier_for
@@ -246,5 +246,6 @@ def _plans(job: Job, fleet: Fleet, shape: ModelShape) -> tuple[dict[str, Plan], 
 def _seconds(job: Job, kind: Kind, shape: ModelShape, tier: int) -> float:
     """Predicts the seconds of a whole round's work."""
     tokens = job.training.steps * job.training.batch_tokens
-    down = shape.adapter_parameters(job.adapter.rank) * BYTES_PER_PARAMETER_DOWN
-    return kind.seconds(tokens, upload_bytes(shape, tier), down)
+    adapter = job.adapter
+    up, down = upload_bytes(shape, tier, adapter.kind), download_bytes(shape, adapter.rank, adapter.kind)
+    return kind.seconds(tokens, up, down)

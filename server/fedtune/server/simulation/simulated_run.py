@@ -155,6 +155,7 @@ def _that_fit(job: Job, base: BaseModel, free: int) -> int:
         sequence_length=job.data.sequence_length,
         tokens=job.training.batch_tokens,
         checkpointing=job.training.gradient_checkpointing,
+        kind=job.adapter.kind,
     )
     predicted = predict_memory(shape_of(job.model), choices)
     actor, fork = PROGRAM_BYTES + predicted.peak, predicted.training - predicted.weights

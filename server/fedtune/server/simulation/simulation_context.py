@@ -24,7 +24,7 @@ from fedtune.core.seeds import generator
 from fedtune.data.examples import CleaningReport, Example, prepare
 from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
-from fedtune.model.lora import AdaptedModel
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.shape import shape_of
 from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
@@ -136,7 +136,7 @@ class SimulationContext:
     @cached_property
     def base(self) -> Base:
         """The description of the base model in requests."""
-        return describe_base(self.job, self.model.base.digest)
+        return describe_base(self.job, self.model)
 
     @cached_property
     def evaluator(self) -> ModelEvaluator:

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.adapter.layout import Vector, factor_letters
-from fedtune.core.adapter.tiers import Indices, coordinates
+from fedtune.core.adapter.layout import Indices, Vector, factor_letters
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import Aggregate, Frame, Update
@@ -67,7 +66,7 @@ class MeanOfOwners:
         for each in frame.slices:
             indices = np.concatenate(
                 [
-                    frame.layout.segment(letter).start - start + coordinates(frame.layout, letter, each.owned)
+                    frame.layout.segment(letter).start - start + each.coordinates(frame.layout, letter)
                     for letter in factor_letters(frame.factors)
                 ]
             )

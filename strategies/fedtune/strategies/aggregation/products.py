@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fedtune.core.adapter.basis import FRESH_ROW
 from fedtune.core.adapter.layout import Vector
+from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Frame, Update
@@ -79,7 +80,7 @@ class MeanOfProducts:
         layout = self._frame.layout
         trained = self._frame.adapter.copy()
         trained[layout.segment(self._frame.factors)] += values
-        for name, (lora_a, lora_b) in layout.views(trained).items():
+        for name, (lora_a, lora_b) in lora_layout(layout).pairs(trained).items():
             self._sums[name] += weight * (lora_b.astype(np.float64) @ lora_a)
         self._weight += weight
 
@@ -98,7 +99,7 @@ class MeanOfProducts:
         after = np.empty_like(adapter)
         rest = []
         start = 0
-        for name, (lora_a, lora_b) in layout.views(after).items():
+        for name, (lora_a, lora_b) in lora_layout(layout).pairs(after).items():
             mean = self._sums[name] / self._weight
             if self._residual is not None:
                 mean += self._residual[start : start + mean.size].reshape(mean.shape)

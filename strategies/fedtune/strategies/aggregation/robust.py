@@ -123,7 +123,7 @@ class Cohort:
         self._updates: list[Update] = []
         self._rule = rule
         # With both factors, compare by B: A's deltas are noise while B is still near zero.
-        self._selecting = slice(frame.layout.size_a, None) if frame.factors == "ab" else slice(None)
+        self._selecting = frame.layout.segment("b") if frame.factors == "ab" else slice(None)
 
     def add(self, update: Update) -> None:
         """Keeps one client's update.

@@ -1,0 +1,125 @@
+"""A base model with one adapter attached: one flat float32 tensor, of which every trained matrix is a view.
+
+    model = adapt(base, job.adapter)
+    model.load(vector)          # swaps the adapter: one copy
+    vector = model.vector()
+
+The kinds of adapters are in `fedtune.model.lora` and `fedtune.model.core_adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.core.adapter.core_layout import CoreLayout
+from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factor, Factors, Vector
+from fedtune.core.adapter.lora_layout import LoraLayout
+from fedtune.core.errors import ModelError
+from fedtune.core.job.settings import AdapterSettings
+from fedtune.model.base_model import BaseModel, linear_modules
+from fedtune.model.core_adapter import attach_core, reference_weight
+from fedtune.model.lora import attach_lora
+from fedtune.model.loss import LanguageModelHead
+
+_LISTED_ENDINGS = 20  # how many existing names an error lists
+
+Layout = TypeVar("Layout", bound=AdapterLayout)
+Attach = Callable[[Any, Layout, Tensor, Tensor], Mapping[Factor, Sequence[nn.Parameter]]]
+"""Adds an adapter's layers to a network: (network, layout, values, gradients) -> the parameters of each factor.
+
+Values and gradients are flat tensors, float32, (layout.size,), and the parameters are views of them.
+"""
+
+
+class AdaptedModel:
+    """A base model with one adapter attached, whose values are swapped in place.
+
+    Args:
+        base: base model, which must not be adapted a second time.
+        layout: layout of the flat vector.
+        attach: adds the layers of this kind of adapter.
+    """
+
+    def __init__(self, base: BaseModel, layout: Layout, attach: Attach[Layout]) -> None:
+        self.base = base
+        self.layout: AdapterLayout = layout
+        self.parameters = torch.zeros(layout.size, dtype=torch.float32, device=base.device)
+        self.gradient = torch.zeros_like(self.parameters)
+        self._factors = attach(base.network, layout, self.parameters, self.gradient)
+        base.network.requires_grad_(False)
+        self.train_factors(layout.factors)
+
+    @cached_property
+    def lm_head(self) -> LanguageModelHead:
+        """The head of this architecture, from tokens to logits."""
+        return LanguageModelHead(self.base)
+
+    def load(self, vector: Vector) -> None:
+        """Copies the adapter's values from a flat vector, float32, (layout.size,)."""
+        self.layout.check(vector)
+        self.parameters.copy_(torch.from_numpy(vector))
+
+    def vector(self) -> Vector:
+        """Returns a copy of the adapter's values, float32, (layout.size,)."""
+        copy: Vector = self.parameters.detach().to("cpu", copy=True).numpy()
+        return copy
+
+    def train_factors(self, factors: Factors) -> None:
+        """Enables gradients for the named factors only; `gradient` accumulates them."""
+        for letter, parameters in self._factors.items():
+            for parameter in parameters:
+                parameter.requires_grad_(letter in factors)
+
+
+def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
+    """Attaches an adapter, all zeros, to the base model.
+
+    Raises:
+        ModelError: a target matches no linear layer; the message lists the existing names. Or the rank of a core
+            adapter is over the smaller side of a layer.
+    """
+    if settings.kind == "core":
+        return AdaptedModel(base, _core_layout(base, settings), attach_core)
+    return AdaptedModel(base, _lora_layout(base, settings), attach_lora)
+
+
+def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:
+    """Returns the layout of the adapter that `adapt` would attach; raises as it does."""
+    return _core_layout(base, settings) if settings.kind == "core" else _lora_layout(base, settings)
+
+
+def _lora_layout(base: BaseModel, settings: AdapterSettings) -> LoraLayout:
+    return LoraLayout(_modules(base, settings), settings.rank, settings.alpha)
+
+
+def _core_layout(base: BaseModel, settings: AdapterSettings) -> CoreLayout:
+    layers = dict(linear_modules(base.network))
+    modules = _modules(base, settings)
+    return CoreLayout.between(modules, settings.rank, settings.alpha, lambda name: reference_weight(layers[name]))
+
+
+def _modules(base: BaseModel, settings: AdapterSettings) -> tuple[AdaptedModule, ...]:
+    linear = [
+        AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
+    ]
+    return tuple(linear if settings.target_modules == "all-linear" else _matching(linear, settings.target_modules))
+
+
+def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:
+    def ends(name: str, ending: str) -> bool:
+        return name == ending or name.endswith(f".{ending}")
+
+    unmatched = [ending for ending in endings if not any(ends(module.name, ending) for module in linear)]
+    if unmatched:
+        existing = list(dict.fromkeys(module.name.rpartition(".")[2] for module in linear))
+        more = f" and {len(existing) - _LISTED_ENDINGS} more" if len(existing) > _LISTED_ENDINGS else ""
+        raise ModelError(
+            f"adapter.target_modules: {', '.join(unmatched)} matches no linear layer of the base model; "
+            f"it has {', '.join(existing[:_LISTED_ENDINGS])}{more}"
+        )
+    return [module for module in linear if any(ends(module.name, ending) for ending in endings)]
