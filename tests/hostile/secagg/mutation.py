@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "core/fedtune/core/secagg"
+CODEC = "core/fedtune/core/codec"
 CLIENT = "client/fedtune/client"
 STRATEGIES = "strategies/fedtune/strategies"
 SUITES = (
@@ -275,6 +276,13 @@ MUTANTS = (
     # checks that bind a secure round to its training
     Mutant(
         "round: only what can be masked", "secure_rounds.py", 'if request.uplink.form != "ring":', "if False:", CLIENT
+    ),
+    Mutant(
+        "round: no memory in a sum",
+        "uplink.py",
+        'if uplink.form == "ring" and uplink.error_feedback:',
+        "if False:",
+        CODEC,
     ),
     Mutant("round: number", "secure_rounds.py", '"round": (config.round, request.round),', "", CLIENT),
     Mutant("round: work", "secure_rounds.py", '"work and codec": (config.context, terms_digest(request)),', "", CLIENT),
