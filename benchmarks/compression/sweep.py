@@ -1,4 +1,4 @@
-"""What do few bits cost, and how many travel, where clients take part always, half of the time, rarely or once?
+"""How much do few bits cost, and how many travel, where clients take part always, half of the time, rarely or once?
 
 A run is one federation of ten clients a round, read from its summary.json: the server's evaluation at the end, and
 every payload byte of training, up and down, as bits for each trained number and client-round. The populations have 10,
@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo" / "job.toml"
 RUNS = HERE / "sweep.jsonl"
 QUESTION = (
-    "What do few bits cost, and how many travel, where clients take part always, half of the time, rarely or once?"
+    "How much do few bits cost, and how many travel, where clients take part always, half of the time, rarely or once?"
 )
 # Masks change no value, and benchmarks/secagg measures what they cost; scores of clients are no part of training.
 FIXED = ("secure_aggregation.enabled=false", "federation.clients_per_round=10", "federation.evaluate_every=0")
