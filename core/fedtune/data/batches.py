@@ -6,7 +6,7 @@ target tokens of the whole step, so the gradient does not depend on the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +63,6 @@ def split(examples: Sequence[Example], budget: int) -> list[list[Example]]:
             runs.append([example])
             longest = _padded_length(example)
     return runs
-
-
-def in_order_of_length(examples: Sequence[Example], budget: int) -> Iterator[Batch]:
-    """Returns all examples in batches with little padding, for evaluation."""
-    for run in micro_batches(examples, budget):
-        yield collate(run)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

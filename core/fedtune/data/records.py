@@ -50,6 +50,11 @@ class Record:
     messages: tuple[Message, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def asked(self) -> str:
+        """The prompt for people: the last message before the completion, or the prompt itself."""
+        return self.messages[-1].content if self.messages else self.prompt
+
 
 def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Record], int]:
     """Reads a data file; its format follows from its ending: .csv, .parquet, and JSONL for any other.

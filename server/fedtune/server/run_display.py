@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedtune.core.ledger import PURPOSES
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+
+LINE_SECONDS = 10.0  # time between two lines about work that takes long, where the output is piped
 
 
 class Display(Protocol):
@@ -20,6 +23,9 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """Takes a sentence about the run."""
+
+    def progress(self, task: str, done: int, count: int) -> None:
+        """Takes the progress of work beside the rounds: first 0 of its pieces, at last all of them."""
 
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
         """Begins after `done` of `rounds` rounds with about `cohort` clients each, which moved `moved` bytes so far."""
@@ -38,6 +44,7 @@ class Silent:
     """A display that shows nothing, for `--quiet` and tests."""
 
     def note(self, text: str) -> None: ...
+    def progress(self, task: str, done: int, count: int) -> None: ...
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None: ...
     def client(self, record: ClientRecord) -> None: ...
     def round(self, record: RoundRecord) -> None: ...
@@ -51,7 +58,7 @@ class Terminal:
         self.console = console or Console(highlight=False)
         self._live = self.console.is_terminal
         self._progress = Progress(
-            TextColumn("round {task.fields[round]}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
@@ -60,7 +67,8 @@ class Terminal:
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task("rounds", total=None, round="", status="", start=False)
+        self._task = self._progress.add_task("rounds", total=None, status="", start=False, visible=False)
+        self._work = WorkProgress(self._progress if self._live else None, self.note, time.monotonic)
         self._rounds = 0
         self._round = 0
         self._bytes = 0
@@ -82,14 +90,18 @@ class Terminal:
         """Prints the sentence."""
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def progress(self, task: str, done: int, count: int) -> None:
+        """Shows a bar of its own until the work is done."""
+        self._work.show(task, done, count)
+
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
-        """Shows the bar."""
+        """Shows the bar of the rounds."""
         self._rounds, self._round, self._done_at_begin, self._cohort = rounds, done, done, max(cohort, 1)
         self._bytes = moved
         self._began = time.monotonic()
         if self._live:
             self._progress.start_task(self._task)
-            self._progress.update(self._task, total=rounds * self._cohort, completed=done * self._cohort)
+            self._progress.update(self._task, total=rounds * self._cohort, completed=done * self._cohort, visible=True)
             self._refresh()
             self._progress.start()
 
@@ -135,7 +147,7 @@ class Terminal:
         self._progress.update(
             self._task,
             completed=self._round * self._cohort + self._answered,
-            round=f"{min(self._round + 1, self._rounds)}/{self._rounds}",
+            description=f"round {min(self._round + 1, self._rounds)}/{self._rounds}",
             status=self._status,
         )
 
@@ -143,6 +155,47 @@ class Terminal:
         done = self._round - self._done_at_begin
         seconds = (time.monotonic() - self._began) / done * (self._rounds - self._round) if done else 0.0
         return f"{format_seconds(seconds)} left"
+
+
+class WorkProgress:
+    """The progress of work beside the rounds, such as an evaluation: a bar, or a line now and then.
+
+    Args:
+        bars: the bars of a terminal; None where the output is piped.
+        note: prints a line.
+        now: a clock, in seconds.
+    """
+
+    def __init__(self, bars: Progress | None, note: Callable[[str], None], now: Callable[[], float]) -> None:
+        self._bars, self._note, self._now = bars, note, now
+        self._bar: TaskID | None = None
+        self._began = self._noted = 0.0
+
+    def show(self, task: str, done: int, count: int) -> None:
+        """Shows that `done` of `count` pieces are done; the bar goes with the last one.
+
+        A piped output gets a line where work is expected to take longer than LINE_SECONDS, and then one as often.
+        """
+        if done == 0:
+            self._began = self._noted = self._now()
+        if self._bars is not None:
+            self._update(self._bars, task, done, count)
+        elif 0 < done < count:
+            now = self._now()
+            left = (now - self._began) / done * (count - done)
+            if (self._noted == self._began and left > LINE_SECONDS) or now - self._noted > LINE_SECONDS:
+                self._noted = now
+                self._note(f"{task}: {done / count:.0%}, {format_seconds(left)} left")
+
+    def _update(self, bars: Progress, task: str, done: int, count: int) -> None:
+        if self._bar is None:
+            self._bar = bars.add_task(task, total=count, status="")
+            bars.start()
+        bars.update(self._bar, completed=done, total=count, refresh=True)
+        if done >= count:
+            bars.remove_task(self._bar)
+            bars.refresh()
+            self._bar = None
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:

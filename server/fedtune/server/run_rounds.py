@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from fedtune.core.adapter.layout import Vector, adapter_digest
@@ -24,9 +24,13 @@ from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, R
 from fedtune.server.run_display import Display, describe
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled
-from fedtune.strategies.federation import Federation, FederationState, initial_state
+from fedtune.strategies.federation import Federation, initial_state
 
 SHOWN_PROMPTS = 3
+EVALUATING, ANSWERING = "evaluating", "answering the sample prompts"  # names of work that the display shows
+
+Progress = Callable[[int, int], None]
+"""Takes the number of pieces that are done, and the number of all: first 0 of them, at last all."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class ShownPrompt:
-    """A prompt answered before and after training, for people to look at."""
+    """A prompt answered before and after training, for people to look at.
+
+    Args:
+        prompt: the prompt for people: of a conversation, its last message.
+        input: the prompt for the model, a conversation as the chat template writes it.
+    """
 
     prompt: str
+    input: str
     expected: str
 
 
@@ -57,10 +67,10 @@ class Evaluator(Protocol):
     def shown(self) -> Sequence[ShownPrompt]:
         """Returns the prompts to show; none if the job has no evaluation data."""
 
-    def evaluate(self, adapter: Vector) -> Evaluation | None:
+    def evaluate(self, adapter: Vector, progress: Progress) -> Evaluation | None:
         """Scores an adapter; returns None if the job has no evaluation data."""
 
-    def answer(self, adapter: Vector) -> list[str]:
+    def answer(self, adapter: Vector, progress: Progress) -> list[str]:
         """Returns an adapter's answers to the shown prompts."""
 
 
@@ -86,7 +96,7 @@ def run_rounds(
     federation = strategy.federation
     job = federation.job
     started = time.monotonic()
-    checkpoint = directory.restore() or _begin(directory, federation, evaluator, initial_state(federation))
+    checkpoint = directory.restore() or _begin(directory, federation, evaluator, display)
     if checkpoint.base_digest != federation.base.digest:
         raise RunDirectoryError(
             f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "
@@ -104,7 +114,7 @@ def run_rounds(
     def evaluate(number: int, adapter: Vector) -> Evaluation | None:
         every = job.federation.evaluate_every
         due = number == job.federation.rounds or (every > 0 and number % every == 0)
-        return evaluator.evaluate(adapter) if due else None
+        return evaluator.evaluate(adapter, shown_as(display, EVALUATING)) if due else None
 
     for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
         checkpoint = Checkpoint(
@@ -115,20 +125,27 @@ def run_rounds(
             checkpoint.answers_before,
         )
         directory.acknowledge(checkpoint, record)
-    summary = _finish(federation, directory, evaluator, checkpoint, population, facts())
+    answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
+    summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
     display.end(summary)
     if summary["status"] == FAILED:
         raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
     return summary
 
 
-def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator, state: FederationState) -> Checkpoint:
+def shown_as(display: Display, task: str) -> Progress:
+    """Returns a progress that the display shows under a name."""
+    return lambda done, count: display.progress(task, done, count)
+
+
+def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator, display: Display) -> Checkpoint:
+    state = initial_state(federation)
     checkpoint = Checkpoint(
         state,
         federation.base.digest,
         0.0,
-        evaluator.evaluate(state.adapter),
-        tuple(evaluator.answer(state.adapter)),
+        evaluator.evaluate(state.adapter, shown_as(display, EVALUATING)),
+        tuple(evaluator.answer(state.adapter, shown_as(display, ANSWERING))),
     )
     directory.acknowledge(checkpoint, None)
     return checkpoint
@@ -137,7 +154,8 @@ def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator
 def _finish(
     federation: Federation,
     directory: RunDirectory,
-    evaluator: Evaluator,
+    shown: Sequence[ShownPrompt],
+    answers: Sequence[str],
     checkpoint: Checkpoint,
     population: int,
     facts: Facts,
@@ -147,7 +165,6 @@ def _finish(
     last = rounds[-1]
     up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
     baseline = fp32_fedavg_bytes(federation.layout.size, rounds)
-    answers = evaluator.answer(checkpoint.state.adapter)
     summary: dict[str, Any] = {
         "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
         "rounds": checkpoint.state.round,
@@ -169,8 +186,8 @@ def _finish(
         "base_digest": federation.base.digest,
         "adapter_digest": adapter_digest(checkpoint.state.adapter),
         "answers": [
-            {"prompt": shown.prompt, "expected": shown.expected, "before": before, "after": after}
-            for shown, before, after in zip(evaluator.shown, checkpoint.answers_before, answers, strict=True)
+            {**asdict(prompt), "before": before, "after": after}
+            for prompt, before, after in zip(shown, checkpoint.answers_before, answers, strict=True)
         ],
         "paths": {
             "adapter": str(adapter_path),

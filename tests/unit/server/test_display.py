@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
-from fedtune.server.run_display import Terminal, format_bytes, format_seconds, print_summary
+from fedtune.server.run_display import Terminal, WorkProgress, format_bytes, format_seconds, print_summary
 
 SUMMARY = {
     "rounds": 2,
@@ -114,3 +114,32 @@ def test_bytes_are_readable(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (3725, "1:02:05")])
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_an_evaluation_has_a_bar_from_its_beginning_to_its_end_before_and_between_rounds() -> None:
+    console, stream = printed(live=True)
+    with Terminal(console) as display:
+        display.progress("evaluating", 0, 70)
+        assert "evaluating" in stream.getvalue()
+        display.progress("evaluating", 70, 70)
+        display.begin(0, 2, 1, 0)
+        stream.truncate(0)
+        display.progress("evaluating", 0, 70)
+        assert "round 1/2" in stream.getvalue()
+        assert "evaluating" in stream.getvalue()
+        display.progress("evaluating", 70, 70)
+        stream.truncate(0)
+        display.note("later")
+    assert "evaluating" not in stream.getvalue()
+
+
+def test_piped_a_long_evaluation_says_how_long_it_takes_and_a_short_one_nothing() -> None:
+    lines: list[str] = []
+    now = iter([0.0, 1.0, 2.0, 12.0, 20.0, 0.0, 0.5])
+    work = WorkProgress(None, lines.append, lambda: next(now))
+    for done in range(5):
+        work.show("evaluating", done, 50)
+    assert lines == ["evaluating: 2%, 0:49 left", "evaluating: 6%, 3:08 left"]
+    for done in range(3):
+        work.show("answering", done, 2)
+    assert len(lines) == 2

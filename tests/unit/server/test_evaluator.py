@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import DataSettings
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.server.job_model import ModelEvaluator
+from fedtune.model.scoring import Piece
+from fedtune.server.evaluation import HeldOut, HeldOutEvaluator, in_this_process
+from fedtune.server.run_rounds import ShownPrompt
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +27,43 @@ def model() -> AdaptedModel:
     return adapt(load_base(job.model), job.adapter)
 
 
-def shown(model: AdaptedModel, path: Path, *rows: Any) -> list[str]:
+def shown(model: AdaptedModel, path: Path, *rows: Any) -> list[ShownPrompt]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluator = ModelEvaluator(model, replace(DataSettings(), evaluation=str(path)))
-    answers = evaluator.answer(model.layout.initial(0))
+    held_out = HeldOut(model, replace(DataSettings(), evaluation=str(path)))
+    evaluator = HeldOutEvaluator(held_out, in_this_process(model))
+    answers = evaluator.answer(model.layout.initial(0), lambda done, count: None)
     assert len(answers) == len(evaluator.shown)
-    return [each.prompt for each in evaluator.shown]
+    return list(evaluator.shown)
 
 
-def test_a_conversation_is_shown_through_the_chat_template(model: AdaptedModel, tmp_path: Path) -> None:
+def test_of_a_conversation_people_see_the_last_message_and_the_model_what_the_template_writes(
+    model: AdaptedModel, tmp_path: Path
+) -> None:
     tokenizer: PreTrainedTokenizerBase = model.base.tokenizer
-    turns = [{"role": "user", "content": "oven on"}, {"role": "assistant", "content": "{}"}]
-    expected = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    assert shown(model, tmp_path / "eval.jsonl", {"messages": turns}) == [expected]
+    system, user = {"role": "system", "content": "You are kind."}, {"role": "user", "content": "oven on"}
+    expected = tokenizer.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True)
+    rows = {"messages": [system, user, {"role": "assistant", "content": "{}"}]}
+    assert shown(model, tmp_path / "eval.jsonl", rows) == [ShownPrompt("oven on", str(expected), "{}")]
 
 
 def test_prompts_are_spread_over_the_file_and_plain_text_has_none(model: AdaptedModel, tmp_path: Path) -> None:
     rows = [{"prompt": f"oven {number} =>", "completion": "{}"} for number in range(30)]
-    assert shown(model, tmp_path / "eval.jsonl", *rows) == ["oven 0 =>", "oven 10 =>", "oven 20 =>"]
+    prompts = [each.prompt for each in shown(model, tmp_path / "eval.jsonl", *rows)]
+    assert prompts == ["oven 0 =>", "oven 10 =>", "oven 20 =>"]
     assert shown(model, tmp_path / "text.jsonl", {"text": "the oven is on"}) == []
+
+
+def test_pieces_that_are_done_out_of_order_give_the_same_evaluation_bit_for_bit(model: AdaptedModel) -> None:
+    here, adapter = in_this_process(model), model.layout.initial(3)
+    held_out = HeldOut(model, DataSettings())
+    seen: list[tuple[int, int]] = []
+
+    def backwards(adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
+        for index, result in here(adapter, pieces[::-1]):
+            yield len(pieces) - 1 - index, result
+
+    forwards = HeldOutEvaluator(held_out, here).evaluate(adapter, lambda done, count: seen.append((done, count)))
+    assert HeldOutEvaluator(held_out, backwards).evaluate(adapter, lambda done, count: None) == forwards
+    pieces = len(held_out.batches)
+    assert pieces > 3
+    assert seen == [(done, pieces) for done in range(pieces + 1)]

@@ -22,7 +22,7 @@ from fedtune.core.errors import UpdateError
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel
-from fedtune.model.scoring import EVALUATION_TOKENS, evaluate
+from fedtune.model.scoring import evaluate, evaluation_tokens
 
 SHRINK = 4  # divides the micro-batch for the only retry
 _CPU_MESSAGE = "can't allocate memory"  # from torch's CPU allocator, which has no exception type of its own
@@ -96,7 +96,7 @@ class TorchTrainer:
             InputError: there are no examples.
         """
         self.model.load(adapter)
-        return evaluate(self.model, examples, self.limits.at_once(EVALUATION_TOKENS))
+        return evaluate(self.model, examples, self.limits.at_once(evaluation_tokens(self.model.base.device)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,8 +23,9 @@ from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.adapted_model import AdaptedModel
+from fedtune.server.evaluation import HeldOut, HeldOutEvaluator, in_this_process
 from fedtune.server.export.request import check_export, export_finished
-from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
+from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
@@ -182,7 +183,7 @@ class Service:
             RunDirectory.open(path) if (path / "job.toml").is_file() else RunDirectory.create(path, job, base.digest)
         )
         try:
-            evaluator = ModelEvaluator(model, job.data)
+            evaluator = HeldOutEvaluator(HeldOut(model, job.data), in_this_process(model))
             self._board.working(state="waiting for devices")
             current = CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
             self._registrar.begin(current)

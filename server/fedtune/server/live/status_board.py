@@ -65,7 +65,11 @@ class DeviceStatus:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The job in progress."""
+    """The job in progress.
+
+    Args:
+        progress: the work beside the rounds that it is at, such as an evaluation, or "".
+    """
 
     name: str
     state: str
@@ -74,6 +78,7 @@ class JobStatus:
     answered: int = 0
     cohort: int = 0
     train_loss: float | None = None
+    progress: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,11 @@ class Board:
     def note(self, text: str) -> None:
         """Passes the sentence on."""
         self.display.note(text)
+
+    def progress(self, task: str, done: int, count: int) -> None:
+        """Takes the progress of work beside the rounds."""
+        self.working(progress=f"{task}, {done / count:.0%}" if done < count else "")
+        self.display.progress(task, done, count)
 
     def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
         """Begins the job's first round in this process."""
@@ -213,9 +223,10 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
     if job := status["job"]:
         loss = f", loss {job['train_loss']:.3f}" if job["train_loss"] is not None else ""
+        progress = f", {job['progress']}" if job["progress"] else ""
         console.print(
             f"job {job['name']}: {job['state']}, round {job['round']}/{job['rounds']}, "
-            f"{job['answered']} of {job['cohort']} answered{loss}",
+            f"{job['answered']} of {job['cohort']} answered{loss}{progress}",
             markup=False,
         )
     for label in ("waiting", "finished"):

@@ -12,25 +12,27 @@ import pickle
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil  # type: ignore[import-untyped]
 
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import RunError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.protocol.messages import Handler
 from fedtune.data.examples import CleaningReport
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Executor, Outgoing
+from fedtune.model.scoring import Piece
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.server.simulation.spreading import compute_piece, spread_over
 
-_REPORT = None  # asks a worker for its report
 _ENDING_SECONDS = 5.0  # how long a worker may take to end by itself
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _MIB = 1 << 20
@@ -50,7 +52,10 @@ class WorkerReport:
 
 
 class WorkerPool(Executor, Protocol):
-    """An executor with processes of its own."""
+    """An executor whose workers evaluate, too."""
+
+    def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
+        """Has pieces of an evaluation computed by all workers, as `fedtune.server.evaluation.Spread` describes."""
 
     def workers(self) -> Sequence[WorkerReport]:
         """Collects the report of each process that runs clients, at the end of a run."""
@@ -77,6 +82,10 @@ class LocalExecutor:
         """Queues the message for its client."""
         return self._thread.submit(self._run, message)
 
+    def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
+        """Computes the pieces on the clients' thread, so that nothing else uses the model meanwhile."""
+        return spread_over([self._thread], self._compute, adapter, pieces)
+
     def workers(self) -> Sequence[WorkerReport]:
         """Returns the report of one worker, which is this process."""
         return [WorkerReport(0.0, self._simulation_context.cleaning)]
@@ -87,6 +96,9 @@ class LocalExecutor:
 
     def _run(self, message: Outgoing) -> WireMessage:
         return answer_wire(message.pack(), self._clients[message.node], self._handler)
+
+    def _compute(self, _: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
+        return compute_piece(self._simulation_context.model, adapter, piece)
 
 
 class ForkedExecutor:
@@ -124,6 +136,10 @@ class ForkedExecutor:
         self._latest[message.node] = self._threads[worker].submit(self._run, worker, message)
         return self._latest[message.node]
 
+    def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
+        """Spreads the pieces over the forks."""
+        return spread_over(self._threads, self._compute, adapter, pieces)
+
     def place(self, node_id: int) -> int:
         """Returns the worker of a client that has work in this round."""
         return self._places[node_id]
@@ -132,7 +148,7 @@ class ForkedExecutor:
         """Returns one report a worker."""
         reports = []
         for worker in range(len(self._workers)):
-            report = self._threads[worker].submit(self._ask, worker, _REPORT).result()
+            report = self._threads[worker].submit(self._ask, worker, _Report()).result()
             assert isinstance(report, WorkerReport)
             reports.append(report)
         return reports
@@ -165,24 +181,79 @@ class ForkedExecutor:
         return self._places.setdefault(message.node, fewest)
 
     def _run(self, worker: int, message: Outgoing) -> WireMessage:
-        reply = self._ask(worker, (message.pack(), message.node))
-        if isinstance(reply, Exception):
-            raise reply
+        reply = self._ask(worker, _Message(message.pack(), message.node))
         assert isinstance(reply, WireMessage)
         return reply
 
-    def _ask(self, worker: int, question: object) -> object:
-        """Sends a question and returns its answer, on the worker's own thread, so that both come in pairs."""
+    def _compute(self, worker: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
+        return self._ask(worker, _Compute(adapter, piece))
+
+    def _ask(self, worker: int, question: _Question) -> object:
+        """Sends a question and returns its answer, on the worker's own thread, so that both come in pairs.
+
+        Raises:
+            RunError: the worker has ended.
+            Exception: the error with which the worker answered.
+        """
         process, connection = self._workers[worker]
         try:
             connection.send(question)
-            return connection.recv()
+            reply = connection.recv()
         except (EOFError, OSError) as error:
             process.join(_ENDING_SECONDS)
             raise RunError(
                 f"a worker of the simulation ended with exit status {process.exitcode} (out of memory?). "
                 "Resume the run, with a lower simulation.workers in its job.toml"
             ) from error
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """The inside of a fork, by which it answers questions."""
+
+    handler: Handler
+    simulation_context: SimulationContext
+    clients: Mapping[int, str]
+
+
+class _Question(Protocol):
+    """A question to a fork."""
+
+    def answer(self, fork: _Fork) -> object:
+        """Returns the answer, in the fork."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Asks for the fork's report."""
+
+    def answer(self, fork: _Fork) -> object:
+        return WorkerReport(_own_peak_mb(), fork.simulation_context.cleaning)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A message to one of the fork's clients."""
+
+    wire: WireMessage
+    node: int
+
+    def answer(self, fork: _Fork) -> object:
+        return answer_wire(self.wire, fork.clients[self.node], fork.handler)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compute:
+    """A piece of an evaluation; without an adapter, of the one that came last."""
+
+    adapter: Vector | None
+    piece: Piece[Any]
+
+    def answer(self, fork: _Fork) -> object:
+        return compute_piece(fork.simulation_context.model, self.adapter, self.piece)
 
 
 def _serve(
@@ -201,19 +272,15 @@ def _serve(
         theirs.close()
     while True:
         try:
-            question = connection.recv()
+            question: _Question = connection.recv()
         except EOFError:
             return
-        if question is _REPORT:
-            connection.send(WorkerReport(_own_peak_mb(), simulation_context.cleaning))
-            continue
-        wire, node_id = question
-        connection.send(_outcome(handler, wire, clients[node_id]))
+        connection.send(_outcome(question, _Fork(handler, simulation_context, clients)))
 
 
-def _outcome(handler: Handler, wire: WireMessage, client: str) -> WireMessage | Exception:
+def _outcome(question: _Question, fork: _Fork) -> object:
     try:
-        return answer_wire(wire, client, handler)
+        return question.answer(fork)
     except Exception as error:  # a handler may raise any type; the parent raises it again
         return _sendable(error)
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import MissingExtraError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.settings import Job
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Outgoing
+from fedtune.model.scoring import Piece
 from fedtune.server.simulation.executors import WorkerReport
 from fedtune.server.simulation.simulation_context import SimulationContext
+from fedtune.server.simulation.spreading import compute_piece, spread_over
 
 RESTARTS_PER_WORKER = 3
 
@@ -59,6 +62,15 @@ class RayExecutor:
         worker = message.node % len(self._actors)
         return self._threads[worker].submit(self._run, worker, message)
 
+    def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
+        """Spreads the pieces over the actors."""
+        kept = self._ray.put(adapter)
+
+        def ask(worker: int, _: Vector | None, piece: Piece[Any]) -> Any:
+            return self._result(self._actors[worker].compute.remote(kept, piece))  # it may have started again meanwhile
+
+        return spread_over(self._threads, ask, adapter, pieces)
+
     def workers(self) -> Sequence[WorkerReport]:
         """Returns one report an actor."""
         reports: list[WorkerReport] = self._ray.get([handle.report.remote() for handle in self._actors])
@@ -72,11 +84,14 @@ class RayExecutor:
 
     def _run(self, worker: int, message: Outgoing) -> WireMessage:
         actor = self._actors[worker]
+        reply: WireMessage = self._result(actor.answer.remote(message.pack(), self._clients[message.node]))
+        return reply
+
+    def _result(self, handle: Any) -> Any:
         try:
-            reply: WireMessage = self._ray.get(actor.answer.remote(message.pack(), self._clients[message.node]))
+            return self._ray.get(handle)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        return reply
 
 
 class _Worker:
@@ -89,6 +104,10 @@ class _Worker:
     def answer(self, wire: WireMessage, client: str) -> WireMessage:
         """Returns the named client's answer to one message."""
         return answer_wire(wire, client, self._handler)
+
+    def compute(self, adapter: Vector, piece: Piece[Any]) -> Any:
+        """Returns the result of a piece of an evaluation."""
+        return compute_piece(self._simulation_context.model, adapter, piece)
 
     def report(self) -> WorkerReport:
         """Returns this actor's report."""

@@ -79,7 +79,7 @@ def _export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: D
     scheduler = Scheduler(model, slots=1)
     try:
         for example in summary["answers"]:
-            ids = model.encode(example["prompt"])
+            ids = model.encode(example["input"])
             sampling = Sampling(min(ANSWER_TOKENS, model.check_prompt(ids)))
             example["exported"] = "".join(scheduler.answer(ids, sampling))
     finally:

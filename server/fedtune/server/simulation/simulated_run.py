@@ -21,6 +21,7 @@ from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.model.base_model import BaseModel
 from fedtune.model.shape import shape_of
+from fedtune.server.evaluation import HeldOutEvaluator
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
 from fedtune.server.run_rounds import Facts, run_rounds
@@ -48,7 +49,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     logging.getLogger("flwr").setLevel(logging.WARNING)
     job = inputs.job
     context = SimulationContext.begin(job, path / CLIENTS, inputs)
-    _ = context.devices, context.evaluator  # reports mistakes in their files before anything is written
+    _ = context.devices, context.held_out  # reports mistakes in their files before anything is written
     wanted, clients = job.federation.clients_per_round, len(inputs.population.names)
     if isinstance(wanted, int) and wanted > clients:
         display.note(
@@ -87,8 +88,9 @@ def run_job(
     parts = replace(parts, trackers=[display, *parts.trackers])
     federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
+    evaluator = HeldOutEvaluator(simulation_context.held_out, executor.spread)
     try:
-        summary = run_rounds(strategy, directory, grid, simulation_context.evaluator, display, lambda: _facts(executor))
+        summary = run_rounds(strategy, directory, grid, evaluator, display, lambda: _facts(executor))
     finally:
         executor.close()
     if devices is not None:

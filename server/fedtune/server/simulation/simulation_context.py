@@ -26,7 +26,8 @@ from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.shape import shape_of
-from fedtune.server.job_model import ModelEvaluator, describe_base, open_model
+from fedtune.server.evaluation import HeldOut
+from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
 from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.strategies.assembly import Clients
@@ -139,9 +140,9 @@ class SimulationContext:
         return describe_base(self.job, self.model)
 
     @cached_property
-    def evaluator(self) -> ModelEvaluator:
-        """The evaluator that scores adapters on the server's own examples."""
-        return ModelEvaluator(self.model, self.job.data)
+    def held_out(self) -> HeldOut:
+        """The server's own examples, on which it scores adapters."""
+        return HeldOut(self.model, self.job.data)
 
     @cached_property
     def enrolment(self) -> Enrolment:

@@ -22,7 +22,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base, Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
 from fedtune.flower.strategy import AdapterStrategy, roster_by_node_id
-from fedtune.server.job_model import ModelEvaluator
+from fedtune.server.evaluation import HeldOutEvaluator, in_this_process
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Terminal
 from fedtune.server.run_rounds import Facts, run_rounds
@@ -42,7 +42,8 @@ def flower_server_app() -> ServerApp:
             with Terminal() as display:
                 base, layout = simulation_context.base, simulation_context.model.layout
                 strategy = stock_strategy(job, base, layout, grid, Parts(trackers=[display]))
-                evaluator = ModelEvaluator(simulation_context.model, job.data)
+                here = in_this_process(simulation_context.model)
+                evaluator = HeldOutEvaluator(simulation_context.held_out, here)
                 run_rounds(strategy, directory, grid, evaluator, display, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
