@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedtune.core.ledger import Ledger
+from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,41 @@ class Evaluation:
         exact_match: share of examples whose whole completion greedy decoding would reproduce.
         examples: number of examples.
         tokens: number of their target tokens.
+        metric: metric that the run is judged by, a key of `fedtune.core.metrics.METRICS`.
+        score: mean of that metric over examples with a prompt, if it compares generated answers; otherwise None.
     """
 
     loss: float
     exact_match: float
     examples: int
     tokens: int
+    metric: MetricName = EXACT
+    score: float | None = None
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))  # exp(710) overflows a float
 
+    def value(self, metric: MetricName) -> float | None:
+        """Returns the figure of a metric; None where it was not measured."""
+        if metric in (EXACT, LOSS):
+            return self.exact_match if metric == EXACT else self.loss
+        return self.score if metric == self.metric else None
+
+    def figures(self) -> list[tuple[str, str]]:
+        """Returns label and figure of the run's own metric, then of exact match and loss, each once."""
+        values = {metric: self.value(metric) for metric in dict.fromkeys((self.metric, EXACT, LOSS))}
+        return [(METRICS[key].label, METRICS[key].shown(value)) for key, value in values.items() if value is not None]
+
     def to_json(self) -> dict[str, Any]:
         """Returns the values that a report needs."""
         return {**dataclasses.asdict(self), "perplexity": self.perplexity}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Reads what `to_json` wrote."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedtune.core.errors import InputError
 from fedtune.core.round_records import Evaluation
@@ -79,15 +79,15 @@ class AnsweredPrompts:
     """The answers to prompts that are decoded together, greedily until their end or `max_new_tokens`.
 
     Args:
-        prompts: prompts as `fedtune.data.examples.render` returns them.
+        prompts: token ids of each prompt, as `prompt_ids` returns them.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Sequence[int]]
     max_new_tokens: int = ANSWER_TOKENS
 
     def compute(self, model: AdaptedModel) -> list[str]:
         """Returns the answers in the order of the prompts."""
-        return answer(model, self.prompts, self.max_new_tokens)
+        return generate(model, self.prompts, self.max_new_tokens)
 
 
 def evaluation_tokens(device: torch.device) -> int:
@@ -100,10 +100,19 @@ def scored_batches(examples: Sequence[Example], batch_tokens: int) -> list[Score
     return [ScoredBatch(batch) for batch in micro_batches(examples, batch_tokens)]
 
 
-def answered_prompts(prompts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredPrompts]:
+def answered_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredPrompts]:
     """Cuts prompts, in their order, into groups of a size that is decoded together."""
     groups = [prompts[first : first + ANSWERED_TOGETHER] for first in range(0, len(prompts), ANSWERED_TOGETHER)]
-    return [AnsweredPrompts(tuple(group), max_new_tokens) for group in groups]
+    return [AnsweredPrompts(group, max_new_tokens) for group in groups]
+
+
+def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns the token ids of prompts as `fedtune.data.examples.render` returns them."""
+    if not prompts:
+        return []
+    start = start_tokens(tokenizer)
+    rows: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [ids if ids[:1] == start else start + ids for ids in rows]  # a chat template writes its own start tokens
 
 
 def total(parts: Sequence[Counts]) -> Evaluation:
@@ -132,28 +141,23 @@ def evaluate(model: AdaptedModel, examples: Sequence[Example], batch_tokens: int
 
 
 @torch.no_grad()
-def answer(model: AdaptedModel, prompts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS) -> list[str]:
+def generate(model: AdaptedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int = ANSWER_TOKENS) -> list[str]:
     """Returns the adapted model's answer to each prompt, decoded together, greedily until its end or `max_new_tokens`.
 
     Args:
-        prompts: prompts as `fedtune.data.examples.render` returns them.
+        prompts: token ids of each prompt; there is at least one.
     """
     tokenizer: Any = model.base.tokenizer
     network, device = model.base.network.eval(), model.base.device
-    start = start_tokens(tokenizer)
     greedy = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    rows = [
-        ids if ids[:1] == start else start + ids  # a chat template writes its own start tokens
-        for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    ]
-    length = max(1, *map(len, rows))
+    length = max(1, *map(len, prompts))
     # Padding is on the left, so that every answer begins in the same column.
-    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(row)) + list(row) for row in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=device)
     written = network.generate(ids, attention_mask=mask, generation_config=greedy)
     return cast(list[str], tokenizer.batch_decode(written[:, length:], skip_special_tokens=True))

@@ -1,6 +1,6 @@
 """The server's evaluation: a job's held-out examples, cut into pieces that any number of workers compute.
 
-    held_out = HeldOut(model, job.data)
+    held_out = HeldOut(model, job)
     evaluator = HeldOutEvaluator(held_out, in_this_process(model))       # in a simulation, executor.spread
     evaluator.evaluate(adapter, progress)
 
@@ -11,31 +11,34 @@ changes no bit of an evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import DataError
-from fedtune.core.job.settings import DataSettings
+from fedtune.core.job.settings import Job
+from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import Evaluation
-from fedtune.data.examples import prepare, render
+from fedtune.data.examples import Example, prepare, render
 from fedtune.data.population import evaluation_records
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.scoring import (
+    AnsweredPrompts,
     Piece,
     ScoredBatch,
     answered_prompts,
     evaluation_tokens,
+    prompt_ids,
     scored_batches,
     total,
 )
+from fedtune.server.answer_metrics import mean_score, require_metrics
 from fedtune.server.run_rounds import SHOWN_PROMPTS, Progress, ShownPrompt
 
 Spread = Callable[[Vector, Sequence[Piece[Any]]], Iterator[tuple[int, Any]]]
 """(adapter, pieces) -> (index of a piece, its result) for each piece, in the order in which they are done."""
-
-_Result = TypeVar("_Result")
 
 
 def in_this_process(model: AdaptedModel) -> Spread:
@@ -58,21 +61,31 @@ class HeldOut:
 
     Args:
         model: the model that will score them.
-        data: the job's data settings, which name the examples.
+        job: the job, whose data settings name the examples.
 
     Raises:
-        DataError: the examples cannot be read, or none is usable.
+        DataError: the examples cannot be read, none is usable, or none has a prompt that the job's metric could have
+            answered.
+        MissingExtraError: the package that computes the job's metric is missing.
     """
 
-    def __init__(self, model: AdaptedModel, data: DataSettings) -> None:
+    def __init__(self, model: AdaptedModel, job: Job) -> None:
         self._tokenizer = model.base.tokenizer
-        self._records = evaluation_records(data)
+        self._records, path = evaluation_records(job.data), Path(job.data.evaluation)
+        self.metric = job.evaluation.metric
+        self.examples: Sequence[Example] = ()
         self.batches: Sequence[ScoredBatch] = ()
-        if self._records:
-            examples, report = prepare(self._records, self._tokenizer, data.sequence_length)
-            if not examples:
-                raise DataError(Path(data.evaluation), f"no usable example ({report})")
-            self.batches = scored_batches(examples, evaluation_tokens(model.base.device))
+        self.groups: Sequence[AnsweredPrompts] = ()
+        self.references: Sequence[str] = ()
+        if not self._records:
+            return
+        self.examples, report = prepare(self._records, self._tokenizer, job.data.sequence_length)
+        if not self.examples:
+            raise DataError(path, f"no usable example ({report})")
+        self.batches = scored_batches(self.examples, evaluation_tokens(model.base.device))
+        if METRICS[self.metric].generated:
+            require_metrics(self.metric)
+            self._ask(path, job.evaluation.answer_tokens)
 
     @cached_property
     def shown(self) -> Sequence[ShownPrompt]:
@@ -84,6 +97,27 @@ class HeldOut:
         return [
             ShownPrompt(record.asked, prompt, record.completion) for record, prompt in zip(chosen, prompts, strict=True)
         ]
+
+    @property
+    def example_tokens(self) -> float | None:
+        """The mean number of tokens of an example; None without examples."""
+        return sum(len(one.ids) for one in self.examples) / len(self.examples) if self.examples else None
+
+    @property
+    def samples(self) -> list[AnsweredPrompts]:
+        """The pieces that answer the shown prompts."""
+        return answered_prompts(prompt_ids([shown.input for shown in self.shown], self._tokenizer))
+
+    def _ask(self, path: Path, answer_tokens: int) -> None:
+        """Prepares the pieces that generate an answer to every example with a prompt."""
+        asked = sorted((one for one in self.examples if one.first_target > 1), key=lambda one: one.first_target)
+        if not asked:
+            problem = f'no example has a prompt, but evaluation.metric is "{self.metric}", which compares answers'
+            raise DataError(path, f'{problem}; expected {{"prompt", "completion"}} or {{"messages"}}')
+        prompts = [one.ids[: one.first_target].tolist() for one in asked]
+        self.groups = answered_prompts(prompts, answer_tokens)
+        completions = [one.ids[one.first_target :].tolist() for one in asked]
+        self.references = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
 class HeldOutEvaluator:
@@ -104,17 +138,23 @@ class HeldOutEvaluator:
 
     def evaluate(self, adapter: Vector, progress: Progress) -> Evaluation | None:
         """Scores an adapter; returns None if the job has no evaluation data."""
-        batches = self._held_out.batches
-        return total(self._computed(adapter, batches, progress)) if batches else None
+        held_out = self._held_out
+        if not held_out.batches:
+            return None
+        results = self._computed(adapter, [*held_out.groups, *held_out.batches], progress)
+        groups = len(held_out.groups)
+        answers: list[str] = [answer for group in results[:groups] for answer in group]
+        score = mean_score(held_out.metric, answers, held_out.references) if answers else None
+        return replace(total(results[groups:]), metric=held_out.metric, score=score)
 
     def answer(self, adapter: Vector, progress: Progress) -> list[str]:
         """Returns the adapter's answers to the shown prompts."""
-        groups = answered_prompts([shown.input for shown in self.shown])
-        return [answer for group in self._computed(adapter, groups, progress) for answer in group]
+        results = self._computed(adapter, self._held_out.samples, progress)
+        return [answer for group in results for answer in group]
 
-    def _computed(self, adapter: Vector, pieces: Sequence[Piece[_Result]], progress: Progress) -> list[_Result]:
+    def _computed(self, adapter: Vector, pieces: Sequence[Piece[Any]], progress: Progress) -> list[Any]:
         """Returns the result of every piece, in the order of the pieces."""
-        results: dict[int, _Result] = {}
+        results: dict[int, Any] = {}
         progress(0, len(pieces))
         for index, result in self._spread(adapter, pieces):
             results[index] = result

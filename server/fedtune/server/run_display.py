@@ -121,7 +121,7 @@ class Terminal:
         self._bytes += record.traffic.bytes_up + record.traffic.bytes_down
         parts = [f"loss {record.train_loss:.3f}" if record.train_loss is not None else "no survivor"]
         if record.eval is not None:
-            parts.append(f"exact match {record.eval.exact_match:.1%}")
+            parts.append(" ".join(record.eval.figures()[0]))
         if lost := len(record.clients) - len(record.survivors):
             parts.append(f"{lost} of {len(record.clients)} clients dropped")
         if record.aborted:
@@ -206,8 +206,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     table.add_column("after", justify="right")
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
-        table.add_row("exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
-        table.add_row("loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
+        figures = (Evaluation.from_json(score).figures() for score in (before, after))
+        for (label, first), (_, last) in zip(*figures, strict=True):
+            table.add_row(label, first, last)
     clients = summary["client_evaluation"]
     if clients:
         table.add_row("exact match on the clients' own held-out data", "", f"{clients['exact_match']:.1%}")
@@ -297,4 +298,4 @@ def describe(evaluation: Evaluation | None) -> str:
     """Describes an evaluation in one clause."""
     if evaluation is None:
         return "no evaluation data"
-    return f"exact match {evaluation.exact_match:.1%}, loss {evaluation.loss:.3f}"
+    return ", ".join(f"{label} {figure}" for label, figure in evaluation.figures())

@@ -256,10 +256,6 @@ def tier_summary(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _pooled_json(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    evaluations = [
-        ClientEvaluation(part["id"], Evaluation(**{k: v for k, v in part["eval"].items() if k != "perplexity"}))
-        for part in parts
-        if part["eval"]
-    ]
+    evaluations = [ClientEvaluation(part["id"], Evaluation.from_json(part["eval"])) for part in parts if part["eval"]]
     score = pooled(evaluations)
     return score.to_json() if score else None

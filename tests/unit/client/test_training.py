@@ -23,7 +23,7 @@ from fedtune.data.records import Record
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
 from fedtune.model.loss import completion_loss, on_device
-from fedtune.model.scoring import answer, evaluate
+from fedtune.model.scoring import evaluate, generate, prompt_ids
 
 MakeModel = Callable[..., Path]
 TASK = local_task(seed=5, learning_rate=5e-3, local_steps=4, batch_tokens=128)
@@ -115,7 +115,7 @@ def test_training_and_answering_say_nothing_on_the_terminal(
     model = load_adapted(make_model(architecture))
     task = changed(TASK, gradient_checkpointing=True)
     train_locally(model, examples_of(model, "lamp"), start_of(model), task)
-    answer(model, ["turn on the lamp", "fan"], max_new_tokens=4)
+    generate(model, prompt_ids(["turn on the lamp", "fan"], model.base.tokenizer), max_new_tokens=4)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 

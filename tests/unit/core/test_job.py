@@ -81,6 +81,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
+        ("evaluation.metric=bleu", "evaluation.metric"),
+        ("evaluation.metric=rouge-l data.evaluation=", "data.evaluation is empty"),
         ("simulation.dropout=1.5", "simulation.dropout"),
         ("training.seed=-1", "training.seed"),
         ("federation=3", "expected section.key=value"),

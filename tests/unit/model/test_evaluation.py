@@ -16,7 +16,7 @@ from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.scoring import answer, evaluate
+from fedtune.model.scoring import evaluate, generate, prompt_ids
 
 MakeModel = Callable[..., Path]
 PROMPTS = [f"turn on the lamp in room {room}" for room in range(6)] + ["fan", "turn off the oven"]
@@ -59,7 +59,7 @@ def test_answers_of_a_batch_are_those_of_decoding_alone(model: AdaptedModel) -> 
         said = written(model, tokenizer(prompt)["input_ids"], 6)
         said = said[: said.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in said else said
         expected.append(tokenizer.decode(said, skip_special_tokens=True))
-    assert answer(model, PROMPTS, max_new_tokens=6) == expected
+    assert generate(model, prompt_ids(PROMPTS, tokenizer), max_new_tokens=6) == expected
 
 
 def test_loss_is_the_mean_over_target_tokens_however_examples_are_batched(model: AdaptedModel) -> None:

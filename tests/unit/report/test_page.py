@@ -206,6 +206,34 @@ def test_runs_of_the_same_name_are_told_apart(make_run: MakeRun, tmp_path: Path)
     assert "None: the jobs are the same." in page.text
 
 
+def judged_by(metric: str, run: Path) -> Path:
+    """Makes a run one that is judged by generated answers."""
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    for evaluation in (summary["eval_before"], *(line["eval"] for line in lines)):
+        evaluation |= {"metric": metric, "score": 0.4321}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_a_run_that_is_judged_by_generated_answers_shows_its_metric_first_everywhere(make_run: MakeRun) -> None:
+    page = Page(write_report(judged_by("rouge-l", make_run())))
+    assert re.findall(r"<h3>(.*?)</h3>", page.source)[:3] == ["Loss", "ROUGE-L", "Exact match"]
+    assert page.text.index("43.2% → 43.2%") < page.text.index("→ 95.0%")
+    assert page.text.count("43.2%") >= 2 + 3, "the headline and one row a round"
+
+
+def test_runs_are_compared_by_the_metric_that_they_share_and_otherwise_by_exact_match(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    first, second, third = (judged_by("token-f1", make_run(name)) for name in ("a", "b", "c"))
+    page = Page(write_comparison([first, second], tmp_path / "same.html"))
+    assert "Token F1 by bytes" in page.text
+    page = Page(write_comparison([first, judged_by("loss", third)], tmp_path / "other.html"))
+    assert "Exact match by bytes" in page.text
+
+
 def test_one_run_is_not_a_comparison(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two run directories or more; got 1"):
         write_comparison([make_run()], tmp_path / "comparison.html")

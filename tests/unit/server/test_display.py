@@ -14,8 +14,8 @@ from fedtune.server.run_display import Terminal, WorkProgress, format_bytes, for
 SUMMARY = {
     "rounds": 2,
     "clients": 3,
-    "eval_before": Evaluation(4.0, 0.0, 10, 100).to_json(),
-    "eval_after": Evaluation(0.1, 0.9, 10, 100).to_json(),
+    "eval_before": Evaluation(4.0, 0.0, 10, 100, "rouge-l", 0.1).to_json(),
+    "eval_after": Evaluation(0.1, 0.9, 10, 100, "rouge-l", 0.777).to_json(),
     "client_evaluation": None,
     "bytes": {"total": 1_000_000},
     "fp32_fedavg_bytes": 40_000_000,
@@ -53,6 +53,7 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
     for part in (
         "0.0%",
         "90.0%",
+        "77.7%",
         "40.0 MB",
         "1.0 MB",
         "40.0x",

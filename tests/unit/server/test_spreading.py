@@ -16,7 +16,7 @@ from fedtune.model.scoring import AnsweredPrompts
 from fedtune.server.simulation.spreading import spread_over
 
 ADAPTER = np.ones(3, dtype=np.float32)
-PIECES = [AnsweredPrompts((str(number),)) for number in range(20)]
+PIECES = [AnsweredPrompts(((number,),)) for number in range(20)]
 PATIENCE = 30.0
 
 
@@ -31,19 +31,19 @@ def workers(count: int) -> Iterator[list[ThreadPoolExecutor]]:
 
 
 def test_each_piece_is_computed_once_and_each_worker_gets_the_adapter_once() -> None:
-    asked: list[tuple[int, bool, str]] = []
+    asked: list[tuple[int, bool, int]] = []
     both = threading.Barrier(2)
 
     def ask(worker: int, adapter: Any, piece: Any) -> str:
         if adapter is not None:
             both.wait(PATIENCE)  # no worker takes all before the other begins
-        asked.append((worker, adapter is not None, piece.prompts[0]))
-        return f"answer {piece.prompts[0]}"
+        asked.append((worker, adapter is not None, piece.prompts[0][0]))
+        return f"answer {piece.prompts[0][0]}"
 
     with workers(2) as threads:
         results = dict(spread_over(threads, ask, ADAPTER, PIECES))
     assert results == {number: f"answer {number}" for number in range(20)}
-    assert sorted(int(prompt) for _, _, prompt in asked) == list(range(20))
+    assert sorted(prompt for _, _, prompt in asked) == list(range(20))
     assert sorted(worker for worker, first, _ in asked if first) == [0, 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedtune.core.errors import JobError
 from fedtune.core.job.methods import AGGREGATIONS, RULE
 from fedtune.core.job.settings import DEMO, Job
+from fedtune.core.metrics import METRICS
 from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 NO_FEEDBACK_IN_A_RING = (
@@ -38,6 +39,11 @@ def contradictions(job: Job) -> list[str]:
         problems.append(
             "export.formats is set, but data.evaluation is empty: an export is checked on held-out examples before "
             "it is published; name a file, or set export.formats = []"
+        )
+    if METRICS[job.evaluation.metric].generated and not job.data.evaluation:
+        problems.append(
+            f'evaluation.metric is "{job.evaluation.metric}", but data.evaluation is empty: there are no examples to '
+            'answer; name a file, or set evaluation.metric = "exact"'
         )
     if job.export.formats and (reason := unexportable(job)):
         problems.append(

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.methods import AGGREGATIONS, RULE
+from fedtune.core.metrics import EXACT, MetricName
 
 DEMO = "demo"  # the bundled base model or the bundled task, wherever a path is expected
 BUNDLED = "bundled"  # the fleet that comes with fedtune
@@ -136,6 +137,21 @@ class FederationSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class EvaluationSettings:
+    """[evaluation]: the server's scoring of its held-out examples (data.evaluation).
+
+    Args:
+        metric: figure that the run is judged by. "exact" and "loss", which are always measured, follow from the scored
+            completions; "token-f1" (SQuAD's) and "rouge-l" compare answers that the model generates with them, where
+            more than one wording is right. Devices measure exact match and loss alone.
+        answer_tokens: largest number of tokens of a generated answer.
+    """
+
+    metric: MetricName = EXACT
+    answer_tokens: Annotated[int, Field(ge=1, le=65_536)] = 64
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CompressionSettings:
     """[compression]: the size and resolution of adapter updates.
 
@@ -229,6 +245,7 @@ class Job:
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     compression: CompressionSettings = CompressionSettings()
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     simulation: SimulationSettings = SimulationSettings()

@@ -179,11 +179,13 @@ class Service:
         """Runs all remaining rounds."""
         model = self._open(job)
         base = describe_base(job, model)
-        directory = (
-            RunDirectory.open(path) if (path / "job.toml").is_file() else RunDirectory.create(path, job, base.digest)
-        )
+        if (path / "job.toml").is_file():
+            directory = RunDirectory.open(path)
+        else:
+            directory = RunDirectory.create(path, job, base.digest)
         try:
-            evaluator = HeldOutEvaluator(HeldOut(model, job.data), in_this_process(model))
+            job = directory.job()
+            evaluator = HeldOutEvaluator(HeldOut(model, job), in_this_process(model))
             self._board.working(state="waiting for devices")
             current = CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
             self._registrar.begin(current)

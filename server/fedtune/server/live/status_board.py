@@ -22,7 +22,7 @@ from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
-from fedtune.server.run_display import Display, format_seconds
+from fedtune.server.run_display import Display, describe, format_seconds
 
 STATUS = "status.json"
 KEPT_PROBLEMS = 20
@@ -68,6 +68,7 @@ class JobStatus:
     """The job in progress.
 
     Args:
+        evaluation: the last evaluation of the adapter, in words, or "".
         progress: the work beside the rounds that it is at, such as an evaluation, or "".
     """
 
@@ -78,6 +79,7 @@ class JobStatus:
     answered: int = 0
     cohort: int = 0
     train_loss: float | None = None
+    evaluation: str = ""
     progress: str = ""
 
 
@@ -165,6 +167,8 @@ class Board:
         with self._lock:
             rounds = self.job.rounds if self.job else record.round
             self.working(round=min(record.round + 1, rounds), answered=0, train_loss=record.train_loss)
+            if record.eval is not None:
+                self.working(evaluation=describe(record.eval))
             if record.aborted:
                 self.problems.append(Problem(_now(), f"round {record.round} aborted: {record.aborted}"))
         self.display.round(record)
@@ -223,10 +227,10 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
     if job := status["job"]:
         loss = f", loss {job['train_loss']:.3f}" if job["train_loss"] is not None else ""
-        progress = f", {job['progress']}" if job["progress"] else ""
+        more = "".join(f"; {job[key]}" for key in ("evaluation", "progress") if job[key])
         console.print(
             f"job {job['name']}: {job['state']}, round {job['round']}/{job['rounds']}, "
-            f"{job['answered']} of {job['cohort']} answered{loss}{progress}",
+            f"{job['answered']} of {job['cohort']} answered{loss}{more}",
             markup=False,
         )
     for label in ("waiting", "finished"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fedtune.core.metrics import EXACT, METRICS, MetricName
 from fedtune.server.report.canvas import LINES, Plot, curve, draw, plausible, round_axis, share_axis
 from fedtune.server.report.reading import Round, Run
 
@@ -16,24 +18,33 @@ BYTES_PER_MB = 1e6
 
 
 def comparison_plots(runs: Sequence[Run], labels: Sequence[str]) -> list[Plot]:
-    """Draws exact match by round, by bytes and by time, and loss by round."""
+    """Draws the runs' metric by round, by bytes and by time, and loss by round.
+
+    Runs that are judged by different metrics are compared by exact match, which all of them have.
+    """
+    metrics = {run.metric for run in runs if run.evaluations}
+    metric = metrics.pop() if len(metrics) == 1 else EXACT
+    quality = METRICS[metric]
     plots = (
-        _exact_match(runs, labels),
+        _by_round(runs, labels, metric),
         _loss(runs, labels),
-        _exact_match_by_cost(
+        _by_cost(
             runs,
             labels,
-            "Exact match by bytes",
-            "Exact match against all bytes moved until then: of two lines, the one further left needed fewer bytes.",
+            metric,
+            f"{quality.title} by bytes",
+            f"{quality.title} against all bytes moved until then: of two lines, the one further left needed fewer "
+            "bytes.",
             "MB moved, both ways",
             lambda line: (line.traffic.up + line.traffic.down) / BYTES_PER_MB,
         ),
-        _exact_match_by_cost(
+        _by_cost(
             runs,
             labels,
-            "Exact match by time",
-            "Exact match against the time spent in rounds, without the server's evaluations: of two lines, the one "
-            "further left was faster.",
+            metric,
+            f"{quality.title} by time",
+            f"{quality.title} against the time spent in rounds, without the server's evaluations: of two lines, the "
+            "one further left was faster.",
             "seconds",
             lambda line: line.seconds,
         ),
@@ -41,29 +52,55 @@ def comparison_plots(runs: Sequence[Run], labels: Sequence[str]) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _exact_match(runs: Sequence[Run], labels: Sequence[str]) -> Plot | None:
+def _by_round(runs: Sequence[Run], labels: Sequence[str], metric: MetricName) -> Plot | None:
     def finish(axes: Axes) -> None:
-        share_axis(axes)
+        _scale(axes, metric)
         round_axis(axes, 0, _last_round(runs))
 
-    lines = [[(float(number), score.exact_match) for number, score in run.evaluations] for run in runs]
-    words = "The share of the server's examples that each run answers right to the last token; higher is better."
-    return _lines("Exact match by round", words, lines, labels, finish)
+    quality = METRICS[metric]
+    lines = [[(float(number), value) for number, value in _values(run, metric)] for run in runs]
+    words = f"{quality.title} on the server's examples: {quality.meaning}; {_better(metric)} is better."
+    return _lines(f"{quality.title} by round", words, lines, labels, finish)
 
 
-def _exact_match_by_cost(
-    runs: Sequence[Run], labels: Sequence[str], title: str, words: str, unit: str, cost: Callable[[Round], float]
+def _by_cost(
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    metric: MetricName,
+    title: str,
+    words: str,
+    unit: str,
+    cost: Callable[[Round], float],
 ) -> Plot | None:
     def finish(axes: Axes) -> None:
-        share_axis(axes)
+        _scale(axes, metric)
         axes.set_xlabel(unit)
 
     lines = []
     for run in runs:
         spent = itertools.accumulate(cost(line) for line in run.rounds)
         until = {line.round: total for line, total in zip(run.rounds, spent, strict=True)}
-        lines.append([(until.get(number, 0.0), score.exact_match) for number, score in run.evaluations])
+        lines.append([(until.get(number, 0.0), value) for number, value in _values(run, metric)])
     return _lines(title, words, lines, labels, finish)
+
+
+def _values(run: Run, metric: MetricName) -> list[tuple[int, float]]:
+    """Returns a run's figures of a metric by round, without those that cannot be plotted."""
+    scores = [(number, score.value(metric)) for number, score in run.evaluations]
+    values, _ = plausible(value for _, value in scores)
+    return [(number, value) for (number, _), value in zip(scores, values, strict=True) if not math.isnan(value)]
+
+
+def _scale(axes: Axes, metric: MetricName) -> None:
+    if METRICS[metric].share:
+        share_axis(axes)
+    else:
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("nats per token")
+
+
+def _better(metric: MetricName) -> str:
+    return "higher" if METRICS[metric].share else "lower"
 
 
 def _loss(runs: Sequence[Run], labels: Sequence[str]) -> Plot | None:

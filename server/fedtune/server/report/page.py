@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import InputError, MissingExtraError, RunError
+from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
 from fedtune.core.round_records import Evaluation
 from fedtune.server.report.comparison import comparison_plots
 from fedtune.server.report.plots import run_plots
@@ -61,6 +62,7 @@ def write_report(run: Path) -> Path:
         run=data,
         planned=data.settings.get("federation.rounds"),
         facts=headline(data),
+        metric=METRICS[data.metric] if METRICS[data.metric].generated else None,
         saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
         plots=run_plots(data),
         notes=notes.most_common(LISTED_NOTES),
@@ -129,10 +131,8 @@ def _quality(run: Run) -> list[Fact]:
     if last is not None:
         number, after = last
         note = f"{'before → ' if before else ''}after {_count(number, 'round')}; {after.examples:,} examples"
-        facts.append(Fact("Exact match", _change(before, after, lambda score: f"{score.exact_match:.1%}"), note))
-        facts.append(
-            Fact("Loss", _change(before, after, lambda score: f"{score.loss:.4g}"), "evaluation, nats a token")
-        )
+        for place, metric in enumerate(dict.fromkeys((after.metric, EXACT, LOSS))):
+            facts.append(Fact(METRICS[metric].title, _change(before, after, metric), "" if place else note))
     elif trained := [line for line in run.rounds if line.train_loss is not None]:
         first, end = trained[0], trained[-1]
         note = f"training, round {first.round} → {end.round}; no evaluation data"
@@ -144,8 +144,10 @@ def _quality(run: Run) -> list[Fact]:
     return facts
 
 
-def _change(before: Evaluation | None, after: Evaluation, show: Any) -> str:
-    return f"{show(before)} → {show(after)}" if before and before is not after else str(show(after))
+def _change(before: Evaluation | None, after: Evaluation, metric: MetricName) -> str:
+    scores = [before, after] if before and before is not after else [after]
+    values = [score.value(metric) for score in scores]
+    return " → ".join(METRICS[metric].shown(value) for value in values if value is not None)
 
 
 def _bytes(run: Run) -> Fact:

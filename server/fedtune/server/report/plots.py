@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedtune.core.metrics import METRICS
 from fedtune.server.report.canvas import (
     BLUE,
     GREEN,
@@ -42,7 +43,7 @@ def run_plots(run: Run) -> list[Plot]:
     """Draws every plot for which the run has data."""
     if not run.rounds:
         return []
-    plots = (loss, exact_match, client_scores, client_losses, traffic, cumulative_traffic, time_line)
+    plots = (loss, own_metric, exact_match, client_scores, client_losses, traffic, cumulative_traffic, time_line)
     return [plot for plot in (make(run) for make in plots) if plot is not None]
 
 
@@ -92,6 +93,24 @@ def exact_match(run: Run) -> Plot | None:
         "examples nor those that clients hold back are trained on."
     )
     return draw("Exact match", words, paint)
+
+
+def own_metric(run: Run) -> Plot | None:
+    """Draws the metric of generated answers that the run is judged by, if it is."""
+    key = run.metric
+    scores = [(number, value) for number, score in run.evaluations if (value := score.value(key)) is not None]
+    metric = METRICS[key]
+    if not metric.generated or not scores:
+        return None
+
+    def paint(axes: Axes) -> None:
+        rounds, shares = zip(*scores, strict=True)
+        curve(axes, rounds, shares, ORANGE, "server's examples")
+        share_axis(axes)
+        _rounds_from_zero(axes, run)
+
+    words = f"{metric.title} says {metric.meaning}; higher is better. The server's examples are not trained on."
+    return draw(metric.title, words, paint)
 
 
 def client_scores(run: Run) -> Plot | None:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from fedtune.core.errors import RunDirectoryError
+from fedtune.core.metrics import EXACT, MetricName
 from fedtune.core.round_records import ClientEvaluation, Evaluation
 from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, VIRTUAL, read_rounds, read_summary, read_virtual
 from fedtune.strategies.evaluation_round import pooled
@@ -219,6 +220,11 @@ class Run:
         """The server's evaluations as (round, evaluation after it), with round 0 for the untrained adapter."""
         before = [(0, self.summary.eval_before)] if self.summary else []
         return [(number, score) for number, score in [*before, *((r.round, r.eval) for r in self.rounds)] if score]
+
+    @property
+    def metric(self) -> MetricName:
+        """The metric that the run is judged by; that of its last evaluation."""
+        return self.evaluations[-1][1].metric if self.evaluations else EXACT
 
     @property
     def held_out(self) -> Round | None:

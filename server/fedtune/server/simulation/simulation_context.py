@@ -25,7 +25,7 @@ from fedtune.data.examples import CleaningReport, Example, prepare
 from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
 from fedtune.model.adapted_model import AdaptedModel
-from fedtune.model.shape import shape_of
+from fedtune.model.shape import ModelShape, shape_of
 from fedtune.server.evaluation import HeldOut
 from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
@@ -114,6 +114,11 @@ class SimulationContext:
         """The job that is simulated."""
         return self.inputs.job
 
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the base model."""
+        return shape_of(self.job.model)
+
     @property
     def population(self) -> Population:
         """The clients that the job's data makes."""
@@ -142,7 +147,7 @@ class SimulationContext:
     @cached_property
     def held_out(self) -> HeldOut:
         """The server's own examples, on which it scores adapters."""
-        return HeldOut(self.model, self.job.data)
+        return HeldOut(self.model, self.job)
 
     @cached_property
     def enrolment(self) -> Enrolment:
@@ -155,7 +160,7 @@ class SimulationContext:
         kinds = self.inputs.fleet
         if kinds is None:
             return None
-        return SimulatedFleet(self.job, kinds, self.population.names, shape_of(self.job.model))
+        return SimulatedFleet(self.job, kinds, self.population.names, self.shape)
 
     @cached_property
     def clients(self) -> Clients:
