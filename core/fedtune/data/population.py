@@ -30,6 +30,7 @@ from fedtune.demo import Household, make_evaluation, make_households
 Dealt = dict[str, list[Record]]
 
 DEMO_SOURCE = Path("demo")
+SAMPLED_CLIENTS = 200
 _DRAWS = 20  # attempts at a Dirichlet partition in which every client has a record
 
 
@@ -80,6 +81,11 @@ class Population:
         if self._paths:
             return read_records(self._paths[name], skip_bad=self._data.skip_bad)[0]
         return self._parts[name]
+
+    def sample(self, clients: int = SAMPLED_CLIENTS) -> list[Record]:
+        """Returns all records of at most this many clients, spread evenly over the names."""
+        step = -(-len(self.names) // clients)
+        return [record for name in self.names[::step] for record in self.records(name)]
 
 
 def evaluation_records(data: DataSettings) -> list[Record]:

@@ -215,9 +215,14 @@ def plan(
     from fedtune.client.plan.calibration import CalibrationStore
     from fedtune.client.plan.device_plan import Link, default_folder, this_device
     from fedtune.client.plan.plan_table import print_plan
+    from fedtune.core.job.unusual import Surroundings, unusual
+    from fedtune.model.shape import shape_of
 
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
-    note = (lambda _: None) if as_json else (lambda text: error_console().print(text, markup=False))
+    note = (Silent() if as_json else Terminal(error_console())).note
+    shape = shape_of(resolved.model)
+    for warning in unusual(resolved, Surroundings(shape.width, shape.positions)):
+        note(warning)
     outcome = this_device(CalibrationStore(default_folder()), note).plan(
         resolved,
         data,

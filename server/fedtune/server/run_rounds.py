@@ -179,6 +179,7 @@ def _finish(
         "fp32_fedavg_bytes": baseline,
         "traffic_ratio": baseline / (up + down) if up + down else 0.0,
         "adapter_parameters": federation.layout.size,
+        "learning_rate": federation.job.training.first_learning_rate,
         "seconds": round(checkpoint.seconds, 3),
         "peak_rss_mb": round(max(facts.peak_rss_mb, directory.earlier_peak_mb()), 1),
         "records": dict(facts.records),

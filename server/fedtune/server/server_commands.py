@@ -157,10 +157,13 @@ def submit(
     server = _open(home)
     jobs = Jobs(server)
     resolved = load_job(job or JOB, overrides or [])
-    check_server_job(resolved)  # reports mistakes here rather than in the server's log
+    inputs = check_server_job(resolved)  # reports mistakes here rather than in the server's log
+    from fedtune.core.job.unusual import Surroundings, unusual
     from fedtune.model.shape import shape_of
 
-    shape_of(resolved.model)
+    shape = shape_of(resolved.model)
+    for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
+        print(warning)
     queued = jobs.submit(resolved, name or jobs.free_name(job.stem if job else "demo"))
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if server.lock.holder() is None:

@@ -17,6 +17,7 @@ from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
@@ -110,7 +111,7 @@ def assemble(
     if clients.ranks is not None and len(job.tiers) > 1 and (reason := collector.aggregator.method.equal_ranks):
         raise JobError([f"the aggregator {reason}, but clients train the tiers {list(job.tiers)}; expected one tier"])
     return Federation(
-        job=job,
+        job=with_learning_rate(job, layout),
         base=base,
         layout=layout,
         form=form,

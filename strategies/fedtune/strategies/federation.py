@@ -90,7 +90,7 @@ def initial_state(federation: Federation) -> FederationState:
     job, layout = federation.job, federation.layout
     adapter = layout.initial(job.training.seed)
     clips: Clips = {
-        letter: initial_clip(job.training.learning_rate, job.training.steps, segment.stop - segment.start).clip
+        letter: initial_clip(job.training.first_learning_rate, job.training.steps, segment.stop - segment.start).clip
         for letter, segment in layout.segments()
     }
     return FederationState(0, adapter, adapter, clips | {WEIGHT: FIRST_WEIGHT_CAP[job.federation.weight]})
@@ -106,4 +106,4 @@ def scheduled_learning_rate(job: Job, number: int) -> float:
             factor = 1.0 - progress
         case "cosine":
             factor = (1.0 + math.cos(math.pi * progress)) / 2
-    return job.training.learning_rate * factor
+    return job.training.first_learning_rate * factor

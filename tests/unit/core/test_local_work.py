@@ -33,13 +33,13 @@ def test_every_setting_that_is_a_field_of_the_work_travels() -> None:
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 20), (3, 3)])
 def test_steps_are_counted_unless_epochs_are(asked: int | None, expected: int) -> None:
-    work = local_work(TrainingSettings(local_steps=asked))
+    work = local_work(TrainingSettings(local_steps=asked, learning_rate=1e-3))
     assert (work.local_steps, work.local_epochs) == (expected, 0.0)
 
 
 def test_a_share_of_the_work_is_at_least_one_step() -> None:
-    assert local_work(TrainingSettings(local_steps=8)).scaled(0.5).local_steps == 4
-    assert local_work(TrainingSettings(local_steps=8)).scaled(0.01).local_steps == 1
+    assert local_work(TrainingSettings(local_steps=8, learning_rate=1e-3)).scaled(0.5).local_steps == 4
+    assert local_work(TrainingSettings(local_steps=8, learning_rate=1e-3)).scaled(0.01).local_steps == 1
     assert local_work(OTHERS).scaled(0.5).local_epochs == 1.25
 
 

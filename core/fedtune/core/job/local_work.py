@@ -33,7 +33,8 @@ class TrainingSettings:
         local_steps: optimizer steps per round; 20 where neither this nor `local_epochs` is set.
         local_epochs: passes over the client's examples per round, instead of `local_steps`.
         batch_tokens: tokens per optimizer step, padding included; reached by accumulation where memory is short.
-        learning_rate: learning rate of AdamW in round 1; every round starts a new optimizer.
+        learning_rate: learning rate of AdamW in round 1; every round starts a new optimizer. Where it is not set, the
+            run sets it by the base model's width (fedtune.core.job.learning_rates).
         schedule: decay of the learning rate to 0 over the job's rounds; the server sends each round's value.
         max_gradient_norm: norm to which longer gradients are scaled down.
         proximal: μ of FedProx, as in `LocalWork`.
@@ -46,7 +47,7 @@ class TrainingSettings:
     local_steps: Annotated[int, Field(ge=1)] | None = None
     local_epochs: _PositiveFloat | None = None
     batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
-    learning_rate: _PositiveFloat = 2e-3
+    learning_rate: _PositiveFloat | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: _NonNegativeFloat = 0.0
     max_gradient_norm: _PositiveFloat = 1.0
@@ -60,6 +61,17 @@ class TrainingSettings:
     def steps(self) -> int:
         """The optimizer steps per round; where the job counts epochs, the default as an estimate."""
         return self.local_steps or DEFAULT_LOCAL_STEPS
+
+    @property
+    def first_learning_rate(self) -> float:
+        """The learning rate of round 1.
+
+        Raises:
+            ValueError: it is not set; `with_learning_rate` sets it once the base is known.
+        """
+        if self.learning_rate is None:
+            raise ValueError("training.learning_rate is not set; expected a job from with_learning_rate")
+        return self.learning_rate
 
 
 class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -115,7 +127,7 @@ def local_work(
         local_steps=0 if epochs else settings.steps,
         local_epochs=epochs,
         batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+        learning_rate=settings.first_learning_rate if learning_rate is None else learning_rate,
         weight_decay=settings.weight_decay,
         max_gradient_norm=settings.max_gradient_norm,
         gradient_checkpointing=settings.gradient_checkpointing,

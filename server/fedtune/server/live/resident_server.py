@@ -18,6 +18,7 @@ from fedtune.core.errors import FedtuneError, InputError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.process import Stopped, peak_rss_mb, stopping
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
@@ -182,7 +183,7 @@ class Service:
         if (path / "job.toml").is_file():
             directory = RunDirectory.open(path)
         else:
-            directory = RunDirectory.create(path, job, base.digest)
+            directory = RunDirectory.create(path, with_learning_rate(job, model.layout), base.digest)
         try:
             job = directory.job()
             evaluator = HeldOutEvaluator(HeldOut(model, job), in_this_process(model))

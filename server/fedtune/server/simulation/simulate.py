@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.server.export.request import export_finished
 from fedtune.server.preflight import check_simulation
@@ -33,7 +34,8 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
     from fedtune.server.simulation.simulated_run import open_context, run_job
 
     context = open_context(inputs, path, display)
-    directory = RunDirectory.create(path, job, context.base.digest, force)
+    resolved = with_learning_rate(job, context.model.layout)
+    directory = RunDirectory.create(path, resolved, context.base.digest, force)
     try:
         summary = run_job(context, directory, display)
     finally:

@@ -14,7 +14,10 @@ from fedtune.client.plan.planner import RESERVE
 from fedtune.client.plan.step_costs import Choices, predict_memory
 from fedtune.core.errors import JobError
 from fedtune.core.host.process import peak_rss_mb
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.job.unusual import Surroundings, unusual
+from fedtune.data.evaluation_match import mismatches
 from fedtune.data.examples import CleaningReport
 from fedtune.data.job_inputs import JobInputs
 from fedtune.flower.in_process_grid import InProcessGrid
@@ -55,12 +58,23 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
         display.note(
             f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"
         )
+    for warning in _warnings(context):
+        display.note(warning)
     model = context.model
+    rate = with_learning_rate(job, model.layout).training.first_learning_rate
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
-        f"adapter of {model.layout.size:,} parameters, {clients} clients"
+        f"adapter of {model.layout.size:,} parameters, learning rate {rate:g}, "
+        f"{clients} clients"
     )
     return context
+
+
+def _warnings(context: SimulationContext) -> list[str]:
+    """Returns a line for each unusual value of the job, and for each way in which the evaluation is on other data."""
+    shape, held_out = context.shape, context.held_out
+    known = Surroundings(shape.width, shape.positions, len(held_out.examples), held_out.example_tokens)
+    return unusual(context.job, known) + mismatches(context.population.sample(), context.inputs.evaluation)
 
 
 def run_job(

@@ -18,6 +18,7 @@ from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import JobError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base, Handler, Request
 from fedtune.flower.stock_apps import ClientApp, Grid, RunConfig, ServerApp, client_app, server_app
@@ -34,9 +35,9 @@ def flower_server_app() -> ServerApp:
     """Returns a ServerApp that runs the job of its run configuration."""
 
     def main(grid: Grid, config: RunConfig) -> None:
-        job = _job(config)
         path = Path(str(config["out"]))
-        simulation_context = SimulationContext.begin(job, path / CLIENTS)
+        simulation_context = SimulationContext.begin(_job(config), path / CLIENTS)
+        job = with_learning_rate(simulation_context.job, simulation_context.model.layout)
         directory = RunDirectory.create(path, job, simulation_context.base.digest)
         try:
             with Terminal() as display:
