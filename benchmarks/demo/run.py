@@ -218,7 +218,9 @@ def _single_trainer(job: Job, data: Path, local_steps: int) -> Job:
     return replace(
         plain,
         data=replace(job.data, train=str(data.absolute())),
-        training=replace(job.training, local_steps=local_steps, learning_rate=job.training.learning_rate * SOLO_RATE),
+        training=replace(
+            job.training, local_steps=local_steps, learning_rate=job.training.first_learning_rate * SOLO_RATE
+        ),
         federation=replace(plain.federation, clients_per_round=1, minimum_clients=1),
         simulation=SimulationSettings(threads=job.simulation.threads),
     )

@@ -6,24 +6,25 @@ import itertools
 
 import pytest
 
-from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout
+from fedtune.core.adapter.layout import AdaptedModule, AdapterKind
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.learning_rates import LEARNING_RATES, default_learning_rate, width_of, with_learning_rate
 
 
-def block(width: int, *names: str) -> AdapterLayout:
+def block(width: int, *names: str) -> LoraLayout:
     """Returns the layout of an adapter on some layers of a Llama block."""
     d_in = {"q": width, "k": width, "o": 2 * width, "gate": width, "down": 3 * width}
-    return AdapterLayout(tuple(AdaptedModule(name, d_in[name], width) for name in names or d_in), 4, 8.0)
+    return LoraLayout(tuple(AdaptedModule(name, d_in[name], width) for name in names or d_in), 4, 8.0)
 
 
 @pytest.mark.parametrize(("width", "rate"), [(192, 2e-3), (256, 2e-3), (576, 5e-4), (896, 2e-4), (4096, 2e-4)])
 def test_wider_bases_get_smaller_learning_rates(width: int, rate: float) -> None:
-    assert default_learning_rate(width) == rate
+    assert default_learning_rate(width, "lora") == rate
 
 
 @pytest.mark.parametrize("kind", LEARNING_RATES)
-def test_a_kinds_row_ascends_in_width_descends_in_rate_and_knows_every_width(kind: str) -> None:
+def test_a_kinds_row_ascends_in_width_descends_in_rate_and_knows_every_width(kind: AdapterKind) -> None:
     for (width, rate), (wider, smaller) in itertools.pairwise(LEARNING_RATES[kind]):
         assert width < wider
         assert rate > smaller

@@ -13,16 +13,17 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from fedtune.core.adapter.layout import AdapterLayout
+from fedtune.core.adapter.layout import AdapterKind, AdapterLayout
 from fedtune.core.job.settings import Job
 
-LEARNING_RATES: Mapping[str, Sequence[tuple[float, float]]] = {
+LEARNING_RATES: Mapping[AdapterKind, Sequence[tuple[float, float]]] = {
     "lora": ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4)),
+    "core": ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4)),
 }
 """Kind of adapter -> (largest width of the base, learning rate of round 1), by ascending width."""
 
 
-def default_learning_rate(width: int, kind: str = "lora") -> float:
+def default_learning_rate(width: int, kind: AdapterKind) -> float:
     """Returns the learning rate for a base of this width and an adapter of this kind."""
     return next(rate for widest, rate in LEARNING_RATES[kind] if width <= widest)
 
@@ -37,5 +38,5 @@ def with_learning_rate(job: Job, layout: AdapterLayout) -> Job:
     """Returns the job with its learning rate set: its own, or the default for its adapter on its base."""
     if job.training.learning_rate is not None:
         return job
-    training = dataclasses.replace(job.training, learning_rate=default_learning_rate(width_of(layout)))
+    training = dataclasses.replace(job.training, learning_rate=default_learning_rate(width_of(layout), layout.kind))
     return dataclasses.replace(job, training=training)
