@@ -152,3 +152,13 @@ def test_a_full_disk_is_a_clean_message_and_a_resumable_run(
         with pytest.raises(RunError, match="the disk is full; what was acknowledged is safe"):
             go_on(half_done)
     assert go_on(half_done)["adapter_digest"] == whole.summary["adapter_digest"]
+
+
+@pytest.mark.parametrize("weights", ["packed", "dequantized"])
+def test_a_base_in_int4_is_trained_and_resumed_like_any_other(tmp_path: Path, weights: str) -> None:
+    settings = ('model.quantization="int4"', f'training.weights="{weights}"', "federation.rounds=3")
+    whole = run(small_job(*settings), tmp_path / "whole")
+    assert whole["eval_after"]["loss"] < whole["eval_before"]["loss"]
+    with pytest.raises(KeyboardInterrupt):
+        run(small_job(*settings), tmp_path / "half", Interrupted())
+    assert go_on(tmp_path / "half")["adapter_digest"] == whole["adapter_digest"]

@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
-from fedtune.model.nf4 import RECIPE, PackedLinear, dequantize, quantize
+from fedtune.model.formats import FORMATS, Format
+from fedtune.model.packed import PackedLinear
 from fedtune.model.shape import Precision, Weights
 
 Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
@@ -101,12 +102,14 @@ def load_base(
     _straighten(network)
     dtype, linear = DTYPES[precision], dict(linear_modules(network))
     held: Weights = "dequantized"
-    if settings.quantization == "nf4":
+    if form := FORMATS.get(settings.quantization):
         dense_bytes = sum(module.weight.numel() for module in linear.values()) * dtype.itemsize
         if weights == "packed" or (weights == "auto" and dense_bytes > DENSE_SHARE * _free_bytes(device)):
             held = "packed"
         for name, module in linear.items():
-            _quantize_in_place(network, name, module, held, dtype)
+            _quantize_in_place(network, name, module, form, held, dtype)
+        head = network.get_output_embeddings()
+        head.weight.data = form.head_values(head.weight.data, dtype)
     for parameter in network.parameters():  # but not buffers: rotary frequencies and scales of scales stay float32
         # This copies, since a view would keep the whole file mapped, with the pages of weights that are already packed.
         parameter.data = parameter.data.to(dtype, copy=True)
@@ -188,7 +191,8 @@ def _load_network(source: str, config: Any, precision: Precision, device: torch.
 
 def _digest(network: Network, quantization: str) -> str:
     """Returns SHA-256 of the recipe, then name, dtype, shape and bytes of every original parameter, sorted by name."""
-    digest = hashlib.sha256(f"fedtune-base\n{RECIPE if quantization == 'nf4' else quantization}\n".encode())
+    recipe = FORMATS[quantization].recipe if quantization in FORMATS else quantization
+    digest = hashlib.sha256(f"fedtune-base\n{recipe}\n".encode())
     for name, parameter in sorted(network.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         digest.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -210,12 +214,14 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), leaf, module)
 
 
-def _quantize_in_place(network: nn.Module, name: str, module: nn.Linear, held: Weights, dtype: torch.dtype) -> None:
-    packed = quantize(module.weight)
+def _quantize_in_place(
+    network: nn.Module, name: str, module: nn.Linear, form: Format, held: Weights, dtype: torch.dtype
+) -> None:
+    packed = form.quantize(module.weight)
     if held == "packed":
-        _replace(network, name, PackedLinear(packed, module.bias, dtype))
+        _replace(network, name, PackedLinear(packed, module.bias, dtype, form.unpack))
     else:
-        module.weight = nn.Parameter(dequantize(packed, dtype), requires_grad=False)
+        module.weight = nn.Parameter(form.dequantize(packed, dtype), requires_grad=False)
 
 
 def _float32_attention(

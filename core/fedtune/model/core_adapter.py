@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import Factor, Vector
 from fedtune.core.errors import ModelError
-from fedtune.model.nf4 import PackedLinear
+from fedtune.model.packed import PackedLinear
 
 
 def attach_core(

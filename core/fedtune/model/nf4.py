@@ -20,13 +20,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedtune.core.errors import ModelError
+from fedtune.model.packed import PackedWeight
 
 RECIPE = "nf4, blocks of 64, scales in 8 bits in groups of 256, all linear layers but the head"
 BLOCK = 64
@@ -54,7 +55,7 @@ _EXPONENTS = 7  # decades of the 8-bit map
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class NF4Weight(PackedWeight):
     """A quantized matrix.
 
     Args:
@@ -62,30 +63,17 @@ class PackedWeight:
         scale_codes: uint8, (blocks,).
         scale_steps: float32, (groups,): t_g.
         scale_mean: float32, (): m.
-        shape: (d_out, d_in).
     """
 
-    codes: Tensor
     scale_codes: Tensor
     scale_steps: Tensor
     scale_mean: Tensor
-    shape: tuple[int, int]
-
-    def to(self, device: torch.device | str) -> PackedWeight:
-        """Returns the same weight on a device."""
-        return PackedWeight(
-            self.codes.to(device),
-            self.scale_codes.to(device),
-            self.scale_steps.to(device),
-            self.scale_mean.to(device),
-            self.shape,
-        )
 
 
-Unpack = Callable[[PackedWeight, torch.dtype], Tensor]
+Unpack = Callable[[NF4Weight, torch.dtype], Tensor]
 
 
-def quantize(weight: Tensor) -> PackedWeight:
+def quantize(weight: Tensor) -> NF4Weight:
     """Packs a matrix of shape (d_out, d_in) and any float dtype, on the CPU.
 
     Raises:
@@ -105,16 +93,16 @@ def quantize(weight: Tensor) -> PackedWeight:
     groups = _cut(scales - mean, GROUP)
     steps = groups.abs().amax(dim=1)
     scale_codes = _nearest(groups / steps.clamp(min=_SMALLEST_SCALE)[:, None], scale_map())
-    return PackedWeight(
+    return NF4Weight(
+        (d_out, d_in),
         codes=codes[::2] << 4 | codes[1::2],
         scale_codes=scale_codes.reshape(-1)[: scales.numel()],
         scale_steps=steps,
         scale_mean=mean,
-        shape=(d_out, d_in),
     )
 
 
-def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: NF4Weight, dtype: torch.dtype) -> Tensor:
     """Returns Ŵ, (d_out, d_in), on the device of the codes, computed by torch, bit for bit as bitsandbytes does."""
     device = packed.codes.device
     count = math.prod(packed.shape)
@@ -126,77 +114,12 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     return blocks.reshape(-1)[:count].to(dtype).reshape(packed.shape)
 
 
-def unpack_fastest(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+def unpack_fastest(packed: NF4Weight, dtype: torch.dtype) -> Tensor:
     """Does as `dequantize`, with bitsandbytes where that works."""
     # Where blocks span rows, bitsandbytes 0.50.2 gives wrong values on CPUs, for example for (64, 96).
     if packed.shape[1] % BLOCK == 0 and bitsandbytes_works(packed.codes.device.type):
         return bitsandbytes_dequantize(packed, dtype)
     return dequantize(packed, dtype)
-
-
-class PackedLinear(nn.Linear):
-    """y = x Ŵᵀ + bias with Ŵ kept in NF4 and unpacked for each product, forward and backward.
-
-    It acts as an `nn.Linear`, except that `weight` is None.
-
-    Args:
-        unpack: returns the dense weight; all such functions return the same values.
-    """
-
-    codes: Tensor
-    scale_codes: Tensor
-    scale_steps: Tensor
-    scale_mean: Tensor
-
-    def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, unpack: Unpack | None = None
-    ) -> None:
-        nn.Module.__init__(self)
-        self._unpack = unpack or unpack_fastest
-        self.out_features, self.in_features = weight.shape
-        self.dtype = dtype
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
-        self.register_buffer("codes", weight.codes, persistent=False)
-        self.register_buffer("scale_codes", weight.scale_codes, persistent=False)
-        self.register_buffer("scale_steps", weight.scale_steps, persistent=False)
-        self.register_buffer("scale_mean", weight.scale_mean, persistent=False)
-
-    @property
-    def qweight(self) -> Tensor:
-        """The codes, where peft looks for the device of a quantized layer."""
-        return self.codes
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight, on this layer's device."""
-        shape = (self.out_features, self.in_features)
-        return PackedWeight(self.codes, self.scale_codes, self.scale_steps, self.scale_mean, shape)
-
-    def dense(self) -> Tensor:
-        """Returns Ŵ in the dtype of the arithmetic."""
-        return self.unpacked(self.dtype)
-
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """Returns Ŵ, (d_out, d_in), on this layer's device."""
-        return self._unpack(self.packed, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x: (..., d_in) -> (..., d_out)."""
-        return cast(Tensor, _UnpackedProduct.apply(x, self))  # type: ignore[no-untyped-call]
-
-
-class _UnpackedProduct(torch.autograd.Function):
-    """Unpacks once forward and once backward, so that autograd never holds a dense weight in between."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(x, layer.dense(), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dense(), None
 
 
 @functools.cache
@@ -236,7 +159,7 @@ def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
         return False
 
 
-def bitsandbytes_dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+def bitsandbytes_dequantize(packed: NF4Weight, dtype: torch.dtype) -> Tensor:
     """Unpacks with bitsandbytes, which may fail or, where `bitsandbytes_works` says no, give other values."""
     operations = _bitsandbytes_operations()
     device = packed.codes.device

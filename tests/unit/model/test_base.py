@@ -13,8 +13,10 @@ import torch
 
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
+from fedtune.model import int4
 from fedtune.model.base_model import BaseModel, best_precision, linear_modules, load_base
-from fedtune.model.nf4 import PackedLinear, dequantize, quantize
+from fedtune.model.nf4 import dequantize, quantize
+from fedtune.model.packed import PackedLinear
 
 MakeModel = Callable[..., Path]
 IDS = torch.tensor([[5, 9, 17, 60, 33, 8]])
@@ -27,10 +29,11 @@ def logits(base: BaseModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["nf4", "int4"])
 def test_packed_and_dequantized_bases_compute_the_same_bits(
-    make_model: MakeModel, architecture: str, precision: Any
+    make_model: MakeModel, architecture: str, precision: Any, quantization: Any
 ) -> None:
-    settings = ModelSettings(str(make_model(architecture)))
+    settings = ModelSettings(str(make_model(architecture)), quantization)
     packed = load_base(settings, weights="packed", precision=precision)
     dense = load_base(settings, weights="dequantized", precision=precision)
     assert (packed.weights, dense.weights) == ("packed", "dequantized")
@@ -59,6 +62,23 @@ def test_linear_layers_hold_the_reference_values_and_head_and_embeddings_the_ori
         assert torch.equal(quantized.get_parameter(name), expected), name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_int4_base_holds_the_values_that_are_served_in_every_layer_and_the_head(
+    make_model: MakeModel, tied: bool
+) -> None:
+    directory = str(make_model("llama", tie_word_embeddings=tied))
+    original = load_base(ModelSettings(directory, quantization="none"), precision="fp32")
+    base = load_base(ModelSettings(directory, quantization="int4"), weights="dequantized", precision="fp32")
+    names = {f"{name}.weight": 4 for name, _ in linear_modules(original.network)}
+    names["model.embed_tokens.weight" if tied else "lm_head.weight"] = 8
+    for name, parameter in original.network.named_parameters():
+        expected = parameter
+        if name in names:
+            expected = int4.dequantize(int4.quantize(parameter, names[name]), torch.float32)
+        assert torch.equal(base.network.get_parameter(name), expected), name
+    assert (base.head.weight is base.network.get_input_embeddings().weight) == tied
+
+
 def test_packed_weights_are_an_eighth_of_float32(make_model: MakeModel) -> None:
     base = load_base(ModelSettings(str(make_model("llama"))), weights="packed", precision="fp32")
     layers = [module for module in base.network.modules() if isinstance(module, PackedLinear)]
@@ -73,6 +93,7 @@ def test_the_digest_names_weights_and_quantization(make_model: MakeModel, tmp_pa
     digest = load_base(ModelSettings(str(directory))).digest
     assert digest == load_base(ModelSettings(str(directory)), precision="fp32").digest
     assert digest != load_base(ModelSettings(str(directory), quantization="none")).digest
+    assert digest != load_base(ModelSettings(str(directory), quantization="int4")).digest
     changed = tmp_path / "changed"
     shutil.copytree(directory, changed)
     tensors = load_file(changed / "model.safetensors")

@@ -11,7 +11,8 @@ from torch import nn
 
 from fedtune.core.errors import ModelError
 from fedtune.model import nf4
-from fedtune.model.nf4 import BLOCK, PackedLinear, dequantize, quantize
+from fedtune.model.nf4 import BLOCK, dequantize, quantize
+from fedtune.model.packed import PackedLinear
 
 WHOLE_BLOCKS = [(1, 64), (64, 64), (192, 256), (7, 128), (130, 1024)]
 ODD_SHAPES = [(64, 96), (3, 5), (130, 70), (1, 1)]
@@ -100,6 +101,5 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
 
 def test_a_number_takes_a_little_more_than_four_bits() -> None:
     packed = quantize(weights((512, 1024)))
-    tensors = (packed.codes, packed.scale_codes, packed.scale_steps, packed.scale_mean)
-    bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
     assert bits / (512 * 1024) == pytest.approx(4.127, abs=1e-3)

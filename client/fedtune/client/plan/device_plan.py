@@ -107,6 +107,7 @@ class Outcome:
             },
             "plan": {
                 "weights": choices.weights,
+                "quantization": choices.quantization,
                 "precision": choices.precision,
                 "native_nf4": self.native_unpacking,
                 "rank": choices.rank,
@@ -234,7 +235,7 @@ class DevicePlanner:
             shape=shape,
             plan=plan,
             runtime=runtime,
-            native_unpacking=self.backend.native_unpacking(),
+            native_unpacking=plan.choices.quantization == "nf4" and self.backend.native_unpacking(),
             target_share=target_share,
             local_steps=steps,
             seconds_per_step=per_step,
@@ -352,7 +353,8 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
     gpu = machine.gpus[0].name if machine.gpus else ""
     sizes = hashlib.sha256(repr(replace(shape, name="", file_bytes=0)).encode()).hexdigest()
     choices = plan.choices
-    form = f"{choices.weights} {choices.precision} {choices.checkpointing}"
+    packed = f"{choices.quantization} " if choices.weights == "packed" else ""
+    form = f"{packed}{choices.weights} {choices.precision} {choices.checkpointing}"
     return f"{machine.processor}|{machine.cores}|{machine.memory_total}|{gpu}|{sizes}|{form}"
 
 

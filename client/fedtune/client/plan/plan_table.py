@@ -25,9 +25,11 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table.add_row("battery", "none" if machine.battery is None else _battery(machine.battery, machine.charging))
     table.add_row("temperature", "not exposed" if machine.temperature is None else f"{machine.temperature:.0f} °C")
     table.add_section()
-    unpacking = "bitsandbytes" if outcome.native_unpacking else "torch (bitsandbytes does not work here)"
-    packed = f"nf4, packed, unpacked by {unpacking}" if choices.weights == "packed" else "dequantized once"
-    table.add_row("weights", packed)
+    unpacking = "bitsandbytes" if outcome.native_unpacking else "torch"
+    if choices.quantization == "nf4" and not outcome.native_unpacking:
+        unpacking += " (bitsandbytes does not work here)"
+    packed = f"packed, unpacked by {unpacking}" if choices.weights == "packed" else "dequantized once"
+    table.add_row("weights", f"{choices.quantization}, {packed}" if choices.quantization != "none" else "as they are")
     table.add_row("arithmetic", choices.precision)
     table.add_row("rank", f"{plan.tier} of {choices.rank}")
     longest = f"{choices.sequence_length} tokens, the longest example"

@@ -25,7 +25,7 @@ UPLOAD_SHARE = 0.25  # of a round's deadline that uploading may take
 SHORTEST_SEQUENCE = 64
 # Default compression, masked: 63,648 bytes up, 19,604 down for 245,760 parameters with the protocol (benchmarks/demo).
 BYTES_PER_PARAMETER_UP, BYTES_PER_PARAMETER_DOWN = 0.26, 0.08
-# Fastest first: unpacking NF4 costs less than computing every block twice.
+# Fastest first: unpacking weights costs less than computing every block twice.
 _FORMATS: tuple[tuple[Weights, bool], ...] = (
     ("dequantized", False),
     ("packed", False),
@@ -223,6 +223,7 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
                     checkpointing=checkpointing,
                     cuda=constraints.cuda,
                     kind=constraints.kind,
+                    quantization=constraints.quantization,
                 ),
             )
         if length // 2 < SHORTEST_SEQUENCE:

@@ -3,7 +3,7 @@
 With n tokens a micro-batch, β the arithmetic's bytes a value, P trained parameters of the whole adapter, and F values
 of its factors A and B, which are trained (then P = F) or fixed:
 
-    resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, otherwise β; the adapter and its gradient
+    resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, int4 0.641, or β; adapter, its gradient
     adapter        8P + 8P + F·β                               Adam's moments; received and sent; the factors in β
     activations    L·n·[8d + 2βd + 4(q + 2k) + 4q + βq + m·βf]     q, k: query and key width; m = 4 gated, otherwise 2
       of which     two norms in float32 and their outputs, attention in float32, its output, the MLP
@@ -34,12 +34,12 @@ from fedtune.core.adapter.layout import AdapterKind
 from fedtune.model.shape import MAX_CHUNK_LOGITS, ModelShape, Precision, Weights
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-NF4_BYTES = 4.127 / 8
+PACKED_BYTES = {"nf4": 4.127 / 8, "int4": 5.125 / 8}  # of a number in a packed base
 HEAP = 1.3
 FLOOR = 5 << 20  # code and tables that the first step of a process brings in
 QUANTIZER_BYTES = 20  # per parameter of the layer that is being packed
 EFFICIENCY = 0.35
-PACKED_SLOWDOWN = 1.3  # of unpacking NF4 for every product on CPUs
+PACKED_SLOWDOWN = 1.3  # of unpacking the weights for every product on CPUs
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Choices:
         sequence_length: length of the longest example.
         tokens: n, tokens of a micro-batch, padding included.
         kind: kind of the adapter.
+        quantization: the base's format, "nf4", "int4" or "none".
     """
 
     weights: Weights
@@ -61,6 +62,7 @@ class Choices:
     checkpointing: bool
     cuda: bool = False
     kind: AdapterKind = "lora"
+    quantization: str = "nf4"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def predict_memory(
     """
     beta = VALUE_BYTES[choices.precision]
     tokens, width = choices.tokens, shape.width
-    linear_bytes = NF4_BYTES if choices.weights == "packed" else beta
+    linear_bytes = PACKED_BYTES[choices.quantization] if choices.weights == "packed" else beta
     weights = shape.linear_parameters * linear_bytes + shape.other_parameters * beta
     adapter = shape.adapter_parameters(choices.kind, choices.rank) * 24 + shape.factor_parameters(choices.rank) * beta
     layer = tokens * layer_bytes_per_token(shape, beta, choices.cuda)

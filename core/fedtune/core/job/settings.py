@@ -31,11 +31,12 @@ class ModelSettings:
 
     Args:
         base: Hugging Face directory or hub id, or "demo" for the bundled model.
-        quantization: format of the reference base's linear weights: "nf4" (QLoRA) or "none".
+        quantization: format of the reference base's linear weights: "nf4" (QLoRA); "int4", the grid of an exported int4
+            model, head in 8 bits, so that training and serving compute with the same numbers; or "none".
     """
 
     base: Annotated[str, Field(min_length=1)] = DEMO
-    quantization: Literal["nf4", "none"] = "nf4"
+    quantization: Literal["nf4", "int4", "none"] = "nf4"
 
 
 @dataclass(frozen=True, config=_STRICT)

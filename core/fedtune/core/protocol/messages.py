@@ -106,7 +106,7 @@ class Base(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_field
 
     name: _Text
     digest: _Digest
-    quantization: Literal["nf4", "none"]
+    quantization: Literal["nf4", "int4", "none"]
     rank: Annotated[int, Meta(ge=1, le=1024)]
     alpha: Annotated[float, Meta(gt=0)]
     target_modules: Annotated[tuple[_Text, ...], Meta(max_length=4096)]

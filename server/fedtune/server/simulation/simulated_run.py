@@ -172,6 +172,7 @@ def _that_fit(job: Job, base: BaseModel, free: int) -> int:
         tokens=job.training.batch_tokens,
         checkpointing=job.training.gradient_checkpointing,
         kind=job.adapter.kind,
+        quantization=job.model.quantization,
     )
     predicted = predict_memory(shape_of(job.model), choices)
     actor, fork = PROGRAM_BYTES + predicted.peak, predicted.training - predicted.weights
