@@ -56,12 +56,12 @@ def main() -> None:
         "How far is the decoded mean of real updates from the true one, and what does it cost, by form and bits?",
         ["round", "clients", "form", "bits a value", "error of a round", "error of the average of 8"],
         rows,
-        [f"The `b` factor of the updates of {job.parent.name}/{job.name}."],
+        [f"Updates of the adapter's last factor (B, or R of a core) in {job.parent.name}/{job.name}."],
     )
 
 
 def real_updates(path: Path) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Yields the numbers of some rounds, and the ten clients' updates of B in them."""
+    """Yields the numbers of some rounds, and the ten clients' updates of the last factor in them."""
     job = load_job(path, [*EXACT, "federation.clients_per_round=10"])
     with tempfile.TemporaryDirectory() as folder:
         context = SimulationContext.begin(job, Path(folder))
@@ -74,7 +74,7 @@ def real_updates(path: Path) -> Iterator[tuple[int, list[np.ndarray]]]:
             updates = []
             for name in round_.cohort:
                 reply = device.train(name, decode(round_.requests.payload(name), TrainRequest))
-                updates.append(ExactCodec().decode(reply.update[-1], layout.size_b))
+                updates.append(ExactCodec().decode(reply.update[-1], round_.plan.terms[-1].count))
                 round_.take_in(name, encode(reply))
             if number in ROUNDS:
                 yield number, updates
