@@ -38,7 +38,8 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
     trainer: Any = SimpleNamespace(layout=LAYOUT, digest="0" * 64)
     device = Device(lambda base: trainer, lambda *asked: [], memory)
     adapter = Broadcast(LAYOUT, first, bits=4).write(FIRST, first)
-    request: Any = SimpleNamespace(base=SimpleNamespace(digest="0" * 64), adapter=adapter, job_seed=0)
+    base = SimpleNamespace(digest="0" * 64, kind="lora", fixed="")
+    request: Any = SimpleNamespace(base=base, adapter=adapter, job_seed=0)
     for job in ("one", "two"):
         memory.begin(job, secure=True, terms=b"")
         assert device.hold(request) == adapter_digest(first)
