@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from fedtune.core.adapter.layout import Vector, adapter_digest
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.host.process import versions
 from fedtune.core.job.settings import Job
@@ -27,6 +27,7 @@ from fedtune.strategies.evaluation_round import pooled
 from fedtune.strategies.federation import Federation, initial_state
 
 SHOWN_PROMPTS = 3
+REFERENCE_RANK = 16  # of the LoRA adapter that a core adapter is compared with
 EVALUATING, ANSWERING = "evaluating", "answering the sample prompts"  # names of work that the display shows
 
 Progress = Callable[[int, int], None]
@@ -164,7 +165,7 @@ def _finish(
     rounds = directory.rounds()
     last = rounds[-1]
     up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
-    baseline = fp32_fedavg_bytes(federation.layout.size, rounds)
+    baseline = fp32_fedavg_bytes(reference_size(federation.layout), rounds)
     summary: dict[str, Any] = {
         "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
         "rounds": checkpoint.state.round,
@@ -212,11 +213,18 @@ def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
     return f"none of {len(rounds)} rounds gave an aggregate, the adapter is unchanged. The last: {last}{often}"
 
 
-def fp32_fedavg_bytes(adapter_size: int, rounds: Sequence[dict[str, Any]]) -> int:
-    """Returns the bytes that the same run would have moved as fp32 FedAvg of A and B: 4 bytes a parameter down to every
-    client of the cohort and up from every survivor."""
+def reference_size(layout: AdapterLayout) -> int:
+    """Returns the number of values that fp32 FedAvg of A and B would send: a core adapter stands for a usual LoRA."""
+    if layout.kind == "lora":
+        return layout.size
+    return REFERENCE_RANK * sum(module.d_in + module.d_out for module in layout.modules)
+
+
+def fp32_fedavg_bytes(values: int, rounds: Sequence[dict[str, Any]]) -> int:
+    """Returns the bytes that the same run would have moved as fp32 FedAvg: 4 bytes a value down to every client of the
+    cohort and up from every survivor."""
     messages = sum(len(line["cohort"]) + len(line["survivors"]) for line in rounds)
-    return 4 * adapter_size * messages
+    return 4 * values * messages
 
 
 def secure_summary(job: Job, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

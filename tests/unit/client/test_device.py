@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from numpy_trainer import DIGEST, NumpyTrainer, load_examples
+from in_process import base_of
+from numpy_trainer import CORE_LAYOUT, DIGEST, NumpyTrainer, load_examples
 from numpy_trainer import LAYOUT as GOLDEN
 
 from fedtune.client.client_store import ClientStore
@@ -22,7 +23,7 @@ from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.update_forms import FORMS
-from fedtune.core.errors import PeerError
+from fedtune.core.errors import ModelError, PeerError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.messages import Base, TrainRequest, decode
 from fedtune.strategies.assembly import assemble
@@ -46,6 +47,23 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
         kept = memory.adapter(adapter_digest(first), LAYOUT.size)  # the base of the next round's change
         assert kept is not None, job
         assert kept.tobytes() == first.tobytes()
+
+
+def test_a_device_whose_fixed_factors_differ_refuses_with_both_digests(tmp_path: Path) -> None:
+    device = Device(lambda base: NumpyTrainer(CORE_LAYOUT), load_examples, ClientStore(tmp_path))
+    job = load_job(None, ["secure_aggregation.enabled=false", "adapter.kind=core", "data.holdout=0"])
+    for fixed, refusal in ((CORE_LAYOUT.fixed_digest, None), ("0" * 64, r"digest [0-9a-f]{16}; the job is for 0{16}")):
+        base = msgspec.structs.replace(base_of(CORE_LAYOUT), fixed=fixed)
+        federation = assemble(job, base, CORE_LAYOUT)
+        broadcast = Broadcast(CORE_LAYOUT, CORE_LAYOUT.initial(0), bits=None)
+        round_ = TrainingRound.open(federation, initial_state(federation), ["01"], broadcast)
+        next(round_.exchanges())
+        request = decode(round_.requests.payload("01"), TrainRequest)
+        if refusal is None:
+            assert device.train("01", request).examples
+        else:
+            with pytest.raises(ModelError, match=refusal):
+                device.train("01", request)
 
 
 def trained_update(folder: Path, aggregation: str, *postprocess: UpdateChange) -> Vector:

@@ -79,6 +79,12 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
             "secure_aggregation.enabled=false compression.form=ring compression.error_feedback=true",
             "a device that takes part once never sends it",
         ),
+        (
+            "adapter.kind=core federation.aggregation=ffa",
+            'but federation.aggregation is "ffa"; expected "fedavg"',
+        ),
+        ("adapter.kind=core federation.aggregation=fedrot", 'expected "fedavg"'),
+        ("adapter.kind=core federation.rebalance_every=2", "no pair of trained factors to balance"),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("evaluation.metric=bleu", "evaluation.metric"),
