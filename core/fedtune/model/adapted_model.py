@@ -69,6 +69,10 @@ class AdaptedModel:
         copy: Vector = self.parameters.detach().to("cpu", copy=True).numpy()
         return copy
 
+    def matrices(self, factors: Factors) -> list[nn.Parameter]:
+        """Returns the matrices of the named factors, which are views of `parameters`."""
+        return [each for letter, parameters in self._factors.items() if letter in factors for each in parameters]
+
     def train_factors(self, factors: Factors) -> None:
         """Enables gradients for the named factors only; `gradient` accumulates them."""
         for letter, parameters in self._factors.items():

@@ -11,6 +11,7 @@ from fedtune.core.job.local_work import LocalWork, TrainingSettings, local_work
 OTHERS = TrainingSettings(
     local_epochs=2.5,
     batch_tokens=64,
+    optimizer="muon",
     learning_rate=0.5,
     weight_decay=0.25,
     max_gradient_norm=2.0,
@@ -35,6 +36,12 @@ def test_every_setting_that_is_a_field_of_the_work_travels() -> None:
 def test_steps_are_counted_unless_epochs_are(asked: int | None, expected: int) -> None:
     work = local_work(TrainingSettings(local_steps=asked, learning_rate=1e-3))
     assert (work.local_steps, work.local_epochs) == (expected, 0.0)
+
+
+def test_a_core_adapter_is_trained_by_muon_and_lora_by_adamw_unless_the_job_says_otherwise() -> None:
+    assert local_work(TrainingSettings(), "r").optimizer == "muon"
+    assert local_work(TrainingSettings(), "ab").optimizer == "adamw"
+    assert local_work(TrainingSettings(optimizer="adamw"), "r").optimizer == "adamw"
 
 
 def test_a_share_of_the_work_is_at_least_one_step() -> None:

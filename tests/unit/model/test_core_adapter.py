@@ -20,7 +20,7 @@ from fedtune.core.adapter.adapter_files import save_adapter
 from fedtune.core.errors import ModelError
 from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
-from fedtune.data.examples import prepare
+from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
@@ -97,15 +97,26 @@ def test_weights_in_float16_are_refused_with_the_remedy(make_model: MakeModel) -
         load_adapted(make_model("llama"), weights="dequantized", precision="fp16")
 
 
-@pytest.mark.parametrize("owned", [None, (1, 3)])
-def test_local_training_lowers_the_loss_and_moves_only_the_owned_block(make_model: MakeModel, owned: Any) -> None:
-    model = load_adapted(make_model("llama"))
-    records = [Record(f" lamp {room}", prompt=f"turn on the lamp in room {room}") for room in range(24)]
-    examples = prepare(records, model.base.tokenizer, 64)[0]
-    work = local_work(
-        TrainingSettings(local_steps=6, batch_tokens=256, learning_rate=0.02, weight_decay=0.1), model.layout.factors
+def task_for(model: AdaptedModel, steps: int, optimizer: Any, owned: Any = None) -> LocalTask:
+    settings = TrainingSettings(
+        local_steps=steps, batch_tokens=256, optimizer=optimizer, learning_rate=0.02, weight_decay=0.1
     )
-    result = train_locally(model, examples, model.layout.initial(0), LocalTask(0, work, owned))
+    return LocalTask(0, local_work(settings, model.layout.factors), owned)
+
+
+def examples_for(model: AdaptedModel) -> list[Example]:
+    records = [Record(f" lamp {room}", prompt=f"turn on the lamp in room {room}") for room in range(24)]
+    return prepare(records, model.base.tokenizer, 64)[0]
+
+
+@pytest.mark.parametrize("owned", [None, (1, 3)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_local_training_lowers_the_loss_and_moves_only_the_owned_block(
+    make_model: MakeModel, owned: Any, optimizer: str
+) -> None:
+    model = load_adapted(make_model("llama"))
+    examples, task = examples_for(model), task_for(model, 6, optimizer, owned)
+    result = train_locally(model, examples, model.layout.initial(0), task)
     cores = result.update.reshape(-1, 4, 4)
     kept = np.ones((4, 4), dtype=np.bool_)
     if owned:
@@ -113,5 +124,24 @@ def test_local_training_lowers_the_loss_and_moves_only_the_owned_block(make_mode
         kept[np.ix_(owned, owned)] = True
     assert not cores[:, ~kept].any()
     assert (cores[:, kept] != 0).mean() > 0.9
-    again = train_locally(model, examples, result.update, LocalTask(0, work, owned))
+    again = train_locally(model, examples, result.update, task)
     assert again.loss < result.loss
+
+
+def test_muon_moves_every_direction_alike_and_its_values_as_far_as_adamw(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    result = train_locally(model, examples_for(model), model.layout.initial(0), task_for(model, 1, "muon"))
+    for core in result.update.reshape(-1, 4, 4):
+        values = np.linalg.svd(core, compute_uv=False) / (0.02 * 0.2 * 4**0.5)
+        # Newton-Schulz stops near 1 in every direction that the gradient has at all.
+        assert values.max() < 1.4
+        assert values[0] < 3 * values[1]
+
+
+def test_muon_trains_lora_too(make_model: MakeModel) -> None:
+    base = load_base(ModelSettings(str(make_model("llama"))), precision="fp32")
+    model = adapt(base, AdapterSettings(rank=4, alpha=8.0))
+    examples, task = examples_for(model), task_for(model, 6, "muon")
+    received = model.layout.initial(0)
+    result = train_locally(model, examples, received, task)
+    assert train_locally(model, examples, received + result.update, task).loss < result.loss

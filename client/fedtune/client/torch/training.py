@@ -21,6 +21,7 @@ from torch import nn
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
 from fedtune.core.errors import UpdateError
+from fedtune.core.job.local_work import LocalWork
 from fedtune.data.batches import collate, micro_batches, steps_of_epoch
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel
@@ -51,7 +52,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     trained.grad = model.gradient[segment]
     anchor = trained.detach().clone()
     frozen = None if task.owned is None else _frozen(model.layout, work.factors, task.owned).to(model.base.device)
-    optimizer = torch.optim.AdamW([trained], lr=work.learning_rate, weight_decay=work.weight_decay, fused=True)
+    optimizer = _optimizer(model, trained, work)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
     done: list[_Step] = []
     skipped = 0
@@ -86,6 +87,24 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
         tokens=sum(step.tokens for step in done),
         seconds=time.perf_counter() - start,
     )
+
+
+def _optimizer(model: AdaptedModel, trained: nn.Parameter, work: LocalWork) -> torch.optim.Optimizer:
+    """Returns a new optimizer of the trained factors.
+
+    Muon's step on a matrix of shape (m, n) is orthogonal, times 0.2·√max(m, n)·η, so that its values have the root mean
+    square of an AdamW step of the same η. It moves all directions of R alike, whichever basis the fixed factors chose,
+    while AdamW's equal steps in each value let the few directions that inputs share hold back all others.
+
+    Args:
+        trained: the segment of the flat vector that is trained; AdamW works on it as a whole.
+    """
+    if work.optimizer == "muon":
+        matrices = model.matrices(work.factors)
+        return torch.optim.Muon(
+            matrices, lr=work.learning_rate, weight_decay=work.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return torch.optim.AdamW([trained], lr=work.learning_rate, weight_decay=work.weight_decay, fused=True)
 
 
 def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from fedtune.core.adapter.layout import Factors
 
 DEFAULT_LOCAL_STEPS = 20
+Optimizer = Literal["adamw", "muon"]
 
 _PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -33,8 +34,10 @@ class TrainingSettings:
         local_steps: optimizer steps per round; 20 where neither this nor `local_epochs` is set.
         local_epochs: passes over the client's examples per round, instead of `local_steps`.
         batch_tokens: tokens per optimizer step, padding included; reached by accumulation where memory is short.
-        learning_rate: learning rate of AdamW in round 1; every round starts a new optimizer. Where it is not set, the
-            run sets it by the base model's width (fedtune.core.job.learning_rates).
+        optimizer: "adamw", or "muon" (Jordan et al. 2024), which moves every matrix by an orthogonal one; without it
+            "muon" for core adapters and "adamw" for LoRA. Every round starts a new one.
+        learning_rate: learning rate of the optimizer in round 1. Where it is not set, the run sets it by the adapter's
+            kind and the base model's width (fedtune.core.job.learning_rates).
         schedule: decay of the learning rate to 0 over the job's rounds; the server sends each round's value.
         max_gradient_norm: norm to which longer gradients are scaled down.
         proximal: μ of FedProx, as in `LocalWork`.
@@ -47,6 +50,7 @@ class TrainingSettings:
     local_steps: Annotated[int, Field(ge=1)] | None = None
     local_epochs: _PositiveFloat | None = None
     batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
+    optimizer: Optimizer | None = None
     learning_rate: _PositiveFloat | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: _NonNegativeFloat = 0.0
@@ -79,6 +83,7 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
 
     Args:
         factors: factors that are trained; the others stay as received.
+        optimizer: optimizer of the local steps.
         learning_rate: learning rate of this round.
         holdout: share of the client's examples on which it does not train.
         proximal: μ of FedProx (Li et al. 2020): the gradient of μ/2·‖now - received‖², which is μ·(now - received), is
@@ -97,6 +102,7 @@ class LocalWork(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_u
     max_gradient_norm: Annotated[float, Meta(gt=0)]
     gradient_checkpointing: bool
     holdout: Annotated[float, Meta(ge=0, lt=1)]
+    optimizer: Optimizer = "adamw"
     proximal: Annotated[float, Meta(ge=0)] = 0.0
     align: bool = False
     deadline: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
@@ -124,6 +130,7 @@ def local_work(
     epochs = settings.local_epochs or 0.0
     return LocalWork(
         factors=factors,
+        optimizer=settings.optimizer or ("muon" if factors == "r" else "adamw"),
         local_steps=0 if epochs else settings.steps,
         local_epochs=epochs,
         batch_tokens=settings.batch_tokens,
