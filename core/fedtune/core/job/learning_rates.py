@@ -18,7 +18,7 @@ from fedtune.core.job.settings import Job
 
 LEARNING_RATES: Mapping[AdapterKind, Sequence[tuple[float, float]]] = {
     "lora": ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4)),
-    "core": ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4)),
+    "core": ((math.inf, 3e-2),),  # its scale is that of the weights, and Muon's step that of its rank
 }
 """Kind of adapter -> (largest width of the base, learning rate of round 1), by ascending width."""
 
