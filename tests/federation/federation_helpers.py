@@ -26,6 +26,8 @@ from fedtune.server.simulation.simulation_context import SimulationContext, Wrap
 EVALUATION = Path(__file__).with_name("evaluation.jsonl")  # the first 40 of the demo's 240
 
 SMALL = (
+    "adapter.kind=lora",
+    "adapter.rank=16",
     "data.clients=4",
     "data.examples_per_client=12",
     f"data.evaluation={EVALUATION}",
@@ -33,6 +35,7 @@ SMALL = (
     "federation.clients_per_round=3",
     "federation.evaluate_every=2",
     "secure_aggregation.enabled=false",
+    "training.learning_rate=2e-3",
     "training.local_steps=2",
     "training.batch_tokens=256",
     "training.precision=fp32",

@@ -114,7 +114,12 @@ def fleet_run(folder: Path, name: str, fleet: str, *overrides: str) -> tuple[lis
 
 @pytest.mark.parametrize("secure", ["true", "false"])
 def test_kinds_train_the_rank_of_their_plan_under_secure_aggregation_too(tmp_path: Path, secure: str) -> None:
-    chosen = ("data.clients=10", "federation.clients_per_round=10", f"secure_aggregation.enabled={secure}")
+    chosen = (
+        "adapter.kind=lora",
+        "data.clients=10",
+        "federation.clients_per_round=10",
+        f"secure_aggregation.enabled={secure}",
+    )
     rounds, virtual, _ = fleet_run(tmp_path, "run", TIERED, *chosen)
     kinds = {part["id"]: part["kind"] for clock in virtual for part in clock["clients"]}
     assert any(line["aborted"] is None for line in rounds)

@@ -31,6 +31,7 @@ FLEET = Fleet(
 # A core adapter is so small that only slower links make devices train different ranks.
 SLOW_FLEET = Fleet(tuple(replace(kind, uplink_kbit=kind.uplink_kbit / 40) for kind in FLEET.kind))
 EVERY_JOB = (
+    "adapter.kind=lora",
     "data.holdout=0.0",
     "data.evaluation=",
     "federation.rounds=4",
@@ -65,7 +66,7 @@ JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "core with a fleet": (
         48,
-        ("adapter.kind=core", "federation.clients_per_round=24", "compression.error_feedback=false"),
+        ("adapter.kind=core", "adapter.rank=16", "federation.clients_per_round=24", "compression.error_feedback=false"),
     ),
     "exact float32": (6, (CLEAR, "compression.preset=none", "federation.weight=uniform", "training.schedule=cosine")),
 }

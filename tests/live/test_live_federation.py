@@ -10,6 +10,7 @@ from federation_helpers import run as simulate
 from live_helpers import SMALL, Fleet, MakeFleet, eventually
 
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import CORE_RANK
 from fedtune.demo import JOB
 from fedtune.server.run_directory import read_summary
 
@@ -36,7 +37,7 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     assert {device["state"] for device in status["devices"].values()} == {"online"}
     assert {device["rounds"] for device in status["devices"].values()} == {2}
     # Each device planned before it trained, and has measured its prediction.
-    assert {device["plan"]["rank"] for device in status["devices"].values()} == {16}
+    assert {device["plan"]["rank"] for device in status["devices"].values()} == {CORE_RANK}
     took = fleet.device_status(fleet.names[0])["plan"]["took"]
     assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
     # The devices have got the newest roster; those of their bundles had fewer devices.

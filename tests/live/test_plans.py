@@ -50,7 +50,7 @@ MAINS, BATTERY = Sensors(41.0, True, None, None), Sensors(41.0, False, None, Non
 
 
 def terms() -> Terms:
-    job = load_job(JOB)
+    job = load_job(JOB, ["adapter.kind=lora"])
     return terms_of(job, describe_base(job, adapt(load_base(job.model), job.adapter)))
 
 

@@ -41,6 +41,7 @@ def make_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
                     f'model.base="{make_model(architecture, **settings)}"',
                     f'data.evaluation="{data}"',
                     "data.sequence_length=64",
+                    "adapter.kind=lora",
                     "adapter.rank=4",
                 ],
             )

@@ -197,7 +197,12 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(make_run: MakeRun, t
     (copy / "job.toml").write_text(text.replace(evaluation, ""))
     refused(copy, InputError, "no data.evaluation to check the export on")
     copy = shutil.copytree(make_run(), tmp_path / "flora")
-    flora = 'federation.aggregation="flora"', 'compression.preset="none"', "secure_aggregation.enabled=false"
+    flora = (
+        "adapter.kind=lora",
+        'federation.aggregation="flora"',
+        'compression.preset="none"',
+        "secure_aggregation.enabled=false",
+    )
     (copy / "job.toml").write_text(dump_job(load_job(make_run() / "job.toml", flora)))
     refused(copy, ExportError, 'a residual, and an export has the adapter only; expected a run with .* "flexlora"')
     refused(make_run(), InputError, "onnxruntime has no CUDAExecutionProvider", ExportOptions(provider="cuda"))

@@ -19,7 +19,7 @@ from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.client.torch.trial_step import measure
 from fedtune.core.errors import DataError, RunError
 from fedtune.core.job.job_file import load_job
-from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.core.job.settings import CORE_RANK, AdapterSettings, ModelSettings
 from fedtune.server import cli
 
 JOB = ["data.sequence_length=64", "training.batch_tokens=256"]
@@ -56,7 +56,7 @@ def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
         cli.main()
     assert ended.value.code == 0
     outcome = json.loads(capsys.readouterr().out)
-    assert outcome["plan"]["rank"] == outcome["plan"]["tier"] == 16
+    assert outcome["plan"]["rank"] == outcome["plan"]["tier"] == CORE_RANK
     assert outcome["measured"]["peak_bytes"] > 10_000_000
     assert 0.8 < outcome["measured"]["peak_ratio"] < 1.25
     assert len(list((tmp_path / "fedtune" / "calibration").iterdir())) == 1

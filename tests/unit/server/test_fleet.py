@@ -27,7 +27,7 @@ NAMES = [f"{index:03d}" for index in range(100)]
 
 
 def job(*overrides: str) -> Job:
-    fixed = ["simulation.fleet=bundled", "data.sequence_length=64", "training.batch_tokens=288"]
+    fixed = ["adapter.kind=lora", "simulation.fleet=bundled", "data.sequence_length=64", "training.batch_tokens=288"]
     return load_job(None, [*fixed, "secure_aggregation.enabled=false", *overrides])
 
 

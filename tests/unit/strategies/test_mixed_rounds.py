@@ -226,7 +226,8 @@ def test_what_cannot_work_with_mixed_ranks_is_told_when_the_job_is_read(override
 
 
 def test_where_all_need_the_same_rank_that_is_the_one_tier() -> None:
-    assert load_job(None, []).tiers == (4, 8, 16)
+    assert load_job(None, ["adapter.kind=lora"]).tiers == (4, 8, 16)
+    assert load_job(None, []).tiers == (4, 8, 16, 32, 40)
     assert load_job(None, ["adapter.rank=6"]).tiers == (4, 6)
     assert load_job(None, ["federation.aggregation=fedrot"]).tiers == (16,)
 

@@ -5,6 +5,7 @@ of its factors A and B, which are trained (then P = F) or fixed:
 
     resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, int4 0.641, or β; adapter, its gradient
     adapter        8P + 8P + F·β                               Adam's moments; received and sent; the factors in β
+    core           4F                                          the fixed factors in float32, as they were computed
     activations    L·n·[8d + 2βd + 4(q + 2k) + 4q + βq + m·βf]     q, k: query and key width; m = 4 gated, otherwise 2
       of which     two norms in float32 and their outputs, attention in float32, its output, the MLP
       checkpointed L·n·βd + one layer of the above
@@ -107,7 +108,9 @@ def predict_memory(
     tokens, width = choices.tokens, shape.width
     linear_bytes = PACKED_BYTES[choices.quantization] if choices.weights == "packed" else beta
     weights = shape.linear_parameters * linear_bytes + shape.other_parameters * beta
-    adapter = shape.adapter_parameters(choices.kind, choices.rank) * 24 + shape.factor_parameters(choices.rank) * beta
+    factors = shape.factor_parameters(choices.rank)
+    fixed = 4 * factors if choices.kind == "core" else 0
+    adapter = 24 * shape.adapter_parameters(choices.kind, choices.rank) + beta * factors + fixed
     layer = tokens * layer_bytes_per_token(shape, beta, choices.cuda)
     activations = shape.layers * layer
     if choices.checkpointing:

@@ -177,7 +177,7 @@ def _train(model: AdaptedModel, case: Case) -> float:
         gradient_checkpointing=choices.checkpointing,
     )
     start = time.perf_counter()
-    train_locally(model, examples, model.layout.initial(0), LocalTask(0, local_work(settings)))
+    train_locally(model, examples, model.layout.initial(0), LocalTask(0, local_work(settings, model.layout.factors)))
     return time.perf_counter() - start
 
 

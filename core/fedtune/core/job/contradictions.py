@@ -143,9 +143,12 @@ def _kind_problems(job: Job) -> list[str]:
     problems: list[str] = []
     kind = f'adapter.kind is "{job.adapter.kind}", which has no pair of trained factors'
     if AGGREGATIONS[federation.aggregation].needs_pair:
-        problems.append(f'{kind}, but federation.aggregation is "{federation.aggregation}"; expected "fedavg"')
+        problems.append(
+            f'{kind}, but federation.aggregation is "{federation.aggregation}"; expected "fedavg", or '
+            'adapter.kind = "lora"'
+        )
     if federation.rebalance_every:
-        problems.append(f"{kind} to balance; expected federation.rebalance_every = 0")
+        problems.append(f'{kind} to balance; expected federation.rebalance_every = 0, or adapter.kind = "lora"')
     return problems
 
 

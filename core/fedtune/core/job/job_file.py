@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.core.errors import JobError
 from fedtune.core.job.contradictions import contradictions
-from fedtune.core.job.settings import BUNDLED, DEMO, Job
+from fedtune.core.job.methods import AGGREGATIONS, Method
+from fedtune.core.job.settings import BUNDLED, CORE_RANK, DEMO, LORA_RANK, Job
 
 MAX_JOB_BYTES = 1 << 20
 
@@ -37,11 +38,23 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
     """
     table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
     problems = [problem for override in overrides if (problem := _apply(table, override))]
+    _choose_adapter(table)
     job, invalid = _validate(table)
     problems += invalid + contradictions(job)
     if problems:
         raise JobError(problems, path)
     return _resolve_paths(job, path.parent if path else Path.cwd())
+
+
+def _choose_adapter(table: dict[str, Any]) -> None:
+    """Adds the kind of adapter that suits [federation], and its rank, where the table does not have them."""
+    adapter, federation = table.setdefault("adapter", {}), table.get("federation", {})
+    if not (isinstance(adapter, dict) and isinstance(federation, dict)):
+        return  # refused by validation, with a reason
+    method = AGGREGATIONS.get(str(federation.get("aggregation", "fedavg")), Method())
+    apart = method.needs_pair or federation.get("rebalance_every", 0) != 0
+    kind = adapter.setdefault("kind", "lora" if apart else "core")
+    adapter.setdefault("rank", CORE_RANK if kind == "core" else LORA_RANK)
 
 
 def dump_job(job: Job) -> str:
