@@ -4,15 +4,17 @@ Six rows, each run by `fedtune simulate` itself on the same base, seeds, schedul
 
     base                    the untrained adapter
     client alone            one household trains on its own rows only; the mean over all households
-    federated, fp32 FedAvg  A and B, float32, in the clear
+    federated, fp32 FedAvg  A and B of rank 16, float32, in the clear
     federated, compressed   the job without secure aggregation: updates compressed, in the clear
     federated, secure       the job as it is (job.toml): compressed, and the server sees only sums
     centralised             one trainer on the pooled rows, in place of the federation's cohort
 
+The two compressed rows train the job's adapter, a core; the others LoRA of rank 16 at LORA_RATE.
+
 The work is matched by optimizer steps of the same batch (training.batch_tokens). With R rounds, cohorts of K out of N
 clients and S local steps, a federation takes R·K·S client steps in all. The centralised trainer takes R stages of K·S
 steps, as many steps on as many samples; a household alone takes R stages of round(K·S / N) steps, its share of them. As
-in a federated round, each stage starts with a new AdamW, on the same schedule at SOLO_RATE times the learning rate.
+in a federated round, each stage starts with a new AdamW, on the same schedule at SOLO_RATE times LoRA's learning rate.
 
     python benchmarks/demo/run.py                                     # job.toml: about ten minutes on two idle cores
     python benchmarks/demo/run.py --set federation.rounds=2 --set training.local_steps=3 --runs /tmp/tiny
@@ -41,6 +43,8 @@ from fedtune.core.host.process import versions
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import (
     DEMO,
+    LORA_RANK,
+    AdapterSettings,
     CompressionSettings,
     Job,
     SecureAggregationSettings,
@@ -55,6 +59,7 @@ from fedtune.server.simulation.simulate import resume, simulate
 HERE = Path(__file__).parent
 # A single trainer takes half the learning rate; with the federation's, where a mean of ten damps noise, it diverged.
 SOLO_RATE = 0.5
+LORA_RATE = 4e-3
 READING = (
     "Bytes are payload bytes of one client-round, counted where messages are written. Every row is scored on the same "
     "evaluation set of all skills; a household alone has seen only those of its own few devices."
@@ -130,6 +135,8 @@ def fp32_fedavg(job: Job) -> Job:
     """Returns the same federation without compression: a plain mean of float32 A and B."""
     return replace(
         in_the_clear(job),
+        adapter=AdapterSettings("lora", LORA_RANK),
+        training=replace(job.training, optimizer="adamw", learning_rate=LORA_RATE),
         federation=replace(job.federation, aggregation="fedavg"),
         compression=CompressionSettings(preset="none"),
     )
@@ -218,9 +225,7 @@ def _single_trainer(job: Job, data: Path, local_steps: int) -> Job:
     return replace(
         plain,
         data=replace(job.data, train=str(data.absolute())),
-        training=replace(
-            job.training, local_steps=local_steps, learning_rate=job.training.first_learning_rate * SOLO_RATE
-        ),
+        training=replace(plain.training, local_steps=local_steps, learning_rate=LORA_RATE * SOLO_RATE),
         federation=replace(plain.federation, clients_per_round=1, minimum_clients=1),
         simulation=SimulationSettings(threads=job.simulation.threads),
     )

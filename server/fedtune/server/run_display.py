@@ -213,8 +213,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     if clients:
         table.add_row("exact match on the clients' own held-out data", "", f"{clients['exact_match']:.1%}")
     moved, baseline = summary["bytes"]["total"], summary["fp32_fedavg_bytes"]
-    table.add_row("bytes moved (fp32 FedAvg | this run)", format_bytes(baseline), format_bytes(moved))
-    table.add_row("fp32 FedAvg / this run", "", f"{summary['traffic_ratio']:.1f}x")
+    plain = f"fp32 FedAvg of rank {summary['fp32_fedavg_rank']}"
+    table.add_row(f"bytes moved ({plain} | this run)", format_bytes(baseline), format_bytes(moved))
+    table.add_row(f"{plain} / this run", "", f"{summary['traffic_ratio']:.1f}x")
     table.add_row("time", "", format_seconds(summary["seconds"]))
     table.add_row("peak memory", "", f"{summary['peak_rss_mb']:.0f} MB")
     records = summary["records"]

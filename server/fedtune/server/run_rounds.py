@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.host.process import versions
-from fedtune.core.job.settings import Job
+from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.flower.stock_apps import Grid
@@ -27,7 +27,6 @@ from fedtune.strategies.evaluation_round import pooled
 from fedtune.strategies.federation import Federation, initial_state
 
 SHOWN_PROMPTS = 3
-REFERENCE_RANK = 16  # of the LoRA adapter that a core adapter is compared with
 EVALUATING, ANSWERING = "evaluating", "answering the sample prompts"  # names of work that the display shows
 
 Progress = Callable[[int, int], None]
@@ -165,7 +164,8 @@ def _finish(
     rounds = directory.rounds()
     last = rounds[-1]
     up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
-    baseline = fp32_fedavg_bytes(reference_size(federation.layout), rounds)
+    rank = reference_rank(federation.layout)
+    baseline = fp32_fedavg_bytes(lora_size(federation.layout, rank), rounds)
     summary: dict[str, Any] = {
         "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
         "rounds": checkpoint.state.round,
@@ -178,6 +178,7 @@ def _finish(
         "secure_aggregation": secure_summary(federation.job, rounds),
         "tiers": tier_summary(rounds),
         "fp32_fedavg_bytes": baseline,
+        "fp32_fedavg_rank": rank,
         "traffic_ratio": baseline / (up + down) if up + down else 0.0,
         "adapter_parameters": federation.layout.size,
         "learning_rate": federation.job.training.first_learning_rate,
@@ -213,11 +214,14 @@ def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
     return f"none of {len(rounds)} rounds gave an aggregate, the adapter is unchanged. The last: {last}{often}"
 
 
-def reference_size(layout: AdapterLayout) -> int:
-    """Returns the number of values that fp32 FedAvg of A and B would send: a core adapter stands for a usual LoRA."""
-    if layout.kind == "lora":
-        return layout.size
-    return REFERENCE_RANK * sum(module.d_in + module.d_out for module in layout.modules)
+def reference_rank(layout: AdapterLayout) -> int:
+    """Returns the rank of the LoRA adapter that a run is compared with: its own, or the default for a core adapter."""
+    return layout.rank if layout.kind == "lora" else LORA_RANK
+
+
+def lora_size(layout: AdapterLayout, rank: int) -> int:
+    """Returns the number of values of A and B of this rank on the layout's modules."""
+    return rank * sum(module.d_in + module.d_out for module in layout.modules)
 
 
 def fp32_fedavg_bytes(values: int, rounds: Sequence[dict[str, Any]]) -> int:

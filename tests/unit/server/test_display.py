@@ -19,6 +19,7 @@ SUMMARY = {
     "client_evaluation": None,
     "bytes": {"total": 1_000_000},
     "fp32_fedavg_bytes": 40_000_000,
+    "fp32_fedavg_rank": 16,
     "traffic_ratio": 40.0,
     "traffic": Ledger().sent("adapter", 600_000).received("update", 400_000).to_json(),
     "secure_aggregation": {
