@@ -5,6 +5,7 @@
 #     examples/real-model/run.sh [OPTIONS] [FOLDER]      # with fedtune on the PATH; FOLDER is ./real-model by default
 #
 #     --base MODEL     another Hugging Face directory or hub id in place of SmolLM2
+#     --plain          WordNet as prompts and completions, for a model without a chat template
 #     --data FOLDER    your train.jsonl and eval.jsonl in place of WordNet
 #     --set KEY=VALUE  as for fedtune simulate, such as federation.rounds=20; may be given again
 #     --small          two rounds of a few steps on few examples, to see that everything works: three minutes
@@ -13,7 +14,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-folder=real-model base="" data="" train=20000 evaluation=300
+folder=real-model base="" data="" train=20000 evaluation=300 form=chat
 overrides=()
 
 need() { [ -n "${2:-}" ] || { echo "$1: expected a value; see the comment at the top of $0" >&2; exit 2; }; }
@@ -22,6 +23,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --base) need "$@"; base=$2; [ ! -d "$2" ] || base=$(cd "$2" && pwd); shift 2 ;;
         --data) need "$@"; data=$2; shift 2 ;;
+        --plain) form=prompt; shift ;;
         --set) need "$@"; overrides+=(--set "$2"); shift 2 ;;
         --small)
             train=400 evaluation=40
@@ -53,7 +55,7 @@ fi
 
 if [ -z "$data" ] && [ ! -f task/train.jsonl ]; then
     echo "== the task: WordNet's definitions, to be sorted into 45 topics"
-    "$python" "$here/wordnet.py" task --train "$train" --eval "$evaluation"
+    "$python" "$here/wordnet.py" task --train "$train" --eval "$evaluation" --form "$form"
 fi
 
 if [ ! -f run/job.toml ]; then
