@@ -110,7 +110,7 @@ class Book:
 
     def _next_rate(self, row: Row) -> float | None:
         scores = self._scores(row)
-        first, second = (RATES[place] for place in row.scene.first_rates)
+        first, second = (RATES[place] for place in row.first_rates)
         for rate in (first, second):
             if rate not in scores:
                 return rate

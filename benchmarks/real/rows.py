@@ -20,18 +20,20 @@ from fedtune.strategies.assembly import NO_PARTS, Parts
 
 HERE = Path(__file__).parent
 COHORT = 10
-RATES = tuple(2.5e-4 * 2**power for power in range(8))  # the one grid of all rows: 0.00025 to 0.032
+RATES = tuple(2.5e-4 * 2**power for power in range(10))  # the one grid of all rows: 0.00025 to 0.128
 ONCE = "once"
 
 IN_THE_CLEAR = ("secure_aggregation.enabled=false",)
 FLOAT32 = (*IN_THE_CLEAR, "compression.preset=none")
-# The product's default for part-time clients, key by key, so that another default changes no recorded line.
-CORE = ("adapter.kind=core", "adapter.rank=32")
+LORA = ("adapter.kind=lora", "adapter.rank=16", "training.optimizer=adamw")
+CORE = ("adapter.kind=core", "adapter.rank=40", "training.optimizer=muon")
+# The product's default, key by key, so that another default changes no recorded line.
 DEFAULT = (*CORE, "compression.bits=3", "compression.downlink_bits=4")
-# The first edition's defaults. Its secure one is refused since then, for a residual under masks betrays a client.
-FIRST = ("compression.downlink_bits=2", "compression.error_feedback=true", "adapter.rank=16")
-FIRST_SECURE = ("compression.form=ring", "compression.density=0.4", "compression.bits=2", *FIRST)
-FIRST_CLEAR = ("compression.form=sparse", "compression.density=0.07", "compression.bits=3", *FIRST)
+# The first edition's default in the clear. Its secure one is refused: under masks no residual is kept any more.
+FIRST_CLEAR = (
+    *("compression.form=sparse", "compression.density=0.07", "compression.bits=3", "compression.error_feedback=true"),
+    "compression.downlink_bits=2",
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,18 @@ class Method:
 
 
 METHODS = {
-    "float32": Method("A and B, rank 16, float32 (FedAvg)", FLOAT32),
-    "secure": Method("core of rank 32, secure", ("compression.form=ring", *DEFAULT)),
-    "clear": Method("core of rank 32, in the clear", (*IN_THE_CLEAR, "compression.form=dense", *DEFAULT)),
-    "first-secure": Method("first edition's default, secure", FIRST_SECURE),
-    "first-clear": Method("first edition's default, in the clear", (*IN_THE_CLEAR, *FIRST_CLEAR)),
-    "core": Method("core of rank 32, float32", (*FLOAT32, *CORE)),
-    "ffa": Method("B alone, rank 16, float32 (FFA-LoRA)", (*FLOAT32, "federation.aggregation=ffa")),
-    "centralised": Method("centralised LoRA, rank 16", FLOAT32),
-    "alone": Method("each client alone, LoRA of rank 16 (mean of 8)", FLOAT32),
+    "float32": Method("A and B, rank 16, float32 (FedAvg)", (*FLOAT32, *LORA)),
+    "secure": Method("the default, secure: core of rank 40", ("compression.form=ring", *DEFAULT)),
+    "clear": Method("the default, in the clear", (*IN_THE_CLEAR, "compression.form=dense", *DEFAULT)),
+    "core": Method("core of rank 40, float32", (*FLOAT32, *CORE)),
+    "lora-secure": Method(
+        "A and B, rank 16, secure",
+        ("compression.form=ring", *LORA, "compression.bits=3", "compression.downlink_bits=4"),
+    ),
+    "first-clear": Method("first edition's default, in the clear", (*IN_THE_CLEAR, *LORA, *FIRST_CLEAR)),
+    "ffa": Method("B alone, rank 16, float32 (FFA-LoRA)", (*FLOAT32, *LORA, "federation.aggregation=ffa")),
+    "centralised": Method("centralised LoRA, rank 16", (*FLOAT32, *LORA)),
+    "alone": Method("each client alone, LoRA of rank 16 (mean of 8)", (*FLOAT32, *LORA)),
 }
 REFERENCE = "float32"
 
@@ -68,13 +73,14 @@ class Scene:
     Args:
         job: job file that all rows change.
         seeds: seeds of the training; the first one chooses the learning rate.
-        first_rates: the places in RATES at which the search begins.
+        lora_rates, core_rates: the places in RATES at which the search begins, by kind of adapter.
     """
 
     name: str
     job: Path
     seeds: tuple[int, ...]
-    first_rates: tuple[int, int]
+    lora_rates: tuple[int, int]
+    core_rates: tuple[int, int] = (6, 7)
 
 
 SCENES = {
@@ -104,6 +110,11 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.scene.name}/{self.method}/{self.participation}"
+
+    @property
+    def first_rates(self) -> tuple[int, int]:
+        """The places in RATES at which the search for the learning rate begins."""
+        return self.scene.core_rates if CORE[0] in METHODS[self.method].keys else self.scene.lora_rates
 
     @property
     def draws(self) -> tuple[Draw, ...]:

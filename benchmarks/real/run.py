@@ -5,8 +5,10 @@ Rows are what is trained and sent, at a participation, on a base model:
     participation   share of the clients in a round: 1.0, 0.5, 0.1, or once, where every client takes part in one round
     float32         FedAvg of A and B of rank 16, 4 bytes a number in both directions; the other rows compare with it
     secure, clear   the product's default with secure aggregation and without
-    first-…         the first edition's defaults: rank 16, error feedback
-    ffa, core       B alone, and the square matrix between fixed factors alone, in float32
+    core            the default's adapter, a square matrix between fixed factors (R alone), in float32
+    lora-secure     A and B of rank 16 as the default sends them
+    first-clear     the first edition's default in the clear: rank 16, the largest values, error feedback
+    ffa             B alone, in float32
     centralised     one trainer on all clients' records, with as many steps as all of a round's clients together
     alone           one client on its own records, with its share of those steps
 
