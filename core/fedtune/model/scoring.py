@@ -100,9 +100,11 @@ def scored_batches(examples: Sequence[Example], batch_tokens: int) -> list[Score
     return [ScoredBatch(batch) for batch in micro_batches(examples, batch_tokens)]
 
 
-def answered_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int = ANSWER_TOKENS) -> list[AnsweredPrompts]:
-    """Cuts prompts, in their order, into groups of a size that is decoded together."""
-    groups = [prompts[first : first + ANSWERED_TOGETHER] for first in range(0, len(prompts), ANSWERED_TOGETHER)]
+def answered_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int = ANSWER_TOKENS, together: int = ANSWERED_TOGETHER
+) -> list[AnsweredPrompts]:
+    """Cuts prompts, in their order, into groups of at most `together` that are decoded at once."""
+    groups = [prompts[first : first + together] for first in range(0, len(prompts), together)]
     return [AnsweredPrompts(group, max_new_tokens) for group in groups]
 
 

@@ -105,8 +105,8 @@ class HeldOut:
 
     @property
     def samples(self) -> list[AnsweredPrompts]:
-        """The pieces that answer the shown prompts."""
-        return answered_prompts(prompt_ids([shown.input for shown in self.shown], self._tokenizer))
+        """The pieces that answer the shown prompts, one each: there are few, and every worker takes one."""
+        return answered_prompts(prompt_ids([shown.input for shown in self.shown], self._tokenizer), together=1)
 
     def _ask(self, path: Path, answer_tokens: int) -> None:
         """Prepares the pieces that generate an answer to every example with a prompt."""
