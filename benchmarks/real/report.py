@@ -39,6 +39,7 @@ def publish(book: Book, rows: Sequence[Row]) -> None:
         own = {row: outcomes for row, outcomes in measured.items() if row.scene.name == scene}
         text += [f"## {TITLES[scene]}", _facts(own), table(book, own), "By rounds, on the validation records:"]
         text.append(by_rounds(own))
+        text.append(owed(book, [row for row in rows if row.scene.name == scene]))
     draw(measured, PLOT)
     text += [f"![Exact match against bytes]({PLOT.name})", __doc__ or ""]
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in text) + "\n", encoding="utf-8")
@@ -76,8 +77,28 @@ def by_rounds(measured: Mapping[Row, Outcomes]) -> str:
     return _markdown(lines)
 
 
+def owed(book: Book, rows: Sequence[Row]) -> str:
+    """Returns sentences about rows, learning rates and seeds that are still to be measured; "" if there are none."""
+    absent, partial = [], []
+    for row in rows:
+        done = len(book.outcomes(row))
+        if not done:
+            absent.append(row.name)
+        elif done < len(row.draws) or not book.tuned(row):
+            partial.append(row.name)
+    texts = [
+        f"{said}: {', '.join(name.partition('/')[2] for name in names)}."
+        for said, names in (("Fewer seeds or rates than planned", partial), ("Not measured yet", absent))
+        if names
+    ]
+    return " ".join(texts)
+
+
 def paired(ours: Outcomes, reference: Outcomes) -> tuple[float, float, float] | None:
-    """Returns the mean difference of exact match and its interval's ends; None where nothing can be paired."""
+    """Returns the mean difference of exact match and its interval's ends; None where nothing can be paired.
+
+    A seed counts where both have it.
+    """
     pairs = [(ours[draw], reference[Draw(draw.seed)]) for draw in ours if Draw(draw.seed) in reference]
     if not pairs:
         return None
@@ -138,7 +159,7 @@ def _cells(book: Book, row: Row, outcomes: Outcomes, reference: Outcomes) -> Seq
     gap = paired(outcomes, reference) if row.method != REFERENCE else None
     against = f"{100 * gap[0]:+.1f} ({100 * gap[1]:+.1f} … {100 * gap[2]:+.1f})" if gap else ""
     quality = [
-        *(_part(row), METHODS[row.method].title, rate, f"{len(done)}", f"{done[0]['trained']:,}"),
+        *(_part(row), METHODS[row.method].title, rate, _seeds(outcomes, reference), f"{done[0]['trained']:,}"),
         *(f"{_mean(done, 'exact_match'):.1%}", against, f"{_mean(done, 'loss'):.3f}"),
     ]
     if row.method in NO_BYTES:
@@ -153,6 +174,12 @@ def _cells(book: Book, row: Row, outcomes: Outcomes, reference: Outcomes) -> Seq
         f"{ours / 1e6:,.2f}" if ours else "not reached",
         f"{theirs / ours:.1f}x" if ours and theirs else "",
     ]
+
+
+def _seeds(outcomes: Outcomes, reference: Outcomes) -> str:
+    """Returns the number of trainings, and how many of them are paired with the reference where not all are."""
+    pairs = sum(Draw(draw.seed) in reference for draw in outcomes)
+    return f"{len(outcomes)}" if pairs == len(outcomes) else f"{len(outcomes)}, {pairs} paired"
 
 
 def _to_target(outcomes: Outcomes, reference: Outcomes) -> float | None:
