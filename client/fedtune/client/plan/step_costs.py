@@ -5,7 +5,7 @@ of its factors A and B, which are trained (then P = F) or fixed:
 
     resident       N_lin·w + N_other·β + 8P                    w: NF4 0.516, int4 0.641, or β; adapter, its gradient
     adapter        8P + 8P + F·β                               Adam's moments; received and sent; the factors in β
-    core           4F                                          the fixed factors in float32, as they were computed
+    core           4F + min(24 · the largest linear layer, 32 MiB)     fixed factors in float32, and their computation
     activations    L·n·[8d + 2βd + 4(q + 2k) + 4q + βq + m·βf]     q, k: query and key width; m = 4 gated, otherwise 2
       of which     two norms in float32 and their outputs, attention in float32, its output, the MLP
       checkpointed L·n·βd + one layer of the above
@@ -38,6 +38,8 @@ VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PACKED_BYTES = {"nf4": 4.127 / 8, "int4": 5.125 / 8}  # of a number in a packed base
 HEAP = 1.3
 FLOOR = 5 << 20  # code and tables that the first step of a process brings in
+FACTORISER_BYTES = 24  # per parameter of the layer whose fixed factors are computed: three copies in float64
+KEPT_BLOCK = 32 << 20  # glibc gives larger blocks back to the system
 QUANTIZER_BYTES = 20  # per parameter of the layer that is being packed
 EFFICIENCY = 0.35
 PACKED_SLOWDOWN = 1.3  # of unpacking the weights for every product on CPUs
@@ -109,7 +111,8 @@ def predict_memory(
     linear_bytes = PACKED_BYTES[choices.quantization] if choices.weights == "packed" else beta
     weights = shape.linear_parameters * linear_bytes + shape.other_parameters * beta
     factors = shape.factor_parameters(choices.rank)
-    fixed = 4 * factors if choices.kind == "core" else 0
+    computed = FACTORISER_BYTES * shape.largest_linear if choices.kind == "core" else 0
+    fixed = 4 * factors + min(computed, KEPT_BLOCK) if choices.kind == "core" else 0
     adapter = 24 * shape.adapter_parameters(choices.kind, choices.rank) + beta * factors + fixed
     layer = tokens * layer_bytes_per_token(shape, beta, choices.cuda)
     activations = shape.layers * layer
@@ -123,7 +126,7 @@ def predict_memory(
         working, floor, heap, loading = max(transient, head), 0, 1.0, weights  # packed on the CPU, then moved
     else:
         working, floor, heap = transient + head, FLOOR, HEAP
-        loading = shape.file_bytes + weights + shape.largest_linear * QUANTIZER_BYTES
+        loading = shape.file_bytes + weights + max(shape.largest_linear * QUANTIZER_BYTES, computed)
     waste = (kappa * heap - 1.0) * (activations + working)
     return MemoryPrediction(
         round(weights), round(adapter), round(activations), round(working + waste + floor), round(loading)
