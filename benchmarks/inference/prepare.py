@@ -59,7 +59,7 @@ def main() -> None:
             options = ExportOptions()
         else:
             run = random_run(folder)
-            options = ExportOptions(max_drop=100.0)
+            options = ExportOptions(max_drop=100.0, max_rise=1e9)
         export(ExportRequest(run, FORMATS, folder / "onnx", options), display)
     finished = open_run(run)
     examples = held_out_examples(finished, None)

@@ -13,14 +13,15 @@ from pathlib import Path
 from fedtune.server.export.build_child import build_one
 from fedtune.server.export.builder import Build
 from fedtune.server.export.exporter import Exported, ExportTools
+from fedtune.server.export.grid_graph import Progress
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_display import Silent
 
 MakeRun = Callable[..., Path]
 
 
-def build_here(builds: Sequence[Build], log: Path) -> list[str]:
-    """Builds models as the child process does; test_architectures runs the child itself."""
+def build_here(wanted: Build, log: Path, watch: Progress) -> str:
+    """Builds a model as the child process does; test_architectures runs the child itself."""
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     with (
@@ -30,9 +31,8 @@ def build_here(builds: Sequence[Build], log: Path) -> list[str]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        tables = [json.loads(json.dumps(asdict(wanted), default=str)) for wanted in builds]
         try:
-            return [build_one(table) for table in tables]
+            return build_one(json.loads(json.dumps(asdict(wanted), default=str)), watch)
         finally:
             root.handlers, root.level = before
 

@@ -88,20 +88,25 @@ def quantize(weight: Tensor, bits: int = 4, *, importance: Tensor | None = None,
         # Transposed, (32, blocks), so that sums over a block are sums of rows.
         found = _search(padded[part].T.contiguous(), h, steps, 2**bits - 1)
         codes[part], scales[part], zeros[part] = found[0].T, found[1], found[2]
-    return GridWeight(
-        (d_out, d_in),
-        _pack(codes.reshape(d_out, blocks, BLOCK), bits),
-        scales.reshape(d_out, blocks),
-        _pack(zeros.reshape(d_out, blocks), bits),
-    )
+    shape, by_row = (d_out, d_in), (d_out, blocks)
+    return pack(shape, codes.reshape(*by_row, BLOCK), scales.reshape(by_row), zeros.reshape(by_row), bits)
+
+
+def pack(shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> GridWeight:
+    """Packs codes (d_out, blocks, 32), scales (d_out, blocks) and zero points (d_out, blocks)."""
+    return GridWeight(shape, _pack(codes, bits), scales, _pack(zeros, bits))
+
+
+def zero_points(packed: GridWeight) -> Tensor:
+    """Returns the zero points of the blocks: uint8, (d_out, blocks)."""
+    return _unpack(packed.zeros, packed.bits, packed.scales.shape[1])
 
 
 def dequantize(packed: GridWeight, dtype: torch.dtype) -> Tensor:
     """Returns Ŵ, (d_out, d_in), on the device of the codes; computed in float32, then rounded to the dtype."""
     d_out, d_in = packed.shape
-    blocks = packed.scales.shape[1]
     codes = _unpack(packed.codes, packed.bits, BLOCK).float()
-    zeros = _unpack(packed.zeros, packed.bits, blocks).float()
+    zeros = zero_points(packed).float()
     values = packed.scales[..., None] * (codes - zeros[..., None])
     return values.reshape(d_out, -1)[:, :d_in].to(dtype)
 

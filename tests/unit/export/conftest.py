@@ -29,8 +29,8 @@ def make_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """
     made: dict[str, Path] = {}
 
-    def make(architecture: str = "llama", seed: int = 0, **settings: Any) -> Path:
-        key = f"{architecture} {seed} {sorted(settings.items())}"
+    def make(architecture: str = "llama", seed: int = 0, quantization: str = "nf4", **settings: Any) -> Path:
+        key = f"{architecture} {seed} {quantization} {sorted(settings.items())}"
         if key not in made:
             path = tmp_path_factory.mktemp("runs") / f"run-{seed}"
             data = path.with_name("eval.jsonl")
@@ -39,6 +39,7 @@ def make_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
                 None,
                 [
                     f'model.base="{make_model(architecture, **settings)}"',
+                    f'model.quantization="{quantization}"',
                     f'data.evaluation="{data}"',
                     "data.sequence_length=64",
                     "adapter.kind=lora",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from export_helpers import HERE, MakeRun, export_adapter, export_run
 
 from fedtune.core.errors import ExportError, InputError, ModelError, RunDirectoryError, RunError
@@ -19,10 +21,14 @@ from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.protocol.model_manifest import manifest_digest, verify
 from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
+from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
-from fedtune.server.export.request import ExportOptions, export
+from fedtune.server.export.grid_graph import Progress
+from fedtune.server.export.merge import merge, open_run
+from fedtune.server.export.request import ExportOptions, ExportRequest, export
+from fedtune.server.run_display import Silent
 
-LENIENT = ExportOptions(max_drop=100.0)  # random weights have nothing to lose
+LENIENT = ExportOptions(max_drop=100.0, max_rise=1e9)  # random weights have nothing to lose
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +59,8 @@ def product_bits(directory: Path) -> set[int]:
     return {attribute.i for node in products for attribute in node.attribute if attribute.name == "bits"}
 
 
-def test_int4_holds_four_bit_products(exported: Path) -> None:
-    assert product_bits(exported / "int4") == {4}
+def test_int4_holds_four_bit_products_and_a_head_of_eight(exported: Path) -> None:
+    assert product_bits(exported / "int4") == {4, 8}
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "MODEL_CARD.md"])
@@ -103,34 +109,152 @@ def test_a_folder_above_exports_names_them(exported: Path) -> None:
         verify(exported)
 
 
-def test_a_closed_gate_leaves_nothing_that_looks_exported(make_run: MakeRun, tmp_path: Path) -> None:
+def test_where_no_format_passes_nothing_looks_exported(make_run: MakeRun, tmp_path: Path) -> None:
     refused = []
 
-    def closed(candidate: Candidate, reference: Reference) -> GateReport:
-        report = gate(candidate, reference)
+    def closed(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
         refused.append(candidate.form)
-        return replace(report, failures=("it is worse",)) if candidate.form == "int8" else report
+        return replace(gate(candidate, reference, watch), failures=("it is worse",))
 
-    with pytest.raises(RunError, match="int8: the export differs from the merged model: it is worse; 2 recipes"):
-        export_run(make_run(), ["fp32", "int8"], tmp_path / "out", tools=replace(HERE, gate=closed))
+    with pytest.raises(RunError, match="fp32: it differs from the merged model: it is worse; nothing was exported"):
+        export_run(make_run(), ["fp16"], tmp_path / "out", tools=replace(HERE, gate=closed))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["export.log"]
-    assert refused == ["int8", "int8"]
+    assert refused == ["fp16", "fp32"]
 
 
-def test_int4_that_fails_is_quantized_better_before_it_is_given_up(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_format_that_cannot_pass_gives_way_to_the_next_larger_and_says_why(make_run: MakeRun, tmp_path: Path) -> None:
+    tried = []
+
+    def picky(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
+        report = gate(candidate, reference, watch)
+        tried.append(candidate.form)
+        return replace(report, failures=("perplexity rose",)) if candidate.form == "int4" else report
+
+    options = replace(LENIENT, force=True)
+    done = export_run(make_run(), ["int4", "int8"], tmp_path, options, replace(HERE, gate=picky))
+    assert [each.format for each in done] == ["int8"]
+    assert tried == ["int4", "int4", "int8"]
+    reason = "int4 was asked for and gave way to int8: int4: it differs from the merged model: perplexity rose"
+    manifest, card = verify(tmp_path / "int8"), (tmp_path / "int8" / "MODEL_CARD.md").read_text()
+    for remarks in (done[0].remarks, manifest.provenance["remarks"], [card]):
+        assert any(reason in remark for remark in remarks)
+    with pytest.raises(ExportError, match="int8: exists already"):
+        export_run(make_run(), ["int4"], tmp_path, LENIENT, replace(HERE, gate=picky))
+
+
+def test_int4_that_fails_gets_more_bits_before_it_is_given_up(make_run: MakeRun, tmp_path: Path) -> None:
     tries = []
 
-    def picky(candidate: Candidate, reference: Reference) -> GateReport:
-        report = gate(candidate, reference)
-        tries.append(report.max_logit_error)
-        return report if len(tries) == 4 else replace(report, failures=("not yet",))
+    def picky(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
+        report = gate(candidate, reference, watch)
+        tries.append(report.bytes)
+        return report if len(tries) == 2 else replace(report, failures=("not yet",))
 
-    run = make_run("llama", intermediate_size=128)  # k-quant takes no odd number of blocks
-    (done,) = export_run(run, ["int4"], tmp_path, LENIENT, replace(HERE, gate=picky))
-    assert done.recipe == "4 bits, k-quant, blocks of 32; head and sensitive layers in 8 bits"
-    assert len(tries) == 4
-    assert product_bits(done.path) == {4, 8}
+    (done,) = export_run(make_run(), ["int4"], tmp_path, LENIENT, replace(HERE, gate=picky))
+    assert "the most sensitive third" in done.recipe
+    assert tries[0] < tries[1]
     assert verify(done.path).provenance["recipe"] == done.recipe
+
+
+def test_the_gate_refuses_a_rise_of_perplexity_where_nothing_is_exact(make_run: MakeRun, exported: Path) -> None:
+    """Untrained models answer nothing exactly, so exact match has nothing to lose."""
+    run = open_run(make_run())
+    reference = Reference(run.base, held_out_examples(run, None))  # not merged, hence another perplexity
+
+    def check(allowed: float) -> GateReport:
+        return gate(Candidate(exported / "fp32", "int8", 100.0, allowed), reference, Silent().progress)
+
+    whole = check(1e9)
+    assert whole.passed
+    assert whole.reference_exact_match == whole.exact_match == 0
+    rise = 100 * (whole.perplexity / whole.reference_perplexity - 1)
+    assert abs(rise) > 0.01
+    assert check(rise + 0.001).passed
+    refused = check(rise - 0.001)
+    assert refused.failures == (f"perplexity rose by {rise:.1f}%; expected at most {rise - 0.001:g}%",)
+
+
+def test_perplexity_is_that_of_the_completion_s_tokens(make_run: MakeRun, exported: Path) -> None:
+    run = open_run(make_run())
+    merge(run)
+    examples = held_out_examples(run, None)[:3]
+    report = gate(Candidate(exported / "fp32", "fp32", 0.0, 0.0), Reference(run.base, examples), Silent().progress)
+    losses = []
+    for example in examples:
+        ids = torch.from_numpy(example.ids.astype("int64"))
+        with torch.no_grad():
+            likely = run.base.network(ids[None]).logits[0].log_softmax(-1)
+        losses += [-float(likely[at - 1, ids[at]]) for at in range(example.first_target, len(ids))]
+    expected = math.exp(sum(losses) / len(losses))
+    assert report.perplexity == pytest.approx(expected, rel=1e-4)
+    assert report.reference_perplexity == pytest.approx(expected, rel=1e-4)
+
+
+class Notes(Silent):
+    """Keeps what an export says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.tasks: dict[str, tuple[int, int]] = {}
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, task: str, done: int, count: int) -> None:
+        self.tasks[task] = (done, count)
+
+
+def test_an_export_shows_its_progress_and_compensates_errors_on_examples_of_its_own(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.jsonl"
+    rows = [{"prompt": f"turn off the fan in room {room}", "completion": f" fan {room} off"} for room in range(90)]
+    many.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reports = []
+    for data in (many, None):
+        display, out = Notes(), tmp_path / str(data is None)
+        options = replace(LENIENT, data=data, prompts=20)
+        (done,) = export(ExportRequest(make_run(), ("int4",), out, options), display, HERE)
+        reports.append(done.report)
+        small = [note for note in display.notes if "The calibration set is too small" in note]
+        assert bool(small) == (data is None)
+        assert ("least squares" in done.recipe) == (data is None)
+        assert verify(done.path).provenance["calibration_examples"] == (64 if data else 0)
+        wanted = {"int4: writing the float graph", "int4: quantizing", "int4: comparing with the merged model"}
+        assert wanted | ({"int4: calibrating"} if data else set()) == set(display.tasks)
+        assert all(done == count for done, count in display.tasks.values())
+    assert reports[0].prompts == 20
+
+
+def test_examples_of_another_task_are_said(make_run: MakeRun, tmp_path: Path) -> None:
+    run = shutil.copytree(make_run(), tmp_path / "run-0")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"eval_after": {"loss": 0.5}}))
+    (done,) = export_run(run, ["fp32"], tmp_path / "out")
+    (remark,) = done.remarks
+    assert "look unlike the run's own" in remark
+    assert "give examples of the run's task: --data FILE" in remark
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_in_int4_is_served_with_the_numbers_it_was_trained_with(
+    make_run: MakeRun, tmp_path: Path, tied: bool
+) -> None:
+    run = make_run("llama", quantization="int4", tie_word_embeddings=tied)
+    exact = replace(LENIENT, exact_products=True)
+    (done,) = export_run(run, ["int4"], tmp_path / "beside", exact)
+    apart = export_adapter(run, "int4", tmp_path / "apart", exact)
+    for report in (done.report, apart.report):
+        assert report.max_logit_error < 1e-4
+        assert report.argmax_agreement == 1.0
+    graph = onnx.load(done.path / "model.onnx", load_external_data=False).graph
+    assert any(node.op_type == "GatherBlockQuantized" for node in graph.node) == tied
+
+
+@pytest.mark.parametrize("key", ["block_size", "accuracy_level"])
+def test_options_about_quantization_are_refused(make_run: MakeRun, tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=f"--option {key}: fedtune quantizes by its own recipes"):
+        export_run(make_run(), ["int4"], tmp_path / "out", ExportOptions(builder={key: "16"}))
 
 
 def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
@@ -209,8 +333,9 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(make_run: MakeRun, t
 
 
 def test_a_builder_that_fails_gives_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the builder's log is"):
-        build([Build(tmp_path / "nowhere", tmp_path / "out", "fp32", Recipe("float32"))], tmp_path / "log")
+    wanted = Build(tmp_path / "nowhere", tmp_path / "out", "fp32", Recipe("float32"))
+    with pytest.raises(RunError, match="the log is"):
+        build(wanted, tmp_path / "log", Silent().progress)
     assert "Traceback" in (tmp_path / "log").read_text()
 
 

@@ -8,22 +8,22 @@ default, so the base alone runs with zeros, and onnxruntime-genai swaps in what 
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import ModelError
+from fedtune.server.export.grid_graph import DATA, FACTOR
 from fedtune.server.export.merge import FinishedRun
 
-_FACTOR = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.lora_([AB])\.MatMul\.weight")
 _BLOCKS = {"attn": "self_attn"}
-_DATA = "model.onnx.data"
 
 
 def modules(layout: AdapterLayout) -> list[list[Any]]:
@@ -38,21 +38,26 @@ def open_inputs(directory: Path, layout: AdapterLayout) -> None:
         ModelError: the graph does not hold the factors of every module.
     """
     model = onnx.load(directory / "model.onnx")
-    found = 0
-    for initializer in model.graph.initializer:
-        if _FACTOR.fullmatch(initializer.name):
-            zeros = np.zeros(tuple(initializer.dims), dtype=onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
-            initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
-            shape = list(initializer.dims)
-            model.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, initializer.data_type, shape))
-            found += 1
-    if found != 2 * len(layout.modules):
-        raise ModelError(
-            f"the written base has {found} of {2 * len(layout.modules)} factors apart from its weights; "
-            "this architecture's adapters can only be merged"
-        )
-    (directory / _DATA).unlink(missing_ok=True)
-    onnx.save_model(model, directory / "model.onnx", save_as_external_data=True, location=_DATA)
+    for initializer in _factors(model, layout):
+        zeros = np.zeros(tuple(initializer.dims), dtype=onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+        initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
+        shape = list(initializer.dims)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, initializer.data_type, shape))
+    _save(model, directory)
+
+
+def fill_in(directory: Path, run: FinishedRun) -> None:
+    """Gives the factors of a written model the run's values, beside the base's products.
+
+    Raises:
+        ModelError: the graph does not hold the factors of every module.
+    """
+    model = onnx.load(directory / "model.onnx")
+    for initializer in _factors(model, run.layout):
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type)
+        value = _value(run, initializer.name, list(initializer.dims), dtype)
+        initializer.CopyFrom(numpy_helper.from_array(value, initializer.name))
+    _save(model, directory)
 
 
 def write_adapter(path: Path, directory: Path, run: FinishedRun) -> None:
@@ -64,26 +69,51 @@ def write_adapter(path: Path, directory: Path, run: FinishedRun) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # onnxruntime warns about inputs with defaults, which are intended here
     session = onnxruntime.InferenceSession(directory / "model.onnx", options)
-    pairs = run.layout.pairs(run.adapter)
     parameters = {}
     for node in session.get_overridable_initializers():
-        if not (match := _FACTOR.fullmatch(node.name)):
-            continue
-        layer, block, projection, letter = match.groups()
-        name = next(
-            (name for name in pairs if name.endswith(f"layers.{layer}.{_BLOCKS.get(block, block)}.{projection}")), ""
-        )
-        if not name:
-            raise ModelError(f"{directory}: takes {node.name}, which the adapter does not have")
-        lora_a, lora_b = pairs[name]
-        factor = lora_a.T if letter == "A" else run.layout.scaling * lora_b.T
-        if list(factor.shape) != node.shape:
-            raise ModelError(f"{directory}: {node.name} has shape {node.shape}; expected {list(factor.shape)}")
-        dtype = np.float16 if node.type == "tensor(float16)" else np.float32
-        value = np.ascontiguousarray(factor, dtype=dtype)
-        parameters[node.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
+        if FACTOR.fullmatch(node.name):
+            dtype = np.float16 if node.type == "tensor(float16)" else np.float32
+            value = _value(run, node.name, node.shape, dtype)
+            parameters[node.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters(parameters)
     adapter.export_adapter(str(path))
+
+
+def _factors(model: onnx.ModelProto, layout: AdapterLayout) -> list[onnx.TensorProto]:
+    """Returns the initializers that are factors; raises ModelError unless there are two for every module."""
+    found = [initializer for initializer in model.graph.initializer if FACTOR.fullmatch(initializer.name)]
+    if len(found) != 2 * len(layout.modules):
+        raise ModelError(
+            f"the written base has {len(found)} of {2 * len(layout.modules)} factors apart from its weights; "
+            "this architecture's adapters can only be merged"
+        )
+    return found
+
+
+def _value(run: FinishedRun, name: str, shape: Sequence[int], dtype: Any) -> npt.NDArray[Any]:
+    """Returns the value of a factor in the graph's layout.
+
+    Raises:
+        ModelError: the run has no such factor, or one of another shape.
+    """
+    match = FACTOR.fullmatch(name)
+    assert match is not None
+    layer, block, projection, letter = match.groups()
+    pairs = run.layout.pairs(run.adapter)
+    ending = f"layers.{layer}.{_BLOCKS.get(block, block)}.{projection}"
+    module = next((each for each in pairs if each.endswith(ending)), "")
+    if not module:
+        raise ModelError(f"the written base takes {name}, which the adapter does not have")
+    lora_a, lora_b = pairs[module]
+    factor = lora_a.T if letter == "A" else run.layout.scaling * lora_b.T
+    if list(factor.shape) != list(shape):
+        raise ModelError(f"the written base's {name} has shape {list(shape)}; expected {list(factor.shape)}")
+    return np.ascontiguousarray(factor, dtype=dtype)
+
+
+def _save(model: onnx.ModelProto, directory: Path) -> None:
+    (directory / DATA).unlink(missing_ok=True)
+    onnx.save_model(model, directory / "model.onnx", save_as_external_data=True, location=DATA)

@@ -1,4 +1,7 @@
-"""The child process of `builder.build`, which reads builds as JSON, answers with their writers and logs on stderr."""
+"""The child process of `builder.build`: it reads a build as JSON, answers in lines of JSON and logs on stderr.
+
+{"progress": ["quantizing", 3, 151]}    {"writer": "onnxruntime-genai"}    {"error": "MemoryError: ..."}
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,30 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-_DATA = "model.onnx.data"
+from fedtune.server.export.grid_graph import DATA, Grid, Progress, rewrite
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_UNPACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def main() -> None:
-    """Prints a list of writers and returns 0, or prints {"error": ...} and returns 1."""
+    """Answers and ends with status 0, or 1 after an error."""
     _end_with_parent()
     # Libraries that print shall print into the log: descriptor 1 becomes 2, and only the answer goes to the old 1.
-    answer = os.fdopen(os.dup(1), "w")
+    answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+
+    def tell(task: str, done: int, count: int) -> None:
+        print(json.dumps({"progress": [task, done, count]}), file=answer)
+
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            result: Any = [build_one(wanted) for wanted in json.load(sys.stdin)]
+            result = {"writer": build_one(json.load(sys.stdin), tell)}
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {_first_line(error)}"}
-    json.dump(result, answer)
+    print(json.dumps(result), file=answer)
     answer.close()
-    sys.exit(isinstance(result, dict))
+    sys.exit("error" in result)
 
 
 def _end_with_parent() -> None:
@@ -46,13 +53,25 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def build_one(wanted: dict[str, Any]) -> str:
+def build_one(wanted: dict[str, Any], watch: Progress) -> str:
     """Writes one model; `wanted` is a `builder.Build` as a table. Returns the name of the writer."""
-    if wanted["format"] == "fp16" and wanted["provider"] == "cpu":
-        # onnxruntime multiplies no float16 on CPUs, and the builder's float16 graph fails there with grouped queries.
-        writer = build_one(wanted | {"format": "fp32"})
-        _store_in_half(wanted["out"])
-        return writer
+    directory, grid = Path(wanted["out"]), wanted["recipe"]["grid"]
+    # onnxruntime multiplies no float16 on CPUs, and the builder's float16 graph fails there with grouped queries.
+    halved = wanted["format"] == "fp16" and wanted["provider"] == "cpu"
+    precision = "fp32" if halved or (grid and wanted["provider"] == "cpu") else "fp16" if grid else wanted["format"]
+    watch("writing the float graph", 0, 1)
+    writer = _write_float(wanted | {"format": precision})
+    watch("writing the float graph", 1, 1)
+    if halved:
+        _store_in_half(directory)
+    if grid:
+        calibration = wanted["calibration"] if wanted["recipe"]["calibrated"] else ()
+        rewrite(directory, Grid(**grid), calibration, wanted["provider"], watch)
+    return writer
+
+
+def _write_float(wanted: dict[str, Any]) -> str:
+    """Writes the float graph and returns the name of its writer."""
     try:
         _build_with_genai(wanted)
     except OSError:  # a full disk stops the other writer too
@@ -67,11 +86,11 @@ def build_one(wanted: dict[str, Any]) -> str:
         return "onnxruntime-genai"
     from fedtune.server.export import generic
 
-    generic.build(wanted["source"], wanted["out"], wanted["format"], wanted["recipe"]["options"])
+    generic.build(wanted["source"], wanted["out"])
     return "torch.onnx"
 
 
-def _store_in_half(directory: str) -> None:
+def _store_in_half(directory: Path) -> None:
     """Stores the float32 matrices of a written model as float16, each with a cast that is folded at loading.
 
     This halves the bytes on disk and on the wire; the arithmetic stays float32, which CPUs support.
@@ -79,7 +98,7 @@ def _store_in_half(directory: str) -> None:
     Raises:
         OverflowError: a weight is beyond float16's range.
     """
-    path = Path(directory) / "model.onnx"
+    path = directory / "model.onnx"
     model = onnx.load(path)
     casts = []
     for initializer in model.graph.initializer:
@@ -95,8 +114,8 @@ def _store_in_half(directory: str) -> None:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    (path.parent / _DATA).unlink(missing_ok=True)
-    onnx.save_model(model, path, save_as_external_data=True, location=_DATA)
+    (path.parent / DATA).unlink(missing_ok=True)
+    onnx.save_model(model, path, save_as_external_data=True, location=DATA)
 
 
 def _build_with_genai(wanted: dict[str, Any]) -> None:
@@ -105,29 +124,15 @@ def _build_with_genai(wanted: dict[str, Any]) -> None:
 
     source, out = wanted["source"], wanted["out"]
     config: Any = AutoConfig.from_pretrained(source, local_files_only=True)
-    options = {"hf_token": "false", **wanted["recipe"]["options"], **wanted["options"]}
+    options = {"hf_token": "false", **wanted["options"]}
     if config.tie_word_embeddings and wanted["adapter"] is None:
         options.setdefault("shared_embeddings", "true")
     if wanted["adapter"] is not None:
         options["adapter_path"] = wanted["adapter"]
-        options.setdefault("nodes_to_exclude", ",".join(_factor_nodes(wanted["adapter"])))
     pairs = [f"{key}={value}" for key, value in options.items()]
     with tempfile.TemporaryDirectory() as cache:
         where = (None, source, out, wanted["format"], wanted["provider"], cache)
         builder.create_model(*where, **builder.parse_extra_options(*where, pairs))
-
-
-def _factor_nodes(adapter: str) -> list[str]:
-    """Returns the builder's names of the products with the adapter's factors, which are small and stay in float."""
-    targets = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
-    names = []
-    for target in targets:
-        _, _, inside = target.partition("layers.")
-        layer, block, projection = inside.split(".")
-        folder = {"self_attn": "attn"}.get(block, block)
-        for part in _UNPACKED.get(projection, (projection,)):
-            names += [f"/model/layers.{layer}/{folder}/{part}/{letter}/MatMul" for letter in ("lora_A", "lora_B")]
-    return names
 
 
 def _first_line(error: Exception) -> str:

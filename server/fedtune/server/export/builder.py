@@ -1,8 +1,9 @@
 """Writing ONNX in a child process, since builders log a lot, need as much memory as the model, and may crash.
 
-    attempts = build([Build(source, out, "int4", Recipe("RTN, blocks of 32"))], log=path)
+    writer = build(Build(source, out, "int4", RECIPES["int4"][0]), path, watch)
 
-The child tries onnxruntime-genai's model builder first, and `torch.onnx` for architectures that it does not know.
+The child writes a float graph with onnxruntime-genai's model builder, or with `torch.onnx` for architectures that the
+builder does not know, and then quantizes it as the recipe says (grid_graph.py).
 """
 
 from __future__ import annotations
@@ -11,48 +12,56 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fedtune.core.errors import RunError
 from fedtune.core.protocol.model_manifest import Format
+from fedtune.server.export.grid_graph import Grid, Progress
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The way to quantize a model to a format.
+    """The way to store a model's weights in a format.
 
     Args:
         name: a description for people.
-        options: the model builder's extra options.
+        grid: the way to quantize; None for float weights.
+        calibrated: whether errors are compensated for the inputs that calibration texts give.
+        beside: whether the adapter's factors stay beside the base's own numbers, in float, instead of being merged.
     """
 
     name: str
-    options: dict[str, str] = field(default_factory=dict)
+    grid: Grid | None = None
+    calibrated: bool = False
+    beside: bool = False
+
+    def exact_products(self) -> Recipe:
+        """Returns the same recipe with activations in float32; float weights have no other."""
+        if self.grid is None or self.grid.level == 1:
+            return self
+        return replace(self, name=f"{self.name}; {_EXACT}", grid=replace(self.grid, level=1))
+
+    def uncalibrated(self) -> Recipe:
+        """Returns the same recipe by least squares over weights alone."""
+        return replace(self, name=self.name.replace(_COMPENSATED, "least squares"), calibrated=False)
 
 
-# Tried in this order until one passes the gate; each costs more bytes or more time to quantize than its predecessor.
+_FOUR, _EXACT, _COMPENSATED = "4 bits, head in 8 bits", "float32 products", "errors compensated"
+_KEPT = Recipe(f"{_FOUR}, the trained base's own; adapter beside it in float32", Grid(4, keep=True), beside=True)
+_EIGHT = Recipe("8 bits, least squares", Grid(8))
+# Tried in this order until one passes the gate; each costs more bytes or more time to run than its predecessor.
 RECIPES: dict[Format, tuple[Recipe, ...]] = {
     "fp32": (Recipe("float32"),),
     "fp16": (Recipe("float16 weights"),),  # CPUs convert them to float32 when the model is loaded
-    "int8": (
-        Recipe("8 bits, round to nearest, blocks of 32"),
-        Recipe("8 bits, round to nearest, blocks of 32, float32 products", {"accuracy_level": "1"}),
-    ),
+    "int8": (_EIGHT, _EIGHT.exact_products()),
     "int4": (
-        Recipe("4 bits, round to nearest, blocks of 32"),
-        Recipe("4 bits, k-quant, blocks of 32", {"algo_config": "k_quant"}),
-        Recipe(
-            "4 bits, k-quant, blocks of 32; head in 8 bits",
-            {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8"},
-        ),
-        Recipe(
-            "4 bits, k-quant, blocks of 32; head and sensitive layers in 8 bits",
-            {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
-        ),
+        Recipe(f"{_FOUR}, {_COMPENSATED}", Grid(4), calibrated=True),
+        Recipe(f"{_FOUR}, as has the most sensitive third; {_COMPENSATED}", Grid(4, wide=1 / 3), calibrated=True),
     ),
 }
+# Where the base was trained in the served grid its codes are kept, so that only the factors' product is added to them.
+KEPT = (_KEPT, _KEPT.exact_products())
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Build:
         provider: the execution provider to build for, in the builder's words: "cpu", "cuda", "dml", ...
         options: options for the model builder, in addition to the recipe's.
         adapter: a peft directory whose factors stay apart from the weights; None for none.
+        calibration: token ids of texts for a calibrated recipe; empty for none.
     """
 
     source: Path
@@ -74,36 +84,50 @@ class Build:
     provider: str = "cpu"
     options: dict[str, str] = field(default_factory=dict)
     adapter: Path | None = None
+    calibration: tuple[tuple[int, ...], ...] = ()
 
 
-def build(builds: Sequence[Build], log: Path) -> list[str]:
-    """Writes the models one after the other in one child process.
+def build(wanted: Build, log: Path, watch: Progress) -> str:
+    """Writes a model in a child process.
 
     Args:
         log: the file to which the child's output is appended.
+        watch: is told what is done, and how many of how many pieces.
 
     Returns:
-        The writer of each model: "onnxruntime-genai" or "torch.onnx".
+        The writer: "onnxruntime-genai" or "torch.onnx".
 
     Raises:
-        RunError: a model could not be written; the message has the reason and the log's name.
+        RunError: the model could not be written; the message has the reason and the log's name.
     """
-    request = json.dumps([asdict(wanted) for wanted in builds], default=str)
     command = [sys.executable, "-m", "fedtune.server.export.build_child"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            command, input=request, stdout=subprocess.PIPE, stderr=file, text=True, env=environment, check=False
-        )
-    if done.returncode == 0:
-        writers: list[str] = json.loads(done.stdout)
-        return writers
+    last = ""
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        json.dump(asdict(wanted), child.stdin, default=str)
+        child.stdin.close()
+        for last in child.stdout:
+            if progress := json.loads(last).get("progress"):
+                watch(*progress)
+    if child.returncode == 0:
+        return str(json.loads(last)["writer"])
+    raise RunError(f"the ONNX model could not be written: {_reason(last, child.returncode, log)}; the log is {log}")
+
+
+def _reason(last: str, status: int, log: Path) -> str:
+    """Returns the child's own reason, or how it ended."""
     try:
-        reason = str(json.loads(done.stdout)["error"])
+        return str(json.loads(last)["error"])
     except (ValueError, KeyError, TypeError):
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+        how = f"signal {-status}" if status < 0 else f"status {status}"
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         tail = " | ".join(line.strip() for line in lines if line.strip())[-400:]
-        reason = f"the builder ended with {how} (out of memory?): {tail}"
-    raise RunError(f"the ONNX model could not be written: {reason}; the builder's log is {log}")
+        return f"the builder ended with {how} (out of memory?): {tail}"

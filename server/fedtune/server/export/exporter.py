@@ -8,38 +8,51 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.errors import DataError, ExportError, RunError
+import numpy as np
+
+from fedtune.core.errors import DataError, ExportError, ModelError, RunError
 from fedtune.core.host.process import versions
-from fedtune.core.protocol.model_manifest import Format, read_manifest
+from fedtune.core.protocol.model_manifest import FORMATS, Format, read_manifest
 from fedtune.data.examples import Example, load_examples, prepare
 from fedtune.data.population import evaluation_records
 from fedtune.model.base_model import BaseModel
 from fedtune.server.export import adapters
-from fedtune.server.export.builder import RECIPES, Build, Recipe, build
-from fedtune.server.export.gate import Candidate, GateReport, Reference, gate, provider_name
+from fedtune.server.export.builder import KEPT, RECIPES, Build, Recipe, build
+from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
+from fedtune.server.export.grid_graph import Progress
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
+from fedtune.server.export.onnx_model import provider_name
 from fedtune.server.export.publishing import Description, describe_model, publish, publish_adapter
 from fedtune.server.export.request import WORKPLACE, ExportOptions, ExportRequest, no_held_out_examples
+from fedtune.server.run_directory import ADAPTER, read_summary
 from fedtune.server.run_display import Display, format_bytes
 from fedtune.server.run_files import plain_errors
 
 LOG = "export.log"
+CALIBRATION = 64  # examples for calibrated recipes, at most
+CALIBRATION_TOKENS = 256  # fewer say too little about the products' inputs
+UNLIKE, UNLIKE_MARGIN = 2.0, 0.5  # times and more loss than at the run's end: examples of another task
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One published directory or adapter file."""
+    """One published directory or adapter file.
+
+    Args:
+        remarks: sentences about the way it came to be, such as why it is not the format that was asked for.
+    """
 
     path: Path
-    format: str
+    format: Format
     recipe: str
     report: GateReport
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the entry for summaries and `--json`."""
@@ -48,6 +61,7 @@ class Exported:
             "path": str(self.path),
             "recipe": self.recipe,
             "gate": self.report.to_json(),
+            "remarks": list(self.remarks),
         }
 
 
@@ -57,13 +71,13 @@ class ExportTools:
 
     Args:
         save: writes a torch model as a transformers directory.
-        build: writes ONNX models, appends to the log, and returns the writer of each.
+        build: writes an ONNX model, appends to the log, tells its progress, and returns the writer.
         gate: compares a written model with the merged one.
     """
 
     save: Callable[[BaseModel, Path], None] = save_model
-    build: Callable[[Sequence[Build], Path], list[str]] = build
-    gate: Callable[[Candidate, Reference], GateReport] = gate
+    build: Callable[[Build, Path, Progress], str] = build
+    gate: Callable[[Candidate, Reference, Progress], GateReport] = gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,38 +87,53 @@ class _Job:
     Args:
         work: the hidden folder where everything is built.
         reference: the run's model and the held-out examples; merged before the first gate.
+        calibration: token ids of other examples, for calibrated recipes.
+        remarks: sentences that every exported model shall carry.
     """
 
     run: FinishedRun
     reference: Reference
+    calibration: tuple[tuple[int, ...], ...]
     work: Path
     options: ExportOptions
     tools: ExportTools
     display: Display
+    remarks: tuple[str, ...]
 
-    def build(self, builds: Sequence[Build]) -> list[str]:
-        """Writes models, and returns the writer of each."""
-        return self.tools.build(builds, self.work / LOG)
+    def save(self, name: str) -> Path:
+        """Writes the run's network, as it is now, as a transformers directory."""
+        self.tools.save(self.run.base, self.work / name)
+        return self.work / name
 
-    def wanted(self, source: Path, out: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> Build:
-        """Fills in the options of a build."""
-        return Build(source, out, form, recipe, self.options.provider, self.options.builder, adapter)
+    def build(self, source: Path, out: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> str:
+        """Writes a model, and returns the writer."""
+        options = self.options
+        wanted = Build(source, out, form, recipe, options.provider, options.builder, adapter, self.calibration)
+        return self.tools.build(wanted, self.work / LOG, self._watch(form))
 
     def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
         """Compares a written model with the merged one, and shows the result."""
-        candidate = Candidate(directory, form, self.options.max_drop, self.options.provider, adapter)
-        report = self.tools.gate(candidate, self.reference)
+        options = self.options
+        candidate = Candidate(directory, form, options.max_drop, options.max_rise, options.provider, adapter)
+        report = self.tools.gate(candidate, self.reference, self._watch(form))
         self.display.note(_verdict(form, recipe, report))
         return report
 
-    def provenance(self, recipe: Recipe, writer: str) -> dict[str, Any]:
+    def _watch(self, form: Format) -> Progress:
+        return lambda task, done, count: self.display.progress(f"{form}: {task}", done, count)
+
+    def provenance(self, recipe: Recipe, writer: str, remarks: Sequence[str]) -> dict[str, Any]:
         """Returns the manifest's entry about the origin of a written model."""
         return {
             **self.run.provenance,
             "recipe": recipe.name,
+            "beside": recipe.beside,
+            "remarks": list(remarks),
             "writer": writer,
             "provider": self.options.provider,
-            "builder_options": {**recipe.options, **self.options.builder},
+            "grid": asdict(recipe.grid) if recipe.grid else None,
+            "calibration_examples": len(self.calibration) if recipe.calibrated else 0,
+            "builder_options": dict(self.options.builder),
             "versions": versions(),
         }
 
@@ -117,16 +146,62 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
 
     Raises:
         InputError: the provider is missing, or the base model or the adapter is not the run's.
-        RunError: the model could not be written, or a gate failed; nothing was published.
+        RunError: the model could not be written, or no format passed its gate; nothing was published.
     """
     provider_name(request.options.provider)
     run = open_run(request.run)
-    reference = Reference(run.base, held_out_examples(run, request.options.data))
-    if request.adapter_only:
-        held = _usable_base(request.out / f"base-{request.wanted[0]}", run, request.wanted[0])
+    checked, calibration = split_examples(run, request.options)
+    remarks = _remarks(calibration)
+    for remark in remarks:
+        display.note(remark)
     with _workplace(request.out) as work:
-        job = _Job(run, reference, work, request.options, tools or ExportTools(), display)
-        return [_export_adapter(job, request, held)] if request.adapter_only else _export_models(job, request)
+        job = _Job(
+            run,
+            Reference(run.base, checked),
+            calibration if _enough(calibration) else (),
+            work,
+            request.options,
+            tools or ExportTools(),
+            display,
+            remarks,
+        )
+        return [_export_adapter(job, request)] if request.adapter_only else _export_models(job, request)
+
+
+def split_examples(run: FinishedRun, options: ExportOptions) -> tuple[list[Example], tuple[tuple[int, ...], ...]]:
+    """Returns the gate's examples, and the token ids of others for calibration, which must not be the same.
+
+    The job's examples beyond the gate's calibrate; where they are few, the last quarter of all does, or with
+    `options.data` the job's own.
+
+    Raises:
+        InputError: see `held_out_examples`.
+    """
+    examples = held_out_examples(run, options.data)
+    checked, spare = examples[: options.prompts], examples[options.prompts :]
+    if len(spare) < CALIBRATION // 2 and options.data is not None and evaluation_records(run.job.data):
+        known = {tuple(example.ids) for example in checked}
+        own = held_out_examples(run, None)
+        spare += [example for example in own if tuple(example.ids) not in known]
+    if len(spare) < CALIBRATION // 2 and len(examples) > 1:
+        kept = max(1, len(examples) - max(1, min(CALIBRATION, len(examples) // 4)))
+        checked, spare = examples[: min(kept, options.prompts)], examples[kept:]
+    return checked, tuple(tuple(int(token) for token in example.ids) for example in spare[:CALIBRATION])
+
+
+def _enough(calibration: Sequence[Sequence[int]]) -> bool:
+    return sum(map(len, calibration)) >= CALIBRATION_TOKENS
+
+
+def _remarks(calibration: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    if _enough(calibration):
+        return ()
+    found = sum(map(len, calibration))
+    remark = (
+        f"The calibration set is too small: {found} tokens, expected {CALIBRATION_TOKENS} or more beside the examples "
+        "of the check. So int4 is quantized without it; more held-out examples (--data FILE) make it better"
+    )
+    return (remark,)
 
 
 def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
@@ -148,75 +223,188 @@ def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
 
 
 def _export_models(job: _Job, request: ExportRequest) -> list[Exported]:
-    """Writes the merged model in each format; all are published, or none."""
+    """Writes the model in each format, or in the next larger one that passes; all are published, or none."""
+    # Before the adapter is merged, since a base in int4 keeps its codes only without it.
+    apart = job.save("reference") if "int4" in request.wanted and job.run.job.model.quantization == "int4" else None
     merge(job.run)
-    source, wanted = job.work / "merged", request.wanted
-    job.tools.save(job.run.base, source)
-    job.display.note(f"writing {', '.join(wanted)}")
-    first = [job.wanted(source, job.work / form, form, RECIPES[form][0]) for form in wanted]
-    exported = [
-        _export_format(job, form, writer, source) for form, writer in zip(wanted, job.build(first), strict=True)
-    ]
-    for done in exported:
-        publish(done.path, request.out / done.format)
-    return [replace(done, path=request.out / done.format) for done in exported]
+    sources = _Sources(job.save("merged"), apart)
+    passed: dict[Format, _Passed] = {}
+    for form in request.wanted:
+        done = _first_that_passes(form, lambda each: _export_format(job, each, sources), passed, job)
+        passed[done.form] = done
+    for form, done in passed.items():
+        if (request.out / form).exists() and not job.options.force:
+            raise ExportError(f"{request.out / form}: exists already; choose another --out, or replace it with --force")
+        name = job.run.path.resolve().name
+        description = Description("model", name, form, job.provenance(done.recipe, done.writer, done.remarks))
+        describe_model(done.directory, job.run, description, done.report)
+    for form, done in passed.items():
+        publish(done.directory, request.out / form)
+    return [done.exported(request.out / form) for form, done in passed.items()]
 
 
-def _export_format(job: _Job, form: Format, writer: str, source: Path) -> Exported:
-    """Gates the first recipe's model, and tries the other recipes until one passes."""
-    directory = job.work / form
-    for recipe in RECIPES[form]:
-        if not directory.exists():
-            try:
-                (writer,) = job.build([job.wanted(source, directory, form, recipe)])
-            except RunError as error:  # quantizers refuse some shapes; the next recipe may not
-                job.display.note(f"{form} ({recipe.name}): {error}")
-                shutil.rmtree(directory, ignore_errors=True)
-                continue
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """A written model that has passed its gate, not published yet.
+
+    Args:
+        directory: the model's folder; of an adapter's base, too.
+        writer: "" for a base that was published before.
+        file: the adapter apart from the base; None for a merged model.
+    """
+
+    directory: Path
+    form: Format
+    recipe: Recipe
+    writer: str
+    report: GateReport
+    remarks: tuple[str, ...]
+    file: Path | None = None
+
+    def exported(self, path: Path) -> Exported:
+        """Returns the entry about the model at its final path."""
+        return Exported(path, self.form, self.recipe.name, self.report, self.remarks)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The transformers directories of the merged model, and of the base alone where its codes are kept."""
+
+    merged: Path
+    apart: Path | None
+
+
+def _first_that_passes(
+    wanted: Format, attempt: Callable[[Format], _Passed], passed: Mapping[Format, _Passed], job: _Job
+) -> _Passed:
+    """Returns the wanted format, or the next larger one that passes, with the reasons as remarks.
+
+    Raises:
+        RunError: none passes.
+    """
+    reasons: list[str] = []
+    for form in FORMATS[FORMATS.index(wanted) :]:
+        try:
+            done = passed[form] if form in passed else attempt(form)
+        except RunError as error:
+            reasons.append(str(error))
+            job.display.note(str(error))
+            continue
+        if not reasons:
+            return done
+        remark = f"{wanted} was asked for and gave way to {form}: {'; '.join(reasons)}"
+        job.display.note(remark)
+        return replace(done, remarks=(*done.remarks, remark))
+    raise RunError(f"{'; '.join(reasons)}; nothing was exported")
+
+
+def _recipes(job: _Job, form: Format, kept: bool) -> list[Recipe]:
+    """Returns the recipes of a format: first those that keep the base's own codes, where the job trained on such."""
+    recipes = [*KEPT, *RECIPES[form]] if form == "int4" and kept else list(RECIPES[form])
+    if not job.calibration:
+        recipes = [each.uncalibrated() for each in recipes]
+    if job.options.exact_products:
+        recipes = [each.exact_products() for each in recipes]
+    return list(dict.fromkeys(recipes))
+
+
+def _export_format(job: _Job, form: Format, sources: _Sources) -> _Passed:
+    """Writes the model by each recipe until one passes the gate.
+
+    Raises:
+        RunError: none passes; the message has the last one's reason.
+    """
+    directory, reason = job.work / form, ""
+    for recipe in _recipes(job, form, sources.apart is not None):
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            writer = _write_model(job, directory, form, recipe, sources)
+        except (RunError, ModelError) as error:  # some graphs and providers refuse a grid; the next recipe may not
+            reason = str(error)
+            job.display.note(f"{form} ({recipe.name}): {error}")
+            continue
         report = job.gate(directory, form, recipe)
         if report.passed:
-            description = Description("model", job.run.path.resolve().name, form, job.provenance(recipe, writer))
-            describe_model(directory, job.run, description, report)
-            return Exported(directory, form, recipe.name, report)
-        shutil.rmtree(directory)
-    raise RunError(_closed(form, report))
+            return _Passed(directory, form, recipe, writer, report, _remarks_on(job, recipe, report))
+        reason = f"it differs from the merged model: {'; '.join(report.failures)}"
+    shutil.rmtree(directory, ignore_errors=True)
+    raise RunError(f"{form}: {reason}")
 
 
-def _export_adapter(job: _Job, request: ExportRequest, held: bool) -> Exported:
-    """Writes the run's adapter, and its base too unless `held` says that there is one already."""
+def _write_model(job: _Job, directory: Path, form: Format, recipe: Recipe, sources: _Sources) -> str:
+    if not recipe.beside:
+        return job.build(sources.merged, directory, form, recipe)
+    assert sources.apart is not None
+    writer = job.build(sources.apart, directory, form, recipe, job.run.path / ADAPTER)
+    adapters.fill_in(directory, job.run)
+    return writer
+
+
+def _remarks_on(job: _Job, recipe: Recipe, report: GateReport) -> tuple[str, ...]:
+    """Returns the sentences that a passed model shall carry; float weights need no calibration."""
+    return (*(job.remarks if recipe.grid else ()), *_unlike(job, report))
+
+
+def _unlike(job: _Job, report: GateReport) -> tuple[str, ...]:
+    """Returns a remark where the examples look like another task's than the run's: far worse than its evaluation."""
+    after = read_summary(job.run.path).get("eval_after")
+    if not after:
+        return ()
+    loss = float(np.log(report.reference_perplexity))
+    if loss <= UNLIKE * after["loss"] + UNLIKE_MARGIN:
+        return ()
+    remark = (
+        f"The held-out examples look unlike the run's own: the merged model's loss on them is {loss:.2f}, and was "
+        f"{after['loss']:.2f} at the end of the run; give examples of the run's task: --data FILE"
+    )
+    job.display.note(remark)
+    return (remark,)
+
+
+def _export_adapter(job: _Job, request: ExportRequest) -> Exported:
+    """Writes the run's adapter, and its base too unless there is one that takes it."""
     (target,), (form,) = request.targets, request.wanted
-    base = request.out / f"base-{form}"
-    source = job.work / "reference"
-    if not held:
-        job.tools.save(job.run.base, source)
+    source = job.save("reference")
     merge(job.run)
-    recipes = RECIPES[form] if not held else (Recipe(read_manifest(base).provenance["recipe"]),)
-    file = job.work / target.name
+    done = _first_that_passes(form, lambda each: _export_adapter_for(job, request, each, source), {}, job)
+    assert done.file is not None
+    if done.writer:
+        provenance = job.provenance(done.recipe, done.writer, done.remarks)
+        provenance |= {"modules": adapters.modules(job.run.layout)}
+        name = f"{request.run.resolve().name}-base"
+        describe_model(done.directory, job.run, Description("adapter-base", name, done.form, provenance), done.report)
+        publish(done.directory, request.out / f"base-{done.form}")
+    publish_adapter(done.file, target, job.run, done.form, done.report)
+    return done.exported(target)
+
+
+def _export_adapter_for(job: _Job, request: ExportRequest, form: Format, source: Path) -> _Passed:
+    """Writes the adapter for a base of one format, and the base by each recipe until one passes the gate.
+
+    Raises:
+        RunError: none passes; the message has the last one's reason.
+    """
+    directory, file, reason = job.work / f"base-{form}", job.work / request.targets[0].name, ""
+    recipes = _recipes(job, form, job.run.job.model.quantization == "int4")
+    if held := _usable_base(request.out / f"base-{form}", job.run, form):
+        directory = request.out / f"base-{form}"
+        recipes = [Recipe(read_manifest(directory).provenance["recipe"])]
     for recipe in recipes:
-        directory, writer = (base, "") if held else _write_base(job, source, form, recipe)
+        writer = "" if held else _write_base(job, source, directory, form, recipe)
         adapters.write_adapter(file, directory, job.run)
         report = job.gate(directory, form, recipe, file)
         if report.passed:
-            break
-    else:
-        raise RunError(_closed(form, report))
-    if not held:
-        provenance = job.provenance(recipe, writer) | {"modules": adapters.modules(job.run.layout)}
-        description = Description("adapter-base", f"{request.run.resolve().name}-base", form, provenance)
-        describe_model(directory, job.run, description, report)
-        publish(directory, base)
-    publish_adapter(file, target, job.run, form, report)
-    return Exported(target, form, recipe.name, report)
+            return _Passed(directory, form, recipe, writer, report, _remarks_on(job, recipe, report), file)
+        reason = f"it differs from the merged model: {'; '.join(report.failures)}"
+    raise RunError(f"{form}: {reason}")
 
 
-def _write_base(job: _Job, source: Path, form: Format, recipe: Recipe) -> tuple[Path, str]:
-    """Writes the base with the adapter's factors as inputs; returns its folder and its writer."""
-    directory = job.work / "base"
+def _write_base(job: _Job, source: Path, directory: Path, form: Format, recipe: Recipe) -> str:
+    """Writes the base with the adapter's factors as inputs; returns its writer."""
     shutil.rmtree(directory, ignore_errors=True)
-    job.display.note(f"{form}: writing the base with the adapter's factors as inputs ({recipe.name})")
-    (writer,) = job.build([job.wanted(source, directory, form, recipe, job.run.path / "adapter")])
+    writer = job.build(source, directory, form, recipe, job.run.path / ADAPTER)
     adapters.open_inputs(directory, job.run.layout)
-    return directory, writer
+    return writer
 
 
 def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
@@ -259,14 +447,7 @@ def _verdict(form: str, recipe: Recipe, report: GateReport) -> str:
     state = "passed" if report.passed else f"refused: {'; '.join(report.failures)}"
     return (
         f"{form} ({recipe.name}): exact match {report.exact_match:.1%} (merged {report.reference_exact_match:.1%}), "
+        f"perplexity {report.perplexity:.3f} (merged {report.reference_perplexity:.3f}), "
         f"argmax {report.argmax_agreement:.2%}, max logit error {report.max_logit_error:.2g}, "
         f"{format_bytes(report.bytes)}, {report.decode_tokens_per_second:,.0f} tokens/s: {state}"
-    )
-
-
-def _closed(form: Format, report: GateReport) -> str:
-    tried = len(RECIPES[form])
-    return (
-        f"{form}: the export differs from the merged model: {'; '.join(report.failures)}; "
-        f"{tried} {'recipe was' if tried == 1 else 'recipes were'} tried and nothing was exported"
     )

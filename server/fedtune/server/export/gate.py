@@ -6,9 +6,11 @@
     argmax agreement    share of positions where both predict the same next token
     exact match         share of examples whose whole completion is the likeliest, token by token (model/scoring.py)
     token accuracy      share of completion tokens that are the likeliest
+    perplexity          exp of the mean negative log-likelihood of the completion tokens; of all tokens for the report
 
 fp32 must agree to `FP32_LOGIT_ERROR` and in every argmax, and generate the same text with its cache. The others may
-lose `max_drop` points of exact match and of token accuracy.
+lose `max_drop` points of exact match and of token accuracy, and their perplexity may rise by `max_rise` percent: a
+model that answers nothing exactly yet has only that to lose.
 """
 
 from __future__ import annotations
@@ -21,25 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnxruntime  # type: ignore[import-untyped]
 import onnxruntime_genai  # type: ignore[import-untyped]
 import torch
 
 from fedtune.core.errors import InputError
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
+from fedtune.server.export.grid_graph import Progress
+from fedtune.server.export.onnx_model import Ids, OnnxModel, Values
 
-PROMPTS = 200
 FP32_LOGIT_ERROR = 1e-3
 GENERATED_PROMPTS = 8
 GENERATED_TOKENS = 32
 SPEED_TOKENS = 64
 SMALL_MODEL = 50_000_000  # parameters; smaller models run slower with threads, above all on a busy machine
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,8 @@ class GateReport:
     """The measurements of the gate.
 
     Args:
-        exact_match, token_accuracy: scores of the candidate; with `reference_`, of the merged torch model.
+        exact_match, token_accuracy, perplexity: scores of the candidate; with `reference_`, of the merged torch model.
+        text_perplexity: of all tokens, the prompts' included.
         generated_equal: share of prompts that the candidate, decoding with its cache, answers as the reference does.
         bytes: size of the model's files.
         prefill_tokens_per_second, decode_tokens_per_second: speeds of one stream on this machine.
@@ -62,12 +60,22 @@ class GateReport:
     reference_exact_match: float
     token_accuracy: float
     reference_token_accuracy: float
+    perplexity: float
+    reference_perplexity: float
+    text_perplexity: float
+    reference_text_perplexity: float
     generated_equal: float
     bytes: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     max_drop_points: float
+    max_rise_percent: float
     failures: tuple[str, ...] = ()
+
+    @property
+    def rise_percent(self) -> float:
+        """The rise of perplexity on completions, in percent of the merged model's."""
+        return 100 * (self.perplexity / self.reference_perplexity - 1)
 
     @property
     def passed(self) -> bool:
@@ -86,6 +94,7 @@ class Candidate:
     Args:
         form: the format; "fp32" has the strict rule.
         max_drop: points (hundredths) of exact match and token accuracy that the other formats may lose.
+        max_rise: percent by which the other formats' perplexity may rise.
         provider: the execution provider it is run on: "cpu", "cuda", ...
         adapter: an `.onnx_adapter` file that makes the base equal to the reference; None for a merged model.
     """
@@ -93,6 +102,7 @@ class Candidate:
     directory: Path
     form: str
     max_drop: float
+    max_rise: float
     provider: str = "cpu"
     adapter: Path | None = None
 
@@ -103,75 +113,15 @@ class Reference:
 
     Args:
         base: the merged model, float32.
-        examples: held-out examples; the first `PROMPTS` are used.
+        examples: held-out examples.
     """
 
     base: BaseModel
     examples: Sequence[Example]
 
 
-class OnnxModel:
-    """An exported model under plain onnxruntime, one sequence at a time, with an empty cache.
-
-    Args:
-        directory: the folder of model.onnx and genai_config.json.
-        provider: "cpu", "cuda", ...
-        adapter: an `.onnx_adapter` file; None for a merged model.
-    """
-
-    def __init__(self, directory: Path, provider: str = "cpu", adapter: Path | None = None) -> None:
-        wanted = provider_name(provider)
-        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Its threads would spin while torch computes, between two calls of this session.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=[wanted])
-        heads, size = config["num_key_value_heads"], config["head_size"]
-        inputs = {node.name: node.type for node in self._session.get_inputs()}
-        self._past = {
-            name: np.zeros((1, heads, 0, size), dtype=_DTYPES[kind])
-            for name, kind in inputs.items()
-            if name.startswith("past_key_values.")
-        }
-        self._positions = "position_ids" in inputs
-        self._run_options: Any = None
-        if adapter is not None:
-            self._adapter = onnxruntime.LoraAdapter()
-            self._adapter.Load(str(adapter))
-            self._run_options = onnxruntime.RunOptions()
-            self._run_options.add_active_adapter(self._adapter)
-
-    def logits(self, ids: Ids) -> npt.NDArray[np.float32]:
-        """ids (tokens,) -> (tokens, vocabulary)."""
-        feed: dict[str, Any] = {
-            "input_ids": ids[None],
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            **self._past,
-        }
-        if self._positions:
-            feed["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-        (logits,) = self._session.run(["logits"], feed, self._run_options)
-        return np.asarray(logits[0], dtype=np.float32)
-
-
-def provider_name(provider: str) -> str:
-    """Returns onnxruntime's name of an execution provider.
-
-    Raises:
-        InputError: this machine's onnxruntime lacks the provider, so no model built for it could be checked.
-    """
-    wanted, available = _PROVIDERS.get(provider, provider), onnxruntime.get_available_providers()
-    if wanted not in available:
-        raise InputError(
-            f"--provider {provider}: this machine's onnxruntime has no {wanted}, so the export could not be checked; "
-            f"it has {', '.join(available)}"
-        )
-    return wanted
-
-
-def gate(candidate: Candidate, reference: Reference) -> GateReport:
-    """Compares a written model with the merged torch model.
+def gate(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
+    """Compares a written model with the merged torch model, and tells `watch` about every example.
 
     Raises:
         InputError: there is no example, or the provider is missing.
@@ -180,7 +130,7 @@ def gate(candidate: Candidate, reference: Reference) -> GateReport:
         raise InputError("there is no held-out example to check the export on")
     if reference.base.network.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
-    compared = _compare(candidate, reference)
+    compared = _compare(candidate, reference, watch)
     generator = _Generator(candidate.directory, candidate.adapter)
     generated = _generated_equal(generator, reference)
     prefill, decode = generator.speed()
@@ -193,11 +143,16 @@ def gate(candidate: Candidate, reference: Reference) -> GateReport:
         reference_exact_match=compared.exact[0] / compared.examples,
         token_accuracy=compared.right[1] / compared.targets,
         reference_token_accuracy=compared.right[0] / compared.targets,
+        perplexity=_perplexity(compared.loss[1], compared.targets),
+        reference_perplexity=_perplexity(compared.loss[0], compared.targets),
+        text_perplexity=_perplexity(compared.text_loss[1], compared.positions - compared.examples),
+        reference_text_perplexity=_perplexity(compared.text_loss[0], compared.positions - compared.examples),
         generated_equal=generated,
         bytes=sum(path.stat().st_size for path in candidate.directory.glob("model.onnx*")),
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
         max_drop_points=0.0 if candidate.form == "fp32" else candidate.max_drop,
+        max_rise_percent=0.0 if candidate.form == "fp32" else candidate.max_rise,
     )
     failures = _strict(report) if candidate.form == "fp32" else _lenient(report)
     return replace(report, failures=tuple(failures))
@@ -213,6 +168,8 @@ class _Compared:
         targets: number of completion tokens.
         exact: completions of which every token is the likeliest.
         right: completion tokens that are the likeliest.
+        loss: negative log-likelihood of the completion tokens, summed.
+        text_loss: the same of all tokens but the first of each example.
     """
 
     error: float = 0.0
@@ -222,13 +179,16 @@ class _Compared:
     targets: int = 0
     exact: tuple[int, int] = (0, 0)
     right: tuple[int, int] = (0, 0)
+    loss: tuple[float, float] = (0.0, 0.0)
+    text_loss: tuple[float, float] = (0.0, 0.0)
 
 
-def _compare(candidate: Candidate, reference: Reference) -> _Compared:
+def _compare(candidate: Candidate, reference: Reference, watch: Progress) -> _Compared:
     """Runs both models once on every example."""
     model = OnnxModel(candidate.directory, candidate.provider, candidate.adapter)
     counts = _Compared()
-    for example in reference.examples[:PROMPTS]:
+    for done, example in enumerate(reference.examples):
+        watch("comparing with the merged model", done, len(reference.examples))
         ids = example.ids.astype(np.int64)
         pair = (_reference_logits(reference.base, ids), model.logits(ids))
         said = [logits.argmax(axis=1) for logits in pair]
@@ -241,7 +201,23 @@ def _compare(candidate: Candidate, reference: Reference) -> _Compared:
         counts.targets += len(wanted)
         counts.exact = (counts.exact[0] + bool(hits[0].all()), counts.exact[1] + bool(hits[1].all()))
         counts.right = (counts.right[0] + int(hits[0].sum()), counts.right[1] + int(hits[1].sum()))
+        losses = [_losses(logits, ids) for logits in pair]
+        first = example.first_target - 1
+        counts.loss = (counts.loss[0] + losses[0][first:].sum(), counts.loss[1] + losses[1][first:].sum())
+        counts.text_loss = (counts.text_loss[0] + losses[0].sum(), counts.text_loss[1] + losses[1].sum())
+    watch("comparing with the merged model", len(reference.examples), len(reference.examples))
     return counts
+
+
+def _losses(logits: Values, ids: Ids) -> Values:
+    """Returns the negative log-likelihood of each token but the first: (tokens, vocabulary) -> (tokens - 1,)."""
+    likely = torch.from_numpy(logits[:-1])
+    losses: Values = torch.nn.functional.cross_entropy(likely, torch.from_numpy(ids[1:]), reduction="none").numpy()
+    return losses
+
+
+def _perplexity(loss: float, tokens: int) -> float:
+    return float(np.exp(min(loss / max(tokens, 1), 700.0)))
 
 
 def _strict(report: GateReport) -> list[str]:
@@ -263,15 +239,17 @@ def _lenient(report: GateReport) -> list[str]:
             failures.append(
                 f"{name.replace('_', ' ')} lost {lost:.1f} points; expected at most {report.max_drop_points:g}"
             )
+    if not report.rise_percent <= report.max_rise_percent + 1e-9:
+        failures.append(f"perplexity rose by {report.rise_percent:.1f}%; expected at most {report.max_rise_percent:g}%")
     if not np.isfinite(report.max_logit_error):
         failures.append("a logit is not finite")
     return failures
 
 
 @torch.no_grad()
-def _reference_logits(reference: BaseModel, ids: Ids) -> npt.NDArray[np.float32]:
+def _reference_logits(reference: BaseModel, ids: Ids) -> Values:
     logits = reference.network(torch.from_numpy(ids)[None].to(reference.device)).logits[0]
-    array: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    array: Values = logits.float().cpu().numpy()
     return array
 
 

@@ -21,9 +21,6 @@ from torch.export import Dim
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 OPSET = 20
-BLOCK = 32
-INT8_PRODUCTS = 4  # accuracy level: activations are quantized to 8 bits for the product
-_BITS = {"int4": 4, "int8": 8}
 _EXAMPLE = (2, 3, 5)  # batch, tokens and past of the traced call; tracing would treat 0 and 1 as constants
 
 
@@ -51,13 +48,11 @@ class CachedDecoder(nn.Module):
         return (output.logits, *present)
 
 
-def build(source: str, out: str, form: str, options: dict[str, str]) -> None:
+def build(source: str, out: str) -> None:
     """Writes model.onnx with its weights, genai_config.json and the tokenizer into a new directory.
 
     Args:
         source: a transformers directory of float32 weights.
-        form: "int4", "int8" or "fp32".
-        options: the recipe's options, named as in the model builder.
     """
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
@@ -65,8 +60,7 @@ def build(source: str, out: str, form: str, options: dict[str, str]) -> None:
     directory = Path(out)
     directory.mkdir(parents=True)
     model = _export(network.eval())
-    if form in _BITS:
-        model = _quantized(model, _BITS[form], options)
+    _write_products_as_matmul(model)
     onnx.save_model(model, directory / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     (directory / "genai_config.json").write_text(json.dumps(_genai_config(network, tokenizer), indent=4) + "\n")
     tokenizer.save_pretrained(directory)
@@ -104,35 +98,8 @@ def _export(network: Any) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _quantized(model: onnx.ModelProto, bits: int, options: dict[str, str]) -> onnx.ModelProto:
-    from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]
-        KQuantWeightOnlyQuantConfig,
-        MatMulNBitsQuantizer,
-    )
-
-    _write_products_as_matmul(model)
-    level = int(options.get("accuracy_level", INT8_PRODUCTS))
-    head = model.graph.output[0].name
-    last = next((node.name for node in reversed(model.graph.node) if head in node.output), "")
-    upgraded = {last: {"bits": 8}} if "last_matmul:int8" in options.get("matmul_mixed_precision", "") else {}
-    k_quant = options.get("algo_config") == "k_quant"
-    quantizer = MatMulNBitsQuantizer(
-        model,
-        bits=bits,
-        block_size=BLOCK,
-        is_symmetric=True,
-        accuracy_level=level,
-        algo_config=KQuantWeightOnlyQuantConfig(customized_weight_config=upgraded) if k_quant else None,
-    )
-    quantizer.process()
-    result: onnx.ModelProto = quantizer.model.model
-    if not any(node.op_type == "MatMulNBits" for node in result.graph.node):
-        raise RuntimeError("no product of the graph could be quantized")
-    return result
-
-
 def _write_products_as_matmul(model: onnx.ModelProto) -> None:
-    """Replaces Gemm(x, W) without bias and factors (GPT-2) by MatMul(x, W), the only product the quantizer knows."""
+    """Replaces Gemm(x, W) without bias and factors (GPT-2) by MatMul(x, W), the only product that is quantized."""
     for node in model.graph.node:
         given = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
         plain = not (given.get("transA") or given.get("transB")) and given.get("alpha", 1.0) == 1.0

@@ -1,6 +1,6 @@
 """The merged model: a run's adapter added to the same base values that it was trained against.
 
-    W' = Ŵ + s · B · A          Ŵ: the base's weight after NF4 quantization and back, in float32; s = alpha / sqrt(R)
+    W' = Ŵ + s · B · A          Ŵ: the base's weight after quantization and back, in float32; s = alpha / sqrt(R)
 
 Merging into the original weights would give a model that was neither trained nor evaluated.
 """

@@ -25,6 +25,7 @@ from fedtune.server.run_files import sync_tree, write_json, write_text
 _NEEDED = ("tokenizer.json", "genai_config.json", "model.onnx")
 _PLACES = {
     "model": "The adapter was merged\ninto those quantized values, the ones it was trained against.",
+    "beside": "The adapter's\nfactors are beside those quantized values, the ones it was trained against, in float32.",
     "adapter-base": (
         "The weights are those\nquantized values; adapters come in files of their own. Figures are with this one."
     ),
@@ -97,6 +98,7 @@ def _card(description: Description, report: GateReport) -> str:
     """Returns the text of MODEL_CARD.md."""
     provenance = description.provenance
     license_line = provenance["base_license"]
+    place = "beside" if description.kind == "model" and provenance["beside"] else description.kind
     form = f"{description.format} ({provenance['recipe']})"
     stated = "its directory states no licence" if license_line == "not stated" else f"licence {license_line}"
     return f"""---
@@ -121,7 +123,7 @@ A language model fine-tuned by federated learning, exported to ONNX with a KV ca
 | job | SHA-256 `{provenance["job_sha256"]}` |
 | written by | fedtune {provenance["versions"]["fedtune"]} with {provenance["writer"]} for {provenance["provider"]} |
 
-The base digest names the base's original weights and how they were quantized for training. {_PLACES[description.kind]}
+The base digest names the base's original weights and how they were quantized for training. {_PLACES[place]}
 
 ## Measured before it was released
 
@@ -131,6 +133,8 @@ On {report.prompts} held-out examples ({report.positions:,} positions), against 
 |---|---|---|
 | exact match | {report.reference_exact_match:.1%} | {report.exact_match:.1%} |
 | token accuracy | {report.reference_token_accuracy:.2%} | {report.token_accuracy:.2%} |
+| perplexity of completions | {report.reference_perplexity:.4g} | {report.perplexity:.4g} |
+| perplexity of all tokens | {report.reference_text_perplexity:.4g} | {report.text_perplexity:.4g} |
 | argmax agreement | | {report.argmax_agreement:.3%} |
 | max logit error | | {report.max_logit_error:.3g} |
 | answers generated alike | | {report.generated_equal:.0%} |
@@ -138,7 +142,7 @@ On {report.prompts} held-out examples ({report.positions:,} positions), against 
 | prefill, decode | | {report.prefill_tokens_per_second:,.0f}, {report.decode_tokens_per_second:,.0f} tokens/s |
 
 Speeds are of one stream on the machine that exported it.
-
+{_remarks(provenance)}
 ## What to know before using it
 
 It answers what its clients taught it, in their words, and is no better than their examples. It was checked on the run's
@@ -146,3 +150,8 @@ own held-out examples and on nothing else: not for safety, bias or truth.
 
 `fedtune.json` lists the SHA-256 of every file; `fedtune serve` refuses the directory when one differs.
 """
+
+
+def _remarks(provenance: Mapping[str, Any]) -> str:
+    """Returns a paragraph for each remark that the export made."""
+    return "".join(f"\n{remark}.\n" for remark in provenance["remarks"])

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 ONNX = "onnx"  # the folder in a run directory, with one folder a format
 WORKPLACE = ".export-"  # the prefix of an export's hidden folder while it is in progress
 MAX_DROP = 1.0
+MAX_RISE = 2.0
+PROMPTS = 200
+_QUANTIZATION = {"accuracy_level", "algo_config", "block_size", "is_symmetric", "matmul_mixed_precision", "use_qdq"}
 _NEEDED = ("torch", "transformers", "onnx", "onnxruntime_genai", "onnxscript", "tokenizers")
 
 
@@ -41,8 +44,11 @@ class ExportOptions:
 
     Args:
         provider: the execution provider to build and check for: "cpu", "cuda", "dml", ...
-        builder: options for onnxruntime-genai's model builder, which override the recipe's.
+        builder: options for onnxruntime-genai's model builder, about the graph.
         max_drop: points of exact match and token accuracy that int4, int8 and fp16 may lose.
+        max_rise: percent by which their perplexity may rise.
+        prompts: largest number of held-out examples to compare on.
+        exact_products: whether products take activations in float32, instead of rounded to 8 bits for speed.
         data: held-out examples for the gate, instead of the job's own evaluation data.
         force: replace an earlier export.
     """
@@ -50,6 +56,9 @@ class ExportOptions:
     provider: str = "cpu"
     builder: dict[str, str] = field(default_factory=dict)
     max_drop: float = MAX_DROP
+    max_rise: float = MAX_RISE
+    prompts: int = PROMPTS
+    exact_products: bool = False
     data: Path | None = None
     force: bool = False
 
@@ -101,6 +110,10 @@ class ExportRequest:
                 held-out examples.
         """
         _ = self.wanted
+        if ours := sorted(_QUANTIZATION & set(self.options.builder)):
+            raise InputError(
+                f"--option {ours[0]}: fedtune quantizes by its own recipes; expected an option about the graph"
+            )
         _check_free(self.out, self.targets, self.options.force)
         job, _ = read_finished(self.run)
         source_of(job.model.base)
