@@ -38,6 +38,7 @@ STEPS = {4: (14, 15, 16, 17, 18), 8: (255,)}
 KEEPING = {4: tuple(range(1, 14)), 8: (252, 253, 254)}
 """Further k for a weight that may lie on a grid already, whose blocks need not use all levels."""
 _SMALLEST_SPAN = 1e-30  # a block that spans less becomes zeros
+_ON_GRID = 1e-4  # of a step: float32's rounding of 255 steps is 1.5e-5
 _ROWS_AT_ONCE = 1 << 13  # blocks that are searched together, so that they stay in the processor's cache
 _DAMPING = 0.01  # share of the mean weight that is added to each column's
 
@@ -86,7 +87,7 @@ def quantize(weight: Tensor, bits: int = 4, *, importance: Tensor | None = None,
         count = part.stop - part.start
         h = None if columns is None else columns.repeat(1, count // blocks)
         # Transposed, (32, blocks), so that sums over a block are sums of rows.
-        found = _search(padded[part].T.contiguous(), h, steps, 2**bits - 1)
+        found = _search(padded[part].T.contiguous(), h, steps, 2**bits - 1, keep)
         codes[part], scales[part], zeros[part] = found[0].T, found[1], found[2]
     shape, by_row = (d_out, d_in), (d_out, blocks)
     return pack(shape, codes.reshape(*by_row, BLOCK), scales.reshape(by_row), zeros.reshape(by_row), bits)
@@ -111,8 +112,12 @@ def dequantize(packed: GridWeight, dtype: torch.dtype) -> Tensor:
     return values.reshape(d_out, -1)[:, :d_in].to(dtype)
 
 
-def _search(w: Tensor, h: Tensor | None, steps: tuple[int, ...], top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """w: (32, n) -> codes (32, n), scales (n,) and zero points (n,); h: weights of the shape of w, or None."""
+def _search(w: Tensor, h: Tensor | None, steps: tuple[int, ...], top: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """w: (32, n) -> codes (32, n), scales (n,) and zero points (n,); h: weights of the shape of w, or None.
+
+    With `keep`, a step of which all values of a block are multiples wins, whatever the errors of others: where one value
+    outweighs the rest, float32's sums cannot tell them apart.
+    """
     low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
     span = high - low
     if not bool(torch.isfinite(span).all()):
@@ -128,6 +133,8 @@ def _search(w: Tensor, h: Tensor | None, steps: tuple[int, ...], top: int) -> tu
         cross = _block_sum(weighted * d)
         square = _block_sum(d * d if h is None else d * d * h).clamp(min=_SMALLEST_SPAN)
         gain = cross * cross / square
+        if keep:
+            gain = torch.where((u * k - d).abs().amax(0) < _ON_GRID, torch.inf, gain)
         better = gain > best
         best = torch.where(better, gain, best)
         scale, zero = torch.where(better, cross / square, scale), torch.where(better, z, zero)

@@ -198,7 +198,8 @@ def test_training_that_takes_more_than_it_may_is_cut_finer_and_then_refused_with
     outcome = fixture.work.take_on(terms)
     fixture.update(terms)
     trainer = fixture.work.open_trainer(terms.base)
-    fixture.free, fixture.used = 0, outcome.plan.budget + 1
+    # Well over the budget, since the test's own process may give memory back meanwhile.
+    fixture.free, fixture.used = 0, outcome.plan.budget + 100_000_000
     with fixture.work.watched():
         pass
     assert "may be used; planning again" in fixture.shown[-1]
