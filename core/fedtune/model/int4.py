@@ -115,8 +115,8 @@ def dequantize(packed: GridWeight, dtype: torch.dtype) -> Tensor:
 def _search(w: Tensor, h: Tensor | None, steps: tuple[int, ...], top: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """w: (32, n) -> codes (32, n), scales (n,) and zero points (n,); h: weights of the shape of w, or None.
 
-    With `keep`, a step of which all values of a block are multiples wins, whatever the errors of others: where one value
-    outweighs the rest, float32's sums cannot tell them apart.
+    With `keep`, a step of which all values of a block are multiples wins, whatever the errors of others: where one
+    value outweighs the rest, float32's sums cannot tell them apart.
     """
     low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
     span = high - low
