@@ -54,6 +54,7 @@ METHODS = {
     "secure": Method("the default, secure: core of rank 40", ("compression.form=ring", *DEFAULT)),
     "clear": Method("the default, in the clear", (*IN_THE_CLEAR, "compression.form=dense", *DEFAULT)),
     "core": Method("core of rank 40, float32", (*FLOAT32, *CORE)),
+    "float32-muon": Method("A and B, rank 16, float32, by Muon", (*FLOAT32, *LORA[:2], "training.optimizer=muon")),
     "lora-secure": Method(
         "A and B, rank 16, secure",
         ("compression.form=ring", *LORA, "compression.bits=3", "compression.downlink_bits=4"),
@@ -196,7 +197,7 @@ def planned() -> list[Row]:
     edges = [Row(small, method, part) for method in (REFERENCE, *ours) for part in (ONCE, "1.0")]
     real = [Row(smollm2, method, "0.5") for method in (REFERENCE, *ours)]
     bounds = [Row(small, method, "0.5") for method in ("centralised", "alone")]
-    return [*compared, *more, *edges, *bounds, *real]
+    return [*compared, *real, *more, *edges, *bounds]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Rows are what is trained and sent, at a participation, on a base model:
     float32         FedAvg of A and B of rank 16, 4 bytes a number in both directions; the other rows compare with it
     secure, clear   the product's default with secure aggregation and without
     core            the default's adapter, a square matrix between fixed factors (R alone), in float32
+    float32-muon    A and B in float32, by the default's optimizer: what part of its gain is the optimizer's?
     lora-secure     A and B of rank 16 as the default sends them
     first-clear     the first edition's default in the clear: rank 16, the largest values, error feedback
     ffa             B alone, in float32
