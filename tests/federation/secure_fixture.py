@@ -52,7 +52,7 @@ class Untrained:
         for each in terms:
             whole = 0.01 * generator(9, client, number, each.factor).standard_normal(each.whole)
             update = whole.astype(np.float32)[each.indices]
-            parts.append(RING.contribute(update, each, derive_seed(7, client, number, *each.label), 0.5))
+            parts.append(RING.contribute(update, each, derive_seed(7, client, number, *each.label)))
         result = LocalResult(whole.astype(np.float32), 1, 1, 1.0, 1, 1, 0.0)
         return Contribution(result, terms, tuple(parts))
 

@@ -49,13 +49,9 @@ def test_training_lowers_the_loss(trained: FinishedRun) -> None:
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
 
 
-def test_a_ring_learns_and_its_weight_cap_comes_to_what_clients_have(simulate: Simulate, tmp_path: Path) -> None:
+def test_a_ring_learns_in_the_clear(simulate: Simulate) -> None:
     summary = simulate("compression.form=ring", "training.local_steps=4")
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
-    examples = {client["examples"] for line in read_rounds(tmp_path / "run") for client in line["clients"]}
-    state = json.loads((tmp_path / "run" / "checkpoints" / "000004" / "state.json").read_text())
-    assert state["clips"]["weight"] == pytest.approx(1.25 * max(examples), rel=0.01)
-    assert len(examples) == 1
 
 
 @pytest.mark.parametrize("aggregation", ["alternating", "fedavg"])

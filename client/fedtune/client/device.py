@@ -22,7 +22,7 @@ from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
-from fedtune.core.codec.uplink import FactorTerms, factor_terms, uplink_weight
+from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import ModelError, PeerError, UpdateError
 from fedtune.core.protocol.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
@@ -40,7 +40,7 @@ UpdateChange = Callable[[AdapterLayout, Factors, Vector, Vector], Vector]
 """
 
 Encoded = TypeVar("Encoded")
-Encode = Callable[[Vector, FactorTerms, int, float], Encoded]
+Encode = Callable[[Vector, FactorTerms, int], Encoded]
 
 
 def all_of_it(client: str, request: TrainRequest) -> float:
@@ -295,10 +295,8 @@ class Device:
 
 def _encoded(client: str, request: TrainRequest, made: _Trained, encode: Encode[Encoded]) -> tuple[Encoded, ...]:
     """Returns one part for each of the terms."""
-    uplink, result = request.uplink, made.result
-    weight = uplink_weight(uplink, result.examples, result.target_tokens) / uplink.weight_cap
     return tuple(
-        encode(update, each, derive_seed(request.job_seed, "dither", request.round, client, *each.label), weight)
+        encode(update, each, derive_seed(request.job_seed, "dither", request.round, client, *each.label))
         for each, update in zip(made.terms, made.updates, strict=True)
     )
 

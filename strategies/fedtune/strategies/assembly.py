@@ -138,12 +138,14 @@ def _collector(job: Job, form: UpdateForm, secure: SecureAggregation | None, par
     if form != RING:
         if secure is not None:
             raise JobError([f"updates of the form {form.name} cannot be masked; expected a ring"])
-        return InTheClear(Decoded(parts.around(aggregator), form))
+        return InTheClear(Decoded(parts.around(aggregator), form), job.federation)
     if parts.aggregator or aggregator.method.sees_updates:
         problem = f"the aggregator {aggregator.method.sees_updates or 'takes one update at a time'}, but "
         raise JobError([problem + "updates travel as words of a ring; expected one that needs no more than their sum"])
     ring = parts.around(RingMean(aggregator.method))
-    return SecureSum(ring, secure, job.secure_aggregation) if secure is not None else InTheClear(Unpacked(ring))
+    if secure is not None:
+        return SecureSum(ring, secure, job.secure_aggregation)
+    return InTheClear(Unpacked(ring), job.federation)
 
 
 def _selection(job: Job, clients: Clients) -> Selection:

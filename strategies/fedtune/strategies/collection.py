@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedtune.core.codec.downlink import max_body_size
-from fedtune.core.codec.uplink import uplink_weight
 from fedtune.core.errors import PeerError, UpdateError
+from fedtune.core.job.settings import FederationSettings
 from fedtune.core.ledger import Purpose
 from fedtune.core.protocol.messages import HEADER_BYTES, TRAIN, TrainReply, TrainRequest, decode
 from fedtune.core.round_records import ClientRecord, SecureRecord
@@ -149,6 +149,7 @@ class InTheClear:
     """Collects payloads in the clear: each goes to the aggregation as it arrives."""
 
     aggregator: Aggregator[Payloads]
+    settings: FederationSettings
     single_exchange: ClassVar[bool] = True
 
     def admits(self, client: str) -> bool:
@@ -158,7 +159,7 @@ class InTheClear:
 
     def begin(self, plan: RoundPlan, frame: Frame, inputs: Inputs) -> ClearCollection:
         """Begins a collection with one exchange."""
-        return ClearCollection(plan, self.aggregator.begin(frame), inputs)
+        return ClearCollection(self.settings, plan, self.aggregator.begin(frame), inputs)
 
 
 class ClearCollection:
@@ -168,8 +169,10 @@ class ClearCollection:
     round, or where the slices of this round differ from those of its own.
     """
 
-    def __init__(self, plan: RoundPlan, aggregation: Aggregation[Payloads], inputs: Inputs) -> None:
-        self._plan = plan
+    def __init__(
+        self, settings: FederationSettings, plan: RoundPlan, aggregation: Aggregation[Payloads], inputs: Inputs
+    ) -> None:
+        self._settings, self._plan = settings, plan
         self._aggregation = aggregation
         self._inputs = inputs
         self._limit = sum(max_body_size(each.count) for each in plan.terms) + HEADER_BYTES
@@ -182,7 +185,7 @@ class ClearCollection:
     def take(self, name: str, payload: bytes) -> ClientFacts:
         """Adds a client's update."""
         reply = self._read(payload, self._plan.number)
-        weight = uplink_weight(self._plan.uplink, reply.examples, reply.tokens)
+        weight = client_weight(self._settings, reply.examples, reply.tokens)
         self._aggregation.add(Payloads(reply.update, weight, self._plan.tiers[name]))
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
 
@@ -197,7 +200,7 @@ class ClearCollection:
             return f"the late update of {name} was dropped: rounds of mixed ranks have slices of their own"
         try:
             reply = self._read(self._inputs.stale[name], self._plan.number - 1)
-            weight = uplink_weight(self._plan.uplink, reply.examples, reply.tokens) * staleness_weight(1)
+            weight = client_weight(self._settings, reply.examples, reply.tokens) * staleness_weight(1)
             self._aggregation.add(Payloads(reply.update, max(1, round(weight))))
         except (PeerError, UpdateError) as error:
             return f"the late update of {name} was dropped: {error}"
@@ -210,6 +213,12 @@ class ClearCollection:
         if reply.examples < 1:
             raise PeerError("an update that was trained on no examples")
         return reply
+
+
+def client_weight(settings: FederationSettings, examples: int, tokens: int) -> int:
+    """Returns a client's weight, 1 to `weight_cap`: the cap for all alike, its examples, or its target tokens."""
+    claimed = {"uniform": settings.weight_cap, "examples": examples, "tokens": tokens}[settings.weight]
+    return max(1, min(claimed, settings.weight_cap))
 
 
 def _mean_loss(survivors: Sequence[ClientRecord]) -> float | None:

@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
-from fedtune.core.codec import initial_clip
-from fedtune.core.codec.clipping import FIRST_WEIGHT_CAP
+from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector
+from fedtune.core.codec import largest_norm
 from fedtune.core.codec.update_forms import UpdateForm
+from fedtune.core.job.local_work import local_work
 from fedtune.core.job.methods import Method
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
-from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.cohorts.selection import Selection
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.collection import Collector
@@ -70,7 +69,7 @@ class FederationState:
         round: number of completed rounds.
         adapter: the server's own adapter, the result so far; float32, (layout.size,).
         held: the adapter as devices hold it: `adapter` less what has not been sent yet.
-        clips: clips of a ring: factor -> norm to which its updates are clipped; WEIGHT -> the weight cap.
+        clips: clips of a ring: factor -> norm to which its updates are clipped.
         server: state of the aggregator and the server optimizer, by name; float32 vectors.
         stale_updates: client -> its answer to the round before, which arrived after that had closed.
         rebasing: the last change of the adapter's basis, if any.
@@ -87,13 +86,17 @@ class FederationState:
 
 def initial_state(federation: Federation) -> FederationState:
     """Returns the state before round 1: the first adapter, with ΔW = 0, and clips that follow from the job."""
-    job, layout = federation.job, federation.layout
-    adapter = layout.initial(job.training.seed)
-    clips: Clips = {
-        letter: initial_clip(job.training.first_learning_rate, job.training.steps, segment.stop - segment.start).clip
-        for letter, segment in layout.segments()
-    }
-    return FederationState(0, adapter, adapter, clips | {WEIGHT: FIRST_WEIGHT_CAP[job.federation.weight]})
+    layout = federation.layout
+    adapter = layout.initial(federation.job.training.seed)
+    clips: Clips = {letter: reachable_norm(federation, 1, letter) for letter, _ in layout.segments()}
+    return FederationState(0, adapter, adapter, clips)
+
+
+def reachable_norm(federation: Federation, number: int, factor: Factor) -> float:
+    """Returns the largest norm that a round's steps can give an update of a factor, but for rare ones."""
+    job, segment = federation.job, federation.layout.segment(factor)
+    work = local_work(job.training, factor, learning_rate=scheduled_learning_rate(job, number))
+    return largest_norm(work.optimizer, work.learning_rate, job.training.steps, segment.stop - segment.start)
 
 
 def scheduled_learning_rate(job: Job, number: int) -> float:

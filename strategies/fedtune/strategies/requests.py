@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.core.adapter.layout import Factors, Vector, factor_letters
+from fedtune.core.adapter.layout import Factor, Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
+from fedtune.core.codec.clipping import LEAST_SHARE
 from fedtune.core.codec.downlink import FIRST
-from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.job.local_work import LocalWork, local_work
 from fedtune.core.protocol.messages import (
@@ -27,10 +27,9 @@ from fedtune.core.protocol.messages import (
     Uplink,
     encode,
 )
-from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.tier_assignment import TierAssignment, all_alike, assign_tiers
-from fedtune.strategies.federation import Federation, FederationState, scheduled_learning_rate
+from fedtune.strategies.federation import Federation, FederationState, reachable_norm, scheduled_learning_rate
 from fedtune.strategies.schedule import Closing
 
 NO_TIERS: Mapping[str, int] = {}
@@ -159,16 +158,25 @@ def _uplink(
 ) -> Uplink:
     job = federation.job
     compression = Compression.of(job)
-    cap = job.federation.weight_cap
     return Uplink(
         form=federation.form.name,
         bits=compression.bits,
         density=compression.density,
         error_feedback=compression.error_feedback,
-        weight=job.federation.weight,
-        weight_cap=min(cap, round(state.clips[WEIGHT])) if federation.form == RING else cap,
         n_max=max(clients, 1),
-        clips=tuple(state.clips[letter] for letter in factor_letters(factors)),
+        clips=tuple(_clip(federation, state, letter) for letter in factor_letters(factors)),
         rotation=compression.rotation,
         tiers=tiers,
     )
+
+
+def _clip(federation: Federation, state: FederationState, factor: Factor) -> float:
+    """Returns the round's clip of a factor: the adapted one, within what the round's steps can reach.
+
+    Where a job counts epochs, the steps are the clients' own, and nothing bounds the adapted clip.
+    """
+    adapted = state.clips[factor]
+    if federation.job.training.local_epochs:
+        return adapted
+    most = reachable_norm(federation, state.round + 1, factor)
+    return min(max(adapted, LEAST_SHARE * most), most)

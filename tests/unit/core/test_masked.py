@@ -16,7 +16,7 @@ CLIENTS = 5
 
 
 def ring(bits: int, n_max: int) -> Uplink:
-    return Uplink("ring", bits, 1.0, False, "examples", 1, n_max, (1.0,), True)
+    return Uplink("ring", bits, 1.0, False, n_max, (1.0,), True)
 
 
 TERMS = tuple(
@@ -37,7 +37,7 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
     losses = [0.25, 1.5, 0.0, 3.0, 1e9]
     for client, loss in enumerate(losses):
         updates = [(0.1 * random.standard_normal(terms.count)).astype(np.float32) for terms in TERMS]
-        parts = [RING.contribute(update, terms, client, 0.5) for update, terms in zip(updates, TERMS, strict=True)]
+        parts = [RING.contribute(update, terms, client) for update, terms in zip(updates, TERMS, strict=True)]
         totals = [add_parts(total, part, terms) for total, part, terms in zip(totals, parts, TERMS, strict=True)]
         words = masked_words(TERMS, parts, loss)
         assert words.keys() == sums.keys()
@@ -62,9 +62,9 @@ def test_every_slice_of_mixed_ranks_is_a_segment_of_its_owners_with_auxiliary_su
         ("lora_a.4", (0, 1)), ("lora_a.16", (1,)), ("lora_b.4", (0, 1)), ("lora_b.16", (1,)),
         ("auxiliary.4", (0, 1)), ("auxiliary.16", (1,)),
     ]  # fmt: skip
-    assert [segment.length for segment in segments[-2:]] == [5, 4]  # only the first has the loss
+    assert [segment.length for segment in segments[-2:]] == [3, 2]  # only the first has the loss
     small = [each for each in terms if each.tier == 4]
-    contributions = [RING.contribute(np.ones(each.count, dtype=np.float32), each, 1, 0.5) for each in small]
+    contributions = [RING.contribute(np.ones(each.count, dtype=np.float32), each, 1) for each in small]
     words = masked_words(small, contributions, 0.5)
     assert {name: len(values) for name, values in words.items()} == {
         segment.name: segment.length for segment in segments if 0 in segment.tiers

@@ -309,6 +309,7 @@ def test_long_updates_are_scaled_to_the_clip_and_short_ones_left() -> None:
         (["federation.aggregation=flora", "compression.form=ring"], "multiplies each client's factors"),
         (["federation.robust=median", "compression.form=ring"], "compares single updates"),
         (["federation.clip_norm=1.0", "compression.form=ring"], "clipped on the devices already"),
+        (["federation.weight=examples", "compression.form=ring"], 'false one could not be noticed; expected "uniform"'),
         (
             ["secure_aggregation.enabled=false", "federation.aggregation=flexlora"],
             'expected compression.preset = "none"',

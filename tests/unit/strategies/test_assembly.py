@@ -216,8 +216,8 @@ class HalfForm:
 
     name: str = "half"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
-        del terms, private_seed, weight
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
+        del terms, private_seed
         return update.astype("<f2").tobytes()
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:

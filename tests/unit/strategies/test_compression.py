@@ -21,7 +21,6 @@ from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.protocol.messages import Downlink, Uplink, decode
 from fedtune.strategies.aggregation import Decoded, Frame, Mean, RingMean, Unpacked
 from fedtune.strategies.aggregation.aggregator import Payloads
-from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.requests import Requests
 
@@ -30,7 +29,7 @@ SEED = 3
 
 
 def terms(form: str, rotation: bool = True) -> FactorTerms:
-    uplink = Uplink(form, 4, 0.5, False, "examples", 100, 8, (1.0,), rotation)
+    uplink = Uplink(form, 4, 0.5, False, 8, (1.0,), rotation)
     return FactorTerms(uplink, SEED, 1, "b", LAYOUT.size_b, 1.0)
 
 
@@ -42,8 +41,8 @@ def aggregation(agreed: FactorTerms) -> Any:
     return aggregator.begin(Frame(LAYOUT, "b", LAYOUT.initial(SEED), terms=[agreed]))
 
 
-def encode(update: Vector, agreed: FactorTerms, private_seed: int, weight: float) -> bytes:
-    return FORMS[agreed.form].encode(update, agreed, private_seed, weight)
+def encode(update: Vector, agreed: FactorTerms, private_seed: int) -> bytes:
+    return FORMS[agreed.form].encode(update, agreed, private_seed)
 
 
 def random_update(count: int, seed: int = 0) -> Vector:
@@ -54,7 +53,7 @@ def random_update(count: int, seed: int = 0) -> Vector:
 def test_what_a_payload_carries_is_what_the_server_takes_from_it(form: str) -> None:
     agreed = terms(form)
     update = random_update(agreed.count)
-    payload = encode(update, agreed, 7, 1.0)
+    payload = encode(update, agreed, 7)
     sent = FORMS[form].decode(payload, agreed)
     summed = aggregation(agreed)
     summed.add(Payloads([payload], 5))
@@ -65,7 +64,7 @@ def test_what_a_payload_carries_is_what_the_server_takes_from_it(form: str) -> N
 def test_the_exact_form_loses_nothing() -> None:
     agreed = terms("exact")
     update = random_update(agreed.count)
-    assert EXACT.decode(encode(update, agreed, 7, 1.0), agreed).tobytes() == update.tobytes()
+    assert EXACT.decode(encode(update, agreed, 7), agreed).tobytes() == update.tobytes()
 
 
 @pytest.mark.parametrize("form", ["dense", "ring"])
@@ -74,7 +73,7 @@ def test_a_stateless_form_is_right_on_average_for_values_far_below_its_step(form
     small, draws = 6e-3, 400
     update = np.full(agreed.count, small, dtype=np.float32)
     update[0] = 0.9  # so that a step is more than twice the other values
-    decoded = [FORMS[form].decode(encode(update, agreed, seed, 1.0), agreed)[1:] for seed in range(draws)]
+    decoded = [FORMS[form].decode(encode(update, agreed, seed), agreed)[1:] for seed in range(draws)]
     spread = float(np.std(decoded))
     assert spread > small, "nearest rounding would lose the small values"
     assert float(np.mean(decoded, dtype=np.float64)) == pytest.approx(small, abs=4 * spread / draws**0.5)
@@ -82,20 +81,17 @@ def test_a_stateless_form_is_right_on_average_for_values_far_below_its_step(form
 
 
 @pytest.mark.parametrize("rotation", [True, False])
-def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool) -> None:
+def test_a_ring_sum_is_the_mean_of_what_the_clients_sent(rotation: bool) -> None:
     agreed = terms("ring", rotation=rotation)
     summed = aggregation(agreed)
-    weights = [0.25, 0.5, 1.0]
     sent = []
-    for client, weight in enumerate(weights):
-        payload = encode(random_update(agreed.count, client), agreed, client, weight)
-        summed.add(Payloads([payload], 1))
+    for client in range(3):
+        payload = encode(random_update(agreed.count, client), agreed, client)
+        summed.add(Payloads([payload], weight=1 + client))
         sent.append(RING.decode(payload, agreed))
     aggregate = summed.finish()
-    clips = aggregate.clips
-    assert aggregate.update == pytest.approx(np.average(sent, axis=0, weights=weights), abs=1e-5)
-    assert clips.keys() == {"b", WEIGHT}
-    assert clips[WEIGHT] == pytest.approx(1.25 * 100 * np.mean(weights), rel=1e-4)
+    assert aggregate.update == pytest.approx(np.mean(sent, axis=0), abs=1e-5)
+    assert aggregate.clips.keys() == {"b"}
 
 
 @pytest.mark.parametrize("form", ["exact", "dense", "sparse", "ring"])
@@ -103,7 +99,7 @@ def test_a_ring_sum_is_the_weighted_mean_of_what_the_clients_sent(rotation: bool
 @given(data=st.data())
 def test_a_damaged_payload_is_refused_and_changes_nothing(form: str, data: st.DataObject) -> None:
     agreed = terms(form)
-    good = encode(random_update(agreed.count), agreed, 7, 1.0)
+    good = encode(random_update(agreed.count), agreed, 7)
     place = data.draw(st.integers(0, len(good) - 1))
     flip = data.draw(st.integers(1, 255))
     bad = good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :]
@@ -211,7 +207,7 @@ def test_no_preset_lets_devices_remember_unless_the_job_asks_for_sparse_updates(
 
 
 def test_terms_that_would_carry_a_residual_into_a_sum_are_refused() -> None:
-    uplink = Uplink("ring", 4, 1.0, True, "examples", 64, 8, (1.0,), True)
+    uplink = Uplink("ring", 4, 1.0, True, 8, (1.0,), True)
     with pytest.raises(PeerError, match="error feedback in a ring"):
         factor_terms(uplink, LAYOUT, "b", SEED, 1)
 
@@ -224,6 +220,6 @@ def test_a_job_says_whether_its_rings_rotate_and_every_client_is_told(rotation: 
     wanted = rotation is not False
     assert Compression.of(load_job(None, overrides)).rotation is wanted
 
-    uplink = Uplink("ring", 4, 1.0, False, "examples", 64, 8, (1.0,), wanted)
+    uplink = Uplink("ring", 4, 1.0, False, 8, (1.0,), wanted)
     (agreed,) = factor_terms(uplink, LAYOUT, "b", SEED, 1)
     assert agreed.context().rotation is wanted

@@ -84,13 +84,13 @@ def test_means_of_products_merge_up_to_rounding() -> None:
 
 @pytest.mark.parametrize("form", ["ring", "dense", "sparse", "exact"])
 def test_payloads_merge_whether_they_are_decoded_one_by_one_or_added_first(form: str) -> None:
-    uplink = Uplink(form, 4, 0.5, False, "examples", 64, 8, (1.0, 1.0), True)
+    uplink = Uplink(form, 4, 0.5, False, 8, (1.0, 1.0), True)
     terms = factor_terms(uplink, LAYOUT, "ab", 5, 1)
     frame = Frame(LAYOUT, "ab", LAYOUT.initial(1), terms=terms)
     cohort = []
     for seed, update in enumerate(updates(6)):
         halves = LAYOUT.parts(update.values)
-        parts = [FORMS[form].encode(half, each, seed, 0.5) for half, each in zip(halves, terms, strict=True)]
+        parts = [FORMS[form].encode(half, each, seed) for half, each in zip(halves, terms, strict=True)]
         cohort.append(Payloads(parts, update.weight))
     aggregator = Unpacked(RingMean(FEDAVG)) if form == "ring" else Decoded(Mean(FEDAVG), FORMS[form])
     whole, merged = whole_and_merged(aggregator, frame, cohort, 3)

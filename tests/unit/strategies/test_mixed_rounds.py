@@ -14,6 +14,7 @@ from fedtune.core.adapter.layout import AdaptedModule, Vector
 from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec.update_forms import FORMS as UPDATE_FORMS
+from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import factor_terms
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
@@ -29,13 +30,13 @@ LAYOUT = LoraLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), ran
 BASE = Base("demo", "0" * 64, "nf4", 8, 2.0, ("all-linear",), 256)
 RANKS = {"ann": 8, "bob": 8, "cid": 4, "dan": 2, "eve": 9}
 WEIGHTS = {"ann": 10, "bob": 30, "cid": 20, "dan": 32, "eve": 5}
-MIXED = ("secure_aggregation.enabled=false", "adapter.rank=8", "adapter.tiers=[2, 4, 8]")
+MIXED = ("secure_aggregation.enabled=false", "adapter.rank=8", "adapter.tiers=[2, 4, 8]", "federation.weight=examples")
 EXACT = "compression.preset=none"
 FORMS = {
     "exact": (EXACT,),
     "dense": ("compression.bits=8",),
     "sparse": ("compression.form=sparse", "compression.bits=8", "compression.density=1.0"),
-    "ring": ("compression.form=ring", "compression.bits=8"),
+    "ring": ("compression.form=ring", "compression.bits=8", "federation.weight=uniform"),
 }
 
 
@@ -67,26 +68,26 @@ def answer(name: str, round_: TrainingRound, tier: int | None = None) -> bytes:
     asked = request.tier if tier is None else tier
     terms = factor_terms(uplink, LAYOUT, factors, request.job_seed, request.round, asked)
     update = trained(name, round_)
-    weight, seed = WEIGHTS[name] / uplink.weight_cap, WEIGHTS[name]
     parts = [update[LAYOUT.segment(each.factor)][each.indices] for each in terms]
     payloads = [
-        UPDATE_FORMS[each.form].encode(part, each, seed, weight) for part, each in zip(parts, terms, strict=True)
+        UPDATE_FORMS[each.form].encode(part, each, WEIGHTS[name]) for part, each in zip(parts, terms, strict=True)
     ]
     return encode(TrainReply(request.round, WEIGHTS[name], 100, 20, 1.0, 0.1, tuple(payloads)))
 
 
 def mean_over_owners(round_: TrainingRound) -> np.ndarray:
-    """Computes Σ w·Δ / Σ w over the clients whose tier has the index, one index at a time."""
+    """Computes Σ w·Δ / Σ w over the clients whose tier has the index, one index at a time; a ring has no weights."""
+    weights = WEIGHTS if round_.federation.form != RING else dict.fromkeys(WEIGHTS, 1)
     order = generator(0, "tiers", round_.number).permutation(LAYOUT.rank)
     mean = np.zeros(LAYOUT.size)
     views = {name: LAYOUT.pairs(trained(name, round_)) for name in RANKS}
     for index in range(LAYOUT.rank):
         owners = [name for name, rank in RANKS.items() if list(order).index(index) < min(rank, LAYOUT.rank)]
-        total = sum(WEIGHTS[name] for name in owners)
+        total = sum(weights[name] for name in owners)
         out = LAYOUT.pairs(mean.astype(np.float32))
         for module, (lora_a, lora_b) in out.items():
-            lora_a[index] = sum(WEIGHTS[n] / total * views[n][module][0][index] for n in owners)
-            lora_b[:, index] = sum(WEIGHTS[n] / total * views[n][module][1][:, index] for n in owners)
+            lora_a[index] = sum(weights[n] / total * views[n][module][0][index] for n in owners)
+            lora_b[:, index] = sum(weights[n] / total * views[n][module][1][:, index] for n in owners)
         mean = np.concatenate([p.reshape(-1) for p in [*(a for a, _ in out.values()), *(b for _, b in out.values())]])
     return mean
 

@@ -27,7 +27,6 @@ from fedtune.core.protocol.messages import (
 )
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.strategies import round as round_module
-from fedtune.strategies.aggregation.payload_sums import WEIGHT
 from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.selection import Selection
@@ -39,7 +38,10 @@ from fedtune.strategies.schedule import ByDeadline, Closing
 LAYOUT = LoraLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 2, 2.0, ("all-linear",), 256)
 NAMES = ["ann", "bob", "cid"]
-PLAIN = ("secure_aggregation.enabled=false", "compression.preset=none", "federation.aggregation=alternating")
+PLAIN = (
+    *("secure_aggregation.enabled=false", "compression.preset=none", "federation.aggregation=alternating"),
+    "federation.weight=examples",
+)
 
 
 def federation(*overrides: str) -> Federation:
@@ -104,15 +106,20 @@ def test_order_of_arrival_changes_nothing() -> None:
     assert results[0] == results[1]
 
 
-def test_a_ring_starts_with_a_low_weight_cap_and_takes_it_from_the_state_up_to_the_jobs() -> None:
-    ring = ("compression.preset=balanced", "compression.form=ring")
-    assert opened(1).plan.terms[0].uplink.weight_cap == 1024
-    assert opened(1, *ring).plan.terms[0].uplink.weight_cap == 32
-    assert opened(1, *ring, "federation.weight_cap=20").plan.terms[0].uplink.weight_cap == 20
-    fed = federation(*ring)
-    state = initial_state(fed)
-    later = TrainingRound.open(fed, replace(state, clips=state.clips | {WEIGHT: 224.6}), NAMES, broadcast())
-    assert {terms.uplink.weight_cap for terms in later.plan.terms} == {225}
+def test_a_round_takes_a_clip_within_what_its_steps_can_reach() -> None:
+    ring = ("compression.preset=balanced", "compression.form=ring", "federation.weight=uniform", "federation.rounds=4")
+
+    def clip(adapted: float, *overrides: str, number: int = 1) -> float:
+        fed = federation(*ring, *overrides)
+        state = replace(initial_state(fed), round=number - 1, clips={"a": adapted, "b": adapted})
+        return TrainingRound.open(fed, state, NAMES, broadcast()).plan.terms[0].clip
+
+    most = initial_state(federation(*ring)).clips["b"]
+    assert clip(most / 3) == most / 3
+    assert clip(1e9) == clip(most) == most
+    assert clip(1e9, number=3) == pytest.approx(most / 2)
+    assert clip(1e-9) == pytest.approx(most / 64)
+    assert clip(1e9, "training.local_epochs=1") == 1e9
 
 
 def test_alternating_rounds_change_one_factor_and_fedavg_both() -> None:

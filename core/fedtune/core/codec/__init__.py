@@ -5,7 +5,7 @@ aggregation adds up. `Residual` keeps the part of an update that `SparseCodec` d
 adapter to the devices.
 """
 
-from fedtune.core.codec.clipping import ClipRange, initial_clip, next_weight_cap
+from fedtune.core.codec.clipping import ClipRange, largest_norm
 from fedtune.core.codec.coordinate_selection import select_largest
 from fedtune.core.codec.dense import DenseCodec
 from fedtune.core.codec.downlink import apply, encode_change, rounded
@@ -29,8 +29,7 @@ __all__ = [
     "SparseCodec",
     "apply",
     "encode_change",
-    "initial_clip",
-    "next_weight_cap",
+    "largest_norm",
     "pack",
     "packed_size",
     "rounded",

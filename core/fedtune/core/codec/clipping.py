@@ -1,28 +1,20 @@
-"""Norm clipping, the check of updates for NaN and infinity, and the two values that adapt from round to round.
+"""Norm clipping, the check of updates for NaN and infinity, and the clip, which adapts from round to round.
 
-These are the clip, and the weight cap: the weight that counts as one in a ring's words. Both follow from sums that the
-server learns anyway; they reveal no single client's norm or weight.
+    c ← 1.25 · mean over survivors of min(‖x_i‖, 4c),   not below c/8
 
-    c   ← 1.25 · mean over survivors of min(‖x_i‖, 4c),   and not below c/8
-    cap ← 1.25 · mean over survivors of min(n_i, cap),     at most the job's cap
+It follows from a sum that the server learns anyway, and reveals no single client's norm. Where a job counts steps, a
+round takes it within b/64 ... b, where b is the norm that its steps can reach. So a client that lies about its norm can
+neither open the clip for longer updates than honest ones, nor close it.
 
-**The clip.** Rounding errors under masks are proportional to c, so a clip far too high costs more than a few clipped
-updates, whose rest stays in the residual. The usual rule, c ← c·exp(-0.2·(share within c - 0.8)) (Andrew et al.,
-"Differentially private learning with adaptive clipping", 2021), lowers the clip by at most 4% a round, but a federation
-has tens of rounds, not hundreds. The mean norm shows in one round where the clip belongs, and the bound of 4c keeps a
-single client from moving it far.
-
-**The cap.** A ring's words have room for a client of weight one, and rounding errors are proportional to that room, not
-to the actual weights. Where every client's weight is a sixth of the cap, four bits are worth little more than one, and
-error feedback, which includes a client's own rounding errors, does not converge. So the cap stays near the mean weight.
-It starts low, where all clients have the same weight, and rises by a quarter a round as long as all clients reach it.
-Clients of similar size then get their true weights; a client with many times more examples than the others counts for
-little more than they do. The sum of weights is the divisor of the mean update. As caps differ from round to round,
-these sums reveal slightly more about a cohort: how unequal its clients are.
+Rounding errors under masks are proportional to c, so a clip far too high costs more than a few clipped updates. The
+usual rule, c ← c·exp(-0.2·(share within c - 0.8)) (Andrew et al., "Differentially private learning with adaptive
+clipping", 2021), lowers the clip by at most 4% a round, but a federation has tens of rounds, not hundreds. The mean
+norm shows in one round where the clip belongs, and the bound of 4c keeps a single honest client from moving it far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
@@ -76,8 +68,8 @@ def clip_factor(norm: float, clip: float) -> float:
 HEADROOM = 1.25  # most updates are within the clip when norms vary by a quarter
 NORM_BOUND = 4  # a norm counts as at most this many clips, so a clip grows at most fivefold in a round
 MAX_SHRINK = 8  # one round of small updates must not cost many rounds of growth
-FIRST_WEIGHT_CAP = {"examples": 32.0, "tokens": 1024.0, "uniform": 1.0}  # by `federation.weight`
-LEAST_WEIGHT_CAP = 4.0  # so that a cap rises again, by whole numbers, after a round of clients with very few examples
+LEAST_SHARE = 1 / 64  # of the largest norm; steps that all point elsewhere still reach its 1/√steps
+STEP_SIZES: Mapping[str, float] = {"adamw": 1.0, "muon": 0.25}  # largest root mean square of a step, in learning rates
 
 
 @dataclass(frozen=True)
@@ -99,18 +91,10 @@ class ClipRange:
         return ClipRange(min(max(HEADROOM * mean_norm, self.clip / MAX_SHRINK, MIN_CLIP), MAX_NORM))
 
 
-def initial_clip(learning_rate: float, local_steps: int, count: int) -> ClipRange:
-    """Returns learning_rate·local_steps·√count as the first clip, which follows from the job alone.
+def largest_norm(optimizer: str, learning_rate: float, local_steps: int, count: int) -> float:
+    """Returns b = s·η·steps·√count, which hardly any update exceeds; s is the optimizer's in STEP_SIZES.
 
-    Adam moves a parameter by about the learning rate in a step, so hardly any update has a larger norm.
+    Adam moves a parameter by about the learning rate in a step. Muon's orthogonal steps have a root mean square of 0.2
+    learning rates, and up to 0.24 since its singular values are only near 1.
     """
-    return ClipRange(max(learning_rate * local_steps * sqrt(count), MIN_CLIP))
-
-
-def next_weight_cap(mean_weight: float) -> float:
-    """Returns the weight cap of the next round.
-
-    Args:
-        mean_weight: mean weight of the survivors, each counted as at most this round's cap; in examples or tokens.
-    """
-    return max(HEADROOM * mean_weight, LEAST_WEIGHT_CAP)
+    return max(STEP_SIZES[optimizer] * learning_rate * local_steps * sqrt(count), MIN_CLIP)

@@ -1,10 +1,15 @@
 """The codec for updates under masks. Every step is linear and public, so words can be added before they are decoded.
 
-    client    y = H·D·(w·clip_c(x))/√d;  u = quantize(y, ±R) in 0..L                -> words, sums
-    sum       Σu in Z/2^ℓ, Σw and Σmin(‖x‖, 4c) in Z/2^32                            (secure aggregation)
-    server    mean = (H·D/√d)⁻¹(δ·Σu - |S|·R) / Σw
+    client    y = H·D·clip_c(x)/√d;  u = quantize(y, ±R) in 0..L                    -> words, sums
+    sum       Σu in Z/2^ℓ, Σmin(‖x‖, 4c) in Z/2^32                                  (secure aggregation)
+    server    y' = (δ·Σu - |S|·R)/|S|;  mean = (H·D/√d)⁻¹ y'·min(1, B/‖y'‖),  B² = c² + d·δ²/(4·|S|)
 
 Without rotation, H·D/√d is the identity, and nothing is padded.
+
+All contributions weigh the same. A sum of weights would tell how many examples clients have once cohorts change, and a
+client that contributes a wrong weight, which masks hide, could make the divisor as small as it likes. B bounds what the
+words of one client can do: a mean of honest updates is no longer than c, but for rounding errors, whose variance is at
+most δ²/4 a value and client.
 
 A device keeps nothing of what clip and rounding leave out. Rounding is unbiased, so its errors average out over clients
 and rounds, whether a client takes part once or always. A rest that a device adds to a later update would be a memory
@@ -15,8 +20,8 @@ Usage in the clear, for one segment:
 
     context = RoundContext(seed, count, clip.clip, n_max=len(cohort))
     total = codec.zero(context)
-    for update, weight, private_seed in cohort:
-        total = codec.add(total, codec.encode(update, weight, private_seed, context), context)
+    for update, private_seed in cohort:
+        total = codec.add(total, codec.encode(update, private_seed, context), context)
     mean = codec.decode_sum(total, len(cohort), context)
     clip = clip.adapt(mean.mean_norm)
 """
@@ -24,18 +29,18 @@ Usage in the clear, for one segment:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, NORM_BOUND, check_update, clip_factor
+from fedtune.core.codec.clipping import MAX_NORM, MIN_CLIP, NORM_BOUND, check_update, clip_factor, finite_norm
 from fedtune.core.codec.quantization import dequantize_sum, public_range, quantize
-from fedtune.core.codec.ring import AUXILIARY_ONE, Ring, auxiliary_total, norm_word, weight_word
+from fedtune.core.codec.ring import Ring, auxiliary_total, norm_word
 from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
 from fedtune.core.errors import PeerError, UpdateError
 
-WEIGHT_SUM, NORM_SUM = range(2)
-AUXILIARY_SUMS = 2
+AUXILIARY_SUMS = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class RingUpdate:
 
     Args:
         words: uint32, shape (word_count,), below 2^ℓ; those of a single contribution are at most L.
-        auxiliary: uint32, shape (AUXILIARY_SUMS,), modulo 2^32: the weight, and the norm over 4c, in units of 2^-16.
+        auxiliary: uint32, shape (AUXILIARY_SUMS,), modulo 2^32: the norm over 4c, in units of 2^-16.
     """
 
     words: NDArray[np.uint32]
@@ -80,10 +85,9 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class DecodedSum:
-    """A decoded sum: the weighted mean update (float32), Σw, and the mean norm."""
+    """A decoded sum: the mean update (float32), and the mean norm."""
 
     update: NDArray[np.float32]
-    total_weight: float
     mean_norm: float
 
 
@@ -105,14 +109,11 @@ class MaskableCodec:
         """Returns the number of words of a contribution: its coordinates and the rotation's padding."""
         return rotated_size(context.count) if context.rotation else context.count
 
-    def encode(
-        self, update: NDArray[np.float32], weight: float, private_seed: int, context: RoundContext
-    ) -> RingUpdate:
+    def encode(self, update: NDArray[np.float32], private_seed: int, context: RoundContext) -> RingUpdate:
         """Encodes one client's contribution.
 
         Args:
             update: the client update; float32, shape (count,).
-            weight: w in (0, 1], rounded to a multiple of 2^-16 first, so that Σw is the sum of the weights applied.
             private_seed: seed of the rounding, different for every client, segment and round.
             context: the parameters on which the cohort agreed.
 
@@ -124,12 +125,11 @@ class MaskableCodec:
         norm = check_update(update)
         if update.size != context.count:
             raise UpdateError(f"this segment has {context.count} coordinates, the update has {update.size}")
-        fixed_weight = weight_word(weight)
-        values = update * np.float32(fixed_weight / AUXILIARY_ONE * clip_factor(norm, context.clip))
+        values = update * np.float32(clip_factor(norm, context.clip))
         if context.rotation:
             values = rotate(values, context.seed)
         words = quantize(values, self._bound(context), levels, private_seed)
-        return RingUpdate(words, np.array([fixed_weight, norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
+        return RingUpdate(words, np.array([norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 
     def zero(self, context: RoundContext) -> RingUpdate:
         """Returns the empty sum."""
@@ -142,7 +142,7 @@ class MaskableCodec:
         return RingUpdate(self.ring(context).add(left.words, right.words), left.auxiliary + right.auxiliary)
 
     def decode_sum(self, total: RingUpdate, survivors: int, context: RoundContext) -> DecodedSum:
-        """Returns the mean of the `survivors` contributions in `total`.
+        """Returns the mean of the `survivors` contributions in `total`, no longer than such a mean can be.
 
         Raises:
             RunError: there are no survivors or more than n_max.
@@ -151,19 +151,22 @@ class MaskableCodec:
         expected = self.word_count(context)
         if total.words.shape != (expected,) or total.auxiliary.shape != (AUXILIARY_SUMS,):
             raise PeerError(
-                f"a masked sum of {expected} words and {AUXILIARY_SUMS} auxiliary sums is expected, "
+                f"a masked sum of {expected} words and {AUXILIARY_SUMS} auxiliary sum is expected, "
                 f"got {total.words.size} and {total.auxiliary.size}"
             )
         self.ring(context).check_sum(total.words, survivors)
-        weight = auxiliary_total(int(total.auxiliary[WEIGHT_SUM]), survivors)
-        norms = auxiliary_total(int(total.auxiliary[NORM_SUM]), survivors)
-        if not weight:
-            raise PeerError(f"the weights of {survivors} clients sum to nothing")
+        norms = auxiliary_total(int(total.auxiliary[0]), survivors)
         values = dequantize_sum(total.words, self._bound(context), self.ring(context).levels, survivors)
+        values /= np.float32(survivors)
+        values *= np.float32(clip_factor(finite_norm(values), self.longest_mean(survivors, context)))
         if context.rotation:
             values = unrotate(values, context.count, context.seed)
-        values /= np.float32(weight)
-        return DecodedSum(values, weight, NORM_BOUND * context.clip * norms / survivors)
+        return DecodedSum(values, NORM_BOUND * context.clip * norms / survivors)
+
+    def longest_mean(self, survivors: int, context: RoundContext) -> float:
+        """Returns B, the largest norm that a mean of honest contributions is expected to have."""
+        step = 2 * self._bound(context) / self.ring(context).levels
+        return hypot(context.clip, step * sqrt(self.word_count(context) / survivors) / 2)
 
     def _bound(self, context: RoundContext) -> float:
         return public_range(context.clip, self.word_count(context), self.ring(context).levels, context.n_max)

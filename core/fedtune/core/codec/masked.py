@@ -4,8 +4,8 @@
     words = masked_words(own_terms, contributions, loss)    # a client's contribution, before its masks
     totals, mean_loss = opened_sums(sums, contributors, terms)      # the unmasked sums, decoded
 
-The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 per client: for each factor the client's weight and
-its update's norm, then its training loss. No value of a single client travels in the clear.
+The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 per client: for each factor the norm of the client's
+update, then its training loss. No value of a single client travels in the clear.
 
 Where devices train different ranks, each slice of a factor is a segment that only its owners carry, and so are its
 auxiliary sums. The training loss belongs to the first slice's auxiliary sums, since all clients own that slice.

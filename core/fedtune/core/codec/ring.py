@@ -6,8 +6,8 @@ A client contributes one word u per coordinate, 0 <= u <= L. At most n_max clien
 
 so Σu <= n_max·L < 2^ℓ: the sum in the ring *is* the sum. ℓ is the least width with room for b bits of each client, and
 L >= 2^b - 1 uses all of that room. Ten clients of 3 bits need words of 7 bits, in which L = 12 instead of 7 costs
-nothing. With the words of a segment travel two whole numbers, its *auxiliary sums*: the
-client's weight and its update's norm, in fixed point. They are added modulo 2^32, and the same proof holds for them.
+nothing. With the words of a segment travels a whole number, its *auxiliary sum*: the update's norm, in fixed point. It
+is added modulo 2^32, and the same proof holds for it.
 """
 
 from __future__ import annotations
@@ -75,13 +75,6 @@ class Ring:
                 f"a sum of {survivors} contributions is at most {survivors * self.levels} per word, got {largest}: "
                 "the masks did not cancel or a contribution was out of range"
             )
-
-
-def weight_word(weight: float) -> int:
-    """Returns the fixed-point form of a weight in (0, 1], at least 1."""
-    if not 0 < weight <= 1:
-        raise ValueError(f"an aggregation weight lies in (0, 1], got {weight}")
-    return max(1, round(weight * AUXILIARY_ONE))
 
 
 def norm_word(norm: float, most: float) -> int:

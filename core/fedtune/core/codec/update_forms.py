@@ -1,6 +1,6 @@
 """The forms in which a client's update of one factor travels up: exact, dense, sparse, or as words of a ring.
 
-    payload = form.encode(update, terms, private_seed, weight)     # on the client
+    payload = form.encode(update, terms, private_seed)             # on the client
     vector = form.decode(payload, terms)                           # on the server; update - vector is a residual
 
 Payloads of a ring are added first and decoded as a sum:
@@ -40,14 +40,13 @@ class UpdateForm(Protocol):
     def name(self) -> str:
         """The name in jobs and requests."""
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
         """Returns a client's payload for one factor.
 
         Args:
             update: float32, (terms.count,); with error feedback its residual is added.
             terms: terms of the factor in this round.
             private_seed: seed of stochastic rounding, different for every client, round and factor.
-            weight: weight in (0, 1]; only payloads of a ring carry it.
 
         Raises:
             UpdateError: the update holds NaN, infinity or an absurd magnitude.
@@ -67,9 +66,9 @@ class ExactForm:
 
     name: ClassVar[str] = "exact"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
         """Returns a payload of four bytes a value."""
-        del terms, private_seed, weight
+        del terms, private_seed
         return ExactCodec().encode(update)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
@@ -83,9 +82,8 @@ class DenseForm:
 
     name: ClassVar[str] = "dense"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
         """Returns the payload of all values."""
-        del weight
         return DenseCodec(terms.bits).encode(update, private_seed)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
@@ -99,9 +97,9 @@ class SparseForm:
 
     name: ClassVar[str] = "sparse"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
         """Returns the payload of the largest values."""
-        del private_seed, weight
+        del private_seed
         return SparseCodec(terms.density, terms.bits).encode(update)
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
@@ -121,21 +119,21 @@ class RingTotal:
 class RingForm:
     """Words of a ring, which are added before they are decoded, in the clear or under masks.
 
-    A client's weight travels inside its payloads, bounded by the room that the ring has for it.
+    All clients weigh the same.
     """
 
     name: ClassVar[str] = "ring"
 
-    def encode(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> bytes:
-        """Returns the packed words and auxiliary sums."""
-        contribution = self.contribute(update, terms, private_seed, weight)
+    def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
+        """Returns the packed words and the auxiliary sum."""
+        contribution = self.contribute(update, terms, private_seed)
         width = MaskableCodec(terms.bits).ring(terms.context()).width
         body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
         return frame(Kind.RING, terms.count, body)
 
-    def contribute(self, update: Vector, terms: FactorTerms, private_seed: int, weight: float) -> RingUpdate:
-        """Does as `encode`, but returns words and auxiliary sums as arrays, to which masks can be added."""
-        return MaskableCodec(terms.bits).encode(update, weight, private_seed, terms.context())
+    def contribute(self, update: Vector, terms: FactorTerms, private_seed: int) -> RingUpdate:
+        """Does as `encode`, but returns words and auxiliary sum as arrays, to which masks can be added."""
+        return MaskableCodec(terms.bits).encode(update, private_seed, terms.context())
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Decodes a single payload, as the mean of a sum of one."""
@@ -168,7 +166,7 @@ class RingForm:
         return RingTotal(total, left.contributors + right.contributors)
 
     def mean(self, summed: RingTotal, terms: FactorTerms) -> DecodedSum:
-        """Returns the weighted mean of the contributions.
+        """Returns the mean of the contributions.
 
         Raises:
             PeerError, RunError: `summed` cannot be the sum of that many contributions.

@@ -2,8 +2,8 @@
 
     terms = factor_terms(request.uplink, layout, factors, seed, round_number)
 
-Where devices train different ranks, a factor travels in slices of rank indices, each with its own owners, payload,
-weight and sum. `FactorTerms` holds everything on which server and clients agree for one factor, or one slice of it, in
+Where devices train different ranks, a factor travels in slices of rank indices, each with its own owners, payload
+and sum. `FactorTerms` holds everything on which server and clients agree for one factor, or one slice of it, in
 one round; all of it is public. `fedtune.core.codec.update_forms` encodes updates on these terms.
 """
 
@@ -210,14 +210,3 @@ def round_slices(uplink: Uplink, layout: AdapterLayout, seed: int, round_number:
     if uplink.tiers[-1] > layout.rank or any(low >= high for low, high in pairwise(uplink.tiers)):
         raise PeerError(f"the tiers {list(uplink.tiers)}; expected them to ascend, to at most {layout.rank}")
     return rank_slices(seed, round_number, layout.rank, uplink.tiers)
-
-
-def uplink_weight(uplink: Uplink, examples: int, tokens: int) -> int:
-    """Returns a client's weight, 1 to `weight_cap`: its examples, its target tokens, or the cap for all alike."""
-    match uplink.weight:
-        case "examples":
-            return max(1, min(examples, uplink.weight_cap))
-        case "tokens":
-            return max(1, min(tokens, uplink.weight_cap))
-        case "uniform":
-            return uplink.weight_cap

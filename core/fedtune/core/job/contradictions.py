@@ -182,6 +182,11 @@ def aggregation_problems(job: Job) -> list[str]:
             problems.append(f'federation.robust is "{federation.robust}", which {RULE.sees_updates}, {hidden}')
         if federation.clip_norm is not None:
             problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
+        if federation.weight != "uniform":
+            problems.append(
+                f'federation.weight is "{federation.weight}", {hidden}: weights among them would tell example counts, '
+                'and a false one could not be noticed; expected "uniform"'
+            )
     elif method.changes_basis and job.compression.preset != "none":
         problems.append(
             f'{name}, which changes the basis of both factors every round; expected compression.preset = "none", '

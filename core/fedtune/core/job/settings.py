@@ -112,9 +112,8 @@ class FederationSettings:
         robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
         robust_share: share of the clients that may be hostile: cut off at either end, or left out.
         clip_norm: in the clear, the norm to which longer updates are scaled down.
-        weight: weight of a client's update: its examples, its target tokens, or the same for all clients.
-        weight_cap: examples or tokens above which a client's weight does not grow; a ring's cap is lower where the
-            cohort's mean weight is, since its words have room for the largest weight (fedtune.core.codec.clipping).
+        weight: weight of a client's update: the same for all clients, or in the clear its examples or target tokens.
+        weight_cap: examples or tokens above which a client's weight does not grow.
         evaluate_every: rounds between evaluations on the server; 0 for only before and after the rounds.
         evaluate_clients_every: rounds between evaluations on the clients; 0 for only after the last round.
         evaluation_clients: largest number of clients that evaluate.
@@ -133,7 +132,7 @@ class FederationSettings:
     robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
     robust_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     clip_norm: _PositiveFloat | None = None
-    weight: Literal["examples", "tokens", "uniform"] = "examples"
+    weight: Literal["uniform", "examples", "tokens"] = "uniform"
     weight_cap: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     evaluate_every: _Count = 1
     evaluate_clients_every: _Count = 0

@@ -127,8 +127,6 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     bits: Annotated[int, Meta(ge=1, le=8)]
     density: Annotated[float, Meta(gt=0, le=1)]
     error_feedback: bool
-    weight: Literal["examples", "tokens", "uniform"]
-    weight_cap: Annotated[int, Meta(ge=1, le=1 << 20)]
     n_max: Annotated[int, Meta(ge=1, le=65_535)]
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
     rotation: bool

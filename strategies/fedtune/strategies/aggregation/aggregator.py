@@ -81,7 +81,7 @@ class Payloads:
 
     Args:
         parts: one payload for each of the terms of the client's tier.
-        weight, tier: as in `Update`; in a ring the weight travels inside the payloads.
+        weight, tier: as in `Update`; a ring has no weights.
     """
 
     parts: Sequence[bytes]
@@ -96,7 +96,7 @@ class Aggregate:
     Args:
         update: change to add to the segment of the round's factors, float32; zeros without updates.
         state: state for the next round.
-        clips: clips of a ring for the next round: factor -> norm to which updates are clipped, and the weight cap.
+        clips: clips of a ring for the next round: factor -> norm to which updates are clipped.
     """
 
     update: Vector

@@ -14,7 +14,7 @@ from typing import Generic
 import numpy as np
 
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.codec import ClipRange, next_weight_cap
+from fedtune.core.codec import ClipRange
 from fedtune.core.codec.update_forms import RING, RingTotal, UpdateForm
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.errors import PeerError
@@ -32,8 +32,6 @@ from fedtune.strategies.aggregation.aggregator import (
 
 Totals = Mapping[FactorTerms, RingTotal]
 """Sums in a ring, one for each of the terms that their clients own."""
-
-WEIGHT = "weight"  # the key of the weight cap among a ring's clips
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,6 @@ class RingAggregation:
             norm = math.hypot(*(mean.mean_norm for mean in slices.values()))
             seen = sum(each.count for each in slices) / next(iter(slices)).whole
             clips[factor] = ClipRange(clip).adapt(norm / math.sqrt(seen)).clip
-        first = next(iter(means))  # all clients own it; a client's weight is the same in all its parts
-        mean_share = means[first].total_weight / max(total.contributors for total in self._totals.values())
-        clips[WEIGHT] = next_weight_cap(mean_share * first.uplink.weight_cap)
         return Aggregate(update, clips=clips)
 
 
