@@ -72,7 +72,15 @@ MUTANTS = (
     ),
     Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
     Mutant("policy's minimum of a tier", "config.py", "if lowest < least:", "if False:"),
-    Mutant("who may collude in a tier", "config.py", "least = max(least, part(", "least = max(least, 0 * part("),
+    Mutant(
+        "one colluder in the smallest cohort",
+        "graph.py",
+        "return max(1, part(corrupt, cohort))",
+        "return part(corrupt, cohort)",
+    ),
+    Mutant(
+        "who may collude in a tier", "config.py", "least = max(least, colluders(", "least = max(least, 0 * colluders("
+    ),
     Mutant("unauthenticated clients in the cohort", "client_checks.py", "    if unknown:", "    if False:"),
     Mutant("own invitation", "client_checks.py", "if not invited or roster", "if roster"),
     Mutant(

@@ -31,10 +31,10 @@ ANY_SIZE = 1 << 24
 
 
 class Fixture:
-    """Five clients up to one exchange, where client-0 turns hostile."""
+    """A cohort up to one exchange, where client-0 turns hostile."""
 
-    def __init__(self, stage: Stage, gone: tuple[int, ...] = ()) -> None:
-        self.rehearsal = Rehearsal.prepare([0] * 5, SEGMENTS)
+    def __init__(self, stage: Stage, gone: tuple[int, ...] = (), clients: int = 5) -> None:
+        self.rehearsal = Rehearsal.prepare([0] * clients, SEGMENTS)
         self.server = self.rehearsal.server
         self.updates = random_updates(self.server.config)
         self.requests = self.rehearsal.until(stage, self.updates, {Stage.MASK: {f"client-{index}" for index in gone}})
@@ -224,7 +224,7 @@ def test_a_vote_for_other_survivors_is_refused() -> None:
 
 
 def test_a_vote_signed_by_somebody_else_is_refused() -> None:
-    fixture = Fixture(Stage.VOTE)
+    fixture = Fixture(Stage.VOTE, clients=7)
     theirs = fixture.honest(Vote, "client-1")
     fixture.requests.pop("client-1")
     fixture.refuses(theirs, "not signed by its pinned identity")
@@ -245,8 +245,8 @@ def test_shares_of_another_number_or_out_of_the_field_are_refused(shares: bytes,
 
 
 def test_wrong_shares_never_spoil_the_sum_and_their_sender_is_named() -> None:
-    fixture = Fixture(Stage.UNMASK)
-    fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 5))))
+    fixture = Fixture(Stage.UNMASK, clients=7)
+    fixture.server.receive("client-0", encode(changed(fixture.honest(Reveal), shares=bytes(32 * 7))))
     for client in fixture.waiting():
         fixture.server.receive(client, encode(fixture.honest(Reveal, client)))
     fixture.server.advance()

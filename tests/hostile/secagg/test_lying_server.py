@@ -138,16 +138,26 @@ def test_a_tier_in_which_all_but_one_may_collude_is_refused() -> None:
 
 
 def test_more_collusion_than_the_server_admits_needs_a_higher_threshold() -> None:
-    fixture = Fixture(Stage.ADVERTISE)
+    fixture = Fixture(Stage.ADVERTISE, clients=10)
     session = fresh_session(fixture, policy=Policy(max_corrupt=0.4, min_survivors=2, min_tier_survivors=1))
-    with pytest.raises(ServerFaultError, match="threshold 3 of 5 is below 4"):
+    with pytest.raises(ServerFaultError, match="threshold 6 of 10 is below 8"):
         advertise(session, fixture.config)
+
+
+@pytest.mark.parametrize("clients", [3, 5, 9])
+def test_in_the_smallest_cohort_too_one_client_may_collude(clients: int) -> None:
+    """A quorum that is a majority of all lets one client who votes twice open two sets of survivors."""
+    plain = clients // 2 + 1
+    config = Fixture(Stage.ADVERTISE, clients=clients).config
+    assert config.quorum == config.threshold == (clients + 1) // 2 + 1 > plain
+    for field, reason in (("quorum", "two survivor sets could both find a quorum"), ("threshold", "both shares")):
+        Fixture(Stage.ADVERTISE, clients=clients).refuses(changed(config, **{field: plain}), reason)
 
 
 def test_a_cohort_without_this_client_is_refused() -> None:
     fixture = Fixture(Stage.ADVERTISE, clients=6)
     others = changed(
-        fixture.config, cohort=tuple(fixture.config.cohort[1:]), degree=4, threshold=3, quorum=3, minimum=4
+        fixture.config, cohort=tuple(fixture.config.cohort[1:]), degree=4, threshold=4, quorum=4, minimum=4
     )
     fixture.refuses(others, "client-0 is not invited")
 
@@ -434,13 +444,15 @@ def test_one_vote_counted_twice_is_refused() -> None:
 def test_one_vote_under_several_names_is_refused() -> None:
     fixture = Fixture(Stage.UNMASK)
     quorum = fixture.read(Quorum)
-    fixture.refuses(changed(quorum, voters=(0, 1, 2), signatures=quorum.signatures[:64] * 3), "client-1 did not sign")
+    fixture.refuses(
+        changed(quorum, voters=(0, 1, 2, 3), signatures=quorum.signatures[:64] * 4), "client-1 did not sign"
+    )
 
 
 def test_a_forged_vote_is_refused() -> None:
     fixture = Fixture(Stage.UNMASK)
     quorum = fixture.read(Quorum)
-    fixture.refuses(changed(quorum, signatures=quorum.signatures[:-64] + bytes(64)), "client-2 did not sign")
+    fixture.refuses(changed(quorum, signatures=quorum.signatures[:-64] + bytes(64)), "client-3 did not sign")
 
 
 def test_a_vote_by_somebody_who_did_not_survive_is_refused() -> None:
@@ -449,7 +461,7 @@ def test_a_vote_by_somebody_who_did_not_survive_is_refused() -> None:
     fixture.refuses(changed(quorum, voters=(*quorum.voters[:2], 4)), "cannot be there")
 
 
-@pytest.mark.parametrize("size", [0, 64 * 3 - 1, 64 * 4])
+@pytest.mark.parametrize("size", [0, 64 * 4 - 1, 64 * 5])
 def test_another_number_of_signatures_than_voters_is_refused(size: int) -> None:
     fixture = Fixture(Stage.UNMASK)
     fixture.refuses(changed(fixture.read(Quorum), signatures=bytes(size)), f"{size} bytes of signatures")
@@ -531,7 +543,7 @@ def test_what_is_revealed_gives_b_of_survivors_and_sigma_of_dropouts_and_never_t
     ]
     for owner in range(5):
         shares = [to_element(pieces(each, 32)[owner]) for each in revealed]
-        secret = to_bytes(Combiner([1, 2, 3]).combine(shares[:3]))
+        secret = to_bytes(Combiner([1, 2, 3, 4]).combine(shares[:4]))
         assert secret == (sigma if owner == 4 else b)[owner]
         assert secret != (b if owner == 4 else sigma)[owner]
         assert all(len(each) == 5 * 32 for each in revealed)  # one share an owner, not two

@@ -34,10 +34,10 @@ def test_complete_graphs_leave_no_room_for_both_shares_and_enough_survivors(
     try:
         chosen = choose_thresholds(n, corrupt, drop)
     except JobError:
-        assert majority(n, part(corrupt, n)) > n - part(drop, n)
+        assert majority(n, max(1, part(corrupt, n))) > n - part(drop, n)
         return
     assert chosen.complete
-    assert 2 * chosen.threshold > n + part(corrupt, n)
+    assert 2 * chosen.threshold > n + max(1, part(corrupt, n))
     assert chosen.threshold == chosen.quorum <= chosen.minimum == n - part(drop, n)
     assert problems(chosen, corrupt) == []
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fedtune.core.errors import JobError
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment, increasing
-from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, part, problems
+from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, colluders, problems
 from fedtune.core.secagg.identity import RoundMark
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
 
@@ -139,7 +139,7 @@ def policy_problems(config: RoundConfig, policy: Policy) -> list[str]:
         found.append(f"a minimum of {config.minimum} survivors is below this client's {policy.min_survivors}")
     lowest, least = min(config.tier_minimums), policy.min_tier_survivors
     if len({member.tier for member in config.cohort}) > 1:  # with one tier, the minimum outnumbers the colluders
-        least = max(least, part(policy.max_corrupt, len(config.cohort)) + policy.min_tier_honest)
+        least = max(least, colluders(policy.max_corrupt, len(config.cohort)) + policy.min_tier_honest)
     if lowest < least:
         found.append(f"a tier minimum of {lowest} survivors is below this client's {least}")
     return found

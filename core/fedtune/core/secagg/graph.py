@@ -3,7 +3,8 @@
 Up to `COMPLETE_UP_TO` clients the graph is complete. Above, it is k-regular: the clients lie on a circle in a random
 order, each joined to the k/2 nearest on either side [Bell, Bonawitz, Gascón, Lepoint, Raykova 2020].
 
-A share γ (`corrupt`) of the cohort colludes with the server, and a share δ (`dropout`) vanishes.
+A share γ (`corrupt`) of the cohort colludes with the server, never less than one client, and a share δ (`dropout`)
+vanishes.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ class Thresholds:
 def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds:
     """Returns the cheapest thresholds that are safe against a lying server.
 
-    Complete graph: t = q = floor((n + floor(γn))/2) + 1. Sparse graph: `sparse_parameters`. n_min = n − floor(δn).
+    Complete graph: t = q = floor((n + max(1, floor(γn)))/2) + 1. Sparse graph: `sparse_parameters`. Always
+    n_min = n − floor(δn).
 
     Raises:
         JobError: no thresholds are safe; the message has the nearest parameters that would be.
     """
     minimum = cohort - part(dropout, cohort)
-    quorum = majority(cohort, part(corrupt, cohort))
+    quorum = majority(cohort, colluders(corrupt, cohort))
     if cohort < 2 or quorum > minimum:
         raise JobError([_nearest(cohort, corrupt, dropout)])
     if cohort <= COMPLETE_UP_TO:
@@ -72,7 +74,7 @@ def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds
 def problems(thresholds: Thresholds, corrupt: float) -> list[str]:
     """Returns the reasons why thresholds are not safe when `corrupt` of the cohort colludes; empty when they are."""
     n, k, t, q = thresholds.cohort, thresholds.degree, thresholds.threshold, thresholds.quorum
-    colluding = part(corrupt, n)
+    colluding = colluders(corrupt, n)
     found = []
     if q < majority(n, colluding):
         found.append(f"quorum {q} of {n} is below {majority(n, colluding)}: two survivor sets could both find a quorum")
@@ -111,7 +113,7 @@ def sparse_parameters(cohort: int, corrupt: float, dropout: float, lying_server:
 
     Without a lying server t is the smallest that the collusion condition allows.
     """
-    colluding, gone = part(corrupt, cohort), part(dropout, cohort)
+    colluding, gone = colluders(corrupt, cohort), part(dropout, cohort)
     for degree in range(2, cohort, 2):
         if not _stays_connected(cohort, degree, colluding + gone):
             continue
@@ -126,6 +128,11 @@ def sparse_parameters(cohort: int, corrupt: float, dropout: float, lying_server:
 def part(fraction: float, cohort: int) -> int:
     """Returns floor(fraction · cohort), exact for fractions written in decimals."""
     return floor(fraction * cohort + _ROUNDING)
+
+
+def colluders(corrupt: float, cohort: int) -> int:
+    """Returns the number of clients that may collude with the server: floor(γn), and one in the smallest cohort too."""
+    return max(1, part(corrupt, cohort))
 
 
 def majority(holders: int, colluding: int) -> int:
@@ -221,7 +228,7 @@ def _nearest(cohort: int, corrupt: float, dropout: float) -> str:
     wanted = (
         f"secure aggregation with {cohort} clients cannot stand max_corrupt = {corrupt} and max_dropout = {dropout}"
     )
-    spare = cohort - majority(cohort, part(corrupt, cohort))
+    spare = cohort - majority(cohort, colluders(corrupt, cohort))
     if cohort < 2:
         return f"{wanted}: at least 2 clients are needed"
     if spare < 0:

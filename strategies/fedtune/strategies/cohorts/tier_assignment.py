@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fedtune.core.adapter.tiers import merged_tiers, tier_for
 from fedtune.core.job.settings import Job, SecureAggregationSettings
-from fedtune.core.secagg.graph import MIN_SURVIVORS, part
+from fedtune.core.secagg.graph import MIN_SURVIVORS, colluders, part
 
 Ranks = Callable[[str], int]
 """Client name -> number of rank indices it can train; numbers above the adapter's rank count as its rank."""
@@ -68,7 +68,7 @@ def all_alike(cohort: Sequence[str], rank: int) -> TierAssignment:
 
 def tier_minimum(settings: SecureAggregationSettings, cohort: int) -> int:
     """Returns the fewest clients that a tier's sum may include: two honest ones beside all that may collude."""
-    return max(MIN_SURVIVORS, part(settings.max_corrupt, cohort) + 2)
+    return max(MIN_SURVIVORS, colluders(settings.max_corrupt, cohort) + 2)
 
 
 def tier_least(settings: SecureAggregationSettings, cohort: int) -> int:
