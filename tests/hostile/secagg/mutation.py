@@ -30,6 +30,8 @@ SUITES = (
     "tests/hostile/secagg/test_lying_server.py",
     "tests/hostile/secagg/test_hostile_clients.py",
     "tests/unit/secagg",
+    "tests/unit/codec/test_maskable.py",
+    "tests/unit/strategies/test_round.py",
     "tests/hostile/secagg/test_fuzz.py",
 )
 
@@ -72,6 +74,21 @@ MUTANTS = (
     ),
     Mutant("policy's minimum of survivors", "config.py", "if config.minimum < policy.min_survivors:", "if False:"),
     Mutant("policy's minimum of a tier", "config.py", "if lowest < least:", "if False:"),
+    # the server's bounds on what one client's words can do
+    Mutant(
+        "mean within the clip",
+        "maskable.py",
+        "clip_factor(finite_norm(values), self.longest_mean(",
+        "max(1.0, 0 * self.longest_mean(",
+        CODEC,
+    ),
+    Mutant(
+        "clip within what steps can reach",
+        "requests.py",
+        "    return min(max(adapted, LEAST_SHARE * most), most)\n",
+        "    return adapted\n",
+        STRATEGIES,
+    ),
     Mutant(
         "one colluder in the smallest cohort",
         "graph.py",
