@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     sign_request,
 )
-from fedtune.server.live.certificates import make_authority
+from fedtune.server.live.certificates import make_authority, make_server_certificate
 from fedtune.server.live.enrolled_devices import enroll, revoke
 
 BIG = 3_000_000
@@ -218,6 +221,36 @@ def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions) ->
     with pytest.raises(RunError, match=r"cannot be reached.*go on with: fedtune client pull"):
         pull(line, versions, pauses=(0.01, 0.01))
     line.close()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_an_answer_that_unpacks_to_more_than_it_is_on_the_wire_is_refused(
+    versions: Versions, tmp_path: Path, status: int
+) -> None:
+    bomb = gzip.compress(gzip.compress(bytes(100 << 20)))
+
+    class Bomb(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-encoding", "gzip, gzip")
+            self.send_header("content-length", str(len(bomb)))
+            self.end_headers()
+            self.wfile.write(bomb)
+
+    authority = make_authority()
+    certificate = make_server_certificate(authority, ["localhost"])
+    (tmp_path / "pem").write_bytes(certificate.certificate + certificate.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem")
+    with HTTPServer(("127.0.0.1", 0), Bomb) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        line = ModelLine(f"localhost:{server.server_port}", authority.certificate, "ada", make_node_key())
+        with pytest.raises(PeerError, match=r"answer is compressed \('gzip, gzip'\)"):
+            pull(line, versions, pauses=())
+        line.close()
+        server.shutdown()
 
 
 def test_only_enrolled_devices_may_ask(offered: Endpoint, versions: Versions, tmp_path: Path) -> None:

@@ -255,6 +255,41 @@ def test_only_the_token_gives_access(model: ExportedModel) -> None:
         assert httpx.get(f"{url}/v1/models", headers={b"Authorization": "Bearer gäst".encode()}).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "LOCALHOST:8080", "Origin": "http://127.0.0.1:3000"}, 200),
+        ({"Host": "[::1]:8080", "Origin": "https://[::1]"}, 200),
+        ({"Host": "evil.example:8080"}, 421),
+        ({"Host": "localhost.evil.example"}, 421),
+        ({"Host": "127.0.0.1.nip.io"}, 421),
+        ({"Host": "[::"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost@evil.example"}, 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/v1/completions"])
+def test_without_a_token_no_page_of_elsewhere_can_ask(
+    url: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    if path == "/v1/completions":
+        body = {"model": "lamp", "prompt": PROMPT, "max_tokens": 1}
+        answer = httpx.post(url + path, content=json.dumps(body), headers={"Content-Type": "text/plain", **headers})
+    else:
+        answer = httpx.get(url + path, headers=headers)
+    assert answer.status_code == status, answer.text
+    assert (status == 200) or "is not this machine; expected localhost" in answer.json()["error"]["message"]
+
+
+def test_a_request_without_a_host_or_with_two_is_refused(url: str) -> None:
+    for hosts in ("", "Host: localhost\r\nHost: evil.example\r\n"):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(f"GET /v1/models HTTP/1.0\r\n{hosts}\r\n".encode())
+            assert connection.recv(100).split()[1] in (b"400", b"421")
+
+
 def active(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["active"])
 
@@ -266,7 +301,7 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_second(directory: Path,
     with serving(model, slots=1, queue=0) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
             content = json.dumps(body).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
             connection.sendall(head.encode() + content)
             deadline = time.monotonic() + 5
             while not active(url) and time.monotonic() < deadline:

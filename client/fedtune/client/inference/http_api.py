@@ -9,15 +9,21 @@
 
 A request is read up to a bound, checked, and queued; if too many wait, it gets 429. A stream ends when its client
 disconnects.
+
+Without a token only programs of this machine may ask. A browser on it runs other people's pages, so a request must name
+this machine as its host, and as its origin where it has one: a page whose name is made to resolve to this machine (DNS
+rebinding) sends its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -249,11 +255,18 @@ class _Endpoint:
                 self._service.metrics.requests.labels(endpoint, str(message["status"])).inc()
             await send(message)
 
-        if self._token is None or scope["path"] in _OPEN or _authorized(Headers(scope=scope), self._token):
-            await self._app(scope, receive, counted)
+        headers = Headers(scope=scope)
+        if self._token is None:
+            error = _misdirected(headers)
+        elif scope["path"] in _OPEN or _authorized(headers, self._token):
+            error = None
         else:
             error = ApiError(401, "a valid bearer token is needed", "authentication_error", code="invalid_api_key")
-            await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
+        if error is None:
+            await self._app(scope, receive, counted)
+        else:
+            extra = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            await JSONResponse(error.body(), error.status, extra)(scope, receive, counted)
 
 
 async def _events(pieces: AsyncIterator[Piece], answer: Answer, usage: bool) -> AsyncIterator[bytes]:
@@ -329,6 +342,32 @@ async def _body(request: Request) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the request took longer than {BODY_SECONDS:.0f} seconds to arrive") from None
     return bytes(body)
+
+
+def _misdirected(headers: Headers) -> ApiError | None:
+    """Returns the refusal of a request that is not for this machine, or comes from a page that is not of it."""
+    expected = "expected localhost, 127.0.0.1 or [::1], or a server with a token"
+    for name, status, prefix in (("host", 421, "http://"), ("origin", 403, "")):
+        values = headers.getlist(name)
+        if (name == "host" and len(values) != 1) or not all(_is_local(prefix + value) for value in values):
+            said = ", ".join(value[:100] for value in values)
+            return ApiError(status, f"the {name} {said!r} is not this machine; {expected}", "permission_error")
+    return None
+
+
+def _is_local(url: str) -> bool:
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a name or an address is this machine's own."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _authorized(headers: Headers, token: str) -> bool:

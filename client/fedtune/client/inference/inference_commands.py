@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. Any address but loopback is open to other machines, and needs a token."
+            help="Address to listen on. Any address but loopback is open to other machines, and needs a token. Without "
+            "one, requests must name this machine: localhost or its address, also as the origin of a page."
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port, and prints it.")] = 8080,
@@ -170,14 +170,14 @@ def answer_requests(wanted: Serving) -> None:
         import uvicorn
 
         from fedtune.client.inference.exported_model import ExportedModel
-        from fedtune.client.inference.http_api import create_app
+        from fedtune.client.inference.http_api import create_app, is_loopback
         from fedtune.client.inference.scheduler import Scheduler
         from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
 
     token = read_token(wanted.token_file)
-    if token is None and not _is_loopback(wanted.host):
+    if token is None and not is_loopback(wanted.host):
         raise InputError(f"--host {wanted.host}: others could use the model; expected --token-file or {TOKEN_VARIABLE}")
     if wanted.adapters is not None and not wanted.adapters.is_dir():
         raise InputError(f"--adapters {wanted.adapters}: not a directory")
@@ -235,13 +235,6 @@ def read_token(file: Path | None) -> str | None:
     if not token or len(token) > MAX_TOKEN_BYTES or not token.isprintable():
         raise InputError(f"{file}: holds no token; expected one line of ASCII, at most {MAX_TOKEN_BYTES} bytes")
     return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -173,9 +173,12 @@ def _check(response: httpx.Response) -> None:
     """Raises unless the response is the requested one.
 
     Raises:
-        InputError, PeerError, LineError: the server answered with an error.
+        InputError, PeerError, LineError: the server answered with an error, or with a compressed body, which could be
+            any number of times as long as what arrives.
     """
     status = response.status_code
+    if (coding := response.headers.get("content-encoding", "identity")) != "identity":
+        raise PeerError(f"the server's answer is compressed ({coding[:40]!r}); expected none of that")
     if status == 200:
         return
     text = one_line(next(response.iter_bytes(_MAX_TEXT), b"").decode("utf-8", "replace")) if status < 500 else ""
