@@ -29,8 +29,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.core.adapter.adapter_files import save_adapter
 from fedtune.core.adapter.layout import AdapterLayout, adapter_digest
-from fedtune.core.errors import RunDirectoryError, RunError
-from fedtune.core.job.job_file import dump_job, load_job
+from fedtune.core.errors import JobError, RunDirectoryError, RunError
+from fedtune.core.job.contradictions import contradictions
+from fedtune.core.job.job_file import dump_job, recorded_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Rebasing
 from fedtune.core.round_records import Evaluation, RoundRecord
@@ -119,8 +120,16 @@ class RunDirectory:
         self._lock.close()
 
     def job(self) -> Job:
-        """Reads the job as it was resolved when the run began."""
-        return load_job(self.path / JOB)
+        """Reads the job as it was resolved when the run began.
+
+        Raises:
+            JobError: this release does not permit it, and so cannot go on with the run.
+        """
+        job = recorded_job(self.path / JOB)
+        if problems := contradictions(job):
+            begun = "the run was begun by a release that permitted it. Go on with that one, or begin a new run"
+            raise JobError([f"{problem}; {begun}" for problem in problems], self.path / JOB)
+        return job
 
     def acknowledge(self, checkpoint: Checkpoint, record: RoundRecord | None) -> None:
         """Writes a round's record and checkpoint; `record` is None for the state before round 1."""

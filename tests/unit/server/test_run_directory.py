@@ -5,13 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.job.job_file import load_job
+from fedtune.core.errors import JobError
+from fedtune.core.job.job_file import load_job, recorded_job
 from fedtune.core.protocol.messages import Rebasing
 from fedtune.server.run_directory import Checkpoint, RunDirectory
 from fedtune.strategies.federation import FederationState
+
+
+def test_a_run_whose_job_this_release_would_not_begin_says_so_and_can_still_be_read(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", load_job(None), "0" * 64)
+    file = tmp_path / "run" / "job.toml"
+    file.write_text(file.read_text().replace('weight = "uniform"', 'weight = "examples"'))
+    with pytest.raises(JobError, match=r'weight is "examples".* begun by a release that permitted it'):
+        directory.job()
+    directory.close()
+    assert recorded_job(file).federation.weight == "examples"
 
 
 def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_noticed(tmp_path: Path) -> None:

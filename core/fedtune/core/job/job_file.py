@@ -36,14 +36,31 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: the job has problems; the error lists all of them.
     """
+    job, problems = _read(path, overrides)
+    if problems := problems + contradictions(job):
+        raise JobError(problems, path)
+    return _resolve_paths(job, path.parent if path else Path.cwd())
+
+
+def recorded_job(path: Path) -> Job:
+    """Reads the job that a run has recorded, also where this release would not begin it any more.
+
+    Raises:
+        JobError: the file is no job.
+    """
+    job, problems = _read(path, ())
+    if problems:
+        raise JobError(problems, path)
+    return _resolve_paths(job, path.parent)
+
+
+def _read(path: Path | None, overrides: Sequence[str]) -> tuple[Job, list[str]]:
+    """Returns the job, and a sentence about each key or override that is invalid."""
     table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
     problems = [problem for override in overrides if (problem := _apply(table, override))]
     _choose_adapter(table)
     job, invalid = _validate(table)
-    problems += invalid + contradictions(job)
-    if problems:
-        raise JobError(problems, path)
-    return _resolve_paths(job, path.parent if path else Path.cwd())
+    return job, problems + invalid
 
 
 def _choose_adapter(table: dict[str, Any]) -> None:

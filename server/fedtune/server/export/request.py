@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.core.adapter.adapter_files import ADAPTER_WEIGHTS
 from fedtune.core.errors import ExportError, InputError, MissingExtraError, RunDirectoryError
 from fedtune.core.job.contradictions import unexportable
-from fedtune.core.job.job_file import load_job
+from fedtune.core.job.job_file import recorded_job
 from fedtune.core.job.settings import Job
 from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX, FORMATS, MANIFEST, Format
 from fedtune.data.job_inputs import source_of
@@ -154,7 +154,7 @@ def read_finished(path: Path) -> tuple[Job, dict[str, Any]]:
     summary = read_summary(path)
     if not (path / ADAPTER / ADAPTER_WEIGHTS).is_file():
         raise RunDirectoryError(f"{path}: no {ADAPTER}/{ADAPTER_WEIGHTS}; expected the adapter of a finished run")
-    job = load_job(path / JOB)
+    job = recorded_job(path / JOB)
     if reason := unexportable(job):
         raise ExportError(f'{path}: {reason}; expected a run with federation.aggregation = "flexlora"')
     return job, summary
