@@ -10,6 +10,8 @@ from fedtune.core.adapter.layout import AdaptedModule, AdapterKind
 from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.learning_rates import LEARNING_RATES, default_learning_rate, width_of, with_learning_rate
+from fedtune.core.job.local_work import Optimizer
+from fedtune.core.job.unusual import Surroundings, unusual
 
 
 def block(width: int, *names: str) -> LoraLayout:
@@ -23,12 +25,21 @@ def test_wider_bases_get_smaller_learning_rates(width: int, rate: float) -> None
     assert default_learning_rate(width, "lora") == rate
 
 
-@pytest.mark.parametrize("kind", LEARNING_RATES)
-def test_a_kinds_row_ascends_in_width_descends_in_rate_and_knows_every_width(kind: AdapterKind) -> None:
-    for (width, rate), (wider, smaller) in itertools.pairwise(LEARNING_RATES[kind]):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["lora", "core"])
+def test_a_row_ascends_in_width_descends_in_rate_and_knows_every_width(kind: AdapterKind, optimizer: Optimizer) -> None:
+    for (width, rate), (wider, smaller) in itertools.pairwise(LEARNING_RATES[kind, optimizer]):
         assert width < wider
         assert rate > smaller
-    assert default_learning_rate(10**9, kind) > 0
+    assert default_learning_rate(10**9, kind, optimizer) > 0
+
+
+def test_a_core_that_adamw_trains_gets_a_smaller_rate_than_by_muon_and_is_judged_by_it() -> None:
+    muon, adamw = (default_learning_rate(256, "core", optimizer) for optimizer in ("muon", "adamw"))
+    assert muon == default_learning_rate(256, "core") > adamw
+    job = load_job(None, ["training.optimizer=adamw", f"training.learning_rate={adamw / 4}"])
+    assert unusual(job, Surroundings(width=256)) == []
+    assert unusual(load_job(None, [f"training.learning_rate={adamw / 4}"]), Surroundings(width=256))
 
 
 @pytest.mark.parametrize("names", [(), ("q",), ("q", "o"), ("gate", "down", "q")])

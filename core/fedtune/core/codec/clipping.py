@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fedtune.core.errors import UpdateError
 
-MIN_CLIP = 1e-12
+MIN_CLIP, MAX_CLIP = 1e-12, 1e12
 MAX_NORM = 2.0**100  # no trained parameter comes near, and everything computed from it stays finite
 
 _PIECE = 1 << 16  # values at a time: the float64 copy stays in the cache
@@ -79,8 +79,8 @@ class ClipRange:
     clip: float
 
     def __post_init__(self) -> None:
-        if not MIN_CLIP <= self.clip <= MAX_NORM:
-            raise ValueError(f"a clip lies in {MIN_CLIP} to {MAX_NORM:.3g}, got {self.clip}")
+        if not MIN_CLIP <= self.clip <= MAX_CLIP:
+            raise ValueError(f"a clip lies in {MIN_CLIP} to {MAX_CLIP}, got {self.clip}")
 
     def adapt(self, mean_norm: float) -> ClipRange:
         """Returns the clip for this segment's next round.
@@ -88,7 +88,7 @@ class ClipRange:
         Args:
             mean_norm: mean norm of the survivors' selected updates, each counted as at most NORM_BOUND clips.
         """
-        return ClipRange(min(max(HEADROOM * mean_norm, self.clip / MAX_SHRINK, MIN_CLIP), MAX_NORM))
+        return ClipRange(min(max(HEADROOM * mean_norm, self.clip / MAX_SHRINK, MIN_CLIP), MAX_CLIP))
 
 
 def largest_norm(optimizer: str, learning_rate: float, local_steps: int, count: int) -> float:
@@ -97,4 +97,4 @@ def largest_norm(optimizer: str, learning_rate: float, local_steps: int, count: 
     Adam moves a parameter by about the learning rate in a step. Muon's orthogonal steps have a root mean square of 0.2
     learning rates, and up to 0.24 since its singular values are only near 1.
     """
-    return max(STEP_SIZES[optimizer] * learning_rate * local_steps * sqrt(count), MIN_CLIP)
+    return min(max(STEP_SIZES[optimizer] * learning_rate * local_steps * sqrt(count), MIN_CLIP), MAX_CLIP)

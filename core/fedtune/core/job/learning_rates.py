@@ -1,4 +1,4 @@
-"""The default learning rate, which depends on the width of the base model and the kind of the adapter.
+"""The default learning rate, which depends on the width of the base model, the adapter's kind and the optimizer.
 
     job = with_learning_rate(job, layout)       # unchanged where training.learning_rate is set
 
@@ -14,18 +14,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fedtune.core.adapter.layout import AdapterKind, AdapterLayout
+from fedtune.core.job.local_work import OPTIMIZERS, Optimizer
 from fedtune.core.job.settings import Job
 
-LEARNING_RATES: Mapping[AdapterKind, Sequence[tuple[float, float]]] = {
-    "lora": ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4)),
-    "core": ((math.inf, 3e-2),),  # its scale is that of the weights, and Muon's step that of its rank
+_LORA = ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4))
+LEARNING_RATES: Mapping[tuple[AdapterKind, Optimizer], Sequence[tuple[float, float]]] = {
+    ("lora", "adamw"): _LORA,
+    ("lora", "muon"): _LORA,  # its steps have the root mean square of AdamW's
+    ("core", "muon"): ((math.inf, 3e-2),),  # a core's scale is that of the weights, and Muon's step that of its rank
+    ("core", "adamw"): ((math.inf, 1e-2),),
 }
-"""Kind of adapter -> (largest width of the base, learning rate of round 1), by ascending width."""
+"""Kind of adapter, optimizer -> (largest width of the base, learning rate of round 1), by ascending width."""
 
 
-def default_learning_rate(width: int, kind: AdapterKind) -> float:
-    """Returns the learning rate for a base of this width and an adapter of this kind."""
-    return next(rate for widest, rate in LEARNING_RATES[kind] if width <= widest)
+def default_learning_rate(width: int, kind: AdapterKind, optimizer: Optimizer | None = None) -> float:
+    """Returns the learning rate for a base of this width; without an optimizer for the one of the adapter's kind."""
+    rates = LEARNING_RATES[kind, optimizer or OPTIMIZERS[kind]]
+    return next(rate for widest, rate in rates if width <= widest)
 
 
 def width_of(layout: AdapterLayout) -> int:
@@ -38,5 +43,6 @@ def with_learning_rate(job: Job, layout: AdapterLayout) -> Job:
     """Returns the job with its learning rate set: its own, or the default for its adapter on its base."""
     if job.training.learning_rate is not None:
         return job
-    training = dataclasses.replace(job.training, learning_rate=default_learning_rate(width_of(layout), layout.kind))
+    rate = default_learning_rate(width_of(layout), layout.kind, job.training.optimizer)
+    training = dataclasses.replace(job.training, learning_rate=rate)
     return dataclasses.replace(job, training=training)

@@ -10,6 +10,7 @@ A trainer finds the work in its task. The other settings serve planning, or the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -17,10 +18,11 @@ from msgspec import Meta
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from fedtune.core.adapter.layout import Factors
+from fedtune.core.adapter.layout import AdapterKind, Factors
 
 DEFAULT_LOCAL_STEPS = 20
 Optimizer = Literal["adamw", "muon"]
+OPTIMIZERS: Mapping[AdapterKind, Optimizer] = {"lora": "adamw", "core": "muon"}  # where a job names none
 
 _PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -51,7 +53,7 @@ class TrainingSettings:
     local_epochs: _PositiveFloat | None = None
     batch_tokens: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
     optimizer: Optimizer | None = None
-    learning_rate: _PositiveFloat | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: _NonNegativeFloat = 0.0
     max_gradient_norm: _PositiveFloat = 1.0
@@ -130,7 +132,7 @@ def local_work(
     epochs = settings.local_epochs or 0.0
     return LocalWork(
         factors=factors,
-        optimizer=settings.optimizer or ("muon" if factors == "r" else "adamw"),
+        optimizer=settings.optimizer or OPTIMIZERS["core" if factors == "r" else "lora"],
         local_steps=0 if epochs else settings.steps,
         local_epochs=epochs,
         batch_tokens=settings.batch_tokens,

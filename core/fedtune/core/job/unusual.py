@@ -49,7 +49,7 @@ def _learning_rate(job: Job, known: Surroundings) -> str | None:
     rate = job.training.learning_rate
     if rate is None or known.width is None:
         return None
-    default = default_learning_rate(known.width, job.adapter.kind)
+    default = default_learning_rate(known.width, job.adapter.kind, job.training.optimizer)
     if default / FAR <= rate <= default * FAR:
         return None
     return (
