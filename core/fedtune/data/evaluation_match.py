@@ -9,6 +9,7 @@ further keys such as a category.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +17,8 @@ from fedtune.data.records import Record
 
 MAX_VALUES = 200  # distinct values of a closed set
 REPEATS = 5  # mean number of records per value of a closed set
-UNSEEN_SHARE = 0.02  # of evaluation records with values that training never has, above which there is a warning
+UNSEEN_SHARE = 0.02  # of evaluation records with values that training never has, up to which there is no warning
+UNSEEN_DEVIATIONS = 3.0  # by which a small set of the same source may exceed that share
 _REMEDY = "take held-out examples from the same source as data.train, or change data.evaluation"
 
 
@@ -42,7 +44,8 @@ def mismatches(training: Sequence[Record], evaluation: Sequence[Record]) -> list
     shared = set.intersection(*(set(record.fields) for record in (*training, *evaluation)))
     for key in sorted(shared):
         known, asked = ([record.fields[key] for record in records] for records in (training, evaluation))
-        warnings += _unseen(f'values of "{key}"', known, asked)
+        if [value.strip() for value in known] != [record.completion.strip() for record in training]:
+            warnings += _unseen(f'values of "{key}"', known, asked)
     return warnings
 
 
@@ -59,7 +62,8 @@ def _unseen(named: str, training: Sequence[str], evaluation: Sequence[str]) -> l
     if len(known) > MAX_VALUES or known.total() < REPEATS * len(known):
         return []
     unseen = Counter(value for value in asked if value not in known)
-    if unseen.total() <= UNSEEN_SHARE * len(asked):
+    usual = UNSEEN_SHARE * len(asked)
+    if unseen.total() <= usual + UNSEEN_DEVIATIONS * math.sqrt(usual):
         return []
     (example, _), *_ = unseen.most_common(1)
     problem = f"data.evaluation: {unseen.total():,} of {len(asked):,} records have {named} that training never has"

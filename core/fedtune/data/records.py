@@ -96,7 +96,7 @@ def _record(value: object) -> Record:
     if not isinstance(value, dict):
         raise _BadLineError(f"is {type(value).__name__}, not an object; {EXPECTED}")
     fields = {
-        key: str(scalar)
+        _whole(key, "a key"): _whole(str(scalar), key)
         for key, scalar in value.items()
         if key not in _CONTENT_KEYS and isinstance(scalar, str | int | float | bool)
     }
@@ -128,6 +128,16 @@ def _text(value: Mapping[str, Any], key: str) -> str:
     if not isinstance(text, str):
         found = "missing" if text is None else type(text).__name__
         raise _BadLineError(f'"{key}" is {found}; expected text')
+    return _whole(text, key)
+
+
+def _whole(text: str, key: str) -> str:
+    """Returns the text if it is one; JSON can write half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise _BadLineError(f'"{key}" has half of a surrogate pair, {half}, at {error.start}; expected text') from None
     return text
 
 

@@ -1,23 +1,23 @@
 """The metrics of generated answers against expected ones, computed by torchmetrics.
 
-    token-f1    F1 of the words of both (SQuAD's: without case, punctuation and English articles), mean over examples
-    rouge-l     F1 of the longest common subsequence of words, without case and punctuation, mean over examples
+    token-f1    F1 of the words of both, in any order (SQuAD's: without English articles), mean over examples
+    rouge-l     F1 of the longest common subsequence of words, mean over examples
 
-Rajpurkar et al. 2016; Lin 2004. Words are runs of letters and digits of any script.
+Rajpurkar et al. 2016; Lin 2004. Case and punctuation do not count. Words are runs of letters, marks and digits, so in
+scripts without spaces whole phrases. Where a text has none, its signs are its words: emoji are compared as well.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from unicodedata import category
 
 from fedtune.core.errors import MissingExtraError
 
 _PERCENT = 100.0
-_WORD = re.compile(r"\w+")
 
 
 def require_metrics(metric: str) -> None:
@@ -42,20 +42,26 @@ def mean_score(metric: str, answers: Sequence[str], references: Sequence[str]) -
 
 
 def _token_f1(text: Any, answers: Sequence[str], references: Sequence[str]) -> float:
-    pairs = enumerate(zip(answers, references, strict=True))
     said, expected = [], []
-    for number, (answer, reference) in pairs:
-        said.append({"prediction_text": answer, "id": str(number)})
-        expected.append({"answers": {"answer_start": [0], "text": [reference]}, "id": str(number)})
+    for number, (answer, reference) in enumerate(zip(answers, references, strict=True)):
+        said.append({"prediction_text": " ".join(_words(answer)), "id": str(number)})
+        right = {"answer_start": [0], "text": [" ".join(_words(reference))]}
+        expected.append({"answers": right, "id": str(number)})
     return float(text.squad(said, expected)["f1"]) / _PERCENT
 
 
 def _rouge_l(text: Any, answers: Sequence[str], references: Sequence[str]) -> float:
     # The package's own tokenizer drops every letter outside of a to z.
     found = text.rouge_score(
-        list(answers), list(references), rouge_keys="rougeL", normalizer=str.casefold, tokenizer=_WORD.findall
+        list(answers), list(references), rouge_keys="rougeL", normalizer=str.casefold, tokenizer=_words
     )
     return float(found["rougeL_fmeasure"])
+
+
+def _words(text: str) -> list[str]:
+    """Returns the words of a text, or where it has none, a name for each of its signs."""
+    letters = "".join(sign if sign.isalnum() or category(sign).startswith("M") else " " for sign in text.casefold())
+    return letters.split() or [f"sign{ord(sign):x}" for sign in text if not sign.isspace()]
 
 
 _SCORES: Mapping[str, Callable[[Any, Sequence[str], Sequence[str]], float]] = {

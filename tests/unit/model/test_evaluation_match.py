@@ -37,6 +37,18 @@ def test_a_label_that_training_never_has_is_said_and_a_category_too() -> None:
     assert 'have values of "topic" that training never has, such as "adj"' in topics
 
 
+def test_a_rare_label_in_a_small_set_of_the_same_source_is_not_worth_a_word() -> None:
+    rare = [Record(" noun.shape", "round: ", fields={"topic": "noun"})] * 2
+    assert mismatches(TRAINING, [*TRAINING[:38], *rare]) == []
+    assert len(mismatches(TRAINING, [*TRAINING[:35], *rare, *rare, *rare])) == 1
+
+
+def test_a_field_that_repeats_the_completion_is_said_once() -> None:
+    training = [Record(f" {label}", "word: ", fields={"label": label}) for label in LABELS * 20]
+    strange = [Record(" adj.all", "blue: ", fields={"label": "adj.all"})] * 8
+    assert len(mismatches(training, strange)) == 1
+
+
 def test_free_text_may_say_anything() -> None:
     training = [Record(f"an answer of its own, number {n}", "why? ") for n in range(60)]
     assert mismatches(training, [Record("another answer", "why? ")] * 5) == []
