@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factor, Factors, Vector
 from fedtune.core.adapter.lora_layout import LoraLayout
-from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings
 from fedtune.model.base_model import BaseModel, linear_modules
 from fedtune.model.core_adapter import attach_core, reference_weight
 from fedtune.model.lora import attach_lora
 from fedtune.model.loss import LanguageModelHead
-
-_LISTED_ENDINGS = 20  # how many existing names an error lists
+from fedtune.model.shape import adapted_modules
 
 Layout = TypeVar("Layout", bound=AdapterLayout)
 Attach = Callable[[Any, Layout, Tensor, Tensor], Mapping[Factor, Sequence[nn.Parameter]]]
@@ -111,19 +109,4 @@ def _modules(base: BaseModel, settings: AdapterSettings) -> tuple[AdaptedModule,
     linear = [
         AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
     ]
-    return tuple(linear if settings.target_modules == "all-linear" else _matching(linear, settings.target_modules))
-
-
-def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:
-    def ends(name: str, ending: str) -> bool:
-        return name == ending or name.endswith(f".{ending}")
-
-    unmatched = [ending for ending in endings if not any(ends(module.name, ending) for module in linear)]
-    if unmatched:
-        existing = list(dict.fromkeys(module.name.rpartition(".")[2] for module in linear))
-        more = f" and {len(existing) - _LISTED_ENDINGS} more" if len(existing) > _LISTED_ENDINGS else ""
-        raise ModelError(
-            f"adapter.target_modules: {', '.join(unmatched)} matches no linear layer of the base model; "
-            f"it has {', '.join(existing[:_LISTED_ENDINGS])}{more}"
-        )
-    return [module for module in linear if any(ends(module.name, ending) for ending in endings)]
+    return adapted_modules(linear, settings)

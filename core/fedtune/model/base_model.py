@@ -184,6 +184,11 @@ def _load_network(source: str, config: Any, precision: Precision, device: torch.
     network, report = loaded
     if report["missing_keys"]:
         raise ModelError(f"{source}: weights are missing: {', '.join(sorted(report['missing_keys']))}")
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(
+                f"{source}: {name} has values that are NaN or infinite; expected another copy of the model"
+            )
     if device.type == "cpu" and precision != "fp32" and network.config._attn_implementation == "sdpa":
         network.set_attn_implementation(_FLOAT32_ATTENTION)
     return network

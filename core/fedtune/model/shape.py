@@ -8,18 +8,21 @@ the names of its layers. Only `shape_of` needs torch, and imports it when it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.core.adapter.core_layout import check_rank
 from fedtune.core.adapter.layout import AdaptedModule, AdapterKind
 from fedtune.core.errors import ModelError
-from fedtune.core.job.settings import ModelSettings
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.job_inputs import source_of
 
 Precision = Literal["fp32", "bf16", "fp16"]  # precision of the arithmetic
 Weights = Literal["packed", "dequantized"]  # format of the linear weights
 MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
+_LISTED_ENDINGS = 20  # how many existing names an error lists
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,34 @@ def shape_of(settings: ModelSettings) -> ModelShape:
         positions=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
         file_bytes=_file_bytes(Path(source)),
     )
+
+
+def adapted_modules(linear: Sequence[AdaptedModule], settings: AdapterSettings) -> tuple[AdaptedModule, ...]:
+    """Returns those of a base model's linear layers that an adapter is for.
+
+    Raises:
+        ModelError: a target matches no linear layer; the message lists the existing names. Or the rank of a core
+            adapter is over the smaller side of a layer.
+    """
+    modules = linear if settings.target_modules == "all-linear" else _matching(linear, settings.target_modules)
+    if settings.kind == "core":
+        check_rank(modules, settings.rank)
+    return tuple(modules)
+
+
+def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:
+    def ends(name: str, ending: str) -> bool:
+        return name == ending or name.endswith(f".{ending}")
+
+    unmatched = [ending for ending in endings if not any(ends(module.name, ending) for module in linear)]
+    if unmatched:
+        existing = list(dict.fromkeys(module.name.rpartition(".")[2] for module in linear))
+        more = f" and {len(existing) - _LISTED_ENDINGS} more" if len(existing) > _LISTED_ENDINGS else ""
+        raise ModelError(
+            f"adapter.target_modules: {', '.join(unmatched)} matches no linear layer of the base model; "
+            f"it has {', '.join(existing[:_LISTED_ENDINGS])}{more}"
+        )
+    return [module for module in linear if any(ends(module.name, ending) for ending in endings)]
 
 
 def _linear_modules(network: Any) -> list[AdaptedModule]:

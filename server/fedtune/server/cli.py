@@ -216,11 +216,12 @@ def plan(
     from fedtune.client.plan.device_plan import Link, default_folder, this_device
     from fedtune.client.plan.plan_table import print_plan
     from fedtune.core.job.unusual import Surroundings, unusual
-    from fedtune.model.shape import shape_of
+    from fedtune.model.shape import adapted_modules, shape_of
 
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
     note = (Silent() if as_json else Terminal(error_console())).note
     shape = shape_of(resolved.model)
+    adapted_modules(shape.linear, resolved.adapter)  # refuses what no device could train
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions)):
         note(warning)
     outcome = this_device(CalibrationStore(default_folder()), note).plan(

@@ -10,6 +10,7 @@ changes no bit of an evaluation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.errors import DataError
+from fedtune.core.errors import DataError, RunError
 from fedtune.core.job.settings import Job
 from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import Evaluation
@@ -137,7 +138,11 @@ class HeldOutEvaluator:
         return self._held_out.shown
 
     def evaluate(self, adapter: Vector, progress: Progress) -> Evaluation | None:
-        """Scores an adapter; returns None if the job has no evaluation data."""
+        """Scores an adapter; returns None if the job has no evaluation data.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
         held_out = self._held_out
         if not held_out.batches:
             return None
@@ -145,7 +150,13 @@ class HeldOutEvaluator:
         groups = len(held_out.groups)
         answers: list[str] = [answer for group in results[:groups] for answer in group]
         score = mean_score(held_out.metric, answers, held_out.references) if answers else None
-        return replace(total(results[groups:]), metric=held_out.metric, score=score)
+        scored = total(results[groups:])
+        if not math.isfinite(scored.loss):
+            raise RunError(
+                "the held-out examples have no finite loss: the base model or its adapter gives logits that are no "
+                "numbers; expected a smaller training.learning_rate, or another base model"
+            )
+        return replace(scored, metric=held_out.metric, score=score)
 
     def answer(self, adapter: Vector, progress: Progress) -> list[str]:
         """Returns the adapter's answers to the shown prompts."""

@@ -177,6 +177,21 @@ def test_a_model_without_weights_is_refused(make_model: MakeModel, tmp_path: Pat
         load_base(ModelSettings(str(tmp_path)))
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int4", "none"])
+def test_a_model_with_a_weight_that_is_no_number_names_it(
+    make_model: MakeModel, tmp_path: Path, quantization: Any
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(make_model("llama"), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("k_proj.weight"))
+    tensors[name][1, 2] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} has values that are NaN or infinite; expected another copy"):
+        load_base(ModelSettings(str(tmp_path), quantization))
+
+
 def test_a_model_with_weights_missing_lists_them(make_model: MakeModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

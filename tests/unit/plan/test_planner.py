@@ -120,7 +120,7 @@ def test_the_rank_tier_follows_the_line() -> None:
     assert affordable_rank(SHAPE, CONSTRAINTS) == 16
     slow = replace(CONSTRAINTS, deadline=40.0, bandwidth_up=upload_bytes(SHAPE, 8) / 10)
     assert affordable_rank(SHAPE, slow) == 8
-    with pytest.raises(NoPlanError, match=r"sending a rank-4 update takes \d+ s for 212,992 bytes"):
+    with pytest.raises(NoPlanError, match=r"sending a rank-4 update takes \d+ s for 761,856 bytes"):
         affordable_rank(SHAPE, replace(slow, bandwidth_up=10.0))
 
 

@@ -56,6 +56,12 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["simulate", "none.toml"], "none.toml: cannot be read"),
         (["simulate", "--set", "federation.rounds=many"], "federation.rounds: expected a valid integer"),
+        (
+            ["simulate", "--set", "training.learning_rate=1e15"],
+            "training.learning_rate: expected less than or equal to 1000",
+        ),
+        (["plan", "--no-try", "--set", "adapter.rank=300"], "adapter.rank is 300, but"),
+        (["plan", "--no-try", "--set", 'adapter.target_modules=["zzz"]'], "zzz matches no linear layer"),
         (["simulate", "--set", "model.base=/nowhere"], "/nowhere: not a directory"),
         (["simulate", "--set", "data.train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
         (["resume", "/nowhere"], "/nowhere: not a run directory"),

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.errors import DataError
+from fedtune.core.errors import DataError, RunError
 from fedtune.core.job.job_file import load_job
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
@@ -54,6 +55,13 @@ def test_prompts_are_spread_over_the_file_and_plain_text_has_none(model: Adapted
     prompts = [each.prompt for each in shown(model, tmp_path / "eval.jsonl", *rows)]
     assert prompts == ["oven 0 =>", "oven 10 =>", "oven 20 =>"]
     assert shown(model, tmp_path / "text.jsonl", {"text": "the oven is on"}) == []
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(model: AdaptedModel) -> None:
+    evaluator = HeldOutEvaluator(HeldOut(model, load_job(None)), in_this_process(model))
+    nowhere = np.full(model.layout.size, 1e30, dtype=np.float32)
+    with pytest.raises(RunError, match=r"no finite loss.*expected a smaller training\.learning_rate"):
+        evaluator.evaluate(nowhere, quiet)
 
 
 def test_pieces_that_are_done_out_of_order_give_the_same_evaluation_bit_for_bit(model: AdaptedModel) -> None:

@@ -9,7 +9,7 @@ round's rank indices I; over the rounds every pair of indices has its turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -56,12 +56,7 @@ class CoreLayout(AdapterLayout):
         Raises:
             ModelError: the rank is over the smaller side of a layer.
         """
-        for module in modules:
-            if rank > (side := min(module.d_in, module.d_out)):
-                raise ModelError(
-                    f"adapter.rank is {rank}, but {module.name} maps {module.d_in} features to {module.d_out}; "
-                    f'expected at most {side}, other adapter.target_modules, or adapter.kind = "lora"'
-                )
+        check_rank(modules, rank)
         pairs = {module.name: fixed_factors(weight(module.name), rank, module.name) for module in modules}
         return cls(modules, rank, alpha, FixedFactors(pairs))
 
@@ -119,3 +114,17 @@ class CoreLayout(AdapterLayout):
             lora_a, lora_b = self.fixed.pairs[name]
             pairs[name] = (lora_a, (lora_b.astype(np.float64) @ vector[where].reshape(shape)).astype(np.float32))
         return pairs
+
+
+def check_rank(modules: Sequence[AdaptedModule], rank: int) -> None:
+    """Checks that a core adapter of this rank fits all modules.
+
+    Raises:
+        ModelError: the rank is over the smaller side of a layer.
+    """
+    for module in modules:
+        if rank > (side := min(module.d_in, module.d_out)):
+            raise ModelError(
+                f"adapter.rank is {rank}, but {module.name} maps {module.d_in} features to {module.d_out}; "
+                f'expected at most {side}, other adapter.target_modules, or adapter.kind = "lora"'
+            )
