@@ -67,13 +67,14 @@ elif [ ! -f run/summary.json ]; then
     fedtune resume run
 fi
 
-if [ ! -d run/onnx ]; then
+exported() { find run/onnx -mindepth 2 -maxdepth 2 -path '*/[!.]*/fedtune.json' 2>/dev/null | sort | head -n 1; }
+if [ -z "$(exported)" ]; then
     echo "== export: int4, compared with the merged model before it gets its name"
     fedtune export run --format int4
 fi
 
 echo "== three held-out questions"
-model=$(find run/onnx -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)
+model=$(dirname "$(exported)")
 "$python" "$here/questions.py" "${data:-task}/eval.jsonl" | while IFS=$'\t' read -r question expected; do
     answer=$(echo "$question" | fedtune chat "$model" --forget --max-tokens 32)
     printf '\nquestion  %s\nanswer    %s\nexpected  %s\n' "$question" "$answer" "$expected"
