@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime_genai  # type: ignore[import-untyped]
 import pytest
 import torch
@@ -89,6 +90,31 @@ def test_float32_is_the_merged_model_in_every_position(written: Written, name: s
 @pytest.mark.parametrize("form", ["fp16", "int8", "int4"])
 def test_smaller_formats_come_close(written: Written, form: Format) -> None:
     check(written, "llama", form)
+
+
+def test_gpt2_is_calibrated_and_its_tied_head_has_eight_bits(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Its products' inputs have no batch axis, and its graph transposes the embedding for the head."""
+    run = open_run(make_run("gpt2"))
+    merge(run)
+    save_model(run.base, tmp_path / "merged")
+    ids = tuple(tuple(example.ids.tolist()) for example in held_out_examples(run, None))
+    one = Build(tmp_path / "merged", tmp_path / "int4", "int4", RECIPES["int4"][0], calibration=ids)
+    assert build_here(one, tmp_path / "log", Silent().progress) == "torch.onnx"
+    graph = onnx.load(one.out / "model.onnx", load_external_data=False).graph
+    bits = {
+        node.output[0]: attribute.i
+        for node in graph.node
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
+        for attribute in node.attribute
+        if attribute.name == "bits"
+    }
+    assert bits.pop("logits") == 8
+    assert sorted(bits.values()) == [*[4] * 8, 8]  # four products in each of two layers, and the embedding
+    report = gate(
+        Candidate(one.out, "int4", DROP, RISE), Reference(run.base, held_out_examples(run, None)[:2]), Silent().progress
+    )
+    assert report.passed, report.failures
+    assert report.max_logit_error < ERRORS["int4"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
 from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
-from fedtune.server.export.grid_graph import Progress
+from fedtune.server.export.grid_graph import Grid, Progress, rewrite
 from fedtune.server.export.merge import merge, open_run
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_display import Silent
@@ -61,6 +61,21 @@ def product_bits(directory: Path) -> set[int]:
 
 def test_int4_holds_four_bit_products_and_a_head_of_eight(exported: Path) -> None:
     assert product_bits(exported / "int4") == {4, 8}
+
+
+def test_a_graph_whose_head_is_no_constant_product_is_refused(tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    nodes = [
+        make("MatMul", ["x", "weight"], ["hidden"]),
+        make("MatMul", ["hidden", "x"], ["products"], name="head"),
+        make("Tanh", ["products"], ["logits"]),
+    ]
+    x, logits = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 4]) for name in ("x", "logits"))
+    weight = onnx.numpy_helper.from_array(torch.zeros(4, 4).numpy(), "weight")
+    graph = onnx.helper.make_graph(nodes, "graph", [x], [logits], [weight])
+    onnx.save_model(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(RuntimeError, match="the head, MatMul head, cannot be quantized; expected a MatMul with"):
+        rewrite(tmp_path, Grid(4), (), "cpu", Silent().progress)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "MODEL_CARD.md"])

@@ -31,6 +31,7 @@ FACTOR = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.lora_([AB])\.MatM
 _CALIBRATION = "calibration.onnx"
 _GRAM_BYTES = 1 << 30  # of Gram matrices that are held at a time; more take another pass over the calibration examples
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_PRODUCTS = ("MatMul", "Gemm")
 
 Progress = Callable[[str, int, int], None]
 """A function that takes what is done, and how many of how many pieces."""
@@ -61,17 +62,17 @@ def rewrite(directory: Path, grid: Grid, calibration: Sequence[Sequence[int]], p
         provider: the execution provider that runs the calibration.
 
     Raises:
-        RuntimeError: the graph has no product that could be quantized.
+        RuntimeError: the graph has no product that could be quantized, or its head is none.
     """
     model = onnx.load(directory / "model.onnx")
-    matrices = {
-        each.name: each for each in model.graph.initializer if each.data_type in _FLOATS and len(each.dims) == 2
-    }
+    _resolve_transposed(model)
+    matrices = _matrices(model)
     products = [node for node in model.graph.node if _is_product(node, matrices)]
     if not products:
         raise RuntimeError("no product of the graph could be quantized")
     packed: dict[str, GridWeight] = {}
-    *body, head = products
+    head = _head(model, products)
+    body = [node for node in products if node is not head]
     errors: dict[str, float] = {}
     with torch.no_grad():
         for done, (node, gram) in enumerate(_with_grams(directory, body, matrices, calibration, provider, watch)):
@@ -89,6 +90,50 @@ def rewrite(directory: Path, grid: Grid, calibration: Sequence[Sequence[int]], p
         kind = matrices[node.input[1]].data_type
         _replace_product(model, node, packed[node.name], kind, grid.level)
     _save(model, directory)
+
+
+def _matrices(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    return {each.name: each for each in model.graph.initializer if each.data_type in _FLOATS and len(each.dims) == 2}
+
+
+def _resolve_transposed(model: onnx.ModelProto) -> None:
+    """Gives each MatMul with a constant matrix's transpose, as torch.onnx writes tied heads, that transpose itself."""
+    matrices = _matrices(model)
+    transposes = {
+        node.output[0]: node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in matrices
+    }
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in transposes]
+    for name in dict.fromkeys(node.input[1] for node in products):
+        turned = np.ascontiguousarray(numpy_helper.to_array(matrices[transposes[name].input[0]]).T)
+        model.graph.initializer.append(numpy_helper.from_array(turned, f"{name}.matrix"))
+    for node in products:
+        node.input[1] = f"{node.input[1]}.matrix"
+    for name, transpose in transposes.items():
+        if not any(name in node.input for node in model.graph.node):
+            model.graph.node.remove(transpose)
+
+
+def _head(model: onnx.ModelProto, products: Sequence[onnx.NodeProto]) -> onnx.NodeProto:
+    """Returns the product that gives the logits: the nearest before them, as a bias or a scale may come after it.
+
+    Raises:
+        RuntimeError: the graph has no logits, or that product is none of those that can be quantized.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    waiting, seen = ["logits"], {"logits"}
+    while waiting:
+        node = makers.get(waiting.pop(0))
+        if node is None:
+            continue
+        if node.op_type in _PRODUCTS:
+            if found := next((each for each in products if each.output[0] == node.output[0]), None):
+                return found
+            raise RuntimeError(
+                f"the head, {node.op_type} {node.name}, cannot be quantized; expected a MatMul with a constant matrix"
+            )
+        waiting.extend(name for name in node.input if name not in seen)
+        seen.update(node.input)
+    raise RuntimeError("no product of the graph gives the logits; expected a head to quantize")
 
 
 def _is_product(node: onnx.NodeProto, matrices: dict[str, Any]) -> bool:

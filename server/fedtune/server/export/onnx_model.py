@@ -60,7 +60,7 @@ class OnnxModel:
         return self.outputs(ids, ["logits"])[0]
 
     def outputs(self, ids: Ids, names: Sequence[str]) -> list[Values]:
-        """ids (tokens,) -> the named outputs, each (tokens, width)."""
+        """ids (tokens,) -> the named outputs, each (tokens, width), with or without a batch axis in the graph."""
         feed: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, len(ids)), np.int64),
@@ -69,7 +69,7 @@ class OnnxModel:
         if self._positions:
             feed["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
         found = self._session.run(list(names), feed, self._run_options)
-        return [np.asarray(values[0], dtype=np.float32) for values in found]
+        return [np.asarray(values, dtype=np.float32).reshape(-1, values.shape[-1]) for values in found]
 
 
 def provider_name(provider: str) -> str:
