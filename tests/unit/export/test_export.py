@@ -22,7 +22,7 @@ from fedtune.core.protocol.model_manifest import manifest_digest, verify
 from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
 from fedtune.server.export.exporter import held_out_examples
-from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
+from fedtune.server.export.gate import Candidate, GateReport, Reference, above, gate
 from fedtune.server.export.grid_graph import Grid, Progress, rewrite
 from fedtune.server.export.merge import merge, open_run
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
@@ -186,7 +186,27 @@ def test_the_gate_refuses_a_rise_of_perplexity_where_nothing_is_exact(make_run: 
     assert abs(rise) > 0.01
     assert check(rise + 0.001).passed
     refused = check(rise - 0.001)
-    assert refused.failures == (f"perplexity rose by {rise:.1f}%; expected at most {rise - 0.001:g}%",)
+    shown = above(rise, rise - 0.001)
+    assert refused.failures == (f"perplexity rose by {shown}%; expected at most {rise - 0.001:g}%",)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(2.34, "2.3"), (1.04, "1.04"), (1.0003, "1.0003"), (math.nan, "nan")])
+def test_a_refusal_shows_that_its_figure_is_above_the_limit(value: float, shown: str) -> None:
+    assert above(value, 1.0) == shown
+
+
+def test_the_gate_refuses_logits_that_are_not_finite(make_run: MakeRun, exported: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported / "fp32", tmp_path / "fp32")
+    model = onnx.load(copy / "model.onnx")
+    (norm,) = [each for each in model.graph.initializer if "layers.0.input_layernorm" in each.name]
+    norm.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(norm) * math.nan, norm.name))
+    (copy / "model.onnx.data").unlink()
+    onnx.save_model(model, copy / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    run = open_run(make_run())
+    reference = Reference(run.base, held_out_examples(run, None)[:2])
+    report = gate(Candidate(copy, "int8", 100.0, 1e9), reference, Silent().progress)
+    assert "a logit is not finite" in report.failures
+    assert report.max_logit_error == math.inf
 
 
 def test_perplexity_is_that_of_the_completion_s_tokens(make_run: MakeRun, exported: Path) -> None:

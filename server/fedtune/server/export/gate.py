@@ -163,7 +163,7 @@ class _Compared:
     """Counts over all examples; a pair has the reference's count first and the candidate's second.
 
     Args:
-        error: the largest difference of two logits.
+        error: the largest difference of two logits; infinite where a logit is not finite.
         same: positions where both predict the same next token.
         targets: number of completion tokens.
         exact: completions of which every token is the likeliest.
@@ -194,7 +194,8 @@ def _compare(candidate: Candidate, reference: Reference, watch: Progress) -> _Co
         said = [logits.argmax(axis=1) for logits in pair]
         wanted = ids[example.first_target :]
         hits = [each[example.first_target - 1 : -1] == wanted for each in said]
-        counts.error = max(counts.error, float(np.max(np.abs(pair[0] - pair[1]))))
+        error = float(np.max(np.abs(pair[0] - pair[1])))
+        counts.error = max(counts.error, error if np.isfinite(error) else np.inf)  # max() would pass over NaN
         counts.examples += 1
         counts.positions += len(ids)
         counts.same += int((said[0] == said[1]).sum())
@@ -223,7 +224,8 @@ def _perplexity(loss: float, tokens: int) -> float:
 def _strict(report: GateReport) -> list[str]:
     failures = []
     if not report.max_logit_error <= FP32_LOGIT_ERROR:
-        failures.append(f"max logit error {report.max_logit_error:.2g}; expected at most {FP32_LOGIT_ERROR:g}")
+        error = above(report.max_logit_error, FP32_LOGIT_ERROR, "g")
+        failures.append(f"max logit error {error}; expected at most {FP32_LOGIT_ERROR:g}")
     if report.argmax_agreement < 1:
         failures.append(f"argmax agreement {report.argmax_agreement:.4%}; expected all {report.positions:,} positions")
     if report.generated_equal < 1:
@@ -236,14 +238,22 @@ def _lenient(report: GateReport) -> list[str]:
     for name in ("exact_match", "token_accuracy"):
         lost = 100 * (getattr(report, f"reference_{name}") - getattr(report, name))
         if lost > report.max_drop_points + 1e-9:
+            shown = above(lost, report.max_drop_points)
             failures.append(
-                f"{name.replace('_', ' ')} lost {lost:.1f} points; expected at most {report.max_drop_points:g}"
+                f"{name.replace('_', ' ')} lost {shown} points; expected at most {report.max_drop_points:g}"
             )
     if not report.rise_percent <= report.max_rise_percent + 1e-9:
-        failures.append(f"perplexity rose by {report.rise_percent:.1f}%; expected at most {report.max_rise_percent:g}%")
+        shown = above(report.rise_percent, report.max_rise_percent)
+        failures.append(f"perplexity rose by {shown}%; expected at most {report.max_rise_percent:g}%")
     if not np.isfinite(report.max_logit_error):
         failures.append("a logit is not finite")
     return failures
+
+
+def above(value: float, limit: float, kind: str = "f") -> str:
+    """Returns a number with as many digits, at least one, as show that it is above a limit."""
+    texts = (f"{value:.{digits}{kind}}" for digits in range(1, 17))
+    return next((text for text in texts if float(text) > limit), f"{value:g}")
 
 
 @torch.no_grad()
