@@ -117,6 +117,19 @@ def test_gpt2_is_calibrated_and_its_tied_head_has_eight_bits(make_run: Callable[
     assert report.max_logit_error < ERRORS["int4"]
 
 
+def test_a_graph_of_the_builder_that_does_not_run_is_written_by_torch(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The builder's attention takes multiples of 8 as head size only, and says so when it is run."""
+    run = open_run(make_run("llama", hidden_size=80, head_dim=20))
+    merge(run)
+    save_model(run.base, tmp_path / "merged")
+    one = Build(tmp_path / "merged", tmp_path / "fp32", "fp32", RECIPES["fp32"][0])
+    assert build_here(one, tmp_path / "log", Silent().progress) == "torch.onnx"
+    reference = Reference(run.base, held_out_examples(run, None)[:2])
+    assert gate(Candidate(one.out, "fp32", DROP, RISE), reference, Silent().progress).passed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2"])
 def test_the_generic_path_has_every_format(make_run: Callable[..., Path], tmp_path: Path, name: str) -> None:

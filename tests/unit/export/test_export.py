@@ -209,6 +209,18 @@ def test_the_gate_refuses_logits_that_are_not_finite(make_run: MakeRun, exported
     assert report.max_logit_error == math.inf
 
 
+def test_a_model_that_onnxruntime_refuses_gives_way_like_one_that_is_worse(make_run: MakeRun, tmp_path: Path) -> None:
+    def broken(wanted: Build, log: Path, watch: Progress) -> str:
+        writer = HERE.build(wanted, log, watch)
+        if wanted.format == "fp16":
+            (wanted.out / "model.onnx").write_bytes(b"no model")
+        return writer
+
+    (done,) = export_run(make_run(), ["fp16"], tmp_path / "out", tools=replace(HERE, build=broken))
+    assert done.format == "fp32"
+    assert "fp16: onnxruntime cannot run the written model: InvalidProtobuf" in done.remarks[0]
+
+
 def test_perplexity_is_that_of_the_completion_s_tokens(make_run: MakeRun, exported: Path) -> None:
     run = open_run(make_run())
     merge(run)

@@ -295,7 +295,7 @@ def _first_that_passes(
         remark = f"{wanted} was asked for and gave way to {form}: {'; '.join(reasons)}"
         job.display.note(remark)
         return replace(done, remarks=(*done.remarks, remark))
-    raise RunError(f"{'; '.join(reasons)}; nothing was exported")
+    raise RunError(f"{job.run.job.model.base}: {'; '.join(reasons)}; nothing was exported")
 
 
 def _recipes(job: _Job, form: Format, kept: bool) -> list[Recipe]:
@@ -319,11 +319,11 @@ def _export_format(job: _Job, form: Format, sources: _Sources) -> _Passed:
         shutil.rmtree(directory, ignore_errors=True)
         try:
             writer = _write_model(job, directory, form, recipe, sources)
+            report = job.gate(directory, form, recipe)
         except (RunError, ModelError) as error:  # some graphs and providers refuse a grid; the next recipe may not
             reason = str(error)
             job.display.note(f"{form} ({recipe.name}): {error}")
             continue
-        report = job.gate(directory, form, recipe)
         if report.passed:
             return _Passed(directory, form, recipe, writer, report, _remarks_on(job, recipe, report))
         reason = f"it differs from the merged model: {'; '.join(report.failures)}"

@@ -30,7 +30,7 @@ from fedtune.core.errors import InputError
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
 from fedtune.server.export.grid_graph import Progress
-from fedtune.server.export.onnx_model import Ids, OnnxModel, Values
+from fedtune.server.export.onnx_model import Ids, OnnxModel, Values, running
 
 FP32_LOGIT_ERROR = 1e-3
 GENERATED_PROMPTS = 8
@@ -125,6 +125,7 @@ def gate(candidate: Candidate, reference: Reference, watch: Progress) -> GateRep
 
     Raises:
         InputError: there is no example, or the provider is missing.
+        RunError: onnxruntime cannot run the written model.
     """
     if not reference.examples:
         raise InputError("there is no held-out example to check the export on")
@@ -267,14 +268,16 @@ class _Generator:
     """Greedy decoding under onnxruntime-genai with the cache, as the model will be served."""
 
     def __init__(self, directory: Path, adapter: Path | None) -> None:
-        self._model = onnxruntime_genai.Model(str(directory))
+        with running():
+            self._model = onnxruntime_genai.Model(str(directory))
         config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context = int(config["context_length"])
         self._vocabulary = int(config["vocab_size"])
         self._adapters: Any = None
         if adapter is not None:
-            self._adapters = onnxruntime_genai.Adapters(self._model)
-            self._adapters.load(str(adapter), "adapter")
+            with running():
+                self._adapters = onnxruntime_genai.Adapters(self._model)
+                self._adapters.load(str(adapter), "adapter")
 
     def start(self, prompt: Sequence[int], tokens: int, at_least: int = 0) -> Any:
         params = onnxruntime_genai.GeneratorParams(self._model)
@@ -286,12 +289,14 @@ class _Generator:
         generator.append_tokens(np.array(prompt, dtype=np.int32))
         return generator
 
+    @running()
     def answer(self, prompt: Sequence[int], tokens: int) -> list[int]:
         generator = self.start(prompt, tokens)
         while not generator.is_done():
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
+    @running()
     def speed(self) -> tuple[float, float]:
         """Measures prefill and decode tokens a second, in the second of two runs on random tokens with no end token."""
         tokens = min(SPEED_TOKENS, self.context // 4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
 
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InputError, RunError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -28,6 +29,9 @@ class OnnxModel:
         provider: "cpu", "cuda", ...
         adapter: an `.onnx_adapter` file; None for a merged model.
         file: name of the model in the folder.
+
+    Raises:
+        RunError: onnxruntime cannot load the model.
     """
 
     def __init__(
@@ -39,7 +43,8 @@ class OnnxModel:
         options.log_severity_level = 3
         # Its threads would spin while torch computes, between two calls of this session.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(directory / file, options, providers=[wanted])
+        with running():
+            self._session = onnxruntime.InferenceSession(directory / file, options, providers=[wanted])
         heads, size = config["num_key_value_heads"], config["head_size"]
         inputs = {node.name: node.type for node in self._session.get_inputs()}
         self._past = {
@@ -51,7 +56,8 @@ class OnnxModel:
         self._run_options: Any = None
         if adapter is not None:
             self._adapter = onnxruntime.LoraAdapter()
-            self._adapter.Load(str(adapter))
+            with running():
+                self._adapter.Load(str(adapter))
             self._run_options = onnxruntime.RunOptions()
             self._run_options.add_active_adapter(self._adapter)
 
@@ -60,7 +66,11 @@ class OnnxModel:
         return self.outputs(ids, ["logits"])[0]
 
     def outputs(self, ids: Ids, names: Sequence[str]) -> list[Values]:
-        """ids (tokens,) -> the named outputs, each (tokens, width), with or without a batch axis in the graph."""
+        """ids (tokens,) -> the named outputs, each (tokens, width), with or without a batch axis in the graph.
+
+        Raises:
+            RunError: onnxruntime cannot run the model.
+        """
         feed: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, len(ids)), np.int64),
@@ -68,8 +78,19 @@ class OnnxModel:
         }
         if self._positions:
             feed["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-        found = self._session.run(list(names), feed, self._run_options)
+        with running():
+            found = self._session.run(list(names), feed, self._run_options)
         return [np.asarray(values, dtype=np.float32).reshape(-1, values.shape[-1]) for values in found]
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Raises a RunError for whatever onnxruntime raises in the block; its errors share no base class."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise RunError(f"onnxruntime cannot run the written model: {type(error).__name__}: {reason}") from error
 
 
 def provider_name(provider: str) -> str:
