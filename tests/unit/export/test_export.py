@@ -313,6 +313,21 @@ def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_of_killed_exports_go_and_a_running_export_is_left_alone(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / ".export-killed" / "merged").mkdir(parents=True)
+
+    def busy(wanted: Build, log: Path, watch: Progress) -> str:
+        assert not (tmp_path / ".export-killed").exists()
+        with pytest.raises(ExportError, match="another export works here; wait for its end, or choose another --out"):
+            export_run(make_run(), ["int4"], tmp_path, LENIENT)
+        assert wanted.source.is_dir()
+        return HERE.build(wanted, log, watch)
+
+    export_run(make_run(), ["fp32"], tmp_path, tools=replace(HERE, build=busy))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.log", "fp32"]
+    verify(tmp_path / "fp32")
+
+
 @pytest.mark.parametrize("kilobytes", [100, 300, 500, 700, 800])
 def test_wherever_the_disk_fills_up_nothing_looks_exported(
     make_run: MakeRun, small_disk: Callable[[int], Path], kilobytes: int

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,11 @@ from fedtune.server.export.grid_graph import Progress
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 from fedtune.server.export.onnx_model import provider_name
 from fedtune.server.export.publishing import Description, describe_model, publish, publish_adapter
-from fedtune.server.export.request import WORKPLACE, ExportOptions, ExportRequest, no_held_out_examples
+from fedtune.server.export.request import ExportOptions, ExportRequest, no_held_out_examples
+from fedtune.server.export.workplace import LOG, workplace
 from fedtune.server.run_directory import ADAPTER, read_summary
 from fedtune.server.run_display import Display, format_bytes
-from fedtune.server.run_files import plain_errors
 
-LOG = "export.log"
 CALIBRATION = 64  # examples for calibrated recipes, at most
 CALIBRATION_TOKENS = 256  # fewer say too little about the products' inputs
 UNLIKE, UNLIKE_MARGIN = 2.0, 0.5  # times and more loss than at the run's end: examples of another task
@@ -85,7 +81,7 @@ class _Job:
     """One export in progress.
 
     Args:
-        work: the hidden folder where everything is built.
+        work: the hidden folder where everything is built, beside the log.
         reference: the run's model and the held-out examples; merged before the first gate.
         calibration: token ids of other examples, for calibrated recipes.
         remarks: sentences that every exported model shall carry.
@@ -109,7 +105,7 @@ class _Job:
         """Writes a model, and returns the writer."""
         options = self.options
         wanted = Build(source, out, form, recipe, options.provider, options.builder, adapter, self.calibration)
-        return self.tools.build(wanted, self.work / LOG, self._watch(form))
+        return self.tools.build(wanted, self.work.parent / LOG, self._watch(form))
 
     def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
         """Compares a written model with the merged one, and shows the result."""
@@ -145,7 +141,8 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
         request: a request that has passed its checks.
 
     Raises:
-        InputError: the provider is missing, or the base model or the adapter is not the run's.
+        InputError: the provider is missing, the base model or the adapter is not the run's, or another export works in
+            the same folder.
         RunError: the model could not be written, or no format passed its gate; nothing was published.
     """
     provider_name(request.options.provider)
@@ -154,7 +151,7 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
     remarks = _remarks(calibration)
     for remark in remarks:
         display.note(remark)
-    with _workplace(request.out) as work:
+    with workplace(request.out) as work:
         job = _Job(
             run,
             Reference(run.base, checked),
@@ -421,26 +418,6 @@ def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
     if manifest.kind != "adapter-base" or mine != theirs:
         raise ExportError(f"{base}: a base for other adapters than this run's; choose another --out")
     return True
-
-
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """Gives a hidden folder inside `out`, and removes it in any case; after a failure the log stays in `out`."""
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with plain_errors(), tempfile.TemporaryDirectory(prefix=WORKPLACE, dir=out) as name:
-            try:
-                yield Path(name)
-            finally:
-                if (log := Path(name) / LOG).is_file():
-                    log.replace(out / LOG)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise RunError(f"{out}: {reason}; nothing was exported") from error
-    finally:
-        if made and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
 
 
 def _verdict(form: str, recipe: Recipe, report: GateReport) -> str:

@@ -7,7 +7,6 @@ exported = export(ExportRequest(Path("runs/first"), ("int4", "fp32"), Path("runs
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from fedtune.server.export.exporter import Exported, ExportTools
 
 ONNX = "onnx"  # the folder in a run directory, with one folder a format
-WORKPLACE = ".export-"  # the prefix of an export's hidden folder while it is in progress
 MAX_DROP = 1.0
 MAX_RISE = 2.0
 PROMPTS = 200
@@ -188,8 +186,6 @@ def export_finished(job: Job, path: Path, summary: dict[str, Any], display: Disp
     """
     if not job.export.formats:
         return
-    for left in (path / ONNX).glob(f"{WORKPLACE}*"):  # left by a process that was killed in the middle of an export
-        shutil.rmtree(left, ignore_errors=True)
     request = ExportRequest(path, job.export.formats, path / ONNX, ExportOptions(force=True))
     summary["exports"] = [done.to_json() for done in export(request, display)]
     with storage(path):
