@@ -21,7 +21,7 @@ from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.protocol.model_manifest import manifest_digest, verify
 from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
-from fedtune.server.export.exporter import held_out_examples
+from fedtune.server.export.exporter import ExportTools, held_out_examples
 from fedtune.server.export.gate import Candidate, GateReport, Reference, above, gate
 from fedtune.server.export.grid_graph import Grid, Progress, rewrite
 from fedtune.server.export.merge import merge, open_run
@@ -396,9 +396,39 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(make_run: MakeRun, t
 
 def test_a_builder_that_fails_gives_its_reason(tmp_path: Path) -> None:
     wanted = Build(tmp_path / "nowhere", tmp_path / "out", "fp32", Recipe("float32"))
-    with pytest.raises(RunError, match="the log is"):
+    with pytest.raises(RunError, match="the ONNX model could not be written: OSError"):
         build(wanted, tmp_path / "log", Silent().progress)
     assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_what_an_export_says_of_a_failure_leads_nowhere_that_is_gone(make_run: MakeRun, tmp_path: Path) -> None:
+    def failing(wanted: Build, log: Path, watch: Progress) -> str:
+        log.write_text("the builder's words")
+        if wanted.format == "fp32":
+            return HERE.build(wanted, log, watch)
+        raise RunError(f"{wanted.source}/config.json is not supported")
+
+    tools, out = replace(HERE, build=failing), tmp_path / "out"
+    (done,) = export_run(make_run(), ["fp16"], out, LENIENT, tools)
+    assert done.remarks == ("fp16 was asked for and gave way to fp32: fp16: merged/config.json is not supported",)
+    shutil.rmtree(out)
+
+    def refused(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
+        raise RunError("it does not run")
+
+    with pytest.raises(RunError, match="nothing was exported; the log is") as caught:
+        export_run(make_run(), ["fp16"], out, LENIENT, replace(tools, gate=refused))
+    assert Path(str(caught.value).rpartition("the log is ")[2]).read_text()
+    assert ".export-" not in str(caught.value)
+
+
+def test_an_architecture_whose_adapters_can_only_be_merged_says_so_once(make_run: MakeRun, tmp_path: Path) -> None:
+    request = ExportRequest(make_run("gpt2"), ("int4",), tmp_path / "out", LENIENT, adapter_only=True)
+    tools = ExportTools()  # the child must tell this error from others
+    with pytest.raises(ModelError, match="its adapters can only be merged; leave out --adapter-only") as caught:
+        export(request, Silent(), tools)
+    assert str(caught.value).count("merged") == 1
+    assert ".export-" not in str(caught.value)
 
 
 def test_adapters_apart_share_one_base(make_run: MakeRun, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.errors import ModelError
+from fedtune.server.export.builder import OnlyMergedError
 from fedtune.server.export.grid_graph import DATA, FACTOR
 from fedtune.server.export.merge import FinishedRun
 
@@ -35,7 +36,7 @@ def open_inputs(directory: Path, layout: AdapterLayout) -> None:
     """Turns the factors of a written base into inputs whose default is zero.
 
     Raises:
-        ModelError: the graph does not hold the factors of every module.
+        OnlyMergedError: the graph does not hold the factors of every module.
     """
     model = onnx.load(directory / "model.onnx")
     for initializer in _factors(model, layout):
@@ -50,7 +51,7 @@ def fill_in(directory: Path, run: FinishedRun) -> None:
     """Gives the factors of a written model the run's values, beside the base's products.
 
     Raises:
-        ModelError: the graph does not hold the factors of every module.
+        OnlyMergedError: the graph does not hold the factors of every module.
     """
     model = onnx.load(directory / "model.onnx")
     for initializer in _factors(model, run.layout):
@@ -83,12 +84,12 @@ def write_adapter(path: Path, directory: Path, run: FinishedRun) -> None:
 
 
 def _factors(model: onnx.ModelProto, layout: AdapterLayout) -> list[onnx.TensorProto]:
-    """Returns the initializers that are factors; raises ModelError unless there are two for every module."""
+    """Returns the initializers that are factors; raises OnlyMergedError unless there are two for every module."""
     found = [initializer for initializer in model.graph.initializer if FACTOR.fullmatch(initializer.name)]
     if len(found) != 2 * len(layout.modules):
-        raise ModelError(
-            f"the written base has {len(found)} of {2 * len(layout.modules)} factors apart from its weights; "
-            "this architecture's adapters can only be merged"
+        raise OnlyMergedError(
+            f"the written base has {len(found)} of {2 * len(layout.modules)} factors apart from its weights, "
+            "so that this architecture's adapters can only be merged"
         )
     return found
 

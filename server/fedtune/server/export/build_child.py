@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from fedtune.server.export.builder import OnlyMergedError
 from fedtune.server.export.grid_graph import DATA, Grid, Progress, rewrite
 from fedtune.server.export.onnx_model import OnnxModel
 
@@ -37,9 +38,13 @@ def main() -> None:
     def tell(task: str, done: int, count: int) -> None:
         print(json.dumps({"progress": [task, done, count]}), file=answer)
 
+    result: dict[str, Any]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result = {"writer": build_one(json.load(sys.stdin), tell)}
+    except OnlyMergedError as error:
+        traceback.print_exc()
+        result = {"error": str(error), "only_merged": True}
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {_first_line(error)}"}
@@ -72,15 +77,25 @@ def build_one(wanted: dict[str, Any], watch: Progress) -> str:
 
 
 def _write_float(wanted: dict[str, Any]) -> str:
-    """Writes the float graph and returns the name of its writer."""
+    """Writes the float graph and returns the name of its writer.
+
+    Raises:
+        OnlyMergedError: an adapter apart is wanted, which torch.onnx does not write, and the model builder fails.
+    """
     try:
         _build_with_genai(wanted)
         # Some details of a known architecture show only here, such as a head size that an operator does not take.
         OnnxModel(Path(wanted["out"]), wanted["provider"]).logits(np.zeros(2, dtype=np.int64))
-    except OSError:  # a full disk stops the other writer too
+    except (OSError, MemoryError):  # a full disk stops the other writer too
         raise
-    except Exception:  # NotImplementedError for an unknown architecture, anything for a detail of a known one
-        if wanted["adapter"] is not None or wanted["provider"] != "cpu" or wanted["options"]:
+    except Exception as error:  # NotImplementedError for an unknown architecture, anything for a detail of a known one
+        if wanted["adapter"] is not None:
+            detail = "" if isinstance(error, NotImplementedError) else f" ({_first_line(error)})"
+            raise OnlyMergedError(
+                f"onnxruntime-genai's model builder cannot write this architecture{detail}, so that its adapters can "
+                "only be merged"
+            ) from error
+        if wanted["provider"] != "cpu" or wanted["options"]:
             raise
         print("not by the model builder, hence by torch.onnx:", file=sys.stderr)
         traceback.print_exc()

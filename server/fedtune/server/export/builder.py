@@ -15,9 +15,13 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fedtune.core.errors import RunError
+from fedtune.core.errors import FedtuneError, ModelError, RunError
 from fedtune.core.protocol.model_manifest import Format
 from fedtune.server.export.grid_graph import Grid, Progress
+
+
+class OnlyMergedError(ModelError):
+    """A base's graph cannot be written with the adapter's factors beside its weights, in whatever format."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def build(wanted: Build, log: Path, watch: Progress) -> str:
         The writer: "onnxruntime-genai" or "torch.onnx".
 
     Raises:
-        RunError: the model could not be written; the message has the reason and the log's name.
+        OnlyMergedError: the model builder cannot write the graph that an adapter apart needs.
+        RunError: the model could not be written; the message has the reason.
     """
     command = [sys.executable, "-m", "fedtune.server.export.build_child"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -119,15 +124,19 @@ def build(wanted: Build, log: Path, watch: Progress) -> str:
                 watch(*progress)
     if child.returncode == 0:
         return str(json.loads(last)["writer"])
-    raise RunError(f"the ONNX model could not be written: {_reason(last, child.returncode, log)}; the log is {log}")
+    raise _failure(last, child.returncode, log)
 
 
-def _reason(last: str, status: int, log: Path) -> str:
-    """Returns the child's own reason, or how it ended."""
+def _failure(last: str, status: int, log: Path) -> FedtuneError:
+    """Returns the error with the child's own reason, or with how it ended."""
     try:
-        return str(json.loads(last)["error"])
+        answer = json.loads(last)
+        reason = str(answer["error"])
     except (ValueError, KeyError, TypeError):
         how = f"signal {-status}" if status < 0 else f"status {status}"
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         tail = " | ".join(line.strip() for line in lines if line.strip())[-400:]
-        return f"the builder ended with {how} (out of memory?): {tail}"
+        return RunError(f"the ONNX model could not be written: the builder ended with {how} (out of memory?): {tail}")
+    if answer.get("only_merged"):
+        return OnlyMergedError(reason)
+    return RunError(f"the ONNX model could not be written: {reason}")

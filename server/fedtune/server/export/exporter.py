@@ -20,7 +20,7 @@ from fedtune.data.examples import Example, load_examples, prepare
 from fedtune.data.population import evaluation_records
 from fedtune.model.base_model import BaseModel
 from fedtune.server.export import adapters
-from fedtune.server.export.builder import KEPT, RECIPES, Build, Recipe, build
+from fedtune.server.export.builder import KEPT, RECIPES, Build, OnlyMergedError, Recipe, build
 from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
 from fedtune.server.export.grid_graph import Progress
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
@@ -96,6 +96,15 @@ class _Job:
     display: Display
     remarks: tuple[str, ...]
 
+    @property
+    def log(self) -> Path:
+        """Returns the path of the log, which outlives the hidden folder."""
+        return self.work.parent / LOG
+
+    def reason(self, error: Exception) -> str:
+        """Returns an error's text without the hidden folder, which is gone when somebody reads it."""
+        return str(error).replace(f"{self.work}/", "")
+
     def save(self, name: str) -> Path:
         """Writes the run's network, as it is now, as a transformers directory."""
         self.tools.save(self.run.base, self.work / name)
@@ -105,7 +114,7 @@ class _Job:
         """Writes a model, and returns the writer."""
         options = self.options
         wanted = Build(source, out, form, recipe, options.provider, options.builder, adapter, self.calibration)
-        return self.tools.build(wanted, self.work.parent / LOG, self._watch(form))
+        return self.tools.build(wanted, self.log, self._watch(form))
 
     def gate(self, directory: Path, form: Format, recipe: Recipe, adapter: Path | None = None) -> GateReport:
         """Compares a written model with the merged one, and shows the result."""
@@ -284,15 +293,15 @@ def _first_that_passes(
         try:
             done = passed[form] if form in passed else attempt(form)
         except RunError as error:
-            reasons.append(str(error))
-            job.display.note(str(error))
+            reasons.append(job.reason(error))
+            job.display.note(reasons[-1])
             continue
         if not reasons:
             return done
         remark = f"{wanted} was asked for and gave way to {form}: {'; '.join(reasons)}"
         job.display.note(remark)
         return replace(done, remarks=(*done.remarks, remark))
-    raise RunError(f"{job.run.job.model.base}: {'; '.join(reasons)}; nothing was exported")
+    raise RunError(f"{job.run.job.model.base}: {'; '.join(reasons)}; nothing was exported; the log is {job.log}")
 
 
 def _recipes(job: _Job, form: Format, kept: bool) -> list[Recipe]:
@@ -311,15 +320,17 @@ def _export_format(job: _Job, form: Format, sources: _Sources) -> _Passed:
     Raises:
         RunError: none passes; the message has the last one's reason.
     """
-    directory, reason = job.work / form, ""
+    directory, reason, only_merged = job.work / form, "", False
     for recipe in _recipes(job, form, sources.apart is not None):
+        if recipe.beside and only_merged:
+            continue
         shutil.rmtree(directory, ignore_errors=True)
         try:
             writer = _write_model(job, directory, form, recipe, sources)
             report = job.gate(directory, form, recipe)
         except (RunError, ModelError) as error:  # some graphs and providers refuse a grid; the next recipe may not
-            reason = str(error)
-            job.display.note(f"{form} ({recipe.name}): {error}")
+            reason, only_merged = job.reason(error), isinstance(error, OnlyMergedError)
+            job.display.note(f"{form} ({recipe.name}): {reason}; the log is {job.log}")
             continue
         if report.passed:
             return _Passed(directory, form, recipe, writer, report, _remarks_on(job, recipe, report))
@@ -397,10 +408,18 @@ def _export_adapter_for(job: _Job, request: ExportRequest, form: Format, source:
 
 
 def _write_base(job: _Job, source: Path, directory: Path, form: Format, recipe: Recipe) -> str:
-    """Writes the base with the adapter's factors as inputs; returns its writer."""
+    """Writes the base with the adapter's factors as inputs; returns its writer.
+
+    Raises:
+        OnlyMergedError: no format of this base takes adapters.
+        RunError: the base could not be written.
+    """
     shutil.rmtree(directory, ignore_errors=True)
-    writer = job.build(source, directory, form, recipe, job.run.path / ADAPTER)
-    adapters.open_inputs(directory, job.run.layout)
+    try:
+        writer = job.build(source, directory, form, recipe, job.run.path / ADAPTER)
+        adapters.open_inputs(directory, job.run.layout)
+    except OnlyMergedError as error:
+        raise OnlyMergedError(f"{job.run.job.model.base}: {job.reason(error)}; leave out --adapter-only") from error
     return writer
 
 
