@@ -6,15 +6,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 import uvicorn
 
-from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
+from fedtune.core.host.connections import MAX_HEAD_BYTES, Patience, _address, bounded_http
 
 HEAD_SECONDS = 0.5
+MOST_OPEN = 12
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -27,21 +28,16 @@ async def greet(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hi"})
 
 
-class Impatient(BoundedHttp):
-    """Waits for the head of a request as long as a test may take."""
-
-    head_seconds = HEAD_SECONDS
-
-
 @pytest.fixture
 def address() -> Iterator[tuple[str, int]]:
     config = uvicorn.Config(
         greet,
         lifespan="off",
         log_level="critical",
-        http=Impatient,
+        http=bounded_http(Patience(HEAD_SECONDS, HEAD_SECONDS, silent=3)),
         ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        limit_concurrency=MOST_OPEN,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(config)
@@ -57,6 +53,38 @@ def test_a_connection_without_a_whole_request_ends(address: tuple[str, int], beg
     with socket.create_connection(address, timeout=20 * HEAD_SECONDS) as stranger:
         stranger.sendall(begun)
         assert stranger.recv(1) == b""
+
+
+def test_silent_connections_of_one_address_shut_nobody_out(address: tuple[str, int]) -> None:
+    with ExitStack() as crowd:
+        silent = [crowd.enter_context(socket.create_connection(address, timeout=10)) for _ in range(2 * MOST_OPEN)]
+        with socket.create_connection(address, timeout=10) as device:
+            device.sendall(REQUEST)
+            assert b"200 OK" in device.recv(1000)
+            assert silent[0].recv(1) == b""
+
+
+def test_connections_that_have_asked_are_not_counted(address: tuple[str, int]) -> None:
+    with ExitStack() as fleet:
+        devices = [fleet.enter_context(socket.create_connection(address, timeout=10)) for _ in range(3)]
+        for _ in range(2):
+            for device in devices:
+                device.sendall(REQUEST)
+                assert b"200 OK" in device.recv(1000)
+            devices += [fleet.enter_context(socket.create_connection(address, timeout=10)) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("host", "counted"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_an_address_of_ipv6_counts_as_its_network(host: str, counted: str) -> None:
+    assert _address((host, 1) if host else None) == counted
 
 
 def test_so_does_one_that_sends_its_second_request_byte_by_byte(address: tuple[str, int]) -> None:

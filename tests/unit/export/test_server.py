@@ -251,7 +251,10 @@ def test_only_the_token_gives_access(model: ExportedModel) -> None:
             openai.OpenAI(base_url=f"{url}/v1", api_key="guess", max_retries=0).models.list()
         assert [found.id for found in openai.OpenAI(base_url=f"{url}/v1", api_key="secret").models.list()] == ["lamp"]
         assert httpx.get(f"{url}/metrics").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.headers["connection"]) == (200, "close")
+        bearer = {"Authorization": "Bearer secret"}
+        assert "connection" not in httpx.get(f"{url}/health", headers=bearer).headers
         assert httpx.get(f"{url}/v1/models", headers={b"Authorization": "Bearer gäst".encode()}).status_code == 401
 
 

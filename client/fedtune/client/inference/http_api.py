@@ -239,7 +239,7 @@ class _Service:
 
 
 class _Endpoint:
-    """Checks the token and counts responses by status. It is plain ASGI, which lets disconnects through."""
+    """Checks who asks and counts responses by status. It is plain ASGI, which lets disconnects through."""
 
     def __init__(self, app: ASGIApp, service: _Service, token: str | None) -> None:
         self._app, self._service, self._token = app, service, token
@@ -249,24 +249,28 @@ class _Endpoint:
             await self._app(scope, receive, send)
             return
 
+        error = self._refusal(Headers(scope=scope))
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 endpoint = scope["path"] if scope["path"] in _COUNTED else "other"
                 self._service.metrics.requests.labels(endpoint, str(message["status"])).inc()
+                if error is not None:  # unauthenticated clients keep no connection
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
-        headers = Headers(scope=scope)
-        if self._token is None:
-            error = _misdirected(headers)
-        elif scope["path"] in _OPEN or _authorized(headers, self._token):
-            error = None
-        else:
-            error = ApiError(401, "a valid bearer token is needed", "authentication_error", code="invalid_api_key")
-        if error is None:
+        if error is None or (self._token is not None and scope["path"] in _OPEN):
             await self._app(scope, receive, counted)
         else:
             extra = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
             await JSONResponse(error.body(), error.status, extra)(scope, receive, counted)
+
+    def _refusal(self, headers: Headers) -> ApiError | None:
+        if self._token is None:
+            return _misdirected(headers)
+        if _authorized(headers, self._token):
+            return None
+        return ApiError(401, "a valid bearer token is needed", "authentication_error", code="invalid_api_key")
 
 
 async def _events(pieces: AsyncIterator[Piece], answer: Answer, usage: bool) -> AsyncIterator[bytes]:

@@ -172,7 +172,7 @@ def answer_requests(wanted: Serving) -> None:
         from fedtune.client.inference.exported_model import ExportedModel
         from fedtune.client.inference.http_api import create_app, is_loopback
         from fedtune.client.inference.scheduler import Scheduler
-        from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
+        from fedtune.core.host.connections import MAX_HEAD_BYTES, bounded_http
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune serve", "inference", error.name or "onnxruntime-genai") from error
 
@@ -189,7 +189,7 @@ def answer_requests(wanted: Serving) -> None:
         host=wanted.host,
         port=wanted.port,
         log_level="warning",
-        http=BoundedHttp,
+        http=bounded_http(),
         limit_concurrency=2 * (wanted.slots + wanted.queue) + 32,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,

@@ -33,7 +33,7 @@ def main() -> None:
     """Serves until standard input ends or SIGTERM comes."""
     import uvicorn
 
-    from fedtune.core.host.connections import MAX_HEAD_BYTES, BoundedHttp
+    from fedtune.core.host.connections import MAX_HEAD_BYTES, bounded_http
 
     home, public, private = Path(sys.argv[1]), *(socket.socket(fileno=int(number)) for number in sys.argv[2:4])
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # unauthenticated clients' failures would fill the log
@@ -48,7 +48,7 @@ def main() -> None:
         proxy_headers=False,
         server_header=False,
         date_header=True,  # from it a device learns that its clock is wrong
-        http=BoundedHttp,
+        http=bounded_http(),
         ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         limit_concurrency=MAX_CONNECTIONS,
