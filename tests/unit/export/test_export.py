@@ -18,7 +18,7 @@ from export_helpers import HERE, MakeRun, export_adapter, export_run
 
 from fedtune.core.errors import ExportError, InputError, ModelError, RunDirectoryError, RunError
 from fedtune.core.job.job_file import dump_job, load_job
-from fedtune.core.protocol.model_manifest import manifest_digest, verify
+from fedtune.core.protocol.model_manifest import Format, manifest_digest, verify
 from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
 from fedtune.server.export.exporter import ExportTools, held_out_examples
@@ -155,6 +155,25 @@ def test_a_format_that_cannot_pass_gives_way_to_the_next_larger_and_says_why(mak
         assert any(reason in remark for remark in remarks)
     with pytest.raises(ExportError, match="int8: exists already"):
         export_run(make_run(), ["int4"], tmp_path, LENIENT, replace(HERE, gate=picky))
+
+
+@pytest.mark.parametrize(("form", "larger"), [("int4", "int8"), ("int8", "fp16")])
+def test_no_export_gives_up_speed_by_itself(make_run: MakeRun, tmp_path: Path, form: Format, larger: Format) -> None:
+    """Products in float32 decode many times slower than fp32; only --exact-products asks for them."""
+    built: list[Recipe] = []
+
+    def note(wanted: Build, log: Path, watch: Progress) -> str:
+        built.append(wanted.recipe)
+        return HERE.build(wanted, log, watch)
+
+    def picky(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:
+        report = gate(candidate, reference, watch)
+        return replace(report, failures=("it is worse",)) if candidate.form == form else report
+
+    run = make_run("llama", quantization="int4", tie_word_embeddings=True)
+    (done,) = export_run(run, [form], tmp_path / "out", LENIENT, ExportTools(build=note, gate=picky))
+    assert done.format == larger
+    assert all(recipe.grid is None or recipe.grid.level == 4 for recipe in built)
 
 
 def test_int4_that_fails_gets_more_bits_before_it_is_given_up(make_run: MakeRun, tmp_path: Path) -> None:

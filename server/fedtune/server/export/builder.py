@@ -52,20 +52,19 @@ class Recipe:
 
 
 _FOUR, _EXACT, _COMPENSATED = "4 bits, head in 8 bits", "float32 products", "errors compensated"
-_KEPT = Recipe(f"{_FOUR}, the trained base's own; adapter beside it in float32", Grid(4, keep=True), beside=True)
-_EIGHT = Recipe("8 bits, least squares", Grid(8))
-# Tried in this order until one passes the gate; each costs more bytes or more time to run than its predecessor.
+# Tried in this order until one passes the gate; each costs more bytes than its predecessor. Float32 products are
+# no next try: onnxruntime unpacks matrices of 8 bits for every token then, far slower than float weights.
 RECIPES: dict[Format, tuple[Recipe, ...]] = {
     "fp32": (Recipe("float32"),),
     "fp16": (Recipe("float16 weights"),),  # CPUs convert them to float32 when the model is loaded
-    "int8": (_EIGHT, _EIGHT.exact_products()),
+    "int8": (Recipe("8 bits, least squares", Grid(8)),),
     "int4": (
         Recipe(f"{_FOUR}, {_COMPENSATED}", Grid(4), calibrated=True),
         Recipe(f"{_FOUR}, as has the most sensitive third; {_COMPENSATED}", Grid(4, wide=1 / 3), calibrated=True),
     ),
 }
 # Where the base was trained in the served grid its codes are kept, so that only the factors' product is added to them.
-KEPT = (_KEPT, _KEPT.exact_products())
+KEPT = Recipe(f"{_FOUR}, the trained base's own; adapter beside it in float32", Grid(4, keep=True), beside=True)
 
 
 @dataclass(frozen=True)

@@ -305,8 +305,8 @@ def _first_that_passes(
 
 
 def _recipes(job: _Job, form: Format, kept: bool) -> list[Recipe]:
-    """Returns the recipes of a format: first those that keep the base's own codes, where the job trained on such."""
-    recipes = [*KEPT, *RECIPES[form]] if form == "int4" and kept else list(RECIPES[form])
+    """Returns the recipes of a format: first the one that keeps the base's own codes, where the job trained on such."""
+    recipes = [KEPT, *RECIPES[form]] if form == "int4" and kept else list(RECIPES[form])
     if not job.calibration:
         recipes = [each.uncalibrated() for each in recipes]
     if job.options.exact_products:
@@ -320,16 +320,14 @@ def _export_format(job: _Job, form: Format, sources: _Sources) -> _Passed:
     Raises:
         RunError: none passes; the message has the last one's reason.
     """
-    directory, reason, only_merged = job.work / form, "", False
+    directory, reason = job.work / form, ""
     for recipe in _recipes(job, form, sources.apart is not None):
-        if recipe.beside and only_merged:
-            continue
         shutil.rmtree(directory, ignore_errors=True)
         try:
             writer = _write_model(job, directory, form, recipe, sources)
             report = job.gate(directory, form, recipe)
         except (RunError, ModelError) as error:  # some graphs and providers refuse a grid; the next recipe may not
-            reason, only_merged = job.reason(error), isinstance(error, OnlyMergedError)
+            reason = job.reason(error)
             job.display.note(f"{form} ({recipe.name}): {reason}; the log is {job.log}")
             continue
         if report.passed:

@@ -46,7 +46,8 @@ class ExportOptions:
         max_drop: points of exact match and token accuracy that int4, int8 and fp16 may lose.
         max_rise: percent by which their perplexity may rise.
         prompts: largest number of held-out examples to compare on.
-        exact_products: whether products take activations in float32, instead of rounded to 8 bits for speed.
+        exact_products: whether products take activations in float32, which decodes many times slower than fp32, instead
+            of rounded to 8 bits.
         data: held-out examples for the gate, instead of the job's own evaluation data.
         force: replace an earlier export.
     """
