@@ -463,6 +463,32 @@ def test_adapters_apart_share_one_base(make_run: MakeRun, tmp_path: Path) -> Non
         export_adapter(make_run("qwen3"), "int4", tmp_path, replace(LENIENT, force=True))
 
 
+def test_a_base_that_was_made_otherwise_is_replaced_only_by_force(make_run: MakeRun, tmp_path: Path) -> None:
+    def adapter(options: ExportOptions) -> list[str]:
+        display = Notes()
+        export(ExportRequest(make_run(), ("int8",), tmp_path, options, adapter_only=True), display, HERE)
+        return display.notes
+
+    def level() -> int:
+        return int(verify(tmp_path / "base-int8").provenance["grid"]["level"])
+
+    plain, exact = LENIENT, replace(LENIENT, exact_products=True)
+    adapter(plain)
+    before = manifest_digest(tmp_path / "base-int8")
+    (tmp_path / "run-0.onnx_adapter").unlink()
+    words = "was exported without --exact-products, which this export has; .* or replace the base with --force"
+    with pytest.raises(ExportError, match=words):
+        adapter(exact)
+    with pytest.raises(ExportError, match="was exported with --option none, this export has fuse_qkv=false"):
+        adapter(replace(plain, builder={"fuse_qkv": "false"}))
+    notes = adapter(replace(plain, force=True))
+    assert any("is there already and takes this adapter" in note for note in notes)
+    assert manifest_digest(tmp_path / "base-int8") == before
+    assert level() == 4
+    adapter(replace(exact, force=True))
+    assert level() == 1
+
+
 def first_base_digest(out: Path) -> str:
     return str(verify(out / "base-int4").provenance["base_digest"])
 

@@ -392,7 +392,7 @@ def _export_adapter_for(job: _Job, request: ExportRequest, form: Format, source:
     """
     directory, file, reason = job.work / f"base-{form}", job.work / request.targets[0].name, ""
     recipes = _recipes(job, form, job.run.job.model.quantization == "int4")
-    if held := _usable_base(request.out / f"base-{form}", job.run, form):
+    if held := _usable_base(request.out / f"base-{form}", job, form):
         directory = request.out / f"base-{form}"
         recipes = [Recipe(read_manifest(directory).provenance["recipe"])]
     for recipe in recipes:
@@ -421,20 +421,40 @@ def _write_base(job: _Job, source: Path, directory: Path, form: Format, recipe: 
     return writer
 
 
-def _usable_base(base: Path, run: FinishedRun, form: str) -> bool:
-    """Returns whether there is an exported base already that takes this run's adapter.
+def _usable_base(base: Path, job: _Job, form: str) -> bool:
+    """Returns whether there is an exported base already that takes this run's adapter, as the options want it.
 
     Raises:
-        ExportError: the exported base has another base model or layout.
+        ExportError: the exported base has another base model or layout, or, without --force, was made otherwise.
     """
     if not base.exists():
         return False
     manifest = read_manifest(base)
-    mine = (run.base.digest, adapters.modules(run.layout), form)
+    mine = (job.run.base.digest, adapters.modules(job.run.layout), form)
     theirs = (manifest.provenance.get("base_digest"), manifest.provenance.get("modules"), manifest.format)
     if manifest.kind != "adapter-base" or mine != theirs:
         raise ExportError(f"{base}: a base for other adapters than this run's; choose another --out")
-    return True
+    if not (difference := _made_otherwise(manifest.provenance, job.options)):
+        job.display.note(f"{base}: is there already and takes this adapter; only the adapter is written")
+        return True
+    if not job.options.force:
+        raise ExportError(f"{base}: {difference}; change that, choose another --out, or replace the base with --force")
+    job.display.note(f"{base}: {difference}; it is replaced, and the other adapters beside it were not checked on it")
+    return False
+
+
+def _made_otherwise(provenance: Mapping[str, Any], options: ExportOptions) -> str:
+    """Returns how the making of an exported base differs from what the options want; "" if it does not."""
+    if (grid := provenance.get("grid")) and (grid.get("level") == 1) != options.exact_products:
+        made, wanted = ("without", "has") if options.exact_products else ("with", "lacks")
+        return f"was exported {made} --exact-products, which this export {wanted}"
+    if (provider := provenance.get("provider")) != options.provider:
+        return f"was exported with --provider {provider}, this export has {options.provider}"
+    theirs, mine = (
+        " ".join(sorted(f"{key}={value}" for key, value in given.items())) or "none"
+        for given in (provenance.get("builder_options") or {}, options.builder)
+    )
+    return "" if theirs == mine else f"was exported with --option {theirs}, this export has {mine}"
 
 
 def _verdict(form: str, recipe: Recipe, report: GateReport) -> str:
