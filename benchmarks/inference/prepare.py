@@ -21,7 +21,7 @@ from fedtune.core.protocol.model_manifest import FORMATS
 from fedtune.demo import BASE_DIRECTORY, JOB
 from fedtune.model.adapted_model import adapter_layout
 from fedtune.model.base_model import load_base
-from fedtune.server.export.exporter import held_out_examples
+from fedtune.server.export.held_out import held_out_examples
 from fedtune.server.export.merge import merge, open_run, save_model
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_directory import RunDirectory

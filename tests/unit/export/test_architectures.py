@@ -14,8 +14,8 @@ from export_helpers import build_here
 
 from fedtune.core.protocol.model_manifest import Format
 from fedtune.server.export.builder import RECIPES, Build, build
-from fedtune.server.export.exporter import held_out_examples
 from fedtune.server.export.gate import Candidate, Reference, gate
+from fedtune.server.export.held_out import held_out_examples
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 from fedtune.server.run_display import Silent
 

@@ -21,9 +21,10 @@ from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.protocol.model_manifest import Format, manifest_digest, verify
 from fedtune.server import cli
 from fedtune.server.export.builder import Build, Recipe, build
-from fedtune.server.export.exporter import ExportTools, held_out_examples
+from fedtune.server.export.exporter import ExportTools
 from fedtune.server.export.gate import Candidate, GateReport, Reference, above, gate
 from fedtune.server.export.grid_graph import Grid, Progress, rewrite
+from fedtune.server.export.held_out import held_out_examples
 from fedtune.server.export.merge import merge, open_run
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_display import Silent
@@ -237,7 +238,7 @@ def test_a_model_that_onnxruntime_refuses_gives_way_like_one_that_is_worse(make_
 
     (done,) = export_run(make_run(), ["fp16"], tmp_path / "out", tools=replace(HERE, build=broken))
     assert done.format == "fp32"
-    assert "fp16: onnxruntime cannot run the written model: InvalidProtobuf" in done.remarks[0]
+    assert "fp16: onnxruntime cannot run the written model: InvalidProtobuf" in done.remarks[-1]
 
 
 def test_perplexity_is_that_of_the_completion_s_tokens(make_run: MakeRun, exported: Path) -> None:
@@ -297,9 +298,20 @@ def test_examples_of_another_task_are_said(make_run: MakeRun, tmp_path: Path) ->
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"eval_after": {"loss": 0.5}}))
     (done,) = export_run(run, ["fp32"], tmp_path / "out")
-    (remark,) = done.remarks
+    remark = done.remarks[-1]
     assert "look unlike the run's own" in remark
     assert "give examples of the run's task: --data FILE" in remark
+
+
+@pytest.mark.parametrize(("prompts", "few"), [(1, True), (20, False)])
+def test_a_check_on_few_examples_is_said(make_run: MakeRun, tmp_path: Path, prompts: int, few: bool) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"room {room}", "completion": " on"}) + "\n" for room in range(60)))
+    display, options = Notes(), ExportOptions(data=many, prompts=prompts)
+    (done,) = export(ExportRequest(make_run(), ("fp32",), tmp_path / "out", options), display, HERE)
+    words = "The check is on few held-out examples: 1, expected 20 or more"
+    for said in (display.notes, done.remarks, verify(done.path).provenance["remarks"]):
+        assert any(words in each for each in said) == few
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -321,6 +333,14 @@ def test_a_base_in_int4_is_served_with_the_numbers_it_was_trained_with(
 def test_options_about_quantization_are_refused(make_run: MakeRun, tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=f"--option {key}: fedtune quantizes by its own recipes"):
         export_run(make_run(), ["int4"], tmp_path / "out", ExportOptions(builder={key: "16"}))
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf, -1.0])
+def test_limits_that_are_none_are_refused(make_run: MakeRun, tmp_path: Path, limit: float) -> None:
+    with pytest.raises(InputError, match=f"--max-rise {limit:g}: expected a percentage, 0 or more and finite"):
+        export_run(make_run(), ["int4"], tmp_path / "out", ExportOptions(max_rise=limit))
+    with pytest.raises(InputError, match=f"--max-drop {limit:g}: expected points from 0 to 100"):
+        export_run(make_run(), ["int4"], tmp_path / "out", ExportOptions(max_drop=limit))
 
 
 def test_a_full_disk_leaves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
@@ -429,7 +449,7 @@ def test_what_an_export_says_of_a_failure_leads_nowhere_that_is_gone(make_run: M
 
     tools, out = replace(HERE, build=failing), tmp_path / "out"
     (done,) = export_run(make_run(), ["fp16"], out, LENIENT, tools)
-    assert done.remarks == ("fp16 was asked for and gave way to fp32: fp16: merged/config.json is not supported",)
+    assert done.remarks[-1] == "fp16 was asked for and gave way to fp32: fp16: merged/config.json is not supported"
     shutil.rmtree(out)
 
     def refused(candidate: Candidate, reference: Reference, watch: Progress) -> GateReport:

@@ -13,27 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.core.errors import DataError, ExportError, ModelError, RunError
+from fedtune.core.errors import ExportError, ModelError, RunError
 from fedtune.core.host.process import versions
 from fedtune.core.protocol.model_manifest import FORMATS, Format, read_manifest
-from fedtune.data.examples import Example, load_examples, prepare
-from fedtune.data.population import evaluation_records
 from fedtune.model.base_model import BaseModel
 from fedtune.server.export import adapters
 from fedtune.server.export.builder import KEPT, RECIPES, Build, OnlyMergedError, Recipe, build
 from fedtune.server.export.gate import Candidate, GateReport, Reference, gate
 from fedtune.server.export.grid_graph import Progress
+from fedtune.server.export.held_out import split_examples, too_few_to_calibrate, too_few_to_check, unlike_the_run
 from fedtune.server.export.merge import FinishedRun, merge, open_run, save_model
 from fedtune.server.export.onnx_model import provider_name
 from fedtune.server.export.publishing import Description, describe_model, publish, publish_adapter
-from fedtune.server.export.request import ExportOptions, ExportRequest, no_held_out_examples
+from fedtune.server.export.request import ExportOptions, ExportRequest
 from fedtune.server.export.workplace import LOG, workplace
-from fedtune.server.run_directory import ADAPTER, read_summary
+from fedtune.server.run_directory import ADAPTER
 from fedtune.server.run_display import Display, format_bytes
-
-CALIBRATION = 64  # examples for calibrated recipes, at most
-CALIBRATION_TOKENS = 256  # fewer say too little about the products' inputs
-UNLIKE, UNLIKE_MARGIN = 2.0, 0.5  # times and more loss than at the run's end: examples of another task
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class _Job:
         work: the hidden folder where everything is built, beside the log.
         reference: the run's model and the held-out examples; merged before the first gate.
         calibration: token ids of other examples, for calibrated recipes.
-        remarks: sentences that every exported model shall carry.
+        remarks: sentences that every quantized model shall carry.
     """
 
     run: FinishedRun
@@ -157,14 +152,14 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
     provider_name(request.options.provider)
     run = open_run(request.run)
     checked, calibration = split_examples(run, request.options)
-    remarks = _remarks(calibration)
-    for remark in remarks:
+    remarks = too_few_to_calibrate(calibration)
+    for remark in (*too_few_to_check(checked), *remarks):
         display.note(remark)
     with workplace(request.out) as work:
         job = _Job(
             run,
             Reference(run.base, checked),
-            calibration if _enough(calibration) else (),
+            () if remarks else calibration,
             work,
             request.options,
             tools or ExportTools(),
@@ -172,60 +167,6 @@ def export_request(request: ExportRequest, display: Display, tools: ExportTools 
             remarks,
         )
         return [_export_adapter(job, request)] if request.adapter_only else _export_models(job, request)
-
-
-def split_examples(run: FinishedRun, options: ExportOptions) -> tuple[list[Example], tuple[tuple[int, ...], ...]]:
-    """Returns the gate's examples, and the token ids of others for calibration, which must not be the same.
-
-    The job's examples beyond the gate's calibrate; where they are few, the last quarter of all does, or with
-    `options.data` the job's own.
-
-    Raises:
-        InputError: see `held_out_examples`.
-    """
-    examples = held_out_examples(run, options.data)
-    checked, spare = examples[: options.prompts], examples[options.prompts :]
-    if len(spare) < CALIBRATION // 2 and options.data is not None and evaluation_records(run.job.data):
-        known = {tuple(example.ids) for example in checked}
-        own = held_out_examples(run, None)
-        spare += [example for example in own if tuple(example.ids) not in known]
-    if len(spare) < CALIBRATION // 2 and len(examples) > 1:
-        kept = max(1, len(examples) - max(1, min(CALIBRATION, len(examples) // 4)))
-        checked, spare = examples[: min(kept, options.prompts)], examples[kept:]
-    return checked, tuple(tuple(int(token) for token in example.ids) for example in spare[:CALIBRATION])
-
-
-def _enough(calibration: Sequence[Sequence[int]]) -> bool:
-    return sum(map(len, calibration)) >= CALIBRATION_TOKENS
-
-
-def _remarks(calibration: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    if _enough(calibration):
-        return ()
-    found = sum(map(len, calibration))
-    remark = (
-        f"The calibration set is too small: {found} tokens, expected {CALIBRATION_TOKENS} or more beside the examples "
-        "of the check. So int4 is quantized without it; more held-out examples (--data FILE) make it better"
-    )
-    return (remark,)
-
-
-def held_out_examples(run: FinishedRun, data: Path | None) -> list[Example]:
-    """Reads the examples for the gate: the job's evaluation data, or the given file.
-
-    Raises:
-        InputError: there are none; an export is never published unchecked.
-    """
-    tokenizer, length = run.base.tokenizer, run.job.data.sequence_length
-    if data is not None:
-        return load_examples(data, tokenizer, length)[0]
-    records = evaluation_records(run.job.data)
-    if not records:
-        raise no_held_out_examples(run.path)
-    examples, report = prepare(records, tokenizer, length)
-    if not examples:
-        raise DataError(Path(run.job.data.evaluation), f"no usable example ({report})")
-    return examples
 
 
 def _export_models(job: _Job, request: ExportRequest) -> list[Exported]:
@@ -348,23 +289,11 @@ def _write_model(job: _Job, directory: Path, form: Format, recipe: Recipe, sourc
 
 def _remarks_on(job: _Job, recipe: Recipe, report: GateReport) -> tuple[str, ...]:
     """Returns the sentences that a passed model shall carry; float weights need no calibration."""
-    return (*(job.remarks if recipe.grid else ()), *_unlike(job, report))
-
-
-def _unlike(job: _Job, report: GateReport) -> tuple[str, ...]:
-    """Returns a remark where the examples look like another task's than the run's: far worse than its evaluation."""
-    after = read_summary(job.run.path).get("eval_after")
-    if not after:
-        return ()
-    loss = float(np.log(report.reference_perplexity))
-    if loss <= UNLIKE * after["loss"] + UNLIKE_MARGIN:
-        return ()
-    remark = (
-        f"The held-out examples look unlike the run's own: the merged model's loss on them is {loss:.2f}, and was "
-        f"{after['loss']:.2f} at the end of the run; give examples of the run's task: --data FILE"
-    )
-    job.display.note(remark)
-    return (remark,)
+    calibrated = job.remarks if recipe.grid else ()
+    unlike = unlike_the_run(job.run, float(np.log(report.reference_perplexity)))
+    for remark in unlike:
+        job.display.note(remark)
+    return (*too_few_to_check(job.reference.examples), *calibrated, *unlike)
 
 
 def _export_adapter(job: _Job, request: ExportRequest) -> Exported:

@@ -7,6 +7,7 @@ exported = export(ExportRequest(Path("runs/first"), ("int4", "fp32"), Path("runs
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,10 +106,11 @@ class ExportRequest:
         """Checks everything that can be checked without loading a model.
 
         Raises:
-            InputError: an unknown format, something in the way, a run without an adapter, another kind of base, or no
-                held-out examples.
+            InputError: an unknown format, a limit that is none, something in the way, a run without an adapter, another
+                kind of base, or no held-out examples.
         """
         _ = self.wanted
+        _check_limits(self.options)
         if ours := sorted(_QUANTIZATION & set(self.options.builder)):
             raise InputError(
                 f"--option {ours[0]}: fedtune quantizes by its own recipes; expected an option about the graph"
@@ -195,6 +197,13 @@ def export_finished(job: Job, path: Path, summary: dict[str, Any], display: Disp
 
 def _missing_package() -> str | None:
     return next((package for package in _NEEDED if importlib.util.find_spec(package) is None), None)
+
+
+def _check_limits(options: ExportOptions) -> None:
+    if not 0 <= options.max_drop <= 100:  # which NaN is not either
+        raise InputError(f"--max-drop {options.max_drop:g}: expected points from 0 to 100")
+    if not 0 <= options.max_rise < math.inf:
+        raise InputError(f"--max-rise {options.max_rise:g}: expected a percentage, 0 or more and finite")
 
 
 def _check_free(out: Path, targets: Sequence[Path], force: bool) -> None:
