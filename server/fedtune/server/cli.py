@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +19,12 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.host.process import prepare_environment
 from fedtune.server import server_commands
 from fedtune.server.export.export_command import export
-from fedtune.server.run_display import Display, Silent, Terminal, error_console
+from fedtune.server.run_display import Display, Silent, Terminal, error_console, shown
 
 if TYPE_CHECKING:
     from fedtune.core.job.settings import Job
     from fedtune.server.export.exporter import Exported
     from fedtune.server.export.request import ExportRequest
-
-INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
 
 app = typer.Typer(
     name="fedtune",
@@ -274,19 +272,14 @@ def main(arguments: Sequence[str] | None = None, programs: Programs | None = Non
         sys.exit(error.exit_status)
 
 
-@contextmanager
-def _running(directory: Path, silent: bool) -> Iterator[Display]:
+def _running(directory: Path, silent: bool) -> AbstractContextManager[Display]:
     """Shows a run's progress, and tells the user how to resume it when Ctrl-C ends it."""
-    with nullcontext(Silent()) if silent else Terminal() as display:
-        try:
-            yield display
-        except KeyboardInterrupt:
-            begun = (directory / "job.toml").is_file()
-            advice = (
-                f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing has started"
-            )
-            error_console().print(f"interrupted; {advice}", markup=False)
-            raise typer.Exit(INTERRUPTED) from None
+
+    def advice() -> str:
+        begun = (directory / "job.toml").is_file()
+        return f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing has started"
+
+    return shown(silent, advice)
 
 
 def _next_run_directory(name: str) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from fedtune.core.ledger import PURPOSES
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 
+INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
 LINE_SECONDS = 10.0  # time between two lines about work that takes long, where the output is piped
 
 
@@ -293,6 +295,21 @@ def format_seconds(seconds: float) -> str:
 def error_console() -> Console:
     """Returns the console on stderr, for error messages."""
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def shown(silent: bool, advice: Callable[[], str]) -> Iterator[Display]:
+    """Shows a command's work; Ctrl-C ends the process with status 130 after one line.
+
+    Args:
+        advice: says what an interruption leaves, and how to go on.
+    """
+    with nullcontext(Silent()) if silent else Terminal() as display:
+        try:
+            yield display
+        except KeyboardInterrupt:
+            error_console().print(f"interrupted; {advice()}", markup=False)
+            raise SystemExit(INTERRUPTED) from None
 
 
 def describe(evaluation: Evaluation | None) -> str:

@@ -13,6 +13,8 @@ import typer
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import BUNDLED, Job
 from fedtune.server import cli
+from fedtune.server.export.request import ExportRequest
+from fedtune.server.run_display import Display
 
 
 def run(*arguments: str, programs: cli.Programs | None = None) -> int:
@@ -94,6 +96,23 @@ def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], tmp_path: 
 
     assert run("simulate", "--out", str(tmp_path / "run"), programs=cli.Programs(simulate=interrupt)) == 130
     assert f"go on with: fedtune resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("made", "left"), [(False, "nothing was exported"), (True, "what is in {out}/int4 is whole")])
+def test_ctrl_c_in_an_export_says_what_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, made: bool, left: str
+) -> None:
+    def interrupt(request: ExportRequest, display: Display) -> list[Any]:
+        if made:
+            (request.out / "int4").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "onnx"
+    programs = cli.Programs(export=interrupt)
+    assert run("export", "runs/first", "--format", "int4,fp32", "--out", str(out), programs=programs) == 130
+    error = capsys.readouterr().err
+    assert error.startswith(f"interrupted; {left.format(out=out)}, and the run in runs/first is unchanged")
+    assert error.endswith("An export cannot go on: give the same command again\n")
 
 
 def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

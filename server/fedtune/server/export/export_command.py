@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.core.errors import InputError
-from fedtune.server.run_display import Display, Silent, Terminal
+from fedtune.server.run_display import shown
+
+if TYPE_CHECKING:
+    from fedtune.server.export.request import ExportRequest
 
 
 def export(
@@ -100,8 +102,7 @@ def export(
     wanted = tuple(form.strip() for form in formats.split(",") if form.strip())
     chosen = ExportOptions(provider, _pairs(options or []), max_drop, max_rise, prompts, exact_products, data, force)
     request = ExportRequest(run_directory, wanted, out or run_directory / ONNX, chosen, adapter_only)
-    shown: nullcontext[Display] | Terminal = nullcontext(Silent()) if quiet or as_json else Terminal()
-    with shown as display:
+    with shown(quiet or as_json, lambda: _after_interruption(request)) as display:
         exported = context.obj.export(request, display)
         for done in exported:
             display.note(f"{done.format:8} {done.path}")
@@ -109,6 +110,13 @@ def export(
             display.note(f"try it: fedtune chat {exported[0].path}")
     if as_json:
         print(json.dumps([done.to_json() for done in exported], indent=2))
+
+
+def _after_interruption(request: ExportRequest) -> str:
+    """Returns what Ctrl-C leaves: formats are published at the end, each as a whole."""
+    kept = ", ".join(str(target) for target in request.targets if target.exists())
+    there = f"what is in {kept} is whole" if kept else "nothing was exported"
+    return f"{there}, and the run in {request.run} is unchanged. An export cannot go on: give the same command again"
 
 
 def _pairs(options: list[str]) -> dict[str, str]:
