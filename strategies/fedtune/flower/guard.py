@@ -5,8 +5,8 @@ Therefore one server listens on two sockets, and an ASGI layer decides by the lo
 header can forge:
 
     public      POST to exactly the calls in DEVICE_CALLS, with a body of known and bounded length, and with the public
-                key of an enrolled device. Signatures can be checked only after a body was read, and slow bodies of
-                unauthenticated clients, a megabyte each, would fill the memory
+                key of an enrolled device, which has signed path, time and body. Signatures can be checked only after a
+                body was read, and slow bodies of clients without such a key, a megabyte each, would fill the memory
     private     on loopback; all calls, with the control key from the server's folder
 
 All other requests get 404, as if the path did not exist.
@@ -19,10 +19,12 @@ import hmac
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from fedtune.core.protocol.bundles import BRING, TAKE
 from fedtune.core.protocol.model_requests import DESCRIBE, READ
+from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, is_signed
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -46,7 +48,10 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
     )
 )
 
-_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+_SIGNED_BY_THEMSELVES = (DESCRIBE, READ)  # with small bodies
+_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER = (
+    name.lower().encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, BODY_SIGNATURE_HEADER)
+)
 _UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _UNAVAILABLE = 401, 404, 411, 413, 503
 
 
@@ -84,12 +89,28 @@ class Guard:
             await answer(send, refusal)
             return
         # After a timeout the server closes the connection without an answer.
-        await asyncio.wait_for(self._app(scope, receive, send), REQUEST_SECONDS)
+        await asyncio.wait_for(self._pass(scope, receive, send), REQUEST_SECONDS)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_private(scope) or scope["path"] in _SIGNED_BY_THEMSELVES:
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        body = await whole_body(receive, MAX_BODY_BYTES)
+        shown = (headers.get(name, b"") for name in (_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER))
+        key, timestamp, signature = shown
+        if body is None or not is_signed(key, scope["path"], timestamp, body, signature):
+            await answer(send, _UNKNOWN)
+            return
+        await self._app(scope, _again(body, receive), send)
+
+    def _is_private(self, scope: Scope) -> bool:
+        server = scope.get("server")
+        return server is not None and tuple(server) == self._private
 
     def _refusal(self, scope: Scope) -> int | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        server = scope.get("server")
-        if server is not None and tuple(server) == self._private:
+        if self._is_private(scope):
             shown = headers.get(CONTROL_HEADER.encode(), b"")
             return None if hmac.compare_digest(shown, self._control_key) else _NOT_FOUND
         # Flower routes by `path`, with escapes resolved; an exact match excludes tricks with dots.
@@ -102,9 +123,34 @@ class Guard:
             return _TOO_LARGE
         if not self._open:
             return _UNAVAILABLE
-        if scope["path"] in (DESCRIBE, READ):  # with signatures of their own, and small bodies
+        if scope["path"] in _SIGNED_BY_THEMSELVES:
             return None
         return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN
+
+
+async def whole_body(receive: Receive, limit: int) -> bytes | None:
+    """Returns a request's body; None if it has more bytes than the limit, or ends early."""
+    parts, size, more = [], 0, True
+    while more:
+        event = await receive()
+        if event["type"] != "http.request":
+            return None
+        part = event.get("body", b"")
+        parts.append(part)
+        size, more = size + len(part), event.get("more_body", False)
+        if size > limit:
+            return None
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Returns a channel that gives a body that was read already, and then what comes."""
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return first.pop() if first else await receive()
+
+    return replay
 
 
 async def answer(send: Send, status: int) -> None:

@@ -27,6 +27,7 @@ from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.trusted_server import ServerClock, trusting
 from fedtune.core.protocol.bundles import MAX_TAKEN_BYTES
 from fedtune.core.protocol.enrolment import load_node_key
+from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
 
 HEARTBEAT_INTERVAL = 15.0  # the server counts a device as offline after two of these
 CALL_SECONDS = 20.0
@@ -146,7 +147,7 @@ def _bound(response: httpx.Response, limit: int) -> None:
 
 
 class _Signer:
-    """Signs the time of every request, by the server's clock once it is known to differ."""
+    """Signs every request and its time, by the server's clock once it is known to differ."""
 
     def __init__(self, node_key: str, clock: ServerClock) -> None:
         self._key, self._clock = load_node_key(node_key), clock
@@ -155,11 +156,13 @@ class _Signer:
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         timestamp = datetime.datetime.fromtimestamp(self._clock.now(), datetime.UTC).isoformat()
         signature = sign_message(self._key, timestamp.encode("ascii"))
-        context.request.headers.update(
+        request = context.request
+        request.headers.update(
             {
                 FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public).decode("ascii"),
                 TIMESTAMP_HEADER: timestamp,
                 FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
+                BODY_SIGNATURE_HEADER: sign_body(self._key, request.url.path, timestamp, request.content),
             }
         )
         response = call_next(context)

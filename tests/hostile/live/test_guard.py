@@ -11,6 +11,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from endpoint import Endpoint, listening
@@ -20,6 +21,7 @@ from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata as MetadataProto
 from flwr.proto.message_pb2 import ObjectTree
@@ -48,6 +50,7 @@ from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink
 from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.flower.run_grid import RunLimits
+from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
 from fedtune.flower.signed_http import NotAdmittedError, UnknownDeviceError, UnreachableError, UntrustedError
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
@@ -155,7 +158,7 @@ def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(endpo
     head = MessageProto(metadata=MetadataProto(src_node_id=node.node_id, run_id=1))
     tree = ObjectTree(object_id="whole", children=parts)
     request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree])
-    assert endpoint.post("/v1/fleet/push-messages", signed(key), body=request.SerializeToString()).status_code == 400
+    assert send(endpoint, key, "/v1/fleet/push-messages", request.SerializeToString()).status_code == 400
 
 
 def bundle(
@@ -185,10 +188,10 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> 
         BringReply(b"\xff" * 100, {}),
         BringReply(deep.SerializeToString(), {}),
     ):
-        assert endpoint.post(BRING, signed(key), body=encode(bad)).status_code == 400, bad
+        assert send(endpoint, key, BRING, encode(bad)).status_code == 400, bad
     huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
-    assert endpoint.post(BRING, signed(key), body=encode(huge)).status_code == 413
-    assert endpoint.post(TAKE, signed(key), body=b"\xff" * 1000).status_code == 400
+    assert send(endpoint, key, BRING, encode(huge)).status_code == 413
+    assert send(endpoint, key, TAKE, b"\xff" * 1000).status_code == 400
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing"])
@@ -204,7 +207,7 @@ def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, spoil: str) -> N
         *rest, last = whole.objects
         objects = {name: whole.objects[name] for name in rest}
         spoilt = BringReply(whole.request, objects | {last: b"else"} if spoil == "content" else objects)
-        assert endpoint.post(BRING, signed(endpoint.key_of(device)), body=encode(spoilt)).status_code == 400
+        assert send(endpoint, endpoint.key_of(device), BRING, encode(spoilt)).status_code == 400
         assert grid.pull_messages([message_id]) == []
         device.answer(task, answer)
         (heard,) = grid.pull_messages([message_id])
@@ -253,9 +256,7 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoin
             message_object_trees=[lie],
             clientapp_runtime_list=[0.0],
         )
-        pushed = endpoint.post(
-            "/v1/fleet/push-messages", signed(endpoint.key_of(eve)), body=request.SerializeToString()
-        )
+        pushed = send(endpoint, endpoint.key_of(eve), "/v1/fleet/push-messages", request.SerializeToString())
         assert pushed.status_code == 200
         assert all(grid.push_messages([coming]))
         heard = ada.pull()
@@ -318,13 +319,21 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp
     assert not trap.exists()
 
 
-def signed(key: ec.EllipticCurvePrivateKey, moment: datetime.datetime | None = None) -> dict[str, str]:
+def signed(
+    key: ec.EllipticCurvePrivateKey, path: str = "", body: bytes = b"", moment: datetime.datetime | None = None
+) -> dict[str, str]:
     timestamp = (moment or datetime.datetime.now(datetime.UTC)).isoformat()
     return {
         FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
         TIMESTAMP_HEADER: timestamp,
         FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, timestamp.encode())).decode(),
+        BODY_SIGNATURE_HEADER: sign_body(key, path, timestamp, body),
     }
+
+
+def send(endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, path: str, body: bytes) -> httpx.Response:
+    """Sends a device's signed request."""
+    return endpoint.post(path, signed(key, path, body), body=body)
 
 
 def test_a_request_without_a_signature_is_refused(endpoint: Endpoint) -> None:
@@ -343,15 +352,15 @@ def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:
     ada, eve = endpoint.device("ada"), load_node_key(endpoint.bundles["eve"].node_key)
     node_id = ada.activate()
     for body in (encode(TakeMessage(node_id)), encode(TakeMessage(0))):
-        assert endpoint.post(TAKE, signed(eve), body=body).status_code == 401
+        assert send(endpoint, eve, TAKE, body).status_code == 401
         assert endpoint.post(TAKE, body=body).status_code == 401  # not signed at all
-    assert endpoint.post(BRING, signed(eve), body=encode(bundle(node_id))).status_code == 401
+    assert send(endpoint, eve, BRING, encode(bundle(node_id))).status_code == 401
     assert endpoint.post(BRING, body=encode(bundle(node_id))).status_code == 401
     claim = ActivateNodeRequest(
         public_key=public_key_to_bytes(load_node_key(endpoint.bundles["bob"].node_key).public_key()),
         heartbeat_interval=30,
     ).SerializeToString()
-    assert endpoint.post("/v1/fleet/activate-node", signed(eve), body=claim).status_code == 401
+    assert send(endpoint, eve, "/v1/fleet/activate-node", claim).status_code == 401
 
 
 def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
@@ -359,9 +368,26 @@ def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
     claim = ActivateNodeRequest(public_key=public_key_to_bytes(eve.public_key()), heartbeat_interval=30)
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
     body = claim.SerializeToString()
-    assert endpoint.post("/v1/fleet/activate-node", signed(eve, old), body=body).status_code == 401
-    garbled = signed(eve) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
-    assert endpoint.post("/v1/fleet/activate-node", garbled, body=body).status_code == 401
+    path = "/v1/fleet/activate-node"
+    assert endpoint.post(path, signed(eve, path, body, old), body=body).status_code == 401
+    garbled = signed(eve, path, body) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
+    assert endpoint.post(path, garbled, body=body).status_code == 401
+
+
+def test_a_proxy_that_ends_tls_can_change_neither_body_nor_path_nor_time(endpoint: Endpoint) -> None:
+    eve, path = endpoint.newcomer(), "/v1/fleet/send-node-heartbeat"
+    node, key = Node(node_id=eve.activate()), endpoint.key_of(eve)
+    body = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
+    other = SendNodeHeartbeatRequest(node=node, heartbeat_interval=86400).SerializeToString()
+    good = signed(key, path, body)
+    assert endpoint.post(path, good, body=body).status_code == 200
+    later = signed(key, path, body, datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1))
+    missing = {name: value for name, value in good.items() if name != BODY_SIGNATURE_HEADER}
+    forged = [good | {BODY_SIGNATURE_HEADER: value} for value in ("", "AA", "#", later[BODY_SIGNATURE_HEADER])]
+    for headers in (missing, *forged, good | {FLEET_HTTP_PUBLIC_KEY_HEADER: "AA=="}):
+        assert endpoint.post(path, headers, body=body).status_code == 401, headers
+    assert endpoint.post(path, good, body=other).status_code == 401
+    assert endpoint.post("/v1/fleet/deactivate-node", good, body=body).status_code == 401
 
 
 def test_a_wrong_clock_is_corrected_by_the_servers(endpoint: Endpoint) -> None:

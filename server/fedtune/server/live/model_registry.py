@@ -25,7 +25,7 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     check_request,
 )
-from fedtune.flower.guard import App, Receive, Scope, Send, answer
+from fedtune.flower.guard import App, Receive, Scope, Send, answer, whole_body
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
@@ -92,7 +92,7 @@ class ModelEndpoints:
         if scope["type"] != "http" or scope["path"] not in (DESCRIBE, READ):
             await self._app(scope, receive, send)
             return
-        body = await _body(receive)
+        body = await whole_body(receive, MAX_REQUEST_BYTES)
         if body is None:
             await answer(send, 413)
             return
@@ -154,17 +154,6 @@ def _manifest(directory: Path) -> tuple[bytes, Manifest]:
         return text, parse_manifest(text, "the manifest")
     except InputError:
         raise NoSuchModelError("the model's manifest cannot be read on the server") from None
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """Reads the request's body; returns None if it is too large or ends early."""
-    body, more = b"", True
-    while more:
-        event = await receive()
-        if event["type"] != "http.request" or len(body) > MAX_REQUEST_BYTES:
-            return None
-        body, more = body + event.get("body", b""), event.get("more_body", False)
-    return body if len(body) <= MAX_REQUEST_BYTES else None
 
 
 async def _begin(send: Send, length: int, status: int = 200, kind: bytes = b"application/octet-stream") -> None:
