@@ -20,7 +20,7 @@ def block(width: int, *names: str) -> LoraLayout:
     return LoraLayout(tuple(AdaptedModule(name, d_in[name], width) for name in names or d_in), 4, 8.0)
 
 
-@pytest.mark.parametrize(("width", "rate"), [(192, 2e-3), (256, 2e-3), (576, 5e-4), (896, 2e-4), (4096, 2e-4)])
+@pytest.mark.parametrize(("width", "rate"), [(192, 2e-3), (256, 2e-3), (576, 1e-3), (896, 5e-4), (4096, 2e-4)])
 def test_wider_bases_get_smaller_learning_rates(width: int, rate: float) -> None:
     assert default_learning_rate(width, "lora") == rate
 
@@ -58,5 +58,5 @@ def test_a_job_without_one_gets_that_of_its_base_and_its_file_says_so() -> None:
     with pytest.raises(ValueError, match=r"training\.learning_rate is not set"):
         _ = job.training.first_learning_rate
     found = with_learning_rate(job, block(576))
-    assert found.training.first_learning_rate == 5e-4
-    assert "learning_rate = 0.0005" in dump_job(found)
+    assert found.training.first_learning_rate == 1e-3
+    assert "learning_rate = 0.001" in dump_job(found)

@@ -3,7 +3,8 @@
     job = with_learning_rate(job, layout)       # unchanged where training.learning_rate is set
 
 A step of AdamW changes every weight by about the learning rate, and the output of a layer by that times its number of
-inputs: wider models want smaller steps. `benchmarks/learning_rate` measures the table.
+inputs: wider models want smaller steps. `benchmarks/learning_rate` measures the table at width 256, and
+`benchmarks/real` at 576, where it searches rates for its rows; the wider ones follow the trend.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fedtune.core.adapter.layout import AdapterKind, AdapterLayout
 from fedtune.core.job.local_work import OPTIMIZERS, Optimizer
 from fedtune.core.job.settings import Job
 
-_LORA = ((320, 2e-3), (480, 1e-3), (800, 5e-4), (math.inf, 2e-4))
+_LORA = ((320, 2e-3), (800, 1e-3), (1600, 5e-4), (math.inf, 2e-4))
 LEARNING_RATES: Mapping[tuple[AdapterKind, Optimizer], Sequence[tuple[float, float]]] = {
     ("lora", "adamw"): _LORA,
     ("lora", "muon"): _LORA,  # its steps have the root mean square of AdamW's
