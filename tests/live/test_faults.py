@@ -330,7 +330,8 @@ def test_devices_without_the_jobs_base_model_say_which_they_have(
 ) -> None:
     fleet = make_fleet(3)
     fleet.join()
-    fleet.submit(f"model.base={str(make_model('llama'))!r}", "data.evaluation=''", "federation.rounds=1")
+    base = f"model.base={str(make_model('llama'))!r}"
+    fleet.submit(base, "adapter.rank=8", "data.evaluation=''", "federation.rounds=1")
     fleet.start_server()
     fleet.start_devices()
 
