@@ -17,8 +17,8 @@ SMOLLM2 = Surroundings(width=576, positions=8192, evaluated=400, example_tokens=
 @pytest.mark.parametrize(
     ("override", "warning"),
     [
-        ("adapter.kind=lora training.learning_rate=2e-2", r"learning_rate = 0\.02; usual is 0\.0001 to 0\.0025 for"),
-        ("adapter.kind=lora training.learning_rate=1e-5", r"training\.learning_rate = 1e-05; usual is 0\.0001"),
+        ("adapter.kind=lora training.learning_rate=2e-2", r"learning_rate = 0\.02; usual is 0\.0002 to 0\.005 for"),
+        ("adapter.kind=lora training.learning_rate=1e-5", r"training\.learning_rate = 1e-05; usual is 0\.0002"),
         ("adapter.rank=512", r"adapter\.rank = 512; usual is 4 to 64"),
         ("training.local_steps=400", r"training\.local_steps = 400; usual is 1 to 100"),
         ("training.batch_tokens=64 data.sequence_length=64", r"batch_tokens = 64; usual is 160 .* 1\.6 examples"),
