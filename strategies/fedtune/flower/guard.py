@@ -97,8 +97,8 @@ class Guard:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         body = await whole_body(receive, MAX_BODY_BYTES)
-        shown = (headers.get(name, b"") for name in (_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER))
-        key, timestamp, signature = shown
+        names = (_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER)
+        key, timestamp, signature = (headers.get(name, b"") for name in names)
         if body is None or not is_signed(key, scope["path"], timestamp, body, signature):
             await answer(send, _UNKNOWN)
             return
