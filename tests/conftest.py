@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.core.manifest.job_terms import JobTerms
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads make such small models slower
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gpt_neox", "gpt2")
@@ -120,3 +122,12 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for path in mounted:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the same random numbers in all jobs of one seed, so that only what their settings change differs.
+
+    Otherwise jobs of different terms draw different ones, on purpose.
+    """
+    monkeypatch.setattr(JobTerms, "seed", property(lambda terms: terms.job.training.seed))

@@ -67,7 +67,7 @@ def real_updates(path: Path) -> Iterator[tuple[int, list[np.ndarray]]]:
         context = SimulationContext.begin(job, Path(folder))
         device = Device(lambda _: context.trainer, context.examples, ClientStore(Path(folder)))
         layout, federation = context.model.layout, assemble(job, context.base, context.model.layout)
-        broadcast, state = Broadcast(layout, layout.initial(job.training.seed), bits=None), initial_state(federation)
+        broadcast, state = Broadcast(layout, initial_state(federation).adapter, bits=None), initial_state(federation)
         for number in range(1, max(ROUNDS) + 1):
             round_ = TrainingRound.open(federation, state, list(context.population.names), broadcast)
             next(round_.exchanges())

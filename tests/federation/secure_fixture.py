@@ -39,6 +39,9 @@ Drop = Callable[[str, str], bool]
 class Untrained:
     """A device without a model, whose updates are drawn from a seed."""
 
+    job: str | None = None
+    """The digest of the terms that it is bound to."""
+
     def hold(self, request: TrainRequest) -> str:
         return request.adapter.digest
 
@@ -76,10 +79,10 @@ class Fixture:
         )
         job = load_job(None, ["federation.clients_per_round=1.0", "adapter.rank=4", *self.overrides])
         clients = Clients(ranks=self.ranks.__getitem__ if self.ranks else None)
-        secure = SecureAggregation("a run", self.roster, self._clock) if job.secure_aggregation.enabled else None
+        secure = SecureAggregation(self.roster, self._clock) if job.secure_aggregation.enabled else None
         self.federation: Federation = assemble(job, BASE, LAYOUT, clients, secure=secure)
         self.state: FederationState = initial_state(self.federation)
-        self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(0), bits=4)
+        self.broadcast = Broadcast(LAYOUT, LAYOUT.initial(self.federation.terms.seed), bits=4)
         self._ticks = 0
 
     def open(self) -> TrainingRound:

@@ -16,6 +16,7 @@ from fedtune.server.run_display import Silent
 CORE = ("adapter.kind=core", "adapter.rank=8", "training.learning_rate=0.02")
 
 
+@pytest.mark.usefixtures("paired")
 def test_a_masked_sum_gives_the_adapter_that_the_same_sum_in_the_clear_gives(simulate: Simulate) -> None:
     masked = simulate(*SECURE, *CORE, name="masked")
     clear = simulate(*SECURE, *CORE, "secure_aggregation.enabled=false", "compression.form=ring", name="clear")

@@ -137,6 +137,14 @@ def test_a_run_on_another_base_is_not_continued(half_done: Path) -> None:
         go_on(half_done)
 
 
+@pytest.mark.parametrize("recorded", [{"terms_digest": "f" * 64}, {"terms_digest": ""}])
+def test_a_run_on_other_terms_is_not_continued(half_done: Path, recorded: dict[str, str]) -> None:
+    state = half_done / "checkpoints" / "000002" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | recorded))
+    with pytest.raises(RunDirectoryError, match=r"other terms than its job\.toml has now, or with an earlier release"):
+        go_on(half_done)
+
+
 def test_a_full_disk_is_a_clean_message_and_a_resumable_run(
     half_done: Path, monkeypatch: pytest.MonkeyPatch, whole: FinishedRun
 ) -> None:

@@ -28,6 +28,8 @@ from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import TrainingRound
 
+pytestmark = pytest.mark.usefixtures("paired")
+
 QUICK = ("data.evaluation=", "data.holdout=0", "federation.rounds=2", "training.batch_tokens=256")
 NAMES = [f"client-{index}" for index in range(9)]
 TIERED = dict(zip(NAMES, [4, 4, 4, 2, 2, 2, 1, 1, 1], strict=True))

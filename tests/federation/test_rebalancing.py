@@ -19,13 +19,16 @@ from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.codec import Residual
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import TrainRequest, decode, encode, terms_digest
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.strategies.assembly import assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.federation import FederationState, initial_state
+from fedtune.strategies.federation import Federation, FederationState, initial_state
 from fedtune.strategies.round import TrainingRound
+
+pytestmark = pytest.mark.usefixtures("paired")
 
 EVERY = "federation.rebalance_every=2"
 QUICK = ("data.evaluation=", "data.holdout=0")
@@ -42,7 +45,7 @@ class Fixture:
         self.device = Device(lambda _: self.simulation_context.trainer, self.simulation_context.examples, self.store)
         self.layout = lora_layout(self.simulation_context.model.layout)
         self.federation = assemble(self.simulation_context.job, self.simulation_context.base, self.layout)
-        self.broadcast = Broadcast(self.layout, self.layout.initial(0), bits=8)
+        self.broadcast = Broadcast(self.layout, initial_state(self.federation).adapter, bits=8)
         self.states: list[FederationState] = [initial_state(self.federation)]
         self.requests: list[TrainRequest] = []
 
@@ -62,6 +65,11 @@ class Fixture:
         return self.store.residual(client, factor, size, before).values
 
 
+def with_job(federation: Federation, job: Job) -> Federation:
+    """Returns the federation with another job."""
+    return replace(federation, terms=replace(federation.terms, job=job))
+
+
 @pytest.fixture
 def fixture(tmp_path: Path) -> Fixture:
     return Fixture(tmp_path)
@@ -75,9 +83,12 @@ def products(layout: AdapterLayout, adapter: Vector) -> np.ndarray:
 
 def test_the_product_and_what_devices_hold_stay_what_they_were(fixture: Fixture) -> None:
     assert not fixture.run().notes
-    without = replace(fixture.federation, job=small_job(*LONG))
+    without = with_job(fixture.federation, small_job(*LONG))
     plain = TrainingRound.open(
-        without, fixture.states[1], NAMES, Broadcast(fixture.layout, fixture.layout.initial(0), bits=8)
+        without,
+        fixture.states[1],
+        NAMES,
+        Broadcast(fixture.layout, fixture.layout.initial(0), bits=8),
     )
     next(plain.exchanges())
     for name in NAMES:
@@ -150,10 +161,10 @@ def test_a_server_optimizer_s_state_follows_or_starts_again_with_a_reason(
     fixture = Fixture(tmp_path, f"federation.server_optimizer={optimizer}")
     fixture.run()
     without = small_job(*LONG, f"federation.server_optimizer={optimizer}")
-    fixture.federation = replace(fixture.federation, job=without)
+    fixture.federation = with_job(fixture.federation, without)
     fixture.run()
     plain = fixture.states.pop()
-    fixture.federation = replace(fixture.federation, job=fixture.simulation_context.job)
+    fixture.federation = with_job(fixture.federation, fixture.simulation_context.job)
     notes = fixture.run().notes
     assert notes[0] == "the adapter's basis was rebalanced"
     state = fixture.states[-1]

@@ -15,6 +15,8 @@ from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.simulation.simulation_context import SimulationContext, Wrap
 
+pytestmark = pytest.mark.usefixtures("paired")
+
 CLEAR_RING = (*SECURE, "secure_aggregation.enabled=false", "compression.form=ring")
 Drop = Callable[[str, Request], bool]
 

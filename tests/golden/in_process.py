@@ -106,7 +106,7 @@ def run_federation(
     if simulated:
         known = Clients(count, simulated.rank, simulated.predicted, simulated.present, virtual_time=True)
         grid = InProcessGrid(executor, list(clients), VirtualRounds(simulated, clients, folder / "virtual.jsonl"))
-    identities = SecureAggregation("golden", enrolment.roster, _clock()) if secure else None
+    identities = SecureAggregation(enrolment.roster, _clock()) if secure else None
     layout = devices.trainer.layout
     federation = assemble(job, base_of(layout), layout, known, secure=identities, parts=parts)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)

@@ -24,6 +24,8 @@ from fedtune.core.codec.downlink import FIRST, receive
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import ModelError, PeerError, UpdateError
+from fedtune.core.manifest.job_terms import JobTerms
+from fedtune.core.manifest.round_terms import check_base, check_evaluation, check_training
 from fedtune.core.protocol.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
 from fedtune.data.examples import Example, hold_out
@@ -39,6 +41,9 @@ UpdateChange = Callable[[AdapterLayout, Factors, Vector, Vector], Vector]
 `received` is the whole adapter, `update` the segment of the trained factors.
 """
 
+Agreed = Callable[[], JobTerms | None]
+"""Returns the terms of the job that the device works for; None where it follows whatever is asked."""
+
 Encoded = TypeVar("Encoded")
 Encode = Callable[[Vector, FactorTerms, int], Encoded]
 
@@ -47,6 +52,10 @@ def all_of_it(client: str, request: TrainRequest) -> float:
     """Returns 1, the share of a device that has time for all the work."""
     del client, request
     return 1.0
+
+
+def no_terms() -> None:
+    """Returns None, for a device that follows whatever is asked."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ class Device:
         postprocess: changes to the trained update before it is encoded, in this order, after the alignment that a
             request may ask for.
         forms: forms in which updates may travel up, by their names in requests.
+        agreed: returns the terms that requests must follow from; a request that differs is refused before any of the
+            client's examples are read.
     """
 
     def __init__(
@@ -105,6 +116,7 @@ class Device:
         share: WorkShare = all_of_it,
         postprocess: Sequence[UpdateChange] = (),
         forms: Mapping[str, UpdateForm] = FORMS,
+        agreed: Agreed = no_terms,
     ) -> None:
         self._open_trainer = open_trainer
         self._load_examples = load_examples
@@ -112,6 +124,7 @@ class Device:
         self._share = share
         self._postprocess = tuple(postprocess)
         self._forms = forms
+        self._agreed = agreed
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._trainer: tuple[Base, Trainer] | None = None
@@ -122,8 +135,8 @@ class Device:
         """Trains the received adapter on the client's examples.
 
         Raises:
-            PeerError: the request does not match its digests, or asks for a form that this device does not know or for
-                a residual that would enter a sum.
+            PeerError: the request differs from the job's terms, does not match its digests, or asks for a form that
+                this device does not know or for a residual that would enter a sum.
             ModelError: this device has another base model.
             UpdateError: training gave no update that may be sent.
         """
@@ -163,12 +176,18 @@ class Device:
             PeerError, ModelError: as in `train`.
         """
         with self._lock:
-            return adapter_digest(self._receive(self._trainer_for(request.base), request.adapter, request.job_seed))
+            return adapter_digest(self._receive(self._accept(request), request.adapter, request.job_seed))
+
+    @property
+    def job(self) -> str | None:
+        """The digest of the terms that requests must follow from; None where there are none."""
+        terms = self._agreed()
+        return terms.digest if terms else None
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
         """Returns the codec's terms for each factor that a round trains, all slices of it; raises as `hold` does."""
         with self._lock:
-            layout = self._trainer_for(request.base).layout
+            layout = self._accept(request).layout
         return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
 
     def evaluate(self, client: str, request: EvaluateRequest) -> EvaluateReply:
@@ -179,6 +198,9 @@ class Device:
             UpdateError: the client has no held-out examples.
         """
         with self._lock:
+            if (terms := self._agreed()) is not None:
+                check_base(terms, request.base)
+                check_evaluation(terms, request)
             trainer = self._trainer_for(request.base)
             received = self._receive(trainer, request.adapter, request.job_seed)
             held_out = self._split(client, trainer, request.base, request.holdout, request.job_seed).held_out
@@ -202,7 +224,7 @@ class Device:
 
     def _train(self, client: str, request: TrainRequest) -> _Trained:
         """Trains; returns the result, and each part of the update that travels."""
-        trainer, work = self._trainer_for(request.base), request.work
+        trainer, work = self._accept(request), request.work
         received = self._receive(trainer, request.adapter, request.job_seed)
         split = self._split(client, trainer, request.base, work.holdout, request.job_seed)
         if work.align and work.factors != "ab":
@@ -263,6 +285,16 @@ class Device:
             residuals[each.factor] = before.carry(update - carried, each.indices)
         for factor, residual in residuals.items():
             self._store.keep_residual(client, factor, request.round, residual)
+
+    def _accept(self, request: TrainRequest) -> Trainer:
+        """Returns the trainer for a request that follows from the job's terms, where the device has some."""
+        terms = self._agreed()
+        if terms is None:
+            return self._trainer_for(request.base)
+        check_base(terms, request.base)
+        trainer = self._trainer_for(request.base)
+        check_training(terms, trainer.layout, request)
+        return trainer
 
     def _trainer_for(self, base: Base) -> Trainer:
         if self._trainer is None or self._trainer[0] != base:

@@ -125,6 +125,7 @@ class SecureRounds:
         terms, tiers = self._device.terms(request), request.uplink.tiers
         tier = tiers.index(own_tier(request)) if tiers else 0
         pairs = {
+            "job": (config.job, self._device.job or config.job),
             "round": (config.round, request.round),
             "work and codec": (config.context, terms_digest(request)),
             "segments": (config.segments, masked_segments(terms, tiers)),

@@ -61,6 +61,7 @@ class Checkpoint:
     Args:
         state: the federation's state after `state.round` rounds.
         base_digest: the digest of the adapter's base model.
+        terms_digest: the digest of the job's terms, from which all random numbers of its clients follow.
         seconds: time spent on the run so far, over all its processes.
         eval_before: evaluation of the untrained adapter, if the job has evaluation data.
         answers_before: the display prompts' answers before training.
@@ -68,6 +69,7 @@ class Checkpoint:
 
     state: FederationState
     base_digest: str
+    terms_digest: str
     seconds: float
     eval_before: Evaluation | None
     answers_before: tuple[str, ...] = ()
@@ -151,6 +153,7 @@ class RunDirectory:
                         "stale_updates": {name: b64encode(data).decode() for name, data in state.stale_updates.items()},
                         "rebasing": msgspec.structs.asdict(state.rebasing) if state.rebasing else None,
                         "base_digest": checkpoint.base_digest,
+                        "terms_digest": checkpoint.terms_digest,
                         "seconds": checkpoint.seconds,
                         "eval_before": asdict(checkpoint.eval_before) if checkpoint.eval_before else None,
                         "answers_before": list(checkpoint.answers_before),
@@ -226,6 +229,7 @@ class RunDirectory:
                     Rebasing(**text["rebasing"]) if text["rebasing"] else None,
                 ),
                 text["base_digest"],
+                text.get("terms_digest", ""),
                 float(text["seconds"]),
                 Evaluation(**text["eval_before"]) if text["eval_before"] else None,
                 tuple(text["answers_before"]),

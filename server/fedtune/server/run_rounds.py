@@ -20,7 +20,7 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
-from fedtune.server.run_directory import FAILED, FINISHED, REPORT, Checkpoint, RunDirectory
+from fedtune.server.run_directory import FAILED, FINISHED, JOB, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled
@@ -102,6 +102,11 @@ def run_rounds(
             f"{directory.path}: the run began on another base model (digest {checkpoint.base_digest[:16]}…, "
             f"now {federation.base.digest[:16]}…)"
         )
+    if checkpoint.terms_digest != federation.terms.digest:
+        raise RunDirectoryError(
+            f"{directory.path}: the run began on other terms than its {JOB} has now, or with an earlier release, whose "
+            "clients drew other random numbers; begin a new run"
+        )
     for line in directory.rounds():
         strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
     spent_before = checkpoint.seconds
@@ -120,6 +125,7 @@ def run_rounds(
         checkpoint = Checkpoint(
             state,
             checkpoint.base_digest,
+            checkpoint.terms_digest,
             spent_before + time.monotonic() - started,
             checkpoint.eval_before,
             checkpoint.answers_before,
@@ -143,6 +149,7 @@ def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator
     checkpoint = Checkpoint(
         state,
         federation.base.digest,
+        federation.terms.digest,
         0.0,
         evaluator.evaluate(state.adapter, shown_as(display, EVALUATING)),
         tuple(evaluator.answer(state.adapter, shown_as(display, ANSWERING))),

@@ -66,7 +66,7 @@ class AdapterStrategy(Strategy):
         self.stale_updates = stale_updates
         job, layout = federation.job, federation.layout
         bits = Compression.of(job).downlink_bits
-        self._broadcast = Broadcast(layout, layout.initial(job.training.seed), bits)
+        self._broadcast = Broadcast(layout, layout.initial(federation.terms.seed), bits)
         self._state = initial_state(federation)
         self._training: TrainingRound | None = None
         self._evaluation: EvaluationRound | None = None

@@ -19,6 +19,7 @@ from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, Unpacked, Update, update_aggregator
@@ -107,12 +108,12 @@ def assemble(
     """
     form = parts.form or FORMS[Compression.of(job).form]
     selection = parts.selection or _selection(job, clients)
-    settings, collector = job.federation, _collector(job, form, secure, parts)
+    terms = JobTerms(with_learning_rate(job, layout), base)
+    settings, collector = job.federation, _collector(terms, form, secure, parts)
     if clients.ranks is not None and len(job.tiers) > 1 and (reason := collector.aggregator.method.equal_ranks):
         raise JobError([f"the aggregator {reason}, but clients train the tiers {list(job.tiers)}; expected one tier"])
     return Federation(
-        job=with_learning_rate(job, layout),
-        base=base,
+        terms=terms,
         layout=layout,
         form=form,
         collector=collector,
@@ -125,12 +126,13 @@ def assemble(
     )
 
 
-def _collector(job: Job, form: UpdateForm, secure: SecureAggregation | None, parts: Parts) -> Collector:
+def _collector(terms: JobTerms, form: UpdateForm, secure: SecureAggregation | None, parts: Parts) -> Collector:
     """Returns the nesting that the job and the parts describe.
 
     Under masks SecureSum(around(RingMean)), in a ring InTheClear(Unpacked(around(RingMean))), otherwise
     InTheClear(Decoded(around(aggregator), form)).
     """
+    job = terms.job
     if job.secure_aggregation.enabled != (secure is not None):
         problem = "secure_aggregation.enabled must be true with the identities of the devices, and false without them"
         raise JobError([problem])
@@ -144,7 +146,7 @@ def _collector(job: Job, form: UpdateForm, secure: SecureAggregation | None, par
         raise JobError([problem + "updates travel as words of a ring; expected one that needs no more than their sum"])
     ring = parts.around(RingMean(aggregator.method))
     if secure is not None:
-        return SecureSum(ring, secure, job.secure_aggregation)
+        return SecureSum(ring, terms.digest, secure, job.secure_aggregation)
     return InTheClear(Unpacked(ring), job.federation)
 
 

@@ -52,7 +52,7 @@ class EvaluationRound:
         def request(adapter: Downlink, _: int) -> EvaluateRequest:
             return EvaluateRequest(
                 version=PROTOCOL_VERSION,
-                job_seed=job.training.seed,
+                job_seed=federation.terms.seed,
                 round=state.round,
                 base=federation.base,
                 holdout=job.data.holdout,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedtune.core.adapter.layout import AdapterLayout, Factor, Factors, Vector
-from fedtune.core.codec import largest_norm
+from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.codec.update_forms import UpdateForm
-from fedtune.core.job.local_work import local_work
 from fedtune.core.job.methods import Method
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_terms import JobTerms
+from fedtune.core.manifest.round_terms import reachable_norm
 from fedtune.core.protocol.messages import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
@@ -30,8 +29,7 @@ class Federation:
     """The parts of a job that stay the same throughout; `fedtune.strategies.assembly` makes it.
 
     Args:
-        job: source of the learning rate, the weights and the seed.
-        base: the base model that the adapter belongs to, as clients identify it.
+        terms: the job, with its learning rate set, and the base model, as clients identify it.
         layout: the adapter's.
         form: form in which updates travel up.
         collector: collects and aggregates a cohort's updates.
@@ -43,8 +41,7 @@ class Federation:
         trackers: observers of clients and rounds.
     """
 
-    job: Job
-    base: Base
+    terms: JobTerms
     layout: AdapterLayout
     form: UpdateForm
     collector: Collector
@@ -54,6 +51,16 @@ class Federation:
     ranks: Ranks | None = None
     postprocess: Sequence[AggregateChange] = ()
     trackers: Sequence[Tracker] = ()
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        return self.terms.job
+
+    @property
+    def base(self) -> Base:
+        """The base model that the adapter belongs to."""
+        return self.terms.base
 
     @property
     def method(self) -> Method:
@@ -87,26 +94,6 @@ class FederationState:
 def initial_state(federation: Federation) -> FederationState:
     """Returns the state before round 1: the first adapter, with ΔW = 0, and clips that follow from the job."""
     layout = federation.layout
-    adapter = layout.initial(federation.job.training.seed)
-    clips: Clips = {letter: reachable_norm(federation, 1, letter) for letter, _ in layout.segments()}
+    adapter = layout.initial(federation.terms.seed)
+    clips: Clips = {letter: reachable_norm(federation.job, layout, 1, letter) for letter, _ in layout.segments()}
     return FederationState(0, adapter, adapter, clips)
-
-
-def reachable_norm(federation: Federation, number: int, factor: Factor) -> float:
-    """Returns the largest norm that a round's steps can give an update of a factor, but for rare ones."""
-    job, segment = federation.job, federation.layout.segment(factor)
-    work = local_work(job.training, factor, learning_rate=scheduled_learning_rate(job, number))
-    return largest_norm(work.optimizer, work.learning_rate, job.training.steps, segment.stop - segment.start)
-
-
-def scheduled_learning_rate(job: Job, number: int) -> float:
-    """Returns the learning rate of a round: η, η·(1 - p) or η·(1 + cos πp)/2, with p = (number - 1) / rounds."""
-    progress = min((number - 1) / job.federation.rounds, 1.0)
-    match job.training.schedule:
-        case "constant":
-            factor = 1.0
-        case "linear":
-            factor = 1.0 - progress
-        case "cosine":
-            factor = (1.0 + math.cos(math.pi * progress)) / 2
-    return job.training.first_learning_rate * factor

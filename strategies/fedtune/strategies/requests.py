@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.core.adapter.layout import Factor, Factors, Vector, factor_letters
+from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
-from fedtune.core.codec.clipping import LEAST_SHARE
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
-from fedtune.core.job.local_work import LocalWork, local_work
+from fedtune.core.manifest.round_terms import clip_within, scheduled_learning_rate, work_of_round
 from fedtune.core.protocol.messages import (
     PROTOCOL_VERSION,
     Downlink,
@@ -29,7 +28,7 @@ from fedtune.core.protocol.messages import (
 )
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.tier_assignment import TierAssignment, all_alike, assign_tiers
-from fedtune.strategies.federation import Federation, FederationState, reachable_norm, scheduled_learning_rate
+from fedtune.strategies.federation import Federation, FederationState
 from fedtune.strategies.schedule import Closing
 
 NO_TIERS: Mapping[str, int] = {}
@@ -77,8 +76,8 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
         assignment=assignment,
         tiers=trained if mixed else dict.fromkeys(trained, 0),
         uplink=uplink,
-        terms=factor_terms(uplink, layout, factors, job.training.seed, number),
-        slices=round_slices(uplink, layout, job.training.seed, number),
+        terms=factor_terms(uplink, layout, factors, federation.terms.seed, number),
+        slices=round_slices(uplink, layout, federation.terms.seed, number),
         closing=federation.schedule.closing(federation.selection, population, len(trained)),
     )
 
@@ -89,14 +88,14 @@ def train_request(
     """Returns the training request for the clients of one tier."""
     return TrainRequest(
         version=PROTOCOL_VERSION,
-        job_seed=federation.job.training.seed,
+        job_seed=federation.terms.seed,
         round=plan.number,
         base=federation.base,
-        work=_local_work(federation, plan),
+        work=work_of_round(federation.job, federation.method, federation.layout, plan.number, _seconds(plan)),
         uplink=plan.uplink,
         adapter=adapter,
         tier=tier,
-        rebasing=state.rebasing,
+        rebasing=state.rebasing if plan.uplink.error_feedback else None,
     )
 
 
@@ -141,16 +140,8 @@ class Requests:
         return self._adapters[basis]
 
 
-def _local_work(federation: Federation, plan: RoundPlan) -> LocalWork:
-    job = federation.job
-    return local_work(
-        job.training,
-        plan.factors,
-        learning_rate=plan.learning_rate,
-        holdout=job.data.holdout,
-        align=federation.method.aligns,
-        deadline=plan.closing.seconds if plan.closing else 0.0,
-    )
+def _seconds(plan: RoundPlan) -> float:
+    return plan.closing.seconds if plan.closing else 0.0
 
 
 def _uplink(
@@ -164,19 +155,10 @@ def _uplink(
         density=compression.density,
         error_feedback=compression.error_feedback,
         n_max=max(clients, 1),
-        clips=tuple(_clip(federation, state, letter) for letter in factor_letters(factors)),
+        clips=tuple(
+            clip_within(job, federation.layout, state.round + 1, letter, state.clips[letter])
+            for letter in factor_letters(factors)
+        ),
         rotation=compression.rotation,
         tiers=tiers,
     )
-
-
-def _clip(federation: Federation, state: FederationState, factor: Factor) -> float:
-    """Returns the round's clip of a factor: the adapted one, within what the round's steps can reach.
-
-    Where a job counts epochs, the steps are the clients' own, and nothing bounds the adapted clip.
-    """
-    adapted = state.clips[factor]
-    if federation.job.training.local_epochs:
-        return adapted
-    most = reachable_norm(federation, state.round + 1, factor)
-    return min(max(adapted, LEAST_SHARE * most), most)

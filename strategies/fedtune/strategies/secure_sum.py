@@ -38,12 +38,10 @@ class SecureAggregation:
     """The server's inputs to secure rounds beside the job.
 
     Args:
-        run: name of the run, on the server and in every device's log of the rounds it has served.
         identities: public identity keys of the enrolled devices; the devices pin the same ones.
         clock: nanoseconds since 1970; each attempt at a round must be later than the one before, across restarts.
     """
 
-    run: str
     identities: Roster
     clock: Callable[[], int] = time.time_ns
 
@@ -54,10 +52,12 @@ class SecureSum:
 
     Args:
         aggregator: takes the sum, once a round.
+        job: digest of the job's terms, its name in every device's log of the rounds it has served.
         settings: the job's.
     """
 
     aggregator: Aggregator[Totals]
+    job: str
     secure: SecureAggregation
     settings: SecureAggregationSettings
     single_exchange: ClassVar[bool] = False
@@ -93,7 +93,7 @@ class SecureCollection:
     """The collection of a secure round; the server sees only the sum over the survivors."""
 
     def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: Aggregation[Totals], inputs: Inputs) -> None:
-        self._secure, self._settings = collector.secure, collector.settings
+        self._job, self._secure, self._settings = collector.job, collector.secure, collector.settings
         self._plan = plan
         self._aggregation = aggregation
         self._inputs = inputs
@@ -130,7 +130,7 @@ class SecureCollection:
         mark = RoundMark(request.round, self._secure.clock() // 1_000_000)
         digests = request.base.digest, request.adapter.digest
         config = round_config(
-            Subject(self._secure.run, mark, *digests, terms_digest(request)),
+            Subject(self._job, mark, *digests, terms_digest(request)),
             cohort,
             masked_segments(self._plan.terms, tiers),
             Assumptions(settings.max_corrupt, settings.max_dropout, least),

@@ -31,6 +31,8 @@ from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import TrainingRound
 
+pytestmark = pytest.mark.usefixtures("paired")
+
 LAYOUT = LoraLayout((AdaptedModule("q", 4, 3),), rank=2, alpha=2.0)
 
 

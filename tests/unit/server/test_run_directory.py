@@ -31,10 +31,10 @@ def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_notic
     server: dict[str, Vector] = {"optimizer.m.b": (adapter / 7).astype(np.float32), "flora.residual": adapter * 3}
     directory = RunDirectory.create(tmp_path / "run", load_job(None), "0" * 64)
     state = FederationState(1, adapter, adapter + 1, {"a": 1.0}, server)
-    directory.acknowledge(Checkpoint(state, "0" * 64, 1.0, None), None)
+    directory.acknowledge(Checkpoint(state, "0" * 64, "1" * 64, 1.0, None), None)
     rebasing, stale_updates = Rebasing(1, "a" * 64, 0), {"ann/../ö": b"late \x00\xff", "bob": b""}
     second = FederationState(2, adapter, adapter, {}, server, stale_updates, rebasing)
-    directory.acknowledge(Checkpoint(second, "0" * 64, 2.0, None), None)
+    directory.acknowledge(Checkpoint(second, "0" * 64, "1" * 64, 2.0, None), None)
     restored = directory.restore()
     assert restored is not None
     assert restored.state.round == 2

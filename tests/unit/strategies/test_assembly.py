@@ -45,6 +45,8 @@ from fedtune.strategies.federation import initial_state
 from fedtune.strategies.requests import plan_round
 from fedtune.strategies.round import TrainingRound
 
+pytestmark = pytest.mark.usefixtures("paired")
+
 CLEAR = ("secure_aggregation.enabled=false", "data.holdout=0.0", "federation.rounds=2", "training.local_steps=1")
 
 
@@ -249,7 +251,7 @@ def test_a_form_that_cannot_be_masked_is_refused_under_secure_aggregation() -> N
     from fedtune.core.secagg import Roster
     from fedtune.strategies.secure_sum import SecureAggregation
 
-    secure = SecureAggregation("run", Roster({}))
+    secure = SecureAggregation(Roster({}))
     with pytest.raises(JobError, match="updates of the form half cannot be masked"):
         assemble(load_job(None), BASE, LAYOUT, secure=secure, parts=Parts(form=HalfForm()))
 
@@ -334,7 +336,7 @@ def test_the_same_job_is_put_together_by_nesting() -> None:
 def test_fedrot_asks_devices_to_align_whatever_goes_around_it(around: tuple[str, ...]) -> None:
     federation = assemble(job("federation.aggregation=fedrot", *around), BASE, LAYOUT)
     round_ = TrainingRound.open(
-        federation, initial_state(federation), ["ann"], Broadcast(LAYOUT, LAYOUT.initial(0), bits=4)
+        federation, initial_state(federation), ["ann"], Broadcast(LAYOUT, initial_state(federation).adapter, bits=4)
     )
     assert decode(round_.requests.payload("ann"), TrainRequest).work.align
 
@@ -359,6 +361,6 @@ def test_secure_aggregation_and_identities_come_together_or_not_at_all(enabled: 
     from fedtune.core.secagg import Roster
     from fedtune.strategies.secure_sum import SecureAggregation
 
-    secure = None if enabled else SecureAggregation("run", Roster({}))
+    secure = None if enabled else SecureAggregation(Roster({}))
     with pytest.raises(JobError, match="with the identities of the devices, and false without them"):
         assemble(load_job(None, [f"secure_aggregation.enabled={str(enabled).lower()}"]), BASE, LAYOUT, secure=secure)

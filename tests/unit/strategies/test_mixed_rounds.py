@@ -26,6 +26,8 @@ from fedtune.strategies.cohorts.tier_assignment import assign_tiers, tier_least
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import SAT_OUT, TrainingRound
 
+pytestmark = pytest.mark.usefixtures("paired")
+
 LAYOUT = LoraLayout((AdaptedModule("q", 10, 12), AdaptedModule("up", 8, 6)), rank=8, alpha=2.0)
 BASE = Base("demo", "0" * 64, "nf4", 8, 2.0, ("all-linear",), 256)
 RANKS = {"ann": 8, "bob": 8, "cid": 4, "dan": 2, "eve": 9}

@@ -16,6 +16,7 @@ from fedtune.core.codec import ExactCodec
 from fedtune.core.codec.downlink import receive
 from fedtune.core.codec.wire import Kind, frame
 from fedtune.core.job.job_file import load_job
+from fedtune.core.manifest.round_terms import scheduled_learning_rate
 from fedtune.core.protocol.messages import (
     Base,
     EvaluateReply,
@@ -31,7 +32,7 @@ from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.selection import Selection
 from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
-from fedtune.strategies.federation import Federation, initial_state, scheduled_learning_rate
+from fedtune.strategies.federation import Federation, initial_state
 from fedtune.strategies.round import LATE, TRANSITIONS, Event, Phase, TrainingRound
 from fedtune.strategies.schedule import ByDeadline, Closing
 

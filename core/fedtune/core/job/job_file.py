@@ -54,6 +54,18 @@ def recorded_job(path: Path) -> Job:
     return _resolve_paths(job, path.parent)
 
 
+def job_of_table(table: Mapping[str, Any]) -> Job:
+    """Returns the job of a table as a job file has it; keys that it lacks have their defaults.
+
+    Raises:
+        JobError: the job has problems; the error lists all of them.
+    """
+    job, problems = _validate(table)
+    if problems := problems + contradictions(job):
+        raise JobError(problems)
+    return job
+
+
 def _read(path: Path | None, overrides: Sequence[str]) -> tuple[Job, list[str]]:
     """Returns the job, and a sentence about each key or override that is invalid."""
     table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}

@@ -95,6 +95,7 @@ class FederationSettings:
     """[federation]: the rounds.
 
     Args:
+        run: number of the run; a device serves every round of a job once, so a job that runs again needs another one.
         clients_per_round: number of clients, or a share of the population between 0 and 1.
         selection: policy that chooses the cohort: "uniform"; "deadline", which uses the times that devices or a
             simulated fleet predict and asks more clients than wanted, all of them able to answer in time; or "utility",
@@ -119,6 +120,7 @@ class FederationSettings:
         evaluation_clients: largest number of clients that evaluate.
     """
 
+    run: _Positive = 1
     rounds: _Positive = 20
     clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 10
     selection: Literal["uniform", "deadline", "utility"] = "uniform"

@@ -193,7 +193,7 @@ class Service:
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 identities, registrar = self._devices.roster.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
-                secure = SecureAggregation(current.id, identities) if current.secure else None
+                secure = SecureAggregation(identities) if current.secure else None
                 federation = assemble(
                     job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self._board])
                 )

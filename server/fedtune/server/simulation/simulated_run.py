@@ -36,7 +36,6 @@ from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.secure_sum import SecureAggregation
 
 FIRST_NODE_ID = 1000
-SIMULATION = "simulation"  # the run's name in the state that simulated clients keep until its end
 
 
 def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationContext:
@@ -95,9 +94,7 @@ def run_job(
         for refusal in devices.refusals.values():
             display.note(f"sits out: {refusal}")
         grid = InProcessGrid(executor, list(clients), VirtualRounds(devices, clients, directory.path / VIRTUAL))
-    secure = (
-        SecureAggregation(SIMULATION, simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
-    )
+    secure = SecureAggregation(simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     base, layout = simulation_context.base, simulation_context.model.layout
     parts = replace(parts, trackers=[display, *parts.trackers])
     federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts)

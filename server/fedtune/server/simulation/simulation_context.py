@@ -16,7 +16,9 @@ from fedtune.client.secure_rounds import Credentials
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.errors import DataError
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base, Handler
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster, RoundLog
 from fedtune.core.secagg.primitives import KEY_BYTES
@@ -145,6 +147,11 @@ class SimulationContext:
         return describe_base(self.job, self.model)
 
     @cached_property
+    def terms(self) -> JobTerms:
+        """The terms of the job."""
+        return JobTerms(with_learning_rate(self.job, self.model.layout), self.base)
+
+    @cached_property
     def held_out(self) -> HeldOut:
         """The server's own examples, on which it scores adapters."""
         return HeldOut(self.model, self.job)
@@ -175,7 +182,7 @@ class SimulationContext:
         """Returns the handler of every client's messages, with the faults that the job injects."""
         store = ClientStore(self.folder)
         share = self.devices.work if self.devices else all_of_it
-        device = Device(lambda _: self.trainer, self.examples, store, share)
+        device = Device(lambda _: self.trainer, self.examples, store, share, agreed=lambda: self.terms)
         secure, simulation = self.job.secure_aggregation.enabled, self.job.simulation
         if secure:
             handler = handle_under_secure_aggregation(device, self.enrolment.credentials)
