@@ -47,6 +47,7 @@ from fedtune.demo import JOB, write_federation  # noqa: E402
 from fedtune.server.live.enrolled_devices import Devices, enroll  # noqa: E402
 from fedtune.server.live.job_queue import Jobs  # noqa: E402
 from fedtune.server.live.server_home import ServerConfig, ServerHome  # noqa: E402
+from fedtune.server.live.signing import sign_job  # noqa: E402
 from fedtune.server.live.sockets import Listener  # noqa: E402
 from fedtune.server.run_directory import read_rounds  # noqa: E402
 
@@ -143,7 +144,7 @@ def secure_rounds(folder: Path, clients: int) -> tuple[float, float]:
         ],
     )
     jobs = Jobs(home)
-    queued = jobs.submit(job, "secure")
+    queued = jobs.submit(job, sign_job(home.fleet_key, job, "secure"))
     notes = [device / "trained" for device in devices]
     commands = [
         [str(BIN / "fedtune"), "server", "start", "--home", str(home.path)],

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,32 +16,22 @@ import msgspec
 import psutil  # type: ignore[import-untyped]
 import pytest
 from live_helpers import Fleet, MakeFleet
+from lone_device import device_of, manifest
 
-from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
-from fedtune.client.live.device_status import DeviceReport
-from fedtune.client.live.registered_device import RegisteredDevice
+from fedtune.client.live.device_home import ClientHome
 from fedtune.client.plan.backend import Measured
-from fedtune.client.plan.calibration import CalibrationStore
-from fedtune.client.plan.device_plan import DevicePlanner
 from fedtune.client.plan.eligibility import Consent, Requirements, Sensors
-from fedtune.client.plan.planned_work import PlannedWork
-from fedtune.client.plan.planner import RESERVE
-from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.core.errors import PeerError
-from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
-from fedtune.core.job.job_file import load_job
+from fedtune.core.host.clock import Clock
+from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.protocol.enrolment import Bundle
-from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
-from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply, Terms
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, encode, query
+from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply
 from fedtune.core.round_timing import LEAST_WORK
-from fedtune.demo import JOB
 from fedtune.flower.superlink import NodeState
-from fedtune.model.adapted_model import adapt
-from fedtune.model.base_model import load_base
 from fedtune.server import cli
-from fedtune.server.job_model import describe_base
 from fedtune.server.live.enrolled_devices import Devices
-from fedtune.server.live.registrar import REFUSED_SECONDS, CurrentJob, Registrar, terms_of
+from fedtune.server.live.registrar import REFUSED_SECONDS, Registrar
 from fedtune.server.live.status_board import STATUS, Board
 from fedtune.server.run_display import Silent
 
@@ -49,61 +39,11 @@ DEVICE = 7
 MAINS, BATTERY = Sensors(41.0, True, None, None), Sensors(41.0, False, None, None)
 
 
-def terms() -> Terms:
-    job = load_job(JOB, ["adapter.kind=lora"])
-    return terms_of(job, describe_base(job, adapt(load_base(job.model), job.adapter)))
-
-
-@dataclass
-class Device:
-    """A device's side without a server: its answers, its memory, and its sensors' readings."""
-
-    work: RegisteredDevice
-    planned: PlannedWork
-    readings: list[Sensors]
-
-    def ask(self, kind: str, *parts: bytes) -> bytes | Refusal:
-        return self.work.answer(Request(kind, "1", DEVICE, parts))
-
-    def refusal(self, kind: str, *parts: bytes) -> Refusal:
-        outcome = self.ask(kind, *parts)
-        assert isinstance(outcome, Refusal)
-        return outcome
-
-    def register(self, fleet: Fleet, *, secure: bool = True) -> RegistrationReply:
-        """Returns the device's reply to a registration.
-
-        Raises:
-            PeerError: the device refuses; the message has the reason.
-        """
-        roster = Devices.load(fleet.home).roster.to_bytes()
-        outcome = self.ask(ACTION, encode(Registration(PROTOCOL_VERSION, "0.1", "job", secure, terms(), roster)))
-        if isinstance(outcome, Refusal):
-            raise PeerError(outcome.reason)
-        return decode(outcome, RegistrationReply)
-
-
 @pytest.fixture
 def fleet(make_fleet: MakeFleet) -> Fleet:
     fleet = make_fleet(2)
     fleet.join()
     return fleet
-
-
-class Warm(TorchBackend):
-    """A backend in a process that needs no warm-up."""
-
-    def warm_up(self) -> None:
-        pass
-
-
-def device_of(fleet: Fleet, name: str, reserve: float = RESERVE) -> Device:
-    home = ClientHome(fleet.client_home(name))
-    report = DeviceReport(home.path, name, home.config.server, lambda line: None, SYSTEM_CLOCK)
-    planner = DevicePlanner(Warm(), CalibrationStore(home.path / CALIBRATIONS), reserve=reserve)
-    planned = PlannedWork(tuple(map(Path, home.config.bases)), Path(home.config.data), planner)
-    readings = [Sensors(None, None, None, None)]
-    return Device(RegisteredDevice(home, planned, report, lambda: readings[-1]), planned, readings)
 
 
 def test_a_device_plans_when_it_is_registered_and_says_so_without_a_word_of_its_data(fleet: Fleet) -> None:
@@ -275,7 +215,7 @@ class Cloud:
         self.board = Board(fleet.home.path / STATUS, fleet.home.config.address, Silent())
         clock = Clock(lambda: self.now, lambda: self.now)
         self.registrar = Registrar(self.board, lambda: self.online, lambda: self.devices, clock)
-        self.registrar.begin(CurrentJob("job", True, terms()))
+        self.registrar.begin(manifest(fleet))
 
     def connect(self, nodes: dict[str, int]) -> None:
         self.online = [
@@ -344,11 +284,11 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsy
     assert line.isprintable()
 
     device = device_of(fleet, name)
-    base = msgspec.structs.replace(terms().base, name=hostile, digest="0" * 64)
+    honest = manifest(fleet).terms
+    base = msgspec.structs.replace(honest.base, name=hostile, digest="0" * 64)
+    lie = JobManifest.sign(fleet.home.fleet_key, "job", replace(honest, base=base), time.time() + 60)
     roster = Devices.load(fleet.home).roster.to_bytes()
-    registration = Registration(
-        PROTOCOL_VERSION, "0.1", "job", True, msgspec.structs.replace(terms(), base=base), roster
-    )
+    registration = Registration(PROTOCOL_VERSION, "0.1", lie.data, roster)
     assert device.refusal(ACTION, encode(registration))
     problem = fleet.device_status(name)["problem"]
     assert "all is well" in problem

@@ -164,7 +164,10 @@ def submit(
     shape = shape_of(resolved.model)
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
         print(warning)
-    queued = jobs.submit(resolved, name or jobs.free_name(job.stem if job else "demo"))
+    from fedtune.server.live.signing import sign_job
+
+    chosen = name or jobs.free_name(job.stem if job else "demo")
+    queued = jobs.submit(resolved, sign_job(server.fleet_key, resolved, chosen))
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if server.lock.holder() is None:
         print("the server is not running; start it with: fedtune server start")

@@ -172,9 +172,10 @@ class Fleet:
         from fedtune.core.job.job_file import load_job
         from fedtune.demo import JOB
         from fedtune.server.live.job_queue import Jobs
+        from fedtune.server.live.signing import sign_job
 
-        jobs = Jobs(self.home)
-        return jobs.run_path(jobs.submit(load_job(JOB, [*SMALL, *overrides]), name))
+        jobs, job = Jobs(self.home), load_job(JOB, [*SMALL, *overrides])
+        return jobs.run_path(jobs.submit(job, sign_job(self.home.fleet_key, job, name)))
 
     def status(self) -> dict[str, Any]:
         from fedtune.server.live.status_board import read_status

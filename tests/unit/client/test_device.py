@@ -44,7 +44,7 @@ def test_two_jobs_that_begin_with_the_same_adapter_both_remember_it(tmp_path: Pa
     base = SimpleNamespace(digest="0" * 64, kind="lora", fixed="")
     request: Any = SimpleNamespace(base=base, adapter=adapter, job_seed=0)
     for job in ("one", "two"):
-        memory.begin(job, secure=True, terms=b"")
+        memory.begin(job, b"")
         assert device.hold(request) == adapter_digest(first)
         kept = memory.adapter(adapter_digest(first), LAYOUT.size)  # the base of the next round's change
         assert kept is not None, job

@@ -10,15 +10,15 @@ import pytest
 
 from fedtune.core.errors import PeerError
 from fedtune.core.protocol.messages import HEADER_BYTES, Base, decode, encode
-from fedtune.core.protocol.registration import PROTOCOL_VERSION, RegistrationReply, Terms, check_plan, two_digits
+from fedtune.core.protocol.registration import PROTOCOL_VERSION, RegistrationReply, check_plan, two_digits
 
-TERMS = Terms(Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64), 288, 5, 0.0, "auto", "auto", False, 0.0)
+BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64)
 REPLY = RegistrationReply(PROTOCOL_VERSION, "0.1", 3, 4, 8000, "", "", 16, "dequantized", 64, 120, 1.5)
 
 
 def read(**changes: Any) -> RegistrationReply:
     reply = decode(encode(msgspec.structs.replace(REPLY, **changes)), RegistrationReply, HEADER_BYTES)
-    check_plan(reply, TERMS)
+    check_plan(reply, BASE, "auto")
     return reply
 
 
@@ -57,9 +57,8 @@ def test_what_contradicts_the_job_or_the_machine_is_refused_with_all_that_is_wro
     with pytest.raises(PeerError, match="8001 MB for training on a machine of 8000 MB"):
         read(peak_mb=8001)
     assert read(peak_mb=8001, accelerator="a GPU with memory of its own")
-    packed = msgspec.structs.replace(TERMS, weights="packed")
     with pytest.raises(PeerError, match="weights dequantized, and the job wants them packed"):
-        check_plan(REPLY, packed)
+        check_plan(REPLY, BASE, "packed")
 
 
 def test_two_digits_are_told() -> None:

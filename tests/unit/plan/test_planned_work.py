@@ -27,9 +27,16 @@ from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import ModelError, PeerError, RunError
-from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.core.job.local_work import TrainingSettings
+from fedtune.core.job.settings import (
+    AdapterSettings,
+    DataSettings,
+    FederationSettings,
+    Job,
+    ModelSettings,
+)
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
-from fedtune.core.protocol.registration import Terms
 from fedtune.data.examples import load_examples
 from fedtune.model.adapted_model import adapt
 from fedtune.model.base_model import load_base
@@ -53,9 +60,16 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def terms_for(folder: Path, **changes: Any) -> Terms:
+def terms_for(folder: Path, **changes: Any) -> JobTerms:
     base = Base("/srv/models/llama", load_base(ModelSettings(str(folder))).digest, "nf4", 4, 8.0, ("all-linear",), 96)
-    return msgspec.structs.replace(Terms(base, 250, 2, 0.0, "auto", "fp32", False, 0.0), **changes)
+    training = {"batch_tokens": 250, "local_steps": 2, "weights": "auto", "precision": "fp32", "learning_rate": 1e-3}
+    job = Job(
+        adapter=AdapterSettings(rank=4, alpha=8.0),
+        data=DataSettings(sequence_length=96),
+        training=TrainingSettings(**{**training, **{key: changes[key] for key in changes if key != "deadline"}}),
+        federation=FederationSettings(deadline=changes.get("deadline", "auto")),
+    )
+    return JobTerms(job, base)
 
 
 def peak(folder: Path, **changes: Any) -> int:
@@ -102,7 +116,7 @@ class Fixture(TorchBackend):
     def _probe(self) -> Machine:
         return replace(probe(), memory_free=self.free, gpus=())
 
-    def update(self, terms: Terms) -> Vector:
+    def update(self, terms: JobTerms) -> Vector:
         """Trains one round as a device does."""
         trainer = self.work.open_trainer(terms.base)
         with self.work.watched():
@@ -284,11 +298,13 @@ def test_another_format_than_the_loaded_one_is_loaded_again(fixture: Fixture, fo
 def test_the_line_decides_the_tier_and_a_slow_upload_bars_nobody_for_good(fixture: Fixture, folder: Path) -> None:
     shape = shape_of(ModelSettings(str(folder)))
     terms = terms_for(folder, deadline=40.0)
-    timed = msgspec.structs.replace(terms, base=msgspec.structs.replace(terms.base, rank=16))
+    whole = replace(terms.job, adapter=replace(terms.job.adapter, rank=16))
+    timed = JobTerms(whole, msgspec.structs.replace(terms.base, rank=16))
     fixture.work.uplink = upload_bytes(shape, 8) / 10
     assert fixture.work.take_on(timed).plan.tier == 8
     fixture.work.uplink = 1.0
-    slower = msgspec.structs.replace(timed, local_steps=3)
+    training = replace(timed.job.training, local_steps=3)
+    slower = replace(timed, job=replace(timed.job, training=training))
     with pytest.raises(NoPlanError, match="at 1 bytes a second"):
         fixture.work.take_on(slower)
     assert fixture.work.take_on(slower).plan.tier == 16

@@ -6,7 +6,7 @@ node.key            key that signs requests to the server
 identity.key        identity key for secure aggregation
 roster.json         names and keys of the other devices, signed with the fleet key
 rounds.json         the last round served of each job
-jobs/               residuals, adapters and terms, by job
+jobs/               residuals, adapters and manifest, by the digest of a job's terms
 uplink              bytes a second of the last upload
 calibration/        measurements of trial steps, by base model
 working             the message in work, until the server has its answer
@@ -16,7 +16,6 @@ status.json         content of `fedtune client status`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -41,6 +40,7 @@ from fedtune.core.secagg.identity import FileRoundLog, Identity
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
 MODELS = "models"
+MANIFEST = "manifest.json"
 _DEVICE = "device.json"
 CALIBRATIONS = "calibration"
 
@@ -222,30 +222,25 @@ class JobMemory(ClientStore):
         super().__init__(newest)
 
     @property
-    def secure(self) -> bool:
-        """True if the job masks updates."""
-        return not (self._folder / "clear").exists()
-
-    @property
-    def terms(self) -> bytes:
-        """The terms that the server sent when it registered the device for this job.
+    def manifest(self) -> bytes:
+        """The manifest with which the server registered the device for this job.
 
         Raises:
             PeerError: the device has not been registered for a job.
         """
         try:
-            return (self._folder / "terms").read_bytes()
+            return (self._folder / MANIFEST).read_bytes()
         except FileNotFoundError:
             raise PeerError("this device has not been registered for a job") from None
 
-    def begin(self, job: str, secure: bool, terms: bytes) -> None:
-        """Selects a job, new or known."""
-        self._folder = private_folder(self._root / hashlib.sha256(job.encode()).hexdigest()[:24])
-        if secure:
-            (self._folder / "clear").unlink(missing_ok=True)
-        else:
-            (self._folder / "clear").touch()
-        write_private(self._folder / "terms", terms)
+    def begin(self, digest: str, manifest: bytes) -> None:
+        """Selects a job, new or known.
+
+        Args:
+            digest: digest of its terms.
+        """
+        self._folder = private_folder(self._root / digest[:24])
+        write_private(self._folder / MANIFEST, manifest)
         os.utime(self._folder)
         for old in sorted(self._jobs(), key=lambda path: path.stat().st_mtime)[:-KEPT_JOBS]:
             shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ It executes only installed code, and no error in a message ends the process.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -26,6 +27,8 @@ from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
 from fedtune.core.errors import DataError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.host.private_files import write_private
+from fedtune.core.manifest.job_manifest import JobManifest
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.enrolment import SignedRoster
 from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
@@ -34,7 +37,6 @@ from fedtune.core.protocol.registration import (
     PROTOCOL_VERSION,
     Registration,
     RegistrationReply,
-    Terms,
     two_digits,
 )
 from fedtune.core.secagg import Policy
@@ -50,12 +52,18 @@ class RegisteredDevice:
         planned: the device's base models and data.
         report: receives plans, training and problems.
         sensors: reads the device's current sensors.
+        now: returns seconds since 1970.
     """
 
     def __init__(
-        self, home: ClientHome, planned: PlannedWork, report: DeviceReport, sensors: Callable[[], Sensors] = sense
+        self,
+        home: ClientHome,
+        planned: PlannedWork,
+        report: DeviceReport,
+        sensors: Callable[[], Sensors] = sense,
+        now: Callable[[], float] = time.time,
     ) -> None:
-        self._home, self._planned, self._report, self._sensors = home, planned, report, sensors
+        self._home, self._planned, self._report, self._sensors, self._now = home, planned, report, sensors, now
         self._memory = JobMemory(home.path / "jobs")
         self._planned.uplink = self._uplink_before()
         self._make_handlers()
@@ -90,9 +98,11 @@ class RegisteredDevice:
     def _answer(self, request: Request) -> bytes | Refusal:
         if request.action == ACTION:
             return self._register(decode(request.parts[0], Registration, limit=MAX_REGISTRATION_BYTES))
-        if self._planned.terms is None:  # registered by an earlier process
-            self._take_on(decode(self._memory.terms, Terms))
-        secure, name = self._memory.secure, self._home.config.name
+        terms = self._planned.terms
+        if terms is None:  # registered by an earlier process
+            terms = self._manifest(self._memory.manifest).terms
+            self._take_on(terms)
+        secure, name = terms.job.secure_aggregation.enabled, self._home.config.name
         handler = self._secure_handler if secure else self._clear_handler
         if request.action == (query(OPEN) if secure else TRAIN) and (condition := self._sits_out()):
             self._report.problem(f"{request.action}: sits out: {condition}")
@@ -109,12 +119,14 @@ class RegisteredDevice:
 
     def _register(self, registration: Registration) -> bytes:
         self._home.renew_roster(SignedRoster.from_bytes(registration.roster))
-        if not (registration.secure or self._home.config.allow_clear):
+        manifest = self._manifest(registration.manifest)
+        terms = manifest.terms
+        if not (terms.job.secure_aggregation.enabled or self._home.config.allow_clear):
             raise UpdateError(
                 "this device takes part in secure aggregation only; its owner may join with --allow-clear"
             )
-        self._memory.begin(registration.job, registration.secure, encode(registration.terms))
-        outcome = self._take_on(registration.terms)
+        self._memory.begin(terms.digest, manifest.data)
+        outcome = self._take_on(terms)
         reply = RegistrationReply(
             version=PROTOCOL_VERSION,
             software=version("fedtune"),
@@ -131,7 +143,11 @@ class RegisteredDevice:
         )
         return encode(reply)
 
-    def _take_on(self, terms: Terms) -> Outcome:
+    def _manifest(self, data: bytes) -> JobManifest:
+        """Returns a manifest that the fleet's owner has signed and that is still valid."""
+        return JobManifest.read(data, bytes.fromhex(self._home.config.fleet_key), self._now())
+
+    def _take_on(self, terms: JobTerms) -> Outcome:
         """Plans for a job, and ends the open rounds of the job before it."""
         try:
             return self._planned.take_on(terms)
@@ -142,7 +158,13 @@ class RegisteredDevice:
 
     def _make_handlers(self) -> None:
         planned = self._planned
-        device = Device(planned.open_trainer, planned.load_examples, self._memory, planned.share)
+        device = Device(
+            planned.open_trainer,
+            planned.load_examples,
+            self._memory,
+            planned.share,
+            agreed=lambda: planned.terms,
+        )
         self._secure_handler = handle_under_secure_aggregation(device, self._credentials)
         self._clear_handler = handle_in_the_clear(device)  # reached only where the owner allows it, see `_register`
 

@@ -25,10 +25,9 @@ from fedtune.client.plan.planner import NoPlanError, megabytes
 from fedtune.client.plan.step_costs import Choices, kappa_of
 from fedtune.client.trainer import Limits, Trainer
 from fedtune.core.errors import ModelError, PeerError, RunError
-from fedtune.core.job.local_work import TrainingSettings
-from fedtune.core.job.settings import DEMO, AdapterSettings, DataSettings, Job, ModelSettings
+from fedtune.core.job.settings import DEMO, AdapterSettings, Job, ModelSettings
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base, TrainRequest
-from fedtune.core.protocol.registration import Terms
 from fedtune.core.round_timing import done_share
 from fedtune.data.examples import Example, load_examples
 
@@ -96,7 +95,7 @@ class PlannedWork:
 
     def __init__(self, bases: Sequence[Path], data: Path, planner: DevicePlanner) -> None:
         self._bases, self._data, self._planner = bases, data, planner
-        self._terms: Terms | None = None
+        self._terms: JobTerms | None = None
         self._plans: dict[str, Outcome | NoPlanError] = {}
         self._source = ""  # the directory whose plan is in force: that of the base in memory, or the likeliest one
         self._held: _Held | None = None
@@ -107,7 +106,7 @@ class PlannedWork:
         """The last measured upload rate, bytes a second; None where it is unknown."""
 
     @property
-    def terms(self) -> Terms | None:
+    def terms(self) -> JobTerms | None:
         """The terms of the job that the device works for."""
         return self._terms
 
@@ -120,7 +119,7 @@ class PlannedWork:
         planned = self._plans.get(held.source)
         return isinstance(planned, Outcome) and not _same_form(held.choices, planned.plan.choices)
 
-    def take_on(self, terms: Terms) -> Outcome:
+    def take_on(self, terms: JobTerms) -> Outcome:
         """Plans for a job. Equal terms keep their plan, and are planned again only where nothing fitted.
 
         Raises:
@@ -246,7 +245,8 @@ class PlannedWork:
 
     def _make(self, job: Job, trial: Trial = "where tight") -> Outcome:
         assert self._terms is not None
-        link = Link(up=self.uplink, deadline=self._terms.deadline or None)
+        deadline = self._terms.job.federation.deadline
+        link = Link(up=self.uplink, deadline=None if deadline == "auto" else deadline)
         runtime = self._gauge.runtime if self._held else None
         try:
             return self._planner.plan(job, self._data, link, trial, runtime=runtime)
@@ -304,22 +304,11 @@ class PlannedWork:
             self.took = replace(self.took, peak_bytes=max(self.took.peak_bytes or 0, peak))
 
 
-def _job(terms: Terms, source: str) -> Job:
-    """Returns the part of a job on which a plan depends."""
-    base = terms.base
-    return Job(
-        model=ModelSettings(source, base.quantization),
-        adapter=_adapter(base),
-        data=DataSettings(sequence_length=base.sequence_length, skip_bad=True),
-        training=TrainingSettings(
-            local_steps=terms.local_steps or None,
-            local_epochs=terms.local_epochs or None,
-            batch_tokens=terms.batch_tokens,
-            weights=terms.weights,
-            precision=terms.precision,
-            gradient_checkpointing=terms.gradient_checkpointing,
-        ),
-    )
+def _job(terms: JobTerms, source: str) -> Job:
+    """Returns the job on the base in a directory of this device."""
+    job = terms.job
+    model = ModelSettings(source, terms.base.quantization)
+    return replace(job, model=model, data=replace(job.data, skip_bad=True))
 
 
 def _adapter(base: Base) -> AdapterSettings:

@@ -1,4 +1,4 @@
-"""The registration: server and device exchange versions, the roster, the job's terms and the device's plan.
+"""The registration: server and device exchange versions, the roster, the job's manifest and the device's plan.
 
 A device of another protocol version is refused here, with a sentence, and not in the middle of a round. So is a device
 that the job does not fit: it plans for the job before it answers.
@@ -22,26 +22,9 @@ ACTION = "query.registration"
 """The Flower message type that carries it."""
 
 MAX_REGISTRATION_BYTES = 20 << 20
+MAX_MANIFEST_BYTES = 256 << 10
 
 _Short = Annotated[str, Meta(max_length=200)]
-
-
-class Terms(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """The terms of a job that a device needs to plan for it; their names are those of the job file.
-
-    Args:
-        local_steps, local_epochs: local work; one of them is 0.
-        deadline: seconds of a round; 0 where it waits for all clients.
-    """
-
-    base: Base
-    batch_tokens: Annotated[int, Meta(ge=8, le=1 << 24)]
-    local_steps: Annotated[int, Meta(ge=0, le=1 << 20)]
-    local_epochs: Annotated[float, Meta(ge=0, le=1e6)]
-    weights: Literal["auto", "packed", "dequantized"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    gradient_checkpointing: bool
-    deadline: Annotated[float, Meta(ge=0)]
 
 
 class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -50,17 +33,13 @@ class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
     Args:
         version: PROTOCOL_VERSION of the server.
         software: fedtune version of the server, for people.
-        job: server's name for the next job, the same across restarts; devices keep their state of a job under it.
-        secure: whether updates will be masked; a device that requires masks does not take part otherwise.
-        terms: terms to plan for.
+        manifest: the job, signed by the fleet's owner, as `JobManifest` has it.
         roster: newest signed roster, as `SignedRoster.to_bytes` wrote it.
     """
 
     version: int
     software: _Short
-    job: Annotated[str, Meta(min_length=1, max_length=200)]
-    secure: bool
-    terms: Terms
+    manifest: Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
     roster: Annotated[bytes, Meta(max_length=16 << 20)]
 
 
@@ -101,20 +80,23 @@ def two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def check_plan(reply: RegistrationReply, terms: Terms) -> None:
-    """Refuses a plan that is impossible for these terms on that machine.
+def check_plan(reply: RegistrationReply, base: Base, weights: str) -> None:
+    """Refuses a plan that is impossible for a job on that machine.
+
+    Args:
+        base: the job's base model and adapter.
+        weights: the job's training.weights.
 
     Raises:
         PeerError: the plan has problems; the message lists all of them.
     """
-    base = terms.base
     wrong = []
     if reply.rank > base.rank:
         wrong.append(f"rank {reply.rank}, and the job's is {base.rank}")
     if reply.sequence_length > base.sequence_length:
         wrong.append(f"sequences of {reply.sequence_length} tokens, and the job's have {base.sequence_length}")
-    if terms.weights not in ("auto", reply.weights):
-        wrong.append(f"weights {reply.weights}, and the job wants them {terms.weights}")
+    if weights not in ("auto", reply.weights):
+        wrong.append(f"weights {reply.weights}, and the job wants them {weights}")
     if not reply.accelerator and reply.peak_mb > reply.memory_mb:  # a GPU has memory of its own
         wrong.append(f"{reply.peak_mb} MB for training on a machine of {reply.memory_mb} MB")
     if wrong:
@@ -127,7 +109,6 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Registration",
     "RegistrationReply",
-    "Terms",
     "check_plan",
     "two_digits",
 ]

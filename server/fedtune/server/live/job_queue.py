@@ -1,6 +1,7 @@
 """The jobs of a server: files that move from waiting to finished or failed, and a run directory for each.
 
     jobs/waiting/NNNNNN-NAME.toml       the oldest is in progress while the server runs
+    jobs/waiting/NNNNNN-NAME.manifest   the job as the fleet's owner has signed it
     jobs/finished/, jobs/failed/        with the reason in NNNNNN-NAME.txt
 
 To submit a job is to write a file, so it works while the server is down, and needs permission to write to the folder.
@@ -9,17 +10,21 @@ To submit a job is to write a file, so it works while the server is down, and ne
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.errors import InputError
-from fedtune.core.host.private_files import private_folder, write_private
+from fedtune.core.host.private_files import private_folder, read_bounded, write_private
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_manifest import JobManifest
+from fedtune.core.protocol.registration import MAX_MANIFEST_BYTES
 from fedtune.server.live.server_home import ServerHome
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STATES = ("waiting", "finished", "failed")
+MANIFEST = ".manifest"
 _FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
 
 
@@ -35,6 +40,14 @@ class QueuedJob:
         """Reads the job."""
         return load_job(self.path)
 
+    def manifest(self) -> bytes:
+        """Reads its signed manifest.
+
+        Raises:
+            InputError: there is none.
+        """
+        return read_bounded(self.path.with_suffix(MANIFEST), "the job's manifest", MAX_MANIFEST_BYTES)
+
 
 class Jobs:
     """The jobs of one server."""
@@ -45,19 +58,21 @@ class Jobs:
         for state in _STATES:
             private_folder(self._root / state)
 
-    def submit(self, job: Job, name: str) -> QueuedJob:
-        """Puts a job at the end of the queue.
+    def submit(self, job: Job, manifest: JobManifest) -> QueuedJob:
+        """Puts a job at the end of the queue, under its manifest's name.
 
         Raises:
             InputError: the name is invalid, or a run of that name exists.
         """
+        name = manifest.name
         if not _NAME.fullmatch(name):
             raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
         if name in self._names():
             raise InputError(f"{name}: a job of this name was submitted before; choose another with --name")
         number = max((entry.number for state in _STATES for entry in self._in(state)), default=0)
         path = self._root / "waiting" / f"{number + 1:06d}-{name}.toml"
-        write_private(path, dump_job(job))
+        write_private(path.with_suffix(MANIFEST), manifest.data)
+        write_private(path, dump_job(job))  # last: makes it a job
         return QueuedJob(number + 1, name, path)
 
     def free_name(self, stem: str) -> str:
@@ -86,13 +101,18 @@ class Jobs:
 
     def finish(self, job: QueuedJob) -> None:
         """Moves a finished job out of the queue."""
-        job.path.replace(self._root / "finished" / job.path.name)
+        self._move(job, self._root / "finished" / job.path.name)
 
     def fail(self, job: QueuedJob, reason: str) -> None:
         """Moves a failed job out of the queue, and records the reason."""
         target = self._root / "failed" / job.path.name
         write_private(target.with_suffix(".txt"), reason + "\n")
+        self._move(job, target)
+
+    def _move(self, job: QueuedJob, target: Path) -> None:
         job.path.replace(target)
+        with suppress(FileNotFoundError):
+            job.path.with_suffix(MANIFEST).replace(target.with_suffix(MANIFEST))
 
     def _names(self) -> set[str]:
         jobs = {entry.name for state in _STATES for entry in self._in(state)}

@@ -14,14 +14,14 @@ from fedtune.core.errors import PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.contradictions import secure_cohort_problems
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.protocol.enrolment import SignedRoster
-from fedtune.core.protocol.messages import HEADER_BYTES, Base, decode, encode
+from fedtune.core.protocol.messages import HEADER_BYTES, decode, encode
 from fedtune.core.protocol.registration import (
     ACTION,
     PROTOCOL_VERSION,
     Registration,
     RegistrationReply,
-    Terms,
     check_plan,
 )
 from fedtune.core.text import one_line
@@ -50,15 +50,6 @@ class AskableGrid(Protocol):
 
 
 @dataclass(frozen=True)
-class CurrentJob:
-    """The current job as devices get it."""
-
-    id: str
-    secure: bool
-    terms: Terms
-
-
-@dataclass(frozen=True)
 class _Exclusion:
     """The reason why an online device is not asked to train, and since when on the monotonic clock."""
 
@@ -84,7 +75,7 @@ class Registrar:
     ) -> None:
         self.board, self._clock = board, clock
         self._nodes, self._devices = nodes, devices
-        self._job: CurrentJob | None = None
+        self._job: JobManifest | None = None
         self._registered: dict[int, int] = {}
         self._left_out: dict[int, _Exclusion] = {}
         self.tiers: dict[str, int] = {}
@@ -92,7 +83,7 @@ class Registrar:
         self.seconds: dict[str, float] = {}
         """Device -> its predicted seconds for a round of the current job."""
 
-    def begin(self, job: CurrentJob) -> None:
+    def begin(self, job: JobManifest) -> None:
         """Begins a job, for which every device registers again."""
         self.forget()
         self.tiers.clear()
@@ -146,16 +137,14 @@ class Registrar:
         job = self._job
         assert job is not None
         software = version("fedtune")
-        registration = encode(
-            Registration(PROTOCOL_VERSION, software, job.id, job.secure, job.terms, roster.to_bytes())
-        )
+        registration = encode(Registration(PROTOCOL_VERSION, software, job.data, roster.to_bytes()))
         names = {node_id: name for name, node_id in nodes.items()}
         for node_id, reply in grid.ask(names, ACTION, "registration", registration, REGISTRATION_SECONDS).items():
             try:
                 if isinstance(reply, PeerError):
                     raise reply
                 answer = decode(reply, RegistrationReply, limit=HEADER_BYTES)
-                check_plan(answer, job.terms)
+                check_plan(answer, job.terms.base, job.terms.job.training.weights)
             except PeerError as error:
                 self._refused(names[node_id], node_id, error)
             else:
@@ -179,21 +168,6 @@ class Registrar:
         self._registered[node_id] = answer.roster_version
         self._left_out.pop(node_id, None)
         self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
-
-
-def terms_of(job: Job, base: Base) -> Terms:
-    """Returns the part of a job that devices must know to plan for it."""
-    training, deadline = job.training, job.federation.deadline
-    return Terms(
-        base=base,
-        batch_tokens=training.batch_tokens,
-        local_steps=0 if training.local_epochs else training.steps,
-        local_epochs=training.local_epochs or 0.0,
-        weights=training.weights,
-        precision=training.precision,
-        gradient_checkpointing=training.gradient_checkpointing,
-        deadline=0.0 if deadline == "auto" else deadline,
-    )
 
 
 MAX_LEAST = 1000  # the most devices that a round may need

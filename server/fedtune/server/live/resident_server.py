@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.core.errors import FedtuneError, InputError, RunError
+from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.process import Stopped, peak_rss_mb, stopping
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.manifest.job_manifest import JobManifest
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
@@ -30,7 +32,7 @@ from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.live.enrolled_devices import Devices, changed
 from fedtune.server.live.job_queue import Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.registrar import ClientManager, CurrentJob, Registrar, terms_of
+from fedtune.server.live.registrar import ClientManager, Registrar
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
@@ -179,7 +181,8 @@ class Service:
     def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
         """Runs all remaining rounds."""
         model = self._open(job)
-        base = describe_base(job, model)
+        manifest = self._manifest(queued, JobTerms(with_learning_rate(job, model.layout), describe_base(job, model)))
+        base = manifest.terms.base
         if (path / "job.toml").is_file():
             directory = RunDirectory.open(path)
         else:
@@ -188,12 +191,11 @@ class Service:
             job = directory.job()
             evaluator = HeldOutEvaluator(HeldOut(model, job), in_this_process(model))
             self._board.working(state="waiting for devices")
-            current = CurrentJob(queued.path.stem, job.secure_aggregation.enabled, terms_of(job, base))
-            self._registrar.begin(current)
+            self._registrar.begin(manifest)
             with self._link.open_run(self._home.config.longest_answer) as grid:
                 identities, registrar = self._devices.roster.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
-                secure = SecureAggregation(identities) if current.secure else None
+                secure = SecureAggregation(identities) if job.secure_aggregation.enabled else None
                 federation = assemble(
                     job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self._board])
                 )
@@ -204,6 +206,27 @@ class Service:
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()
+
+    def _manifest(self, queued: QueuedJob, terms: JobTerms) -> JobManifest:
+        """Returns the job's manifest.
+
+        Raises:
+            InputError: it is not the job's, or devices would refuse it.
+        """
+        try:
+            manifest = JobManifest.read(queued.manifest(), self._home.fleet_key.public, self._clock.now())
+        except PeerError as error:
+            raise InputError(f"{queued.name}: {error}") from None
+        if manifest.terms.digest != terms.digest:
+            ours, signed = terms.settings, manifest.terms.settings
+            keys = [
+                f"{section}.{key}"
+                for section, values in ours.items()
+                for key in sorted({*values, *signed[section]})
+                if values.get(key) != signed[section].get(key)
+            ]
+            raise InputError(f"{queued.name}: the signed manifest is not this job's: {', '.join(keys) or 'the base'}")
+        return manifest
 
     def _export(self, job: Job, path: Path) -> None:
         """Exports the formats of the job's [export]; a server that is killed meanwhile begins the export again."""
