@@ -64,7 +64,7 @@ def test_the_terms_that_hold_are_those_of_the_manifest_and_not_of_one_without_a_
 
 
 def test_a_server_that_gives_a_job_another_name_finds_the_device_s_memory_of_it(fleet: Fleet) -> None:
-    """The name that a server chose was the key of the round log, so another name began a known job anew."""
+    """The name that a server chose was the key of the round log, so another name began a known job again."""
     device, honest = device_of(fleet, fleet.names[0]), manifest(fleet)
     renamed = JobManifest.sign(fleet.home.fleet_key, "another name", honest.terms, time.time() + 60)
     folders = []

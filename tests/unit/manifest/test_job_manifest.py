@@ -1,4 +1,4 @@
-"""A manifest is what the fleet's owner has signed, whole, of this kind, and not for ever."""
+"""A manifest is what the fleet's owner has signed, whole, of this kind, and until it expires."""
 
 from __future__ import annotations
 
