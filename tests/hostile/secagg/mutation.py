@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "core/fedtune/core/secagg"
 CODEC = "core/fedtune/core/codec"
 CLIENT = "client/fedtune/client"
+MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
 SUITES = (
     "tests/hostile/secagg/test_lying_round.py",
@@ -32,6 +33,8 @@ SUITES = (
     "tests/unit/secagg",
     "tests/unit/codec/test_maskable.py",
     "tests/unit/strategies/test_round.py",
+    "tests/hostile/test_round_terms.py",
+    "tests/unit/manifest",
     "tests/hostile/secagg/test_fuzz.py",
 )
 
@@ -84,10 +87,10 @@ MUTANTS = (
     ),
     Mutant(
         "clip within what steps can reach",
-        "requests.py",
+        "round_terms.py",
         "    return min(max(adapted, LEAST_SHARE * most), most)\n",
         "    return adapted\n",
-        STRATEGIES,
+        MANIFEST,
     ),
     Mutant(
         "one colluder in the smallest cohort",
@@ -328,6 +331,52 @@ MUTANTS = (
     Mutant(
         "round: ring's room", "secure_rounds.py", "if len(config.cohort) > request.uplink.n_max:", "if False:", CLIENT
     ),
+    Mutant("terms: base", "round_terms.py", "if base != terms.base:", "if False:", MANIFEST),
+    Mutant("terms: rounds", "round_terms.py", "if not 1 <= number <= job.federation.rounds:", "if False:", MANIFEST),
+    Mutant("terms: work", "round_terms.py", '"local work": (_rounded(request.work), _rounded(work)),', "", MANIFEST),
+    Mutant("terms: seed", "round_terms.py", '"seed": (request.job_seed, terms.seed),', "", MANIFEST),
+    Mutant("terms: form", "round_terms.py", '"form": (uplink.form, form),', "", MANIFEST),
+    Mutant("terms: bits", "round_terms.py", '"bits": (uplink.bits, compression.bits),', "", MANIFEST),
+    Mutant("terms: density", "round_terms.py", '"density": (uplink.density, compression.density),', "", MANIFEST),
+    Mutant(
+        "terms: feedback",
+        "round_terms.py",
+        '"error feedback": (uplink.error_feedback, compression.error_feedback),',
+        "",
+        MANIFEST,
+    ),
+    Mutant("terms: rotation", "round_terms.py", '"rotation": (uplink.rotation, compression.rotation),', "", MANIFEST),
+    Mutant(
+        "terms: clips", "round_terms.py", "if not math.isclose(clip, due, rel_tol=_ROUNDING):", "if False:", MANIFEST
+    ),
+    Mutant("terms: number of clips", "round_terms.py", "if len(uplink.clips) != len(letters):", "if False:", MANIFEST),
+    Mutant("terms: tiers", "round_terms.py", "if not set(uplink.tiers) <= set(job.tiers):", "if False:", MANIFEST),
+    Mutant(
+        "terms: basis",
+        "round_terms.py",
+        "if request.rebasing and not (compression.error_feedback and job.federation.rebalance_every):",
+        "if False:",
+        MANIFEST,
+    ),
+    Mutant(
+        "terms: evaluation",
+        "round_terms.py",
+        "if (request.job_seed, request.holdout) != (terms.seed, job.data.holdout)",
+        "if False",
+        MANIFEST,
+    ),
+    Mutant("terms: device checks", "device.py", "check_training(terms, trainer.layout, request)", "pass", CLIENT),
+    Mutant(
+        "manifest: signature", "signed.py", ".verify(self.signature, _statement(self.kind, self.content))", "", MANIFEST
+    ),
+    Mutant("manifest: kind", "signed.py", 'if value["kind"] != kind or', "if", MANIFEST),
+    Mutant("manifest: kind is signed", "signed.py", "kind.encode(), json", 'b"", json', MANIFEST),
+    Mutant("manifest: expiry", "job_manifest.py", "if not now < expires:", "if False:", MANIFEST),
+    Mutant("manifest: size", "signed.py", "if len(data) > limit:", "if False:", MANIFEST),
+    Mutant("terms: digest has the settings", "job_terms.py", '"settings": self.settings, ', "", MANIFEST),
+    Mutant("terms: digest has the base", "job_terms.py", ', "base": base}', "}", MANIFEST),
+    Mutant("terms: seed has the digest", "job_terms.py", '"job", self.digest)', '"job")', MANIFEST),
+    Mutant("round: job", "secure_rounds.py", '"job": (config.job, self._device.job or config.job),', "", CLIENT),
     Mutant("round: open first", "secure_rounds.py", "if client not in self._rounds:", "if False:", CLIENT),
     Mutant(
         "round: aborts change nothing",

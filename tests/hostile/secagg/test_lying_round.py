@@ -187,6 +187,16 @@ def test_a_new_round_ends_the_one_that_was_open() -> None:
     assert fixture.run().aborted is None
 
 
+def test_a_configuration_for_another_job_than_the_device_s_terms_is_refused() -> None:
+    """Under another job's name the device's log would not know the rounds that it has served."""
+    fixture = Fixture(NAMES)
+    fixture.device.job = "f" * 64
+    with pytest.raises(PeerError, match=r"does not match the request to .*: job"):
+        fixture.rounds.open(VICTIM, *first_message(fixture))
+    fixture.device.job = fixture.federation.terms.digest
+    assert fixture.rounds.open(VICTIM, *first_message(fixture))
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 4), st.binary(max_size=300), st.booleans(), st.integers(0, 1 << 20))
 def test_bytes_from_nowhere_are_refused_and_change_nothing(stage: int, noise: bytes, mutate: bool, place: int) -> None:
