@@ -11,6 +11,7 @@ FedtuneError                exit status 1
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
 ├── RunError                the run could not go on; all acknowledged rounds are on disk
 │   └── RoundAbortedError   a secure round ends without a sum
+│       └── UnfitSharesError    since shares do not fit together, and it is not certain by whose fault
 ├── UpdateError             a client's update is refused; the round goes on without it
 └── PeerError               bytes from the other side are malformed, oversized or out of order
     ├── ServerFaultError    in secure aggregation a client refuses the server's message
@@ -124,3 +125,7 @@ class RoundAbortedError(RunError):
     Another attempt at the same round may follow if it ended before the votes were sent out; clients that have revealed
     their shares serve only a later round.
     """
+
+
+class UnfitSharesError(RoundAbortedError):
+    """The shares of a client do not fit together: it dealt wrong ones, or too many holders revealed wrong ones."""

@@ -111,16 +111,20 @@ class SecureRecord:
     """The server's view of a round under secure aggregation, besides its participants and sizes.
 
     Args:
-        summed: number of clients in the sum; 0 where there is no sum.
-        minimum: number of survivors below which there is no sum.
-        threshold: number of clients whose shares open the sum.
+        summed: number of clients in the round's sums.
+        minimum: number of survivors below which there is no sum; of several groups, the least.
+        threshold: number of clients whose shares open the sum; of several groups, the least.
         liars: survivors that revealed a wrong share; the sum is correct in spite of them.
+        groups: number of sums that the server saw, each over the clients of one group.
+        smallest: number of clients in the sum over the fewest.
     """
 
     summed: int
     minimum: int
     threshold: int
     liars: tuple[str, ...] = ()
+    groups: int = 1
+    smallest: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Each check uses the function with which the run itself reads the file.
 from __future__ import annotations
 
 from fedtune.core.errors import JobError
-from fedtune.core.job.contradictions import secure_cohort_problems
+from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.job_inputs import JobInputs
 from fedtune.server.export.request import check_export
@@ -37,7 +37,7 @@ def check_simulation(job: Job) -> JobInputs:
     inputs = check_server_job(job)
     fleet, clients = inputs.fleet, len(inputs.population.names)
     wanted, selection = job.federation.clients_per_round, job.federation.selection
-    if job.secure_aggregation.enabled and (problems := secure_cohort_problems(job, cohort_size(wanted, clients))):
+    if job.secure_aggregation.enabled and (problems := grouped_cohort_problems(job, cohort_size(wanted, clients))):
         raise JobError(problems)
     if selection != "uniform" and fleet is None:
         reason = "simulation.fleet names no fleet; there is one: --fleet bundled"

@@ -36,6 +36,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Rebasing
 from fedtune.core.round_records import Evaluation, RoundRecord
 from fedtune.server.run_files import append_line, new_directory, storage, write_json, write_text
+from fedtune.strategies.cohorts.suspicion import Suspicion
 from fedtune.strategies.federation import FederationState
 
 JOB = "job.toml"
@@ -151,6 +152,7 @@ class RunDirectory:
                         "server_digests": {name: adapter_digest(value) for name, value in kept.items()},
                         "clips": state.clips,
                         "stale_updates": {name: b64encode(data).decode() for name, data in state.stale_updates.items()},
+                        "suspicion": state.suspicion.to_json(),
                         "rebasing": msgspec.structs.asdict(state.rebasing) if state.rebasing else None,
                         "base_digest": checkpoint.base_digest,
                         "terms_digest": checkpoint.terms_digest,
@@ -227,6 +229,7 @@ class RunDirectory:
                     server,
                     {name: b64decode(data) for name, data in text["stale_updates"].items()},
                     Rebasing(**text["rebasing"]) if text["rebasing"] else None,
+                    Suspicion.from_json(text["suspicion"]),
                 ),
                 text["base_digest"],
                 text.get("terms_digest", ""),

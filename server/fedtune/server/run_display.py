@@ -269,8 +269,9 @@ def what_the_server_saw(secure: dict[str, Any]) -> str:
     if not secure["sums"]:
         return "The server saw no update and no sum: no round of secure aggregation was completed."
     scores = ", and each client's score on its own held-out data" if secure["evaluations_shown"] else ""
+    groups = f", up to {secure['groups']} a round" if secure["groups"] > 1 else ""
     return (
-        f"The server saw {secure['sums']} sums, each over {secure['summed_least']} clients or more (under "
+        f"The server saw {secure['sums']} sums{groups}, each over {secure['summed_least']} clients or more (under "
         f"{secure['minimum']} there would have been none; {secure['threshold']} had to agree to open one), who took "
         f"part, and sizes{scores}. It saw no single client's update, training loss or example count."
     )

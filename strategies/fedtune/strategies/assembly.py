@@ -18,11 +18,13 @@ from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.learning_rates import with_learning_rate
+from fedtune.core.job.methods import AGGREGATIONS
+from fedtune.core.job.secure_cohorts import FEWEST_MEANS
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
-from fedtune.strategies.aggregation import Aggregator, Decoded, RingMean, Unpacked, Update, update_aggregator
+from fedtune.strategies.aggregation import Aggregator, Decoded, Grouped, RingMean, Unpacked, Update, update_aggregator
 from fedtune.strategies.cohorts.selection import AmongPresent, Selection, UniformSelection, cohort_size
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.cohorts.timed_selection import timed_selection
@@ -129,8 +131,8 @@ def assemble(
 def _collector(terms: JobTerms, form: UpdateForm, secure: SecureAggregation | None, parts: Parts) -> Collector:
     """Returns the nesting that the job and the parts describe.
 
-    Under masks SecureSum(around(RingMean)), in a ring InTheClear(Unpacked(around(RingMean))), otherwise
-    InTheClear(Decoded(around(aggregator), form)).
+    Under masks SecureSum(Grouped(around(RingMean), aggregator)), in a ring InTheClear(Unpacked(around(RingMean))),
+    otherwise InTheClear(Decoded(around(aggregator), form)).
     """
     job = terms.job
     if job.secure_aggregation.enabled != (secure is not None):
@@ -141,12 +143,14 @@ def _collector(terms: JobTerms, form: UpdateForm, secure: SecureAggregation | No
         if secure is not None:
             raise JobError([f"updates of the form {form.name} cannot be masked; expected a ring"])
         return InTheClear(Decoded(parts.around(aggregator), form), job.federation)
-    if parts.aggregator or aggregator.method.sees_updates:
-        problem = f"the aggregator {aggregator.method.sees_updates or 'takes one update at a time'}, but "
+    grouped = secure is not None and job.secure_aggregation.groups >= FEWEST_MEANS
+    declared = AGGREGATIONS[job.federation.aggregation] if grouped else aggregator.method
+    if parts.aggregator or declared.sees_updates:
+        problem = f"the aggregator {declared.sees_updates or 'takes one update at a time'}, but "
         raise JobError([problem + "updates travel as words of a ring; expected one that needs no more than their sum"])
-    ring = parts.around(RingMean(aggregator.method))
+    ring = parts.around(RingMean(declared))
     if secure is not None:
-        return SecureSum(ring, terms.digest, secure, job.secure_aggregation)
+        return SecureSum(Grouped(ring, aggregator), terms.digest, secure, job.secure_aggregation)
     return InTheClear(Unpacked(ring), job.federation)
 
 

@@ -24,6 +24,7 @@ from fedtune.core.protocol.messages import HEADER_BYTES, TRAIN, TrainReply, Trai
 from fedtune.core.round_records import ClientRecord, SecureRecord
 from fedtune.core.round_timing import staleness_weight
 from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregation, Aggregator, Frame, Payloads
+from fedtune.strategies.cohorts.suspicion import GroupOutcome
 from fedtune.strategies.schedule import Closing
 
 if TYPE_CHECKING:
@@ -118,6 +119,12 @@ class Collection(Protocol):
             PeerError, UpdateError: the answer cannot be used; nothing has changed.
         """
 
+    def missed(self, name: str, reason: str) -> None:
+        """Takes note that a client gives no usable answer to an exchange, and why."""
+
+    def outcomes(self) -> Sequence[GroupOutcome]:
+        """Returns what became of each group's sum, once the exchanges are over; none in the clear."""
+
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
         """Returns the outcome of the survivors' updates.
 
@@ -188,6 +195,13 @@ class ClearCollection:
         weight = client_weight(self._settings, reply.examples, reply.tokens)
         self._aggregation.add(Payloads(reply.update, weight, self._plan.tiers[name]))
         return ClientFacts(reply.examples, reply.tokens, reply.loss, reply.seconds)
+
+    def missed(self, name: str, reason: str) -> None:
+        """Does nothing: no other client's update needs this one's."""
+
+    def outcomes(self) -> tuple[GroupOutcome, ...]:
+        """Returns none: there are no groups."""
+        return ()
 
     def finish(self, survivors: Sequence[ClientRecord]) -> Collected:
         """Adds the stale updates, and finishes the aggregation."""

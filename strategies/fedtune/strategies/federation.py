@@ -15,6 +15,7 @@ from fedtune.core.protocol.messages import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
 from fedtune.strategies.cohorts.selection import Selection
+from fedtune.strategies.cohorts.suspicion import UNSUSPECTED, Suspicion
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.collection import Collector
 from fedtune.strategies.schedule import Schedule
@@ -80,6 +81,7 @@ class FederationState:
         server: state of the aggregator and the server optimizer, by name; float32 vectors.
         stale_updates: client -> its answer to the round before, which arrived after that had closed.
         rebasing: the last change of the adapter's basis, if any.
+        suspicion: which clients may have made secure sums fail, and which did.
     """
 
     round: int
@@ -89,6 +91,7 @@ class FederationState:
     server: State = field(default_factory=lambda: NOTHING)
     stale_updates: Mapping[str, bytes] = field(default_factory=dict)
     rebasing: Rebasing | None = None
+    suspicion: Suspicion = UNSUSPECTED
 
 
 def initial_state(federation: Federation) -> FederationState:

@@ -27,6 +27,7 @@ from fedtune.core.protocol.messages import (
     encode,
 )
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.grouping import Grouping, cut_cohort
 from fedtune.strategies.cohorts.tier_assignment import TierAssignment, all_alike, assign_tiers
 from fedtune.strategies.federation import Federation, FederationState
 from fedtune.strategies.schedule import Closing
@@ -43,6 +44,7 @@ class RoundPlan:
         factors: the factors that the round trains.
         assignment: the cohort and the tier of each of its clients.
         tiers: client that is asked -> the tier it trains; 0 where all clients train the whole adapter.
+        grouping: the groups of the clients that are asked, each with a sum of its own under secure aggregation.
         uplink: settings by which updates travel.
         terms: the codec's terms, of all slices.
         slices: slices of the rank indices; none where all clients train the whole adapter.
@@ -54,6 +56,7 @@ class RoundPlan:
     learning_rate: float
     assignment: TierAssignment
     tiers: Mapping[str, int]
+    grouping: Grouping
     uplink: Uplink
     terms: tuple[FactorTerms, ...]
     slices: tuple[RankSlice, ...]
@@ -64,17 +67,20 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
     """Chooses the cohort of the round after `state`, and the settings of its requests."""
     job, layout, number = federation.job, federation.layout, state.round + 1
     factors = federation.method.factors(number, layout.factors)
-    cohort = tuple(federation.selection.cohort(number, population))
+    able = [name for name in population if name not in state.suspicion.excluded]
+    cohort = tuple(federation.selection.cohort(number, able))
     assignment = assign_tiers(cohort, federation.ranks, job) if federation.ranks else all_alike(cohort, layout.rank)
     trained = {name: tier for name, tier in assignment.trained.items() if tier}
     mixed = assignment.tiers != (layout.rank,)
-    uplink = _uplink(federation, state, factors, len(trained), assignment.tiers if mixed else ())
+    grouping = cut_cohort(job, number, tuple(trained), state.suspicion, tiers=len(assignment.tiers))
+    uplink = _uplink(federation, state, factors, grouping.largest, assignment.tiers if mixed else ())
     return RoundPlan(
         number=number,
         factors=factors,
         learning_rate=scheduled_learning_rate(job, number),
         assignment=assignment,
         tiers=trained if mixed else dict.fromkeys(trained, 0),
+        grouping=grouping,
         uplink=uplink,
         terms=factor_terms(uplink, layout, factors, federation.terms.seed, number),
         slices=round_slices(uplink, layout, federation.terms.seed, number),

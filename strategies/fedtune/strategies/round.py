@@ -30,6 +30,7 @@ from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
 from fedtune.strategies.aggregation.aggregator import Aggregate, Frame, State
 from fedtune.strategies.broadcast import Broadcast
+from fedtune.strategies.cohorts.suspicion import GroupOutcome
 from fedtune.strategies.collection import NO_FACTS, ClientFacts, Collected, Collection, Exchange, Inputs
 from fedtune.strategies.federation import Federation, FederationState
 from fedtune.strategies.requests import Requests, RoundPlan, plan_round, train_request
@@ -57,6 +58,7 @@ class Event(Enum):
     UPDATE = "update"  # it answered, and its update is in
     GIVE_UP = "give up"  # it does not answer, or its answer is unusable
     EXCLUDE = "exclude"  # it is not asked, or the round is aborted before its update is in
+    LOSE = "lose"  # its update is in, but its group has no sum, and others have one
 
 
 TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
@@ -66,6 +68,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
     (Phase.ASKED, Event.UPDATE): Phase.IN,
     (Phase.ASKED, Event.GIVE_UP): Phase.OUT,
     (Phase.IN, Event.ASK): Phase.ASKED_AGAIN,
+    (Phase.IN, Event.LOSE): Phase.OUT,
     (Phase.ASKED_AGAIN, Event.ANSWER): Phase.IN,
     (Phase.ASKED_AGAIN, Event.GIVE_UP): Phase.IN,
 }
@@ -166,6 +169,7 @@ class TrainingRound:
         """Records that a client does not answer; an update of it that is already in counts."""
         if self._exchange is None or not self._allows(name, Event.GIVE_UP):
             return
+        self._collection.missed(name, reason)
         if self._exchange.carries_adapter:
             self.requests.broadcast.lost(name)
         self._drop(name, Event.GIVE_UP, reason)
@@ -178,14 +182,25 @@ class TrainingRound:
             self.requests.broadcast.sent(name, self.state.held)
 
     def close(self) -> tuple[FederationState, RoundRecord]:
-        """Returns the state after this round and its record; after a failed round only the round's number changes."""
+        """Returns the state after this round and its record.
+
+        After a failed round only its number and the suspicion change.
+        """
         for name in self.cohort:
             self.give_up(name, LATE)
+        outcomes = self._collection.outcomes()
+        lost = [outcome for outcome in outcomes if outcome.reason is not None] if self._aborted is None else []
+        for outcome in lost:
+            self._lose(outcome)
+        for name in self.cohort:
             if self._allows(name, Event.EXCLUDE):
                 self._drop(name, Event.EXCLUDE, ABORTED)
         clients = tuple(self._records[name] for name in self.cohort)
         collected, aborted = self._collected(clients)
-        state, notes = replace(self.state, round=self.number), self.plan.assignment.notes
+        suspicion = self.state.suspicion.after(outcomes)
+        state = replace(self.state, round=self.number)
+        notes = self.plan.assignment.notes + self.plan.grouping.notes
+        notes += tuple(f"a group of {len(outcome.members)} clients has no sum: {outcome.reason}" for outcome in lost)
         if collected is not None:
             state, changes = self._rebalanced(self._after(collected.aggregate))
             notes += collected.notes + changes
@@ -198,9 +213,9 @@ class TrainingRound:
             train_loss=collected.train_loss if collected else None,
             aborted=aborted,
             secure=collected.secure if collected else None,
-            notes=notes,
+            notes=notes + suspicion.notes(self.state.suspicion),
         )
-        return replace(state, stale_updates=self._stale), record
+        return replace(state, stale_updates=self._stale, suspicion=suspicion), record
 
     def _collected(self, clients: Sequence[ClientRecord]) -> tuple[Collected | None, str | None]:
         """Returns the survivors' outcome, or the reason why there is none."""
@@ -212,7 +227,7 @@ class TrainingRound:
             return None, f"{len(survivors)} of {len(clients)} clients survived; at least {least} must"
         try:
             return self._collection.finish(survivors), None
-        except (PeerError, RunError) as error:
+        except (PeerError, RunError, UpdateError) as error:
             return None, str(error)
 
     def _after(self, aggregate: Aggregate) -> FederationState:
@@ -268,6 +283,16 @@ class TrainingRound:
         self._move(name, event)
         if self._phases[name] is Phase.OUT:
             self._settle(name, dropped=reason)
+
+    def _lose(self, outcome: GroupOutcome) -> None:
+        """Drops the clients of a group that has no sum; trackers know already of those whose update was in."""
+        reason = f"its group has no sum: {outcome.reason}"
+        for name in outcome.members:
+            if self._allows(name, Event.EXCLUDE):
+                self._drop(name, Event.EXCLUDE, reason)
+            elif self._allows(name, Event.LOSE):
+                self._move(name, Event.LOSE)
+                self._records[name] = replace(self._records[name], dropped=reason)
 
     def _count(self, name: str, traffic: Ledger) -> None:
         self._records[name] = replace(self._records[name], traffic=traffic)

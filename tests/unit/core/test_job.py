@@ -85,6 +85,15 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ),
         ("adapter.kind=core federation.aggregation=fedrot", 'expected "fedavg"'),
         ("adapter.kind=core federation.rebalance_every=2", "no pair of trained factors to balance"),
+        ("secure_aggregation.groups=4", "of 10 clients a round, a group would have 2, .* expected at most 3"),
+        ("secure_aggregation.groups=3 federation.clients_per_round=0.5 secure_aggregation.enabled=false", "groups = 1"),
+        ("secure_aggregation.groups=3 adapter.tiers=[8,40]", "no group would have enough clients of every tier"),
+        ("secure_aggregation.groups=3 federation.selection=deadline", "may leave any group with too few"),
+        ("federation.robust=median", "with secure_aggregation.groups of 3 or more"),
+        ("federation.robust=median secure_aggregation.groups=2", "with secure_aggregation.groups of 3 or more"),
+        ("federation.robust=multi-krum secure_aggregation.groups=3", "cannot be told apart by distance"),
+        ("federation.robust=trimmed-mean secure_aggregation.groups=3", "cuts off none of 3 groups"),
+        ("federation.robust=median secure_aggregation.enabled=false compression.form=ring", "compares single updates"),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("evaluation.metric=bleu", "evaluation.metric"),
@@ -123,3 +132,9 @@ def test_paths_are_relative_to_the_job_file(tmp_path: Path) -> None:
 def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     job = load_job(None, ["federation.clients_per_round=0.25", "training.local_epochs=2", "federation.deadline=60"])
     assert load_job(write(tmp_path, dump_job(job))) == job
+
+
+@pytest.mark.parametrize("robust", ["none", "median", "trimmed-mean federation.robust_share=0.4"])
+def test_a_job_in_groups_may_have_a_rule_over_them_and_trains_one_tier(robust: str) -> None:
+    job = load_job(None, ["secure_aggregation.groups=3", *f"federation.robust={robust}".split()])
+    assert job.tiers == (job.adapter.rank,)

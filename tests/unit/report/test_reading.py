@@ -72,5 +72,5 @@ def test_a_client_whose_own_time_is_hidden_worked_from_the_round_s_start(make_ru
     client = first.clients[-1]
     begin, end = first.span(client)
     assert 0 < begin == pytest.approx(end - client.seconds)
-    hidden = msgspec.structs.replace(first, secure=Sum(3, 3, 2, ()))
+    hidden = msgspec.structs.replace(first, secure=Sum(3, 3, 2, (), 1, 3))
     assert hidden.span(msgspec.structs.replace(client, seconds=0.0)) == (0.0, end)

@@ -9,7 +9,14 @@ from rich.console import Console
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
-from fedtune.server.run_display import Terminal, WorkProgress, format_bytes, format_seconds, print_summary
+from fedtune.server.run_display import (
+    Terminal,
+    WorkProgress,
+    format_bytes,
+    format_seconds,
+    print_summary,
+    what_the_server_saw,
+)
 
 SUMMARY = {
     "rounds": 2,
@@ -25,6 +32,7 @@ SUMMARY = {
     "secure_aggregation": {
         "enabled": True,
         "sums": 2,
+        "groups": 1,
         "summed_least": 3,
         "minimum": 3,
         "threshold": 2,
@@ -71,6 +79,11 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
         assert part in text
     assert "[bold]oven on" in text, "what people wrote is not markup"
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_summary_tells_the_price_of_groups() -> None:
+    told = what_the_server_saw({**SUMMARY["secure_aggregation"], "sums": 6, "groups": 3})  # type: ignore[dict-item]
+    assert told.startswith("The server saw 6 sums, up to 3 a round, each over 3 clients or more")
 
 
 def test_a_piped_run_prints_a_line_a_round_and_why_clients_dropped() -> None:

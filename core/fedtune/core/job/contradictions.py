@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from fedtune.core.errors import JobError
 from fedtune.core.job.methods import AGGREGATIONS, RULE
+from fedtune.core.job.secure_cohorts import FEWEST_MEANS, grouped_cohort_problems
 from fedtune.core.job.settings import DEMO, Job
 from fedtune.core.metrics import METRICS
-from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 NO_FEEDBACK_IN_A_RING = (
     "a residual carried into a later sum is a memory that the sum's round does not name, by which a server that "
     "chooses cohorts can read one client's update, and a device that takes part once never sends it"
+)
+
+
+UNMASKED_GROUPS = (
+    "secure_aggregation.groups is {}, but secure_aggregation.enabled is false: the server sees every update, and a "
+    "rule can act on all of them; expected groups = 1"
 )
 
 
@@ -92,7 +97,7 @@ def _insecure(job: Job) -> list[str]:
     """Returns the reasons why the job cannot use secure aggregation; empty when it can, or when it is off."""
     secure, wanted = job.secure_aggregation, job.federation.clients_per_round
     if not secure.enabled:
-        return []
+        return [UNMASKED_GROUPS.format(secure.groups)] if secure.groups > 1 else []
     problems = []
     off = "or set secure_aggregation.enabled = false"
     if job.compression.preset == "none":
@@ -102,24 +107,14 @@ def _insecure(job: Job) -> list[str]:
             f'compression.form is "{job.compression.form}": only a ring can be masked; set form = "ring", {off}'
         )
     if isinstance(wanted, int):
-        problems += secure_cohort_problems(job, wanted)
-    return problems
-
-
-def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
-    """Returns the reasons why a cohort of this size cannot be summed securely as the job asks; empty when it can."""
-    secure = job.secure_aggregation
-    try:
-        minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
-    except JobError as error:
-        return [f"secure_aggregation: {problem}" for problem in error.problems]
-    if minimum < MIN_SURVIVORS:
-        problem = (
-            f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "
-            f"least {MIN_SURVIVORS}. Raise federation.clients_per_round or lower secure_aggregation.max_dropout"
+        problems += grouped_cohort_problems(job, wanted)
+    if secure.groups > 1 and job.federation.selection != "uniform":
+        problems.append(
+            f'secure_aggregation.groups is {secure.groups}, but federation.selection is "{job.federation.selection}", '
+            "which closes a round once enough clients of all have answered, and may leave any group with too few; "
+            'expected "uniform", or groups = 1'
         )
-        return [problem]
-    return []
+    return problems
 
 
 def _tier_problems(job: Job) -> list[str]:
@@ -179,7 +174,7 @@ def aggregation_problems(job: Job) -> list[str]:
         if method.sees_updates:
             problems.append(f"{name}, which {method.sees_updates}, {hidden}")
         if federation.robust != "none":
-            problems.append(f'federation.robust is "{federation.robust}", which {RULE.sees_updates}, {hidden}')
+            problems += _hidden_rule_problems(job, hidden)
         if federation.clip_norm is not None:
             problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
         if federation.weight != "uniform":
@@ -206,3 +201,19 @@ def aggregation_problems(job: Job) -> list[str]:
     if federation.server_learning_rate is not None and federation.server_optimizer == "none":
         problems.append('federation.server_learning_rate is set, but federation.server_optimizer is "none"')
     return problems
+
+
+def _hidden_rule_problems(job: Job, hidden: str) -> list[str]:
+    """Returns the reasons why a robust rule cannot act on the means of groups."""
+    federation, secure = job.federation, job.secure_aggregation
+    rule = f'federation.robust is "{federation.robust}"'
+    if not secure.enabled or secure.groups < FEWEST_MEANS:
+        over = f'"median" or "trimmed-mean" with secure_aggregation.groups of {FEWEST_MEANS} or more'
+        return [f'{rule}, which {RULE.sees_updates}, {hidden}; expected "none", or {over}']
+    if federation.robust == "multi-krum":
+        problem = f"{rule}, which leaves out whole updates for their distance from others, and a few means of groups"
+        return [f'{problem} cannot be told apart by distance; expected "median" or "trimmed-mean"']
+    if federation.robust == "trimmed-mean" and int(federation.robust_share * secure.groups) < 1:
+        problem = f"{rule}, which cuts off none of {secure.groups} groups at federation.robust_share = "
+        return [f"{problem}{federation.robust_share}; expected a share of at least 1 / {secure.groups}"]
+    return []

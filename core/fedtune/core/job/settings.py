@@ -110,8 +110,9 @@ class FederationSettings:
             The product stays as it is; the next request carries the whole adapter, at 8 bits.
         server_optimizer: step of the server along the aggregate (fedtune.strategies.server_optimizers).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
-        robust: in the clear, a rule in place of the mean that a few hostile updates cannot steer.
-        robust_share: share of the clients that may be hostile: cut off at either end, or left out.
+        robust: a rule in place of the mean that a few hostile updates cannot steer; under secure aggregation one over
+            the means of its groups.
+        robust_share: share of the clients, or groups, that may be hostile: cut off at either end, or left out.
         clip_norm: in the clear, the norm to which longer updates are scaled down.
         weight: weight of a client's update: the same for all clients, or in the clear its examples or target tokens.
         weight_cap: examples or tokens above which a client's weight does not grow.
@@ -192,11 +193,16 @@ class SecureAggregationSettings:
         enabled: whether updates are masked; they then travel in a ring (compression.form).
         max_dropout: share of a cohort that may vanish at any step before a round has no sum.
         max_corrupt: share of a cohort that may collude with a lying server.
+        groups: number of groups into which a cohort is cut at random, each with a sum of its own, so that
+            federation.robust can act on their means: "median" or "trimmed-mean", over at least 3. The server then sees
+            as many sums, each over one group, within which max_dropout and max_corrupt hold. A round with too few
+            clients has fewer groups. All clients train the whole adapter.
     """
 
     enabled: bool = True
     max_dropout: _Share = 0.3
     max_corrupt: _Share = 0.1
+    groups: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -276,6 +282,8 @@ class Job:
             return f'federation.aggregation is "{federation.aggregation}", which {reason}'
         if federation.robust != "none":
             return f'federation.robust is "{federation.robust}", which {RULE.equal_ranks}'
+        if (groups := self.secure_aggregation.groups) > 1:
+            return f"secure_aggregation.groups is {groups}, and no group would have enough clients of every tier"
         return None
 
     @property

@@ -18,6 +18,13 @@ from fedtune.core.secagg.masking import Words, word_type
 from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
+REFUSED_SHARES = "encrypted shares: the share from"
+
+
+def refuses_shares(reason: str) -> bool:
+    """Returns whether a client's reason for no answer is that another client's shares are bad, or so it says."""
+    return REFUSED_SHARES in reason
+
 
 def check_config(config: RoundConfig, policy: Policy, roster: Roster) -> None:
     """Checks that a configuration is consistent in itself, with the client's policy and with its roster."""
@@ -84,14 +91,12 @@ def opened_pair(
     opened = unseal(key, encrypted, transcript.associated_data(sender, receiver))
     client = transcript.config.cohort[sender].client
     if opened is None:
-        raise ServerFaultError(
-            f"encrypted shares: the share from {client} was altered in transit or has another sender", client
-        )
+        raise ServerFaultError(f"{REFUSED_SHARES} {client} was altered in transit or has another sender", client)
     of_self, of_mask = pieces(opened, shamir.ELEMENT_BYTES)
     try:
         shamir.to_element(of_self), shamir.to_element(of_mask)
     except ValueError:
-        raise ServerFaultError(f"encrypted shares: the one from {client} does not hold shares", client) from None
+        raise ServerFaultError(f"{REFUSED_SHARES} {client} does not hold shares", client) from None
     return of_self, of_mask
 
 

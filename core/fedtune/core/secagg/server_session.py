@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.codec.packing import packed_size, unpack
-from fedtune.core.errors import ClientFaultError, JobError, PeerError, RoundAbortedError
+from fedtune.core.errors import ClientFaultError, JobError, PeerError, RoundAbortedError, UnfitSharesError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import carriers, config_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import (
@@ -315,7 +315,7 @@ class ServerSession:
                 corrected = shamir.correct(list(shares), list(shares.values()), threshold)
                 seed = shamir.to_bytes(corrected.secret) if corrected else b""
                 if corrected is None or not self._is_seed_of(owner, seed):
-                    raise RoundAbortedError(f"the shares of {self._name(owner)} do not fit together")
+                    raise UnfitSharesError(f"the shares of {self._name(owner)} do not fit together")
                 liars |= {point - 1 for point in corrected.wrong}
             seeds[owner] = seed
         return seeds, liars

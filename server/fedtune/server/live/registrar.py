@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fedtune.core.errors import PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
-from fedtune.core.job.contradictions import secure_cohort_problems
+from fedtune.core.job.secure_cohorts import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.protocol.enrolment import SignedRoster

@@ -95,6 +95,8 @@ class Sum(msgspec.Struct, frozen=True):
     minimum: _Count
     threshold: _Count
     liars: tuple[str, ...]
+    groups: _Count
+    smallest: _Count
 
 
 class HeldOut(msgspec.Struct, frozen=True):

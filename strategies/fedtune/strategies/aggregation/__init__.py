@@ -1,12 +1,13 @@
 """Aggregation: combines client updates into one aggregate, by parts that nest.
 
-`aggregator` defines the interfaces; `payload_sums` has the outermost aggregators, which take payloads; `mean`,
-`products` and `robust` have the inner ones.
+`aggregator` defines the interfaces; `payload_sums` has the outermost aggregators, which take payloads, and `grouped`
+the one that takes a round's secure sums; `mean`, `products` and `robust` have the inner ones.
 """
 
 from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.job.settings import FederationSettings
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Aggregation, Aggregator, Frame, State, Update
+from fedtune.strategies.aggregation.grouped import Grouped
 from fedtune.strategies.aggregation.mean import Mean
 from fedtune.strategies.aggregation.payload_sums import Decoded, RingMean, Unpacked
 from fedtune.strategies.aggregation.products import ProductMean
@@ -21,6 +22,7 @@ __all__ = [
     "CoordinateMedian",
     "Decoded",
     "Frame",
+    "Grouped",
     "Mean",
     "MultiKrum",
     "ProductMean",

@@ -1,10 +1,10 @@
-"""Robust aggregations, which a few invalid or hostile updates cannot steer, in the clear.
+"""Robust aggregations, which a few invalid or hostile updates cannot steer.
 
     Robust(inner.method, CoordinateMedian())        a rule in place of the mean
     Clipped(Mean(method), norm=1.0)                 clips updates for any inner aggregator
 
-Each needs single updates, so none works under secure aggregation; all except clipping hold the whole cohort's updates
-at once.
+Each needs single updates: in the clear those of clients, under secure aggregation the means of groups (`grouped`). All
+except clipping hold the whole cohort's updates at once.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Cohorts: uniform and timed selection, and the tier that each client trains."""
+"""Cohorts: uniform and timed selection, the tier that each client trains, and groups with sums of their own."""
