@@ -84,7 +84,7 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
         uplink=uplink,
         terms=factor_terms(uplink, layout, factors, federation.terms.seed, number),
         slices=round_slices(uplink, layout, federation.terms.seed, number),
-        closing=federation.schedule.closing(federation.selection, population, len(trained)),
+        closing=_closing(federation, population, grouping),
     )
 
 
@@ -144,6 +144,13 @@ class Requests:
             choices = [change] if basis == FIRST else [change, self._adapter(FIRST)]
             self._adapters[basis] = min(choices, key=lambda adapter: sum(map(len, adapter.parts)))
         return self._adapters[basis]
+
+
+def _closing(federation: Federation, population: Sequence[str], grouping: Grouping) -> Closing | None:
+    """Returns the schedule's closing; a round in several groups waits for all, since each needs answers of its own."""
+    if len(grouping.groups) > 1:
+        return None
+    return federation.schedule.closing(federation.selection, population, grouping.largest)
 
 
 def _seconds(plan: RoundPlan) -> float:

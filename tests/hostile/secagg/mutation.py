@@ -30,6 +30,7 @@ SUITES = (
     "tests/hostile/secagg/test_lying_round.py",
     "tests/hostile/secagg/test_lying_server.py",
     "tests/hostile/secagg/test_hostile_clients.py",
+    "tests/hostile/secagg/test_groups.py",
     "tests/unit/secagg",
     "tests/unit/codec/test_maskable.py",
     "tests/unit/strategies/test_round.py",
@@ -383,6 +384,35 @@ MUTANTS = (
         "round.py",
         "        except (RoundAbortedError, JobError) as error:\n            self._aborted = str(error)",
         "        except (RoundAbortedError, JobError):\n            pass",
+        STRATEGIES,
+    ),
+    # groups, and the tracing of failed sums
+    Mutant(
+        "groups: a lost one has no survivors",
+        "round.py",
+        "            self._lose(outcome)",
+        "            pass",
+        STRATEGIES,
+    ),
+    Mutant(
+        "tracing: silent devices are no suspects",
+        "secure_sum.py",
+        "named = type(error) is RoundAbortedError and not self._refused",
+        "named = False",
+        STRATEGIES,
+    ),
+    Mutant(
+        "tracing: refused shares make suspects",
+        "secure_sum.py",
+        "named = type(error) is RoundAbortedError and not self._refused",
+        "named = type(error) is RoundAbortedError",
+        STRATEGIES,
+    ),
+    Mutant(
+        "tracing: who is found is left out",
+        "requests.py",
+        "able = [name for name in population if name not in state.suspicion.excluded]",
+        "able = list(population)",
         STRATEGIES,
     ),
     # checks of files on a device

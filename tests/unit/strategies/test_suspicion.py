@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil, log2
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from secure_fixture import BASE, LAYOUT
 
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.secure_cohorts import most_groups, secure_cohort_problems
 from fedtune.core.job.settings import Job
+from fedtune.core.round_records import ClientRecord
+from fedtune.core.secagg import Roster
+from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.cohorts.grouping import cut_cohort
 from fedtune.strategies.cohorts.suspicion import UNSUSPECTED, Circle, GroupOutcome, Suspicion
+from fedtune.strategies.federation import initial_state
+from fedtune.strategies.requests import plan_round
+from fedtune.strategies.secure_sum import SecureAggregation
 
 Fails = Callable[[tuple[str, ...]], bool]
 
@@ -132,6 +140,20 @@ def test_a_second_hostile_device_cannot_put_its_own_failures_on_the_last_suspect
     framed = last.after([outcome(names[1:6], failed=True), outcome(("000", *names[6:]), failed=False)])
     assert not framed.excluded
     assert framed.suspects == set(names[1:6])
+
+
+def test_a_round_in_several_groups_waits_for_all_clients_since_each_group_needs_its_own_answers() -> None:
+    names, timed = named(20), job(1, "federation.selection=deadline", "federation.clients_per_round=10")
+    seconds = Clients(len(names), seconds=dict.fromkeys(names, 2.0))
+    federation = assemble(timed, BASE, LAYOUT, seconds, secure=SecureAggregation("run", Roster({})))
+    learned = federation.selection.learned(1, [ClientRecord(name, answered=2.5) for name in names[:3]])
+    federation, state = replace(federation, selection=learned), initial_state(federation)
+    assert plan_round(federation, state, names).closing is not None
+    suspicion = Suspicion((Circle(frozenset(names)),), ("019",))
+    plan = plan_round(federation, replace(state, suspicion=suspicion), names)
+    assert len(plan.grouping.groups) == 2
+    assert plan.closing is None
+    assert "019" not in plan.tiers, "it is left out"
 
 
 def test_suspicion_comes_back_from_json_and_says_what_is_new() -> None:

@@ -72,13 +72,12 @@ class Suspicion:
         """Returns the suspicion after a round with these outcomes."""
         cleared = NOBODY.union(*(outcome.summed for outcome in outcomes))
         failed = NOBODY.union(*(outcome.suspects for outcome in outcomes))
-        before = self.suspects - cleared
         circles, excluded = [], list(self.excluded)
         alone = {circle.suspects for circle in self.circles if len(circle.suspects) == 1}
         for outcome in outcomes:
             if not outcome.suspects:
                 continue
-            narrowed = outcome.suspects & before or outcome.suspects
+            narrowed = outcome.suspects & self.suspects or outcome.suspects
             if narrowed in alone:
                 excluded += narrowed
             else:
