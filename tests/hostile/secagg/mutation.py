@@ -374,7 +374,7 @@ MUTANTS = (
     Mutant("manifest: kind is signed", "signed.py", "kind.encode(), json", 'b"", json', MANIFEST),
     Mutant("manifest: expiry", "job_manifest.py", "if not now < expires:", "if False:", MANIFEST),
     Mutant("manifest: size", "signed.py", "if len(data) > limit:", "if False:", MANIFEST),
-    Mutant("terms: digest has the settings", "job_terms.py", '"settings": self.settings, ', "", MANIFEST),
+    Mutant("terms: digest has the settings", "job_terms.py", '"settings": chosen, ', "", MANIFEST),
     Mutant("terms: digest has the base", "job_terms.py", ', "base": base}', "}", MANIFEST),
     Mutant("terms: seed has the digest", "job_terms.py", '"job", self.digest)', '"job")', MANIFEST),
     Mutant("round: job", "secure_rounds.py", '"job": (config.job, self._device.job or config.job),', "", CLIENT),

@@ -145,7 +145,7 @@ def test_a_second_hostile_device_cannot_put_its_own_failures_on_the_last_suspect
 def test_a_round_in_several_groups_waits_for_all_clients_since_each_group_needs_its_own_answers() -> None:
     names, timed = named(20), job(1, "federation.selection=deadline", "federation.clients_per_round=10")
     seconds = Clients(len(names), seconds=dict.fromkeys(names, 2.0))
-    federation = assemble(timed, BASE, LAYOUT, seconds, secure=SecureAggregation("run", Roster({})))
+    federation = assemble(timed, BASE, LAYOUT, seconds, secure=SecureAggregation(Roster({})))
     learned = federation.selection.learned(1, [ClientRecord(name, answered=2.5) for name in names[:3]])
     federation, state = replace(federation, selection=learned), initial_state(federation)
     assert plan_round(federation, state, names).closing is not None

@@ -27,6 +27,7 @@ from fedtune.core.protocol.messages import Base
 from fedtune.core.seeds import derive_seed
 
 ALL = ()
+_DEFAULTS = dataclasses.asdict(Job())
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "model": ("quantization",),
     "adapter": ALL,
@@ -71,9 +72,16 @@ class JobTerms:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of settings and base as canonical JSON, in hexadecimal digits."""
+        """SHA-256 of base and settings as canonical JSON, in hexadecimal digits.
+
+        Settings that have their default are left out, so that a setting which a later release adds changes no digest.
+        """
         base = {**self.described, "name": ""}
-        text = json.dumps({"settings": self.settings, "base": base}, sort_keys=True, separators=(",", ":"))
+        chosen = {
+            section: {key: value for key, value in values.items() if value != _DEFAULTS[section].get(key)}
+            for section, values in self.settings.items()
+        }
+        text = json.dumps({"settings": chosen, "base": base}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
