@@ -1,21 +1,22 @@
 #!/bin/sh
 # Makes this machine a device of a fleet, in one line:
 #
-#     sh install.sh --bundle kitchen.bundle --data mine.jsonl
+#     sh install.sh --invitation invitation.json --data mine.jsonl
 #
 # It looks for Python 3.11 or newer, makes a virtual environment, installs what the hardware needs (torch for CUDA where
-# there is an NVIDIA GPU, for the CPU elsewhere), joins with the bundle, and registers the service. Run again, it
+# there is an NVIDIA GPU, for the CPU elsewhere), joins by the invitation, and registers the service. Run again, it
 # upgrades what is installed and keeps the device. As root it serves the machine, under a user of its own (/opt/fedtune,
 # /var/lib/fedtune); as anyone else it serves that user (~/.local/share/fedtune, ~/.fedtune/client).
 set -eu
 
 usage() {
     cat <<'USAGE'
-usage: sh install.sh --bundle FILE --data FILE [option]...
+usage: sh install.sh --invitation FILE --data FILE [option]...
        sh install.sh                               upgrade, and start again
        sh install.sh --uninstall                   leave the fleet, remove service and programs; the data stays
 
-  --bundle FILE         what `fedtune server enroll` wrote for this device; removed once this machine has joined
+  --invitation FILE     what `fedtune server init` wrote; nothing in it is secret
+  --name NAME           the device's name in the fleet; by default this machine's
   --data FILE           this device's examples; they stay where they are
   --base DIR            a base model's directory on this device; may be given again
   --allow-clear         also take part in jobs whose server sees this device's own updates
@@ -43,19 +44,20 @@ run() { # prints the command, and runs it unless this is a dry run
     [ -n "$dry_run" ] || "$@"
 }
 
-bundle='' data='' allow_clear='' scores='' source='' constraint='' python='' torch='' uninstall='' dry_run='' service=yes
+invitation='' name='' data='' allow_clear='' scores='' source='' constraint='' python='' torch='' uninstall='' dry_run='' service=yes
 torch_index=https://download.pytorch.org/whl/cpu
 system=''
 [ "$(id -u)" -ne 0 ] || system=yes
 bases='' # one a line
 while [ $# -gt 0 ]; do
     case $1 in
-    --bundle | --data | --base | --source | --constraint | --python | --torch | --torch-index)
+    --invitation | --name | --data | --base | --source | --constraint | --python | --torch | --torch-index)
         [ $# -ge 2 ] || fail "$1: expected a value"
         ;;
     esac
     case $1 in
-    --bundle) bundle=$2 && shift ;;
+    --invitation) invitation=$2 && shift ;;
+    --name) name=$2 && shift ;;
     --data) data=$2 && shift ;;
     --base) bases="$bases$(realpath -- "$2")
 " && shift ;;
@@ -161,17 +163,17 @@ fi
 joined=''
 [ ! -e "$device/device.json" ] || joined=yes
 if [ -z "$joined" ]; then
-    [ -n "$bundle" ] || fail "this machine is no device yet; expected --bundle FILE and --data FILE"
-    [ -r "$bundle" ] || fail "--bundle $bundle: cannot be read"
+    [ -n "$invitation" ] || fail "this machine is no device yet; expected --invitation FILE and --data FILE"
+    [ -r "$invitation" ] || fail "--invitation $invitation: cannot be read"
     [ -n "$data" ] || fail "expected --data FILE, this device's examples"
     [ -s "$data" ] || fail "--data $data: missing or empty"
-    bundle=$(realpath -- "$bundle") data=$(realpath -- "$data")
+    invitation=$(realpath -- "$invitation") data=$(realpath -- "$data")
     if [ -n "$system" ]; then
         case $data in
         /root/* | /home/*) fail "--data $data: the service does not see home directories; move it, say to /srv" ;;
         esac
     fi
-elif [ -n "$bundle" ]; then
+elif [ -n "$invitation" ]; then
     say "this machine is a device already, and stays it; to become another: sh install.sh --uninstall"
 fi
 
@@ -202,10 +204,10 @@ fi
 if [ -n "$system" ]; then run install -d -o fedtune -g fedtune -m 0700 "$home"; fi
 if [ -z "$joined" ]; then
     if [ -n "$system" ]; then # the service's user may read neither its owner's files nor folders
-        run install -o fedtune -g fedtune -m 0600 "$bundle" "$home/join.bundle"
-        given=$home/join.bundle
+        run install -o fedtune -g fedtune -m 0600 "$invitation" "$home/invitation.json"
+        given=$home/invitation.json
     else
-        given=$bundle
+        given=$invitation
     fi
     set -- "$fedtune" client join "$given" --data "$data"
     old_ifs=$IFS
@@ -213,11 +215,11 @@ if [ -z "$joined" ]; then
 '
     for base in $bases; do set -- "$@" --base "$base"; done
     IFS=$old_ifs
+    [ -z "$name" ] || set -- "$@" --name "$name"
     [ -z "$allow_clear" ] || set -- "$@" --allow-clear
     [ -z "$scores" ] || set -- "$@" --scores
     as_device "$@"
-    [ "$given" = "$bundle" ] || run rm -f "$given"
-    run rm -f "$bundle" # it holds the same keys
+    [ "$given" = "$invitation" ] || run rm -f "$given"
 fi
 
 # -- serve

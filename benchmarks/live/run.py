@@ -43,11 +43,13 @@ from facts import machine_facts  # noqa: E402
 
 from fedtune.client.live.device_home import ClientHome  # noqa: E402
 from fedtune.core.job.job_file import load_job  # noqa: E402
+from fedtune.core.manifest.joining import Invitation  # noqa: E402
 from fedtune.demo import JOB, write_federation  # noqa: E402
-from fedtune.server.live.enrolled_devices import Devices, enroll  # noqa: E402
+from fedtune.server.fleet.owner_home import OwnerHome  # noqa: E402
+from fedtune.server.fleet.signing import sign_job  # noqa: E402
+from fedtune.server.live.enrolled_devices import Devices, publish  # noqa: E402
 from fedtune.server.live.job_queue import Jobs  # noqa: E402
-from fedtune.server.live.server_home import ServerConfig, ServerHome  # noqa: E402
-from fedtune.server.live.signing import sign_job  # noqa: E402
+from fedtune.server.live.server_home import INVITATION, ServerConfig, ServerHome  # noqa: E402
 from fedtune.server.live.sockets import Listener  # noqa: E402
 from fedtune.server.run_directory import read_rounds  # noqa: E402
 
@@ -144,7 +146,7 @@ def secure_rounds(folder: Path, clients: int) -> tuple[float, float]:
         ],
     )
     jobs = Jobs(home)
-    queued = jobs.submit(job, sign_job(home.fleet_key, job, "secure"))
+    queued = jobs.submit(job, sign_job(OwnerHome(folder / "owner").key, job, "secure"))
     notes = [device / "trained" for device in devices]
     commands = [
         [str(BIN / "fedtune"), "server", "start", "--home", str(home.path)],
@@ -169,12 +171,17 @@ def fleet(folder: Path, clients: int) -> tuple[ServerHome, list[Path]]:
     """Makes a server's folder, and those of devices that joined."""
     port = free_port()
     config = ServerConfig(address=f"localhost:{port}", listen="127.0.0.1", port=port)
-    home = ServerHome.create(folder / "server", config, [])
+    owner = OwnerHome.create(folder / "owner")
+    home = ServerHome.create(folder / "server", config, [], owner.first_key)
     write_federation(folder / "data", clients, 0, 60)
-    devices = []
+    devices, requests = [], []
     for data in sorted((folder / "data" / "clients").glob("*.jsonl")):
-        bundle = enroll(home, data.stem, folder / f"{data.stem}.bundle")
-        devices.append(ClientHome.join(folder / f"device-{data.stem}", bundle, data).path)
+        invitation = Invitation.load(home.path / INVITATION)
+        device = ClientHome.join(folder / f"device-{data.stem}", invitation, data.stem, data)
+        devices.append(device.path)
+        requests.append(device.request)
+    owner.approve(requests)
+    publish(home, owner.log)
     return home, devices
 
 

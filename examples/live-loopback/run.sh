@@ -29,19 +29,22 @@ from fedtune.demo import write_federation
 write_federation(Path("data"), 3, 0, 60)  # three households, seed 0, 60 examples each
 PYTHON
 
-echo "== the cloud: a server with its own certificate authority, and three devices enrolled"
+echo "== the cloud: a server with its own certificate authority; this machine plays the fleet's owner too"
+export FEDTUNE_FLEET_HOME=owner
 fedtune server init --home cloud --address "127.0.0.1:$port" --listen 127.0.0.1
-for name in 000 001 002; do fedtune server enroll "$name" --home cloud --out "$name.bundle"; done
 fedtune server start --home cloud >server.log 2>&1 &
 processes+=($!)
 
-echo "== the edge: each device joins with its bundle and its own data, and starts"
+echo "== the edge: each device makes its keys, joins with its own data, and starts"
 for name in 000 001 002; do
     # Without --no-try a device also checks its plan with one real training step; for three at once that takes a while.
-    fedtune client join "$name.bundle" --data "data/clients/$name.jsonl" --home "device-$name" --no-try
+    fedtune client join cloud/invitation.json --name "$name" --data "data/clients/$name.jsonl" --home "device-$name" --no-try
     fedtune client start --home "device-$name" >"device-$name.log" 2>&1 &
     processes+=($!)
 done
+
+echo "== the owner approves the devices"
+fedtune fleet approve --all --server-home cloud
 
 echo "== a job"
 fedtune server submit job.toml --name first --home cloud --wait

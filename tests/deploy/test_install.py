@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from owner import make_server
 
 from fedtune.demo import write_federation
-from fedtune.server.live.enrolled_devices import enroll
-from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.live.server_home import INVITATION, ServerConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "install.sh"
@@ -20,16 +20,16 @@ INSTALL_SECONDS = 900
 
 
 class Machine:
-    """A scratch home with a bundle and a data file."""
+    """A scratch home with an invitation and a data file."""
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "home"
         self.programs = folder / "programs"
         self.home.mkdir()
         self.programs.mkdir()
-        server = ServerHome.create(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 8443), [])
-        self.bundle = folder / "kitchen.bundle"
-        enroll(server, "kitchen", self.bundle)
+        server = make_server(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 8443))
+        self.invitation = folder / "invitation.json"
+        self.invitation.write_bytes((server.path / INVITATION).read_bytes())
         write_federation(folder / "data", 1, 0, 4, 4)
         self.data = folder / "data" / "clients" / "000.jsonl"
 
@@ -59,16 +59,15 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def test_a_dry_run_says_everything_and_does_nothing(machine: Machine) -> None:
-    done = machine.install("--bundle", machine.bundle, "--data", machine.data, "--dry-run")
+    done = machine.install("--invitation", machine.invitation, "--name", "kitchen", "--data", machine.data, "--dry-run")
     assert done.returncode == 0, done.stderr
-    for step in ("-m venv", "fedtune[client] @ file://", "client join", f"rm -f {machine.bundle}"):
+    for step in ("-m venv", "fedtune[client] @ file://", "client join", "--name kitchen"):
         assert step in done.stdout
     assert list(machine.home.iterdir()) == []
-    assert machine.bundle.exists()
 
 
 def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
-    arguments = ("--bundle", machine.bundle, "--data", machine.data, "--dry-run")
+    arguments = ("--invitation", machine.invitation, "--name", "kitchen", "--data", machine.data, "--dry-run")
     fake = machine.programs / "nvidia-smi"
     fake.write_text("#!/bin/sh\nexit 9\n")  # a driver without a GPU
     fake.chmod(0o755)
@@ -85,21 +84,21 @@ def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "no device yet; expected --bundle FILE and --data FILE"),
-        (("--bundle", "none.bundle", "--data", "none.jsonl"), "--bundle none.bundle: cannot be read"),
-        (("--bundle", "BUNDLE"), "expected --data FILE"),
-        (("--bundle", "BUNDLE", "--data", "none.jsonl"), "--data none.jsonl: missing or empty"),
-        (("--bundle", "BUNDLE", "--data", "DATA", "--torch", "tpu"), "--torch tpu: expected cpu or cuda"),
-        (("--bundle", "BUNDLE", "--data", "DATA", "--source", "none"), "--source none: no such file"),
-        (("--bundle", "BUNDLE", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
-        (("--bundle",), "--bundle: expected a value"),
+        ((), "no device yet; expected --invitation FILE and --data FILE"),
+        (("--invitation", "none.bundle", "--data", "none.jsonl"), "--invitation none.bundle: cannot be read"),
+        (("--invitation", "INVITATION"), "expected --data FILE"),
+        (("--invitation", "INVITATION", "--data", "none.jsonl"), "--data none.jsonl: missing or empty"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--torch", "tpu"), "--torch tpu: expected cpu or cuda"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--source", "none"), "--source none: no such file"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
+        (("--invitation",), "--invitation: expected a value"),
         (("--colour", "red"), "--colour: unknown option"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_changed(
     machine: Machine, arguments: tuple[str, ...], complaint: str
 ) -> None:
-    given = {"BUNDLE": str(machine.bundle), "DATA": str(machine.data)}
+    given = {"INVITATION": str(machine.invitation), "DATA": str(machine.data)}
     done = machine.install(*(given.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     assert complaint in done.stderr
@@ -115,10 +114,9 @@ def test_uninstalling_what_is_not_there_is_no_mistake(machine: Machine) -> None:
 @pytest.mark.slow
 def test_a_device_is_installed_upgraded_and_removed_and_its_data_stays(machine: Machine) -> None:
     arguments = ("--torch-index", "")
-    done = machine.install("--bundle", machine.bundle, "--data", machine.data, *arguments)
+    done = machine.install("--invitation", machine.invitation, "--name", "kitchen", "--data", machine.data, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((machine.device / "device.json").read_text())["name"] == "kitchen"
-    assert not machine.bundle.exists()
     key = (machine.device / "node.key").read_bytes()
     fedtune = machine.programs_folder / "bin" / "fedtune"
     status = subprocess.run(

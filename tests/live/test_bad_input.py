@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from owner import enroll, invitation, make_server
 
 from fedtune.client.live.device_home import ClientHome
 from fedtune.client.live.device_loop import BACKOFF_SECONDS, DeviceLoop
@@ -23,15 +24,14 @@ from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.process import Stopped
-from fedtune.core.protocol.enrolment import Bundle
+from fedtune.core.manifest.joining import Invitation, JoinRequest, PrivateKeys
 from fedtune.core.protocol.messages import EVALUATE, Refusal, Request
 from fedtune.flower.fleet_link import Answer
 from fedtune.flower.signed_http import UnreachableError
 from fedtune.server import cli
 from fedtune.server.live.certificates import make_server_certificate
-from fedtune.server.live.enrolled_devices import enroll
 from fedtune.server.live.listener import CONTROL_KEY
-from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.live.server_home import INVITATION, ServerConfig, ServerHome
 from fedtune.server.live.sockets import Listener
 
 Command = Callable[..., str]
@@ -39,9 +39,10 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def home(tmp_path: Path) -> ServerHome:
-    """Makes a server's folder with the enrolled device ada."""
-    home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
-    enroll(home, "ada", tmp_path / "ada.bundle")
+    """Makes a server's folder, beside its owner's, with the device ada."""
+    home = make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
+    enroll(home, "ada")
+    (tmp_path / "invitation.json").write_bytes((home.path / INVITATION).read_bytes())
     (tmp_path / "data.jsonl").write_text('{"text": "one example"}\n')
     return home
 
@@ -54,6 +55,7 @@ def refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDTUNE_SERVER_HOME", "cloud")
     monkeypatch.setenv("FEDTUNE_CLIENT_HOME", "device")
+    monkeypatch.setenv("FEDTUNE_FLEET_HOME", "owner")
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
@@ -67,17 +69,18 @@ def refused(
     return run
 
 
-def test_a_bundle_that_is_none_is_refused(refused: Command, tmp_path: Path) -> None:
+def test_an_invitation_that_is_none_is_refused(refused: Command, tmp_path: Path) -> None:
     join = ("client", "join", "--data", "data.jsonl")
-    assert "No such file" in refused(*join, "nothing.bundle")
-    assert "a bundle, which `fedtune server enroll` writes: it is not JSON" in refused(*join, "cloud/server.toml")
-    whole = (tmp_path / "ada.bundle").read_text()
+    assert "No such file" in refused(*join, "nothing.json")
+    assert "an invitation, which `fedtune server init` writes: it is not JSON" in refused(*join, "cloud/server.toml")
+    whole = (tmp_path / "invitation.json").read_text()
     for name, text, complaint in (
         ("cut", whole[:300], "it is not JSON"),
-        ("other", '{"format": "fedtune-bundle-99"}', "not a bundle of this version"),
-        ("short", '{"format": "fedtune-bundle-1"}', "incomplete; enrol the device again"),
-        ("changed", whole.replace('"version": 1', '"version": 2'), "not signed with this fleet's key"),
-        ("renamed", whole.replace('"name": "ada"', '"name": "bob"'), "its identity key is not the roster's"),
+        ("other", '{"format": "fedtune-invitation-99"}', "no invitation of this version"),
+        ("earlier", '{"format": "fedtune-bundle-1", "name": "ada"}', "a bundle of an earlier release"),
+        ("short", '{"format": "fedtune-invitation-1"}', "no invitation of this version"),
+        ("elsewhere", whole.replace("localhost:8443", "nowhere"), "the invitation is damaged"),
+        ("keyless", whole.replace('"fleet_key": "', '"fleet_key": "ff'), "the invitation is damaged"),
     ):
         (tmp_path / name).write_text(text)
         assert complaint in refused(*join, name)
@@ -86,20 +89,20 @@ def test_a_bundle_that_is_none_is_refused(refused: Command, tmp_path: Path) -> N
 
 def test_a_missing_or_empty_data_file_is_refused_when_a_device_joins(refused: Command, tmp_path: Path) -> None:
     assert "nowhere.jsonl: cannot read the data file: No such" in refused(
-        "client", "join", "ada.bundle", "--data", "nowhere.jsonl"
+        "client", "join", "invitation.json", "--data", "nowhere.jsonl"
     )
     (tmp_path / "empty.jsonl").touch()
-    assert "the data file is empty" in refused("client", "join", "ada.bundle", "--data", "empty.jsonl")
+    assert "the data file is empty" in refused("client", "join", "invitation.json", "--data", "empty.jsonl")
     assert "/nowhere: not a model directory" in refused(
-        "client", "join", "ada.bundle", "--data", "data.jsonl", "--base", "/nowhere"
+        "client", "join", "invitation.json", "--data", "data.jsonl", "--base", "/nowhere"
     )
     assert not (tmp_path / "device").exists()
 
 
 def test_a_machine_is_one_device_at_a_time(refused: Command, tmp_path: Path) -> None:
     assert "there is no device here; make one with: fedtune client join" in refused("client", "start")
-    ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
-    said = refused("client", "join", "ada.bundle", "--data", "data.jsonl")
+    ClientHome.join(tmp_path / "device", Invitation.load(tmp_path / "invitation.json"), "bob", tmp_path / "data.jsonl")
+    said = refused("client", "join", "invitation.json", "--data", "data.jsonl")
     assert "there is a device here already; remove it with: fedtune client leave" in said
 
 
@@ -108,15 +111,32 @@ def test_keys_that_others_may_read_are_not_used(refused: Command, tmp_path: Path
     assert "must be its owner's only; run: chmod 700 cloud" in refused("server", "start")
 
 
-def test_devices_have_names_of_their_own(refused: Command) -> None:
-    assert "enrolled already; to enrol it again, first: fedtune server revoke ada" in refused(
-        "server", "enroll", "ada", "--out", "again.bundle"
+def test_devices_have_names_of_their_own(refused: Command, home: ServerHome, tmp_path: Path) -> None:
+    (tmp_path / "again.json").write_bytes(JoinRequest.make("ada", PrivateKeys.generate()).to_bytes())
+    assert "ada: there is a device of this name; revoke it first" in refused("fleet", "approve", "again.json")
+    assert "a device's name has 1 to 64 letters" in refused(
+        "client", "join", "invitation.json", "--name", "../ada", "--data", "data.jsonl"
     )
-    assert "ada.bundle: exists already; choose another --out" in refused(
-        "server", "enroll", "eve", "--out", "ada.bundle"
-    )
-    assert "a device's name has 1 to 64 letters" in refused("server", "enroll", "../ada")
-    assert "bob: no such device; enrolled: ada" in refused("server", "revoke", "bob")
+    assert "bob: no such device; known: ada" in refused("fleet", "revoke", "bob")
+
+
+def test_a_fleet_s_owner_is_told_what_is_wrong(refused: Command, home: ServerHome, tmp_path: Path) -> None:
+    assert "no fleet here; make one with: fedtune fleet init" in refused("fleet", "status", "--home", "none")
+    assert "there is a fleet here already" in refused("fleet", "init")
+    assert "no such code waits here, and no such file; waiting: none" in refused("fleet", "approve", "AAAA-BBBB")
+    assert "expected a device's request to join" in refused("fleet", "approve", "data.jsonl")
+    assert "no device waits for approval" in refused("fleet", "approve", "--all")
+    init = ("server", "init", "--address", "localhost:1", "--home", "other", "--fleet")
+    assert "a fleet's public key has 64 hexadecimal digits" in refused(*init, "data.jsonl")
+    log = (home.path / "fleet.jsonl").read_text().splitlines(keepends=True)
+    for name, text, complaint in (
+        ("older", "".join(log[:-1]), "the fleet's log is older than the one that this side holds"),
+        ("cut", "".join(log) + log[-1][:50], "the fleet's log is cut off"),
+        ("twice", "".join(log) + log[-1], "does not follow entry"),
+        ("changed", "".join(log).replace('"number":1,', '"number":1, '), "an entry was changed or taken back"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert complaint in refused("server", "publish", name)
 
 
 def test_a_server_needs_an_address_and_a_folder_of_its_own(refused: Command) -> None:
@@ -241,7 +261,7 @@ class Worker:
 
 @pytest.fixture
 def joined(home: ServerHome, tmp_path: Path) -> ClientHome:
-    return ClientHome.join(tmp_path / "device", Bundle.load(tmp_path / "ada.bundle"), tmp_path / "data.jsonl")
+    return ClientHome.join(tmp_path / "device", invitation(home), "ada", tmp_path / "data.jsonl")
 
 
 def no_space(path: Path, content: bytes | str) -> None:
@@ -307,11 +327,11 @@ def test_what_cannot_happen_to_a_device_is_refused_and_changes_nothing(joined: C
                 assert report.status.state == state
 
 
-def test_a_damaged_roster_is_told_when_the_device_starts(joined: ClientHome) -> None:
-    roster = joined.path / "roster.json"
-    roster.write_text(roster.read_text().replace('"version": 1', '"version": 7'))
+def test_a_damaged_log_is_told_when_the_device_starts(joined: ClientHome, home: ServerHome) -> None:
+    damaged = (home.path / "fleet.jsonl").read_text().replace('"number":1', '"number":7')
+    (joined.path / "fleet.jsonl").write_text(damaged)
     loop, _ = loop_of(joined, Line(), [])
-    with pytest.raises(InputError, match="not signed with this fleet's key; join again with a new bundle"):
+    with pytest.raises(InputError, match="not signed with this fleet's key; leave and join again"):
         loop.run()
 
 

@@ -29,10 +29,10 @@ SECONDS = 900
 COMMANDS = {
     LIVE: [
         ["server", "init"],
-        ["server", "enroll"],
         ["server", "start"],
         ["client", "join"],
         ["client", "start"],
+        ["fleet", "approve"],
         ["server", "submit"],
         ["server", "status"],
         ["server", "stop"],

@@ -40,10 +40,10 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     assert {device["plan"]["rank"] for device in status["devices"].values()} == {CORE_RANK}
     took = fleet.device_status(fleet.names[0])["plan"]["took"]
     assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
-    # The devices have got the newest roster; those of their bundles had fewer devices.
+    # The devices have got the fleet's log, whose second entry approved all of them.
     from fedtune.client.live.device_home import ClientHome
 
-    assert {ClientHome(fleet.client_home(name)).roster.version for name in fleet.names} == {3}
+    assert {ClientHome(fleet.client_home(name)).fleet.number for name in fleet.names} == {2}
 
     # A second process for the same device is refused, and so is a second server.
     again = _fedtune("client", "start", "--home", str(fleet.client_home(fleet.names[0])))

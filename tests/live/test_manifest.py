@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from live_helpers import Fleet, MakeFleet
 from lone_device import Device, device_of, manifest
+from owner import owner_of
 
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.protocol.messages import OPEN, Refusal, encode, query
@@ -25,7 +26,7 @@ def fleet(make_fleet: MakeFleet) -> Fleet:
 
 def offered(device: Device, fleet: Fleet, data: bytes) -> bytes | Refusal:
     """Returns the device's answer to a registration with this manifest."""
-    roster = Devices.load(fleet.home).roster.to_bytes()
+    roster = Devices.load(fleet.home).log
     return device.ask(ACTION, encode(Registration(PROTOCOL_VERSION, "0.1", data, roster)))
 
 
@@ -39,7 +40,7 @@ def test_a_job_that_the_owner_has_not_signed_is_refused(fleet: Fleet) -> None:
 
 
 def test_a_manifest_that_has_expired_ends_the_job_also_for_a_device_that_starts_again(fleet: Fleet) -> None:
-    name, key, honest = fleet.names[0], fleet.home.fleet_key, manifest(fleet)
+    name, key, honest = fleet.names[0], owner_of(fleet.home).key, manifest(fleet)
     late = JobManifest.sign(key, "job", honest.terms, time.time() - 1)
     outcome = offered(device_of(fleet, name), fleet, late.data)
     assert isinstance(outcome, Refusal)
@@ -66,7 +67,7 @@ def test_the_terms_that_hold_are_those_of_the_manifest_and_not_of_one_without_a_
 def test_a_server_that_gives_a_job_another_name_finds_the_device_s_memory_of_it(fleet: Fleet) -> None:
     """The name that a server chose was the key of the round log, so another name began a known job again."""
     device, honest = device_of(fleet, fleet.names[0]), manifest(fleet)
-    renamed = JobManifest.sign(fleet.home.fleet_key, "another name", honest.terms, time.time() + 60)
+    renamed = JobManifest.sign(owner_of(fleet.home).key, "another name", honest.terms, time.time() + 60)
     folders = []
     for data in (honest.data, renamed.data):
         assert not isinstance(offered(device, fleet, data), Refusal)

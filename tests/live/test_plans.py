@@ -17,14 +17,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from live_helpers import Fleet, MakeFleet
 from lone_device import device_of, manifest
+from owner import owner_of
 
 from fedtune.client.live.device_home import ClientHome
 from fedtune.client.plan.backend import Measured
-from fedtune.client.plan.eligibility import Consent, Requirements, Sensors
+from fedtune.client.plan.eligibility import Requirements, Sensors
 from fedtune.core.errors import PeerError
 from fedtune.core.host.clock import Clock
 from fedtune.core.manifest.job_manifest import JobManifest
-from fedtune.core.protocol.enrolment import Bundle
 from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, encode, query
 from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply
 from fedtune.core.round_timing import LEAST_WORK
@@ -79,9 +79,7 @@ def test_a_device_that_cannot_do_all_by_the_deadline_does_what_it_can(fleet: Fle
 def test_a_device_scores_for_a_server_only_where_its_owner_says_so(make_fleet: MakeFleet, scores: bool) -> None:
     fleet = make_fleet(1)
     name = fleet.names[0]
-    data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
-    bundle = Bundle.load(fleet.folder / f"{name}.bundle")
-    ClientHome.join(fleet.client_home(name), bundle, data, consent=Consent(scores=scores))
+    fleet.join(name, scores=scores)
     device = device_of(fleet, name)
     device.register(fleet)
     assert ("scores nothing for a server" in device.refusal(EVALUATE, b"").reason) != scores
@@ -160,7 +158,8 @@ def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
     (name,) = fleet.names
     home = fleet.client_home(name)
     data = str(fleet.folder / "data" / "clients" / f"{name}.jsonl")
-    join = ["client", "join", str(fleet.folder / f"{name}.bundle"), "--data", data, "--home", str(home)]
+    invited = str(fleet.home.path / "invitation.json")
+    join = ["client", "join", invited, "--name", name, "--data", data, "--home", str(home)]
     with monkeypatch.context() as scarce:
         none_free = psutil.virtual_memory()._replace(available=0)
         scarce.setattr(psutil, "virtual_memory", lambda: none_free)
@@ -286,8 +285,8 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsy
     device = device_of(fleet, name)
     honest = manifest(fleet).terms
     base = msgspec.structs.replace(honest.base, name=hostile, digest="0" * 64)
-    lie = JobManifest.sign(fleet.home.fleet_key, "job", replace(honest, base=base), time.time() + 60)
-    roster = Devices.load(fleet.home).roster.to_bytes()
+    lie = JobManifest.sign(owner_of(fleet.home).key, "job", replace(honest, base=base), time.time() + 60)
+    roster = Devices.load(fleet.home).log
     registration = Registration(PROTOCOL_VERSION, "0.1", lie.data, roster)
     assert device.refusal(ACTION, encode(registration))
     problem = fleet.device_status(name)["problem"]
@@ -313,6 +312,7 @@ def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         "state": "stopped", "address": "a:1", "certificate_days_left": 9.0, "job": None, "waiting": [], "finished": [],
         "failed": {}, "problems": [], "devices": {"ann": device | {"plan": plan}, "bob": device | {"plan": None}},
     }  # fmt: skip
+    status |= {"fleet": {"entry": 2, "days_left": 9.0, "wait_for_approval": {}}}
     print_status(Console(width=100), status)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ann", "8", "packed", "64", "120", "MB", "1.5", "s"] in lines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from fedtune.core.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:  # the class is imported when a command runs
     from fedtune.client.live.device_home import ClientHome
+    from fedtune.core.manifest.joining import JoinRequest
 
 app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
 
@@ -33,10 +36,13 @@ _Home = Annotated[
 
 @app.command()
 def join(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="The file that `fedtune server enroll` wrote for this device.")
+    invitation: Annotated[
+        Path, typer.Argument(metavar="INVITATION", help="The invitation.json that `fedtune server init` wrote.")
     ],
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="This device's examples; they stay here.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="The device's name in the fleet; by default this machine's.")
+    ] = None,
     base: Annotated[
         list[Path] | None,
         typer.Option("--base", metavar="DIR", help="A base model's directory on this device; may be given again."),
@@ -74,13 +80,15 @@ def join(
     ] = True,
     home: _Home = None,
 ) -> None:
-    """Make this machine the device of the bundle, if it can train, and print its plan.
+    """Make this machine a device, if it can train: make its keys, print its plan, and ask the fleet's owner.
 
-    Example: fedtune client join kitchen.bundle --data mine.jsonl --base /models/Qwen3-0.6B
+    It prints a code, by which the owner approves the device: fedtune fleet approve CODE.
+
+    Example: fedtune client join invitation.json --name kitchen --data mine.jsonl --base /models/Qwen3-0.6B
     """
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
     consent = Consent(allow_clear, scores, requirements)
-    make_device(Joining(bundle, data, tuple(base or ()), home, consent, try_step))
+    make_device(Joining(invitation, name or _this_machine(), data, tuple(base or ()), home, consent, try_step))
 
 
 @app.command()
@@ -124,6 +132,7 @@ def status(
     device = _open(home)
     holder = device.lock.holder()
     found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    found["code"] = request.code if (request := device.request) else None
     found["model"] = model.name if (model := device.models.current) else None
     path = device.path / "status.json"
     if path.exists():
@@ -209,7 +218,7 @@ def leave(home: _Home = None) -> None:
         print(f"stopped process {process}")
     name = device.config.name
     device.leave()
-    print(f"removed {device.path}; on the server: fedtune server revoke {name}")
+    print(f"removed {device.path}; the fleet's owner may now: fedtune fleet revoke {name}")
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,8 @@ class Joining:
     """The options of `fedtune client join`.
 
     Args:
-        bundle: the file that `fedtune server enroll` wrote.
+        invitation: the file that `fedtune server init` wrote.
+        name: the device's name in the fleet.
         data: this device's examples.
         bases: directories of base models; empty for the bundled one.
         home: the device's folder; None for the default.
@@ -225,7 +235,8 @@ class Joining:
         try_step: whether a real training step checks the plan.
     """
 
-    bundle: Path
+    invitation: Path
+    name: str
     data: Path
     bases: tuple[Path, ...] = ()
     home: Path | None = None
@@ -237,14 +248,15 @@ def make_device(wanted: Joining) -> None:
     """Creates the device's folder and plans for its base models; removes the folder if the device cannot train.
 
     Raises:
-        InputError: the bundle, the data or a base model cannot be used, or the folder belongs to a device already.
+        InputError: the invitation, the data or a base model cannot be used, or the folder belongs to a device already.
         NoPlanError: none of the base models fits into this machine.
     """
     from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
-    from fedtune.core.protocol.enrolment import Bundle
+    from fedtune.core.manifest.joining import Invitation, fingerprint
 
     folder = wanted.home or default_home()
-    made = ClientHome.join(folder, Bundle.load(wanted.bundle), wanted.data, wanted.bases, wanted.consent)
+    invitation = Invitation.load(wanted.invitation)
+    made = ClientHome.join(folder, invitation, wanted.name, wanted.data, wanted.bases, wanted.consent)
     try:
         plans = _plans(wanted.bases, wanted.data, folder / CALIBRATIONS, wanted.try_step)
     except BaseException:  # also on Ctrl-C: no device is left half made
@@ -253,10 +265,34 @@ def make_device(wanted: Joining) -> None:
     for plan in plans:
         for line in _plan_lines(plan):
             print(line)
-    roster, where = made.roster, f" --home {wanted.home}" if wanted.home else ""
-    print(f"joined as {made.config.name}, server {made.config.server}, folder {made.path}")
-    print(f"roster {roster.version}, digest {roster.roster.digest.hex()[:16]}; compare it with what the server printed")
-    print(f"now remove {wanted.bundle}, which holds the same keys; then: fedtune client start{where}")
+    request, where = made.request, f" --home {wanted.home}" if wanted.home else ""
+    assert request is not None
+    print(
+        f"{made.config.name} for server {made.config.server}, folder {made.path}; its keys were made here and stay here"
+    )
+    print(f"the fleet's key: {fingerprint(invitation.fleet_key)}; compare it with what its owner says")
+    print(f"this device's code: {request.code}")
+    if _handed_in(made, request):
+        print(f"the server has the request; the fleet's owner approves it: fedtune fleet approve {request.code}")
+    else:
+        print(f"the server cannot be reached now; `start` tries again, or give the owner {made.path / 'request.json'}")
+    print(f"next: fedtune client start{where}")
+
+
+def _this_machine() -> str:
+    """Returns this machine's name, as a device may have it."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")[:64] or "device"
+
+
+def _handed_in(device: ClientHome, request: JoinRequest) -> bool:
+    """Gives the server a request to join, and returns whether it has taken it.
+
+    Raises:
+        InputError: the server refuses it.
+    """
+    from fedtune.client.live.joining_call import hand_in
+
+    return hand_in(device.config.server, device.authority, request)
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -272,6 +308,8 @@ def _print(found: dict[str, Any]) -> None:
         print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
     if found.get("sits_out"):
         print(f"sits out: {found['sits_out']}")
+    if found.get("code"):
+        print(f"not approved yet; code {found['code']}: fedtune fleet approve {found['code']}")
     for line in _plan_lines(found["plan"]) if found.get("plan") else ():
         print(line)
     if found["model"]:

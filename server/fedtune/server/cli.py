@@ -19,6 +19,7 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.host.process import prepare_environment
 from fedtune.server import server_commands
 from fedtune.server.export.export_command import export
+from fedtune.server.fleet import fleet_commands
 from fedtune.server.run_display import Display, Silent, Terminal, error_console, shown
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(fleet_commands.app, name="fleet")
 app.add_typer(server_commands.app, name="server")
 app.add_typer(client_commands.app, name="client")
 

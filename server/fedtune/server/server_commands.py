@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.core.errors import InputError, MissingExtraError
+from fedtune.core.errors import InputError, MissingExtraError, PeerError
 
-if TYPE_CHECKING:  # the class itself is imported when a command runs
+if TYPE_CHECKING:  # the classes themselves are imported when a command runs
+    from fedtune.core.job.settings import Job
+    from fedtune.core.manifest.job_manifest import JobManifest
     from fedtune.server.live.server_home import ServerHome
 
-app = typer.Typer(help="Run a fleet's server: enrol devices, submit jobs, watch them.", no_args_is_help=True)
+app = typer.Typer(help="Run a fleet's server: take the fleet's log, submit jobs, watch them.", no_args_is_help=True)
 
 STOP_SECONDS = 30.0
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
@@ -48,22 +50,33 @@ def init(
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on; by default the address's.")
     ] = None,
+    fleet: Annotated[
+        Path | None,
+        typer.Option(
+            "--fleet",
+            metavar="FILE",
+            help="The owner's fleet.pub. Without it this machine plays the owner too, in ~/.fedtune/fleet.",
+        ),
+    ] = None,
     home: _Home = None,
 ) -> None:
-    """Make a server: its folder, its certificate authority and its certificate.
+    """Make a server: its folder, its certificate authority and its certificate, and the invitation for devices.
 
-    Example: fedtune server init --address fleet.example.org:8443 --host 192.0.2.7
+    Example: fedtune server init --address fleet.example.org:8443 --host 192.0.2.7 --fleet fleet.pub
     """
-    from fedtune.core.protocol.enrolment import check_address
-    from fedtune.server.live.server_home import ServerConfig, ServerHome, default_home
+    from fedtune.core.manifest.joining import check_address, fingerprint
+    from fedtune.server.fleet.owner_home import read_public
+    from fedtune.server.live.server_home import INVITATION, ServerConfig, ServerHome, default_home
 
     name, _, told = check_address(address).rpartition(":")
     everywhere = "127.0.0.1" if name in LOOPBACK_NAMES else ServerConfig.listen
     config = ServerConfig(address=address, listen=listen or everywhere, port=int(told) if port is None else port)
-    made = ServerHome.create(home or default_home(), config, host or [])
+    key = read_public(fleet) if fleet else _own_fleet()
+    made = ServerHome.create(home or default_home(), config, host or [], key)
     print(f"made {made.path}: keys, certificate and server.toml, for this user only")
     print(f"it will listen on {config.listen}:{config.port}")
-    print("next: fedtune server enroll NAME for each device, then fedtune server start")
+    print(f"the fleet's key: {fingerprint(key)}")
+    print(f"next: fedtune server start, and on each device: fedtune client join {made.path / INVITATION} --data FILE")
 
 
 @app.command()
@@ -75,36 +88,17 @@ def renew(host: _Host = None, home: _Home = None) -> None:
 
 
 @app.command()
-def enroll(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The new device's name.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The file to write; by default NAME.bundle.")
-    ] = None,
+def publish(
+    log: Annotated[Path, typer.Argument(metavar="FILE", help="The fleet.jsonl of the fleet's owner.")],
     home: _Home = None,
 ) -> None:
-    """Enrol a device: writes the one file that makes a machine that device. Move it there and keep no copy.
+    """Take the fleet's log from its owner; devices that it revokes are cut off within seconds."""
+    from fedtune.core.host.private_files import read_bounded
+    from fedtune.core.manifest.fleet_log import MAX_LOG_BYTES
+    from fedtune.server.live.enrolled_devices import publish as run
 
-    Example: fedtune server enroll kitchen --out /media/stick/kitchen.bundle
-    """
-    from fedtune.server.live.enrolled_devices import enroll as run
-
-    path = out or Path(f"{name}.bundle")
-    bundle = run(_open(home), name, path)
-    print(f"{path}: the keys of {name}; move it to the device and keep no copy")
-    print(f"there: fedtune client join {path.name} --data FILE, then fedtune client start")
-    print(f"roster {bundle.roster.version}, digest {bundle.roster.roster.digest.hex()[:16]}")
-
-
-@app.command()
-def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The device's name.")],
-    home: _Home = None,
-) -> None:
-    """Revoke a device: it leaves the fleet, and a running server cuts it off within seconds."""
-    from fedtune.server.live.enrolled_devices import revoke as run
-
-    run(_open(home), name)
-    print(f"{name} is revoked")
+    fleet = run(_open(home), read_bounded(log, "the fleet's log", MAX_LOG_BYTES))
+    print(f"entry {fleet.number} of the fleet's log, {len(fleet.devices)} devices")
 
 
 @app.command()
@@ -140,6 +134,15 @@ def submit(
     name: Annotated[
         str | None, typer.Option("--name", help="The run's name; by default the job file's, with a number.")
     ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="The job as the owner has signed it with fedtune fleet sign. By default it is signed here, where the "
+            "owner's folder is on this machine.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
     home: _Home = None,
 ) -> None:
@@ -164,10 +167,10 @@ def submit(
     shape = shape_of(resolved.model)
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
         print(warning)
-    from fedtune.server.live.signing import sign_job
-
-    chosen = name or jobs.free_name(job.stem if job else "demo")
-    queued = jobs.submit(resolved, sign_job(server.fleet_key, resolved, chosen))
+    signed = (
+        _given(manifest) if manifest else _signed(server, resolved, name or jobs.free_name(job.stem if job else "demo"))
+    )
+    queued = jobs.submit(resolved, signed)
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if server.lock.holder() is None:
         print("the server is not running; start it with: fedtune server start")
@@ -191,6 +194,48 @@ def status(as_json: _Json = False, home: _Home = None) -> None:
         print_status(Console(highlight=False), found)
     if found["state"] != "running":
         raise typer.Exit(1)
+
+
+def _own_fleet() -> bytes:
+    """Returns the key of the owner's folder on this machine, which is made where there is none."""
+    from fedtune.server.fleet.owner_home import OwnerHome, default_home
+
+    path = default_home()
+    owner = OwnerHome(path) if (path / "fleet.key").is_file() else OwnerHome.create(path)
+    print(f"this machine plays the fleet's owner too, in {owner.path}: good for a try-out. For a real fleet make that")
+    print("folder on a machine of your own: fedtune fleet init, then fedtune server init --fleet fleet.pub")
+    return owner.first_key
+
+
+def _signed(server: ServerHome, job: Job, name: str) -> JobManifest:
+    """Signs a job with the owner's key on this machine.
+
+    Raises:
+        InputError: the owner's key is elsewhere.
+    """
+    from fedtune.server.fleet.owner_home import OwnerHome, default_home
+    from fedtune.server.fleet.signing import sign_job
+
+    path = default_home()
+    owner = OwnerHome(path) if (path / "fleet.key").is_file() else None
+    if owner is None or owner.first_key != server.fleet_key:
+        raise InputError(
+            "a job needs the signature of the fleet's owner, whose key is not on this machine. Where it is: "
+            "fedtune fleet sign JOB.toml; then here: fedtune server submit JOB.toml --manifest FILE"
+        )
+    return sign_job(owner.key, job, name)
+
+
+def _given(path: Path) -> JobManifest:
+    """Reads a manifest; the server and every device check its signature."""
+    from fedtune.core.host.private_files import read_bounded
+    from fedtune.core.manifest.job_manifest import JobManifest
+    from fedtune.core.protocol.registration import MAX_MANIFEST_BYTES
+
+    try:
+        return JobManifest.unchecked(read_bounded(path, "a job's manifest", MAX_MANIFEST_BYTES))
+    except PeerError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _open(home: Path | None) -> ServerHome:

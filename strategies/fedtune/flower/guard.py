@@ -22,6 +22,7 @@ from typing import Any
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
+from fedtune.core.manifest.joining import JOIN
 from fedtune.core.protocol.bundles import BRING, TAKE
 from fedtune.core.protocol.model_requests import DESCRIBE, READ
 from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, is_signed
@@ -35,7 +36,7 @@ CONTROL_HEADER = "fedtune-control"
 MAX_BODY_BYTES = 1 << 20  # pieces of objects are far smaller; bodies are parsed before signatures are checked
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
-DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
+DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING, JOIN}) | frozenset(
     f"/v1/fleet/{call}"  # Flower's
     for call in (
         "activate-node",
@@ -48,7 +49,7 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING}) | frozenset(
     )
 )
 
-_SIGNED_BY_THEMSELVES = (DESCRIBE, READ)  # with small bodies
+_SIGNED_BY_THEMSELVES = (DESCRIBE, READ, JOIN)  # with small bodies
 _KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER = (
     name.lower().encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, BODY_SIGNATURE_HEADER)
 )

@@ -25,8 +25,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.trusted_server import ServerClock, trusting
+from fedtune.core.manifest.joining import load_node_key
 from fedtune.core.protocol.bundles import MAX_TAKEN_BYTES
-from fedtune.core.protocol.enrolment import load_node_key
 from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
 
 HEARTBEAT_INTERVAL = 15.0  # the server counts a device as offline after two of these
@@ -193,14 +193,14 @@ def _meaning(response: httpx.Response) -> FedtuneError:
     match response.status_code:
         case 401:
             return UnknownDeviceError(
-                "the server does not know this device; if it was revoked, ask for a new bundle, then: "
-                "fedtune client leave, and join again"
+                "the server does not know this device: the fleet's owner has not approved it yet (fedtune fleet "
+                "approve CODE), or it was revoked; then: fedtune client leave, and join again"
             )
         case 403:
             return RunOverError("the run is over")
         case 412:
             return NotAdmittedError(
-                "the server does not take this device in: it was revoked (ask for a new bundle), or another process "
+                "the server does not take this device in: it was revoked (leave and join again), or another process "
                 f"uses its keys, or one did until less than {2 * HEARTBEAT_INTERVAL:.0f} s ago (wait)"
             )
         case 404 | 405:

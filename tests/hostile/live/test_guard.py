@@ -32,6 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from fedtune.core.host.trusted_server import ServerClock
+from fedtune.core.manifest.joining import load_node_key, make_node_key
 from fedtune.core.protocol.bundles import (
     BRING,
     COLLECT,
@@ -43,7 +44,6 @@ from fedtune.core.protocol.bundles import (
     SendMessages,
     TakeMessage,
 )
-from fedtune.core.protocol.enrolment import load_node_key, make_node_key
 from fedtune.core.protocol.messages import encode
 from fedtune.flower.bundle_endpoints import MAX_REPLY_PIECES
 from fedtune.flower.envelope import seal, unseal

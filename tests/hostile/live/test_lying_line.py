@@ -16,8 +16,8 @@ from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PullObjectResponse
 
 from fedtune.core.errors import PeerError
+from fedtune.core.manifest.joining import make_node_key
 from fedtune.core.protocol.bundles import TAKE, Taken
-from fedtune.core.protocol.enrolment import make_node_key
 from fedtune.core.protocol.messages import encode
 from fedtune.flower.fleet_link import FleetLink, LinkLimits
 from fedtune.flower.signed_http import UnreachableError

@@ -20,13 +20,14 @@ import httpx
 import pytest
 from endpoint import Endpoint, listening
 from live_helpers import Proxy, free_port
+from owner import Enrolled, enroll, revoke
 
 from fedtune.client.inference.model_line import ModelLine
 from fedtune.client.inference.model_pull import pull
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock
-from fedtune.core.protocol.enrolment import Bundle, load_node_key, make_node_key
+from fedtune.core.manifest.joining import load_node_key, make_node_key
 from fedtune.core.protocol.messages import PROTOCOL_VERSION, encode
 from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
@@ -39,7 +40,6 @@ from fedtune.core.protocol.model_requests import (
     sign_request,
 )
 from fedtune.server.live.certificates import make_authority, make_server_certificate
-from fedtune.server.live.enrolled_devices import enroll, revoke
 
 BIG = 3_000_000
 
@@ -79,7 +79,7 @@ def finish(endpoint: Endpoint, job: str, number: int) -> None:
     (folder / f"{number:06d}-{job}.toml").touch()
 
 
-def line_of(bundle: Bundle, server: str, clock: ServerClock | None = None) -> ModelLine:
+def line_of(bundle: Enrolled, server: str, clock: ServerClock | None = None) -> ModelLine:
     return ModelLine(server, bundle.authority.encode(), bundle.name, bundle.node_key, clock)
 
 
@@ -260,7 +260,7 @@ def test_only_enrolled_devices_may_ask(offered: Endpoint, versions: Versions, tm
         with pytest.raises(InputError, match="does not know this device"):
             pull(line, versions)
         line.close()
-    late = enroll(offered.home, "late", tmp_path / "late.bundle")
+    late = enroll(offered.home, "late")
     line = line_of(late, offered.public)
     assert pull(line, versions).received
     revoke(offered.home, "late")

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from owner import Enrolled, enroll, make_server
 
 from fedtune.core.host.trusted_server import ServerClock
-from fedtune.core.protocol.enrolment import Bundle, load_node_key
+from fedtune.core.manifest.joining import load_node_key
 from fedtune.flower.fleet_link import LINK_LIMITS, FleetLink, LinkLimits
 from fedtune.flower.superlink import Link
-from fedtune.server.live.enrolled_devices import Devices, enroll
+from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.sockets import Listener
 
@@ -32,7 +33,7 @@ class Endpoint:
     listener: Listener
     link: Link
     key: str
-    bundles: dict[str, Bundle]
+    bundles: dict[str, Enrolled]
     reports: list[str]
     lines: list[FleetLink] = field(default_factory=list)
     node_keys: dict[bytes, str] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Endpoint:
     def newcomer(self, clock: ServerClock | None = None, limits: LinkLimits = LINK_LIMITS) -> FleetLink:
         """Enrols a new device and returns its link."""
         name = f"newcomer-{len(self.lines)}"
-        node_key = enroll(self.home, name, self.home.path / f"{name}.bundle").node_key
+        node_key = enroll(self.home, name).node_key
         link = FleetLink(self.public, self.home.authority, node_key, clock, limits)
         self.lines.append(link)
         self.node_keys[link.public_key] = node_key
@@ -89,8 +90,8 @@ class Endpoint:
 
 
 def listening(folder: Path, hosts: list[str] | None = None) -> Iterator[Endpoint]:
-    home = ServerHome.create(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 0), hosts or [])
-    bundles = {name: enroll(home, name, folder / f"{name}.bundle") for name in ("ada", "bob", "eve")}
+    home = make_server(folder / "server", ServerConfig("localhost:8443", "127.0.0.1", 0), hosts)
+    bundles = {name: enroll(home, name) for name in ("ada", "bob", "eve")}
     reports: list[str] = []
     with Listener(home) as listener:
         key = listener.start()

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from owner import approve, invitation, make_server, owner_of
 
 from fedtune.demo import write_federation
-from fedtune.server.live.enrolled_devices import enroll
-from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.live.server_home import ServerConfig
 from fedtune.server.run_directory import read_rounds
 
 PATIENCE_SECONDS = 120.0
@@ -120,7 +120,7 @@ class Fleet:
 
     Args:
         folder: the folder for all files.
-        devices: the number of devices that are enrolled and joined.
+        devices: the number of devices that have data here; `join` makes them devices of the fleet.
         examples: the number of examples of each device.
     """
 
@@ -129,29 +129,31 @@ class Fleet:
         self.port = free_port()
         settings: dict[str, Any] = {"wait_seconds": 60.0} | (config or {})
         address = settings.pop("address", f"localhost:{self.port}")
-        self.home = ServerHome.create(
-            folder / "server", ServerConfig(address=address, listen="127.0.0.1", port=self.port, **settings), []
+        self.home = make_server(
+            folder / "server", ServerConfig(address=address, listen="127.0.0.1", port=self.port, **settings)
         )
         write_federation(folder / "data", devices, 0, examples, 12)
         self.names = [path.stem for path in sorted((folder / "data" / "clients").glob("*.jsonl"))]
         self.server: Process | None = None
         self.devices: dict[str, Process] = {}
-        for name in self.names:
-            enroll(self.home, name, folder / f"{name}.bundle")
 
     def client_home(self, name: str) -> Path:
         return self.folder / f"device-{name}"
 
     def join(self, *names: str, **settings: Any) -> None:
-        """Makes device folders, with the newest roster of their bundles."""
+        """Makes device folders, and has the owner approve the devices."""
         from fedtune.client.live.device_home import ClientHome
         from fedtune.client.plan.eligibility import Consent
-        from fedtune.core.protocol.enrolment import Bundle
 
+        requests = []
         for name in names or self.names:
             data = self.folder / "data" / "clients" / f"{name}.jsonl"
-            bundle = Bundle.load(self.folder / f"{name}.bundle")
-            ClientHome.join(self.client_home(name), bundle, data, consent=Consent(**settings))
+            made = ClientHome.join(
+                self.client_home(name), invitation(self.home), name, data, consent=Consent(**settings)
+            )
+            assert made.request is not None
+            requests.append(made.request)
+        approve(self.home, *requests)
 
     def start_server(self) -> Process:
         self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")
@@ -171,11 +173,11 @@ class Fleet:
         """Submits a small job and returns its run directory."""
         from fedtune.core.job.job_file import load_job
         from fedtune.demo import JOB
+        from fedtune.server.fleet.signing import sign_job
         from fedtune.server.live.job_queue import Jobs
-        from fedtune.server.live.signing import sign_job
 
         jobs, job = Jobs(self.home), load_job(JOB, [*SMALL, *overrides])
-        return jobs.run_path(jobs.submit(job, sign_job(self.home.fleet_key, job, name)))
+        return jobs.run_path(jobs.submit(job, sign_job(owner_of(self.home).key, job, name)))
 
     def status(self) -> dict[str, Any]:
         from fedtune.server.live.status_board import read_status

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from live_helpers import Fleet
+from owner import owner_of
 
 from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
 from fedtune.client.live.device_status import DeviceReport
@@ -26,15 +27,15 @@ from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.protocol.messages import Refusal, Request, decode, encode
 from fedtune.core.protocol.registration import ACTION, PROTOCOL_VERSION, Registration, RegistrationReply
 from fedtune.demo import JOB
+from fedtune.server.fleet.signing import sign_job
 from fedtune.server.live.enrolled_devices import Devices
-from fedtune.server.live.signing import sign_job
 
 DEVICE = 7
 
 
 def manifest(fleet: Fleet, *, secure: bool = True) -> JobManifest:
     job = load_job(JOB, ["adapter.kind=lora", f"secure_aggregation.enabled={json.dumps(secure)}"])
-    return sign_job(fleet.home.fleet_key, job, "job")
+    return sign_job(owner_of(fleet.home).key, job, "job")
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Device:
         Raises:
             PeerError: the device refuses; the message has the reason.
         """
-        roster = Devices.load(fleet.home).roster.to_bytes()
+        roster = Devices.load(fleet.home).log
         outcome = self.ask(
             ACTION, encode(Registration(PROTOCOL_VERSION, "0.1", manifest(fleet, secure=secure).data, roster))
         )

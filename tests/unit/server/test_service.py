@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from owner import make_server, owner_of
 
 from fedtune.core.errors import RunError
 from fedtune.core.job.job_file import load_job
@@ -14,7 +15,7 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
-from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.live.server_home import ServerConfig
 
 BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64)
 
@@ -22,10 +23,10 @@ BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64)
 def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = ServerHome.create(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0), [])
+    home = make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
     jobs = Jobs(home)
     terms = JobTerms(load_job(None, ["training.learning_rate=0.01"]), BASE)
-    job = jobs.submit(Job(), JobManifest.sign(home.fleet_key, "strange", terms, 2e9))
+    job = jobs.submit(Job(), JobManifest.sign(owner_of(home).key, "strange", terms, 2e9))
 
     def stumble(job: object) -> None:
         raise RuntimeError("could not create a primitive")

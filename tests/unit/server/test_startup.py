@@ -33,8 +33,12 @@ HELPS = [
     (*command, "--help")
     for command in (
         (),
-        *((name,) for name in ("simulate", "resume", "report", "plan", "export", "serve", "chat", "server", "client")),
-        *(("server", name) for name in ("init", "renew", "enroll", "revoke", "start", "stop", "submit", "status")),
+        *(
+            (name,)
+            for name in ("simulate", "resume", "report", "plan", "export", "serve", "chat", "fleet", "server", "client")
+        ),
+        *(("server", name) for name in ("init", "renew", "publish", "start", "stop", "submit", "status")),
+        *(("fleet", name) for name in ("init", "approve", "revoke", "renew", "rotate", "sign", "status")),
         *(("client", name) for name in ("join", "start", "stop", "status", "pull", "rollback", "leave")),
     )
 ]
@@ -61,7 +65,7 @@ MISTAKES = [
     (("plan", "--job", "typo.toml"), "federation.ruonds: unknown key"),
     (("chat", "/nowhere"), "/nowhere: not an exported directory"),
     (("serve", "/nowhere"), "/nowhere: not an exported directory"),
-    (("client", "join", "/nowhere", "--data", "broken.jsonl", "--home", "home"), "/nowhere: cannot read a bundle"),
+    (("client", "join", "/nowhere", "--data", "broken.jsonl", "--home", "home"), "/nowhere: cannot read an invitation"),
     (("client", "start", "--home", "none"), "none: there is no device here"),
     (("server", "start", "--home", "none"), "none: there is no server here"),
     (("server", "submit", "typo.toml", "--home", "fleet"), "federation.ruonds: unknown key"),

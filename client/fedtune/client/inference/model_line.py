@@ -17,7 +17,7 @@ from msgspec import structs
 
 from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock, trusting
-from fedtune.core.protocol.enrolment import load_node_key
+from fedtune.core.manifest.joining import load_node_key
 from fedtune.core.protocol.messages import PROTOCOL_VERSION, Payload, decode, encode
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,

@@ -4,7 +4,8 @@ device.json         name, server, data file, base models, conditions for taking 
 authority.pem       certificate authority of the server's certificate
 node.key            key that signs requests to the server
 identity.key        identity key for secure aggregation
-roster.json         names and keys of the other devices, signed with the fleet key
+fleet.jsonl         the fleet's log: the other devices, as the owner has signed it
+request.json        the request to join, until the owner has approved it
 rounds.json         the last round served of each job
 jobs/               residuals, adapters and manifest, by the digest of a job's terms
 uplink              bytes a second of the last upload
@@ -34,13 +35,23 @@ from fedtune.core.host.private_files import (
     read_json,
     write_private,
 )
-from fedtune.core.protocol.enrolment import Bundle, SignedRoster, check_address, check_name
+from fedtune.core.manifest.fleet_log import MAX_LOG_BYTES, Fleet, extended, replay
+from fedtune.core.manifest.joining import (
+    MAX_REQUEST_BYTES,
+    Invitation,
+    JoinRequest,
+    PrivateKeys,
+    check_address,
+    check_name,
+)
 from fedtune.core.secagg.identity import FileRoundLog, Identity
 
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
 MODELS = "models"
 MANIFEST = "manifest.json"
+REQUEST = "request.json"
+_LOG = "fleet.jsonl"
 _DEVICE = "device.json"
 CALIBRATIONS = "calibration"
 
@@ -51,7 +62,7 @@ class DeviceConfig:
 
     Args:
         bases: model directories of this device; a job's base is found among them by its digest.
-        fleet_key: public key with which rosters are signed, in hexadecimal digits.
+        fleet_key: first public key of the fleet's owner, in hexadecimal digits.
         allow_clear: whether the device takes part in jobs that do not mask updates.
         scores: whether it evaluates for the server, which then sees each of the device's scores.
         requirements: conditions under which the device takes part.
@@ -81,7 +92,9 @@ class ClientHome:
 
     def __init__(self, path: Path) -> None:
         if not (path / _DEVICE).is_file():
-            raise InputError(f"{path}: there is no device here; make one with: fedtune client join BUNDLE --data FILE")
+            raise InputError(
+                f"{path}: there is no device here; make one with: fedtune client join INVITATION --data FILE"
+            )
         check_private(path)
         self.path = path
         self.config = _read_config(path / _DEVICE)
@@ -90,12 +103,13 @@ class ClientHome:
     def join(
         cls,
         path: Path,
-        bundle: Bundle,
+        invitation: Invitation,
+        name: str,
         data: Path,
         bases: tuple[Path, ...] = (),
         consent: Consent = CAUTIOUS,
     ) -> ClientHome:
-        """Creates a device's folder from a bundle.
+        """Creates a device's folder with keys of its own, which never leave it.
 
         Raises:
             InputError: the folder belongs to a device already, or the data file or a base model is missing.
@@ -107,16 +121,18 @@ class ClientHome:
             if not (base / "config.json").is_file():
                 raise InputError(f"{base}: not a model directory: it has no config.json")
         private_folder(path)
-        write_private(path / "authority.pem", bundle.authority)
-        write_private(path / "node.key", bundle.node_key)
-        Identity(bundle.identity).save(path / "identity.key")
-        write_private(path / "roster.json", bundle.roster.to_bytes())
+        keys = PrivateKeys.generate()
+        request = JoinRequest.make(name, keys)
+        write_private(path / "authority.pem", invitation.authority)
+        write_private(path / "node.key", keys.node)
+        keys.identity.save(path / "identity.key")
+        write_private(path / REQUEST, request.to_bytes())
         config = DeviceConfig(
-            name=bundle.name,
-            server=bundle.server,
+            name=name,
+            server=invitation.server,
             data=str(data.absolute()),
             bases=tuple(str(base.absolute()) for base in bases),
-            fleet_key=bundle.fleet_key.hex(),
+            fleet_key=invitation.fleet_key.hex(),
             allow_clear=consent.allow_clear,
             scores=consent.scores,
             requirements=consent.requirements,
@@ -161,36 +177,59 @@ class ClientHome:
         return ServiceLock(self.path / "service.lock")
 
     @property
-    def roster(self) -> SignedRoster:
-        """The last signed roster of the fleet.
+    def request(self) -> JoinRequest | None:
+        """The request to join that the owner has not approved yet; None for a device of the fleet.
 
         Raises:
-            InputError: the file is damaged, or not signed with the fleet key.
+            InputError: the file is damaged.
         """
-        path = self.path / "roster.json"
+        path = self.path / REQUEST
+        if not path.exists():
+            return None
         try:
-            roster = SignedRoster.from_bytes(read_bounded(path, "a roster"))
-            roster.check(bytes.fromhex(self.config.fleet_key))
+            return JoinRequest.from_bytes(read_bounded(path, "the request to join", MAX_REQUEST_BYTES))
         except PeerError as error:
-            raise InputError(f"{path}: {error}; join again with a new bundle") from None
-        return roster
+            raise InputError(f"{path}: {error}; leave and join again") from None
 
-    def renew_roster(self, roster: SignedRoster) -> None:
-        """Stores a newer roster; one of the same version must be equal to the stored one.
+    @property
+    def fleet(self) -> Fleet:
+        """The fleet after the log that this device holds.
 
         Raises:
-            PeerError: it is not signed with the fleet key, older, or does not name this device with its key.
+            InputError: the log is damaged.
         """
-        held = self.roster
-        roster.check(bytes.fromhex(self.config.fleet_key))
-        if roster.version < held.version:
-            raise PeerError(f"a roster of version {roster.version}; this device holds version {held.version}")
-        if roster.version == held.version and roster.roster.digest != held.roster.digest:
-            raise PeerError(f"another roster of version {roster.version} than this device holds")
-        if roster.roster.keys.get(self.config.name) != self.identity.public:
-            raise PeerError("the roster does not list this device with its key")
-        if roster.version > held.version:
-            write_private(self.path / "roster.json", roster.to_bytes())
+        try:
+            return replay(self._log, bytes.fromhex(self.config.fleet_key))
+        except PeerError as error:
+            raise InputError(f"{self.path / _LOG}: {error}; leave and join again") from None
+
+    def renew_fleet(self, log: bytes, now: float) -> tuple[Fleet, Fleet]:
+        """Takes a log that continues the one that this device holds.
+
+        Args:
+            now: seconds since 1970.
+
+        Returns:
+            The fleet before and after.
+
+        Raises:
+            PeerError: the log is older or another, not signed by the owner, expired, or without this device's keys.
+        """
+        held, before = self._log, self.fleet
+        after = extended(held, log, bytes.fromhex(self.config.fleet_key))
+        after.check_fresh(now)
+        keys = after.devices.get(self.config.name)
+        if keys is None or keys.identity != self.identity.public:
+            raise PeerError("the fleet's log does not list this device with its key")
+        if log != held:
+            write_private(self.path / _LOG, log)
+            (self.path / REQUEST).unlink(missing_ok=True)
+        return before, after
+
+    @property
+    def _log(self) -> bytes:
+        path = self.path / _LOG
+        return read_bounded(path, "the fleet's log", MAX_LOG_BYTES) if path.exists() else b""
 
 
 def check_data(path: Path) -> None:

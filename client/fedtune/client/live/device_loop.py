@@ -20,10 +20,11 @@ from typing import Protocol
 
 from fedtune.client.live.device_home import ClientHome
 from fedtune.client.live.device_status import DeviceReport, Write
+from fedtune.client.live.joining_call import hand_in
 from fedtune.client.live.registered_device import RegisteredDevice
 from fedtune.client.plan.device_plan import DevicePlanner
 from fedtune.client.plan.planned_work import PlannedWork
-from fedtune.core.errors import FedtuneError, PeerError
+from fedtune.core.errors import FedtuneError, InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished, write_private
 from fedtune.core.host.process import Stopped, stopping
@@ -74,7 +75,28 @@ def serve(home: ClientHome, planner: DevicePlanner, show: Callable[[str], None])
     report = DeviceReport(home.path, config.name, config.server, show, SYSTEM_CLOCK)
     planned = PlannedWork(tuple(map(Path, config.bases)), Path(config.data), planner)
     link = FleetLink(config.server, home.authority, home.node_key)
-    DeviceLoop(home, link, RegisteredDevice(home, planned, report), report).run()
+    ask = AskToJoin(home, report)
+    DeviceLoop(home, link, RegisteredDevice(home, planned, report), report, ask_to_join=ask).run()
+
+
+class AskToJoin:
+    """Hands in a device's request to join until the server has taken it once, and tells the owner the code."""
+
+    def __init__(self, home: ClientHome, report: DeviceReport) -> None:
+        self._home, self._report = home, report
+        self._taken = False
+
+    def __call__(self) -> None:
+        """Hands the request in, where there is one that no server has taken yet."""
+        request = None if self._taken else self._home.request
+        if request is None:
+            return
+        try:
+            self._taken = hand_in(self._home.config.server, self._home.authority, request)
+        except InputError as error:
+            self._report.problem(str(error))
+        if self._taken:
+            self._report.show(f"not approved yet; code {request.code}: fedtune fleet approve {request.code}")
 
 
 class DeviceLoop:
@@ -84,6 +106,7 @@ class DeviceLoop:
         home: the folder, whose lock this process holds.
         link: the device's link to its server, which is closed at the end.
         write: replaces a file's content.
+        ask_to_join: hands in the request to join until the owner has approved it; called before every connection.
     """
 
     def __init__(
@@ -94,8 +117,10 @@ class DeviceLoop:
         report: DeviceReport,
         clock: Clock = SYSTEM_CLOCK,
         write: Write = write_private,
+        ask_to_join: Callable[[], None] = lambda: None,
     ) -> None:
         self._home, self._link, self._device_work, self._report = home, link, work, report
+        self._ask_to_join = ask_to_join
         self._clock, self._write = clock, write
         self._backoff = Backoff(*BACKOFF_SECONDS)
         self._ending = threading.Event()
@@ -106,7 +131,7 @@ class DeviceLoop:
         beats = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         with stopping():
             try:
-                _ = self._home.roster  # reports damaged files now, not in a round
+                _ = self._home.fleet  # reports damaged files now, not in a round
                 beats.start()
                 self._report.show(f"{self._home.config.name}: connecting to {self._home.config.server}")
                 while True:
@@ -123,6 +148,7 @@ class DeviceLoop:
 
     def _live(self) -> None:
         """Serves one connection until it is lost."""
+        self._ask_to_join()
         try:
             self._connect()
             self._serve()

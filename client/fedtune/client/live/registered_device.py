@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import psutil  # type: ignore[import-untyped]
@@ -27,9 +27,10 @@ from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
 from fedtune.core.errors import DataError, InputError, ModelError, PeerError, UpdateError
 from fedtune.core.host.private_files import write_private
+from fedtune.core.manifest.fleet_log import Fleet
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
-from fedtune.core.protocol.enrolment import SignedRoster
+from fedtune.core.manifest.joining import fingerprint
 from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
     ACTION,
@@ -41,6 +42,7 @@ from fedtune.core.protocol.registration import (
 )
 from fedtune.core.secagg import Policy
 
+_NAMED = 5  # devices in a line
 LEAST_MEASURED_BYTES = 50_000  # smallest answer that measures the link's bandwidth
 
 
@@ -118,7 +120,9 @@ class RegisteredDevice:
         return payload
 
     def _register(self, registration: Registration) -> bytes:
-        self._home.renew_roster(SignedRoster.from_bytes(registration.roster))
+        before, after = self._home.renew_fleet(registration.fleet, self._now())
+        if line := _difference(before, after):
+            self._report.show(line)
         manifest = self._manifest(registration.manifest)
         terms = manifest.terms
         if not (terms.job.secure_aggregation.enabled or self._home.config.allow_clear):
@@ -130,7 +134,7 @@ class RegisteredDevice:
         reply = RegistrationReply(
             version=PROTOCOL_VERSION,
             software=version("fedtune"),
-            roster_version=self._home.roster.version,
+            fleet_number=self._home.fleet.number,
             cores=os.cpu_count() or 0,
             memory_mb=psutil.virtual_memory().total >> 20,
             accelerator=outcome.machine.gpus[0].name if outcome.machine.gpus else "",
@@ -145,7 +149,7 @@ class RegisteredDevice:
 
     def _manifest(self, data: bytes) -> JobManifest:
         """Returns a manifest that the fleet's owner has signed and that is still valid."""
-        return JobManifest.read(data, bytes.fromhex(self._home.config.fleet_key), self._now())
+        return JobManifest.read(data, self._home.fleet.key, self._now())
 
     def _take_on(self, terms: JobTerms) -> Outcome:
         """Plans for a job, and ends the open rounds of the job before it."""
@@ -177,10 +181,27 @@ class RegisteredDevice:
     def _credentials(self, client: str) -> Credentials:
         del client  # a device has one client
         home = self._home
-        return Credentials(home.identity, home.roster.roster, Policy(), home.round_log)
+        return Credentials(home.identity, home.fleet.roster, Policy(), home.round_log)
 
     def _uplink_before(self) -> float | None:
         try:
             return float(max(1, int((self._home.path / "uplink").read_text())))
         except (OSError, ValueError):
             return None
+
+
+def _difference(before: Fleet, after: Fleet) -> str:
+    """Returns a line for the owner of the device about what changed in the fleet, or ""."""
+    if before.number == after.number:
+        return ""
+    joined, left = sorted(after.devices.keys() - before.devices), sorted(before.devices.keys() - after.devices)
+    parts = [f"{what}: {_some(names)}" for what, names in (("joined", joined), ("revoked", left)) if names]
+    if before.number and before.key != after.key:
+        parts.append(f"the owner's key is now {fingerprint(after.key)}")
+    changes = "; ".join(parts) or "renewed"
+    return f"fleet, entry {after.number}: {len(after.devices)} devices; {changes}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

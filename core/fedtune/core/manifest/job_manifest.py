@@ -56,12 +56,23 @@ class JobManifest:
         Raises:
             PeerError: it is not signed with this key, has expired, or holds no terms that this release permits.
         """
-        content = Signed.read(data, KIND, MAX_MANIFEST_BYTES).checked(fleet_key)
+        Signed.read(data, KIND, MAX_MANIFEST_BYTES).checked(fleet_key)
+        manifest = cls.unchecked(data)
+        if not now < manifest.expires:
+            raise PeerError(f"the manifest of job {manifest.name} has expired; its owner may sign it again")
+        return manifest
+
+    @classmethod
+    def unchecked(cls, data: bytes) -> JobManifest:
+        """Reads a manifest without its signature, for a side that only passes it on.
+
+        Raises:
+            PeerError: it holds no terms that this release permits.
+        """
+        content = Signed.read(data, KIND, MAX_MANIFEST_BYTES).content
         name, expires = content.get("name"), content.get("expires")
         if set(content) != _FIELDS or not isinstance(name, str) or not isinstance(expires, int | float):
             raise PeerError(f"a {KIND} has {', '.join(sorted(_FIELDS))}")
         if not 0 < len(name) <= _MAX_NAME:
             raise PeerError(f"a job's name has 1 to {_MAX_NAME} characters")
-        if not now < expires:
-            raise PeerError(f"the manifest of job {name} has expired; its owner may sign it again")
         return cls(name, JobTerms.read(content["settings"], content["base"]), expires, data)

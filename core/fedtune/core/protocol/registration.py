@@ -1,4 +1,4 @@
-"""The registration: server and device exchange versions, the roster, the job's manifest and the device's plan.
+"""The registration: server and device exchange versions, the fleet's log, the job's manifest and the device's plan.
 
 A device of another protocol version is refused here, with a sentence, and not in the middle of a round. So is a device
 that the job does not fit: it plans for the job before it answers.
@@ -34,13 +34,13 @@ class Registration(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
         version: PROTOCOL_VERSION of the server.
         software: fedtune version of the server, for people.
         manifest: the job, signed by the fleet's owner, as `JobManifest` has it.
-        roster: newest signed roster, as `SignedRoster.to_bytes` wrote it.
+        fleet: the fleet's log.
     """
 
     version: int
     software: _Short
     manifest: Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
-    roster: Annotated[bytes, Meta(max_length=16 << 20)]
+    fleet: Annotated[bytes, Meta(max_length=16 << 20)]
 
 
 class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -49,7 +49,7 @@ class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_
     Args:
         version: PROTOCOL_VERSION of the device.
         software: fedtune version of the device.
-        roster_version: version of the roster that the device holds now.
+        fleet_number: number of the last entry of the fleet's log that the device holds now.
         cores: number of CPU cores.
         memory_mb: memory of the machine.
         accelerator: name of a GPU, or "".
@@ -63,7 +63,7 @@ class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_
 
     version: int
     software: _Short
-    roster_version: Annotated[int, Meta(ge=0, le=1 << 31)]
+    fleet_number: Annotated[int, Meta(ge=0, le=1 << 31)]
     cores: Annotated[int, Meta(ge=0, le=1 << 20)]
     memory_mb: Annotated[int, Meta(ge=0, le=1 << 40)]
     accelerator: _Short

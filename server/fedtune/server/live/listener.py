@@ -19,6 +19,7 @@ from fedtune.core.host.private_files import read_bounded
 from fedtune.flower.guard import Guard
 from fedtune.flower.superlink import link_app
 from fedtune.server.live.enrolled_devices import EnrolledKeys
+from fedtune.server.live.join_endpoint import JoinEndpoint
 from fedtune.server.live.model_registry import ModelEndpoints
 from fedtune.server.live.server_home import ServerHome
 
@@ -39,8 +40,9 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # unauthenticated clients' failures would fill the log
     key = read_bounded(home / CONTROL_KEY, "the control key").decode()
     name = private.getsockname()
-    app = ModelEndpoints(link_app(home / DATABASE, key), ServerHome(home))
-    guard = Guard(app, (name[0], name[1]), key, EnrolledKeys(ServerHome(home)))
+    served = ServerHome(home)
+    app = JoinEndpoint(ModelEndpoints(link_app(home / DATABASE, key), served), served)
+    guard = Guard(app, (name[0], name[1]), key, EnrolledKeys(served))
     config = uvicorn.Config(
         guard,
         log_level="critical",

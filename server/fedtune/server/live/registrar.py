@@ -15,7 +15,6 @@ from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.job.secure_cohorts import secure_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
-from fedtune.core.protocol.enrolment import SignedRoster
 from fedtune.core.protocol.messages import HEADER_BYTES, decode, encode
 from fedtune.core.protocol.registration import (
     ACTION,
@@ -108,7 +107,7 @@ class Registrar:
         return left_out.state if left_out else "online"
 
     def present(self, grid: AskableGrid) -> dict[str, int]:
-        """Returns the devices that are online and free, speak this protocol, and hold the newest roster."""
+        """Returns the devices that are online and free, speak this protocol, and hold the newest fleet log."""
         for node_id in grid.sitting_out():
             self._registered.pop(node_id, None)  # it registers again before the next round
         names = {key: name for name, key in self._devices().node_keys.items()}
@@ -118,11 +117,11 @@ class Registrar:
             for node in self._nodes()
             if node.online and node.public_key in names and node.node_id not in busy
         }
-        newest = self._devices().roster
+        newest = self._devices()
         ask = {
             name: node_id
             for name, node_id in online.items()
-            if self._registered.get(node_id, -1) < newest.version
+            if self._registered.get(node_id, -1) < newest.fleet.number
             and (
                 node_id not in self._left_out
                 or self._clock.monotonic() - self._left_out[node_id].since >= REFUSED_SECONDS
@@ -130,14 +129,16 @@ class Registrar:
         }
         self._ask(grid, ask, newest)
         return {
-            name: node_id for name, node_id in online.items() if self._registered.get(node_id, -1) >= newest.version
+            name: node_id
+            for name, node_id in online.items()
+            if self._registered.get(node_id, -1) >= newest.fleet.number
         }
 
-    def _ask(self, grid: AskableGrid, nodes: dict[str, int], roster: SignedRoster) -> None:
+    def _ask(self, grid: AskableGrid, nodes: dict[str, int], devices: Devices) -> None:
         job = self._job
         assert job is not None
         software = version("fedtune")
-        registration = encode(Registration(PROTOCOL_VERSION, software, job.data, roster.to_bytes()))
+        registration = encode(Registration(PROTOCOL_VERSION, software, job.data, devices.log))
         names = {node_id: name for name, node_id in nodes.items()}
         for node_id, reply in grid.ask(names, ACTION, "registration", registration, REGISTRATION_SECONDS).items():
             try:
@@ -165,7 +166,7 @@ class Registrar:
             self._left_out[node_id] = _Exclusion("sits out", self._clock.monotonic())
             self.board.device(name, state="sits out", dropped=f"sits out: {one_line(answer.sits_out)}")
             return
-        self._registered[node_id] = answer.roster_version
+        self._registered[node_id] = answer.fleet_number
         self._left_out.pop(node_id, None)
         self.tiers[name], self.seconds[name] = answer.rank, answer.seconds
 

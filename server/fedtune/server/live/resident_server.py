@@ -193,7 +193,7 @@ class Service:
             self._board.working(state="waiting for devices")
             self._registrar.begin(manifest)
             with self._link.open_run(self._home.config.longest_answer) as grid:
-                identities, registrar = self._devices.roster.roster, self._registrar
+                identities, registrar = self._devices.fleet.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(identities) if job.secure_aggregation.enabled else None
                 federation = assemble(
@@ -214,7 +214,7 @@ class Service:
             InputError: it is not the job's, or devices would refuse it.
         """
         try:
-            manifest = JobManifest.read(queued.manifest(), self._home.fleet_key.public, self._clock.now())
+            manifest = JobManifest.read(queued.manifest(), self._devices.fleet.key, self._clock.now())
         except PeerError as error:
             raise InputError(f"{queued.name}: {error}") from None
         if manifest.terms.digest != terms.digest:

@@ -3,9 +3,11 @@
 server.toml             addresses and ports, for people to edit
 authority.pem, .key     certificate authority
 server.pem, .key        server certificate
-fleet.key               signs rosters
+fleet.pub               the owner's first public key; the server has no key that signs for the fleet
+fleet.jsonl             the fleet's log: devices approved and revoked, as the owner signed it
+requests/               devices that wait for the owner's approval
+invitation.json         what a machine needs to join; nothing in it is secret
 control.key             authenticates the server's own processes to each other; new at every start
-devices.json            enrolled devices: public keys, and the version of the roster
 jobs/                   waiting, finished and failed jobs
 runs/NAME/              run directories
 link.db                 messages in transit; new at every start
@@ -28,12 +30,13 @@ from pydantic.dataclasses import dataclass
 
 from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import ServiceLock, check_private, private_folder, read_bounded, write_private
-from fedtune.core.protocol.enrolment import check_address
-from fedtune.core.secagg.identity import Identity
+from fedtune.core.manifest.joining import Invitation, check_address
 from fedtune.server.live.certificates import Certificate, days_left, make_authority, make_server_certificate
 
 ENVIRONMENT = "FEDTUNE_SERVER_HOME"
 _CONFIG = "server.toml"
+_FLEET_KEY = "fleet.pub"
+INVITATION = "invitation.json"
 _Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -76,10 +79,11 @@ class ServerHome:
         self.config = _read_config(path / _CONFIG)
 
     @classmethod
-    def create(cls, path: Path, config: ServerConfig, hosts: Sequence[str]) -> ServerHome:
+    def create(cls, path: Path, config: ServerConfig, hosts: Sequence[str], fleet_key: bytes) -> ServerHome:
         """Makes a server's folder with all its keys.
 
         Args:
+            fleet_key: first public key of the fleet's owner.
             hosts: further names and addresses for the certificate, beside the one for devices.
 
         Raises:
@@ -93,7 +97,9 @@ class ServerHome:
         private_folder(path)
         _save(path, "authority", authority)
         _save(path, "server", server)
-        Identity.generate().save(path / "fleet.key")
+        write_private(path / _FLEET_KEY, fleet_key.hex() + "\n")
+        invitation = Invitation(config.address, authority.certificate.decode(), fleet_key)
+        write_private(path / INVITATION, invitation.to_bytes())
         for folder in ("jobs", "runs"):
             private_folder(path / folder)
         write_private(path / _CONFIG, tomli_w.dumps(asdict(config)))
@@ -114,9 +120,19 @@ class ServerHome:
         return min(days_left(self._load(name).certificate) for name in ("authority", "server"))
 
     @property
-    def fleet_key(self) -> Identity:
-        """The key that signs rosters."""
-        return Identity.load(self.path / "fleet.key")
+    def fleet_key(self) -> bytes:
+        """The first public key of the fleet's owner.
+
+        Raises:
+            InputError: the folder is an earlier release's, in which the server held the private key.
+        """
+        path = self.path / _FLEET_KEY
+        if not path.exists():
+            raise InputError(
+                f"{self.path}: made by an earlier release, in which the server held the fleet's key and devices' keys. "
+                "Make a new server and fleet, let every device join again, and keep runs/ of the old folder"
+            )
+        return bytes.fromhex(read_bounded(path, "the fleet's public key").decode().strip())
 
     @property
     def lock(self) -> ServiceLock:

@@ -19,7 +19,7 @@ from rich.text import Text
 from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import read_json, write_private
 from fedtune.core.round_records import ClientRecord, RoundRecord
-from fedtune.server.live.enrolled_devices import Devices
+from fedtune.server.live.enrolled_devices import Devices, waiting
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.run_display import Display, describe, format_seconds
@@ -201,7 +201,8 @@ def read_status(home: ServerHome) -> dict[str, Any]:
     if path.exists():
         with suppress(InputError):  # an incomplete status is ignored; the lock says whether the server runs
             status |= read_json(path, "the status")
-    enrolled = sorted(Devices.load(home).node_keys)  # a stopped server's status lacks the newest devices
+    fleet = Devices.load(home).fleet
+    enrolled = sorted(fleet.devices)  # a stopped server's status lacks the newest devices
     status["devices"] = {name: asdict(DeviceStatus()) | status["devices"].get(name, {}) for name in enrolled}
     running = holder is not None and status.get("pid") == holder
     stale = time.time() - float(status.get("written", 0.0)) > STALE_SECONDS
@@ -215,6 +216,11 @@ def read_status(home: ServerHome) -> dict[str, Any]:
         "finished": jobs.finished(),
         "failed": jobs.failed(),
         "certificate_days_left": round(home.certificate_days_left(), 1),
+        "fleet": {
+            "entry": fleet.number,
+            "days_left": round((fleet.expires - time.time()) / 86_400, 1),
+            "wait_for_approval": {request.code: request.name for request in waiting(home)},
+        },
     }
 
 
@@ -225,6 +231,12 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         since = f" for {format_seconds(time.time() - status['started'])}, process {status['pid']}"
     console.print(f"server {status['address']}: {status['state']}{since}", markup=False)
     console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
+    fleet = status["fleet"]
+    console.print(
+        f"fleet: entry {fleet['entry']} of its log, valid for {fleet['days_left']:.0f} more days", markup=False
+    )
+    for code, name in fleet["wait_for_approval"].items():
+        console.print(f"waits for the owner's approval: {name}, code {code}", markup=False)
     if job := status["job"]:
         loss = f", loss {job['train_loss']:.3f}" if job["train_loss"] is not None else ""
         more = "".join(f"; {job[key]}" for key in ("evaluation", "progress") if job[key])
