@@ -7,7 +7,7 @@ form that renumbering gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -72,12 +72,18 @@ class Result:
     trace: list[Step] = field(default_factory=list)
 
 
-def search(scenario: Scenario, rules: Rules | None = None) -> Result:
-    """Visits all states of a scenario, from devices that have seen nothing, up to the first that breaks a promise."""
+def search(scenario: Scenario, rules: Rules | None = None, visit: Callable[[World], None] | None = None) -> Result:
+    """Visits all states of a scenario, from devices that have seen nothing, up to the first that breaks a promise.
+
+    Args:
+        visit: called with each state, after the states on the way to it.
+    """
     rules = rules or Rules()
     names = _Names(scenario)
     start: World = (Device(),) * scenario.honest
     promises = {name: PROMISES[name] for name in scenario.promises}
+    if visit:
+        visit(start)
     visited = {names.least(start)}
     path: list[tuple[Step | None, Iterator[tuple[Step, World]]]] = [(None, successors(scenario, rules, start))]
     transitions = opened = 0
@@ -96,6 +102,8 @@ def search(scenario: Scenario, rules: Rules | None = None) -> Result:
         if found := broken(situation, promises):
             trace = [taken for taken, _ in path if taken is not None]
             return Result(len(visited), transitions, opened, found, [*trace, step])
+        if visit:
+            visit(world)
         path.append((step, successors(scenario, rules, world)))
     return Result(len(visited), transitions, opened)
 
