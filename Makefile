@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOCK := env -u UV_INDEX -u UV_EXTRA_INDEX_URL $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
+	--default-index https://pypi.org/simple --constraint constraints.txt --generate-hashes --no-header --no-annotate
 
-.PHONY: demo test test-slow lint format house bench-simulation bench-inference table clean
+.PHONY: demo test test-slow lint format house bench-simulation bench-inference table locks clean
 
 demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
@@ -39,6 +41,12 @@ bench-inference: $(READY)  ## Measure exported models against transformers' gene
 
 table: $(READY)  ## Measure the README's table: about ten minutes on two cores.
 	$(BIN)/python benchmarks/demo/run.py
+
+locks: $(READY)  ## Write deploy/locks again, after pyproject.toml or constraints.txt changed.
+	for extra in client server inference; do \
+		$(LOCK) --extra $$extra --output-file deploy/locks/$$extra.txt pyproject.toml || exit 1; \
+	done
+	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(LOCK) --output-file deploy/locks/build.txt -
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

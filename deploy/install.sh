@@ -3,9 +3,9 @@
 #
 #     sh install.sh --invitation invitation.json --data mine.jsonl
 #
-# It looks for Python 3.11 or newer, makes a virtual environment, installs what the hardware needs (torch for CUDA where
-# there is an NVIDIA GPU, for the CPU elsewhere), joins by the invitation, and registers the service. Run again, it
-# upgrades what is installed and keeps the device. As root it serves the machine, under a user of its own (/opt/fedtune,
+# It looks for Python 3.11 or newer, makes a virtual environment, installs what deploy/locks/client.txt names, each file
+# checked by its hash, then fedtune, joins by the invitation, and registers the service. Run again, it upgrades what is
+# installed and keeps the device. As root it serves the machine, under a user of its own (/opt/fedtune,
 # /var/lib/fedtune); as anyone else it serves that user (~/.local/share/fedtune, ~/.fedtune/client).
 set -eu
 
@@ -22,10 +22,13 @@ usage: sh install.sh --invitation FILE --data FILE [option]...
   --allow-clear         also take part in jobs whose server sees this device's own updates
   --scores              also score adapters on examples kept back here, for the server to see
   --source SPEC         what to install: a clone of the repository or a wheel; by default the clone this script is in
-  --constraint FILE     exact versions for pip; by default the clone's constraints.txt
+  --source-hash HASH    the wheel's hash, as sha256:HEX; another wheel is refused
+  --lock FILE           exact versions with hashes, and build.txt beside it; by default the clone's deploy/locks/client.txt
   --python PROGRAM      a Python of version 3.11 or newer; by default the newest that is found
   --torch cpu|cuda      by default what the hardware needs
-  --torch-index URL     where pip finds torch for the CPU; '' where its ordinary index has it
+  --torch-index URL     a second index, for a torch that is built for the CPU; by default there is none, and the lock's torch
+                        comes with CUDA libraries, several GB
+  --torch-hash HASH     the hash of that build, as sha256:HEX; without --torch-index pip's ordinary places have it
   --user                for this user only, even as root
   --no-service          register no service
   --dry-run             only print what would be done
@@ -44,14 +47,13 @@ run() { # prints the command, and runs it unless this is a dry run
     [ -n "$dry_run" ] || "$@"
 }
 
-invitation='' name='' data='' allow_clear='' scores='' source='' constraint='' python='' torch='' uninstall='' dry_run='' service=yes
-torch_index=https://download.pytorch.org/whl/cpu
-system=''
+invitation='' name='' data='' allow_clear='' scores='' source='' source_hash='' lock='' python='' torch='' uninstall='' dry_run='' service=yes
+torch_index='' torch_hash='' system=''
 [ "$(id -u)" -ne 0 ] || system=yes
 bases='' # one a line
 while [ $# -gt 0 ]; do
     case $1 in
-    --invitation | --name | --data | --base | --source | --constraint | --python | --torch | --torch-index)
+    --invitation | --name | --data | --base | --source | --source-hash | --lock | --python | --torch | --torch-index | --torch-hash)
         [ $# -ge 2 ] || fail "$1: expected a value"
         ;;
     esac
@@ -62,10 +64,12 @@ while [ $# -gt 0 ]; do
     --base) bases="$bases$(realpath -- "$2")
 " && shift ;;
     --source) source=$2 && shift ;;
-    --constraint) constraint=$2 && shift ;;
+    --source-hash) source_hash=$2 && shift ;;
+    --lock) lock=$2 && shift ;;
     --python) python=$2 && shift ;;
     --torch) torch=$2 && shift ;;
     --torch-index) torch_index=$2 && shift ;;
+    --torch-hash) torch_hash=$2 && shift ;;
     --allow-clear) allow_clear=yes ;;
     --scores) scores=yes ;;
     --user) system='' ;;
@@ -153,12 +157,24 @@ elif ! usable "$python"; then
     fail "--python $python: not a Python 3.11 or newer with venv"
 fi
 
+here=$(cd -- "$(dirname -- "$0")" && pwd)
 if [ -z "$source" ]; then
-    source=$(cd -- "$(dirname -- "$0")/.." && pwd)
+    source=$(dirname -- "$here")
     [ -e "$source/deploy/install.sh" ] || fail "not in a clone of the repository; say what to install with --source"
 fi
 [ -e "$source" ] || fail "--source $source: no such file or directory"
-[ -n "$constraint" ] || [ ! -e "$source/constraints.txt" ] || constraint=$source/constraints.txt
+if [ -z "$lock" ]; then
+    lock=$here/locks/client.txt
+    [ ! -d "$source" ] || lock=$source/deploy/locks/client.txt
+fi
+[ -r "$lock" ] || fail "--lock $lock: cannot be read"
+for hash in "$source_hash" "$torch_hash"; do
+    case $hash in '' | sha256:*) ;; *) fail "$hash: expected sha256:HEX" ;; esac
+done
+if [ -n "$source_hash" ]; then
+    [ -f "$source" ] || fail "--source-hash is for a wheel; $source is none"
+    [ "sha256:$(sha256sum -- "$source" | cut -c 1-64)" = "$source_hash" ] || fail "--source $source: has another hash"
+fi
 
 joined=''
 [ ! -e "$device/device.json" ] || joined=yes
@@ -187,14 +203,15 @@ say "Python $("$python" -c 'import platform; print(platform.python_version())') 
 # -- install or upgrade
 
 if [ ! -x "$prefix/bin/python" ]; then run "$python" -m venv "$prefix"; fi
-set -- "$prefix/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade
-[ -z "$constraint" ] || set -- "$@" --constraint "$constraint"
-# Plain pip takes torch with several GB of CUDA on an x86 machine, whether it has a GPU or not; builds for the CPU are
-# versions like 2.13.0+cpu, which pip prefers where it sees both.
-if [ "$torch" = cpu ] && [ "$(uname -m)" = x86_64 ] && [ -n "$torch_index" ]; then
-    set -- "$@" --extra-index-url "$torch_index"
+set -- sh "$here/locked.sh"
+# The lock's torch has CUDA in it. Builds for the CPU are in an index of their own; they are versions like 2.13.0+cpu,
+# which pip prefers where it sees both.
+if [ "$torch" = cpu ]; then
+    [ -z "$torch_index" ] || set -- "$@" --extra-index-url "$torch_index"
+    [ -z "$torch_hash" ] || set -- "$@" --torch-hash "$torch_hash"
+    [ -n "$torch_index$torch_hash" ] || say "torch brings several GB of CUDA libraries; see --torch-index and --torch-hash"
 fi
-run "$@" "fedtune[client] @ file://$(realpath -- "$source")"
+run "$@" "$prefix/bin/python" "$lock" "fedtune[client] @ file://$(realpath -- "$source")"
 
 # -- join
 

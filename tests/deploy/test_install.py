@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -53,6 +54,16 @@ class Machine:
         )
 
 
+def hash_of_torch(folder: Path) -> str:
+    """Returns the hash of the locked version's build that pip finds first, which may be one for the CPU."""
+    lock = (ROOT / "deploy" / "locks" / "client.txt").read_text()
+    torch = next(line.split()[0] for line in lock.splitlines() if line.startswith("torch=="))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder / 'torch'}", torch]
+    subprocess.run(command, check=True, timeout=INSTALL_SECONDS)
+    (wheel,) = (folder / "torch").iterdir()
+    return f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}"
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
@@ -75,8 +86,9 @@ def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
     assert "torch for cpu" in without
     if os.uname().machine == "x86_64":
         assert "--extra-index-url https://cpu.example.org" in without
+    assert "--extra-index-url" not in machine.install(*arguments).stdout, "there is no second index by default"
     fake.write_text("#!/bin/sh\necho 'GPU 0: one of them'\n")
-    having = machine.install(*arguments).stdout
+    having = machine.install(*arguments, "--torch-index", "https://cpu.example.org").stdout
     assert "torch for cuda" in having
     assert "--extra-index-url" not in having
 
@@ -85,12 +97,19 @@ def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
     ("arguments", "complaint"),
     [
         ((), "no device yet; expected --invitation FILE and --data FILE"),
-        (("--invitation", "none.bundle", "--data", "none.jsonl"), "--invitation none.bundle: cannot be read"),
+        (("--invitation", "none.json", "--data", "none.jsonl"), "--invitation none.json: cannot be read"),
         (("--invitation", "INVITATION"), "expected --data FILE"),
         (("--invitation", "INVITATION", "--data", "none.jsonl"), "--data none.jsonl: missing or empty"),
         (("--invitation", "INVITATION", "--data", "DATA", "--torch", "tpu"), "--torch tpu: expected cpu or cuda"),
         (("--invitation", "INVITATION", "--data", "DATA", "--source", "none"), "--source none: no such file"),
         (("--invitation", "INVITATION", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--lock", "none"), "--lock none: cannot be read"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--torch-hash", "0f"), "0f: expected sha256:HEX"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--source-hash", "sha256:0f"), "--source-hash is for a wheel"),
+        (
+            ("--invitation", "INVITATION", "--data", "DATA", "--source", "DATA", "--source-hash", "sha256:0f"),
+            "has another hash",
+        ),
         (("--invitation",), "--invitation: expected a value"),
         (("--colour", "red"), "--colour: unknown option"),
     ],
@@ -112,8 +131,8 @@ def test_uninstalling_what_is_not_there_is_no_mistake(machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_a_device_is_installed_upgraded_and_removed_and_its_data_stays(machine: Machine) -> None:
-    arguments = ("--torch-index", "")
+def test_a_device_is_installed_upgraded_and_removed_and_its_data_stays(machine: Machine, tmp_path: Path) -> None:
+    arguments = ("--torch", "cpu", "--torch-hash", hash_of_torch(tmp_path))
     done = machine.install("--invitation", machine.invitation, "--name", "kitchen", "--data", machine.data, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((machine.device / "device.json").read_text())["name"] == "kitchen"
