@@ -105,7 +105,10 @@ def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
         (("--invitation", "INVITATION", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
         (("--invitation", "INVITATION", "--data", "DATA", "--lock", "none"), "--lock none: cannot be read"),
         (("--invitation", "INVITATION", "--data", "DATA", "--torch-hash", "0f"), "0f: expected sha256:HEX"),
-        (("--invitation", "INVITATION", "--data", "DATA", "--source-hash", "sha256:0f"), "--source-hash is for a wheel"),
+        (
+            ("--invitation", "INVITATION", "--data", "DATA", "--source-hash", "sha256:0f"),
+            "--source-hash is for a wheel",
+        ),
         (
             ("--invitation", "INVITATION", "--data", "DATA", "--source", "DATA", "--source-hash", "sha256:0f"),
             "has another hash",
