@@ -157,7 +157,9 @@ def test_a_round_by_deadline_goes_on_without_a_device_that_stalls(make_fleet: Ma
 def test_two_jobs_in_a_row_and_a_device_that_was_away_for_the_first(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(4, config={"wait_seconds": 5.0})
     fleet.join()
-    first, second = (fleet.submit(ALL, name=name) for name in ("first", "second"))
+    first, second = (
+        fleet.submit(ALL, f"federation.run={number}", name=name) for number, name in ((1, "first"), (2, "second"))
+    )
     fleet.start_server()
     for name in fleet.names[:3]:
         fleet.start_device(name)
@@ -166,7 +168,7 @@ def test_two_jobs_in_a_row_and_a_device_that_was_away_for_the_first(make_fleet: 
     fleet.finished(second, LONG)
     fleet.start_device(fleet.names[3])
     eventually(lambda: fleet.status()["devices"][fleet.names[3]]["state"] == "online", LONG, fleet.logs)
-    lines = fleet.finished(fleet.submit(ALL, name="third"), LONG)
+    lines = fleet.finished(fleet.submit(ALL, "federation.run=3", name="third"), LONG)
     assert lines[-1]["survivors"] == fleet.names
 
 

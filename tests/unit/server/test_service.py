@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from owner import make_server, owner_of
 
-from fedtune.core.errors import RunError
+from fedtune.core.errors import InputError, RunError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
@@ -18,6 +18,20 @@ from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
 from fedtune.server.live.server_home import ServerConfig
 
 BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64)
+
+
+def test_the_same_job_needs_another_run_number_and_is_told_so_before_devices_refuse_it(tmp_path: Path) -> None:
+    home = make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
+    jobs, key = Jobs(home), owner_of(home).key
+
+    def manifest(name: str, *overrides: str) -> JobManifest:
+        job = load_job(None, ["training.learning_rate=0.01", *overrides])
+        return JobManifest.sign(key, name, JobTerms(job, BASE), 2e9)
+
+    jobs.finish(jobs.submit(Job(), manifest("first")))
+    with pytest.raises(InputError, match=r"job first has the same terms.* --set federation\.run=2"):
+        jobs.submit(Job(), manifest("second"))
+    jobs.submit(Job(), manifest("second", "federation.run=2"))
 
 
 def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(

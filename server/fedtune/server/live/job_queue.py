@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.private_files import private_folder, read_bounded, write_private
 from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
@@ -62,13 +62,18 @@ class Jobs:
         """Puts a job at the end of the queue, under its manifest's name.
 
         Raises:
-            InputError: the name is invalid, or a run of that name exists.
+            InputError: the name is invalid, a run of that name exists, or a job on the same terms was submitted before.
         """
         name = manifest.name
         if not _NAME.fullmatch(name):
             raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
         if name in self._names():
             raise InputError(f"{name}: a job of this name was submitted before; choose another with --name")
+        if (same := self._on_same_terms(manifest.terms.digest)) is not None:
+            raise InputError(
+                f"{name}: job {same} has the same terms, and devices serve a job once; to run it again: "
+                f"--set federation.run={manifest.terms.job.federation.run + 1}"
+            )
         number = max((entry.number for state in _STATES for entry in self._in(state)), default=0)
         path = self._root / "waiting" / f"{number + 1:06d}-{name}.toml"
         write_private(path.with_suffix(MANIFEST), manifest.data)
@@ -113,6 +118,15 @@ class Jobs:
         job.path.replace(target)
         with suppress(FileNotFoundError):
             job.path.with_suffix(MANIFEST).replace(target.with_suffix(MANIFEST))
+
+    def _on_same_terms(self, digest: str) -> str | None:
+        """Returns the name of a job with these terms, if there is one."""
+        for state in _STATES:
+            for entry in self._in(state):
+                with suppress(InputError, PeerError):  # a job of an earlier release has no manifest
+                    if JobManifest.unchecked(entry.manifest()).terms.digest == digest:
+                        return entry.name
+        return None
 
     def _names(self) -> set[str]:
         jobs = {entry.name for state in _STATES for entry in self._in(state)}
