@@ -64,8 +64,7 @@ def init(
 
     Example: fedtune server init --address fleet.example.org:8443 --host 192.0.2.7 --fleet fleet.pub
     """
-    from fedtune.core.manifest.joining import check_address, fingerprint
-    from fedtune.server.fleet.owner_home import read_public
+    from fedtune.core.manifest.joining import check_address, fingerprint, read_public
     from fedtune.server.live.server_home import INVITATION, ServerConfig, ServerHome, default_home
 
     name, _, told = check_address(address).rpartition(":")

@@ -102,7 +102,7 @@ class RegisteredDevice:
             return self._register(decode(request.parts[0], Registration, limit=MAX_REGISTRATION_BYTES))
         terms = self._planned.terms
         if terms is None:  # registered by an earlier process
-            terms = self._manifest(self._memory.manifest).terms
+            terms = JobManifest.read(self._memory.manifest, self._home.fleet.key, self._now()).terms
             self._take_on(terms)
         secure, name = terms.job.secure_aggregation.enabled, self._home.config.name
         handler = self._secure_handler if secure else self._clear_handler
@@ -123,7 +123,7 @@ class RegisteredDevice:
         before, after = self._home.renew_fleet(registration.fleet, self._now())
         if line := _difference(before, after):
             self._report.show(line)
-        manifest = self._manifest(registration.manifest)
+        manifest = JobManifest.read(registration.manifest, after.key, self._now())
         terms = manifest.terms
         if not (terms.job.secure_aggregation.enabled or self._home.config.allow_clear):
             raise UpdateError(
@@ -134,7 +134,7 @@ class RegisteredDevice:
         reply = RegistrationReply(
             version=PROTOCOL_VERSION,
             software=version("fedtune"),
-            fleet_number=self._home.fleet.number,
+            fleet_number=after.number,
             cores=os.cpu_count() or 0,
             memory_mb=psutil.virtual_memory().total >> 20,
             accelerator=outcome.machine.gpus[0].name if outcome.machine.gpus else "",
@@ -146,10 +146,6 @@ class RegisteredDevice:
             seconds=two_digits(outcome.seconds_per_round),
         )
         return encode(reply)
-
-    def _manifest(self, data: bytes) -> JobManifest:
-        """Returns a manifest that the fleet's owner has signed and that is still valid."""
-        return JobManifest.read(data, self._home.fleet.key, self._now())
 
     def _take_on(self, terms: JobTerms) -> Outcome:
         """Plans for a job, and ends the open rounds of the job before it."""

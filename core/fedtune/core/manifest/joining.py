@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtune.core.errors import FedtuneError, InputError, PeerError
-from fedtune.core.host.private_files import read_json
+from fedtune.core.host.private_files import read_bounded, read_json
 from fedtune.core.secagg.identity import Identity
 from fedtune.core.secagg.primitives import KEY_BYTES, digest, framed
 
@@ -74,6 +74,21 @@ def check_address(address: str) -> str:
 def fingerprint(fleet_key: bytes) -> str:
     """Returns a fleet key's fingerprint, for people to compare over another channel."""
     return _grouped(digest("fleet key", fleet_key))
+
+
+def read_public(path: Path) -> bytes:
+    """Reads a fleet's public key: 64 hexadecimal digits in a file.
+
+    Raises:
+        InputError: the file is missing or holds no key.
+    """
+    try:
+        key = bytes.fromhex(read_bounded(path, "a fleet's public key", 1 << 10).decode("ascii").strip())
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise InputError(f"{path}: a fleet's public key has 64 hexadecimal digits; expected the owner's fleet.pub")
+    return key
 
 
 @dataclass(frozen=True)

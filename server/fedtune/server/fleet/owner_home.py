@@ -18,7 +18,7 @@ from pathlib import Path
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.private_files import check_private, private_folder, read_bounded, write_private
 from fedtune.core.manifest.fleet_log import DAYS, MAX_LOG_BYTES, Change, Fleet, append, replay
-from fedtune.core.manifest.joining import JoinRequest
+from fedtune.core.manifest.joining import JoinRequest, read_public
 from fedtune.core.secagg.identity import Identity
 
 ENVIRONMENT = "FEDTUNE_FLEET_HOME"
@@ -128,18 +128,3 @@ class OwnerHome:
         following.save(self.path / _KEY)
         (self.path / _NEXT).unlink()
         return self.fleet
-
-
-def read_public(path: Path) -> bytes:
-    """Reads a fleet's public key: 64 hexadecimal digits in a file.
-
-    Raises:
-        InputError: the file is missing or holds no key.
-    """
-    try:
-        key = bytes.fromhex(read_bounded(path, "a fleet's public key", 1 << 10).decode("ascii").strip())
-    except ValueError:
-        key = b""
-    if len(key) != 32:
-        raise InputError(f"{path}: a fleet's public key has 64 hexadecimal digits; expected the owner's fleet.pub")
-    return key

@@ -30,7 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import ServiceLock, check_private, private_folder, read_bounded, write_private
-from fedtune.core.manifest.joining import Invitation, check_address
+from fedtune.core.manifest.joining import Invitation, check_address, read_public
 from fedtune.server.live.certificates import Certificate, days_left, make_authority, make_server_certificate
 
 ENVIRONMENT = "FEDTUNE_SERVER_HOME"
@@ -124,7 +124,7 @@ class ServerHome:
         """The first public key of the fleet's owner.
 
         Raises:
-            InputError: the folder is an earlier release's, in which the server held the private key.
+            InputError: the file is damaged, or the folder is an earlier release's, whose server held the private key.
         """
         path = self.path / _FLEET_KEY
         if not path.exists():
@@ -132,7 +132,7 @@ class ServerHome:
                 f"{self.path}: made by an earlier release, in which the server held the fleet's key and devices' keys. "
                 "Make a new server and fleet, let every device join again, and keep runs/ of the old folder"
             )
-        return bytes.fromhex(read_bounded(path, "the fleet's public key").decode().strip())
+        return read_public(path)
 
     @property
     def lock(self) -> ServiceLock:
