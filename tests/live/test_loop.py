@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from live_helpers import MakeFleet, Process, eventually
+from owner import owner_of
 
 
 def fedtune(*arguments: str) -> str:
@@ -28,6 +29,8 @@ def test_a_device_answers_with_the_model_that_its_fleet_trained(make_fleet: Make
     held_out = f'data.evaluation="{fleet.folder / "data" / "eval.jsonl"}"'
     run = fleet.submit('export.formats=["fp32"]', "federation.rounds=1", held_out, name="first")
     fleet.finished(run)  # with the job's export
+    owner = ["--home", str(owner_of(fleet.home).path), "--server-home", str(fleet.home.path)]
+    assert "release 1: first, fp32" in fedtune("fleet", "publish", str(run / "onnx"), *owner)
 
     name = fleet.names[0]
     home = ["--home", str(fleet.client_home(name))]

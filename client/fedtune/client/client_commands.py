@@ -154,7 +154,7 @@ def status(
 @app.command()
 def pull(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="A finished job; by default the last one that has a model.")
+        str | None, typer.Argument(metavar="[JOB]", help="A finished job; by default the owner's newest release.")
     ] = None,
     form: Annotated[
         str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest available.")
@@ -165,29 +165,31 @@ def pull(
     ] = False,
     home: _Home = None,
 ) -> None:
-    """Download a finished job's model to this device, to use it with fedtune serve or fedtune chat.
+    """Download a model that the fleet's owner has released, to use it with fedtune serve or fedtune chat.
 
-    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before the new model replaces the old one,
-    which is kept for fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
+    Needs no torch: pip install 'fedtune[inference]'. The device refuses what the owner has not signed, and releases
+    from before the one it has. Every file is checked before the new model replaces the old one, which is kept for
+    fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
 
         fedtune client pull
 
         fedtune client pull first --format fp16
     """
-    from fedtune.client.inference.model_line import ModelLine
+    from fedtune.client.inference.model_line import ModelLine, PatientLine
     from fedtune.client.inference.model_pull import pull as run
 
     device = _open(home)
     line = ModelLine(device.config.server, device.authority, device.config.name, device.node_key)
     try:
         with nullcontext() if quiet or as_json else _showing("pulling") as progress:
-            pulled = run(line, device.models, job, form, progress)
+            pulled = run(PatientLine(line), device.models, device.owner_key_after, job, form, progress)
     finally:
         line.close()
     path, previous = device.models.folder / "current", device.models.previous
     if as_json:
         found = {
             "version": pulled.path.name,
+            "release": pulled.release.number,
             "path": str(path),
             "received": pulled.received,
             "total": pulled.total,
@@ -196,14 +198,18 @@ def pull(
         print(json.dumps(found, indent=2))
     elif not quiet:
         print(
-            f"{pulled.path.name}: {pulled.total:,} bytes, {pulled.received:,} of them received now; every file checked"
+            f"{pulled.path.name}, release {pulled.release.number} of the fleet's owner: {pulled.total:,} bytes, "
+            f"{pulled.received:,} of them received now; every file checked"
         )
         print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
 
 
 @app.command()
 def rollback(home: _Home = None) -> None:
-    """Return to the model that was current before; a second call undoes the first. Then restart fedtune serve."""
+    """Return to the model that was current before; a second call undoes the first. Then restart fedtune serve.
+
+    Going back is the device owner's to decide. The next pull installs the fleet's newest release again.
+    """
     models = _open(home).models
     with models.changing():
         path = models.roll_back()

@@ -14,6 +14,8 @@ from fedtune.core.errors import InputError, MissingExtraError, PeerError
 if TYPE_CHECKING:  # the classes themselves are imported when a command runs
     from fedtune.core.job.settings import Job
     from fedtune.core.manifest.job_manifest import JobManifest
+    from fedtune.server.fleet.owner_home import OwnerHome
+    from fedtune.server.live.job_queue import QueuedJob
     from fedtune.server.live.server_home import ServerHome
 
 app = typer.Typer(help="Run a fleet's server: take the fleet's log, submit jobs, watch them.", no_args_is_help=True)
@@ -101,6 +103,20 @@ def publish(
 
 
 @app.command()
+def offer(
+    release: Annotated[Path, typer.Argument(metavar="FILE", help="The NAME.release of the fleet's owner.")],
+    home: _Home = None,
+) -> None:
+    """Offer a finished job's exported model to devices, as the owner has released it with fedtune fleet publish."""
+    from fedtune.core.host.private_files import read_bounded
+    from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
+    from fedtune.server.live.model_registry import ModelRegistry
+
+    taken = ModelRegistry(_open(home)).take(read_bounded(release, "a release", MAX_RELEASE_BYTES))
+    print(f"release {taken.number}: {taken.name}, {', '.join(taken.models)}")
+
+
+@app.command()
 def start(home: _Home = None) -> None:
     """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves."""
     from fedtune.core.host.process import limit_pieces
@@ -142,7 +158,13 @@ def submit(
             "owner's folder is on this machine.",
         ),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait",
+            help="Return when the job has ended; where the owner's folder is on this machine, release its model then.",
+        ),
+    ] = False,
     home: _Home = None,
 ) -> None:
     """Put a job in the queue; the server, running now or later, works on it.
@@ -177,6 +199,8 @@ def submit(
         if reason := jobs.failed().get(queued.name):
             raise InputError(f"{queued.name} failed: {reason}")
         time.sleep(1.0)
+    if resolved.export.formats:
+        _release(server, queued, jobs.run_path(queued), wait)
 
 
 @app.command()
@@ -206,23 +230,46 @@ def _own_fleet() -> bytes:
     return owner.first_key
 
 
+def _owner_here(server: ServerHome) -> OwnerHome | None:
+    """Returns the owner of a server's fleet, if the owner's folder is on this machine."""
+    from fedtune.server.fleet.owner_home import OwnerHome, default_home
+
+    path = default_home()
+    owner = OwnerHome(path) if (path / "fleet.key").is_file() else None
+    return owner if owner is not None and owner.first_key == server.fleet_key else None
+
+
 def _signed(server: ServerHome, job: Job, name: str) -> JobManifest:
     """Signs a job with the owner's key on this machine.
 
     Raises:
         InputError: the owner's key is elsewhere.
     """
-    from fedtune.server.fleet.owner_home import OwnerHome, default_home
     from fedtune.server.fleet.signing import sign_job
 
-    path = default_home()
-    owner = OwnerHome(path) if (path / "fleet.key").is_file() else None
-    if owner is None or owner.first_key != server.fleet_key:
+    if (owner := _owner_here(server)) is None:
         raise InputError(
             "a job needs the signature of the fleet's owner, whose key is not on this machine. Where it is: "
             "fedtune fleet sign JOB.toml; then here: fedtune server submit JOB.toml --manifest FILE"
         )
     return sign_job(owner.key, job, name)
+
+
+def _release(server: ServerHome, job: QueuedJob, run: Path, finished: bool) -> None:
+    """Releases a finished job's model with the owner's key on this machine, or says what releases it."""
+    owner, models = _owner_here(server), run / "onnx"
+    if owner is None or not finished:
+        place = "" if owner else "on the owner's machine, "
+        print(f"devices install its model once it is released, when it has finished; {place}with its exports:")
+        print(f"fedtune fleet publish {models}")
+        return
+    from fedtune.server.fleet.releasing import release_model
+    from fedtune.server.live.model_registry import ModelRegistry
+
+    release = release_model(owner, models, job.name)
+    ModelRegistry(server).take(release.data)
+    print(f"release {release.number}: {release.name}, {', '.join(release.models)}, signed here: this machine plays the")
+    print("fleet's owner too, which is good for a try-out")
 
 
 def _given(path: Path) -> JobManifest:

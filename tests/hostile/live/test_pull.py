@@ -10,7 +10,7 @@ import shutil
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,14 +20,17 @@ import httpx
 import pytest
 from endpoint import Endpoint, listening
 from live_helpers import Proxy, free_port
-from owner import Enrolled, enroll, revoke
+from owner import Enrolled, enroll, owner_of, revoke
 
-from fedtune.client.inference.model_line import ModelLine
-from fedtune.client.inference.model_pull import pull
+from fedtune.client.inference.model_line import PAUSES, ModelLine, PatientLine
+from fedtune.client.inference.model_pull import Progress, Pulled
+from fedtune.client.inference.model_pull import pull as pull_released
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock
+from fedtune.core.manifest.fleet_log import replay
 from fedtune.core.manifest.joining import load_node_key, make_node_key
+from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.protocol.messages import PROTOCOL_VERSION, encode
 from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
@@ -39,9 +42,13 @@ from fedtune.core.protocol.model_requests import (
     ReadModel,
     sign_request,
 )
+from fedtune.core.secagg.identity import Identity
+from fedtune.server.fleet.releasing import release_model
 from fedtune.server.live.certificates import make_authority, make_server_certificate
+from fedtune.server.live.model_registry import ModelRegistry
 
 BIG = 3_000_000
+OWNER = Identity(b"\x01" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +84,43 @@ def finish(endpoint: Endpoint, job: str, number: int) -> None:
     folder = endpoint.home.path / "jobs" / "finished"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{number:06d}-{job}.toml").touch()
+    release(endpoint, job)
 
 
-def line_of(bundle: Enrolled, server: str, clock: ServerClock | None = None) -> ModelLine:
-    return ModelLine(server, bundle.authority.encode(), bundle.name, bundle.node_key, clock)
+def release(endpoint: Endpoint, job: str) -> ModelRelease:
+    """Has the owner release a finished job's model, and the server offer it."""
+    made = release_model(owner_of(endpoint.home), endpoint.home.path / "runs" / job / "onnx")
+    return ModelRegistry(endpoint.home).take(made.data)
+
+
+class Line(ModelLine):
+    """A device's link, and the fleet key that the device pins."""
+
+    fleet_key = OWNER.public
+
+
+def line_of(bundle: Enrolled, server: str, clock: ServerClock | None = None) -> Line:
+    line = Line(server, bundle.authority.encode(), bundle.name, bundle.node_key, clock)
+    line.fleet_key = bundle.fleet_key
+    return line
+
+
+def pull(
+    line: Line | Liar | Passing,
+    versions: Versions,
+    job: str | None = None,
+    form: str | None = None,
+    progress: Progress | None = None,
+    pauses: Sequence[float] = PAUSES,
+) -> Pulled:
+    def key_after(log: bytes) -> bytes:
+        return replay(log, line.fleet_key).key
+
+    return pull_released(PatientLine(line, pauses), versions, key_after, job, form, progress)
 
 
 @pytest.fixture
-def line(offered: Endpoint) -> Iterator[ModelLine]:
+def line(offered: Endpoint) -> Iterator[Line]:
     line = line_of(offered.bundles["ada"], offered.public)
     yield line
     line.close()
@@ -99,9 +135,7 @@ def names(versions: Versions) -> list[str]:
     return sorted(path.name for path in versions.folder.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def test_the_last_finished_job_is_pulled_in_its_smallest_format(
-    offered: Endpoint, line: ModelLine, versions: Versions
-) -> None:
+def test_the_newest_release_is_pulled_in_its_smallest_format(offered: Endpoint, line: Line, versions: Versions) -> None:
     shown: list[tuple[int, int]] = []
     pulled = pull(line, versions, progress=lambda done, total: shown.append((done, total)))
     assert pulled.path.name.startswith("first-int4-")
@@ -111,18 +145,17 @@ def test_the_last_finished_job_is_pulled_in_its_smallest_format(
     assert versions.previous is None
     assert pull(line, versions).received == 0  # the device has it already
     assert pull(line, versions, "first", "fp32").path.name.startswith("first-fp32-")
-    # A job that is still running, or has no export, is not offered.
+    # A job that is still running is not offered.
     offer(offered, "second", "int4", 10)
-    finish(offered, "bare", 2)
     assert pull(line, versions).path == pulled.path
 
 
-def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Versions, offered: Endpoint) -> None:
+def test_what_is_not_there_is_refused_with_what_is(line: Line, versions: Versions, offered: Endpoint) -> None:
     offer(offered, "running", "int4", 10)
     for job, form, words in (
-        ("none", None, "job none: no exported model is offered; jobs with one: first"),
-        ("running", None, "job running: no exported model is offered"),
-        ("first", "int8", "job first was not exported as int8; it was as int4, fp32"),
+        ("none", None, "job none: no model is released; jobs with one: first"),
+        ("running", None, "job running: no model is released"),
+        ("first", "int8", "job first was not released as int8; it was as int4, fp32"),
         ("first", "int3", "--format int3: unknown; expected one of int4, int8, fp16, fp32"),
     ):
         with pytest.raises(InputError, match=words):
@@ -133,7 +166,7 @@ def test_what_is_not_there_is_refused_with_what_is(line: ModelLine, versions: Ve
 
 
 def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
-    offered: Endpoint, line: ModelLine, versions: Versions
+    offered: Endpoint, line: Line, versions: Versions
 ) -> None:
     with pytest.raises(InputError, match="no previous version"):
         versions.roll_back()
@@ -158,7 +191,11 @@ def test_the_version_before_stays_for_a_rollback_and_the_one_before_it_goes(
 class Passing:
     """A link that passes everything on to another."""
 
-    line: ModelLine
+    line: Line
+
+    @property
+    def fleet_key(self) -> bytes:
+        return self.line.fleet_key
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
         return self.line.describe(job, form)
@@ -167,7 +204,7 @@ class Passing:
         return self.line.read(wanted)
 
 
-def test_a_pull_that_was_broken_off_goes_on_where_it_was(line: ModelLine, versions: Versions) -> None:
+def test_a_pull_that_was_broken_off_goes_on_where_it_was(line: Line, versions: Versions) -> None:
     class Killed(BaseException):
         pass
 
@@ -217,7 +254,7 @@ def test_a_line_that_breaks_again_and_again_delays_a_pull_and_no_more(offered: E
 
 
 def test_a_server_that_stays_away_ends_a_pull_with_advice(versions: Versions) -> None:
-    line = ModelLine(f"localhost:{free_port()}", make_authority().certificate, "ada", make_node_key())
+    line = Line(f"localhost:{free_port()}", make_authority().certificate, "ada", make_node_key())
     with pytest.raises(RunError, match=r"cannot be reached.*go on with: fedtune client pull"):
         pull(line, versions, pauses=(0.01, 0.01))
     line.close()
@@ -246,7 +283,7 @@ def test_an_answer_that_unpacks_to_more_than_it_is_on_the_wire_is_refused(
     with HTTPServer(("127.0.0.1", 0), Bomb) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        line = ModelLine(f"localhost:{server.server_port}", authority.certificate, "ada", make_node_key())
+        line = Line(f"localhost:{server.server_port}", authority.certificate, "ada", make_node_key())
         with pytest.raises(PeerError, match=r"answer is compressed \('gzip, gzip'\)"):
             pull(line, versions, pauses=())
         line.close()
@@ -290,7 +327,7 @@ def test_a_device_whose_clock_is_wrong_pulls_all_the_same(offered: Endpoint, ver
     line.close()
 
 
-def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, line: ModelLine) -> None:
+def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, line: Line) -> None:
     described = line.describe(None, None)
     digest = hashlib.sha256(described.manifest).hexdigest()
 
@@ -301,7 +338,7 @@ def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, lin
 
     assert read("deep/tokenizer.json") == b"{}" * 500
     for file in ("../../../../../fleet.key", "/etc/passwd", MANIFEST, "deep", "deep/../deep/tokenizer.json", "\0"):
-        with pytest.raises(InputError, match="exported again"):
+        with pytest.raises(InputError, match="no such file in first, int4"):
             read(file)
     for changes in ({"job": "../../server"}, {"format": "../.."}, {"size": MAX_PIECE_BYTES + 1}, {"offset": -1}):
         with pytest.raises(PeerError, match="400"):
@@ -313,14 +350,18 @@ def test_a_device_reads_nothing_but_what_a_manifest_lists(offered: Endpoint, lin
 
 
 class Liar:
-    """A server that claims and sends anything."""
+    """A server that claims and sends anything; its release is the owner's own, of whatever the manifest says."""
+
+    fleet_key = OWNER.public
 
     def __init__(self, manifest: Any, content: bytes = b"", job: str = "first") -> None:
         self.manifest = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
-        self.content, self.job = content, job
+        self.content = content
+        models = {"int4": hashlib.sha256(self.manifest).hexdigest()}
+        self.released = ModelRelease.sign(OWNER, 1, job, models, time.time() + 60).data
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
-        return ModelDescription(PROTOCOL_VERSION, self.job, "int4", self.manifest)
+        return ModelDescription(PROTOCOL_VERSION, "int4", self.manifest, self.released, b"")
 
     def read(self, wanted: ReadModel) -> Iterator[bytes]:
         yield self.content[wanted.offset : wanted.offset + wanted.size]
@@ -375,7 +416,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_travels(vers
 @pytest.mark.parametrize("kilobytes", [200, 1500, 3100])
 def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitted(
     offered: Endpoint,
-    line: ModelLine,
+    line: Line,
     small_disk: Callable[[int], Path],
     monkeypatch: pytest.MonkeyPatch,
     kilobytes: int,
@@ -385,6 +426,7 @@ def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitt
     offer(offered, "small", "int4", 10)
     finish(offered, "small", 2)
     before = pull(line, versions, "small").path
+    release(offered, "first")
     (disk / "others").write_bytes(b"x" * 20_000)
     unforeseen = shutil.disk_usage(disk)._replace(free=1 << 40)  # another process fills the disk during the transfer
     monkeypatch.setattr(shutil, "disk_usage", lambda path: unforeseen)
@@ -395,9 +437,7 @@ def test_a_disk_that_fills_up_leaves_the_current_version_and_the_bytes_that_fitt
     verify(before)
 
 
-def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(
-    line: ModelLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     described = line.describe(None, None)
     digest = hashlib.sha256(described.manifest).hexdigest()
     wanted = ReadModel(PROTOCOL_VERSION, "first", "int4", digest, "model.onnx.data", 0, 1000)
@@ -416,10 +456,10 @@ def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(
     assert shown == 1
     with pytest.raises(PeerError, match="offer is larger than"):
         line.describe(None, None)
-    assert shown < 70
+    assert shown < 400
 
 
-def test_a_version_that_was_tampered_with_is_pulled_again(line: ModelLine, versions: Versions) -> None:
+def test_a_version_that_was_tampered_with_is_pulled_again(line: Line, versions: Versions) -> None:
     path = pull(line, versions).path
     with (path / "model.onnx.data").open("r+b") as file:
         file.write(b"\x01")
@@ -427,9 +467,7 @@ def test_a_version_that_was_tampered_with_is_pulled_again(line: ModelLine, versi
     verify(path)
 
 
-def test_an_export_that_was_made_again_meanwhile_is_said(
-    offered: Endpoint, line: ModelLine, versions: Versions
-) -> None:
+def test_an_export_that_was_made_again_meanwhile_is_said(offered: Endpoint, line: Line, versions: Versions) -> None:
     class ExportedAgain(Passing):
         def describe(self, job: str | None, form: str | None) -> ModelDescription:
             found = self.line.describe(job, form)
@@ -437,11 +475,26 @@ def test_an_export_that_was_made_again_meanwhile_is_said(
             path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
             return found
 
-    with pytest.raises(InputError, match="job first was exported again; pull it again"):
+    with pytest.raises(InputError, match="exported again, after its release"):
         pull(ExportedAgain(line), versions)
+    with pytest.raises(InputError, match="exported again, after its release"):
+        pull(line, versions)
+    release(offered, "first")
     assert pull(line, versions).manifest.provenance == {"seed": 1}
 
 
-def test_two_pulls_at_once_take_turns(line: ModelLine, versions: Versions) -> None:
+def test_two_pulls_at_once_take_turns(line: Line, versions: Versions) -> None:
     with versions.changing(), pytest.raises(InputError, match=f"process {os.getpid()} serves it already"):
         pull(line, versions)
+
+
+def test_the_newest_release_is_offered_also_where_it_is_of_an_older_job(
+    offered: Endpoint, line: Line, versions: Versions
+) -> None:
+    offer(offered, "second", "int4", 10, 1)
+    finish(offered, "second", 2)
+    assert pull(line, versions).path.name.startswith("second-int4-")
+    with pytest.raises(PeerError, match="this device has installed release"):
+        pull(line, versions, "first")
+    release(offered, "first")
+    assert pull(line, versions).path.name.startswith("first-int4-")

@@ -24,9 +24,12 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "core/fedtune/core/secagg"
 CODEC = "core/fedtune/core/codec"
 CLIENT = "client/fedtune/client"
+PULLS = f"{CLIENT}/inference"
+LIVE_CLIENT = f"{CLIENT}/live"
 MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
 SUITES = (
+    "tests/hostile/test_release.py",
     "tests/hostile/secagg/test_lying_round.py",
     "tests/hostile/secagg/test_lying_server.py",
     "tests/hostile/secagg/test_hostile_clients.py",
@@ -438,6 +441,29 @@ MUTANTS = (
         "able = list(population)",
         STRATEGIES,
     ),
+    # a device's checks of a model that it installs
+    Mutant("release: owner's signature", "model_release.py", ".checked(fleet_key)", "", MANIFEST),
+    Mutant("release: expiry", "model_release.py", "if not now < release.expires:", "if False:", MANIFEST),
+    Mutant(
+        "release: digest of the export", "model_pull.py", "release.models.get(offer.format) != digest", "False", PULLS
+    ),
+    Mutant("release: none from before", "model_pull.py", "versions.check_newer(release)", "pass", PULLS),
+    Mutant(
+        "release: one content for a number",
+        "model_versions.py",
+        "release.number > last.number",
+        "last.number <= release.number",
+        PULLS,
+    ),
+    Mutant(
+        "release: remembered before it is used",
+        "model_versions.py",
+        "write_private(self.folder / RELEASE, release.data)",
+        "self._point(CURRENT, version)",
+        PULLS,
+    ),
+    Mutant("release: by the key in force", "device_home.py", "[1].key", "[0].key", LIVE_CLIENT),
+    Mutant("release: fresh log", "device_home.py", "after.check_fresh(now)", "pass", LIVE_CLIENT),
     # checks of files on a device
     Mutant("one key for each client", "identity.py", "if key in seen:", "if False:"),
     Mutant("identity private to its owner", "identity.py", "if path.stat().st_mode & 0o077:", "if False:"),

@@ -17,12 +17,14 @@ class Enrolled:
 
     Args:
         node_key: private key for its requests, PEM.
+        fleet_key: first public key of the fleet's owner, which it pins.
     """
 
     name: str
     server: str
     authority: str
     node_key: str
+    fleet_key: bytes
 
 
 def make_server(path: Path, config: ServerConfig, hosts: list[str] | None = None) -> ServerHome:
@@ -40,7 +42,7 @@ def enroll(home: ServerHome, name: str) -> Enrolled:
     keys, owner = PrivateKeys.generate(), owner_of(home)
     owner.approve([JoinRequest.make(name, keys)])
     publish(home, owner.log)
-    return Enrolled(name, home.config.address, home.authority.decode(), keys.node)
+    return Enrolled(name, home.config.address, home.authority.decode(), keys.node, owner.first_key)
 
 
 def approve(home: ServerHome, *requests: JoinRequest) -> None:

@@ -30,7 +30,9 @@ from fedtune.client.inference.model_versions import Versions
 from fedtune.client.inference.openai_bodies import event
 from fedtune.client.inference.scheduler import Piece, Scheduler
 from fedtune.core.errors import ExportError, InputError
+from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.protocol.model_manifest import digest_file
+from fedtune.core.secagg.identity import Identity
 from fedtune.server import cli
 from fedtune.server.export.merge import merge, open_run
 from fedtune.server.export.request import ExportOptions
@@ -509,7 +511,7 @@ def test_without_a_directory_the_pulled_model_answers(
     versions = Versions(tmp_path / "models")
     shutil.copytree(directory, versions.incoming("first-fp32-0"), dirs_exist_ok=True)
     versions.admit("first-fp32-0")
-    versions.switch("first-fp32-0")
+    versions.install("first-fp32-0", ModelRelease.sign(Identity(b"1" * 32), 1, "first", {"fp32": "0" * 64}, 0.0))
     assert pulled_model() == tmp_path / "models" / "first-fp32-0"
     assert ExportedModel(tmp_path / "models" / "current").manifest == ExportedModel(directory).manifest
 

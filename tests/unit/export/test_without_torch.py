@@ -12,6 +12,12 @@ import httpx
 import pytest
 from endpoint import Endpoint, listening
 from export_helpers import export_run
+from owner import approve, owner_of
+
+from fedtune.client.live.device_home import ClientHome
+from fedtune.server.fleet.releasing import release_model
+from fedtune.server.live.model_registry import ModelRegistry
+from fedtune.server.live.server_home import INVITATION
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,6 +30,8 @@ def offering(make_run: Callable[..., Path], tmp_path: Path) -> Iterator[Endpoint
     export_run(make_run(), ["fp32"], endpoint.home.path / "runs" / "first" / "onnx")
     (endpoint.home.path / "jobs" / "finished").mkdir(parents=True, exist_ok=True)
     (endpoint.home.path / "jobs" / "finished" / "000001-first.toml").touch()
+    released = release_model(owner_of(endpoint.home), endpoint.home.path / "runs" / "first" / "onnx", "first")
+    ModelRegistry(endpoint.home).take(released.data)
     yield endpoint
     next(listener, None)
 
@@ -51,9 +59,13 @@ def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint,
     refused = fedtune("chat")
     assert (refused.returncode, "first: fedtune client pull" in refused.stderr) == (2, True)
     (tmp_path / "mine.jsonl").write_text('{"text": "turn on the lamp"}\n')
-    done = fedtune("client", "join", str(tmp_path / "ada.bundle"), "--data", str(tmp_path / "mine.jsonl"))
+    invited = str(offering.home.path / INVITATION)
+    done = fedtune("client", "join", invited, "--name", "kitchen", "--data", str(tmp_path / "mine.jsonl"))
     assert done.returncode == 0, done.stderr
-    address = tmp_path / "device" / "device.json"  # the bundle has a fixed port, but this listener uses a free one
+    request = ClientHome(tmp_path / "device").request
+    assert request is not None
+    approve(offering.home, request)
+    address = tmp_path / "device" / "device.json"  # the invitation's port is fixed, but this listener uses a free one
     address.write_text(address.read_text().replace("localhost:8443", offering.public))
     done = fedtune("client", "pull")
     assert done.returncode == 0, done.stderr

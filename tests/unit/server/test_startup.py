@@ -37,8 +37,8 @@ HELPS = [
             (name,)
             for name in ("simulate", "resume", "report", "plan", "export", "serve", "chat", "fleet", "server", "client")
         ),
-        *(("server", name) for name in ("init", "renew", "publish", "start", "stop", "submit", "status")),
-        *(("fleet", name) for name in ("init", "approve", "revoke", "renew", "rotate", "sign", "status")),
+        *(("server", name) for name in ("init", "renew", "publish", "offer", "start", "stop", "submit", "status")),
+        *(("fleet", name) for name in ("init", "approve", "revoke", "renew", "rotate", "sign", "publish", "status")),
         *(("client", name) for name in ("join", "start", "stop", "status", "pull", "rollback", "leave")),
     )
 ]

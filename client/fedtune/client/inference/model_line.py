@@ -1,7 +1,7 @@
 """A device's link to the model registry of the fleet's server: signed requests over TLS, with retries.
 
 line = ModelLine(server, authority, name, node_key)
-offer = PatientLine(line, PAUSES).describe(job=None, form=None)
+offer = PatientLine(line).describe(job=None, form=None)
 """
 
 from __future__ import annotations
@@ -132,10 +132,14 @@ class ModelLine:
 
 @dataclass(frozen=True)
 class PatientLine:
-    """Retries another line after each failure, with growing pauses."""
+    """Retries another line after each failure.
+
+    Args:
+        pauses: seconds between tries; after the last one it gives up.
+    """
 
     line: Line
-    pauses: Sequence[float]
+    pauses: Sequence[float] = PAUSES
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
         """Returns the offer, in spite of interruptions."""

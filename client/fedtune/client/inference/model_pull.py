@@ -1,11 +1,12 @@
 """The pull of a finished job's exported model from the fleet's server.
 
-    line = ModelLine(server, authority, name, node_key)
-    path = pull(line, Versions(home / "models"))
+    line = PatientLine(ModelLine(server, authority, name, node_key))
+    path = pull(line, Versions(home / "models"), key_after)
 
 Received bytes are kept: a pull that was interrupted by the network or a crash resumes at the same byte. No input is
-trusted: names and sizes come from a checked manifest, and a file whose SHA-256 digest differs from the manifest's is
-removed before the version gets its name.
+trusted: the model is one that the fleet's owner has released, not before the one that the device has; names and sizes
+come from the manifest that the release names, and a file whose SHA-256 digest differs from the manifest's is removed
+before the version gets its name.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import fsync
 from pathlib import Path
 
-from fedtune.client.inference.model_line import PAUSES, Line, PatientLine
+from fedtune.client.inference.model_line import PatientLine
 from fedtune.client.inference.model_versions import Versions
 from fedtune.core.errors import ExportError, InputError, PeerError, RunError
 from fedtune.core.host.private_files import write_private
+from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.protocol.messages import PROTOCOL_VERSION
 from fedtune.core.protocol.model_manifest import (
     FORMATS,
@@ -43,6 +45,9 @@ QUICK_SECONDS, SLOW_SECONDS = 1.0, 15.0  # a faster piece makes the next one lar
 Progress = Callable[[int, int], None]
 """Receives the bytes that have arrived and the total bytes."""
 
+KeyAfter = Callable[[bytes], bytes]
+"""Returns the owner's public key after a fleet's log from the server; raises `PeerError` if the log is refused."""
+
 
 @dataclass(frozen=True)
 class Pulled:
@@ -50,49 +55,51 @@ class Pulled:
 
     Args:
         path: folder of the version that is now current.
+        release: the owner's release of it.
         received: bytes received in this pull.
         total: bytes of the whole version.
     """
 
     path: Path
     manifest: Manifest
+    release: ModelRelease
     received: int
     total: int
 
 
 def pull(
-    line: Line,
+    line: PatientLine,
     versions: Versions,
+    key_after: KeyAfter,
     job: str | None = None,
     form: str | None = None,
     progress: Progress | None = None,
-    pauses: Sequence[float] = PAUSES,
 ) -> Pulled:
-    """Downloads a model and makes it the current version; the current one becomes the previous.
+    """Downloads a released model and makes it the current version; the current one becomes the previous.
 
     Args:
-        job: a finished job; None for the last.
+        job: a finished job; None for the one of the newest release.
         form: "int4", ...; None for the smallest available.
-        pauses: seconds between tries while the server cannot be reached; after the last one, the pull gives up.
 
     Raises:
         InputError: there is no such model or format, the device is unknown, or another process pulls.
-        PeerError: the received data differ from those announced, and were removed.
+        PeerError: the owner has not released this model, or released a newer one before; or the received data differ
+            from those announced, and were removed.
         RunError: the network was down for too long, or the disk is full; the next pull resumes.
     """
     if form not in (None, *FORMATS):
         raise InputError(f"--format {form}: unknown; expected one of {', '.join(FORMATS)}")
-    patient = PatientLine(line, pauses)
     with versions.changing(), _kept(versions):
-        offer = patient.describe(job, form)
-        if (job or offer.job, form or offer.format) != (offer.job, offer.format):
-            raise PeerError(f"the server offers {offer.job} as {offer.format}, which was not requested")
-        version = _Version(offer, _checked(offer), hashlib.sha256(offer.manifest).hexdigest())
+        offer = line.describe(job, form)
+        version = _admitted(offer, versions, key_after)
+        if (job or version.release.name, form or offer.format) != (version.release.name, offer.format):
+            raise PeerError(f"the server offers {version.release.name} as {offer.format}, which was not requested")
         received = 0
         if not _is_whole(versions.folder / version.name):
-            received = _fetch(patient, versions, version, progress or (lambda *_: None))
-        versions.switch(version.name)
-        return Pulled(versions.folder / version.name, version.manifest, received, version.total)
+            received = _fetch(line, versions, version, progress or (lambda *_: None))
+        versions.install(version.name, version.release)
+        path = versions.folder / version.name
+        return Pulled(path, version.manifest, version.release, received, version.total)
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,14 @@ class _Version:
     """
 
     offer: ModelDescription
+    release: ModelRelease
     manifest: Manifest
     digest: str
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.offer.job}-{self.offer.format}-{self.digest[:12]}"
+        return f"{self.release.name}-{self.offer.format}-{self.digest[:12]}"
 
     @property
     def total(self) -> int:
@@ -120,7 +128,7 @@ class _Version:
 
     def piece(self, file: str, offset: int, size: int) -> ReadModel:
         """Returns the request for `size` bytes of a file."""
-        return ReadModel(PROTOCOL_VERSION, self.offer.job, self.offer.format, self.digest, file, offset, size)
+        return ReadModel(PROTOCOL_VERSION, self.release.name, self.offer.format, self.digest, file, offset, size)
 
 
 def _fetch(line: PatientLine, versions: Versions, version: _Version, progress: Progress) -> int:
@@ -176,7 +184,20 @@ class _Pace:
             self.size = max(self.size // 2, SHORTEST_PIECE)
 
 
-def _checked(offer: ModelDescription) -> Manifest:
+def _admitted(offer: ModelDescription, versions: Versions, key_after: KeyAfter) -> _Version:
+    """Holds an offer against what the fleet's owner has signed.
+
+    Raises:
+        PeerError: the owner has not released it, or it may not be installed any more.
+    """
+    release = ModelRelease.read(offer.release, key_after(offer.fleet), time.time())
+    versions.check_newer(release)
+    digest = hashlib.sha256(offer.manifest).hexdigest()
+    if release.models.get(offer.format) != digest:
+        raise PeerError(
+            f"the server's {offer.format} is not the one that the fleet's owner has released for {release.name}: its "
+            f"manifest has SHA-256 {digest[:12]}…"
+        )
     try:
         manifest = parse_manifest(offer.manifest, "the server's offer")
     except ExportError as error:
@@ -185,7 +206,7 @@ def _checked(offer: ModelDescription) -> Manifest:
         raise PeerError(
             f"the server's offer is {manifest.kind} in {manifest.format}; expected a model in {offer.format}"
         )
-    return manifest
+    return _Version(offer, release, manifest, digest)
 
 
 def _is_whole(path: Path) -> bool:

@@ -2,10 +2,14 @@
 
     models/JOB-FORMAT-DIGEST/     an exported directory, whole and checked
     models/current, previous      symbolic links to two of them
+    models/release.json           the owner's release that was installed last, below which none is installed again
     models/.incoming-VERSION/     the received part of a version; without a manifest, so that it cannot be loaded
 
 A version gets its name when it is whole, and `current` moves between versions atomically: a reader of `models/current`
 always finds a whole model.
+
+The device's own owner may go back to the previous version. That leaves the last release as it is: what a server offers
+must still be that one or a newer one.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedtune.core.errors import InputError
-from fedtune.core.host.private_files import ServiceLock, private_folder, sync_directory
+from fedtune.core.errors import InputError, PeerError
+from fedtune.core.host.private_files import ServiceLock, private_folder, read_bounded, sync_directory, write_private
+from fedtune.core.manifest.model_release import ModelRelease
+from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
 
 CURRENT, PREVIOUS = "current", "previous"
+RELEASE = "release.json"
 INCOMING = ".incoming-"
 
 
@@ -42,6 +49,35 @@ class Versions:
         """The version that was current before; None where there is none."""
         previous = self._target(PREVIOUS)
         return None if previous == self.current else previous
+
+    @property
+    def release(self) -> ModelRelease | None:
+        """The release that was installed last; None before the first.
+
+        Raises:
+            InputError: its file is damaged.
+        """
+        path = self.folder / RELEASE
+        if not path.exists():
+            return None
+        try:
+            return ModelRelease.unchecked(read_bounded(path, "the installed release", MAX_RELEASE_BYTES))
+        except PeerError as error:
+            raise InputError(f"{path}: {error}; leave the fleet and join again, to begin without models") from None
+
+    def check_newer(self, release: ModelRelease) -> None:
+        """Refuses a release from before the one that was installed last.
+
+        Raises:
+            PeerError: it has a lower number, or the same number and another content.
+        """
+        last = self.release
+        if last is None or release.number > last.number or release.data == last.data:
+            return
+        raise PeerError(
+            f"the server offers release {release.number}, {release.name}, and this device has installed release "
+            f"{last.number}, {last.name}; the fleet's owner may release that model again with: fedtune fleet publish"
+        )
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -69,8 +105,10 @@ class Versions:
         sync_directory(self.folder)
         return path
 
-    def switch(self, version: str) -> None:
-        """Makes a version the current one, and the current one the previous; removes all others."""
+    def install(self, version: str, release: ModelRelease) -> None:
+        """Makes a released version the current one, and the current one the previous; removes all others."""
+        write_private(self.folder / RELEASE, release.data)  # before the link moves: a crash forgets no release
+        sync_directory(self.folder)
         current = self.current
         if current is not None and current.name != version:
             self._point(PREVIOUS, current.name)

@@ -11,7 +11,7 @@ jobs/               residuals, adapters and manifest, by the digest of a job's t
 uplink              bytes a second of the last upload
 calibration/        measurements of trial steps, by base model
 working             the message in work, until the server has its answer
-models/             pulled models, and links to the current and the previous one
+models/             pulled models, their last release, and links to the current and the previous one
 status.json         content of `fedtune client status`
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from fedtune.core.host.private_files import (
     private_folder,
     read_bounded,
     read_json,
+    taking_turns,
     write_private,
 )
 from fedtune.core.manifest.fleet_log import MAX_LOG_BYTES, Fleet, extended, replay
@@ -204,7 +206,7 @@ class ClientHome:
             raise InputError(f"{self.path / _LOG}: {error}; leave and join again") from None
 
     def renew_fleet(self, log: bytes, now: float) -> tuple[Fleet, Fleet]:
-        """Takes a log that continues the one that this device holds.
+        """Takes a log that continues the one that this device holds; a pull and the device's process take turns.
 
         Args:
             now: seconds since 1970.
@@ -215,16 +217,21 @@ class ClientHome:
         Raises:
             PeerError: the log is older or another, not signed by the owner, expired, or without this device's keys.
         """
-        held, before = self._log, self.fleet
-        after = extended(held, log, bytes.fromhex(self.config.fleet_key))
-        after.check_fresh(now)
-        keys = after.devices.get(self.config.name)
-        if keys is None or keys.identity != self.identity.public:
-            raise PeerError("the fleet's log does not list this device with its key")
-        if log != held:
-            write_private(self.path / _LOG, log)
-            (self.path / REQUEST).unlink(missing_ok=True)
-        return before, after
+        with taking_turns(self.path / "fleet.lock"):
+            held, before = self._log, self.fleet
+            after = extended(held, log, bytes.fromhex(self.config.fleet_key))
+            after.check_fresh(now)
+            keys = after.devices.get(self.config.name)
+            if keys is None or keys.identity != self.identity.public:
+                raise PeerError("the fleet's log does not list this device with its key")
+            if log != held:
+                write_private(self.path / _LOG, log)
+                (self.path / REQUEST).unlink(missing_ok=True)
+            return before, after
+
+    def owner_key_after(self, log: bytes) -> bytes:
+        """Takes a log as `renew_fleet` does, now, and returns the owner's public key that is in force after it."""
+        return self.renew_fleet(log, time.time())[1].key
 
     @property
     def _log(self) -> bytes:

@@ -11,6 +11,8 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -100,6 +102,17 @@ def read_json(path: Path, what: str, limit: int = MAX_FILE_BYTES) -> Any:
         return json.loads(read_bounded(path, what, limit))
     except (ValueError, RecursionError):
         raise InputError(f"{path}: cannot read {what}: it is not JSON") from None
+
+
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Waits for a lock file, so that processes that read and then replace a file do so one after the other."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 class ServiceLock:

@@ -3,7 +3,8 @@
     manifest = verify(directory)
 
 `fedtune.json` states the model's provenance and, under "files", name -> {"sha256", "bytes"} of every other file. The
-manifest cannot prove its own authenticity; users who have its digest from a trusted source compare `manifest_digest`.
+manifest cannot prove its own authenticity: a device holds its digest against the release that the fleet's owner has
+signed (`fedtune.core.manifest.model_release`), and others compare `manifest_digest` with one from a source they trust.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The requests with which a device pulls an exported model from its server, their answers and their signatures.
 
-    POST /v1/fleet/describe-model    DescribeModel -> ModelDescription
+    POST /v1/fleet/describe-release  DescribeModel -> ModelDescription
     POST /v1/fleet/read-model        ReadModel -> bytes of one file
 
 Both use the server's public TLS socket and carry the device's signature with the key of its enrolment. The device
-receives files only: it requests the files that the manifest lists, writes them only to the paths that the manifest
-allows, and accepts the model when every file has the SHA-256 that the manifest states.
+receives files only: it accepts the manifest whose digest the fleet's owner has released, requests the files that the
+manifest lists, writes them only to the paths that the manifest allows, and accepts the model when every file has the
+SHA-256 that the manifest states.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from fedtune.core.protocol.messages import Payload
 from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES
 from fedtune.core.secagg.primitives import framed
 
-DESCRIBE, READ = "/v1/fleet/describe-model", "/v1/fleet/read-model"
+DESCRIBE, READ = "/v1/fleet/describe-release", "/v1/fleet/read-model"
 MAX_PIECE_BYTES = 4 << 20  # bytes of a file in one answer
 MAX_REQUEST_BYTES = 16 << 10
-MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + 4096
+MAX_RELEASE_BYTES = 4096
+MAX_FLEET_BYTES = 16 << 20
+MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + MAX_RELEASE_BYTES + MAX_FLEET_BYTES + 4096
 MAX_CLOCK_ERROR = 60  # seconds between a request's time and the server's
 DEVICE_HEADER, TIME_HEADER, SIGNATURE_HEADER = "fedtune-device", "fedtune-time", "fedtune-signature"
 _MAX_HEADER = 256
@@ -42,7 +45,7 @@ class DescribeModel(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
     """A request for the description of an exported model.
 
     Args:
-        job: name of a finished job; None for the one that finished last.
+        job: name of a finished job; None for the one of the newest release.
         format: format of the export; None for the smallest that the job has.
     """
 
@@ -52,12 +55,19 @@ class DescribeModel(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
 
 
 class ModelDescription(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """One exported model: `manifest` is its fedtune.json, byte for byte."""
+    """One exported model, and what its release is checked by.
+
+    Args:
+        manifest: its fedtune.json, byte for byte.
+        release: the owner's statement, as `ModelRelease` has it, which names the job.
+        fleet: the fleet's log, from which the key follows that must have signed the release.
+    """
 
     version: int
-    job: _Job
     format: _Format
     manifest: Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
+    release: Annotated[bytes, Meta(max_length=MAX_RELEASE_BYTES)]
+    fleet: Annotated[bytes, Meta(max_length=MAX_FLEET_BYTES)]
 
 
 class ReadModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

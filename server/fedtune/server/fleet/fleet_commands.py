@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedtune.server.live.server_home import ServerHome
 
 app = typer.Typer(
-    help="Own a fleet: approve and revoke its devices, and sign its jobs, with a key that no server has.",
+    help="Own a fleet: approve and revoke its devices, and sign its jobs and models, with a key that no server has.",
     no_args_is_help=True,
 )
 
@@ -38,6 +38,7 @@ _Days = Annotated[
     float, typer.Option("--days", min=0.01, max=3650, help="How long devices trust this without a newer one.")
 ]
 _DAY = 86_400.0
+_BOTH = "this machine holds the fleet's key beside the server: good for a try-out, not against whoever breaks into it"
 
 
 @app.command()
@@ -111,10 +112,11 @@ def renew(days: _Days = DAYS, home: _Home = None, server_home: _Server = None) -
 
 @app.command()
 def rotate(days: _Days = DAYS, home: _Home = None, server_home: _Server = None) -> None:
-    """Replace the fleet's key: the old key names the new one, and devices follow. Sign waiting jobs again."""
+    """Replace the fleet's key: the old key names the new one, and devices follow. Sign jobs and models again."""
     owner = _open(home)
     fleet = owner.rotate(days)
-    print(f"the fleet's key is now {fingerprint(fleet.key)}; jobs that wait must be signed and submitted again")
+    print(f"the fleet's key is now {fingerprint(fleet.key)}; jobs that wait must be signed and submitted again,")
+    print("and the model that devices are to install released again: fedtune fleet publish MODEL_DIR")
     _hand_over(owner, fleet, _server(server_home))
 
 
@@ -145,6 +147,49 @@ def sign(
     path = out or Path(f"{chosen}.manifest")
     write_private(path, manifest.data)
     print(f"{path}: the job {chosen}, terms {manifest.terms.digest[:16]}…, valid for {days:g} days")
+
+
+@app.command()
+def publish(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_DIR", help="A job's exported model: runs/first/onnx with all its formats, or one of them."
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="The job's name on the server; by default the model's.")
+    ] = None,
+    days: _Days = DAYS,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write; by default NAME.release.")
+    ] = None,
+    home: _Home = None,
+    server_home: _Server = None,
+) -> None:
+    """Release a job's exported model to devices: check its files, and sign what they are under the next number.
+
+    Devices install only what is released, and nothing from before the release they have. To return the fleet to an
+    older model, publish that one again. Try a model before you sign it: fedtune chat MODEL_DIR
+
+    The server gets the file: fedtune server offer NAME.release. Example: fedtune fleet publish runs/first/onnx
+    """
+    from fedtune.core.host.private_files import write_private
+    from fedtune.server.fleet.releasing import release_model
+
+    server = _server(server_home)
+    release = release_model(_open(home), directory, name, days)
+    state = f"release {release.number}: {release.name}, {', '.join(release.models)}, valid for {days:g} days"
+    if server is None or out is not None:
+        path = out or Path(f"{release.name}.release")
+        write_private(path, release.data)
+        print(f"{state}; carry {path} to the server: fedtune server offer {path}")
+        return
+    from fedtune.server.live.model_registry import ModelRegistry
+
+    ModelRegistry(server).take(release.data)
+    print(f"{state}; offered by the server in {server.path}")
+    print(_BOTH)
 
 
 @app.command()
@@ -179,9 +224,7 @@ def _hand_over(owner: OwnerHome, fleet: Fleet, server: ServerHome | None) -> Non
 
     publish(server, owner.log)
     print(f"{state}; published to the server in {server.path}")
-    print(
-        "this machine holds the fleet's key beside the server: good for a try-out, not against whoever breaks into it"
-    )
+    print(_BOTH)
 
 
 def _request(text: str, known: dict[str, JoinRequest]) -> JoinRequest:

@@ -3,6 +3,7 @@
 fleet.key       signs the fleet's log, job manifests and exported models
 next.key        the key that takes its place, while `fedtune fleet rotate` is under way
 fleet.jsonl     the fleet's log
+release.json    the last release of a model, after whose number the next one's comes
 
 A backup of this folder is a backup of the fleet. Where it lies on the server's machine, for a try-out, the server's
 process does not read it; but whoever breaks into that machine can, and every status says so.
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.private_files import check_private, private_folder, read_bounded, write_private
 from fedtune.core.manifest.fleet_log import DAYS, MAX_LOG_BYTES, Change, Fleet, append, replay
 from fedtune.core.manifest.joining import JoinRequest, read_public
+from fedtune.core.manifest.model_release import ModelRelease
+from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
 from fedtune.core.secagg.identity import Identity
 
 ENVIRONMENT = "FEDTUNE_FLEET_HOME"
-_KEY, _NEXT, _FIRST, _LOG = "fleet.key", "next.key", "fleet.pub", "fleet.jsonl"
+_KEY, _NEXT, _FIRST, _LOG, _RELEASE = "fleet.key", "next.key", "fleet.pub", "fleet.jsonl", "release.json"
 _DAY = 86_400.0
 
 
@@ -120,8 +123,32 @@ class OwnerHome:
         """Revokes devices, in one entry."""
         return self.change(Change(revoked=tuple(names)), days)
 
+    def release(self, name: str, models: Mapping[str, str], days: float = DAYS) -> ModelRelease:
+        """Signs a release of a job's model, under the number after the last release's.
+
+        Args:
+            models: format -> SHA-256 of the export's manifest, in hexadecimal digits.
+            days: how long devices may install it.
+
+        Raises:
+            InputError: the job's name is none, or the last release's file is damaged.
+        """
+        path = self.path / _RELEASE
+        try:
+            last = (
+                ModelRelease.unchecked(read_bounded(path, "the last release", MAX_RELEASE_BYTES)).number
+                if path.exists()
+                else 0
+            )
+            release = ModelRelease.sign(self.key, last + 1, name, models, self._now() + days * _DAY)
+        except PeerError as error:
+            raise InputError(f"{path}: {error}") from None
+        write_private(path, release.data)
+        return release
+
     def rotate(self, days: float = DAYS) -> Fleet:
-        """Replaces the key: the old one signs an entry that names the new one. Manifests must be signed again."""
+        """Replaces the key: the old one signs an entry that names the new one. Manifests and models must be signed
+        again."""
         following = Identity.generate()
         following.save(self.path / _NEXT)
         self.change(Change(next_key=following.public), days)

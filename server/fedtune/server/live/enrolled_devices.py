@@ -10,16 +10,13 @@ it holds, and passes the log on to devices, which check it themselves.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from base64 import b64encode
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.errors import InputError, PeerError
-from fedtune.core.host.private_files import private_folder, read_bounded, write_private
+from fedtune.core.host.private_files import private_folder, read_bounded, taking_turns, write_private
 from fedtune.core.manifest.fleet_log import MAX_LOG_BYTES, Fleet, extended, replay
 from fedtune.core.manifest.joining import MAX_REQUEST_BYTES, JoinRequest
 from fedtune.server.live.server_home import ServerHome
@@ -82,7 +79,7 @@ def publish(home: ServerHome, log: bytes) -> Fleet:
     Raises:
         InputError: it does not, or its last entries are not signed by the fleet's owner.
     """
-    with _changing(home):
+    with taking_turns(home.path / "devices.lock"):
         try:
             fleet = extended(Devices.load(home).log, log, home.fleet_key)
         except PeerError as error:
@@ -129,14 +126,3 @@ def changed(home: ServerHome) -> int:
 
 def _path(home: ServerHome, request: JoinRequest) -> Path:
     return home.path / _REQUESTS / f"{request.code}.json"
-
-
-@contextmanager
-def _changing(home: ServerHome) -> Iterator[None]:
-    """Locks the log, so that concurrent changes happen one after the other."""
-    lock = os.open(home.path / "devices.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -1,7 +1,10 @@
-"""The exported models of finished jobs, offered to enrolled devices by two calls between the guard and Flower's app.
+"""The exported models that the fleet's owner has released, offered by two calls between the guard and Flower's app.
+
+    runs/JOB/onnx/FORMAT/         an exported directory
+    runs/JOB/onnx/release.json    the owner's release of the formats that it names
 
 A device reads a file in pieces, each with a signed request, so that it can continue after a broken connection or a
-restart of either side. Only files in an export's manifest can be read.
+restart of either side. Only files in a released export's manifest can be read.
 """
 
 from __future__ import annotations
@@ -9,15 +12,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from fedtune.core.errors import FedtuneError, InputError, PeerError
-from fedtune.core.host.private_files import read_bounded
+from fedtune.core.errors import ExportError, FedtuneError, InputError, PeerError
+from fedtune.core.host.private_files import read_bounded, write_private
+from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.protocol.messages import PROTOCOL_VERSION, decode, encode
-from fedtune.core.protocol.model_manifest import FORMATS, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from fedtune.core.protocol.model_manifest import (
+    FORMATS,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    manifest_digest,
+    parse_manifest,
+)
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
+    MAX_RELEASE_BYTES,
     MAX_REQUEST_BYTES,
     READ,
     DescribeModel,
@@ -31,6 +44,7 @@ from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
 
 FOLDER = "onnx"  # the folder in a run directory
+RELEASE = "release.json"
 _CHUNK_BYTES = 256 << 10  # read at once; small, so that many slow devices need little memory
 _NAMED = 10  # jobs in a refusal
 
@@ -40,38 +54,71 @@ class NoSuchModelError(FedtuneError):
 
 
 class ModelRegistry:
-    """The models that a server offers: `runs/JOB/onnx/FORMAT` of every finished job."""
+    """The models that a server offers: what the owner has released of `runs/JOB/onnx` of finished jobs."""
 
     def __init__(self, home: ServerHome) -> None:
         self._home = home
         self._jobs = Jobs(home)
 
-    def find(self, job: str | None, form: str | None) -> tuple[str, str, Path]:
-        """Returns job, format and directory of the model that a request means.
+    def find(self, job: str | None, form: str | None) -> tuple[ModelRelease, str, Path]:
+        """Returns release, format and directory of the model that a request means.
+
+        Args:
+            job: None for the one of the newest release.
 
         Raises:
             NoSuchModelError: there is no such model.
         """
-        finished = self._jobs.finished()
-        wanted = reversed(finished) if job is None else [job] if job in finished else []
-        name, forms = next(((name, forms) for name in wanted if (forms := self._formats(name))), ("", []))
-        if not forms:
-            known = ", ".join([name for name in reversed(finished) if self._formats(name)][:_NAMED]) or "none yet"
+        released = sorted(self._released(), key=lambda release: release.number, reverse=True)
+        release = next((one for one in released if job in (None, one.name)), None)
+        if release is None:
+            known = ", ".join([one.name for one in released][:_NAMED]) or "none yet"
             asked = f"job {job}" if job else "finished jobs"
             raise NoSuchModelError(
-                f"{asked}: no exported model is offered; jobs with one: {known}. A job exports at its end what its "
-                "[export] names; later, on the server: fedtune export RUN_DIR"
+                f"{asked}: no model is released; jobs with one: {known}. A job exports at its end what its [export] "
+                "names, or later, on the server: fedtune export RUN_DIR; the fleet's owner releases it with: fedtune "
+                "fleet publish MODEL_DIR"
             )
+        forms = [form for form in FORMATS if form in release.models]
         if form is not None and form not in forms:
-            raise NoSuchModelError(f"job {name} was not exported as {form}; it was as {', '.join(forms)}")
+            raise NoSuchModelError(f"job {release.name} was not released as {form}; it was as {', '.join(forms)}")
         chosen = form or forms[0]
-        return name, chosen, self._path(name, chosen)
+        return release, chosen, self._path(release.name, chosen)
 
-    def _formats(self, name: str) -> list[str]:
-        return [form for form in FORMATS if (self._path(name, form) / MANIFEST).is_file()]
+    def take(self, data: bytes) -> ModelRelease:
+        """Takes a release from the fleet's owner, and offers its models to devices from now on.
 
-    def _path(self, name: str, form: str) -> Path:
-        return self._home.path / "runs" / name / FOLDER / form
+        Raises:
+            InputError: devices would refuse it, or it is not of the models that are here.
+        """
+        try:
+            release = ModelRelease.read(data, Devices.load(self._home).fleet.key, time.time())
+        except PeerError as error:
+            raise InputError(str(error)) from None
+        newest = max(self._released(), key=lambda one: one.number, default=release)
+        if newest.number >= release.number and newest.data != data:
+            raise InputError(
+                f"release {release.number} does not come after {newest.number}, which is here, so devices would refuse "
+                f"it; copy {self._path(newest.name, RELEASE)} into the owner's folder and release the model again"
+            )
+        if release.name not in self._jobs.finished():
+            raise InputError(f"{release.name}: no finished job has this name; fedtune fleet publish takes --name")
+        for form, digest in release.models.items():
+            path = self._path(release.name, form)
+            with suppress(OSError):
+                if manifest_digest(path) == digest:
+                    continue
+            raise InputError(f"{path}: not the {form} that was released; expected an export of SHA-256 {digest[:12]}…")
+        write_private(self._path(release.name, RELEASE), data)
+        return release
+
+    def _released(self) -> Iterator[ModelRelease]:
+        for name in self._jobs.finished():
+            with suppress(InputError, PeerError):  # without a release, or with one of a format to come
+                yield ModelRelease.unchecked(read_bounded(self._path(name, RELEASE), "a release", MAX_RELEASE_BYTES))
+
+    def _path(self, name: str, part: str) -> Path:
+        return self._home.path / "runs" / name / FOLDER / part
 
 
 class ModelEndpoints:
@@ -84,8 +131,8 @@ class ModelEndpoints:
 
     def __init__(self, app: App, home: ServerHome) -> None:
         self._app, self._home, self._registry = app, home, ModelRegistry(home)
-        self._keys: Mapping[str, bytes] = {}
-        self._keys_seen = -1
+        self._devices = Devices.load(home)
+        self._seen = -1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers the two calls, and passes everything else on."""
@@ -98,7 +145,7 @@ class ModelEndpoints:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            check_request(headers, await asyncio.to_thread(self._known), scope["path"], time.time(), body)
+            check_request(headers, (await asyncio.to_thread(self._fleet)).node_keys, scope["path"], time.time(), body)
         except FedtuneError:
             await answer(send, 401)
             return
@@ -113,19 +160,19 @@ class ModelEndpoints:
             await _say(send, 404, str(error))
 
     async def _describe(self, asked: DescribeModel, send: Send) -> None:
-        name, form, directory = self._registry.find(asked.job, asked.format)
-        text, manifest = _manifest(directory)
-        if manifest.kind != "model":
-            raise NoSuchModelError(f"job {name} was exported as {manifest.kind}; expected a model")
-        await _begin(send, len(content := encode(ModelDescription(PROTOCOL_VERSION, name, form, text))))
+        release, form, directory = self._registry.find(asked.job, asked.format)
+        text, _ = _manifest(directory, release.models[form])
+        fleet = (await asyncio.to_thread(self._fleet)).log
+        content = encode(ModelDescription(PROTOCOL_VERSION, form, text, release.data, fleet))
+        await _begin(send, len(content))
         await send({"type": "http.response.body", "body": content})
 
     async def _read(self, asked: ReadModel, send: Send) -> None:
         _, _, directory = self._registry.find(asked.job, asked.format)
-        text, manifest = _manifest(directory)
+        _, manifest = _manifest(directory, asked.manifest)
         entry = manifest.files.get(asked.file)
-        if hashlib.sha256(text).hexdigest() != asked.manifest or entry is None:
-            raise NoSuchModelError(f"job {asked.job} was exported again; pull it again")
+        if entry is None:
+            raise NoSuchModelError(f"{asked.file[:80]}: no such file in {asked.job}, {asked.format}")
         if asked.offset >= entry.bytes:
             raise PeerError(f"{asked.file} has {entry.bytes} bytes; got the offset {asked.offset}")
         left = min(asked.size, entry.bytes - asked.offset)
@@ -140,20 +187,26 @@ class ModelEndpoints:
                 left -= len(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})
 
-    def _known(self) -> Mapping[str, bytes]:
-        """Returns the public keys of the enrolled devices; a revoked device's next request is refused."""
+    def _fleet(self) -> Devices:
+        """Returns the enrolled devices; a revoked device's next request is refused."""
         seen = changed(self._home)
-        if seen != self._keys_seen:
-            self._keys, self._keys_seen = Devices.load(self._home).node_keys, seen
-        return self._keys
+        if seen != self._seen:
+            self._devices, self._seen = Devices.load(self._home), seen
+        return self._devices
 
 
-def _manifest(directory: Path) -> tuple[bytes, Manifest]:
+def _manifest(directory: Path, digest: str) -> tuple[bytes, Manifest]:
+    """Returns an export's manifest, as bytes and read, if it is the one that is meant."""
     try:
         text = read_bounded(directory / MANIFEST, "a manifest", MAX_MANIFEST_BYTES)
-        return text, parse_manifest(text, "the manifest")
-    except InputError:
+        manifest = parse_manifest(text, "the manifest")
+    except (InputError, ExportError):
         raise NoSuchModelError("the model's manifest cannot be read on the server") from None
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise NoSuchModelError(
+            "the model was exported again, after its release; pull it again once the fleet's owner has released it"
+        )
+    return text, manifest
 
 
 async def _begin(send: Send, length: int, status: int = 200, kind: bytes = b"application/octet-stream") -> None:
