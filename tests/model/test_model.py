@@ -6,7 +6,7 @@ import pytest
 from secagg_model.devices import Device, Rules, answer
 from secagg_model.knowledge import can_make
 from secagg_model.promises import PROMISES, Situation, broken, smallest_support
-from secagg_model.scenarios import CLOSED_GAPS, FAST, GAPS, MUTANTS, SLOW, TOO_MANY, Mutant
+from secagg_model.scenarios import FAST, MUTANTS, SLOW, TOO_MANY, Mutant
 from secagg_model.search import Scenario, search
 
 
@@ -23,7 +23,7 @@ def test_every_promise_holds_within_larger_bounds(scenario: Scenario) -> None:
     assert search(scenario).broken == []
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *GAPS], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_without_a_rule_a_promise_breaks_and_the_steps_to_it_can_be_taken(mutant: Mutant) -> None:
     result = search(mutant.scenario, mutant.rules)
     assert mutant.breaks in result.broken
@@ -41,11 +41,6 @@ def test_without_a_rule_a_promise_breaks_and_the_steps_to_it_can_be_taken(mutant
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_with_all_rules_the_bounds_of_a_mutant_break_nothing(mutant: Mutant) -> None:
     assert search(mutant.scenario, Rules()).broken == []
-
-
-@pytest.mark.parametrize("closed", CLOSED_GAPS, ids=lambda closed: closed.name)
-def test_a_rule_that_closes_a_gap_is_known(closed: Mutant) -> None:
-    assert search(closed.scenario, closed.rules).broken == []
 
 
 def test_with_more_colluders_than_assumed_two_survivor_sets_find_a_quorum() -> None:

@@ -122,8 +122,7 @@ class ClientFaultError(PeerError):
 class RoundAbortedError(RunError):
     """A secure round ends without a sum: too few clients are left, or their shares do not fit together.
 
-    Another attempt at the same round may follow if it ended before the votes were sent out; clients that have revealed
-    their shares serve only a later round.
+    Clients that have sent a masked update serve only a later round, and no further attempt at this one.
     """
 
 

@@ -122,7 +122,7 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "round closed once revealed",
+        "round closed once masked",
         "client_session.py",
         "        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))\n",
         "",

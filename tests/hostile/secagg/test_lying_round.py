@@ -180,6 +180,22 @@ def test_a_round_that_was_cut_off_early_is_tried_again_by_a_server_that_restarts
     assert fixture.run().aborted is None
 
 
+def test_a_server_that_restarts_after_all_updates_were_masked_goes_on_with_the_next_round() -> None:
+    """No device serves the round again; it aborts, and costs one exchange."""
+    fixture = Fixture(NAMES)
+    round_ = fixture.open()
+    exchanges = round_.exchanges()
+    for _ in range(3):
+        exchange = next(exchanges)
+        for name in NAMES:
+            round_.take_in(name, fixture.answer(name, exchange))  # and the server crashes
+    again = fixture.run()
+    assert "0 clients" in (again.aborted or "")
+    assert all("the last one served" in (client.dropped or "") for client in again.clients)
+    following = fixture.run()
+    assert (following.round, following.aborted) == (again.round + 1, None)
+
+
 def test_a_new_round_ends_the_one_that_was_open() -> None:
     fixture = Fixture(NAMES)
     fixture.rounds.open(VICTIM, *first_message(fixture))

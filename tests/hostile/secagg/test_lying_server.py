@@ -189,16 +189,31 @@ def test_a_round_is_remembered_before_the_first_byte_is_answered(tmp_path: Path)
         advertise(session, fixture.config)
 
 
-def test_a_round_whose_sum_was_revealed_is_never_summed_a_second_time(tmp_path: Path) -> None:
-    """Two sums of the same updates, one of them without client-4, would show what client-4 sent."""
+def test_an_update_that_was_masked_is_never_masked_a_second_time(tmp_path: Path) -> None:
+    """Two sums with an update in common would show the difference of the others in them, which may be one client's."""
     fixture = Fixture(Stage.ADVERTISE)
     logs = {f"client-{i}": FileRoundLog(tmp_path / f"{i}.json") for i in range(5)}
     identities = {name: session.identity for name, session in fixture.rehearsal.clients.items()}
-    Rehearsal.start(fixture.config, identities, fixture.victim.roster, logs).run(fixture.updates)
+    Rehearsal.start(fixture.config, identities, fixture.victim.roster, logs).until(Stage.VOTE, fixture.updates)
     session = fresh_session(fixture, log=logs["client-0"])
     with pytest.raises(ServerFaultError, match="is not after"):
         advertise(session, changed(fixture.config, attempt=7, nonce=bytes(32)))
     advertise(session, changed(fixture.config, round=2, nonce=bytes(32)))
+
+
+def test_a_round_that_shared_keys_but_masked_nothing_may_be_tried_again(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.ADVERTISE)
+    logs = {f"client-{i}": FileRoundLog(tmp_path / f"{i}.json") for i in range(5)}
+    identities = {name: session.identity for name, session in fixture.rehearsal.clients.items()}
+    Rehearsal.start(fixture.config, identities, fixture.victim.roster, logs).until(Stage.MASK, fixture.updates)
+    advertise(fresh_session(fixture, log=logs["client-0"]), changed(fixture.config, attempt=7, nonce=bytes(32)))
+
+
+def test_the_log_closes_a_round_before_the_masked_update_leaves(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.MASK)
+    fixture.victim.log = FileRoundLog(tmp_path / "missing" / "rounds.json")
+    with pytest.raises(OSError, match="missing"):
+        fixture.victim.mask(fixture.requests["client-0"], fixture.updates["client-0"])
 
 
 # Exchange 1: keys

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 CLOSED = 1 << 20
-"""The attempt that a device writes into its log when it has opened a round."""
+"""The attempt that a device writes into its log when it closes a round."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,12 @@ class Rules:
         votes_once: signs one set of survivors in a session.
         keeps_log: writes the round into its log.
         log_first: writes the log before the answer leaves, not after.
-        closes_round: writes into the log that the round is closed when it reveals.
+        closes_round: writes into the log that the round is closed when its masked update leaves.
         one_session: a new round ends the session that is open.
         reveals_one_kind: reveals a share of σ, not of b, for a device that is no survivor.
         binds_config: keys, shares and votes are bound to the digest of the configuration.
         forgets: nothing that a device remembers of earlier rounds enters an update.
-        masks_once: closes the round in the log when the masked update leaves. The code does not; see `scenarios.GAPS`.
-        log_by_digest: the log is kept by what updates follow from, not by a job's name. The code does not.
+        log_by_digest: keeps the log by what updates follow from, not by a job's name.
     """
 
     floor: bool = True
@@ -50,8 +49,7 @@ class Rules:
     reveals_one_kind: bool = True
     binds_config: bool = True
     forgets: bool = True
-    masks_once: bool = False
-    log_by_digest: bool = False
+    log_by_digest: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,11 @@ class List(NamedTuple):
 
 
 class Deliver(NamedTuple):
-    """Exchange 2: U2 and the encrypted shares."""
+    """Exchange 2: U2 and the encrypted shares. `crash` as in `Open`."""
 
     session: int
     sharers: int
+    crash: bool = False
 
 
 class Announce(NamedTuple):
@@ -160,10 +159,9 @@ class Announce(NamedTuple):
 
 
 class Quorum(NamedTuple):
-    """Exchange 4: the votes of a quorum. `crash` as in `Open`."""
+    """Exchange 4: the votes of a quorum."""
 
     session: int
-    crash: bool = False
 
 
 class Restart(NamedTuple):
@@ -235,15 +233,17 @@ def answer(rules: Rules, configs: tuple[Config, ...], number: int, device: Devic
             if size(keys.listed) < config.minimum:
                 return None
             return _with(device, message.session, session._replace(keys=keys))
-        case Deliver(_, sharers):
+        case Deliver(at, sharers, crash):
             if session.keys is None or session.sharers or sharers & ~session.keys.listed or not sharers & own:
                 return None
             if size(sharers) < config.minimum:
                 return None
             remembers = not rules.forgets and any(earlier.sharers for earlier in device.sessions)
-            if rules.masks_once:
-                device = device._replace(log=_logged(rules, device, config, CLOSED))
-            return _with(device, message.session, session._replace(sharers=sharers, remembers=remembers))
+            closed = _logged(rules, device, config, CLOSED) if rules.closes_round else device.log
+            masked = _with(device, at, session._replace(sharers=sharers, remembers=remembers))
+            if not crash:
+                return masked._replace(log=closed)
+            return device._replace(log=closed, live=()) if rules.log_first else masked._replace(live=())
         case Announce(_, survivors):
             if not session.sharers or survivors & ~session.sharers or not survivors & own:
                 return None
@@ -252,14 +252,11 @@ def answer(rules: Rules, configs: tuple[Config, ...], number: int, device: Devic
             if session.votes and (rules.votes_once or survivors in session.votes):
                 return None
             return _with(device, message.session, session._replace(votes=(*session.votes, survivors)))
-        case Quorum(at, crash):
+        case Quorum(at):
             if not session.votes:
                 return None
-            closed = _logged(rules, device, config, CLOSED) if rules.closes_round else device.log
             revealed = _with(device, at, session._replace(opened=session.votes[-1]))
-            if not crash:
-                return revealed._replace(log=closed, live=tuple(live for live in device.live if live != at))
-            return device._replace(log=closed, live=()) if rules.log_first else revealed._replace(live=())
+            return revealed._replace(live=tuple(live for live in device.live if live != at))
     raise TypeError(f"unknown message: {message}")
 
 

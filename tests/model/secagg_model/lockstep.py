@@ -187,7 +187,8 @@ class Lockstep:
                     reply = decode(real.session.share(encode(KeyList(digest, entries))), EncryptedShares, ANY_SIZE)
                     dealt = pieces(reply.encrypted_shares, ENCRYPTED_SHARE_BYTES)
                     self._dealt[Entry(number, *model.entry), keys] = dealt
-                case Deliver(_, sharers):
+                case Deliver(_, sharers, crash):
+                    real.log.fails = crash
                     shares = b"".join(self._sealed(world, number, model.keys, sharers)) if model.keys else b""
                     real.session.mask(encode(Delivery(digest, tuple(numbers(sharers)), shares)), UPDATE)
                 case Announce(_, survivors):
@@ -195,8 +196,7 @@ class Lockstep:
                     assert model.keys is not None
                     vote = number, model.keys, model.sharers, survivors
                     self._votes[vote] = decode(signed, Vote, ANY_SIZE).signature
-                case Quorum(_, crash):
-                    real.log.fails = crash
+                case Quorum():
                     real.session.unmask(self._quorum(world, number, message.session))
                     real.session = None
         except PowerLossError:
@@ -212,7 +212,7 @@ class Lockstep:
                 return tuple(
                     any(each.entry == entry[1:] for each in world[entry.device].sessions) for entry in keys.entries
                 )
-            case Deliver(at, sharers) if (own := world[number].sessions[at]).keys is not None:
+            case Deliver(at, sharers, _) if (own := world[number].sessions[at]).keys is not None:
                 there = {(each.device, each[1:]) for each in own.keys.entries if each.device != number}
                 return frozenset(
                     other
@@ -234,11 +234,11 @@ class Lockstep:
             index = device.sessions[at].config
             cohort = self.scenario.configs[index].cohort
             yield Quorum(at)
-            yield Quorum(at, crash=True)
             for devices in subsets(cohort):
                 entries = tuple(Entry(other, index, 0) for other in numbers(devices & honest))
                 yield List(at, Keys(index, entries, devices & ~honest, 0))
                 yield Deliver(at, devices)
+                yield Deliver(at, devices, crash=True)
                 yield Announce(at, devices)
 
     def _listed(self, world: World, keys: Keys, index: int) -> Iterator[KeyEntry]:

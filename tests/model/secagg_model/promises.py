@@ -93,7 +93,7 @@ def _same(at: Situation) -> bool:
 
 
 def _served_once(at: Situation) -> bool:
-    """No device answers one attempt at a round twice, nor any attempt at a round that it has opened."""
+    """No device answers one attempt at a round twice, nor any attempt at a round for which it has masked its update."""
     for device in at.world:
         marks = [at.configs[session.config] for session in device.sessions]
         if len({(config.job, config.round, config.attempt) for config in marks}) < len(marks):
@@ -101,7 +101,7 @@ def _served_once(at: Situation) -> bool:
         for index, session in enumerate(device.sessions):
             mine = marks[index]
             later = ((config.job, config.round) for config in marks[index + 1 :])
-            if session.opened and (mine.job, mine.round) in later:
+            if session.sharers and (mine.job, mine.round) in later:
                 return False
     return True
 

@@ -1,4 +1,4 @@
-"""The bounds of the search, the mutants of the model, and the gaps that it shows.
+"""The bounds of the search, and the mutants of the model.
 
 Numbers of devices count from 0; the last of a cohort colludes. A cohort of n has n_min, t and q as an honest server
 chooses them, unless a mutant takes away the check of a worse choice.
@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from secagg_model.devices import Config, Rules
-from secagg_model.promises import PROMISES
 from secagg_model.search import Scenario
-
-EXCEPT_SUMMED_ONCE = tuple(name for name in PROMISES if name != "summed once")
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,6 @@ OVERLAP = Scenario(
     crashes=False,
     restarts=False,
     losses=(1,),
-    promises=EXCEPT_SUMMED_ONCE,
 )
 FIVE_DEVICES = Scenario("one attempt, n = 5", (FIVE,), honest=4, restarts=False)
 
@@ -64,7 +60,7 @@ SLOW = (
 
 _ONE = replace(ONE_ATTEMPT, variants=1, restarts=False)
 _BRIEF = replace(TWO_ATTEMPTS, crashes=False, losses=(1,))
-_HALF = replace(FOUR, threshold=2)
+_ALONE = replace(FOUR, threshold=1)
 _MINORITY = replace(FOUR, quorum=2)
 _NO_FLOOR = Config(1, 0, cohort=0b11111, threshold=3, quorum=3, minimum=3)
 _WANTS_ALL = replace(FOUR, minimum=4)
@@ -73,10 +69,10 @@ MUTANTS = (
     Mutant("votes twice", Rules(votes_once=False), _ONE, "one survivor set"),
     Mutant("takes any quorum", Rules(checks_quorum=False), replace(_ONE, configs=(_MINORITY,)), "one survivor set"),
     Mutant(
-        "takes a threshold of half",
+        "takes any threshold",
         Rules(checks_threshold=False),
-        replace(_BRIEF, configs=(_HALF, replace(_HALF, attempt=1)), promises=("combinations",)),
-        "combinations",
+        replace(_ONE, configs=(_ALONE,), promises=("dropouts hidden",)),
+        "dropouts hidden",
     ),
     Mutant(
         "expects no colluder in a small cohort",
@@ -94,13 +90,19 @@ MUTANTS = (
     Mutant("binds nothing to the configuration", Rules(binds_config=False), TWO_ADAPTERS, "same configuration"),
     Mutant("keeps no log", Rules(keeps_log=False), replace(_ONE, sessions=2), "served once"),
     Mutant("answers before it writes its log", Rules(log_first=False), replace(_BRIEF, crashes=True), "served once"),
+    Mutant("does not close a round that it has masked", Rules(closes_round=False), _BRIEF, "served once"),
     Mutant(
-        "answers before it writes its log, and what that costs",
-        Rules(log_first=False),
-        replace(_BRIEF, crashes=True, sessions=2, promises=("combinations",)),
-        "combinations",
+        "does not close a round that it has masked, and what that costs",
+        Rules(closes_round=False),
+        replace(OVERLAP, promises=("summed once",)),
+        "summed once",
     ),
-    Mutant("does not close an opened round", Rules(closes_round=False), _BRIEF, "served once"),
+    Mutant(
+        "keeps its log by a job's name",
+        Rules(log_by_digest=False),
+        replace(_BRIEF, configs=(FOUR, RENAMED), promises=("summed once",)),
+        "summed once",
+    ),
     Mutant(
         "keeps two sessions open",
         Rules(one_session=False),
@@ -111,33 +113,6 @@ MUTANTS = (
         "adds what is left of the last round", Rules(forgets=False), replace(_BRIEF, configs=(FOUR, NEXT)), "no memory"
     ),
 )
-
-GAPS = (
-    Mutant(
-        "a device that masked but did not reveal is summed again, in another cohort",
-        Rules(),
-        replace(OVERLAP, promises=("summed once",)),
-        "summed once",
-    ),
-    Mutant(
-        "a round is run again under another job's name, with the same seed",
-        Rules(),
-        replace(_BRIEF, configs=(FOUR, RENAMED)),
-        "summed once",
-    ),
-)
-"""What the rules of the code do not prevent. docs/secure-aggregation.md says so."""
-
-CLOSED_GAPS = (
-    Mutant("masks each update once", Rules(masks_once=True), replace(OVERLAP, promises=tuple(PROMISES)), ""),
-    Mutant(
-        "and keeps the log by digest",
-        Rules(masks_once=True, log_by_digest=True),
-        replace(_BRIEF, configs=(FOUR, RENAMED)),
-        "",
-    ),
-)
-"""The rules that would."""
 
 TOO_MANY = replace(_ONE, name="two colluders of four", honest=2)
 """One more than a cohort of four stands."""

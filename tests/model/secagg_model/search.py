@@ -126,13 +126,13 @@ def messages(scenario: Scenario, rules: Rules, world: World, number: int) -> Ite
     for index in device.live:
         session = device.sessions[index]
         if session.votes:
-            yield from (Quorum(index, crash) for crash in crashes)
+            yield Quorum(index)
         if session.sharers:
             for survivors in subsets(session.sharers) if 3 in scenario.losses else [session.sharers]:
                 yield Announce(index, survivors)
         elif session.keys is not None:
             for sharers in subsets(session.keys.listed) if 2 in scenario.losses else [session.keys.listed]:
-                yield Deliver(index, sharers)
+                yield from (Deliver(index, sharers, crash) for crash in crashes)
         else:
             whole = 1 not in scenario.losses
             for keys in key_lists(rules, scenario.configs, world, number, index, scenario.variants, whole):

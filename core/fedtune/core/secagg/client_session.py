@@ -208,6 +208,9 @@ class ClientSession:
 
         y_i = u_i + PRG(b_i) + Σ_{j>i} PRG(s_ij) − Σ_{j<i} PRG(s_ij)   mod 2^ℓ, on every segment, j in U2
 
+        The log closes the round before the masked update leaves: every further attempt at it, which would ask for the
+        same update, is refused. If two sums had an update in common, their difference would be of fewer clients.
+
         Args:
             update: for each segment of this client's tier, unsigned words of shape (length,), none above its limit.
 
@@ -228,9 +231,6 @@ class ClientSession:
 
     def unmask(self, message: bytes) -> bytes:
         """Takes the votes; returns for each owner the share of b if it survived, else the share of σ (exchange 4).
-
-        From here on the log refuses every further attempt at this round: if the same updates were summed again without
-        one client, the difference of the two sums would be that client's update.
 
         Raises:
             ServerFaultError: there is no quorum of valid votes for exactly the sets that this client signed.
@@ -334,6 +334,7 @@ class ClientSession:
         mask_update(words, transcript, own, sharers, (state.self_seed.value, state.mask_seed.value))
         widths = {segment: config.segments[segment].bits for segment in words}
         packed = tuple(pack(reduce(masked, widths[segment]), widths[segment]) for segment, masked in words.items())
+        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))
         return Masked(transcript, own, sharers, held), MaskedInput(transcript.config_digest, packed)
 
     def _vote(self, state: Masked, announced: Survivors) -> tuple[Voted, Vote]:
@@ -345,13 +346,11 @@ class ClientSession:
         return after, Vote(transcript.config_digest, signature)
 
     def _unmask(self, state: Voted, quorum: Quorum) -> tuple[Ended, Reveal]:
-        config = state.transcript.config
         check_votes(state.transcript, self.roster, state.sharers, state.survivors, quorum)
         revealed = [
             (of_self if owner in state.survivors else of_mask).value
             for owner, (of_self, of_mask) in sorted(state.held.items())
         ]
-        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))
         return Ended(), Reveal(state.transcript.config_digest, b"".join(revealed))
 
 

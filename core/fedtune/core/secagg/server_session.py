@@ -5,7 +5,7 @@
     while requests:
         for client, reply in ask(requests):         # the clients that answer in time
             session.receive(client, reply)          # raises ClientFaultError: that client counts as silent
-        requests = session.advance()                # raises RoundAbortedError: start over with a new attempt
+        requests = session.advance()                # raises RoundAbortedError: go on with a new round
     result = session.result
 
 It uses no sockets and no clock. `EXCHANGES` is the state machine: it lists the message that each stage accepts, and the
