@@ -24,7 +24,7 @@ from fedtune.server.export.builder import Build, Recipe, build
 from fedtune.server.export.exporter import ExportTools
 from fedtune.server.export.gate import Candidate, GateReport, Reference, above, gate
 from fedtune.server.export.grid_graph import Grid, Progress, rewrite
-from fedtune.server.export.held_out import held_out_examples
+from fedtune.server.export.held_out import held_out_examples, split_examples
 from fedtune.server.export.merge import merge, open_run
 from fedtune.server.export.request import ExportOptions, ExportRequest, export
 from fedtune.server.run_display import Silent
@@ -286,11 +286,23 @@ def test_an_export_shows_its_progress_and_compensates_errors_on_examples_of_its_
         small = [note for note in display.notes if "The calibration set is too small" in note]
         assert bool(small) == (data is None)
         assert ("least squares" in done.recipe) == (data is None)
-        assert verify(done.path).provenance["calibration_examples"] == (64 if data else 0)
+        assert verify(done.path).provenance["calibration_examples"] == (70 if data else 0)
         wanted = {"int4: writing the float graph", "int4: quantizing", "int4: comparing with the merged model"}
         assert wanted | ({"int4: calibrating"} if data else set()) == set(display.tasks)
         assert all(done == count for done, count in display.tasks.values())
     assert reports[0].prompts == 20
+
+
+def test_calibration_ends_with_the_example_that_reaches_its_most_tokens(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"room {room}", "completion": " on"}) + "\n" for room in range(60)))
+    run, options = open_run(make_run()), ExportOptions(data=many, prompts=20)
+    checked, whole = split_examples(run, options)
+    monkeypatch.setattr("fedtune.server.export.held_out.MOST_TOKENS", sum(map(len, whole[:3])) + 1)
+    assert (len(checked), len(whole)) == (20, 40)
+    assert split_examples(run, options)[1] == whole[:4]
 
 
 def test_examples_of_another_task_are_said(make_run: MakeRun, tmp_path: Path) -> None:

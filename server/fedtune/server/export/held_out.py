@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from fedtune.core.errors import DataError
@@ -13,8 +14,9 @@ from fedtune.server.export.request import ExportOptions, no_held_out_examples
 from fedtune.server.run_directory import read_summary
 
 CHECKED = 20  # fewer examples say too little about others
-CALIBRATION = 64  # examples for calibrated recipes, at most
+CALIBRATION, MOST_TOKENS = 512, 32_768  # examples and tokens for calibrated recipes, at most
 CALIBRATION_TOKENS = 256  # fewer say too little about the products' inputs
+FEW = 32  # fewer examples beyond the gate's are too few to calibrate with
 UNLIKE, UNLIKE_MARGIN = 2.0, 0.5  # times and more loss than at the run's end: examples of another task
 
 
@@ -29,14 +31,16 @@ def split_examples(run: FinishedRun, options: ExportOptions) -> tuple[list[Examp
     """
     examples = held_out_examples(run, options.data)
     checked, spare = examples[: options.prompts], examples[options.prompts :]
-    if len(spare) < CALIBRATION // 2 and options.data is not None and evaluation_records(run.job.data):
+    if len(spare) < FEW and options.data is not None and evaluation_records(run.job.data):
         known = {tuple(example.ids) for example in checked}
         own = held_out_examples(run, None)
         spare += [example for example in own if tuple(example.ids) not in known]
-    if len(spare) < CALIBRATION // 2 and len(examples) > 1:
-        kept = max(1, len(examples) - max(1, min(CALIBRATION, len(examples) // 4)))
+    if len(spare) < FEW and len(examples) > 1:
+        kept = max(1, len(examples) - max(1, min(2 * FEW, len(examples) // 4)))
         checked, spare = examples[: min(kept, options.prompts)], examples[kept:]
-    return checked, tuple(tuple(int(token) for token in example.ids) for example in spare[:CALIBRATION])
+    ids = [tuple(int(token) for token in example.ids) for example in spare[:CALIBRATION]]
+    ends = accumulate(map(len, ids))
+    return checked, tuple(each for each, end in zip(ids, ends, strict=True) if end - len(each) < MOST_TOKENS)
 
 
 def too_few_to_check(checked: Sequence[Example]) -> tuple[str, ...]:
