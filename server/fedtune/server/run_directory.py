@@ -53,6 +53,7 @@ _LOCK = ".lock"
 _STATE = "state.json"
 _TENSORS = "state.safetensors"
 _SERVER = "server."  # prefix of the state of aggregator and server optimizer
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class RunDirectory:
                 Evaluation(**text["eval_before"]) if text["eval_before"] else None,
                 tuple(text["answers_before"]),
             )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except _DAMAGE:
             return None
 
 

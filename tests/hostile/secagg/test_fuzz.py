@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
+from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rehearsal import Rehearsal, plain_sum, random_updates
@@ -94,22 +94,3 @@ def test_damaged_masked_inputs_are_taken_whole_or_leave_no_trace(data: st.DataOb
         while requests:
             requests = rehearsal.exchange(requests, updates)
         assert np.array_equal(rehearsal.server.result.sums["v"], plain_sum(updates, "v", updates))
-
-
-@st.composite
-def damaged(draw: st.DrawFn, message: bytes) -> bytes:
-    """Draws a message with some bytes replaced, removed, doubled or inserted."""
-    spoilt = bytearray(message)
-    for _ in range(draw(st.integers(1, 3))):
-        start = draw(st.integers(0, max(0, len(spoilt) - 1)))
-        stop = min(len(spoilt), start + draw(st.sampled_from([1, 1, 2, 16, 80])))
-        piece: Any = draw(st.sampled_from(["flip", "cut", "double", "insert"]))
-        if piece == "flip" and spoilt:
-            spoilt[start] ^= draw(st.integers(1, 255))
-        elif piece == "cut":
-            del spoilt[start:stop]
-        elif piece == "double":
-            spoilt[start:start] = spoilt[start:stop]
-        else:
-            spoilt[start:start] = draw(st.binary(min_size=1, max_size=8))
-    return bytes(spoilt)

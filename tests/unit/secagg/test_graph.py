@@ -55,6 +55,12 @@ def test_parameters_that_cannot_be_met_are_refused_with_the_nearest_that_can() -
     assert choose_thresholds(10, 0.1, 0.4).threshold == 6
 
 
+@pytest.mark.parametrize("cohort", [10_001, 1 << 63])
+def test_a_cohort_that_no_round_can_have_is_refused_before_anything_is_computed_for_it(cohort: int) -> None:
+    with pytest.raises(JobError, match="too large for one sum; expected at most 10000"):
+        choose_thresholds(cohort, 0.1, 0.3)
+
+
 @pytest.mark.parametrize(
     ("thresholds", "complaint"),
     [

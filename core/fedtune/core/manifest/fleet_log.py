@@ -161,7 +161,7 @@ def _after(fleet: Fleet, line: bytes) -> Fleet:
             change.next_key or fleet.key, fleet.number + 1, hashlib.sha256(line).hexdigest(), expires, devices
         )
         _ = after.roster  # refuses one identity key of two devices
-    except (TypeError, ValueError, AttributeError, FedtuneError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError, FedtuneError) as error:
         raise PeerError(f"entry {fleet.number + 1} of the fleet's log: {error}") from None
     return after
 

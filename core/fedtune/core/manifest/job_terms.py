@@ -106,7 +106,7 @@ class JobTerms:
             terms = cls(job_of_table(settings), _base(base))
             if terms.job.training.learning_rate is None:
                 raise PeerError("a job's terms state the learning rate")
-        except (msgspec.ValidationError, TypeError, FedtuneError) as error:
+        except (msgspec.ValidationError, TypeError, ValueError, FedtuneError) as error:
             raise PeerError(f"the job's terms cannot be read: {error}") from None
         return terms
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.errors import JobError
+from fedtune.core.secagg.exchanged import MAX_COHORT
 
 COMPLETE_UP_TO = 200
 MIN_SURVIVORS = 3  # fewest clients with which a client should agree to be summed, itself included
@@ -57,8 +58,11 @@ def choose_thresholds(cohort: int, corrupt: float, dropout: float) -> Thresholds
     n_min = n − floor(δn).
 
     Raises:
-        JobError: no thresholds are safe; the message has the nearest parameters that would be.
+        JobError: the cohort is larger than a round's messages allow; or no thresholds are safe, and the message has the
+            nearest parameters that would be.
     """
+    if cohort > MAX_COHORT:
+        raise JobError([f"a cohort of {cohort} clients is too large for one sum; expected at most {MAX_COHORT}"])
     minimum = cohort - part(dropout, cohort)
     quorum = majority(cohort, colluders(corrupt, cohort))
     if cohort < 2 or quorum > minimum:
