@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from fedtune.core.secagg.client_session import ClientSession
 from fedtune.core.secagg.config import Assumptions, Policy, Subject, round_config, segments_of
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
-from fedtune.core.secagg.identity import Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
+from fedtune.core.secagg.identity import Identity, Roster
 from fedtune.core.secagg.masking import Words
 from fedtune.core.secagg.primitives import Random
+from fedtune.core.secagg.round_log import MemoryRoundLog, RoundLog, RoundMark
 from fedtune.core.secagg.server_session import OpenedSum, ServerSession, Stage
 
 Update = Mapping[str, Words]

@@ -61,7 +61,8 @@ from fedtune.core.protocol.messages import (
 from fedtune.core.protocol.model_manifest import FileEntry, Manifest, parse_manifest
 from fedtune.core.protocol.model_requests import DescribeModel, ModelDescription, ReadModel
 from fedtune.core.protocol.registration import Registration, RegistrationReply
-from fedtune.core.secagg.identity import FileRoundLog, Identity, RoundMark
+from fedtune.core.secagg.identity import Identity
+from fedtune.core.secagg.round_log import FileRoundLog
 from fedtune.server.live.join_endpoint import JoinEndpoint
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.run_directory import Checkpoint, RunDirectory
@@ -200,11 +201,11 @@ DECODERS: dict[str, Callable[[Path, ServerHome], Decoder]] = {
         lambda data: read_device(folder / "device", data), device_file(folder, home), InputError, plain, 1 << 16
     ),
     "round log": lambda folder, home: Decoder(
-        of_file(folder, lambda path: FileRoundLog(path).last("job")),
-        plain({"job": RoundMark(3, 1)}),
+        of_file(folder, lambda path: FileRoundLog(path).of("job")),
+        plain({"job": {"last": (3, 1), "sums": 2, "survivors": [["ada", "bob"]]}}),
         InputError,
         plain,
-        1 << 20,
+        4 << 20,
     ),
     "model's manifest": lambda folder, home: Decoder(
         lambda data: parse_manifest(data, "the manifest"), model_manifest(), ExportError, plain

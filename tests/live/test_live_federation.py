@@ -41,7 +41,7 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     took = fleet.device_status(fleet.names[0])["plan"]["took"]
     assert (took["rounds"], took["peak_bytes"] > 0, took["seconds"] > 0) == (2, True, True)
     # The devices have got the fleet's log, whose second entry approved all of them.
-    from fedtune.client.live.device_home import ClientHome
+    from fedtune.client.live.device_home import ROUNDS, ClientHome
 
     assert {ClientHome(fleet.client_home(name)).fleet.number for name in fleet.names} == {2}
 
@@ -63,7 +63,10 @@ def test_a_submitted_job_becomes_the_adapter_of_its_simulation_and_nothing_stays
     assert "the server cannot be reached (is it running, and is its address right?)" in shown.stdout
     left = _fedtune("client", "leave", "--home", str(fleet.client_home(fleet.names[0])))
     assert left.returncode == 0
-    assert not fleet.client_home(fleet.names[0]).exists()
+    home = fleet.client_home(fleet.names[0])
+    assert f"kept {home / ROUNDS}" in left.stdout
+    assert [each.name for each in home.iterdir()] == [ROUNDS]
+    assert list(home.joinpath(ROUNDS).iterdir()), "what was served stays known"
     for name in fleet.names[1:]:
         assert fleet.devices[name].stop() == 0
     eventually(lambda: not fleet.leftovers(), 10, lambda: f"still running: {fleet.leftovers()}")

@@ -218,13 +218,26 @@ def rollback(home: _Home = None) -> None:
 
 @app.command()
 def leave(home: _Home = None) -> None:
-    """Stop the device, and remove its keys and state; the data file stays."""
-    device = _open(home)
-    if process := device.lock.stop_holder(STOP_SECONDS):
+    """Stop the device, and remove its keys and state; the data file stays, and the log of the rounds it has served."""
+    from fedtune.client.live.device_home import (
+        ROUNDS,
+        ClientHome,
+        check_device,
+        default_home,
+        remove_device,
+        service_lock,
+    )
+
+    path, name = home or default_home(), "NAME"
+    check_device(path)
+    with suppress(InputError):  # a folder that this release cannot read can be left too
+        name = ClientHome(path).config.name
+    if process := service_lock(path).stop_holder(STOP_SECONDS):
         print(f"stopped process {process}")
-    name = device.config.name
-    device.leave()
-    print(f"removed {device.path}; the fleet's owner may now: fedtune fleet revoke {name}")
+    kept = remove_device(path)
+    print(f"removed {path}; the fleet's owner may now: fedtune fleet revoke {name}")
+    if kept:
+        print(f"kept {path / ROUNDS}: a device that joins the same fleet in this folder serves no round a second time")
 
 
 @dataclass(frozen=True)
@@ -257,7 +270,7 @@ def make_device(wanted: Joining) -> None:
         InputError: the invitation, the data or a base model cannot be used, or the folder belongs to a device already.
         NoPlanError: none of the base models fits into this machine.
     """
-    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home
+    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home, remove_device
     from fedtune.core.manifest.joining import Invitation, fingerprint
 
     folder = wanted.home or default_home()
@@ -266,7 +279,7 @@ def make_device(wanted: Joining) -> None:
     try:
         plans = _plans(wanted.bases, wanted.data, folder / CALIBRATIONS, wanted.try_step)
     except BaseException:  # also on Ctrl-C: no device is left half made
-        made.leave()
+        remove_device(folder)
         raise
     for plan in plans:
         for line in _plan_lines(plan):

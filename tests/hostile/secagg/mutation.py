@@ -30,6 +30,7 @@ MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
 SUITES = (
     "tests/hostile/test_release.py",
+    "tests/hostile/test_device_bounds.py",
     "tests/hostile/secagg/test_lying_round.py",
     "tests/hostile/secagg/test_lying_server.py",
     "tests/hostile/secagg/test_hostile_clients.py",
@@ -114,17 +115,17 @@ MUTANTS = (
         "if not invited:",
     ),
     Mutant("base and adapter digests", "client_checks.py", "        if theirs != ours:", "        if False:"),
-    Mutant("round served before", "client_checks.py", "if last is not None and mark <= last:", "if False:"),
+    Mutant("round served before", "client_checks.py", "if mark <= last:", "if False:"),
     Mutant(
         "round remembered",
         "client_session.py",
-        "        self.log.record(config.job, mark)\n",
+        "        self.log.record(config.job, served.opened(mark))\n",
         "",
     ),
     Mutant(
         "round closed once masked",
         "client_session.py",
-        "        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))\n",
+        "        self.log.record(config.job, self.log.of(config.job).masked(config.round))\n",
         "",
     ),
     # the client's checks of the key list
@@ -467,7 +468,10 @@ MUTANTS = (
     # checks of files on a device
     Mutant("one key for each client", "identity.py", "if key in seen:", "if False:"),
     Mutant("identity private to its owner", "identity.py", "if path.stat().st_mode & 0o077:", "if False:"),
-    Mutant("spoilt round log", "identity.py", "not all(map(_is_mark, content.values())):", "False:"),
+    Mutant("spoilt round log", "round_log.py", "type=dict[str, Served]", "type=dict"),
+    Mutant("full round log", "round_log.py", "if grows and len(content)", "if False and len(content)"),
+    Mutant("round log outlives leave", "device_home.py", "        if each == kept:", "        if False:", LIVE_CLIENT),
+    Mutant("round log of each fleet", "device_home.py", "{self.config.fleet_key}.json", "log.json", LIVE_CLIENT),
 )
 
 

@@ -23,6 +23,7 @@ from fedtune.core.secagg import (
     RoundConfig,
     RoundMark,
     Segment,
+    Served,
     ServerFaultError,
 )
 from fedtune.core.secagg.client_session import Advertised
@@ -74,14 +75,14 @@ class PowerLossError(Exception):
 class Log:
     """A round log that can lose power after it was written."""
 
-    def __init__(self, marks: Mapping[str, RoundMark]) -> None:
-        self.marks, self.fails = dict(marks), False
+    def __init__(self, jobs: Mapping[str, Served]) -> None:
+        self.jobs, self.fails = dict(jobs), False
 
-    def last(self, job: str) -> RoundMark | None:
-        return self.marks.get(job)
+    def of(self, job: str) -> Served:
+        return self.jobs.get(job, Served())
 
-    def record(self, job: str, mark: RoundMark) -> None:
-        self.marks[job] = mark
+    def record(self, job: str, served: Served) -> None:
+        self.jobs[job] = served
         if self.fails:
             raise PowerLossError
 
@@ -145,18 +146,18 @@ class Lockstep:
         possible = can_make(self.rules, self.scenario.configs, world, number, message)
         expected = answer(self.rules, self.scenario.configs, number, device, message) if possible else None
         before = self._real[number, device]
-        after = Real(Log(before.log.marks), copy.deepcopy(before.session))
+        after = Real(Log(before.log.jobs), copy.deepcopy(before.session))
         if after.session is not None:
             after.session.log = after.log
         replied = self._send(world, number, message, after)
         assert replied == (expected is not None), f"device {number} in {device}: {message}"
         if expected is None:
-            assert after.log.marks == before.log.marks, f"device {number} refuses {message}, but writes its log"
+            assert after.log.jobs == before.log.jobs, f"device {number} refuses {message}, but writes its log"
             return
         logged = {job: RoundMark(round_, attempt) for job, round_, attempt in expected.log}
         real = {
-            job: RoundMark(mark.round, CLOSED if mark.attempt == MAX_COUNTER else mark.attempt)
-            for job, mark in after.log.marks.items()
+            job: RoundMark(served.last.round, CLOSED if served.last.attempt == MAX_COUNTER else served.last.attempt)
+            for job, served in after.log.jobs.items()
         }
         assert real == logged, f"device {number} in {device}: {message}"
         self._real.setdefault((number, expected), after)

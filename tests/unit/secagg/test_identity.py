@@ -1,14 +1,13 @@
-"""Identity keys, rosters and the log of served rounds."""
+"""Identity keys and rosters."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from fedtune.core.errors import InputError
-from fedtune.core.secagg import FileRoundLog, Identity, Roster, RoundMark
+from fedtune.core.secagg import Identity, Roster
 from fedtune.core.secagg.primitives import framed
 
 
@@ -61,52 +60,3 @@ def test_one_key_under_two_names_is_refused() -> None:
     key = Identity.generate().public
     with pytest.raises(InputError, match="same key"):
         Roster({"a": key, "b": key})
-
-
-def test_a_round_log_remembers_each_job_across_restarts(tmp_path: Path) -> None:
-    path = tmp_path / "rounds.json"
-    assert FileRoundLog(path).last("a") is None
-    FileRoundLog(path).record("a", RoundMark(3, 1))
-    FileRoundLog(path).record("b", RoundMark(1, 0))
-    assert FileRoundLog(path).last("a") == RoundMark(3, 1)
-    assert FileRoundLog(path).last("b") == RoundMark(1, 0)
-    assert [file.name for file in tmp_path.iterdir()] == ["rounds.json"]
-
-
-@pytest.mark.parametrize("content", ["", "null", "{", '{"a": 1}', '{"a": [1]}', '{"a": ["1", 2]}', '{"a": [true, 0]}'])
-def test_a_spoilt_round_log_is_an_error_and_never_an_empty_one(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "rounds.json"
-    path.write_text(content)
-    with pytest.raises(InputError, match="round log"):
-        FileRoundLog(path).last("a")
-    with pytest.raises(InputError, match="round log"):
-        FileRoundLog(path).record("a", RoundMark(9, 0))
-    assert path.read_text() == content
-
-
-def test_a_round_log_never_grows_so_large_that_it_cannot_be_read(tmp_path: Path) -> None:
-    """The server names a new job for every round, with names of the greatest length."""
-    log, marks = FileRoundLog(tmp_path / "rounds.json"), dict[str, RoundMark]()
-    name = "\U0001f600" * 122
-    for number in range(600):
-        marks[f"{number:06d}{name}"] = RoundMark(1, 0)
-    (tmp_path / "rounds.json").write_text(json.dumps(marks))
-
-    def name_more_jobs() -> None:
-        for number in range(600, 800):
-            log.record(f"{number:06d}{name}", RoundMark(1, 0))
-
-    with pytest.raises(InputError, match=r"the round log is full after 6\d\d jobs"):
-        name_more_jobs()
-    log.record(f"000000{name}", RoundMark(2, 0))
-    assert log.last(f"000000{name}") == RoundMark(2, 0)
-    assert log.last(f"000001{name}") == RoundMark(1, 0)
-
-
-def test_later_attempts_and_rounds_compare_greater() -> None:
-    assert RoundMark(1, 0) < RoundMark(1, 1) < RoundMark(2, 0)
-
-
-def test_files_are_plain_json(tmp_path: Path) -> None:
-    FileRoundLog(tmp_path / "log").record("job", RoundMark(4, 2))
-    assert json.loads((tmp_path / "log").read_text()) == {"job": [4, 2]}

@@ -1,4 +1,7 @@
-"""A device's folder: its keys, its roster, and its state between rounds; private to its owner, and removed by `leave`.
+"""A device's folder: its keys, its roster, and its state between rounds; private to its owner.
+
+`leave` removes it but for the logs in rounds/, without which a device that joins again could be asked for the same
+updates a second time.
 
 device.json         name, server, data file, base models, conditions for taking part
 authority.pem       certificate authority of the server's certificate
@@ -6,7 +9,7 @@ node.key            key that signs requests to the server
 identity.key        identity key for secure aggregation
 fleet.jsonl         the fleet's log: the other devices, as the owner has signed it
 request.json        the request to join, until the owner has approved it
-rounds.json         the last round served of each job
+rounds/             what was served of each job, one log for each fleet, by the fleet's first key
 jobs/               residuals, adapters and manifest, by the digest of a job's terms
 uplink              bytes a second of the last upload
 calibration/        measurements of trial steps, by base model
@@ -46,7 +49,8 @@ from fedtune.core.manifest.joining import (
     check_address,
     check_name,
 )
-from fedtune.core.secagg.identity import FileRoundLog, Identity
+from fedtune.core.secagg.identity import Identity
+from fedtune.core.secagg.round_log import FileRoundLog
 
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
@@ -56,6 +60,8 @@ REQUEST = "request.json"
 _LOG = "fleet.jsonl"
 _DEVICE = "device.json"
 CALIBRATIONS = "calibration"
+ROUNDS = "rounds"
+_SERVICE_LOCK = "service.lock"
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,7 @@ class ClientHome:
     """
 
     def __init__(self, path: Path) -> None:
-        if not (path / _DEVICE).is_file():
-            raise InputError(
-                f"{path}: there is no device here; make one with: fedtune client join INVITATION --data FILE"
-            )
-        check_private(path)
+        check_device(path)
         self.path = path
         self.config = _read_config(path / _DEVICE)
 
@@ -142,10 +144,6 @@ class ClientHome:
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: makes it a device
         return cls(path)
 
-    def leave(self) -> None:
-        """Removes the keys and all state."""
-        shutil.rmtree(self.path)
-
     @property
     def authority(self) -> bytes:
         """The certificate authority, PEM."""
@@ -165,8 +163,8 @@ class ClientHome:
 
     @property
     def round_log(self) -> FileRoundLog:
-        """The log of the last round served of each job."""
-        return FileRoundLog(self.path / "rounds.json")
+        """The log of what this folder's devices have served of the fleet's jobs."""
+        return FileRoundLog(private_folder(self.path / ROUNDS) / f"{self.config.fleet_key}.json")
 
     @property
     def models(self) -> Versions:
@@ -176,7 +174,7 @@ class ClientHome:
     @property
     def lock(self) -> ServiceLock:
         """The lock that the running device holds."""
-        return ServiceLock(self.path / "service.lock")
+        return service_lock(self.path)
 
     @property
     def request(self) -> JoinRequest | None:
@@ -237,6 +235,38 @@ class ClientHome:
     def _log(self) -> bytes:
         path = self.path / _LOG
         return read_bounded(path, "the fleet's log", MAX_LOG_BYTES) if path.exists() else b""
+
+
+def check_device(path: Path) -> None:
+    """Checks that there is a device in a folder, whether or not this release can read it.
+
+    Raises:
+        InputError: there is none, or other users may enter the folder.
+    """
+    if not (path / _DEVICE).is_file():
+        raise InputError(f"{path}: there is no device here; make one with: fedtune client join INVITATION --data FILE")
+    check_private(path)
+
+
+def service_lock(path: Path) -> ServiceLock:
+    """Returns the lock that the running device of a folder holds."""
+    return ServiceLock(path / _SERVICE_LOCK)
+
+
+def remove_device(path: Path) -> bool:
+    """Removes a device's keys and state, and returns whether logs of served rounds stay."""
+    kept = path / ROUNDS
+    if not (kept.is_dir() and any(kept.iterdir())):
+        shutil.rmtree(path)
+        return False
+    for each in sorted(path.iterdir(), key=lambda each: each.name == _DEVICE):  # last: a device until all else is gone
+        if each == kept:
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
+    return True
 
 
 def check_data(path: Path) -> None:

@@ -9,7 +9,8 @@ from fedtune.core.secagg.client_session import ClientSession
 from fedtune.core.secagg.config import Assumptions, Policy, Subject, round_config
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment
 from fedtune.core.secagg.graph import Thresholds, choose_thresholds
-from fedtune.core.secagg.identity import FileRoundLog, Identity, MemoryRoundLog, Roster, RoundLog, RoundMark
+from fedtune.core.secagg.identity import Identity, Roster
+from fedtune.core.secagg.round_log import FileRoundLog, MemoryRoundLog, RoundLog, RoundMark, Served
 from fedtune.core.secagg.server_session import OpenedSum, ServerSession, Stage
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RoundLog",
     "RoundMark",
     "Segment",
+    "Served",
     "ServerFaultError",
     "ServerSession",
     "Stage",

@@ -13,9 +13,10 @@ from fedtune.core.errors import ServerFaultError, UpdateError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import KeyEntry, KeyList, Quorum, RoundConfig, increasing, pieces
-from fedtune.core.secagg.identity import Roster, RoundMark
+from fedtune.core.secagg.identity import Roster
 from fedtune.core.secagg.masking import Words, word_type
 from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
+from fedtune.core.secagg.round_log import RoundMark
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
 REFUSED_SHARES = "encrypted shares: the share from"
@@ -56,9 +57,9 @@ def check_holdings(config: RoundConfig, base_digest: str, adapter_digest: str) -
             raise ServerFaultError(f"configuration: {what} {theirs[:12]}, this client holds {ours[:12]}")
 
 
-def check_later(mark: RoundMark, last: RoundMark | None) -> None:
+def check_later(mark: RoundMark, last: RoundMark) -> None:
     """Checks that the round, or the attempt at it, is later than the last one that this client served."""
-    if last is not None and mark <= last:
+    if mark <= last:
         raise ServerFaultError(f"configuration: round {mark} is not after {last}, the last one served")
 
 

@@ -38,7 +38,6 @@ from fedtune.core.secagg.config import Policy
 from fedtune.core.secagg.exchanged import (
     ENCRYPTED_SHARE_BYTES,
     MAX_CONFIG_BYTES,
-    MAX_COUNTER,
     Advertisement,
     Delivery,
     EncryptedShares,
@@ -56,9 +55,10 @@ from fedtune.core.secagg.exchanged import (
     pieces,
     size_limit,
 )
-from fedtune.core.secagg.identity import Identity, Roster, RoundLog, RoundMark
+from fedtune.core.secagg.identity import Identity, Roster
 from fedtune.core.secagg.masking import Words, mask_update, reduce
 from fedtune.core.secagg.primitives import KEY_BYTES, Agreement, Random, Secret, seal
+from fedtune.core.secagg.round_log import RoundLog, RoundMark
 from fedtune.core.secagg.transcript import (
     Transcript,
     advertisement_statement,
@@ -170,7 +170,7 @@ class ClientSession:
         identity: long-lived key of this client.
         roster: pinned identity keys of the fleet.
         policy: requirements of this client.
-        log: last round that this client served, by job.
+        log: what this client has served, by job.
         random: source of all its secrets.
     """
 
@@ -281,8 +281,9 @@ class ClientSession:
         index = own_index(config, self.client, self.identity.public, self.roster)
         check_holdings(config, base_digest, adapter_digest)
         mark = RoundMark(config.round, config.attempt)
-        check_later(mark, self.log.last(config.job))
-        self.log.record(config.job, mark)
+        served = self.log.of(config.job)
+        check_later(mark, served.last)
+        self.log.record(config.job, served.opened(mark))
         digest = config_digest(config)
         self_seed, mask_seed = (Secret(shamir.to_bytes(shamir.random_element(self.random))) for _ in range(2))
         share_key = Secret(self.random(KEY_BYTES))
@@ -334,7 +335,7 @@ class ClientSession:
         mask_update(words, transcript, own, sharers, (state.self_seed.value, state.mask_seed.value))
         widths = {segment: config.segments[segment].bits for segment in words}
         packed = tuple(pack(reduce(masked, widths[segment]), widths[segment]) for segment, masked in words.items())
-        self.log.record(config.job, RoundMark(config.round, MAX_COUNTER))
+        self.log.record(config.job, self.log.of(config.job).masked(config.round))
         return Masked(transcript, own, sharers, held), MaskedInput(transcript.config_digest, packed)
 
     def _vote(self, state: Masked, announced: Survivors) -> tuple[Voted, Vote]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fedtune.core.errors import JobError
 from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment, increasing
 from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, colluders, problems
-from fedtune.core.secagg.identity import RoundMark
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
+from fedtune.core.secagg.round_log import RoundMark
 
 
 @dataclass(frozen=True)

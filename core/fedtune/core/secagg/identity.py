@@ -1,4 +1,4 @@
-"""Identity across rounds: a device's long-lived key, the roster that it pins, and the log of the last round it served.
+"""Identity across rounds: a device's long-lived key, and the roster that it pins.
 
 The whole protocol relies on the roster: a device must receive it from the person who enrols the fleet, not from the
 server of the round. The author of a roster could enrol clients that do not exist.
@@ -6,12 +6,10 @@ server of the round. The author of a roster could enrol clients that do not exis
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,8 +18,6 @@ from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import sync_directory, write_private
 from fedtune.core.secagg.primitives import KEY_BYTES, Random, Secret, digest
 
-MAX_LOG_BYTES = 1 << 20
-_MARK_BYTES = 40  # bytes by which one mark may grow
 MAX_NAME = 128
 
 
@@ -103,81 +99,6 @@ class Roster:
     def digest(self) -> bytes:
         """A hash of the whole roster, for people to compare over another channel."""
         return digest("roster", *(part for name in sorted(self.keys) for part in (name.encode(), self.keys[name])))
-
-
-class RoundMark(NamedTuple):
-    """The number of a round and of an attempt at it; later marks compare greater."""
-
-    round: int
-    attempt: int
-
-
-class RoundLog(Protocol):
-    """The log of the last round in which a client took part, by job, across restarts."""
-
-    def last(self, job: str) -> RoundMark | None:
-        """Returns the last mark recorded for the job."""
-
-    def record(self, job: str, mark: RoundMark) -> None:
-        """Records the mark; a log on disk must be written before this returns."""
-
-
-class MemoryRoundLog:
-    """A round log in memory, for clients that exist only as long as their process, in simulations and tests."""
-
-    def __init__(self) -> None:
-        self._marks: dict[str, RoundMark] = {}
-
-    def last(self, job: str) -> RoundMark | None:
-        return self._marks.get(job)
-
-    def record(self, job: str, mark: RoundMark) -> None:
-        self._marks[job] = mark
-
-
-class FileRoundLog:
-    """A round log in one JSON file, replaced atomically; a crash leaves the old or the new one.
-
-    A file that cannot be read is an error, never an empty log, since a forgotten round would help an attacker. The
-    number of jobs in it is limited, so that a server that names ever more jobs cannot make it too large to be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def last(self, job: str) -> RoundMark | None:
-        return self._read().get(job)
-
-    def record(self, job: str, mark: RoundMark) -> None:
-        marks = self._read()
-        content = json.dumps({**marks, job: mark}) + "\n"
-        if job not in marks and len(content) + _MARK_BYTES * len(marks) > MAX_LOG_BYTES:
-            raise InputError(f"{self._path}: the round log is full after {len(marks)} jobs; leave and join again")
-        write_private(self._path, content)
-        sync_directory(self._path.parent)
-
-    def _read(self) -> dict[str, RoundMark]:
-        if not self._path.exists():
-            return {}
-        content = _read_json(self._path, MAX_LOG_BYTES, "round log")
-        if not isinstance(content, dict) or not all(map(_is_mark, content.values())):
-            raise InputError(f"{self._path}: a round log is one JSON object of job to [round, attempt]")
-        return {job: RoundMark(*mark) for job, mark in content.items()}
-
-
-def _is_mark(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
-
-
-def _read_json(path: Path, limit: int, what: str) -> object:
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise InputError(f"{path}: a {what} has at most {limit} bytes")
-        return json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot read a {what}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
