@@ -118,6 +118,7 @@ def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(
     assert device.beat()
     payload = np.random.default_rng(0).bytes(3_000_000)
     with proxy.endpoint.link.open_run(60.0) as grid:
+        grid.bound_replies("query.anything", len(payload))
         message_id = _ask(grid, device, payload)
         task = device.pull()
         assert task is not None

@@ -109,7 +109,7 @@ def run_federation(
     identities = SecureAggregation(enrolment.roster, _clock()) if secure else None
     layout = devices.trainer.layout
     federation = assemble(job, base_of(layout), layout, known, secure=identities, parts=parts)
-    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
+    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates, grid.bound_replies)
     return list(strategy.rounds(grid, initial_state(federation), job.federation.rounds))
 
 

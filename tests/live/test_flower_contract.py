@@ -14,13 +14,14 @@ import pytest
 from endpoint import Endpoint, listening
 from flwr.app import Message
 
+from fedtune.client.client_commands import PIECE_BYTES
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.protocol.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
 from fedtune.core.protocol.messages import Refusal, Request
 from fedtune.flower import run_grid as grid_module
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled
-from fedtune.flower.run_grid import LinkLostError, RunGrid, RunLimits
+from fedtune.flower.run_grid import LinkLostError, RunGrid
 from fedtune.flower.signed_http import RunOverError, UnknownDeviceError, UnreachableError
 from fedtune.server.live.sockets import Listener
 
@@ -40,8 +41,10 @@ def device(endpoint: Endpoint) -> Iterator[FleetLink]:
 
 
 @pytest.fixture
-def grid(endpoint: Endpoint) -> Iterator[RunGrid]:
+def grid(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunGrid]:
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
     with endpoint.link.open_run(60.0) as grid:
+        grid.bound_replies("query.anything", 900_000)
         yield grid
 
 
@@ -102,7 +105,7 @@ def test_messages_too_large_for_one_request_reach_everyone(device: FleetLink, en
     other.activate()
     devices = [device, device, other, other]
     payloads = [np.random.default_rng(size).bytes(size) for size in (30_000, 30_000, 70_000, 10)]
-    with endpoint.link.open_run(60.0, RunLimits(batch_bytes=50_000)) as grid:
+    with endpoint.link.open_run(60.0, batch_bytes=50_000) as grid:
         messages = [
             Message(seal(payload), link.node_id, "query.anything", ttl=600)
             for link, payload in zip(devices, payloads, strict=True)

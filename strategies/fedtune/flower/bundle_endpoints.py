@@ -55,16 +55,16 @@ from fedtune.core.protocol.bundles import (
 )
 from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, decode, encode
 from fedtune.flower.guard import MAX_BODY_BYTES, Receive, Scope, Send, answer
+from fedtune.flower.reply_bounds import AwaitedReplies, ReplyBound
 
 _NAMES_AT_ONCE = 10_000  # SQLite accepts 32,766 values in a statement
-MAX_REPLY_PIECES = 10_000  # the largest payload in the pieces that devices send
 _PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 M = TypeVar("M")
 
 
 class Bundles:
-    """An ASGI application around Flower's; it also refuses invalid replies in Flower's own call for replies.
+    """An ASGI application around Flower's; it refuses invalid and oversized replies, also in Flower's own call.
 
     Args:
         app: Flower's.
@@ -78,6 +78,7 @@ class Bundles:
             SEND: self._send,
             COLLECT: self._collect,
         }
+        self._awaited = AwaitedReplies()
         # An upper bound on each node's waiting messages; a node with none is answered without a search.
         self._waiting: Counter[int] = Counter()
         # SQLite has one writer at a time; more threads would wait for it by polling with long sleeps.
@@ -92,25 +93,20 @@ class Bundles:
         body = await _body(receive)
         if body is None:
             return
-        if call is None:
-            await self._push(body, scope, receive, send)
-            return
         status, content = await asyncio.get_running_loop().run_in_executor(
-            self._worker, self._answer, call, scope, body
+            self._worker, self._answer, call or self._announce, scope, body
         )
         if status != 200:
             await answer(send, status)
+            return
+        if call is None:
+            await self._pass_on(body, scope, receive, send)
             return
         headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/octet-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    async def _push(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            _check_reply(_parsed(PushMessagesRequest, body))
-        except PeerError:
-            await answer(send, 400)
-            return
+    async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         events = iter([{"type": "http.request", "body": body}])
 
         async def replay() -> MutableMapping[str, Any]:
@@ -153,11 +149,21 @@ class Bundles:
                 fleet_handlers.confirm_message_received(receipt, state, state.object_store)
         return encode(Taken(found.SerializeToString(), objects))
 
+    def _announce(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
+        """Checks a reply whose pieces are to come, before Flower stores it."""
+        del state
+        reply = _parsed(PushMessagesRequest, body)
+        _authenticate(request, reply)
+        _check_reply(reply)
+        self._awaited.admit(reply)
+        return b""
+
     def _bring(self, request: Request, body: bytes, state: SqlLinkState) -> bytes:
         brought = decode(body, BringReply, MAX_BODY_BYTES)
         reply = _parsed(PushMessagesRequest, brought.request)
         _authenticate(request, reply)
         _check_reply(reply)
+        self._awaited.admit(reply, _size(brought.objects.values()))
         pushed = fleet_handlers.push_messages(reply, state)
         run_id = reply.messages_list[0].metadata.run_id
         if not set(pushed.objects_to_push) <= brought.objects.keys():
@@ -175,6 +181,11 @@ class Bundles:
         if messages.messages_list:
             _remove_false_trees(state, messages.message_object_trees)
             pushed = runtime_handlers.push_messages(messages, state, task)
+            for message, message_id, size in zip(
+                messages.messages_list, pushed.message_ids, sent.reply_bytes, strict=True
+            ):
+                if message_id:
+                    self._awaited.add(message.metadata.dst_node_id, message_id, ReplyBound(size))
             here = [object_id for object_id in pushed.objects_to_push if object_id in sent.objects]
             _store(state, task.run_id, pushed.session_id, here, sent.objects)
             left = [object_id for object_id in pushed.objects_to_push if object_id not in sent.objects]
@@ -208,10 +219,10 @@ def _task(request: Request, state: SqlLinkState) -> Task:
 
 
 def _check_reply(request: PushMessagesRequest) -> None:
-    """Checks what Flower does not: that the reply's own source is the sender, and that its size is within the limit."""
+    """Checks what Flower does not: that there is a single reply, and that its own source is the sender."""
     own = all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
     single = len(request.messages_list) == len(request.message_object_trees) == 1
-    if not own or not single or _has_more(request.message_object_trees[0], MAX_REPLY_PIECES):
+    if not own or not single:
         raise PeerError("expected a single reply whose source is its sender")
 
 
@@ -275,10 +286,6 @@ def _parsed(kind: type[M], data: bytes) -> M:
     except DecodeError as error:
         raise PeerError(f"not a {kind.__name__}") from error
     return message  # type: ignore[no-any-return]
-
-
-def _has_more(tree: ObjectTree, pieces: int) -> bool:
-    return next(islice(iterate_object_tree(tree), pieces, None), None) is not None
 
 
 def _size(contents: Iterable[bytes]) -> int:

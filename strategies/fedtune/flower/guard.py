@@ -25,6 +25,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from fedtune.core.manifest.joining import JOIN
 from fedtune.core.protocol.bundles import BRING, TAKE
 from fedtune.core.protocol.model_requests import DESCRIBE, READ
+from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES
 from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, is_signed
 
 Scope = MutableMapping[str, Any]
@@ -33,7 +34,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTROL_HEADER = "fedtune-control"
-MAX_BODY_BYTES = 1 << 20  # pieces of objects are far smaller; bodies are parsed before signatures are checked
+MAX_BODY_BYTES = 1 << 20  # bodies are parsed before signatures are checked
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
 DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING, JOIN}) | frozenset(
@@ -49,6 +50,7 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING, JOIN}) | frozenset(
     )
 )
 
+_LIMITS = {"/v1/fleet/push-object": MAX_PIECE_BODY_BYTES}
 _SIGNED_BY_THEMSELVES = (DESCRIBE, READ, JOIN)  # with small bodies
 _KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER = (
     name.lower().encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, BODY_SIGNATURE_HEADER)
@@ -120,7 +122,7 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if b"transfer-encoding" in headers or not length.isdigit():
             return _LENGTH_REQUIRED
-        if len(length) > 10 or int(length) > MAX_BODY_BYTES:
+        if len(length) > 10 or int(length) > _LIMITS.get(scope["path"], MAX_BODY_BYTES):
             return _TOO_LARGE
         if not self._open:
             return _UNAVAILABLE

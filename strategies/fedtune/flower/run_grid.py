@@ -43,11 +43,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import PeerError, RunError
 from fedtune.core.protocol.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
-from fedtune.core.protocol.messages import MAX_PAYLOAD_BYTES, Payload, decode
+from fedtune.core.protocol.messages import Payload, decode
 from fedtune.core.text import one_line
 from fedtune.flower.envelope import SITS_OUT_CODE, Parcel, identified, parcels, post, reply_metadata, seal, unseal
+from fedtune.flower.reply_bounds import SHORT, ReplyBound
 
-MAX_REPLY_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)  # including Flower's framing around a payload
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
 PATIENCE = 5.0  # the others may take this many times as long as the faster half
@@ -82,23 +82,13 @@ def called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) ->
         raise LinkLostError(f"the SuperLink does not answer: {error or type(error).__name__}") from error
 
 
-@dataclass(frozen=True)
-class RunLimits:
-    """Limits on the bytes of a reply, and on those in one call to the SuperLink."""
-
-    reply_bytes: int = MAX_REPLY_BYTES
-    batch_bytes: int = MAX_BATCH_BYTES
-
-
-RUN_LIMITS = RunLimits()
-
-
 @dataclass
 class _Sent:
-    """A message that waits for its reply, and its batch."""
+    """A message that waits for its reply, its batch, and the bound on the reply."""
 
     head: Message
     batch: _Batch
+    bound: ReplyBound
 
 
 @dataclass
@@ -155,6 +145,7 @@ class RunGrid(Grid):
         client: client with the run's token.
         longest_answer: seconds that a device may take where no measurement says less.
         alive: as in `called`.
+        batch_bytes: limit on the bytes of objects in one call to the SuperLink.
     """
 
     def __init__(
@@ -162,10 +153,11 @@ class RunGrid(Grid):
         client: RuntimeHttpClient,
         longest_answer: float,
         alive: Callable[[], bool],
-        limits: RunLimits = RUN_LIMITS,
+        batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         self._client = client
-        self._limits = limits
+        self._batch_bytes = batch_bytes
+        self._bounds: dict[str, ReplyBound] = {}
         self._alive = alive
         self._longest = longest_answer
         self._node = Node(node_id=SUPERLINK_NODE_ID)
@@ -214,6 +206,13 @@ class RunGrid(Grid):
         """Returns the devices that are online."""
         return [node.node_id for node in self._call(self._client.GetNodes, GetNodesRequest()).nodes]
 
+    def bound_replies(self, message_type: str, payload_bytes: int) -> None:
+        """Says how long a payload can be that answers a message of this type, of those sent from now on.
+
+        Without that, `SHORT` holds.
+        """
+        self._bounds[message_type] = ReplyBound(payload_bytes)
+
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         """Sends messages; returns the ids of those that were sent, "" for the others."""
         messages = list(messages)
@@ -221,7 +220,7 @@ class RunGrid(Grid):
         with no_object_id_recompute():
             pushed = [
                 message_id
-                for parcel in parcels(messages, self._limits.batch_bytes)
+                for parcel in parcels(messages, self._batch_bytes)
                 for message_id in self._push(parcel, batch)
             ]
         batch.sent = time.monotonic()
@@ -232,7 +231,10 @@ class RunGrid(Grid):
             messages_list=[message_to_proto(head) for head in parcel.heads], message_object_trees=parcel.trees
         )
         nodes = tuple(head.metadata.dst_node_id for head in parcel.heads)
-        pushed = self._send(request, parcel.contents, () if parcel.rest else nodes)
+        bounds = [self._bounds.get(head.metadata.message_type, SHORT) for head in parcel.heads]
+        sizes = tuple(bound.payload for bound in bounds)
+        announced = () if parcel.rest else nodes
+        pushed = self._send(SendMessages(request.SerializeToString(), parcel.contents, announced, sizes))
         if parcel.rest:
             push = make_push_object_fn_protobuf(
                 lambda piece: self._call(self._client.PushObject, piece),
@@ -241,16 +243,13 @@ class RunGrid(Grid):
                 pushed.session_id,
             )
             push_objects(parcel.rest, push, object_ids_to_push=set(pushed.objects_to_push))
-            self._send(PushAppMessagesRequest(), {}, nodes)
-        for message_id, head in zip(pushed.message_ids, parcel.heads, strict=True):
+            self._send(SendMessages(b"", {}, nodes, ()))
+        for message_id, head, bound in zip(pushed.message_ids, parcel.heads, bounds, strict=True):
             if message_id:
-                self._sent[message_id] = _Sent(head, batch)
+                self._sent[message_id] = _Sent(head, batch, bound)
         return list(pushed.message_ids)
 
-    def _send(
-        self, request: PushAppMessagesRequest, objects: dict[str, bytes], announced: tuple[int, ...]
-    ) -> PushAppMessagesResponse:
-        sent = SendMessages(request.SerializeToString(), objects, announced)
+    def _send(self, sent: SendMessages) -> PushAppMessagesResponse:
         pushed = PushAppMessagesResponse()
         pushed.ParseFromString(self._bundle(SEND, sent, Sent).pushed)
         return pushed
@@ -320,7 +319,7 @@ class RunGrid(Grid):
         arriving = self._arriving.get(message_id)
         if arriving is None:
             return None
-        while arriving.missing and arriving.size <= self._limits.reply_bytes:
+        while arriving.missing and arriving.size <= sent.bound.size:
             piece = self._call(
                 self._client.PullObject,
                 PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=arriving.missing[-1]),
@@ -331,8 +330,8 @@ class RunGrid(Grid):
                 return None
             arriving.contents[arriving.missing.pop()] = piece.object_content
             arriving.size += len(piece.object_content)
-        if arriving.size > self._limits.reply_bytes:
-            return _failed(sent.head, f"the reply has more than {self._limits.reply_bytes} bytes")
+        if arriving.size > sent.bound.size:
+            return _failed(sent.head, sent.bound.complaint)
         object_id = arriving.proto.metadata.message_id
         if not arriving.confirmed:
             receipt = ConfirmMessageReceivedRequest(

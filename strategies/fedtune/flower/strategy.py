@@ -53,6 +53,7 @@ class AdapterStrategy(Strategy):
         federation: parts that stay the same throughout the job.
         roster: client name -> Flower node, of the clients that can be reached now.
         stale_updates: returns the answers that arrived after their round had closed; called at the end of each round.
+        bound_replies: told, before an exchange, its message type and the most bytes that an honest answer can have.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class AdapterStrategy(Strategy):
         federation: Federation,
         roster: Roster = roster_by_node_id,
         stale_updates: Callable[[], Iterable[Message]] = tuple,
+        bound_replies: Callable[[str, int], None] = lambda *_: None,
     ) -> None:
         self.federation = federation
         self.roster = roster
         self.stale_updates = stale_updates
+        self.bound_replies = bound_replies
         job, layout = federation.job, federation.layout
         bits = Compression.of(job).downlink_bits
         self._broadcast = Broadcast(layout, layout.initial(federation.terms.seed), bits)
@@ -118,6 +121,7 @@ class AdapterStrategy(Strategy):
         deadline = self.federation.job.federation.deadline
         names = {node_id: name for name, node_id in roster.items()}
         for exchange in round_.exchanges():
+            self.bound_replies(exchange.message_type, exchange.reply_bytes)
             messages = _messages(exchange, roster, round_.number)
             seconds = None if deadline == "auto" else deadline
             _collect(round_, stream_replies(grid, messages, seconds, exchange.closing), names)

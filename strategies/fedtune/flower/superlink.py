@@ -38,8 +38,9 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedtune.core.errors import RunError
+from fedtune.core.protocol.bundles import MAX_BATCH_BYTES
 from fedtune.flower.guard import CONTROL_HEADER, App
-from fedtune.flower.run_grid import RUN_LIMITS, LinkLostError, RunGrid, RunLimits, called
+from fedtune.flower.run_grid import LinkLostError, RunGrid, called
 
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
@@ -162,7 +163,7 @@ class Link:
         """Unregisters a device, whose next request is refused."""
         self._call(self._control.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
-    def open_run(self, longest_answer: float, limits: RunLimits = RUN_LIMITS) -> RunGrid:
+    def open_run(self, longest_answer: float, batch_bytes: int = MAX_BATCH_BYTES) -> RunGrid:
         """Starts a Flower run and takes its task.
 
         Args:
@@ -178,7 +179,7 @@ class Link:
                 if acquired.task.run_id == started.run_id:
                     break
                 self._refuse(acquired)
-        return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive, limits)
+        return RunGrid(self._runtime_client(acquired.token), longest_answer, self._alive, batch_bytes)
 
     def refuse_foreign_runs(self) -> None:
         """Ends every run that another client started, without reading it."""

@@ -42,6 +42,7 @@ class Exchange:
         requests: client -> the parts of its message; clients with equal requests share the same bytes.
         down: the ledger's purpose of each part.
         up: the ledger's purpose of an answer.
+        reply_bytes: largest number of bytes that an honest answer can have.
         carries_adapter: whether a client that answers holds the adapter from then on.
         closing: the condition that ends the exchange early; None to wait for all clients up to the job's deadline.
     """
@@ -50,6 +51,7 @@ class Exchange:
     requests: Mapping[str, tuple[bytes, ...]]
     down: tuple[Purpose, ...]
     up: Purpose
+    reply_bytes: int
     carries_adapter: bool = False
     closing: Closing | None = None
 
@@ -187,7 +189,9 @@ class ClearCollection:
     def exchanges(self) -> Iterator[Exchange]:
         """Yields the only exchange."""
         requests = {name: (request,) for name, request in self._inputs.requests.items()}
-        yield Exchange(TRAIN, requests, ("adapter",), "update", carries_adapter=True, closing=self._plan.closing)
+        yield Exchange(
+            TRAIN, requests, ("adapter",), "update", self._limit, carries_adapter=True, closing=self._plan.closing
+        )
 
     def take(self, name: str, payload: bytes) -> ClientFacts:
         """Adds a client's update."""

@@ -64,7 +64,7 @@ class EvaluationRound:
     def exchanges(self) -> Iterator[Exchange]:
         """Yields the only exchange."""
         requests = {name: (self.requests.payload(name),) for name in self.cohort}
-        yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation")
+        yield Exchange(EVALUATE, requests, ("evaluation",), "evaluation", HEADER_BYTES)
 
     def take_in(self, name: str, payload: bytes) -> None:
         """Records one client's score; an unreadable answer counts as none."""

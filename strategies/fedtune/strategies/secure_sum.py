@@ -190,7 +190,8 @@ class SecureCollection:
             name: (message, self._inputs.requests[name]) if opens else (message,) for name, message in messages.items()
         }
         travel = _TRAVEL[stage]
-        return Exchange(travel.message_type, requests, travel.down, travel.up, opens, closing)
+        largest = max(group.session.reply_limit for group in groups)
+        return Exchange(travel.message_type, requests, travel.down, travel.up, largest, opens, closing)
 
 
 class _Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import socket
 import ssl
 import threading
@@ -31,11 +32,14 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from fedtune.client.client_commands import PIECE_BYTES
+from fedtune.core.errors import PeerError
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.manifest.joining import load_node_key, make_node_key
 from fedtune.core.protocol.bundles import (
     BRING,
     COLLECT,
+    MAX_BUNDLE_BYTES,
     MAX_OBJECTS,
     SEND,
     TAKE,
@@ -44,20 +48,31 @@ from fedtune.core.protocol.bundles import (
     SendMessages,
     TakeMessage,
 )
-from fedtune.core.protocol.messages import encode
-from fedtune.flower.bundle_endpoints import MAX_REPLY_PIECES
+from fedtune.core.protocol.messages import HEADER_BYTES, encode
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import Answer, FleetLink
+from fedtune.flower.fleet_link import Answer, FleetLink, Task
 from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
-from fedtune.flower.run_grid import RunLimits
+from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES, ReplyBound
 from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
-from fedtune.flower.signed_http import NotAdmittedError, UnknownDeviceError, UnreachableError, UntrustedError
+from fedtune.flower.signed_http import (
+    NotAdmittedError,
+    RunOverError,
+    UnknownDeviceError,
+    UnreachableError,
+    UntrustedError,
+)
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("endpoint"))
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has large replies made in the pieces of a device's process."""
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
 
 
 OUTSIDE = [
@@ -151,16 +166,6 @@ def test_no_byte_of_an_unauthenticated_clients_body_is_read(endpoint: Endpoint, 
     assert endpoint.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
 
 
-def test_an_enrolled_device_cannot_announce_more_than_a_payload_has_pieces(endpoint: Endpoint) -> None:
-    key = load_node_key(endpoint.bundles["eve"].node_key)
-    node = Node(node_id=endpoint.device("eve").activate())
-    parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
-    head = MessageProto(metadata=MetadataProto(src_node_id=node.node_id, run_id=1))
-    tree = ObjectTree(object_id="whole", children=parts)
-    request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree])
-    assert send(endpoint, key, "/v1/fleet/push-messages", request.SerializeToString()).status_code == 400
-
-
 def bundle(
     node_id: int, name: int | None = None, messages: int = 1, objects: dict[str, bytes] | None = None
 ) -> BringReply:
@@ -176,9 +181,6 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> 
     device = endpoint.newcomer()
     key, node_id = endpoint.key_of(device), device.activate()
     many = {f"{number:064x}": b"" for number in range(MAX_OBJECTS + 1)}
-    parts = [ObjectTree(object_id=f"{number:08}") for number in range(MAX_REPLY_PIECES)]
-    deep = PushMessagesRequest.FromString(bundle(node_id).request)
-    deep.message_object_trees[0].children.extend(parts)
     for bad in (
         bundle(node_id, name=node_id + 1),
         bundle(node_id, messages=0),
@@ -186,7 +188,6 @@ def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> 
         bundle(node_id, objects=many),
         bundle(node_id, objects={"../escape": b""}),
         BringReply(b"\xff" * 100, {}),
-        BringReply(deep.SerializeToString(), {}),
     ):
         assert send(endpoint, key, BRING, encode(bad)).status_code == 400, bad
     huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
@@ -217,7 +218,7 @@ def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, spoil: str) -> N
 def test_the_servers_own_bundles_want_the_token_of_a_run_too(endpoint: Endpoint) -> None:
     shown = {CONTROL_HEADER: endpoint.key}
     for path, payload in (
-        (SEND, SendMessages(b"", {}, ())),
+        (SEND, SendMessages(b"", {}, (), ())),
         (COLLECT, CollectReplies(())),
     ):
         assert endpoint.post(path, shown, server=endpoint.private, body=encode(payload)).status_code == 401
@@ -230,6 +231,7 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoin
     with endpoint.link.open_run(60.0) as grid:
         eve.activate()
         ada.activate()
+        grid.bound_replies("query.open", 1_000_000)  # so that its pieces may come one by one
         grid.push_messages([Message(seal(b"open"), eve.node_id, "query.open", ttl=600)])
         task = eve.pull()
         assert task is not None
@@ -264,18 +266,95 @@ def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoin
         assert ada.fetch(heard).parts == (b"survivors",)
 
 
-def test_a_reply_that_is_larger_than_any_payload_is_not_kept_in_memory(
-    endpoint: Endpoint,
-) -> None:
-    device = endpoint.newcomer()
-    with endpoint.link.open_run(60.0, RunLimits(reply_bytes=100_000)) as grid:
+def announcement(task: Task, answer: Answer, device: FleetLink, pieces: int | None = None) -> bytes:
+    """Returns the call that announces an answer piece by piece, or as many pieces as a liar likes."""
+    request = PushMessagesRequest.FromString(device.bundle(task, answer).request)
+    if pieces is not None:
+        parts = [ObjectTree(object_id=f"{number:064x}") for number in range(pieces - 1)]
+        del request.message_object_trees[0].children[:]
+        request.message_object_trees[0].children.extend(parts)
+    announced: bytes = request.SerializeToString()
+    return announced
+
+
+def test_a_reply_takes_no_more_room_than_its_request_could_give(endpoint: Endpoint) -> None:
+    """A device could have the server store ten thousand pieces, whatever it was asked."""
+    device, push, size = endpoint.newcomer(), "/v1/fleet/push-messages", 300_000
+    key, bound = endpoint.key_of(device), ReplyBound(size)
+    with endpoint.link.open_run(60.0) as grid:
+        grid.bound_replies("query.long", size)
         device.activate()
-        grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
+        messages = [Message(seal(b"question"), device.node_id, kind, ttl=600) for kind in ("query.long", "query.short")]
+        grid.push_messages(messages)
+        long, short = sorted(filter(None, (device.pull(), device.pull())), key=lambda task: task.action)
+        whole, brief = Answer(os.urandom(size), 0.0, time.time()), Answer(b"answer", 0.0, time.time())
+
+        too_many = announcement(long, whole, device, bound.pieces + 1)
+        assert send(endpoint, key, push, too_many).status_code == 413
+        # An answer that fits into one call is not taken in pieces, and in one call no more than it can have.
+        assert send(endpoint, key, push, announcement(short, brief, device)).status_code == 413
+        bundle = device.bundle(short, brief)
+        stuffed = BringReply(bundle.request, bundle.objects | {"0" * 64: bytes(ReplyBound(HEADER_BYTES).size)})
+        assert send(endpoint, key, BRING, encode(stuffed)).status_code == 413
+        for payload in (os.urandom(MAX_BUNDLE_BYTES - 2000), os.urandom(size)):
+            with pytest.raises(PeerError, match="refuses a message of this size"):
+                device.answer(short, Answer(payload, 0.0, time.time()))
+
+        device.answer(short, brief)
+        device.answer(long, whole)
+        heard = grid.pull_messages([short.tree.object_id, long.tree.object_id])
+        assert [unseal(reply) for reply in heard] == [b"answer", whole.outcome]
+
+
+def test_a_message_has_one_reply_that_may_be_announced_again(endpoint: Endpoint) -> None:
+    """Flower knows a repeated reply by its id alone, and took other pieces under it each time."""
+    device, push = endpoint.newcomer(), "/v1/fleet/push-messages"
+    key = endpoint.key_of(device)
+    with endpoint.link.open_run(60.0) as grid:
+        grid.bound_replies("query.long", 1_000_000)
+        device.activate()
+        grid.push_messages([Message(seal(b"question"), device.node_id, "query.long", ttl=600)])
         task = device.pull()
         assert task is not None
-        device.answer(task, Answer(bytes(200_000), 0.0, time.time()))
-        (reply,) = grid.pull_messages([task.tree.object_id])
-        assert reply.error.reason == "the reply has more than 100000 bytes"
+        answer = Answer(os.urandom(200_000), 0.0, time.time())
+        for _ in range(2):
+            assert send(endpoint, key, push, announcement(task, answer, device)).status_code == 200
+        assert send(endpoint, key, push, announcement(task, answer, device, 3)).status_code == 403
+        with pytest.raises(RunOverError):
+            device.answer(task, Answer(os.urandom(200_000), 0.0, time.time()))
+        device.answer(task, answer)
+        (heard,) = grid.pull_messages([task.tree.object_id])
+        assert unseal(heard) == answer.outcome
+
+
+def test_a_reply_that_nobody_waits_for_is_not_stored(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    key, node_id = endpoint.key_of(device), device.activate()
+    assert send(endpoint, key, BRING, encode(bundle(node_id))).status_code == 403
+    request = bundle(node_id).request
+    assert send(endpoint, key, "/v1/fleet/push-messages", request).status_code == 403
+
+
+def test_a_piece_is_no_larger_than_devices_make_them(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    body = bytes(MAX_PIECE_BODY_BYTES + 1)
+    assert send(endpoint, endpoint.key_of(device), "/v1/fleet/push-object", body).status_code == 413
+
+
+def test_a_device_that_never_answers_leaves_no_growing_list(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    with endpoint.link.open_run(60.0) as grid:
+        device.activate()
+        tasks = []
+        for _ in range(17):
+            grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
+            tasks.append(device.pull())
+        first, *_, last = tasks
+        assert first is not None
+        assert last is not None
+        with pytest.raises(RunOverError):
+            device.answer(first, Answer(b"late", 0.0, time.time()))
+        device.answer(last, Answer(b"answer", 0.0, time.time()))
 
 
 def test_garbage_in_a_device_call_is_refused_and_harms_nothing(endpoint: Endpoint) -> None:

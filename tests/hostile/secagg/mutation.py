@@ -28,6 +28,7 @@ PULLS = f"{CLIENT}/inference"
 LIVE_CLIENT = f"{CLIENT}/live"
 MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
+FLOWER = "strategies/fedtune/flower"
 SUITES = (
     "tests/hostile/test_release.py",
     "tests/hostile/test_device_bounds.py",
@@ -40,6 +41,7 @@ SUITES = (
     "tests/unit/strategies/test_round.py",
     "tests/hostile/test_round_terms.py",
     "tests/unit/manifest",
+    "tests/hostile/live/test_guard.py",
     "tests/hostile/secagg/test_fuzz.py",
 )
 
@@ -441,6 +443,17 @@ MUTANTS = (
         "able = [name for name in population if name not in state.suspicion.excluded]",
         "able = list(population)",
         STRATEGIES,
+    ),
+    # the server's checks of what a reply has it store
+    Mutant(
+        "reply: pieces", "reply_bounds.py", "_PIECES_BESIDE + -(-self.payload // MAX_BUNDLE_BYTES)", "10_000", FLOWER
+    ),
+    Mutant("reply: bytes", "reply_bounds.py", "brought > bound.size", "False", FLOWER),
+    Mutant("reply: whole where it fits", "reply_bounds.py", "bound.size <= MAX_BUNDLE_BYTES", "False", FLOWER),
+    Mutant("reply: one for a message", "reply_bounds.py", 'awaited.tree not in (b"", shown)', "False", FLOWER),
+    Mutant("reply: what is kept", "reply_bounds.py", "while len(waiting) > _KEPT:", "while False:", FLOWER),
+    Mutant(
+        "reply: size of a piece", "guard.py", '_LIMITS.get(scope["path"], MAX_BODY_BYTES)', "MAX_BODY_BYTES", FLOWER
     ),
     # a device's checks of a model that it installs
     Mutant("release: owner's signature", "model_release.py", ".checked(fleet_key)", "", MANIFEST),

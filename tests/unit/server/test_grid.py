@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 
 from fedtune.core.errors import PeerError
 from fedtune.core.job.settings import SimulationSettings
-from fedtune.core.protocol.messages import EVALUATE, Handler, Request
+from fedtune.core.protocol.messages import EVALUATE, HEADER_BYTES, Handler, Request
 from fedtune.flower.envelope import WireMessage, answer_wire, from_wire, seal, to_wire, unseal, unseal_parts
 from fedtune.flower.in_process_grid import InProcessGrid, Outgoing
 from fedtune.flower.strategy import stream_replies
@@ -61,6 +61,18 @@ def test_a_client_that_raises_is_an_error_reply_and_not_a_crash(grid: InProcessG
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     with pytest.raises(PeerError, match="no answer: ValueError: thirteen"):
         unseal(reply)
+
+
+def test_a_reply_larger_than_its_request_could_give_is_an_error_and_a_bound_says_what_it_could(
+    grid: InProcessGrid,
+) -> None:
+    for size, fits in ((HEADER_BYTES, True), (2 * HEADER_BYTES, False)):
+        (reply,) = grid.send_and_receive(messages(grid, [11], bytes(size)))
+        assert reply.has_content() == fits
+    assert "more than the" in str(reply.error.reason)
+    grid.bound_replies("train", 2 * HEADER_BYTES)
+    (reply,) = grid.send_and_receive(messages(grid, [11], bytes(2 * HEADER_BYTES)))
+    assert len(unseal(reply)) == 2 * HEADER_BYTES
 
 
 def test_a_reply_is_pulled_once(grid: InProcessGrid) -> None:

@@ -73,11 +73,13 @@ class SendMessages(Payload, frozen=True, array_like=True, tag=True, forbid_unkno
         request: a PushAppMessagesRequest; without messages it only announces.
         objects: objects of those messages, as many as fit.
         announced: nodes that may take their message now, one entry per message whose objects are all present.
+        reply_bytes: for each message, the largest number of bytes that the payload of an honest reply can have.
     """
 
     request: _Proto
     objects: _Objects
     announced: tuple[_Node, ...]
+    reply_bytes: tuple[Annotated[int, Meta(ge=0)], ...]
 
 
 class Sent(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

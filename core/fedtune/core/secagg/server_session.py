@@ -133,6 +133,11 @@ class ServerSession:
             raise RoundAbortedError(f"there is no sum at {self.stage.value}")
         return self._result
 
+    @property
+    def reply_limit(self) -> int:
+        """The bytes beyond which an answer in the current exchange cannot be honest."""
+        return size_limit(EXCHANGES[self.stage].message, self.config)
+
     def receive(self, client: str, reply: bytes) -> None:
         """Takes one client's answer in the current exchange.
 
@@ -146,7 +151,7 @@ class ServerSession:
         if index in self._answered:
             raise ClientFaultError(client, f"it has answered already at {self.stage.value}")
         try:
-            message = decode(reply, exchange.message, size_limit(exchange.message, self.config))
+            message = decode(reply, exchange.message, self.reply_limit)
         except PeerError as error:
             raise ClientFaultError(client, str(error)) from None
         if getattr(message, "config", None) != self._digest:

@@ -202,7 +202,7 @@ class Service:
                 client_manager = ClientManager(
                     grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
                 )
-                strategy = AdapterStrategy(federation, client_manager)
+                strategy = AdapterStrategy(federation, client_manager, bound_replies=grid.bound_replies)
                 run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
         finally:
             directory.close()

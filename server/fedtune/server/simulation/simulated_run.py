@@ -98,7 +98,7 @@ def run_job(
     base, layout = simulation_context.base, simulation_context.model.layout
     parts = replace(parts, trackers=[display, *parts.trackers])
     federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts)
-    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates)
+    strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates, grid.bound_replies)
     evaluator = HeldOutEvaluator(simulation_context.held_out, executor.spread)
     try:
         summary = run_rounds(strategy, directory, grid, evaluator, display, lambda: _facts(executor))
