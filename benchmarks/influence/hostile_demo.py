@@ -1,16 +1,24 @@
 """Does the demo still learn if some clients are hostile, from one secure sum or by a rule over the sums of groups?
 
-Every hostile client trains as it is asked and sends the negative of its update, scaled to the round's clip: within all
-that a server checks, and in every round.
+Hostile clients train as they are asked, and then send something else, within all that a server checks:
+
+    negative        the negative of the own update, scaled to the round's clip
+    now and then    the same in every second round, in the others the own update
+    together        the negative of the mean of all hostile clients' updates, scaled to the clip
+    one direction   the same random direction from all of them in every round, at the clip
+    noise           a random direction of each one's own, at the clip
+    in the spread   the mean of the hostile clients' updates, less their standard deviation, value by value
 
     k           clients of a group
-    poisoned    share of the groups that had a hostile client, over all rounds; 1 - (1 - p)^k is expected
+    poisoned    share of the groups that would have a hostile client if nobody was left out; 1 - (1 - p)^k is expected
+    found       hostile clients that group testing leaves out at the end
+    wronged     honest clients that it left out in any round
     exact       exact match on the server's held-out examples after the last round
     loss        their loss
 
-The demo's job with a third of its rounds, on thirty households.
+The demo's job with fewer rounds and more households: 5 rounds with 30, 6 with 40. One seed.
 
-    python benchmarks/influence/hostile_demo.py                   # every row: a minute or two each on idle cores
+    python benchmarks/influence/hostile_demo.py                   # every row: two minutes or so each on idle cores
     python benchmarks/influence/hostile_demo.py --rows "one sum"
 """
 
@@ -31,6 +39,7 @@ import numpy as np
 from influence_results import write_section
 
 from fedtune.client.device import Device
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.messages import TrainRequest
 from fedtune.demo import JOB
@@ -44,22 +53,35 @@ from fedtune.strategies.cohorts.suspicion import UNSUSPECTED
 
 TITLE = "Does the demo still learn if some of its clients are hostile?"
 KEPT = Path(__file__).with_name("hostile_demo.json")  # rows of earlier calls: a table can be measured in parts
-HOUSEHOLDS, ROUNDS = 30, 5
+SPREAD = 1.0  # standard deviations below the mean
 
 
 @dataclass(frozen=True)
 class Row:
-    """The groups of a cohort, its number of hostile clients, and the rule over the groups."""
+    """The groups of a cohort, its number of hostile clients, the rule over the groups, and what hostile clients do."""
 
     groups: int
     hostile: int
     robust: str = "none"
     share: float = 0.4
+    attack: str = "negative"
+    households: int = 30
+    rounds: int = 5
 
     @property
     def names(self) -> list[str]:
         """The hostile clients, spread over the population."""
-        return [f"{index * HOUSEHOLDS // self.hostile:03d}" for index in range(self.hostile)]
+        return [f"{index * self.households // self.hostile:03d}" for index in range(self.hostile)]
+
+
+def tested(attack: str, hostile: int) -> Row:
+    """Returns a row with group testing, which expects a fifth of hostile clients."""
+    return Row(13, hostile, "group-testing", 0.2, attack, 40, 6)
+
+
+def forty(groups: int, hostile: int, robust: str, attack: str) -> Row:
+    """Returns a row to compare those with."""
+    return Row(groups, hostile, robust, 0.4, attack, 40, 6)
 
 
 ROWS = {
@@ -71,33 +93,87 @@ ROWS = {
     "10 groups, median, honest": Row(10, 0, "median"),
     "10 groups, trimmed mean, 3 hostile": Row(10, 3, "trimmed-mean"),
     "5 groups, median, 3 hostile": Row(5, 3, "median"),
+    "forty, one sum, honest": forty(1, 0, "none", "negative"),
+    "forty, one sum": forty(1, 8, "none", "negative"),
+    "forty, one sum, together": forty(1, 8, "none", "together"),
+    "forty, 13 groups, median, together": forty(13, 8, "median", "together"),
+    "group testing, honest": tested("negative", 0),
+    "group testing": tested("negative", 8),
+    "group testing, together": tested("together", 8),
+    "group testing, one direction": tested("one direction", 8),
+    "group testing, in the spread": tested("in the spread", 8),
+    "group testing, now and then": tested("now and then", 8),
+    "group testing, noise": tested("noise", 8),
+    "group testing, 1 hostile": tested("negative", 1),
 }
 
 
-def hostile_devices(hostile: list[str]) -> type[Device]:
-    """Returns devices on which these clients send the negative of their update, scaled to the clip."""
+def at_norm(direction: Vector, norm: float) -> Vector:
+    """Returns a vector of this direction and norm."""
+    length = float(np.linalg.norm(direction.astype(np.float64)))
+    return (direction * (norm / max(length, 1e-30))).astype(np.float32)
 
-    class Hostile(Device):
-        def _train(self, client: str, request: TrainRequest) -> Any:
-            made = super()._train(client, request)
-            if client not in hostile:
-                return made
-            turned = []
-            for terms, update in zip(made.terms, made.updates, strict=True):
-                norm = float(np.linalg.norm(update.astype(np.float64)))
-                turned.append((update * (-terms.clip / max(norm, 1e-30))).astype(np.float32))
-            return replace(made, updates=tuple(turned))
 
-    return Hostile
+def random_direction(count: int, *seed: int) -> Vector:
+    """Returns a random direction."""
+    return np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+
+
+class Hostile(Device):
+    """A device of which some clients are hostile, and know each other's updates."""
+
+    row: Row
+    pooled: tuple[int, Vector] = (0, np.empty(0, dtype=np.float32))
+
+    def _pooled(self, request: TrainRequest) -> Vector:
+        """Returns the hostile clients' own updates, (clients, values)."""
+        if self.pooled[0] != request.round:
+            own = [super(Hostile, self)._train(name, request).updates[0] for name in self.row.names]
+            self.pooled = request.round, np.stack(own)
+        return self.pooled[1]
+
+    def _train(self, client: str, request: TrainRequest) -> Any:
+        made = super()._train(client, request)
+        if client not in self.row.names:
+            return made
+        (terms,), (own,) = made.terms, made.updates
+        return replace(made, updates=(self._sent(client, request, own, terms.clip),))
+
+    def _sent(self, client: str, request: TrainRequest, own: Vector, clip: float) -> Vector:
+        match self.row.attack:
+            case "now and then" if request.round % 2 == 0:
+                return own
+            case "negative" | "now and then":
+                return at_norm(-own, clip)
+            case "together":
+                return at_norm(-self._pooled(request).mean(axis=0), clip)
+            case "one direction":
+                return at_norm(random_direction(own.size), clip)
+            case "noise":
+                return at_norm(random_direction(own.size, request.round, int(client)), clip)
+            case "in the spread":
+                pooled = self._pooled(request)
+                spread: Vector = (pooled.mean(axis=0) - SPREAD * pooled.std(axis=0)).astype(np.float32)
+                return spread
+        raise ValueError(f"no attack is called {self.row.attack}")
+
+
+def hostile_devices(hostile: Row) -> type[Device]:
+    """Returns devices with the hostile clients of a row."""
+
+    class OfRow(Hostile):
+        row = hostile
+
+    return OfRow
 
 
 def run(row: Row) -> dict[str, Any]:
     """Runs a row; returns its figures."""
     overrides = [
         "export.formats=[]",
-        f"data.clients={HOUSEHOLDS}",
-        f"federation.clients_per_round={HOUSEHOLDS}",
-        f"federation.rounds={ROUNDS}",
+        f"data.clients={row.households}",
+        f"federation.clients_per_round={row.households}",
+        f"federation.rounds={row.rounds}",
         "federation.evaluate_every=0",
         "data.holdout=0",
         "adapter.tiers=[40]",
@@ -108,20 +184,25 @@ def run(row: Row) -> dict[str, Any]:
     job, started = load_job(JOB, overrides), time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(simulation_context, "Device", hostile_devices(row.names)),
+        patch.object(simulation_context, "Device", hostile_devices(row)),
     ):
         path = Path(folder) / "run"
         context = SimulationContext.begin(job, path / CLIENTS)
         with closing(RunDirectory.create(path, job, context.base.digest)) as directory:
             summary = run_job(context, directory, Silent())
-    names = [f"{index:03d}" for index in range(HOUSEHOLDS)]
-    cuts = [cut_cohort(job, number, names, UNSUSPECTED).groups for number in range(1, ROUNDS + 1)]
+            kept, rounds = directory.restore(), directory.rounds()
+    names = [f"{index:03d}" for index in range(row.households)]
+    cuts = [cut_cohort(job, number, names, UNSUSPECTED).groups for number in range(1, row.rounds + 1)]
+    condemned = set(kept.state.evidence.condemned) if kept else set()
+    absent = {name for line in rounds for name in names if name not in {client["id"] for client in line["clients"]}}
     poisoned = float(np.mean([bool(set(group) & set(row.names)) for cut in cuts for group in cut]))
     score = summary["eval_after"]
     return {
-        "k": HOUSEHOLDS // row.groups,
+        "k": row.households // row.groups,
         "poisoned": poisoned,
         "sums": summary["secure_aggregation"]["sums"],
+        "found": len(condemned & set(row.names)),
+        "wronged": len((absent | condemned) - set(row.names)),
         "exact": score["exact_match"],
         "loss": score["loss"],
         "seconds": time.monotonic() - started,
@@ -130,12 +211,14 @@ def run(row: Row) -> dict[str, Any]:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the table in Markdown."""
-    lines = ["| row | hostile | k | poisoned | exact | loss | seconds |", "|" + " --- |" * 7]
+    titles = "| row | hostile | k | poisoned | found | wronged | exact | loss | seconds |"
+    lines = [titles, "|" + " --- |" * 9]
     for name, row in ROWS.items():
         if name in results:
             found = results[name]
             lines.append(
-                f"| {name} | {row.hostile} of {HOUSEHOLDS} | {found['k']} | {found['poisoned']:.0%} | "
+                f"| {name} | {row.hostile} of {row.households} | {found['k']} | {found['poisoned']:.0%} | "
+                f"{found.get('found', '')} | {found.get('wronged', '')} | "
                 f"{found['exact']:.1%} | {found['loss']:.3f} | {found['seconds']:.0f} |"
             )
     return "\n".join(lines)

@@ -36,6 +36,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.protocol.messages import Rebasing
 from fedtune.core.round_records import Evaluation, RoundRecord
 from fedtune.server.run_files import append_line, new_directory, storage, write_json, write_text
+from fedtune.strategies.aggregation.evidence import Evidence
 from fedtune.strategies.cohorts.suspicion import Suspicion
 from fedtune.strategies.federation import FederationState
 
@@ -154,6 +155,7 @@ class RunDirectory:
                         "clips": state.clips,
                         "stale_updates": {name: b64encode(data).decode() for name, data in state.stale_updates.items()},
                         "suspicion": state.suspicion.to_json(),
+                        "evidence": state.evidence.to_json(),
                         "rebasing": msgspec.structs.asdict(state.rebasing) if state.rebasing else None,
                         "base_digest": checkpoint.base_digest,
                         "terms_digest": checkpoint.terms_digest,
@@ -180,7 +182,8 @@ class RunDirectory:
                     write_text(self.path / ROUNDS, "".join(line + "\n" for line in lines))
                 return checkpoint
         if numbers:
-            raise RunError(f"{self.path / CHECKPOINTS}: no checkpoint is whole; the run cannot go on")
+            remedy = "go on with the release that wrote them, or begin a new run"
+            raise RunError(f"{self.path / CHECKPOINTS}: no checkpoint is whole, or of this release; {remedy}")
         return None
 
     def rounds(self) -> list[dict[str, Any]]:
@@ -231,6 +234,7 @@ class RunDirectory:
                     {name: b64decode(data) for name, data in text["stale_updates"].items()},
                     Rebasing(**text["rebasing"]) if text["rebasing"] else None,
                     Suspicion.from_json(text["suspicion"]),
+                    Evidence.from_json(text["evidence"]),
                 ),
                 text["base_digest"],
                 text.get("terms_digest", ""),

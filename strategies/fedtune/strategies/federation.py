@@ -14,6 +14,7 @@ from fedtune.core.manifest.round_terms import reachable_norm
 from fedtune.core.protocol.messages import Base, Rebasing
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation.aggregator import NOTHING, Clips, State
+from fedtune.strategies.aggregation.evidence import NO_EVIDENCE, Evidence
 from fedtune.strategies.cohorts.selection import Selection
 from fedtune.strategies.cohorts.suspicion import UNSUSPECTED, Suspicion
 from fedtune.strategies.cohorts.tier_assignment import Ranks
@@ -82,6 +83,7 @@ class FederationState:
         stale_updates: client -> its answer to the round before, which arrived after that had closed.
         rebasing: the last change of the adapter's basis, if any.
         suspicion: which clients may have made secure sums fail, and which did.
+        evidence: what the tests of groups tell against clients.
     """
 
     round: int
@@ -92,6 +94,7 @@ class FederationState:
     stale_updates: Mapping[str, bytes] = field(default_factory=dict)
     rebasing: Rebasing | None = None
     suspicion: Suspicion = UNSUSPECTED
+    evidence: Evidence = NO_EVIDENCE
 
 
 def initial_state(federation: Federation) -> FederationState:

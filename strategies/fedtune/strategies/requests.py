@@ -67,7 +67,7 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
     """Chooses the cohort of the round after `state`, and the settings of its requests."""
     job, layout, number = federation.job, federation.layout, state.round + 1
     factors = federation.method.factors(number, layout.factors)
-    able = [name for name in population if name not in state.suspicion.excluded]
+    able = [name for name in population if name not in (*state.suspicion.excluded, *state.evidence.condemned)]
     cohort = tuple(federation.selection.cohort(number, able))
     assignment = assign_tiers(cohort, federation.ranks, job) if federation.ranks else all_alike(cohort, layout.rank)
     trained = {name: tier for name, tier in assignment.trained.items() if tier}

@@ -124,7 +124,9 @@ class TrainingRound:
         requests = Requests(broadcast, state.held, write, plan.tiers)
         nothing = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # the downlink differs between clients
         inputs = Inputs({name: requests.payload(name) for name in plan.tiers}, write(nothing, 0), state.stale_updates)
-        frame = Frame(federation.layout, plan.factors, state.adapter, state.server, plan.slices, plan.terms)
+        frame = Frame(
+            federation.layout, plan.factors, state.adapter, state.server, plan.slices, plan.terms, state.evidence
+        )
         return cls(federation, state, plan, requests, federation.collector.begin(plan, frame, inputs))
 
     @property
@@ -203,7 +205,7 @@ class TrainingRound:
         notes += tuple(f"a group of {len(outcome.members)} clients has no sum: {outcome.reason}" for outcome in lost)
         if collected is not None:
             state, changes = self._rebalanced(self._after(collected.aggregate))
-            notes += collected.notes + changes
+            notes += collected.notes + changes + state.evidence.notes(self.state.evidence)
         record = RoundRecord(
             round=self.number,
             seconds=time.monotonic() - self._started,
@@ -246,7 +248,15 @@ class TrainingRound:
             adapter[segment] += step
         clips = self.state.clips | aggregate.clips
         held = self.requests.broadcast.to_hold(adapter)
-        return FederationState(self.number, adapter, held, clips, server, rebasing=self.state.rebasing)
+        return FederationState(
+            self.number,
+            adapter,
+            held,
+            clips,
+            server,
+            rebasing=self.state.rebasing,
+            evidence=aggregate.evidence or self.state.evidence,
+        )
 
     def _rebalanced(self, state: FederationState) -> tuple[FederationState, tuple[str, ...]]:
         """Returns the state in a balanced basis where rebalancing is due, and notes about it.

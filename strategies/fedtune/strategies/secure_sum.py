@@ -40,8 +40,7 @@ from fedtune.core.secagg import (
 )
 from fedtune.core.secagg.client_checks import refuses_shares
 from fedtune.core.secagg.graph import MIN_SURVIVORS
-from fedtune.strategies.aggregation.aggregator import Aggregation, Aggregator, Frame
-from fedtune.strategies.aggregation.payload_sums import Totals
+from fedtune.strategies.aggregation import Aggregation, Aggregator, Frame, GroupSum
 from fedtune.strategies.cohorts.suspicion import NOBODY, GroupOutcome
 from fedtune.strategies.cohorts.tier_assignment import tier_minimum
 from fedtune.strategies.collection import ClientFacts, Collected, Exchange, Inputs
@@ -71,7 +70,7 @@ class SecureSum:
         settings: the job's.
     """
 
-    aggregator: Aggregator[Totals]
+    aggregator: Aggregator[GroupSum]
     job: str
     secure: SecureAggregation
     settings: SecureAggregationSettings
@@ -110,7 +109,9 @@ class SecureCollection:
     The groups go through the exchanges in step. One that has no sum leaves the others as they are.
     """
 
-    def __init__(self, collector: SecureSum, plan: RoundPlan, aggregation: Aggregation[Totals], inputs: Inputs) -> None:
+    def __init__(
+        self, collector: SecureSum, plan: RoundPlan, aggregation: Aggregation[GroupSum], inputs: Inputs
+    ) -> None:
         self._job, self._secure, self._settings = collector.job, collector.secure, collector.settings
         self._plan = plan
         self._aggregation = aggregation
@@ -203,7 +204,9 @@ class _Group:
         loss: mean training loss of the clients in the sum.
     """
 
-    def __init__(self, session: ServerSession, terms: Sequence[FactorTerms], aggregation: Aggregation[Totals]) -> None:
+    def __init__(
+        self, session: ServerSession, terms: Sequence[FactorTerms], aggregation: Aggregation[GroupSum]
+    ) -> None:
         self.session = session
         self.members = tuple(member.client for member in session.config.cohort)
         self.requests: Mapping[str, bytes] = session.open()
@@ -246,4 +249,4 @@ class _Group:
     def _add(self) -> None:
         result = self.session.result
         totals, self.loss = opened_sums(result.sums, result.contributors, self._terms)
-        self._aggregation.add(dict(zip(self._terms, totals, strict=True)))
+        self._aggregation.add(GroupSum(tuple(result.survivors), dict(zip(self._terms, totals, strict=True))))

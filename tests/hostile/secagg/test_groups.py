@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, log2
@@ -19,6 +20,7 @@ from fedtune.core.protocol.messages import SECURE_EXCHANGES, SHARE, TRAIN, UNMAS
 from fedtune.core.secagg import Policy
 from fedtune.core.secagg.exchanged import EncryptedShares, MaskedInput, Reveal, decode, encode
 from fedtune.core.secagg.shamir import random_element
+from fedtune.strategies.aggregation.evidence import Evidence
 from fedtune.strategies.cohorts.suspicion import UNSUSPECTED
 from fedtune.strategies.collection import Exchange
 
@@ -192,9 +194,11 @@ def test_a_group_below_a_devices_own_minimum_is_refused_by_it() -> None:
 class Poisoned(Untrained):
     """A device whose hostile clients send words at the ends of their range, all in one direction."""
 
+    hostile = frozenset({CULPRIT})
+
     def contribute(self, client: str, request: TrainRequest) -> Contribution:
         made = super().contribute(client, request)
-        if client != CULPRIT:
+        if client not in self.hostile:
             return made
         parts = []
         for terms, part in zip(made.terms, made.parts, strict=True):
@@ -220,3 +224,37 @@ def test_a_poisoned_group_is_left_out_by_the_rule_over_groups(rule: str) -> None
         moved[robust] = adapters[0] - adapters[1]
     goal = moved["none"] / np.linalg.norm(moved["none"])
     assert float(moved[rule] @ goal) < float(moved["none"] @ goal) / 2
+
+
+FLEET = [f"client-{index:02d}" for index in range(24)]
+TOGETHER = frozenset(FLEET[::6])
+
+
+class Together(Poisoned):
+    """A device on which a sixth of the fleet is hostile."""
+
+    hostile = TOGETHER
+
+
+def test_clients_that_poison_together_are_found_by_group_testing_and_no_longer_asked_also_after_a_restart() -> None:
+    overrides = ("secure_aggregation.groups=8", "federation.robust=group-testing", "federation.aggregation=fedavg")
+    fixture = Fixture(FLEET, overrides, device=Together())
+    records = [fixture.run() for _ in range(4)]
+    stored = json.loads(json.dumps(fixture.state.evidence.to_json()))
+    fixture.state = replace(fixture.state, evidence=Evidence.from_json(stored))
+    records += [fixture.run() for _ in range(4)]
+    assert set(fixture.state.evidence.condemned) == TOGETHER
+    told = [note for record in records for note in record.notes]
+    assert all(any(note.startswith(f"{name} is left out: ") for note in told) for name in TOGETHER)
+    asked = {client.id for client in fixture.run().clients}
+    assert asked == set(FLEET) - TOGETHER
+
+
+def test_a_round_without_a_result_changes_no_evidence() -> None:
+    overrides = ("secure_aggregation.groups=8", "federation.robust=group-testing", "federation.minimum_clients=24")
+    fixture = Fixture(FLEET, overrides, device=Together())
+    fixture.run()
+    before = fixture.state.evidence
+    assert before.tests
+    assert fixture.run(drop=lambda name, kind: name == FLEET[1]).aborted
+    assert fixture.state.evidence == before

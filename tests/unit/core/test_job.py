@@ -93,6 +93,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("federation.robust=median secure_aggregation.groups=2", "with secure_aggregation.groups of 3 or more"),
         ("federation.robust=multi-krum secure_aggregation.groups=3", "cannot be told apart by distance"),
         ("federation.robust=trimmed-mean secure_aggregation.groups=3", "cuts off none of 3 groups"),
+        ("federation.robust=group-testing secure_aggregation.groups=3", "groups is 3; expected 6 or more"),
+        ("federation.robust=group-testing secure_aggregation.enabled=false", "the server sees every update; expected"),
         ("federation.robust=median secure_aggregation.enabled=false compression.form=ring", "compares single updates"),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),

@@ -13,6 +13,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job, recorded_job
 from fedtune.core.protocol.messages import Rebasing
 from fedtune.server.run_directory import Checkpoint, RunDirectory
+from fedtune.strategies.aggregation.evidence import NO_EVIDENCE, GroupTest
 from fedtune.strategies.cohorts.suspicion import Circle, Suspicion
 from fedtune.strategies.federation import FederationState
 
@@ -35,13 +36,14 @@ def test_what_the_server_keeps_comes_back_bit_for_bit_and_a_flipped_bit_is_notic
     directory.acknowledge(Checkpoint(state, "0" * 64, "1" * 64, 1.0, None), None)
     rebasing, stale_updates = Rebasing(1, "a" * 64, 0), {"ann/../ö": b"late \x00\xff", "bob": b""}
     suspicion = Suspicion((Circle(frozenset({"ann", "bob"}), frozenset({"eve"})),), ("mallory",))
-    second = FederationState(2, adapter, adapter, {}, server, stale_updates, rebasing, suspicion)
+    evidence = NO_EVIDENCE.after(GroupTest((("ann", "bob"), ("eve",)), (0.1, -0.1)), 0.2)
+    second = FederationState(2, adapter, adapter, {}, server, stale_updates, rebasing, suspicion, evidence)
     directory.acknowledge(Checkpoint(second, "0" * 64, "1" * 64, 2.0, None), None)
     restored = directory.restore()
     assert restored is not None
     assert restored.state.round == 2
     assert (restored.state.stale_updates, restored.state.rebasing) == (stale_updates, rebasing)
-    assert restored.state.suspicion == suspicion
+    assert (restored.state.suspicion, restored.state.evidence) == (suspicion, evidence)
     assert {name: value.tobytes() for name, value in restored.state.server.items()} == {
         name: value.tobytes() for name, value in server.items()
     }

@@ -14,7 +14,16 @@ from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import PeerError
 from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.protocol.messages import Uplink
-from fedtune.strategies.aggregation import CoordinateMedian, Frame, Grouped, Mean, RingMean, Robust, TrimmedMean
+from fedtune.strategies.aggregation import (
+    CoordinateMedian,
+    Frame,
+    Grouped,
+    GroupSum,
+    Mean,
+    RingMean,
+    Robust,
+    TrimmedMean,
+)
 
 METHOD = AGGREGATIONS["fedavg"]
 RING_MEAN = RingMean(METHOD)
@@ -23,8 +32,12 @@ FRAME = Frame(LAYOUT, "ab", LAYOUT.initial(0), terms=TERMS)
 MEAN = Grouped(RING_MEAN, Mean(METHOD))
 
 
-def summed(clients: list[Vector]) -> dict[FactorTerms, RingTotal]:
-    """Returns a group's sums."""
+def summed(clients: list[Vector]) -> GroupSum:
+    """Returns a group's sum."""
+    return GroupSum(tuple(f"{index:02d}" for index in range(len(clients))), totals_of(clients))
+
+
+def totals_of(clients: list[Vector]) -> dict[FactorTerms, RingTotal]:
     totals: dict[FactorTerms, RingTotal] = {}
     for seed, update in enumerate(clients):
         for each, half in zip(TERMS, LAYOUT.parts(update), strict=True):
@@ -49,7 +62,7 @@ def aggregate(aggregator: Grouped, groups: list[list[Vector]]) -> Any:
 def test_one_group_gives_the_bits_of_its_sum_whatever_would_go_across_groups() -> None:
     group = updates(4)
     alone = RING_MEAN.begin(FRAME)
-    alone.add(summed(group))
+    alone.add(totals_of(group))
     expected = alone.finish()
     for across in (Mean(METHOD), Robust(METHOD, CoordinateMedian())):
         found = aggregate(Grouped(RING_MEAN, across), [group])
@@ -91,11 +104,11 @@ def test_a_group_that_is_no_sum_is_refused_and_the_others_stay() -> None:
     clients = updates(8)
     aggregation = MEAN.begin(FRAME)
     aggregation.add(summed(clients[:4]))
-    false = summed(clients[4:])
+    false = totals_of(clients[4:])
     first = next(iter(false))
     false[first] = RingTotal(false[first].total, 1)
     with pytest.raises(PeerError, match="a sum of 1 contributions"):
-        aggregation.add(false)
+        aggregation.add(GroupSum(("a", "b", "c", "d"), false))
     assert aggregation.finish().update.tobytes() == aggregate(MEAN, [clients[:4]]).update.tobytes()
 
 

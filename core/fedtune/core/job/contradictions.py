@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedtune.core.job.methods import AGGREGATIONS, RULE
-from fedtune.core.job.secure_cohorts import FEWEST_MEANS, grouped_cohort_problems
+from fedtune.core.job.secure_cohorts import FEWEST_MEANS, FEWEST_TESTED, grouped_cohort_problems
 from fedtune.core.job.settings import DEMO, Job
 from fedtune.core.metrics import METRICS
 
@@ -182,6 +182,11 @@ def aggregation_problems(job: Job) -> list[str]:
                 f'federation.weight is "{federation.weight}", {hidden}: weights among them would tell example counts, '
                 'and a false one could not be noticed; expected "uniform"'
             )
+    elif federation.robust == "group-testing":
+        problems.append(
+            'federation.robust is "group-testing", which tests sums over groups, but the server sees every update; '
+            'expected "median", "trimmed-mean" or "multi-krum", or secure_aggregation.enabled = true'
+        )
     elif method.changes_basis and job.compression.preset != "none":
         problems.append(
             f'{name}, which changes the basis of both factors every round; expected compression.preset = "none", '
@@ -209,10 +214,14 @@ def _hidden_rule_problems(job: Job, hidden: str) -> list[str]:
     rule = f'federation.robust is "{federation.robust}"'
     if not secure.enabled or secure.groups < FEWEST_MEANS:
         over = f'"median" or "trimmed-mean" with secure_aggregation.groups of {FEWEST_MEANS} or more'
+        over += f', or "group-testing" with {FEWEST_TESTED} or more'
         return [f'{rule}, which {RULE.sees_updates}, {hidden}; expected "none", or {over}']
     if federation.robust == "multi-krum":
         problem = f"{rule}, which leaves out whole updates for their distance from others, and a few means of groups"
         return [f'{problem} cannot be told apart by distance; expected "median" or "trimmed-mean"']
+    if federation.robust == "group-testing" and secure.groups < FEWEST_TESTED:
+        problem = f"{rule}, which compares directions, but secure_aggregation.groups is {secure.groups}"
+        return [f'{problem}; expected {FEWEST_TESTED} or more, or "median"']
     if federation.robust == "trimmed-mean" and int(federation.robust_share * secure.groups) < 1:
         problem = f"{rule}, which cuts off none of {secure.groups} groups at federation.robust_share = "
         return [f"{problem}{federation.robust_share}; expected a share of at least 1 / {secure.groups}"]

@@ -11,6 +11,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
 
 FEWEST_MEANS = 3  # fewest groups of which a robust rule can leave one out
+FEWEST_TESTED = 6  # fewest groups among which one direction can be told from the usual ones
 
 
 def secure_cohort_problems(job: Job, cohort: int) -> list[str]:

@@ -111,7 +111,8 @@ class FederationSettings:
         server_optimizer: step of the server along the aggregate (fedtune.strategies.server_optimizers).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
         robust: a rule in place of the mean that a few hostile updates cannot steer; under secure aggregation one over
-            the means of its groups.
+            the means of its groups: "median", "trimmed-mean", or "group-testing", which finds over rounds which clients
+            make their groups stand apart, and leaves them out.
         robust_share: share of the clients, or groups, that may be hostile: cut off at either end, or left out.
         clip_norm: in the clear, the norm to which longer updates are scaled down.
         weight: weight of a client's update: the same for all clients, or in the clear its examples or target tokens.
@@ -132,7 +133,7 @@ class FederationSettings:
     rebalance_every: _Count = 0
     server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
     server_learning_rate: _PositiveFloat | None = None
-    robust: Literal["none", "median", "trimmed-mean", "multi-krum"] = "none"
+    robust: Literal["none", "median", "trimmed-mean", "multi-krum", "group-testing"] = "none"
     robust_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     clip_norm: _PositiveFloat | None = None
     weight: Literal["uniform", "examples", "tokens"] = "uniform"
@@ -194,9 +195,9 @@ class SecureAggregationSettings:
         max_dropout: share of a cohort that may vanish at any step before a round has no sum.
         max_corrupt: share of a cohort that may collude with a lying server.
         groups: number of groups into which a cohort is cut at random, each with a sum of its own, so that
-            federation.robust can act on their means: "median" or "trimmed-mean", over at least 3. The server then sees
-            as many sums, each over one group, within which max_dropout and max_corrupt hold. A round with too few
-            clients has fewer groups. All clients train the whole adapter.
+            federation.robust can act on their means: "median" or "trimmed-mean" over at least 3, "group-testing" over
+            at least 6. The server then sees as many sums, each over one group, within which max_dropout and max_corrupt
+            hold. A round with too few clients has fewer groups. All clients train the whole adapter.
     """
 
     enabled: bool = True

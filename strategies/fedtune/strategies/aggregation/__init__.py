@@ -7,7 +7,8 @@ the one that takes a round's secure sums; `mean`, `products` and `robust` have t
 from fedtune.core.job.methods import AGGREGATIONS
 from fedtune.core.job.settings import FederationSettings
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Aggregation, Aggregator, Frame, State, Update
-from fedtune.strategies.aggregation.grouped import Grouped
+from fedtune.strategies.aggregation.group_testing import GroupTesting
+from fedtune.strategies.aggregation.grouped import Grouped, GroupSum
 from fedtune.strategies.aggregation.mean import Mean
 from fedtune.strategies.aggregation.payload_sums import Decoded, RingMean, Unpacked
 from fedtune.strategies.aggregation.products import ProductMean
@@ -22,6 +23,8 @@ __all__ = [
     "CoordinateMedian",
     "Decoded",
     "Frame",
+    "GroupSum",
+    "GroupTesting",
     "Grouped",
     "Mean",
     "MultiKrum",
@@ -47,4 +50,6 @@ def update_aggregator(settings: FederationSettings) -> Aggregator[Update]:
             aggregator = Robust(declared, TrimmedMean(settings.robust_share))
         case "multi-krum":
             aggregator = Robust(declared, MultiKrum(settings.robust_share))
+        case "group-testing":
+            aggregator = GroupTesting(aggregator, settings.robust_share)
     return aggregator if settings.clip_norm is None else Clipped(aggregator, settings.clip_norm)

@@ -26,6 +26,7 @@ from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector
 from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.job.methods import Method
+from fedtune.strategies.aggregation.evidence import NO_EVIDENCE, Evidence
 
 State = Mapping[str, Vector]
 NOTHING: State = {}
@@ -43,6 +44,7 @@ class Frame:
         state: state that the last round's aggregate left.
         slices: slices of the rank indices, where clients train different ranks; none where all have the same.
         terms: the codec's terms for every factor or slice of it, in the order in which payloads travel.
+        evidence: what earlier rounds tell against clients.
     """
 
     layout: AdapterLayout
@@ -51,6 +53,7 @@ class Frame:
     state: State = field(default_factory=lambda: NOTHING)
     slices: Sequence[RankSlice] = ()
     terms: Sequence[FactorTerms] = ()
+    evidence: Evidence = NO_EVIDENCE
 
     @property
     def size(self) -> int:
@@ -61,18 +64,20 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One client's update, decoded.
+    """One client's update, decoded, or the mean of a group's.
 
     Args:
         values: trained minus received over the segment of the round's factors, float32, (frame.size,); zero where the
             client trained nothing.
         weight: weight in the mean; at least 1.
         tier: number of rank indices that the client trained; 0 in a round without slices.
+        clients: the clients of a group.
     """
 
     values: Vector
     weight: int
     tier: int = 0
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,18 +102,20 @@ class Aggregate:
         update: change to add to the segment of the round's factors, float32; zeros without updates.
         state: state for the next round.
         clips: clips of a ring for the next round: factor -> norm to which updates are clipped.
+        evidence: what this round and those before tell against clients; None where it was not tested.
     """
 
     update: Vector
     state: State = field(default_factory=lambda: NOTHING)
     clips: Clips = field(default_factory=dict)
+    evidence: Evidence | None = None
 
 
 Added = TypeVar("Added", contravariant=True)
 
 
 class Aggregation(Protocol[Added]):
-    """One round's aggregation, under way: of updates, in the outermost of `Payloads`, in a ring of `Totals`."""
+    """One round's aggregation, under way: of updates, in the outermost of `Payloads`, in a ring of sums."""
 
     def add(self, update: Added, /) -> None:
         """Adds one client's update, or a sum of several.

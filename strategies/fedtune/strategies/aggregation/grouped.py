@@ -2,6 +2,7 @@
 
     Grouped(RingMean(method), Mean(method))                             # the mean over all clients
     Grouped(RingMean(method), Robust(method, CoordinateMedian()))       # a rule over the groups' means
+    Grouped(RingMean(method), GroupTesting(Mean(method), share))        # one that remembers their clients
 
 A rule over the means of groups sees no single update. A hostile client moves the mean of its own group, and the rule
 does with that mean what it does with a hostile update in the clear. If a share p of the clients is hostile, a share of
@@ -17,6 +18,18 @@ import numpy as np
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregator, Clips, Frame, Update
 from fedtune.strategies.aggregation.payload_sums import Totals
+
+
+@dataclass(frozen=True)
+class GroupSum:
+    """The sum over one group.
+
+    Args:
+        clients: those whose updates are in it.
+    """
+
+    clients: tuple[str, ...]
+    totals: Totals
 
 
 @dataclass(frozen=True)
@@ -46,18 +59,17 @@ class GroupMeans:
 
     def __init__(self, aggregator: Grouped, frame: Frame) -> None:
         self._aggregator, self._frame = aggregator, frame
-        self._means: list[tuple[Aggregate, int]] = []
+        self._means: list[tuple[Aggregate, tuple[str, ...]]] = []
 
-    def add(self, totals: Totals) -> None:
+    def add(self, group: GroupSum) -> None:
         """Takes the sum over one group.
 
         Raises:
             PeerError, RunError: it is no sum of that many contributions; the aggregation is unchanged.
         """
-        group = self._aggregator.within.begin(self._frame)
-        group.add(totals)
-        weight = max((total.contributors for total in totals.values()), default=0)
-        self._means.append((group.finish(), weight))
+        within = self._aggregator.within.begin(self._frame)
+        within.add(group.totals)
+        self._means.append((within.finish(), group.clients))
 
     def merge(self, other: GroupMeans) -> None:
         """Adds the other's groups."""
@@ -70,8 +82,8 @@ class GroupMeans:
         if len(self._means) == 1:
             return self._means[0][0]
         across = self._aggregator.across.begin(self._frame)
-        for mean, weight in self._means:
-            across.add(Update(mean.update, weight))
+        for mean, clients in self._means:
+            across.add(Update(mean.update, len(clients), clients=clients))
         aggregate = across.finish()
         factors = self._means[0][0].clips
         clips: Clips = {factor: float(np.median([mean.clips[factor] for mean, _ in self._means])) for factor in factors}

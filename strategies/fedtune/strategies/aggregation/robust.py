@@ -122,8 +122,7 @@ class Cohort:
         self._check = ExactSum(frame.size)  # refuses exactly the updates that a sum refuses
         self._updates: list[Update] = []
         self._rule = rule
-        # With both factors, compare by B: A's deltas are noise while B is still near zero.
-        self._selecting = frame.layout.segment("b") if frame.factors == "ab" else slice(None)
+        self._selecting = compared(frame)
 
     def add(self, update: Update) -> None:
         """Keeps one client's update.
@@ -191,6 +190,14 @@ class Clipping:
     def finish(self) -> Aggregate:
         """Returns the inner aggregate."""
         return self._inner.finish()
+
+
+def compared(frame: Frame) -> slice:
+    """Returns the parameters by which whole updates are compared.
+
+    With both factors it is B: A's deltas are noise while B is still near zero.
+    """
+    return frame.layout.segment("b") if frame.factors == "ab" else slice(None)
 
 
 def krum_order(updates: Stack, faulty: int) -> list[int]:

@@ -1,0 +1,119 @@
+"""Group testing: the groups' means are tested against each other, and evidence is kept over rounds about their clients.
+
+    Grouped(RingMean(method), GroupTesting(Mean(method), share=0.2))
+
+The test is of the first principal component of the groups' means. Honest updates differ in all directions alike, so
+that the variances along the components are similar; clients that push one way give one component a much larger
+variance. If it is more than `APART` times that of the middle component, the round is a test (`evidence`), and the
+groups against which the evidence speaks are left out of the mean: as many as are expected to have a hostile client.
+Otherwise the round's aggregate is that of all groups.
+
+Group testing under secure aggregation is FedGT's (Xhemrishi et al. 2023), which tests by a validation set that the
+server holds; the first component as the sign of poison is DnC's (Shejwalkar and Houmansadr 2021).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedtune.core.job.methods import RULE, Method
+from fedtune.strategies.aggregation.aggregator import Aggregate, Aggregator, Frame, Update
+from fedtune.strategies.aggregation.evidence import Evidence, GroupTest
+from fedtune.strategies.aggregation.mean import ExactSum
+from fedtune.strategies.aggregation.robust import Stack, compared
+
+APART = 2.0  # of honest groups it is 1.5 to 2.3
+
+
+@dataclass(frozen=True)
+class GroupTesting:
+    """Leaves out the groups against which the evidence speaks.
+
+    Args:
+        inner: combines the groups that stay.
+        share: share of the clients that may be hostile.
+    """
+
+    inner: Aggregator[Update]
+    share: float
+
+    @property
+    def method(self) -> Method:
+        """The inner aggregator's method, with the needs of a rule."""
+        return self.inner.method.within(RULE)
+
+    def begin(self, frame: Frame) -> TestedGroups:
+        """Returns an aggregation without groups."""
+        return TestedGroups(self, frame)
+
+
+class TestedGroups:
+    """The groups of a round, collected until they can be tested."""
+
+    def __init__(self, aggregator: GroupTesting, frame: Frame) -> None:
+        self._aggregator, self._frame = aggregator, frame
+        self._check = ExactSum(frame.size)  # refuses exactly the updates that a sum refuses
+        self._groups: list[Update] = []
+
+    def add(self, update: Update) -> None:
+        """Keeps one group's mean.
+
+        Raises:
+            UpdateError: no sum could take it.
+        """
+        self._check.add(update.values, update.weight)
+        self._groups.append(replace(update, values=update.values.copy()))
+
+    def merge(self, other: TestedGroups) -> None:
+        """Adds the other's groups."""
+        self._check.merge(other._check)
+        self._groups += other._groups
+
+    def finish(self) -> Aggregate:
+        """Returns the inner aggregate of the groups that stay, and the evidence."""
+        groups = sorted(self._groups, key=lambda group: group.clients)  # in any order of arrival
+        evidence = self._frame.evidence
+        if len(groups) > 1 and any(
+            scores := scored(np.stack([group.values[compared(self._frame)] for group in groups]))
+        ):
+            evidence = evidence.after(
+                GroupTest(tuple(group.clients for group in groups), scores), self._aggregator.share
+            )
+            groups = self._staying(groups, evidence)
+        inner = self._aggregator.inner.begin(self._frame)
+        for group in groups:
+            inner.add(group)
+        return replace(inner.finish(), evidence=evidence)
+
+    def _staying(self, groups: list[Update], evidence: Evidence) -> list[Update]:
+        """Returns the groups of the nearest clients, as many as are expected to have no hostile client.
+
+        Of the hostile share, those condemned before this round are not among its clients.
+        """
+        clients = sum(len(group.clients) for group in groups)
+        hidden = int(self._aggregator.share * len(evidence.distance)) - len(self._frame.evidence.condemned)
+        honest = 1 - max(0, hidden) / clients
+        count = max(1, round(sum(honest ** len(group.clients) for group in groups)))
+
+        def distance(group: Update) -> float:
+            return float(np.mean([evidence.distance[name] for name in group.clients]))
+
+        return sorted(groups, key=distance)[:count]
+
+
+def scored(means: Stack) -> tuple[float, ...]:
+    """Returns the groups' coordinates along their first principal component; zeros where it does not stand apart.
+
+    They are in units of the noise of one group's mean, which the middle component's variance gives, and shrunk by what
+    honest groups may have.
+    """
+    deviations = means.astype(np.float64)
+    deviations -= deviations.mean(axis=0)
+    variances, components = np.linalg.eigh(deviations @ deviations.T)
+    usual = float(np.median(variances[1:]))  # the smallest is 0: deviations from a mean have one dimension less
+    if usual <= 0:
+        return (0.0,) * len(means)
+    excess = max(0.0, float(variances[-1]) / usual - APART)
+    return tuple((components[:, -1] * np.sqrt(excess)).tolist())
