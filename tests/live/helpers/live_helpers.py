@@ -155,8 +155,9 @@ class Fleet:
             requests.append(made.request)
         approve(self.home, *requests)
 
-    def start_server(self) -> Process:
-        self.server = Process("server", "start", "--home", str(self.home.path), log=self.folder / "server.log")
+    def start_server(self, **settings: Any) -> Process:
+        log = self.folder / "server.log"
+        self.server = Process("server", "start", "--home", str(self.home.path), log=log, **settings)
         return self.server
 
     def start_device(self, name: str, **settings: Any) -> Process:

@@ -15,32 +15,53 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
-from fedtune.server.live.server_home import ServerConfig
+from fedtune.server.live.server_home import ServerConfig, ServerHome
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> ServerHome:
+    return make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
+
 
 BASE = Base("demo", "0" * 64, "nf4", 16, 32.0, ("all-linear",), 64)
 
 
-def test_the_same_job_needs_another_run_number_and_is_told_so_before_devices_refuse_it(tmp_path: Path) -> None:
-    home = make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
-    jobs, key = Jobs(home), owner_of(home).key
+def manifest(home: ServerHome, name: str, *overrides: str) -> JobManifest:
+    """Returns a job that the owner has signed with the key in force."""
+    job = load_job(None, ["training.learning_rate=0.01", *overrides])
+    return JobManifest.sign(owner_of(home).key, name, JobTerms(job, BASE), 2e9)
 
-    def manifest(name: str, *overrides: str) -> JobManifest:
-        job = load_job(None, ["training.learning_rate=0.01", *overrides])
-        return JobManifest.sign(key, name, JobTerms(job, BASE), 2e9)
 
-    jobs.finish(jobs.submit(Job(), manifest("first")))
+def test_the_same_job_needs_another_run_number_and_is_told_so_before_devices_refuse_it(home: ServerHome) -> None:
+    jobs = Jobs(home)
+    jobs.finish(jobs.submit(Job(), manifest(home, "first")))
     with pytest.raises(InputError, match=r"job first has the same terms.* --set federation\.run=2"):
-        jobs.submit(Job(), manifest("second"))
-    jobs.submit(Job(), manifest("second", "federation.run=2"))
+        jobs.submit(Job(), manifest(home, "second"))
+    with pytest.raises(InputError, match=r"first: a job of this name was submitted before"):
+        jobs.submit(Job(), manifest(home, "first"))
+    jobs.submit(Job(), manifest(home, "second", "federation.run=2"))
+
+
+def test_a_job_that_waits_keeps_its_place_when_its_owner_signs_it_again(home: ServerHome) -> None:
+    jobs = Jobs(home)
+    first, other = jobs.submit(Job(), manifest(home, "first")), manifest(home, "other", "federation.run=2")
+    jobs.submit(Job(), other)
+    owner_of(home).rotate()
+    again = manifest(home, "first")
+    assert jobs.submit(Job(), again) == first
+    assert [entry.name for entry in jobs.waiting()] == ["first", "other"]
+    assert [entry.manifest() for entry in jobs.waiting()] == [again.data, other.data]
+    for changed in (manifest(home, "first", "federation.run=3"), manifest(home, "third")):
+        with pytest.raises(InputError, match=r"was submitted before|has the same terms"):
+            jobs.submit(Job(), changed)
+    assert [entry.manifest() for entry in jobs.waiting()] == [again.data, other.data]
 
 
 def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_server_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: ServerHome, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = make_server(tmp_path / "cloud", ServerConfig("localhost:8443", "127.0.0.1", 0))
     jobs = Jobs(home)
-    terms = JobTerms(load_job(None, ["training.learning_rate=0.01"]), BASE)
-    job = jobs.submit(Job(), JobManifest.sign(owner_of(home).key, "strange", terms, 2e9))
+    job = jobs.submit(Job(), manifest(home, "strange"))
 
     def stumble(job: object) -> None:
         raise RuntimeError("could not create a primitive")

@@ -61,17 +61,24 @@ class Jobs:
     def submit(self, job: Job, manifest: JobManifest) -> QueuedJob:
         """Puts a job at the end of the queue, under its manifest's name.
 
+        A job that waits, or is interrupted, and comes again under its name and on its terms keeps its place, and its
+        manifest is replaced: after the fleet's key was rotated, or the manifest expired, its owner signs it again.
+
         Raises:
             InputError: the name is invalid, a run of that name exists, or a job on the same terms was submitted before.
         """
         name = manifest.name
         if not _NAME.fullmatch(name):
             raise InputError(f"{name[:80]!r}: a job's name has 1 to 64 letters, digits, '.', '_' or '-'")
+        same = self._on_same_terms(manifest.terms.digest)
+        if same in self.waiting() and same.name == name:
+            write_private(same.path.with_suffix(MANIFEST), manifest.data)
+            return same
         if name in self._names():
             raise InputError(f"{name}: a job of this name was submitted before; choose another with --name")
-        if (same := self._on_same_terms(manifest.terms.digest)) is not None:
+        if same is not None:
             raise InputError(
-                f"{name}: job {same} has the same terms, and devices serve a job once; to run it again: "
+                f"{name}: job {same.name} has the same terms, and devices serve a job once; to run it again: "
                 f"--set federation.run={manifest.terms.job.federation.run + 1}"
             )
         number = max((entry.number for state in _STATES for entry in self._in(state)), default=0)
@@ -119,13 +126,13 @@ class Jobs:
         with suppress(FileNotFoundError):
             job.path.with_suffix(MANIFEST).replace(target.with_suffix(MANIFEST))
 
-    def _on_same_terms(self, digest: str) -> str | None:
-        """Returns the name of a job with these terms, if there is one."""
+    def _on_same_terms(self, digest: str) -> QueuedJob | None:
+        """Returns a job with these terms, if there is one."""
         for state in _STATES:
             for entry in self._in(state):
                 with suppress(InputError, PeerError):  # a job of an earlier release has no manifest
                     if JobManifest.unchecked(entry.manifest()).terms.digest == digest:
-                        return entry.name
+                        return entry
         return None
 
     def _names(self) -> set[str]:
