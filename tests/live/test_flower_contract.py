@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from endpoint import Endpoint, listening
 from flwr.app import Message
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from fedtune.client.client_commands import PIECE_BYTES
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.protocol.bundles import BRING, COLLECT, MAX_BUNDLE_BYTES, SEND, TAKE
 from fedtune.core.protocol.messages import Refusal, Request
+from fedtune.core.protocol.signed_requests import KEY_HEADER, TIME_HEADER
 from fedtune.flower import run_grid as grid_module
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled
@@ -63,6 +66,10 @@ def ask(grid: RunGrid, device: FleetLink, payload: bytes = b"question") -> str:
     (message_id,) = grid.push_messages([Message(seal(payload), device.node_id, "query.anything", ttl=600)])
     assert message_id
     return message_id
+
+
+def test_requests_name_key_and_time_as_flower_does() -> None:
+    assert (KEY_HEADER, TIME_HEADER) == (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 900_000])

@@ -11,8 +11,9 @@ from house import ROOT, ROOTS, imports, longest, modules, within
 
 # The part of fedtune.flower that devices use; it imports fedtune.core and itself.
 FLOWER_OF_DEVICES = (
-    *("fedtune.flower.envelope", "fedtune.flower.fleet_link"),
-    *("fedtune.flower.signed_bodies", "fedtune.flower.signed_http"),
+    "fedtune.flower.envelope",
+    "fedtune.flower.fleet_link",
+    "fedtune.flower.signed_http",
 )
 
 # What each package may import of fedtune, by dotted prefix; the longest prefix that matches a module decides.

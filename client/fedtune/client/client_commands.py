@@ -179,7 +179,7 @@ def pull(
     from fedtune.client.inference.model_pull import pull as run
 
     device = _open(home)
-    line = ModelLine(device.config.server, device.authority, device.config.name, device.node_key)
+    line = ModelLine(device.config.server, device.authority, device.node_key)
     try:
         with nullcontext() if quiet or as_json else _showing("pulling") as progress:
             pulled = run(PatientLine(line), device.models, device.owner_key_after, job, form, progress)

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
-
 from fedtune.core.manifest.joining import JOIN
 from fedtune.core.protocol.bundles import BRING, TAKE
-from fedtune.core.protocol.model_requests import DESCRIBE, READ
+from fedtune.core.protocol.model_requests import DESCRIBE, MAX_REQUEST_BYTES, READ
+from fedtune.core.protocol.signed_requests import KEY_HEADER, is_signed
 from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES
-from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, is_signed
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,11 +48,11 @@ DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING, JOIN}) | frozenset(
     )
 )
 
-_LIMITS = {"/v1/fleet/push-object": MAX_PIECE_BODY_BYTES}
-_SIGNED_BY_THEMSELVES = (DESCRIBE, READ, JOIN)  # with small bodies
-_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER = (
-    name.lower().encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, BODY_SIGNATURE_HEADER)
-)
+_LIMITS = {
+    "/v1/fleet/push-object": MAX_PIECE_BODY_BYTES,
+    DESCRIBE: MAX_REQUEST_BYTES,
+    READ: MAX_REQUEST_BYTES,
+}
 _UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _UNAVAILABLE = 401, 404, 411, 413, 503
 
 
@@ -95,14 +93,11 @@ class Guard:
         await asyncio.wait_for(self._pass(scope, receive, send), REQUEST_SECONDS)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._is_private(scope) or scope["path"] in _SIGNED_BY_THEMSELVES:
+        if self._is_private(scope) or scope["path"] == JOIN:
             await self._app(scope, receive, send)
             return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
         body = await whole_body(receive, MAX_BODY_BYTES)
-        names = (_KEY_HEADER, _TIME_HEADER, _SIGNATURE_HEADER)
-        key, timestamp, signature = (headers.get(name, b"") for name in names)
-        if body is None or not is_signed(key, scope["path"], timestamp, body, signature):
+        if body is None or not is_signed(dict(scope["headers"]), scope["path"], body, time.time()):
             await answer(send, _UNKNOWN)
             return
         await self._app(scope, _again(body, receive), send)
@@ -126,9 +121,9 @@ class Guard:
             return _TOO_LARGE
         if not self._open:
             return _UNAVAILABLE
-        if scope["path"] in _SIGNED_BY_THEMSELVES:
+        if scope["path"] == JOIN:  # the device is to be enrolled yet, and signs its small body by itself
             return None
-        return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN
+        return None if headers.get(KEY_HEADER.encode(), b"") in self._enrolled else _UNKNOWN
 
 
 async def whole_body(receive: Receive, limit: int) -> bytes | None:

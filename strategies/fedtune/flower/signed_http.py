@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import httpx
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supercore.runtime_version_compatibility import (
@@ -27,7 +25,7 @@ from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.trusted_server import ServerClock, trusting
 from fedtune.core.manifest.joining import load_node_key
 from fedtune.core.protocol.bundles import MAX_TAKEN_BYTES
-from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
+from fedtune.core.protocol.signed_requests import TIME_HEADER, public_pem, sign
 
 HEARTBEAT_INTERVAL = 15.0  # the server counts a device as offline after two of these
 CALL_SECONDS = 20.0
@@ -147,24 +145,17 @@ def _bound(response: httpx.Response, limit: int) -> None:
 
 
 class _Signer:
-    """Signs every request and its time, by the server's clock once it is known to differ."""
+    """Signs every request, and for Flower its time, by the server's clock once it is known to differ."""
 
     def __init__(self, node_key: str, clock: ServerClock) -> None:
         self._key, self._clock = load_node_key(node_key), clock
-        self.public = self._key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        self.public = public_pem(self._key)
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        timestamp = datetime.datetime.fromtimestamp(self._clock.now(), datetime.UTC).isoformat()
-        signature = sign_message(self._key, timestamp.encode("ascii"))
         request = context.request
-        request.headers.update(
-            {
-                FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public).decode("ascii"),
-                TIMESTAMP_HEADER: timestamp,
-                FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
-                BODY_SIGNATURE_HEADER: sign_body(self._key, request.url.path, timestamp, request.content),
-            }
-        )
+        headers = sign(self._key, request.url.path, self._clock.now(), request.content)
+        signature = b64encode(sign_message(self._key, headers[TIME_HEADER].encode("ascii"))).decode("ascii")
+        request.headers.update({**headers, FLEET_HTTP_SIGNATURE_HEADER: signature})
         response = call_next(context)
         self._clock.note(response.headers.get("date"))
         return response

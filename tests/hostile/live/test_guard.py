@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from endpoint import Endpoint, listening
 from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
@@ -27,10 +26,10 @@ from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata as MetadataProto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.primitives.asymmetric import sign_message
 
 from fedtune.client.client_commands import PIECE_BYTES
 from fedtune.core.errors import PeerError
@@ -49,11 +48,11 @@ from fedtune.core.protocol.bundles import (
     TakeMessage,
 )
 from fedtune.core.protocol.messages import HEADER_BYTES, encode
+from fedtune.core.protocol.signed_requests import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER, public_pem, sign
 from fedtune.flower.envelope import seal, unseal
 from fedtune.flower.fleet_link import Answer, FleetLink, Task
 from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
 from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES, ReplyBound
-from fedtune.flower.signed_bodies import BODY_SIGNATURE_HEADER, sign_body
 from fedtune.flower.signed_http import (
     NotAdmittedError,
     RunOverError,
@@ -401,13 +400,9 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp
 def signed(
     key: ec.EllipticCurvePrivateKey, path: str = "", body: bytes = b"", moment: datetime.datetime | None = None
 ) -> dict[str, str]:
-    timestamp = (moment or datetime.datetime.now(datetime.UTC)).isoformat()
-    return {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
-        TIMESTAMP_HEADER: timestamp,
-        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, timestamp.encode())).decode(),
-        BODY_SIGNATURE_HEADER: sign_body(key, path, timestamp, body),
-    }
+    headers = sign(key, path, (moment or datetime.datetime.now(datetime.UTC)).timestamp(), body)
+    shown = b64encode(sign_message(key, headers[TIME_HEADER].encode())).decode()
+    return {**headers, FLEET_HTTP_SIGNATURE_HEADER: shown}
 
 
 def send(endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, path: str, body: bytes) -> httpx.Response:
@@ -436,7 +431,7 @@ def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:
     assert send(endpoint, eve, BRING, encode(bundle(node_id))).status_code == 401
     assert endpoint.post(BRING, body=encode(bundle(node_id))).status_code == 401
     claim = ActivateNodeRequest(
-        public_key=public_key_to_bytes(load_node_key(endpoint.bundles["bob"].node_key).public_key()),
+        public_key=public_pem(load_node_key(endpoint.bundles["bob"].node_key)),
         heartbeat_interval=30,
     ).SerializeToString()
     assert send(endpoint, eve, "/v1/fleet/activate-node", claim).status_code == 401
@@ -444,7 +439,7 @@ def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:
 
 def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
     eve = load_node_key(endpoint.bundles["eve"].node_key)
-    claim = ActivateNodeRequest(public_key=public_key_to_bytes(eve.public_key()), heartbeat_interval=30)
+    claim = ActivateNodeRequest(public_key=public_pem(eve), heartbeat_interval=30)
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
     body = claim.SerializeToString()
     path = "/v1/fleet/activate-node"
@@ -461,9 +456,9 @@ def test_a_proxy_that_ends_tls_can_change_neither_body_nor_path_nor_time(endpoin
     good = signed(key, path, body)
     assert endpoint.post(path, good, body=body).status_code == 200
     later = signed(key, path, body, datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1))
-    missing = {name: value for name, value in good.items() if name != BODY_SIGNATURE_HEADER}
-    forged = [good | {BODY_SIGNATURE_HEADER: value} for value in ("", "AA", "#", later[BODY_SIGNATURE_HEADER])]
-    for headers in (missing, *forged, good | {FLEET_HTTP_PUBLIC_KEY_HEADER: "AA=="}):
+    missing = {name: value for name, value in good.items() if name != SIGNATURE_HEADER}
+    forged = [good | {SIGNATURE_HEADER: value} for value in ("", "AA", "#", later[SIGNATURE_HEADER])]
+    for headers in (missing, *forged, good | {KEY_HEADER: "AA=="}):
         assert endpoint.post(path, headers, body=body).status_code == 401, headers
     assert endpoint.post(path, good, body=other).status_code == 401
     assert endpoint.post("/v1/fleet/deactivate-node", good, body=body).status_code == 401

@@ -26,6 +26,7 @@ CODEC = "core/fedtune/core/codec"
 CLIENT = "client/fedtune/client"
 PULLS = f"{CLIENT}/inference"
 LIVE_CLIENT = f"{CLIENT}/live"
+PROTOCOL = "core/fedtune/core/protocol"
 MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
 FLOWER = "strategies/fedtune/flower"
@@ -42,6 +43,7 @@ SUITES = (
     "tests/unit/strategies/test_group_testing.py",
     "tests/hostile/test_round_terms.py",
     "tests/unit/manifest",
+    "tests/unit/core/test_signed_requests.py",
     "tests/hostile/live/test_guard.py",
     "tests/hostile/secagg/test_fuzz.py",
 )
@@ -444,6 +446,17 @@ MUTANTS = (
         "(*state.suspicion.excluded, *state.evidence.condemned)",
         "state.evidence.condemned",
         STRATEGIES,
+    ),
+    # the server's checks of a device's request
+    Mutant(
+        "request: lately", "signed_requests.py", "not -MAX_AHEAD_SECONDS < age < MAX_AGE_SECONDS", "False", PROTOCOL
+    ),
+    Mutant(
+        "request: all of it",
+        "signed_requests.py",
+        'return framed("fleet request", path.encode(), timestamp, body)',
+        'return framed("fleet request", timestamp)',
+        PROTOCOL,
     ),
     # the server's checks of what a reply has it store
     Mutant(

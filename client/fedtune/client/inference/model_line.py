@@ -1,6 +1,6 @@
 """A device's link to the model registry of the fleet's server: signed requests over TLS, with retries.
 
-line = ModelLine(server, authority, name, node_key)
+line = ModelLine(server, authority, node_key)
 offer = PatientLine(line).describe(job=None, form=None)
 """
 
@@ -26,8 +26,8 @@ from fedtune.core.protocol.model_requests import (
     DescribeModel,
     ModelDescription,
     ReadModel,
-    sign_request,
 )
+from fedtune.core.protocol.signed_requests import sign
 from fedtune.core.text import one_line
 
 CALL_SECONDS = 30.0  # limit without a single byte
@@ -56,16 +56,13 @@ class ModelLine:
     Args:
         server: HOST:PORT.
         authority: PEM certificate authority, the only trusted one.
-        device: name under which the device is enrolled.
         node_key: private key of the device, PEM.
         clock: estimate of the server's clock.
     """
 
-    def __init__(
-        self, server: str, authority: bytes, device: str, node_key: str, clock: ServerClock | None = None
-    ) -> None:
+    def __init__(self, server: str, authority: bytes, node_key: str, clock: ServerClock | None = None) -> None:
         self._client = httpx.Client(base_url=f"https://{server}", verify=trusting(authority), timeout=CALL_SECONDS)
-        self._device, self._key = device, load_node_key(node_key)
+        self._key = load_node_key(node_key)
         self._clock = clock or ServerClock()
 
     def close(self) -> None:
@@ -124,7 +121,7 @@ class ModelLine:
 
     @contextmanager
     def _send(self, path: str, body: bytes) -> Iterator[httpx.Response]:
-        headers = sign_request(self._key, self._device, path, int(self._clock.now()), body)
+        headers = sign(self._key, path, self._clock.now(), body)
         # Without compression, so that the received bytes can be counted against the requested ones.
         with self._client.stream("POST", path, content=body, headers={**headers, "accept-encoding": "identity"}) as got:
             yield got

@@ -1,6 +1,6 @@
 """The pull of a finished job's exported model from the fleet's server.
 
-    line = PatientLine(ModelLine(server, authority, name, node_key))
+    line = PatientLine(ModelLine(server, authority, node_key))
     path = pull(line, Versions(home / "models"), key_after)
 
 Received bytes are kept: a pull that was interrupted by the network or a crash resumes at the same byte. No input is

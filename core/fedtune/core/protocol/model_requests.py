@@ -1,30 +1,21 @@
-"""The requests with which a device pulls an exported model from its server, their answers and their signatures.
+"""The requests with which a device pulls an exported model from its server, and their answers.
 
     POST /v1/fleet/describe-release  DescribeModel -> ModelDescription
     POST /v1/fleet/read-model        ReadModel -> bytes of one file
 
-Both use the server's public TLS socket and carry the device's signature with the key of its enrolment. The device
-receives files only: it accepts the manifest whose digest the fleet's owner has released, requests the files that the
-manifest lists, writes them only to the paths that the manifest allows, and accepts the model when every file has the
-SHA-256 that the manifest states.
+Both carry the device's signature, as all calls of a fleet do. The device receives files only: it accepts the manifest
+whose digest the fleet's owner has released, requests the files that the manifest lists, writes them only to the paths
+that the manifest allows, and accepts the model when every file has the SHA-256 that the manifest states.
 """
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
-from collections.abc import Mapping
 from typing import Annotated
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import Meta
 
-from fedtune.core.errors import PeerError
 from fedtune.core.protocol.messages import Payload
 from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES
-from fedtune.core.secagg.primitives import framed
 
 DESCRIBE, READ = "/v1/fleet/describe-release", "/v1/fleet/read-model"
 MAX_PIECE_BYTES = 4 << 20  # bytes of a file in one answer
@@ -32,9 +23,6 @@ MAX_REQUEST_BYTES = 16 << 10
 MAX_RELEASE_BYTES = 4096
 MAX_FLEET_BYTES = 16 << 20
 MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + MAX_RELEASE_BYTES + MAX_FLEET_BYTES + 4096
-MAX_CLOCK_ERROR = 60  # seconds between a request's time and the server's
-DEVICE_HEADER, TIME_HEADER, SIGNATURE_HEADER = "fedtune-device", "fedtune-time", "fedtune-signature"
-_MAX_HEADER = 256
 
 _Job = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 _Format = Annotated[str, Meta(pattern=r"^(int4|int8|fp16|fp32)\Z")]
@@ -85,46 +73,3 @@ class ReadModel(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_
     file: Annotated[str, Meta(min_length=1, max_length=4096)]
     offset: Annotated[int, Meta(ge=0, le=1 << 50)]
     size: Annotated[int, Meta(ge=1, le=MAX_PIECE_BYTES)]
-
-
-def sign_request(key: ec.EllipticCurvePrivateKey, device: str, path: str, moment: int, body: bytes) -> dict[str, str]:
-    """Returns the headers by which the server identifies the device.
-
-    Args:
-        key: private key of the device.
-        moment: seconds since 1970 by the server's clock.
-    """
-    signature = key.sign(_statement(device, path, moment, body), ec.ECDSA(hashes.SHA256()))
-    return {DEVICE_HEADER: device, TIME_HEADER: str(moment), SIGNATURE_HEADER: b64encode(signature).decode()}
-
-
-def check_request(headers: Mapping[str, str], keys: Mapping[str, bytes], path: str, now: float, body: bytes) -> str:
-    """Returns the name of the device that signed a request.
-
-    Args:
-        headers: values by lower-case name.
-        keys: public keys of all enrolled devices, PEM.
-
-    Raises:
-        PeerError: no enrolled device signed exactly this request within the allowed time.
-    """
-    device, moment, signature = (headers.get(name, "") for name in (DEVICE_HEADER, TIME_HEADER, SIGNATURE_HEADER))
-    if max(map(len, (device, moment, signature))) > _MAX_HEADER or not (moment.isascii() and moment.isdigit()):
-        raise PeerError("the request is not signed")
-    if abs(now - int(moment)) > MAX_CLOCK_ERROR:
-        raise PeerError(f"the request's time differs from the server's by more than {MAX_CLOCK_ERROR} seconds")
-    if device not in keys:
-        raise PeerError("no such device is enrolled")
-    key = load_pem_public_key(keys[device])
-    try:
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError
-        statement = _statement(device, path, int(moment), body)
-        key.verify(b64decode(signature, validate=True), statement, ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, ValueError):
-        raise PeerError("the request is not signed with this device's key") from None
-    return device
-
-
-def _statement(device: str, path: str, moment: int, body: bytes) -> bytes:
-    return framed("model request", device.encode(), path.encode(), str(moment).encode(), body)

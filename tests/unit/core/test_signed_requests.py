@@ -1,0 +1,51 @@
+"""A device's signature covers the whole of one request, for some minutes."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedtune.core.manifest.joining import load_node_key, make_node_key
+from fedtune.core.protocol.signed_requests import (
+    KEY_HEADER,
+    MAX_AGE_SECONDS,
+    MAX_AHEAD_SECONDS,
+    SIGNATURE_HEADER,
+    TIME_HEADER,
+    is_signed,
+    sign,
+)
+
+KEY, OTHER = load_node_key(make_node_key()), load_node_key(make_node_key())
+NOW, PATH, BODY = 1_800_000_000.0, "/v1/fleet/take", b"body"
+
+
+def checks(now: float = NOW, path: str = PATH, body: bytes = BODY, **changed: str) -> bool:
+    names = {"key": KEY_HEADER, "time": TIME_HEADER, "signature": SIGNATURE_HEADER}
+    headers = sign(KEY, PATH, NOW, BODY) | {names[name]: value for name, value in changed.items()}
+    return is_signed({name.encode(): value.encode() for name, value in headers.items()}, path, body, now)
+
+
+def test_a_request_is_signed_as_it_was_sent_and_in_no_other_form() -> None:
+    other = sign(OTHER, PATH, NOW, BODY)
+    assert checks()
+    assert not checks(body=b"bodY")
+    assert not checks(path="/v1/fleet/bring")
+    assert not checks(key=other[KEY_HEADER])
+    assert not checks(signature=other[SIGNATURE_HEADER])
+    assert not checks(time=sign(KEY, PATH, NOW - 1, BODY)[TIME_HEADER])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "good"),
+    [(0, True), (MAX_AGE_SECONDS - 1, True), (MAX_AGE_SECONDS + 1, False), (-MAX_AHEAD_SECONDS - 1, False)],
+)
+def test_a_signature_is_good_for_some_minutes(seconds: float, good: bool) -> None:
+    assert checks(NOW + seconds) == good
+
+
+@pytest.mark.parametrize("garbage", ["", "9" * 300, "AAAA", "=", "0001-01-01T00:00:00", "2026-13-01"])
+def test_garbage_in_a_header_is_no_signature(garbage: str) -> None:
+    assert not checks(key=garbage)
+    assert not checks(time=garbage)
+    assert not checks(signature=garbage)
+    assert not is_signed({}, PATH, BODY, NOW)
