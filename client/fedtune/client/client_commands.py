@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
 from fedtune.core.errors import InputError, MissingExtraError
 
@@ -75,6 +76,30 @@ def join(
     unmetered_only: Annotated[
         bool, typer.Option("--unmetered-only", help="Do not train over mobile broadband.")
     ] = DEFAULT_REQUIREMENTS.unmetered_only,
+    min_cohort: Annotated[
+        int, typer.Option("--min-cohort", metavar="N", min=3, help="Be summed with this many clients at least.")
+    ] = DEFAULT_BOUNDS.min_cohort,
+    max_corrupt: Annotated[
+        float,
+        typer.Option(
+            "--max-corrupt", metavar="SHARE", min=0, max=0.99, help="Stand this share of colluders in a cohort."
+        ),
+    ] = DEFAULT_BOUNDS.max_corrupt,
+    max_devices: Annotated[
+        int | None, typer.Option("--max-devices", metavar="N", min=1, help="Refuse a fleet of more devices.")
+    ] = DEFAULT_BOUNDS.max_devices,
+    max_rounds: Annotated[
+        int | None, typer.Option("--max-rounds", metavar="N", min=1, help="Join this many sums of a job at most.")
+    ] = DEFAULT_BOUNDS.max_rounds,
+    min_difference: Annotated[
+        int,
+        typer.Option(
+            "--min-difference",
+            metavar="N",
+            min=0,
+            help="Vote for no sum whose clients differ from an earlier one's by 1 to N-1.",
+        ),
+    ] = DEFAULT_BOUNDS.min_difference,
     try_step: Annotated[
         bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
     ] = True,
@@ -87,7 +112,8 @@ def join(
     Example: fedtune client join invitation.json --name kitchen --data mine.jsonl --base /models/Qwen3-0.6B
     """
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
-    consent = Consent(allow_clear, scores, requirements)
+    bounds = Bounds(min_cohort, max_corrupt, max_devices, max_rounds, min_difference)
+    consent = Consent(allow_clear, scores, requirements, bounds)
     make_device(Joining(invitation, name or _this_machine(), data, tuple(base or ()), home, consent, try_step))
 
 
@@ -132,6 +158,7 @@ def status(
     device = _open(home)
     holder = device.lock.holder()
     found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
+    found["bounds"] = asdict(device.config.bounds)
     found["code"] = request.code if (request := device.request) else None
     found["model"] = model.name if (model := device.models.current) else None
     path = device.path / "status.json"
@@ -331,6 +358,9 @@ def _print(found: dict[str, Any]) -> None:
         print(f"not approved yet; code {found['code']}: fedtune fleet approve {found['code']}")
     for line in _plan_lines(found["plan"]) if found.get("plan") else ():
         print(line)
+    print(f"bounds: {Bounds(**found['bounds']).shown}")
+    if found.get("warning"):
+        print(f"warning: {found['warning']}")
     if found["model"]:
         print(f"model: {found['model']}")
     if found.get("problem"):

@@ -111,6 +111,10 @@ class ServerFaultError(PeerError):
         super().__init__(problem)
 
 
+class PolicyError(ServerFaultError):
+    """The server asks for something beyond a bound that the owner of the client has set."""
+
+
 class ClientFaultError(PeerError):
     """The server refuses a client's message. Its session is unchanged, and the round goes on without the client."""
 

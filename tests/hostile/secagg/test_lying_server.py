@@ -5,6 +5,7 @@ Five honest clients, client-0 ... client-4, with n_min = 4 and t = q = 3, unless
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from rehearsal import LENIENT, Rehearsal, enrol, plain_sum, random_updates
 
+from fedtune.core.errors import PolicyError
 from fedtune.core.secagg import (
     ClientFaultError,
     ClientSession,
@@ -24,6 +26,7 @@ from fedtune.core.secagg import (
     RoundConfig,
     RoundMark,
     Segment,
+    Served,
     ServerFaultError,
     Stage,
 )
@@ -115,6 +118,56 @@ def test_a_configuration_that_takes_less_care_or_contradicts_itself_is_refused(
 ) -> None:
     fixture = Fixture(Stage.ADVERTISE)
     fixture.refuses(changed(fixture.config, **fields), reason)
+
+
+def test_a_client_joins_as_many_sums_of_a_job_as_its_policy_says_also_after_a_restart(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.ADVERTISE)
+    policy, log = replace(LENIENT, max_sums=2), FileRoundLog(tmp_path / "rounds.json")
+    advertise(fresh_session(fixture, policy=policy, log=log), fixture.config)  # in no sum until it is masked
+    for number in (2, 3):
+        log.record(fixture.config.job, log.of(fixture.config.job).masked(number))
+    session = fresh_session(fixture, policy=policy, log=FileRoundLog(tmp_path / "rounds.json"))
+    with pytest.raises(PolicyError, match="was in 2 sums of the job and joins 2"):
+        advertise(session, changed(fixture.config, round=4))
+    advertise(session, changed(fixture.config, round=4, job="another"))
+
+
+@pytest.mark.parametrize(("least", "refused"), [(0, False), (1, False), (2, True)])
+def test_a_client_votes_for_no_sum_that_differs_by_too_few_from_an_earlier_one(
+    tmp_path: Path, least: int, refused: bool
+) -> None:
+    """Their difference is about the one client that is in the first alone."""
+    fixture = Fixture(Stage.VOTE, gone=(4,))
+    fixture.victim.policy = replace(LENIENT, min_difference=least)
+    fixture.victim.log = log = FileRoundLog(tmp_path / "rounds.json")
+    everybody = {f"client-{index}" for index in range(5)}
+    log.record("rehearsal", Served().voted(everybody, keep=True))
+    if refused:
+        before = fixture.victim.state
+        with pytest.raises(PolicyError, match="survivors: 1 clients apart"):
+            fixture.victim.vote(fixture.requests["client-0"])
+        assert fixture.victim.state is before
+        assert log.of("rehearsal").survivors == (tuple(sorted(everybody)),)
+    else:
+        fixture.victim.vote(fixture.requests["client-0"])
+
+
+def test_a_client_may_vote_for_the_same_clients_as_before_and_remembers_every_set(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.VOTE)
+    fixture.victim.policy = replace(LENIENT, min_difference=3)
+    fixture.victim.log = log = FileRoundLog(tmp_path / "rounds.json")
+    survivors = tuple(f"client-{index}" for index in range(5))
+    far = ("client-0", "other-1", "other-2")
+    log.record("rehearsal", Served(survivors=(survivors, far)))
+    fixture.victim.vote(fixture.requests["client-0"])
+    assert log.of("rehearsal").survivors == (far, survivors)
+
+
+def test_a_vote_is_in_the_log_before_it_leaves(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.VOTE)
+    fixture.victim.log = FileRoundLog(tmp_path / "missing" / "rounds.json")
+    with pytest.raises(OSError, match="missing"):
+        fixture.victim.vote(fixture.requests["client-0"])
 
 
 def test_a_configuration_below_the_clients_own_minimum_is_refused() -> None:

@@ -29,8 +29,9 @@ from pathlib import Path
 
 from fedtune.client.client_store import TEMPORARY, ClientStore
 from fedtune.client.inference.model_versions import Versions
+from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
-from fedtune.core.errors import InputError, PeerError
+from fedtune.core.errors import InputError, PeerError, PolicyError
 from fedtune.core.host.private_files import (
     ServiceLock,
     check_private,
@@ -74,6 +75,7 @@ class DeviceConfig:
         allow_clear: whether the device takes part in jobs that do not mask updates.
         scores: whether it evaluates for the server, which then sees each of the device's scores.
         requirements: conditions under which the device takes part.
+        bounds: what it demands of cohorts, fleet and sums.
     """
 
     name: str
@@ -84,6 +86,7 @@ class DeviceConfig:
     allow_clear: bool = False
     scores: bool = False
     requirements: Requirements = DEFAULT_REQUIREMENTS
+    bounds: Bounds = DEFAULT_BOUNDS
 
 
 def default_home() -> Path:
@@ -102,6 +105,7 @@ class ClientHome:
         check_device(path)
         self.path = path
         self.config = _read_config(path / _DEVICE)
+        self._replayed: tuple[bytes, Fleet] | None = None
 
     @classmethod
     def join(
@@ -140,6 +144,7 @@ class ClientHome:
             allow_clear=consent.allow_clear,
             scores=consent.scores,
             requirements=consent.requirements,
+            bounds=consent.bounds,
         )
         write_private(path / _DEVICE, json.dumps(asdict(config), indent=1) + "\n")  # last: makes it a device
         return cls(path)
@@ -193,15 +198,18 @@ class ClientHome:
 
     @property
     def fleet(self) -> Fleet:
-        """The fleet after the log that this device holds.
+        """The fleet after the log that this device holds; replayed only when the file has changed.
 
         Raises:
             InputError: the log is damaged.
         """
-        try:
-            return replay(self._log, bytes.fromhex(self.config.fleet_key))
-        except PeerError as error:
-            raise InputError(f"{self.path / _LOG}: {error}; leave and join again") from None
+        log = self._log
+        if self._replayed is None or self._replayed[0] != log:
+            try:
+                self._replayed = log, replay(log, bytes.fromhex(self.config.fleet_key))
+            except PeerError as error:
+                raise InputError(f"{self.path / _LOG}: {error}; leave and join again") from None
+        return self._replayed[1]
 
     def renew_fleet(self, log: bytes, now: float) -> tuple[Fleet, Fleet]:
         """Takes a log that continues the one that this device holds; a pull and the device's process take turns.
@@ -214,16 +222,21 @@ class ClientHome:
 
         Raises:
             PeerError: the log is older or another, not signed by the owner, expired, or without this device's keys.
+            PolicyError: the fleet has more devices than this device's owner allows.
         """
         with taking_turns(self.path / "fleet.lock"):
             held, before = self._log, self.fleet
-            after = extended(held, log, bytes.fromhex(self.config.fleet_key))
+            after = before if log == held else extended(held, log, bytes.fromhex(self.config.fleet_key))
             after.check_fresh(now)
+            most = self.config.bounds.max_devices
+            if most is not None and len(after.devices) > most:
+                raise PolicyError(f"the fleet has {len(after.devices)} devices, more than max_devices = {most}")
             keys = after.devices.get(self.config.name)
             if keys is None or keys.identity != self.identity.public:
                 raise PeerError("the fleet's log does not list this device with its key")
             if log != held:
                 write_private(self.path / _LOG, log)
+                self._replayed = log, after
                 (self.path / REQUEST).unlink(missing_ok=True)
             return before, after
 
@@ -329,7 +342,7 @@ def _read_config(path: Path) -> DeviceConfig:
     content = read_json(path, "the device", 1 << 16)
     texts = ("name", "server", "data", "fleet_key")
     try:
-        others = {"bases", "allow_clear", "scores", "requirements"}
+        others = {"bases", "allow_clear", "scores", "requirements", "bounds"}
         if set(content) != {*texts, *others} or not all(isinstance(content[key], str) for key in texts):
             raise ValueError
         bases = tuple(map(str, content["bases"]))
@@ -347,8 +360,9 @@ def _read_config(path: Path) -> DeviceConfig:
             allow_clear=allow_clear,
             scores=scores,
             requirements=requirements,
+            bounds=Bounds(**content["bounds"]),
         )
     except (TypeError, ValueError):
-        raise InputError(f"{path}: damaged; leave and join again") from None
+        raise InputError(f"{path}: damaged, or of another release; leave and join again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

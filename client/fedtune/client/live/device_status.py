@@ -62,6 +62,7 @@ class Status:
         sits_out: the owner's condition that kept the device from training when it was last asked, or "".
         plan: the current plan with its measurements; None before the first job.
         problem, problem_time: the last problem and its time.
+        warning: the first pair of sums whose difference tells about few clients, or "".
     """
 
     pid: int
@@ -78,6 +79,7 @@ class Status:
     plan: dict[str, Any] | None = None
     problem: str = ""
     problem_time: float | None = None
+    warning: str = ""
     written: float = 0.0
 
 

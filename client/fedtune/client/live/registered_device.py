@@ -19,19 +19,20 @@ from fedtune.client.device import Device
 from fedtune.client.live.device_home import ClientHome, JobMemory
 from fedtune.client.live.device_status import DeviceReport
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
+from fedtune.client.owner_bounds import Bounds
 from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.eligibility import Sensors, not_now
 from fedtune.client.plan.machine import sense
 from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
-from fedtune.core.errors import DataError, InputError, ModelError, PeerError, UpdateError
+from fedtune.core.errors import DataError, InputError, ModelError, PeerError, PolicyError, UpdateError
 from fedtune.core.host.private_files import write_private
 from fedtune.core.manifest.fleet_log import Fleet
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.manifest.joining import fingerprint
-from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Refusal, Request, decode, encode, query
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, VOTE, Handler, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
     ACTION,
     MAX_REGISTRATION_BYTES,
@@ -74,6 +75,9 @@ class RegisteredDevice:
         """Returns the payload, or a refusal whose reason reveals nothing about the device's data."""
         try:
             return self._answer(request)
+        except PolicyError as error:
+            bounds = self._home.config.bounds.shown
+            problem = reason = f"{error}; the owner of this device set {bounds} in its device.json, for its next start"
         except (PeerError, UpdateError, NoPlanError) as error:
             problem, reason = str(error), str(error)
         except (ModelError, DataError, InputError) as error:
@@ -111,6 +115,8 @@ class RegisteredDevice:
             return Refusal(f"sits out: {condition}", sits_out=True)
         if request.action == EVALUATE and not self._home.config.scores:
             return Refusal("this device scores nothing for a server; its owner may join with --scores")
+        if request.action == query(VOTE):
+            return self._vote(handler, request, terms.digest)
         if request.action != TRAIN:
             return handler(name, request)
         with self._planned.watched():
@@ -168,6 +174,21 @@ class RegisteredDevice:
         self._secure_handler = handle_under_secure_aggregation(device, self._credentials)
         self._clear_handler = handle_in_the_clear(device)  # reached only where the owner allows it, see `_register`
 
+    def _vote(self, handler: Handler, request: Request, job: str) -> bytes:
+        """Votes for a sum, and warns the owner once if it is of nearly the same clients as the one before."""
+        earlier = self._home.round_log.of(job).survivors
+        payload = handler(self._home.config.name, request)
+        latest = self._home.round_log.of(job).survivors[-1]
+        apart = len(set(latest).symmetric_difference(earlier[-1])) if earlier else 0
+        if 0 < apart < self._home.config.bounds.min_cohort and not self._report.status.warning:
+            warning = (
+                f"two sums of a job are of clients that differ by {apart}: their difference is about those alone; see "
+                "min_difference in docs/secure-aggregation.md"
+            )
+            self._report.show(warning)
+            self._report.tell(warning=warning)
+        return payload
+
     def _sits_out(self) -> str:
         """Returns the owner's condition that keeps the device from training now, or ""."""
         obstacle = not_now(self._sensors(), self._home.config.requirements)
@@ -177,13 +198,20 @@ class RegisteredDevice:
     def _credentials(self, client: str) -> Credentials:
         del client  # a device has one client
         home = self._home
-        return Credentials(home.identity, home.fleet.roster, Policy(), home.round_log)
+        return Credentials(home.identity, home.fleet.roster, policy_of(home.config.bounds), home.round_log)
 
     def _uplink_before(self) -> float | None:
         try:
             return float(max(1, int((self._home.path / "uplink").read_text())))
         except (OSError, ValueError):
             return None
+
+
+def policy_of(bounds: Bounds) -> Policy:
+    """Returns the policy for secure rounds that follows from an owner's bounds."""
+    return Policy(
+        bounds.max_corrupt, bounds.min_cohort, max_sums=bounds.max_rounds, min_difference=bounds.min_difference
+    )
 
 
 def _difference(before: Fleet, after: Fleet) -> str:

@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
+from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
+
 
 @validated(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Requirements:
@@ -42,11 +44,13 @@ class Consent:
         allow_clear: whether the device takes part in jobs that do not mask updates.
         scores: whether it evaluates for the server, which then sees each of the device's scores.
         requirements: conditions under which the device takes part.
+        bounds: what it demands of cohorts, fleet and sums.
     """
 
     allow_clear: bool = False
     scores: bool = False
     requirements: Requirements = DEFAULT_REQUIREMENTS
+    bounds: Bounds = DEFAULT_BOUNDS
 
 
 CAUTIOUS = Consent()

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from fedtune.core.errors import ServerFaultError, UpdateError
+from fedtune.core.errors import PolicyError, ServerFaultError, UpdateError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import KeyEntry, KeyList, Quorum, RoundConfig, increasing, pieces
 from fedtune.core.secagg.identity import Roster
 from fedtune.core.secagg.masking import Words, word_type
 from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
-from fedtune.core.secagg.round_log import RoundMark
+from fedtune.core.secagg.round_log import RoundMark, Served
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
 REFUSED_SHARES = "encrypted shares: the share from"
@@ -29,9 +29,10 @@ def refuses_shares(reason: str) -> bool:
 
 def check_config(config: RoundConfig, policy: Policy, roster: Roster) -> None:
     """Checks that a configuration is consistent in itself, with the client's policy and with its roster."""
-    found = config_problems(config) or policy_problems(config, policy)
-    if found:
+    if found := config_problems(config):
         raise ServerFaultError("configuration: " + "; ".join(found))
+    if found := policy_problems(config, policy):
+        raise PolicyError("configuration: " + "; ".join(found))
     unknown = [member.client for member in config.cohort if member.client not in roster.keys]
     if unknown:
         raise ServerFaultError(f"configuration: {unknown[0]} is not in this client's roster")
@@ -57,10 +58,28 @@ def check_holdings(config: RoundConfig, base_digest: str, adapter_digest: str) -
             raise ServerFaultError(f"configuration: {what} {theirs[:12]}, this client holds {ours[:12]}")
 
 
-def check_later(mark: RoundMark, last: RoundMark) -> None:
-    """Checks that the round, or the attempt at it, is later than the last one that this client served."""
-    if mark <= last:
-        raise ServerFaultError(f"configuration: round {mark} is not after {last}, the last one served")
+def check_unserved(mark: RoundMark, served: Served, policy: Policy) -> None:
+    """Checks that an attempt is later than the last one that this client served, and not of one sum too many."""
+    if mark <= served.last:
+        raise ServerFaultError(f"configuration: round {mark} is not after {served.last}, the last one served")
+    if policy.max_sums is not None and served.sums >= policy.max_sums:
+        raise PolicyError(
+            f"configuration: this client was in {served.sums} sums of the job and joins {policy.max_sums}"
+        )
+
+
+def check_apart(survivors: frozenset[str], earlier: Iterable[Iterable[str]], policy: Policy) -> None:
+    """Checks that no other sum of the job which this client has voted for is that of nearly the same clients.
+
+    The difference of two such sums would be about the few clients alone that are in one of them.
+    """
+    for others in earlier:
+        apart = len(survivors.symmetric_difference(others))
+        if 0 < apart < policy.min_difference:
+            raise PolicyError(
+                f"survivors: {apart} clients apart from those of an earlier sum of this job; different sets must be at "
+                f"least {policy.min_difference} apart"
+            )
 
 
 def check_keys(config: RoundConfig, digest: bytes, roster: Roster, own: KeyEntry, keys: KeyList) -> None:

@@ -23,11 +23,12 @@ from fedtune.core.codec.packing import pack
 from fedtune.core.errors import PeerError, ServerFaultError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.client_checks import (
+    check_apart,
     check_config,
     check_enough,
     check_holdings,
     check_keys,
-    check_later,
+    check_unserved,
     check_votes,
     checked_update,
     index_set,
@@ -189,8 +190,9 @@ class ClientSession:
             base_digest, adapter_digest: digests of the base model and the adapter that this client really holds.
 
         Raises:
-            ServerFaultError: the configuration contradicts itself, is weaker than the policy, invites unknown clients,
-                belongs to another adapter, or is of a round that was served before.
+            ServerFaultError: the configuration contradicts itself, invites unknown clients, belongs to another
+                adapter, or is of a round that was served before.
+            PolicyError: it is weaker than the policy, or the client has been in as many sums as that allows.
         """
         return self._exchange(RoundConfig, message, base_digest, adapter_digest)
 
@@ -225,7 +227,7 @@ class ClientSession:
         """Takes the survivor set and returns this client's signature over it (exchange 3).
 
         Raises:
-            ServerFaultError: U3 is not a subset of U2 that contains this client, or is too small.
+            ServerFaultError: U3 is not a subset of U2 that contains this client, too small, or nearly an earlier one.
         """
         return self._exchange(Survivors, message)
 
@@ -282,7 +284,7 @@ class ClientSession:
         check_holdings(config, base_digest, adapter_digest)
         mark = RoundMark(config.round, config.attempt)
         served = self.log.of(config.job)
-        check_later(mark, served.last)
+        check_unserved(mark, served, self.policy)
         self.log.record(config.job, served.opened(mark))
         digest = config_digest(config)
         self_seed, mask_seed = (Secret(shamir.to_bytes(shamir.random_element(self.random))) for _ in range(2))
@@ -342,8 +344,12 @@ class ClientSession:
         transcript = state.transcript
         survivors = index_set(announced.survivors, state.sharers, state.index, "survivors")
         check_enough(transcript.config, survivors, "survivors")
+        served = self.log.of(transcript.config.job)
+        names = frozenset(transcript.config.cohort[survivor].client for survivor in survivors)
+        check_apart(names, served.survivors, self.policy)
         signature = self.identity.sign(transcript.vote_statement(state.sharers, survivors))
         after = Voted(transcript, state.index, state.sharers, survivors, state.held)
+        self.log.record(transcript.config.job, served.voted(names, keep=self.policy.min_difference > 0))
         return after, Vote(transcript.config_digest, signature)
 
     def _unmask(self, state: Voted, quorum: Quorum) -> tuple[Ended, Reveal]:

@@ -23,12 +23,16 @@ class Policy:
         min_survivors: fewest clients with which the client agrees to be summed, itself included.
         min_tier_survivors: fewest survivors within every tier; segments of one tier are summed over that tier alone.
         min_tier_honest: fewest of them that must be honest if all colluding clients are in that tier.
+        max_sums: most sums of one job in which the client takes part; None for no bound.
+        min_difference: fewest clients by which two different sets of survivors of one job must differ; 0 for no bound.
     """
 
     max_corrupt: float = 0.1
     min_survivors: int = MIN_SURVIVORS
     min_tier_survivors: int = MIN_SURVIVORS
     min_tier_honest: int = 2
+    max_sums: int | None = None
+    min_difference: int = 0
 
 
 @dataclass(frozen=True)
