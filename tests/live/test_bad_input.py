@@ -80,6 +80,7 @@ def test_an_invitation_that_is_none_is_refused(refused: Command, tmp_path: Path)
         ("earlier", '{"format": "fedtune-bundle-1", "name": "ada"}', "a bundle of an earlier release"),
         ("short", '{"format": "fedtune-invitation-1"}', "no invitation of this version"),
         ("elsewhere", whole.replace("localhost:8443", "nowhere"), "the invitation is damaged"),
+        ("paperless", whole.replace("BEGIN CERTIFICATE", "BEGIN PAPER"), "the invitation is damaged"),
         ("keyless", whole.replace('"fleet_key": "', '"fleet_key": "ff'), "the invitation is damaged"),
     ):
         (tmp_path / name).write_text(text)

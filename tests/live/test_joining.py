@@ -7,14 +7,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from endpoint import Endpoint, listening
 from live_helpers import Fleet, MakeFleet, eventually
 from owner import approve, owner_of
 
 from fedtune.client.live.device_home import ClientHome
+from fedtune.core.errors import InputError
 from fedtune.core.manifest.joining import JOIN, JoinRequest, PrivateKeys
-from fedtune.server.live.enrolled_devices import MAX_REQUESTS, Devices, receive, waiting
+from fedtune.server.fleet.owner_home import OwnerHome
+from fedtune.server.live.enrolled_devices import MAX_REQUESTS, Devices, publish, receive, waiting
 
 
 @pytest.fixture
@@ -57,16 +60,40 @@ def test_devices_that_join_while_the_server_runs_train_once_the_owner_has_approv
     assert "3 devices; joined: 000, 001, 002" in fleet.devices[first].text
 
 
-def test_the_private_keys_of_devices_and_owner_are_nowhere_in_the_server_s_folder(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(2)
+def private_keys(fleet: Fleet) -> list[bytes]:
+    """Returns every private key of the devices and of the owner: as its file has it, and as bytes."""
+    found = [path.read_bytes().strip() for name in fleet.names for path in fleet.client_home(name).glob("*.key")]
+    found.append((owner_of(fleet.home).path / "fleet.key").read_bytes().strip())
+    assert len(found) == 2 * len(fleet.names) + 1
+    return found + [bytes.fromhex(key.decode()) for key in found if not key.startswith(b"-")]
+
+
+def test_the_private_keys_of_devices_and_owner_are_nowhere_in_the_server_s_folder_nor_given_to_its_processes(
+    make_fleet: MakeFleet,
+) -> None:
+    fleet = make_fleet(3)
     fleet.join()
-    secrets = [(owner_of(fleet.home).path / "fleet.key").read_bytes().strip()]
-    for name in fleet.names:
-        secrets += [(fleet.client_home(name) / file).read_bytes().strip() for file in ("identity.key", "node.key")]
-    for path in fleet.home.path.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            assert not any(secret in content for secret in secrets), path
+    server = fleet.start_server()
+    fleet.start_devices()
+    fleet.finished(fleet.submit("federation.rounds=1"))
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    assert len(processes) > 1  # the listening one
+    given = [Path(f"/proc/{process.pid}/{file}") for process in processes for file in ("environ", "cmdline")]
+    files = [path for path in fleet.home.path.rglob("*") if path.is_file()]
+    assert {"fleet.jsonl", "server.key", "link.db"} <= {path.name for path in files}
+    for path in (*given, *files):
+        content = path.read_bytes()
+        assert not [key for key in private_keys(fleet) if key in content], path
+
+
+def test_the_server_takes_only_a_log_that_continues_its_own(endpoint: Endpoint) -> None:
+    held = Devices.load(endpoint.home).log
+    shorter = b"".join(held.splitlines(keepends=True)[:-1])
+    foreign = OwnerHome.create(endpoint.home.path.parent / "another owner").log
+    for lie, complaint in ((shorter, "older than the one"), (foreign, "changed or taken back"), (held[:-9], "older")):
+        with pytest.raises(InputError, match=f"the log is not taken: .*{complaint}"):
+            publish(endpoint.home, lie)
+    assert Devices.load(endpoint.home).log == held
 
 
 def test_strange_bytes_at_the_one_open_door_change_nothing(endpoint: Endpoint) -> None:

@@ -159,9 +159,11 @@ def test_a_request_to_join_is_its_maker_s_and_its_code_depends_on_all_of_it() ->
     read = JoinRequest.from_bytes(request.to_bytes())
     assert (read, read.code) == (request, request.code)
     assert len(request.code) == 19
-    others = [JoinRequest.make("garden", keys), JoinRequest.make("kitchen", PrivateKeys.generate())]
-    assert len({each.code for each in (request, *others)}) == 3
-    other = JoinRequest("kitchen", PrivateKeys.generate().public, request.signature)
+    public, theirs = keys.public, PrivateKeys.generate().public
+    other = JoinRequest("kitchen", theirs, request.signature)
+    mixed = (DeviceKeys(public.identity, theirs.node), DeviceKeys(theirs.identity, public.node))
+    others = [JoinRequest.make("garden", keys), other, *(JoinRequest("kitchen", each, b"") for each in mixed)]
+    assert len({each.code for each in (request, *others)}) == 5
     for lie in (other.to_bytes(), request.to_bytes().replace(b"kitchen", b"kitchem"), b"{}", b"[" * 2000, b"x" * 3000):
         with pytest.raises(PeerError, match="expected a device's request to join"):
             JoinRequest.from_bytes(lie)
