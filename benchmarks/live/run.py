@@ -38,7 +38,7 @@ from fedtune.core.host.process import limit_pieces, prepare_environment  # noqa:
 prepare_environment()
 limit_pieces(256 << 10)
 
-from exchanges import ROUND, TRIVIAL, measure, workloads  # noqa: E402  # Flower reads the environment on import
+from exchanges import MEGABYTES, ROUND, TRIVIAL, measure, workloads  # noqa: E402  # Flower reads the environment on import
 from facts import machine_facts  # noqa: E402
 
 from fedtune.client.live.device_home import ClientHome  # noqa: E402
@@ -127,6 +127,7 @@ def measure_fedtune(folder: Path, clients: int) -> dict[str, list[float]]:
         commands = [[sys.executable, str(HERE / "device.py"), str(device), "echo"] for device in devices]
         with processes(folder, commands), link.open_run(WAIT_SECONDS) as grid:
             wait(lambda: len(grid.get_node_ids()) == clients)
+            grid.bound_replies("query", MEGABYTES * 1_000_000)
             measured = measure(grid, grid.get_node_ids(), workloads(clients))
         link.close()
     return measured
