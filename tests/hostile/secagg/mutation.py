@@ -27,7 +27,6 @@ CODEC = "core/fedtune/core/codec"
 CLIENT = "client/fedtune/client"
 PULLS = f"{CLIENT}/inference"
 LIVE_CLIENT = f"{CLIENT}/live"
-PROTOCOL = "core/fedtune/core/protocol"
 MANIFEST = "core/fedtune/core/manifest"
 STRATEGIES = "strategies/fedtune/strategies"
 FLOWER = "strategies/fedtune/flower"
@@ -65,6 +64,7 @@ JOINING = (
 )
 DECODERS = ("tests/hostile/test_decoders.py",)
 GUARD = ("tests/hostile/live/test_guard.py",)
+REQUESTS = ("tests/unit/core/test_signed_requests.py", *GUARD)
 PULL = ("tests/hostile/live/test_pull.py",)
 CONNECTIONS = ("tests/unit/core/test_connections.py",)
 SERVE = (
@@ -578,13 +578,6 @@ MUTANTS = (
     Mutant(
         "request: lately", "signed_requests.py", "not -MAX_AHEAD_SECONDS < age < MAX_AGE_SECONDS", "False", PROTOCOL
     ),
-    Mutant(
-        "request: all of it",
-        "signed_requests.py",
-        'return framed("fleet request", path.encode(), timestamp, body)',
-        'return framed("fleet request", timestamp)',
-        PROTOCOL,
-    ),
     # the server's checks of what a reply has it store
     Mutant(
         "reply: pieces", "reply_bounds.py", "_PIECES_BESIDE + -(-self.payload // MAX_BUNDLE_BYTES)", "10_000", FLOWER
@@ -808,7 +801,7 @@ MUTANTS = (
     Mutant(
         "guard: enrolled before a body",
         "guard.py",
-        'return None if headers.get(_KEY_HEADER, b"") in self._enrolled else _UNKNOWN',
+        'return None if headers.get(KEY_HEADER.encode(), b"") in self._enrolled else _UNKNOWN',
         "return None",
         FLOWER,
         suites=GUARD,
@@ -816,34 +809,34 @@ MUTANTS = (
     Mutant(
         "guard: signature over the body",
         "guard.py",
-        'body is None or not is_signed(key, scope["path"], timestamp, body, signature)',
+        'body is None or not is_signed(dict(scope["headers"]), scope["path"], body, time.time())',
         "body is None",
         FLOWER,
         suites=GUARD,
     ),
     Mutant(
-        "guard: signature covers the path",
-        "signed_bodies.py",
+        "request: signature covers the path",
+        "signed_requests.py",
         "path.encode(), timestamp, body)",
         "timestamp, body)",
-        FLOWER,
-        suites=GUARD,
+        PROTOCOL,
+        suites=REQUESTS,
     ),
     Mutant(
-        "guard: signature covers the time",
-        "signed_bodies.py",
+        "request: signature covers the time",
+        "signed_requests.py",
         "path.encode(), timestamp, body)",
         "path.encode(), body)",
-        FLOWER,
-        suites=GUARD,
+        PROTOCOL,
+        suites=REQUESTS,
     ),
     Mutant(
-        "guard: signature covers the body",
-        "signed_bodies.py",
+        "request: signature covers the body",
+        "signed_requests.py",
         "path.encode(), timestamp, body)",
         "path.encode(), timestamp)",
-        FLOWER,
-        suites=GUARD,
+        PROTOCOL,
+        suites=REQUESTS,
     ),
     Mutant(
         "connections: silent ones of an address",
@@ -889,14 +882,6 @@ MUTANTS = (
         "if len(content) > MAX_DESCRIPTION_BYTES:",
         "if False:",
         PULLS,
-        suites=PULL,
-    ),
-    Mutant(
-        "pull: time of a request",
-        "model_requests.py",
-        "if abs(now - int(moment)) > MAX_CLOCK_ERROR:",
-        "if False:",
-        PROTOCOL,
         suites=PULL,
     ),
     # jobs that a server takes
