@@ -5,6 +5,7 @@ Hostile clients train as they are asked, and then send something else, within al
     negative        the negative of the own update, scaled to the round's clip
     now and then    the same in every second round, in the others the own update
     together        the negative of the mean of all hostile clients' updates, scaled to the clip
+    a little back   the negative of half that mean, unscaled
     one direction   the same random direction from all of them in every round, at the clip
     noise           a random direction of each one's own, at the clip
     in the spread   the mean of the hostile clients' updates, less their standard deviation, value by value
@@ -100,6 +101,7 @@ ROWS = {
     "group testing, honest": tested("negative", 0),
     "group testing": tested("negative", 8),
     "group testing, together": tested("together", 8),
+    "group testing, a little back": tested("a little back", 8),
     "group testing, one direction": tested("one direction", 8),
     "group testing, in the spread": tested("in the spread", 8),
     "group testing, now and then": tested("now and then", 8),
@@ -147,6 +149,8 @@ class Hostile(Device):
                 return at_norm(-own, clip)
             case "together":
                 return at_norm(-self._pooled(request).mean(axis=0), clip)
+            case "a little back":
+                return -self._pooled(request).mean(axis=0) / 2
             case "one direction":
                 return at_norm(random_direction(own.size), clip)
             case "noise":

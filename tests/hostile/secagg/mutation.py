@@ -667,6 +667,13 @@ MUTANTS = (
         f"{STRATEGIES}/aggregation",
     ),
     Mutant(
+        "group testing: groups that hardly stand apart stay",
+        "group_testing.py",
+        "evidence.tests[-1].scores) <= CLEARLY:",
+        "evidence.tests[-1].scores) < 0:",
+        f"{STRATEGIES}/aggregation",
+    ),
+    Mutant(
         "group testing: honest groups make no test",
         "group_testing.py",
         "float(variances[-1]) / usual - APART)",

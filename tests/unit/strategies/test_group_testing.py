@@ -25,7 +25,7 @@ from fedtune.strategies.aggregation.evidence import (
     GroupTest,
     distances,
 )
-from fedtune.strategies.aggregation.group_testing import scored
+from fedtune.strategies.aggregation.group_testing import CLEARLY, scored
 
 METHOD = AGGREGATIONS["fedavg"]
 NAMES = [f"{index:02d}" for index in range(40)]
@@ -186,6 +186,19 @@ def test_groups_that_differ_as_chance_has_it_are_all_averaged_and_the_evidence_s
     mean = np.average([group.values for group in groups], axis=0, weights=weights)
     np.testing.assert_allclose(found.update, mean, atol=1e-8)
     assert aggregate([]).evidence == NO_EVIDENCE
+
+
+@pytest.mark.parametrize(("push", "left_out"), [(1.05, False), (2.0, True)])
+def test_groups_that_hardly_stand_apart_are_evidence_and_stay_in_the_mean(push: float, left_out: bool) -> None:
+    groups = drawn(NAMES[:39], 0)
+    values = np.eye(len(groups), FRAME.size, dtype=np.float32)
+    values[:2, -1] = push
+    excess = sum(score**2 for score in scored(values))
+    assert (excess > CLEARLY) is left_out
+    found = aggregate([Update(each, 3, clients=group) for each, group in zip(values, groups, strict=True)])
+    assert found.evidence is not None
+    assert len(found.evidence.tests) == 1
+    assert (float(found.update[-1]) == 0) is left_out
 
 
 def test_a_job_names_it() -> None:
