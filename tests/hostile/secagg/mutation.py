@@ -47,8 +47,6 @@ SUITES = (
     "tests/unit/strategies/test_group_testing.py",
     "tests/hostile/test_round_terms.py",
     "tests/unit/manifest",
-    "tests/unit/core/test_signed_requests.py",
-    "tests/hostile/live/test_guard.py",
     "tests/hostile/secagg/test_fuzz.py",
 )
 
@@ -576,18 +574,39 @@ MUTANTS = (
     ),
     # the server's checks of a device's request
     Mutant(
-        "request: lately", "signed_requests.py", "not -MAX_AHEAD_SECONDS < age < MAX_AGE_SECONDS", "False", PROTOCOL
+        "request: lately",
+        "signed_requests.py",
+        "not -MAX_AHEAD_SECONDS < age < MAX_AGE_SECONDS",
+        "False",
+        PROTOCOL,
+        suites=REQUESTS,
     ),
     # the server's checks of what a reply has it store
     Mutant(
-        "reply: pieces", "reply_bounds.py", "_PIECES_BESIDE + -(-self.payload // MAX_BUNDLE_BYTES)", "10_000", FLOWER
+        "reply: pieces",
+        "reply_bounds.py",
+        "_PIECES_BESIDE + -(-self.payload // MAX_BUNDLE_BYTES)",
+        "10_000",
+        FLOWER,
+        suites=GUARD,
     ),
-    Mutant("reply: bytes", "reply_bounds.py", "brought > bound.size", "False", FLOWER),
-    Mutant("reply: whole where it fits", "reply_bounds.py", "bound.size <= MAX_BUNDLE_BYTES", "False", FLOWER),
-    Mutant("reply: one for a message", "reply_bounds.py", 'awaited.tree not in (b"", shown)', "False", FLOWER),
-    Mutant("reply: what is kept", "reply_bounds.py", "while len(waiting) > _KEPT:", "while False:", FLOWER),
+    Mutant("reply: bytes", "reply_bounds.py", "brought > bound.size", "False", FLOWER, suites=GUARD),
     Mutant(
-        "reply: size of a piece", "guard.py", '_LIMITS.get(scope["path"], MAX_BODY_BYTES)', "MAX_BODY_BYTES", FLOWER
+        "reply: whole where it fits", "reply_bounds.py", "bound.size <= MAX_BUNDLE_BYTES", "False", FLOWER, suites=GUARD
+    ),
+    Mutant(
+        "reply: one for a message", "reply_bounds.py", 'awaited.tree not in (b"", shown)', "False", FLOWER, suites=GUARD
+    ),
+    Mutant(
+        "reply: what is kept", "reply_bounds.py", "while len(waiting) > _KEPT:", "while False:", FLOWER, suites=GUARD
+    ),
+    Mutant(
+        "reply: size of a piece",
+        "guard.py",
+        '_LIMITS.get(scope["path"], MAX_BODY_BYTES)',
+        "MAX_BODY_BYTES",
+        FLOWER,
+        suites=GUARD,
     ),
     # a device's checks of a model that it installs
     Mutant("release: owner's signature", "model_release.py", ".checked(fleet_key)", "", MANIFEST, suites=RELEASES),
