@@ -17,6 +17,7 @@ NAME = re.compile(r"(?<![/\w.-])fedtune(?:\.(?!json|none)\w+)+")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FOLDERS = ("core", "strategies", "client", "server", "tests", "tools", "benchmarks", "docs", "examples", "deploy")
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 LABEL = re.compile(r'F\("([a-z_ ]+)"|KDF\([^"]*(?:""[^"]*)?"([a-z_ ]+)"')
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -74,6 +75,12 @@ def test_every_link_of_a_document_leads_somewhere(document: Path) -> None:
         path = (document.parent / target) if target else document
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@each_document
+def test_every_test_that_a_document_names_exists(document: Path) -> None:
+    for file, name in TEST.findall(document.read_text(encoding="utf-8")):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 @each_document
