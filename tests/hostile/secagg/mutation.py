@@ -688,15 +688,15 @@ MUTANTS = (
     Mutant(
         "group testing: groups that hardly stand apart stay",
         "group_testing.py",
-        "evidence.tests[-1].scores) <= CLEARLY:",
+        "evidence.tests[-1].scores) <= APART:",
         "evidence.tests[-1].scores) < 0:",
         f"{STRATEGIES}/aggregation",
     ),
     Mutant(
-        "group testing: honest groups make no test",
+        "group testing: groups of doubted clients do not",
         "group_testing.py",
-        "float(variances[-1]) / usual - APART)",
-        "float(variances[-1]) / usual)",
+        "[group for group in groups if not set(evidence.doubted) & set(group.clients)] or groups",
+        "groups",
         f"{STRATEGIES}/aggregation",
     ),
     # joining: the code that people compare, and what a server takes from machines that are no devices yet

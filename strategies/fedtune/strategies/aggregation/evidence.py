@@ -2,6 +2,7 @@
 
     evidence = evidence.after(GroupTest(groups, scores), share)
     evidence.distance["phone-7"]        # how far it stands from the middle of all clients
+    evidence.doubted                    # their groups are left out of the mean
     evidence.condemned                  # left out of cohorts as long as the evidence says so
 
 The scores of a round say where its groups' means lie along the direction in which they differ most. If a few clients
@@ -27,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 RIDGE = 0.05  # λ, against 1/k of a client's share in each of its groups' means
-CONDEMNING = 3.5  # distance above which a client is condemned
-FEWEST_TESTS = 3  # of a client, before it can be
+DOUBTING, CONDEMNING = 2.0, 3.5  # distance above which a client is doubted, and condemned
+FEWEST_TESTS = 3  # of a client, before it can be either
 KEPT_TESTS = 64
 _DEVIATION = 1.4826  # standard deviation of a normal distribution, over its median absolute deviation
 _FITS = 10  # fits of values and factors in turn
@@ -57,32 +58,35 @@ class Evidence:
     Args:
         tests: the last ones.
         distance: client -> that from the median client, in robust standard deviations, above 0 on the hostile side.
-        condemned: the farthest first; at most a share of the tested clients.
+        doubted: the farthest first; at most a share of the tested clients.
+        condemned: those of them who are farther yet.
     """
 
     tests: tuple[GroupTest, ...] = ()
     distance: Mapping[str, float] = field(default_factory=dict)
+    doubted: tuple[str, ...] = ()
     condemned: tuple[str, ...] = ()
 
     def after(self, test: GroupTest, share: float) -> Evidence:
         """Returns the evidence after one more test.
 
         Args:
-            share: share of the clients that may be hostile, and so be condemned.
+            share: share of the clients that may be hostile, and so be doubted or condemned.
         """
         tests = (*self.tests, test)[-KEPT_TESTS:]
         distance = distances(tests)
         tested = Counter(name for each in tests for group in each.groups for name in group)
-        against = [name for name, value in distance.items() if value > CONDEMNING and tested[name] >= FEWEST_TESTS]
+        against = [name for name, value in distance.items() if value > DOUBTING and tested[name] >= FEWEST_TESTS]
         most = int(share * len(distance))
-        return Evidence(tests, distance, tuple(sorted(against, key=lambda name: -distance[name])[:most]))
+        doubted = tuple(sorted(against, key=lambda name: -distance[name])[:most])
+        return Evidence(tests, distance, doubted, tuple(name for name in doubted if distance[name] > CONDEMNING))
 
     def notes(self, before: Evidence) -> tuple[str, ...]:
         """Returns one sentence about each client that is condemned now and was not before, or the other way round."""
         why = "the groups that it was in stand apart from the others"
         condemned = [f"{name} is left out: {why}" for name in self.condemned if name not in before.condemned]
         freed = [name for name in before.condemned if name not in self.condemned]
-        return (*condemned, *(f"{name} may take part again: the tests no longer speak against it" for name in freed))
+        return (*condemned, *(f"{name} may take part again: the rounds since speak for it" for name in freed))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the object in a checkpoint."""
@@ -92,7 +96,7 @@ class Evidence:
     def from_json(cls, values: Mapping[str, Any]) -> Evidence:
         """Reads the object that `to_json` wrote."""
         tests = (GroupTest(tuple(map(tuple, each["groups"])), tuple(each["scores"])) for each in values["tests"])
-        return cls(tuple(tests), dict(values["distance"]), tuple(values["condemned"]))
+        return cls(tuple(tests), dict(values["distance"]), tuple(values["doubted"]), tuple(values["condemned"]))
 
 
 NO_EVIDENCE = Evidence()
@@ -164,7 +168,9 @@ def _fitted(memberships: _Memberships, scores: Values) -> Values:
     spread = [memberships.spread(np.where(test == place, scores, 0.0)) for place in range(count)]
     factors = np.linalg.svd(np.array(spread), full_matrices=False)[0][:, 0]
     for _ in range(_FITS):
-        factors *= np.sqrt(count) / np.linalg.norm(factors)
+        if not (norm := float(np.linalg.norm(factors))):
+            break  # no score differs from another
+        factors *= np.sqrt(count) / norm
         values = _ridge(memberships, factors[test], scores)
         fitted = memberships.scores(values)
         square = np.bincount(test, fitted**2)

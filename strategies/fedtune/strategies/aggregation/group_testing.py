@@ -2,12 +2,13 @@
 
     Grouped(RingMean(method), GroupTesting(Mean(method), share=0.2))
 
-The test is of the first principal component of the groups' means. Honest updates differ in all directions alike, so
-that the variances along the components are similar; clients that push one way give one component a much larger
-variance. If it is more than `APART` times that of the middle component, the round is a test (`evidence`), and groups
-with a condemned client are left out of the mean. Where it exceeds that by more than `CLEARLY`, so are the groups
-against which the evidence speaks, as many as are expected to have a hostile client. Honest groups seldom reach that: a
-rule that left groups out for what some honest clients have in common would leave out what only they know.
+A round's scores are the groups' coordinates along the first principal component of their means. Honest updates differ
+in all directions alike, so that the variances along the components are similar; clients that push one way give one
+component a much larger variance, so that their round weighs more in the evidence. What the evidence of all rounds says
+against clients (`evidence`) decides which groups are left out of the mean: those with a client that is doubted, or,
+where the first component's variance is more than `APART` times that of the middle one, as many as are expected to have
+a hostile client. Honest groups seldom reach that: a rule that left groups out for what some honest clients have in
+common would leave out what only they know.
 
 Group testing under secure aggregation is FedGT's (Xhemrishi et al. 2023), which tests by a validation set that the
 server holds; the first component as the sign of poison is DnC's (Shejwalkar and Houmansadr 2021).
@@ -25,8 +26,7 @@ from fedtune.strategies.aggregation.evidence import Evidence, GroupTest
 from fedtune.strategies.aggregation.mean import ExactSum
 from fedtune.strategies.aggregation.robust import Stack, compared
 
-APART = 2.5  # of the demo's honest groups it is 1.5 in the first round, and 2.1 to 2.7 in the fifth
-CLEARLY = 0.5
+APART = 3.0  # of the demo's honest groups it is 1.5 in the first round, and 2.1 to 2.7 in the fifth
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,10 @@ class TestedGroups:
         """Returns the inner aggregate of the groups that stay, and the evidence."""
         groups = sorted(self._groups, key=lambda group: group.clients)  # in any order of arrival
         evidence = self._frame.evidence
-        if len(groups) > 1 and any(
-            scores := scored(np.stack([group.values[compared(self._frame)] for group in groups]))
-        ):
-            evidence = evidence.after(
-                GroupTest(tuple(group.clients for group in groups), scores), self._aggregator.share
-            )
+        if len(groups) > 1:
+            scores = scored(np.stack([group.values[compared(self._frame)] for group in groups]))
+            test = GroupTest(tuple(group.clients for group in groups), scores)
+            evidence = evidence.after(test, self._aggregator.share)
             groups = self._staying(groups, evidence)
         inner = self._aggregator.inner.begin(self._frame)
         for group in groups:
@@ -90,12 +88,12 @@ class TestedGroups:
         return replace(inner.finish(), evidence=evidence)
 
     def _staying(self, groups: list[Update], evidence: Evidence) -> list[Update]:
-        """Returns the groups without condemned clients, or as many of the nearest as are expected to be honest.
+        """Returns the groups without doubted clients, or as many of the nearest as are expected to be honest.
 
         Of the hostile share, those condemned before this round are not among its clients.
         """
-        if sum(score**2 for score in evidence.tests[-1].scores) <= CLEARLY:
-            return [group for group in groups if not set(evidence.condemned) & set(group.clients)] or groups
+        if sum(score**2 for score in evidence.tests[-1].scores) <= APART:
+            return [group for group in groups if not set(evidence.doubted) & set(group.clients)] or groups
         clients = sum(len(group.clients) for group in groups)
         hidden = int(self._aggregator.share * len(evidence.distance)) - len(self._frame.evidence.condemned)
         honest = 1 - max(0, hidden) / clients
@@ -108,10 +106,10 @@ class TestedGroups:
 
 
 def scored(means: Stack) -> tuple[float, ...]:
-    """Returns the groups' coordinates along their first principal component; zeros where it does not stand apart.
+    """Returns the groups' coordinates along their first principal component.
 
-    They are in units of the noise of one group's mean, which the middle component's variance gives, and shrunk by what
-    honest groups may have.
+    They are in units of the noise of one group's mean, which the middle component's variance gives: the sum of their
+    squares is how many times that the first component's variance is.
     """
     deviations = means.astype(np.float64)
     deviations -= deviations.mean(axis=0)
@@ -119,5 +117,4 @@ def scored(means: Stack) -> tuple[float, ...]:
     usual = float(np.median(variances[1:]))  # the smallest is 0: deviations from a mean have one dimension less
     if usual <= 0:
         return (0.0,) * len(means)
-    excess = max(0.0, float(variances[-1]) / usual - APART)
-    return tuple((components[:, -1] * np.sqrt(excess)).tolist())
+    return tuple((components[:, -1] * np.sqrt(variances[-1] / usual)).tolist())
