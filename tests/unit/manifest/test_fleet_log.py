@@ -72,6 +72,12 @@ def test_an_entry_left_out_or_moved_or_repeated_is_noticed() -> None:
             replay(lie, OWNER.public)
 
 
+def test_a_log_without_its_last_byte_is_no_whole_one_though_its_last_entry_can_be_read() -> None:
+    log, _ = log_of(Change(), approve("ada"))
+    with pytest.raises(PeerError, match="the fleet's log is cut off"):
+        replay(log[:-1], OWNER.public)
+
+
 def test_a_second_history_that_the_owner_signed_too_is_refused_by_who_holds_the_first() -> None:
     """For example after the owner's folder was restored from a backup: devices do not follow silently."""
     first, _ = log_of(Change(), approve("ada"))
