@@ -20,11 +20,17 @@ from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import Consent
 from fedtune.core.errors import InputError, PolicyError
 from fedtune.core.host.clock import SYSTEM_CLOCK
+from fedtune.core.job.job_file import load_job
+from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.manifest.joining import Invitation, JoinRequest, PrivateKeys
-from fedtune.core.protocol.messages import PROTOCOL_VERSION, VOTE, Refusal, Request, encode, query
+from fedtune.core.privacy.budget import rho_of_round
+from fedtune.core.privacy.guarantee import largest_rho
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, VOTE, Base, Refusal, Request, encode, query
 from fedtune.core.protocol.registration import ACTION, Registration
 from fedtune.core.secagg import Identity, Policy, RoundMark, Served
 from fedtune.server.fleet.owner_home import OwnerHome
+
+BASE = Base("demo", "0" * 64, "nf4", 40, 32.0, ("all-linear",), 256, "core", "1" * 64)
 
 INVITATION = Invitation("localhost:8443", "", Identity(b"\x01" * 32).public)
 OTHER_FLEET = replace(INVITATION, fleet_key=Identity(b"\x02" * 32).public)
@@ -83,7 +89,7 @@ def test_a_fleet_that_grows_beyond_its_owners_bound_is_refused_with_the_remedy(t
     with pytest.raises(PolicyError, match="3 devices, more than max_devices = 2"):
         home.renew_fleet(owner.log, time.time())
     assert home.fleet == held
-    planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None)
+    planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None, terms=None)
     report = DeviceReport(home.path, "ada", "localhost:8443", lambda line: None, SYSTEM_CLOCK)
     registration = encode(Registration(PROTOCOL_VERSION, "0.1", b"", owner.log))
     outcome = RegisteredDevice(home, planned, report).answer(Request(ACTION, "1", 7, (registration,)))
@@ -108,20 +114,31 @@ def test_a_fleets_log_is_replayed_when_it_has_changed_and_not_before(tmp_path: P
         _ = home.fleet
 
 
+def test_a_jobs_privacy_budget_is_the_policy_of_a_device_and_its_owners_may_be_smaller() -> None:
+    private = ["privacy.mode=distributed", "privacy.participations=3"]
+    terms = JobTerms(load_job(None, [*private, "training.learning_rate=0.01"]), BASE)
+    policy = policy_of(Bounds(max_epsilon=2.0), terms)
+    assert (policy.max_sums, policy.rho) == (3, rho_of_round(terms.job.privacy))
+    assert policy.most_rho == largest_rho(2.0, 1e-6)
+    assert policy_of(Bounds(max_rounds=2), terms).max_sums == 2
+    central = JobTerms(load_job(None, ["privacy.mode=central", "training.learning_rate=0.01"]), BASE)
+    assert policy_of(Bounds(), central).rho == 0.0
+
+
 def test_an_owners_bounds_are_the_policy_of_its_device_and_in_its_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bounds = Bounds(5, 0.3, 20, 7, 4)
     home = joined(tmp_path, bounds=bounds)
     assert ClientHome(home.path).config.bounds == bounds
-    assert policy_of(bounds) == Policy(0.3, 5, max_sums=7, min_difference=4)
-    assert policy_of(Bounds()) == Policy()
-    planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None)
+    assert policy_of(bounds, None) == Policy(0.3, 5, max_sums=7, min_difference=4)
+    assert policy_of(Bounds(), None) == Policy()
+    planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None, terms=None)
     report = DeviceReport(home.path, "ada", "localhost:8443", lambda line: None, SYSTEM_CLOCK)
-    assert RegisteredDevice(home, planned, report)._credentials("ada").policy == policy_of(bounds)
+    assert RegisteredDevice(home, planned, report)._credentials("ada").policy == policy_of(bounds, None)
     with pytest.raises(typer.Exit):
         status(home=home.path)
-    shown = "min_cohort 5, max_corrupt 0.3, max_devices 20, max_rounds 7, min_difference 4"
+    shown = "min_cohort 5, max_corrupt 0.3, max_devices 20, max_rounds 7, min_difference 4, max_epsilon none"
     assert f"bounds: {shown}" in capsys.readouterr().out
 
 

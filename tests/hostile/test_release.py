@@ -32,7 +32,7 @@ DIGEST = hashlib.sha256(MODEL).hexdigest()
 
 
 def statement(
-    name: str = "first", number: int = 1, digest: str = DIGEST, key: Identity = OWNER, seconds: float = 60.0
+    name: str = "first", number: int = 1, digest: str = DIGEST, key: Identity = OWNER, seconds: float = 86_400.0
 ) -> bytes:
     """Returns a release of an int4."""
     return ModelRelease.sign(key, number, name, {"int4": digest}, time.time() + seconds).data

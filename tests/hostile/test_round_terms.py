@@ -122,6 +122,25 @@ def test_a_round_that_does_not_follow_from_the_terms_is_refused_before_any_examp
         assert not bound.read  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("lie", "complaint"),
+    [
+        (uplink(rho=1e6), "privacy"),
+        (uplink(rho=0.0), "privacy"),
+        (uplink(noised=3), "noise of devices"),
+        (uplink(clips=(1e-9, 1e-9)), "clip 1e-09 of a"),
+        (uplink(clips=(0.3, 0.3)), "clip 0.3 of a"),
+    ],
+)
+def test_a_round_that_spends_more_of_privacy_or_adds_less_noise_than_the_terms_say_is_refused(
+    tmp_path: Path, lie: Callable[[TrainRequest], TrainRequest], complaint: str
+) -> None:
+    federation, request = opened(*RING, "privacy.mode=central", "privacy.epsilon=100")
+    assert device(tmp_path, federation.terms).train("01", request).round == 1
+    with pytest.raises(PeerError, match=complaint):
+        device(tmp_path, federation.terms).train("01", lie(request))
+
+
 def test_another_base_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     federation, request = opened()
     lie = msgspec.structs.replace(request, base=msgspec.structs.replace(request.base, digest="f" * 64))

@@ -100,6 +100,16 @@ def join(
             help="Vote for no sum whose clients differ from an earlier one's by 1 to N-1.",
         ),
     ] = DEFAULT_BOUNDS.min_difference,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--max-epsilon",
+            metavar="E",
+            min=0.001,
+            max=1000,
+            help="Spend this much differential privacy in all jobs (at delta 1e-6), and join none without it.",
+        ),
+    ] = DEFAULT_BOUNDS.max_epsilon,
     try_step: Annotated[
         bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
     ] = True,
@@ -112,7 +122,7 @@ def join(
     Example: fedtune client join invitation.json --name kitchen --data mine.jsonl --base /models/Qwen3-0.6B
     """
     requirements = Requirements(only_charging, battery_reserve, max_temperature, unmetered_only)
-    bounds = Bounds(min_cohort, max_corrupt, max_devices, max_rounds, min_difference)
+    bounds = Bounds(min_cohort, max_corrupt, max_devices, max_rounds, min_difference, max_epsilon)
     consent = Consent(allow_clear, scores, requirements, bounds)
     make_device(Joining(invitation, name or _this_machine(), data, tuple(base or ()), home, consent, try_step))
 

@@ -21,6 +21,7 @@ from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.adapter.tiers import rank_indices
 from fedtune.core.codec import Residual, RingUpdate
 from fedtune.core.codec.downlink import FIRST, receive
+from fedtune.core.codec.noise_seeds import NoiseSeed, of_entropy
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import FactorTerms, factor_terms
 from fedtune.core.errors import ModelError, PeerError, UpdateError
@@ -106,6 +107,7 @@ class Device:
         forms: forms in which updates may travel up, by their names in requests.
         agreed: returns the terms that requests must follow from; a request that differs is refused before any of the
             client's examples are read.
+        noise: gives the seeds of noise, which must be unforeseeable for it to hide anything.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Device:
         postprocess: Sequence[UpdateChange] = (),
         forms: Mapping[str, UpdateForm] = FORMS,
         agreed: Agreed = no_terms,
+        noise: NoiseSeed = of_entropy,
     ) -> None:
         self._open_trainer = open_trainer
         self._load_examples = load_examples
@@ -125,6 +128,7 @@ class Device:
         self._postprocess = tuple(postprocess)
         self._forms = forms
         self._agreed = agreed
+        self._noise = noise
         self._held: tuple[str, Vector] = ("", np.empty(0, dtype=np.float32))
         self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._trainer: tuple[Base, Trainer] | None = None
@@ -148,7 +152,7 @@ class Device:
             made = self._train(client, request)
             if request.uplink.error_feedback:
                 made = replace(made, updates=self._compensated(client, request, made))
-            parts = _encoded(client, request, made, form.encode)
+            parts = self._encoded(client, request, made, form.encode)
             if request.uplink.error_feedback:
                 sent = [form.decode(part, each) for part, each in zip(parts, made.terms, strict=True)]
                 self._keep(client, request, made, sent)
@@ -167,7 +171,7 @@ class Device:
         """Trains as `train` does, and returns words that can be masked; no earlier round enters them."""
         with self._lock:
             made = self._train(client, request)
-            return Contribution(made.result, made.terms, _encoded(client, request, made, RING.contribute))
+            return Contribution(made.result, made.terms, self._encoded(client, request, made, RING.contribute))
 
     def hold(self, request: TrainRequest) -> str:
         """Receives a request's adapter, and returns the digest of the adapter that this device then holds.
@@ -286,6 +290,18 @@ class Device:
         for factor, residual in residuals.items():
             self._store.keep_residual(client, factor, request.round, residual)
 
+    def _encoded(
+        self, client: str, request: TrainRequest, made: _Trained, encode: Encode[Encoded]
+    ) -> tuple[Encoded, ...]:
+        """Returns one part for each of the terms."""
+
+        def seed(each: FactorTerms) -> int:
+            if each.rho:
+                return self._noise(client, each)
+            return derive_seed(request.job_seed, "dither", request.round, client, *each.label)
+
+        return tuple(encode(update, each, seed(each)) for each, update in zip(made.terms, made.updates, strict=True))
+
     def _accept(self, request: TrainRequest) -> Trainer:
         """Returns the trainer for a request that follows from the job's terms, where the device has some."""
         terms = self._agreed()
@@ -323,14 +339,6 @@ class Device:
                 self._splits.popitem(last=False)
         self._splits.move_to_end(key)
         return self._splits[key]
-
-
-def _encoded(client: str, request: TrainRequest, made: _Trained, encode: Encode[Encoded]) -> tuple[Encoded, ...]:
-    """Returns one part for each of the terms."""
-    return tuple(
-        encode(update, each, derive_seed(request.job_seed, "dither", request.round, client, *each.label))
-        for each, update in zip(made.terms, made.updates, strict=True)
-    )
 
 
 def own_tier(request: TrainRequest) -> int:

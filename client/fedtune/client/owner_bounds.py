@@ -19,6 +19,8 @@ class Bounds:
         max_devices: most devices of the fleet; None for no bound.
         max_rounds: most sums of one job that the device takes part in; None for no bound.
         min_difference: fewest clients by which two different sets of survivors of one job must differ; 0 for no bound.
+        max_epsilon: ε at δ = EPSILON_DELTA that all jobs together may spend; the device then refuses jobs without
+            differential privacy. None for no bound.
     """
 
     min_cohort: Annotated[int, Field(ge=3)] = 3
@@ -26,6 +28,7 @@ class Bounds:
     max_devices: Annotated[int, Field(ge=1)] | None = None
     max_rounds: Annotated[int, Field(ge=1)] | None = None
     min_difference: Annotated[int, Field(ge=0)] = 0
+    max_epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
 
     @property
     def shown(self) -> str:
@@ -34,3 +37,4 @@ class Bounds:
 
 
 DEFAULT_BOUNDS = Bounds()
+EPSILON_DELTA = 1e-6

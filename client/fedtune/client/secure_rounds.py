@@ -22,6 +22,7 @@ from fedtune.core.protocol.messages import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
 from fedtune.core.secagg.exchanged import MAX_CONFIG_BYTES, RoundConfig
 from fedtune.core.secagg.exchanged import decode as decode_message
+from fedtune.core.secagg.graph import colluders
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class SecureRounds:
         wrong = [what for what, (configured, asked) in pairs.items() if configured != asked]
         if len(config.cohort) > request.uplink.n_max:
             wrong.append("n_max")
+        policy = self._credentials(client).policy
+        if request.uplink.noised > config.minimum - colluders(policy.max_corrupt, len(config.cohort)):
+            wrong.append("noised")
         if wrong:
             raise ServerFaultError(
                 f"the round's configuration does not match the request to {client}: {', '.join(wrong)}"

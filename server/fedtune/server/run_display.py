@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedtune.core.ledger import PURPOSES
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.server.privacy_statement import guarantee
 
 INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
 LINE_SECONDS = 10.0  # time between two lines about work that takes long, where the output is piped
@@ -230,6 +231,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     if len(summary["tiers"]) > 1:
         console.print(_tier_table(summary["tiers"]))
     console.print(what_the_server_saw(summary["secure_aggregation"]), markup=False)
+    if summary["privacy"]:
+        console.print(guarantee(summary["privacy"]), markup=False)
     for example in summary["answers"]:
         console.print()
         for label in ("prompt", "before", "after", "expected"):

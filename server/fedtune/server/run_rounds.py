@@ -20,6 +20,7 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
+from fedtune.server.privacy_statement import privacy_summary
 from fedtune.server.run_directory import FAILED, FINISHED, JOB, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe
 from fedtune.strategies.cohorts.selection import cohort_size
@@ -183,6 +184,7 @@ def _finish(
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
         "secure_aggregation": secure_summary(federation.job, rounds),
+        "privacy": privacy_summary(federation.job, rounds),
         "tiers": tier_summary(rounds),
         "fp32_fedavg_bytes": baseline,
         "fp32_fedavg_rank": rank,

@@ -10,10 +10,11 @@ A custom part is an object that is passed in place of the one that the job names
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedtune.core.adapter.layout import AdapterLayout
+from fedtune.core.codec.noise_seeds import NoiseSeed, of_entropy
 from fedtune.core.codec.update_forms import FORMS, RING, UpdateForm
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
@@ -25,7 +26,8 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.core.round_records import Tracker
 from fedtune.strategies.aggregation import Aggregator, Decoded, Grouped, RingMean, Unpacked, Update, update_aggregator
-from fedtune.strategies.cohorts.selection import AmongPresent, Selection, UniformSelection, cohort_size
+from fedtune.strategies.aggregation.central_noise import CentrallyNoised
+from fedtune.strategies.cohorts.selection import AmongPresent, Rationed, Selection, UniformSelection, cohort_size
 from fedtune.strategies.cohorts.tier_assignment import Ranks
 from fedtune.strategies.cohorts.timed_selection import timed_selection
 from fedtune.strategies.collection import Collector, InTheClear
@@ -34,6 +36,7 @@ from fedtune.strategies.schedule import ByDeadline, Schedule, Synchronous
 from fedtune.strategies.secure_sum import SecureAggregation, SecureSum
 from fedtune.strategies.server_optimizers import ServerOptimizer, server_optimizer_named
 
+Around = Callable[[Aggregator[Any]], Aggregator[Any]]
 Present = Callable[[int, Sequence[str]], Sequence[str]]
 
 
@@ -76,7 +79,7 @@ class Parts:
     """
 
     aggregator: Aggregator[Update] | None = None
-    around: Callable[[Aggregator[Any]], Aggregator[Any]] = unchanged
+    around: Around = unchanged
     form: UpdateForm | None = None
     selection: Selection | None = None
     schedule: Schedule | None = None
@@ -96,6 +99,7 @@ def assemble(
     *,
     secure: SecureAggregation | None = None,
     parts: Parts = NO_PARTS,
+    noise: NoiseSeed = of_entropy,
 ) -> Federation:
     """Returns the federation that a job describes.
 
@@ -103,6 +107,7 @@ def assemble(
         base: the base model that the adapter belongs to, as clients identify it.
         secure: inputs of secure aggregation, required exactly where the job enables it; without it updates travel in
             the clear.
+        noise: gives the seeds of noise that the server adds.
 
     Raises:
         JobError: the job needs something that is missing here: identities for secure aggregation, predicted times for
@@ -110,7 +115,11 @@ def assemble(
     """
     form = parts.form or FORMS[Compression.of(job).form]
     selection = parts.selection or _selection(job, clients)
+    if job.privacy.mode != "off":
+        selection = Rationed(selection, job.privacy.participations)
     terms = JobTerms(with_learning_rate(job, layout), base)
+    if job.privacy.mode == "central":
+        parts = replace(parts, around=_noised(parts.around, noise))
     settings, collector = job.federation, _collector(terms, form, secure, parts)
     if clients.ranks is not None and len(job.tiers) > 1 and (reason := collector.aggregator.method.equal_ranks):
         raise JobError([f"the aggregator {reason}, but clients train the tiers {list(job.tiers)}; expected one tier"])
@@ -152,6 +161,11 @@ def _collector(terms: JobTerms, form: UpdateForm, secure: SecureAggregation | No
     if secure is not None:
         return SecureSum(Grouped(ring, aggregator), terms.digest, secure, job.secure_aggregation)
     return InTheClear(Unpacked(ring), job.federation)
+
+
+def _noised(around: Around, noise: NoiseSeed) -> Around:
+    """Returns the same way to put aggregators around one, which comes with noise of the server's."""
+    return lambda aggregator: around(CentrallyNoised(aggregator, noise))
 
 
 def _selection(job: Job, clients: Clients) -> Selection:

@@ -18,6 +18,7 @@ from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
 from fedtune.core.manifest.round_terms import clip_within, scheduled_learning_rate, work_of_round
+from fedtune.core.privacy.budget import certainly_noised, rho_of_round
 from fedtune.core.protocol.messages import (
     PROTOCOL_VERSION,
     Downlink,
@@ -73,7 +74,7 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
     trained = {name: tier for name, tier in assignment.trained.items() if tier}
     mixed = assignment.tiers != (layout.rank,)
     grouping = cut_cohort(job, number, tuple(trained), state.suspicion, tiers=len(assignment.tiers))
-    uplink = _uplink(federation, state, factors, grouping.largest, assignment.tiers if mixed else ())
+    uplink = _uplink(federation, state, factors, grouping, assignment.tiers if mixed else ())
     return RoundPlan(
         number=number,
         factors=factors,
@@ -158,20 +159,22 @@ def _seconds(plan: RoundPlan) -> float:
 
 
 def _uplink(
-    federation: Federation, state: FederationState, factors: Factors, clients: int, tiers: tuple[int, ...]
+    federation: Federation, state: FederationState, factors: Factors, grouping: Grouping, tiers: tuple[int, ...]
 ) -> Uplink:
-    job = federation.job
+    job, groups = federation.job, grouping.groups
     compression = Compression.of(job)
     return Uplink(
         form=federation.form.name,
         bits=compression.bits,
         density=compression.density,
         error_feedback=compression.error_feedback,
-        n_max=max(clients, 1),
+        n_max=max(grouping.largest, 1),
         clips=tuple(
             clip_within(job, federation.layout, state.round + 1, letter, state.clips[letter])
             for letter in factor_letters(factors)
         ),
         rotation=compression.rotation,
         tiers=tiers,
+        rho=rho_of_round(job.privacy),
+        noised=min((certainly_noised(job, len(group)) for group in groups if group), default=0),
     )

@@ -158,9 +158,8 @@ class SecureCollection:
             groups=len(summed),
             smallest=min(sizes),
         )
-        first = summed[0].loss
-        spread = sum(size * (group.loss - first) for size, group in zip(sizes, summed, strict=True))
-        return Collected(self._aggregation.finish(), first + spread / sum(sizes), record, self._notes(len(summed)))
+        loss = _mean_loss([(group.loss, size) for group, size in zip(summed, sizes, strict=True)])
+        return Collected(self._aggregation.finish(), loss, record, self._notes(len(summed)))
 
     def _notes(self, sums: int) -> tuple[str, ...]:
         if len(self._plan.grouping.groups) < FEWEST_MEANS or sums >= FEWEST_MEANS:
@@ -195,13 +194,21 @@ class SecureCollection:
         return Exchange(travel.message_type, requests, travel.down, travel.up, largest, opens, closing)
 
 
+def _mean_loss(groups: Sequence[tuple[float | None, int]]) -> float | None:
+    """Returns the mean over groups of these losses and sizes; to the bit the first one's if they are equal."""
+    first = groups[0][0]
+    if first is None:
+        return None
+    return first + sum(size * ((loss or 0.0) - first) for loss, size in groups) / sum(size for _, size in groups)
+
+
 class _Group:
     """One group's way through the protocol, to a sum in the aggregation or to the reason why it has none.
 
     Attributes:
         requests: client -> the message that it is sent next; empty when the way is at its end.
         failure: why there is no sum, or None.
-        loss: mean training loss of the clients in the sum.
+        loss: mean training loss of the clients in the sum; None where losses are not summed.
     """
 
     def __init__(
@@ -211,7 +218,7 @@ class _Group:
         self.members = tuple(member.client for member in session.config.cohort)
         self.requests: Mapping[str, bytes] = session.open()
         self.failure: str | None = None
-        self.loss = 0.0
+        self.loss: float | None = None
         self._terms, self._aggregation = terms, aggregation
         self._sharers: frozenset[str] = NOBODY
         self._refused = False  # whether a client has refused the shares that another dealt

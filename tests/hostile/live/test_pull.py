@@ -358,7 +358,7 @@ class Liar:
         self.manifest = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
         self.content = content
         models = {"int4": hashlib.sha256(self.manifest).hexdigest()}
-        self.released = ModelRelease.sign(OWNER, 1, job, models, time.time() + 60).data
+        self.released = ModelRelease.sign(OWNER, 1, job, models, time.time() + 86_400).data
 
     def describe(self, job: str | None, form: str | None) -> ModelDescription:
         return ModelDescription(PROTOCOL_VERSION, "int4", self.manifest, self.released, b"")

@@ -28,6 +28,7 @@ CLIENT = "client/fedtune/client"
 PULLS = f"{CLIENT}/inference"
 LIVE_CLIENT = f"{CLIENT}/live"
 MANIFEST = "core/fedtune/core/manifest"
+PRIVACY = "core/fedtune/core/privacy"
 STRATEGIES = "strategies/fedtune/strategies"
 FLOWER = "strategies/fedtune/flower"
 HOST = "core/fedtune/core/host"
@@ -43,6 +44,8 @@ SUITES = (
     "tests/hostile/secagg/test_groups.py",
     "tests/unit/secagg",
     "tests/unit/codec/test_maskable.py",
+    "tests/unit/codec/test_noised.py",
+    "tests/unit/privacy",
     "tests/unit/strategies/test_round.py",
     "tests/unit/strategies/test_group_testing.py",
     "tests/hostile/test_round_terms.py",
@@ -106,12 +109,59 @@ MUTANTS = (
         "policy.max_sums is not None and served.sums >= policy.max_sums",
         "False",
     ),
+    # differential privacy
+    Mutant("privacy: budget", "client_checks.py", "if spent + policy.rho > policy.most_rho * _ROUNDING:", "if False:"),
+    Mutant("privacy: budget without privacy", "client_checks.py", "    if not policy.rho:\n", "    if False:\n"),
+    Mutant("privacy: counted", "round_log.py", "rho=self.rho + rho", "rho=self.rho"),
+    Mutant(
+        "privacy: noise",
+        "noised.py",
+        "        if self.noised:\n            whole",
+        "        if False:\n            whole",
+        CODEC,
+    ),
+    Mutant(
+        "privacy: half of the noise",
+        "noised.py",
+        "noise.variance, whole.size",
+        "type(noise.variance)(noise.variance.parts // 2), whole.size",
+        CODEC,
+    ),
+    Mutant("privacy: norm after rounding", "bounded_rounding.py", "<= longest**2", "<= 4 * longest**2", PRIVACY),
+    Mutant(
+        "privacy: rho of terms",
+        "round_terms.py",
+        "_six_digits(rho_of_round(job.privacy))",
+        "_six_digits(uplink.rho)",
+        MANIFEST,
+    ),
+    Mutant(
+        "privacy: who adds noise",
+        "round_terms.py",
+        "(uplink.noised > 0, job.privacy.mode",
+        '(job.privacy.mode == "distributed", job.privacy.mode',
+        MANIFEST,
+    ),
+    Mutant(
+        "privacy: certain noise",
+        "secure_rounds.py",
+        "if request.uplink.noised > config.minimum",
+        "if False and config.minimum",
+        CLIENT,
+    ),
+    Mutant("privacy: clip of terms", "round_terms.py", 'if job.privacy.mode != "off":', "if False:", MANIFEST),
     Mutant("bound: sums are counted", "round_log.py", "sums=self.sums + 1", "sums=self.sums"),
     Mutant("bound: difference of sums", "client_checks.py", "if 0 < apart < policy.min_difference:", "if False:"),
     Mutant("bound: same clients again", "client_checks.py", "if 0 < apart < policy", "if apart < policy"),
     Mutant("bound: earlier sums stay known", "client_session.py", "keep=self.policy.min_difference > 0", "keep=False"),
     Mutant("bound: devices of the fleet", "device_home.py", "len(after.devices) > most", "False", LIVE_CLIENT),
-    Mutant("bound: owner's policy", "registered_device.py", "policy_of(home.config.bounds)", "Policy()", LIVE_CLIENT),
+    Mutant(
+        "bound: owner's policy",
+        "registered_device.py",
+        "policy_of(home.config.bounds, self._planned.terms)",
+        "Policy()",
+        LIVE_CLIENT,
+    ),
     Mutant("bound: warning", "registered_device.py", "if 0 < apart < self", "if False and self", LIVE_CLIENT),
     Mutant("threshold against both shares", "graph.py", "if t < majority(n, colluding):", "if False:"),
     Mutant("quorum is a majority of the honest", "graph.py", "if q < majority(n, colluding):", "if False:"),
@@ -171,7 +221,7 @@ MUTANTS = (
     Mutant(
         "round closed once masked",
         "client_session.py",
-        "        self.log.record(config.job, self.log.of(config.job).masked(config.round))\n",
+        "        self.log.record(config.job, self.log.of(config.job).masked(config.round, self.policy.rho))\n",
         "",
     ),
     # the client's checks of the key list
@@ -219,7 +269,7 @@ MUTANTS = (
     Mutant(
         "update within the limit",
         "client_checks.py",
-        "if given.size and int(given.max()) > segment.limit:",
+        "if given.size and int(given.max()) > limit:",
         "if False:",
     ),
     # the client's checks of the survivor set and the votes

@@ -127,6 +127,21 @@ def test_a_configuration_that_is_not_about_the_request_beside_it_is_refused(
     assert fixture.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
 
 
+@pytest.mark.parametrize(("noised", "refused"), [(0, False), (1, True)])
+def test_a_client_adds_no_less_noise_than_its_own_view_of_who_may_be_missing_asks(noised: int, refused: bool) -> None:
+    """The more clients are counted on for noise, the less each of them adds."""
+    fixture = Fixture(NAMES, ["privacy.mode=distributed", "privacy.epsilon=100", "privacy.participations=9"])
+    config, request = first_message(fixture)
+    told, asked = decode_message(config, RoundConfig, len(config)), decode(request, TrainRequest)
+    assert asked.uplink.noised == told.minimum - 1, "one of the survivors may collude"
+    more = msgspec.structs.replace(asked.uplink, noised=asked.uplink.noised + noised)
+    if not refused:
+        assert fixture.rounds.open(VICTIM, config, request)
+        return
+    with pytest.raises(PeerError, match="noised"):
+        fixture.rounds.open(VICTIM, config, encode(msgspec.structs.replace(asked, uplink=more)))
+
+
 def test_a_client_that_is_asked_for_another_tier_than_its_client_indices_refuses() -> None:
     names = [f"client-{index}" for index in range(12)]
     ranks = {name: 2 if index % 2 else 4 for index, name in enumerate(names)}

@@ -132,6 +132,20 @@ def test_a_client_joins_as_many_sums_of_a_job_as_its_policy_says_also_after_a_re
     advertise(session, changed(fixture.config, round=4, job="another"))
 
 
+def test_a_client_spends_no_more_privacy_than_its_budget_whatever_the_jobs_are_called(tmp_path: Path) -> None:
+    fixture = Fixture(Stage.ADVERTISE)
+    policy, log = replace(LENIENT, rho=0.4, most_rho=1.2), FileRoundLog(tmp_path / "rounds.json")
+    log.record("before", log.of("before").masked(1, 0.4).masked(2, 0.4))
+    advertise(fresh_session(fixture, policy=policy, log=log), fixture.config)  # the third and last part
+    log.record("another", log.of("another").masked(1, 0.4))
+    session = fresh_session(fixture, policy=policy, log=FileRoundLog(tmp_path / "rounds.json"))
+    with pytest.raises(PolicyError, match=r"the privacy budget is spent: rho 1.2 of 1.2, and a sum of this job takes"):
+        advertise(session, changed(fixture.config, round=4))
+    unprivate = fresh_session(fixture, policy=replace(policy, rho=0.0), log=FileRoundLog(tmp_path / "empty.json"))
+    with pytest.raises(PolicyError, match="has no differential privacy, and this client a budget of it"):
+        advertise(unprivate, fixture.config)
+
+
 @pytest.mark.parametrize(("least", "refused"), [(0, False), (1, False), (2, True)])
 def test_a_client_votes_for_no_sum_that_differs_by_too_few_from_an_earlier_one(
     tmp_path: Path, least: int, refused: bool

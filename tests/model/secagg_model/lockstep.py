@@ -86,6 +86,10 @@ class Log:
         if self.fails:
             raise PowerLossError
 
+    @property
+    def rho(self) -> float:
+        return sum(served.rho for served in self.jobs.values())
+
 
 class Stream:
     """Bytes that follow from a name, for secrets that are the same whenever a history is repeated."""

@@ -20,7 +20,9 @@ def adapted(state: ClipRange, norms: np.ndarray) -> ClipRange:
         direction = np.random.default_rng(client).standard_normal(COUNT)
         update = (norm * direction / np.linalg.norm(direction)).astype(np.float32)
         total = codec.add(total, codec.encode(update, client, context), context)
-    return state.adapt(codec.decode_sum(total, CLIENTS, context).mean_norm)
+    mean_norm = codec.decode_sum(total, CLIENTS, context).mean_norm
+    assert mean_norm is not None
+    return state.adapt(mean_norm)
 
 
 @pytest.mark.parametrize("start", [0.01, 1.0, 1000.0])

@@ -42,6 +42,7 @@ def test_sums_of_words_are_the_sums_of_contributions() -> None:
         words = masked_words(TERMS, parts, loss)
         assert words.keys() == sums.keys()
         for segment in segments:
+            assert segment.limit is not None
             assert int(words[segment.name].max()) <= segment.limit
             assert CLIENTS * segment.limit < 1 << segment.bits
             sums[segment.name] += words[segment.name]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +58,7 @@ def test_a_full_round_log_takes_no_more_jobs_and_forgets_none(tmp_path: Path) ->
     assert (log.of("known").last.round, log.of("known").sums) == (1 << 53, 2)
     assert log.of("known").survivors == (names,)
     with pytest.raises(InputError, match="is full"):
-        log.record("known", log.of("known").voted({"ada"}, keep=True))
+        log.record("known", log.of("known").voted({"a" * 128, "b" * 128}, keep=True))
 
 
 def test_later_attempts_and_rounds_compare_greater_and_a_masked_round_is_closed() -> None:
@@ -69,3 +73,27 @@ def test_a_set_of_survivors_is_kept_once(tmp_path: Path) -> None:
         served = served.voted(survivors, keep=True)
     assert served.survivors == (("ada", "cid"), ("ada", "bob"))
     assert served.voted({"cid"}, keep=False).survivors == (("cid",),)
+
+
+def test_a_device_killed_at_any_instant_has_counted_every_update_that_left(tmp_path: Path) -> None:
+    """A byte on the pipe stands for an update that left; of a hundred deaths none undercounts."""
+    path, part, rng = tmp_path / "rounds.json", 0.25, random.Random(5)
+    for _ in range(100):
+        before, (reading, writing) = FileRoundLog(path).of("job").sums, os.pipe()
+        if not (child := os.fork()):
+            log = FileRoundLog(path)
+            while True:
+                served = log.of("job")
+                log.record("job", served.masked(served.sums + 1, part))
+                os.write(writing, b"x")
+        os.close(writing)
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        left = 0
+        while data := os.read(reading, 1 << 16):
+            left += len(data)
+        os.close(reading)
+        served = FileRoundLog(path).of("job")
+        assert before + left <= served.sums <= before + left + 1
+        assert served.rho == part * served.sums

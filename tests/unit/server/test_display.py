@@ -29,6 +29,7 @@ SUMMARY = {
     "fp32_fedavg_rank": 16,
     "traffic_ratio": 40.0,
     "traffic": Ledger().sent("adapter", 600_000).received("update", 400_000).to_json(),
+    "privacy": None,
     "secure_aggregation": {
         "enabled": True,
         "sums": 2,

@@ -19,7 +19,7 @@ from fedtune.client.device import Device
 from fedtune.client.live.device_home import ClientHome, JobMemory
 from fedtune.client.live.device_status import DeviceReport
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
-from fedtune.client.owner_bounds import Bounds
+from fedtune.client.owner_bounds import EPSILON_DELTA, Bounds
 from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.eligibility import Sensors, not_now
 from fedtune.client.plan.machine import sense
@@ -28,10 +28,13 @@ from fedtune.client.plan.planner import NoPlanError
 from fedtune.client.secure_rounds import Credentials
 from fedtune.core.errors import DataError, InputError, ModelError, PeerError, PolicyError, UpdateError
 from fedtune.core.host.private_files import write_private
+from fedtune.core.job.settings import PrivacySettings
 from fedtune.core.manifest.fleet_log import Fleet
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.manifest.joining import fingerprint
+from fedtune.core.privacy.budget import rho_of_round
+from fedtune.core.privacy.guarantee import largest_rho
 from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, VOTE, Handler, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
     ACTION,
@@ -135,6 +138,8 @@ class RegisteredDevice:
             raise UpdateError(
                 "this device takes part in secure aggregation only; its owner may join with --allow-clear"
             )
+        if self._home.config.bounds.max_epsilon is not None and terms.job.privacy.mode != "distributed":
+            raise PolicyError("devices add no noise in this job, and max_epsilon asks for it")
         self._memory.begin(terms.digest, manifest.data)
         outcome = self._take_on(terms)
         reply = RegistrationReply(
@@ -198,7 +203,9 @@ class RegisteredDevice:
     def _credentials(self, client: str) -> Credentials:
         del client  # a device has one client
         home = self._home
-        return Credentials(home.identity, home.fleet.roster, policy_of(home.config.bounds), home.round_log)
+        return Credentials(
+            home.identity, home.fleet.roster, policy_of(home.config.bounds, self._planned.terms), home.round_log
+        )
 
     def _uplink_before(self) -> float | None:
         try:
@@ -207,10 +214,17 @@ class RegisteredDevice:
             return None
 
 
-def policy_of(bounds: Bounds) -> Policy:
-    """Returns the policy for secure rounds that follows from an owner's bounds."""
+def policy_of(bounds: Bounds, terms: JobTerms | None) -> Policy:
+    """Returns the policy for secure rounds that follows from an owner's bounds, and from a job's privacy budget."""
+    privacy = terms.job.privacy if terms else PrivacySettings()
+    allowed = [bounds.max_rounds, privacy.participations if privacy.mode != "off" else None]
     return Policy(
-        bounds.max_corrupt, bounds.min_cohort, max_sums=bounds.max_rounds, min_difference=bounds.min_difference
+        bounds.max_corrupt,
+        bounds.min_cohort,
+        max_sums=min((most for most in allowed if most is not None), default=None),
+        min_difference=bounds.min_difference,
+        rho=rho_of_round(privacy) if privacy.mode == "distributed" else 0.0,
+        most_rho=None if bounds.max_epsilon is None else largest_rho(bounds.max_epsilon, EPSILON_DELTA),
     )
 
 

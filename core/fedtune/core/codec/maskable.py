@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import hypot, sqrt
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,10 +86,10 @@ class RingUpdate:
 
 @dataclass(frozen=True)
 class DecodedSum:
-    """A decoded sum: the mean update (float32), and the mean norm."""
+    """A decoded sum: the mean update (float32), and the mean norm where the sum tells it."""
 
     update: NDArray[np.float32]
-    mean_norm: float
+    mean_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,15 @@ class MaskableCodec:
     """
 
     bits: int
+    auxiliary_sums: ClassVar[int] = AUXILIARY_SUMS
 
     def ring(self, context: RoundContext) -> Ring:
         """Returns the ring in which the context's words are added; raises JobError if there is none."""
         return Ring(self.bits, context.n_max)
+
+    def width(self, context: RoundContext) -> int:
+        """Returns ℓ, the bits of a word."""
+        return self.ring(context).width
 
     def word_count(self, context: RoundContext) -> int:
         """Returns the number of words of a contribution: its coordinates and the rotation's padding."""

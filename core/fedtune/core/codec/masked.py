@@ -5,7 +5,8 @@
     totals, mean_loss = opened_sums(sums, contributors, terms)      # the unmasked sums, decoded
 
 The auxiliary sums are whole numbers modulo 2^32, each at most 2^16 per client: for each factor the norm of the client's
-update, then its training loss. No value of a single client travels in the clear.
+update, then its training loss. No value of a single client travels in the clear. Under differential privacy there are
+none, since each would need noise of its own.
 
 Where devices train different ranks, each slice of a factor is a segment that only its owners carry, and so are its
 auxiliary sums. The training loss belongs to the first slice's auxiliary sums, since all clients own that slice.
@@ -20,7 +21,7 @@ import numpy as np
 from fedtune.core.codec import MaskableCodec, RingUpdate
 from fedtune.core.codec.maskable import AUXILIARY_SUMS
 from fedtune.core.codec.ring import AUXILIARY_BITS, AUXILIARY_ONE, auxiliary_total
-from fedtune.core.codec.update_forms import RingTotal
+from fedtune.core.codec.update_forms import RingTotal, ring_codec
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.secagg import Segment
 from fedtune.core.secagg.masking import Words
@@ -38,10 +39,12 @@ def masked_segments(terms: Sequence[FactorTerms], tiers: Sequence[int] = ()) -> 
     """
     segments = []
     for each in terms:
-        codec, context = MaskableCodec(each.bits), each.context()
-        ring = codec.ring(context)
+        codec, context = ring_codec(each), each.context()
+        limit = codec.ring(context).levels if isinstance(codec, MaskableCodec) else None
         owners = _owners(each.tier, tiers)
-        segments.append(Segment(_name(each), codec.word_count(context), max(ring.width, 1), ring.levels, owners))
+        segments.append(Segment(_name(each), codec.word_count(context), max(codec.width(context), 1), limit, owners))
+    if _noised(terms):
+        return tuple(segments)
     for place, (tier, part) in enumerate(_slices(terms).items()):
         auxiliary = AUXILIARY_SUMS * len(part) + (place == 0)
         segments.append(Segment(_auxiliary_name(tier), auxiliary, AUXILIARY_BITS, AUXILIARY_ONE, _owners(tier, tiers)))
@@ -59,6 +62,8 @@ def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdat
     words: dict[str, Words] = {
         _name(each): contribution.words for each, contribution in zip(terms, contributions, strict=True)
     }
+    if _noised(terms):
+        return words
     loss_word = round(min(loss, MOST_LOSS) / MOST_LOSS * AUXILIARY_ONE)
     for place, (tier, part) in enumerate(_slices(terms).items()):
         auxiliary = [contributions[index].auxiliary for index in part]
@@ -70,8 +75,8 @@ def masked_words(terms: Sequence[FactorTerms], contributions: Sequence[RingUpdat
 
 def opened_sums(
     sums: Mapping[str, Words], contributors: Mapping[str, int], terms: Sequence[FactorTerms]
-) -> tuple[tuple[RingTotal, ...], float]:
-    """Returns the summed contributions, one for each of the terms, and the survivors' mean loss.
+) -> tuple[tuple[RingTotal, ...], float | None]:
+    """Returns the summed contributions, one for each of the terms, and the survivors' mean loss where it is summed.
 
     Args:
         sums: unmasked words by segment.
@@ -80,6 +85,10 @@ def opened_sums(
     Raises:
         PeerError: the sum of the losses is out of range.
     """
+    if _noised(terms):
+        empty = np.zeros(0, dtype=np.uint32)
+        words = [(_name(each), sums[_name(each)].astype(np.uint32)) for each in terms]
+        return tuple(RingTotal(RingUpdate(given, empty), contributors[name]) for name, given in words), None
     slices = _slices(terms)
     totals: dict[int, RingTotal] = {}
     for tier, part in slices.items():
@@ -101,6 +110,11 @@ def _slices(terms: Sequence[FactorTerms]) -> dict[int, list[int]]:
     for index, each in enumerate(terms):
         slices.setdefault(each.tier, []).append(index)
     return slices
+
+
+def _noised(terms: Sequence[FactorTerms]) -> bool:
+    """Returns whether the round has differential privacy, and so no auxiliary sums."""
+    return any(each.rho for each in terms)
 
 
 def _owners(tier: int, tiers: Sequence[int]) -> tuple[int, ...]:

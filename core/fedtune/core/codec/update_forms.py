@@ -23,14 +23,15 @@ import numpy as np
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.codec.dense import DenseCodec
 from fedtune.core.codec.exact import ExactCodec
-from fedtune.core.codec.maskable import AUXILIARY_SUMS, DecodedSum, MaskableCodec, RingUpdate
+from fedtune.core.codec.maskable import DecodedSum, MaskableCodec, RingUpdate
+from fedtune.core.codec.noised import NoisedCodec
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.sparse import SparseCodec
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.codec.wire import Kind, frame, unframe
 from fedtune.core.errors import PeerError
 
-_AUXILIARY_BYTES = 4 * AUXILIARY_SUMS
+_WORD_BYTES = 4  # of an auxiliary sum
 
 
 class UpdateForm(Protocol):
@@ -125,15 +126,15 @@ class RingForm:
     name: ClassVar[str] = "ring"
 
     def encode(self, update: Vector, terms: FactorTerms, private_seed: int) -> bytes:
-        """Returns the packed words and the auxiliary sum."""
+        """Returns the packed words and the auxiliary sums."""
         contribution = self.contribute(update, terms, private_seed)
-        width = MaskableCodec(terms.bits).ring(terms.context()).width
+        width = ring_codec(terms).width(terms.context())
         body = pack(contribution.words, width) + contribution.auxiliary.astype("<u4").tobytes()
         return frame(Kind.RING, terms.count, body)
 
     def contribute(self, update: Vector, terms: FactorTerms, private_seed: int) -> RingUpdate:
-        """Does as `encode`, but returns words and auxiliary sum as arrays, to which masks can be added."""
-        return MaskableCodec(terms.bits).encode(update, private_seed, terms.context())
+        """Does as `encode`, but returns words and auxiliary sums as arrays, to which masks can be added."""
+        return ring_codec(terms).encode(update, private_seed, terms.context())
 
     def decode(self, payload: bytes, terms: FactorTerms) -> Vector:
         """Decodes a single payload, as the mean of a sum of one."""
@@ -145,14 +146,12 @@ class RingForm:
         Raises:
             PeerError: the payload is malformed.
         """
-        codec, context = MaskableCodec(terms.bits), terms.context()
-        width, words = codec.ring(context).width, codec.word_count(context)
+        codec, context = ring_codec(terms), terms.context()
+        width, words, auxiliary = codec.width(context), codec.word_count(context), _WORD_BYTES * codec.auxiliary_sums
         size = packed_size(words, width)
-        _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + _AUXILIARY_BYTES)
-        if len(body) != size + _AUXILIARY_BYTES:
-            raise PeerError(
-                f"payload: {words} words of {width} bits and auxiliary sums take {size + _AUXILIARY_BYTES} bytes"
-            )
+        _, body = unframe(payload, frozenset({Kind.RING}), terms.count, size + auxiliary)
+        if len(body) != size + auxiliary:
+            raise PeerError(f"payload: {words} words of {width} bits and auxiliary sums take {size + auxiliary} bytes")
         contribution = RingUpdate(
             unpack(body[:size], width, words).astype(np.uint32, copy=False),
             np.frombuffer(body[size:], dtype="<u4").astype(np.uint32),
@@ -162,7 +161,7 @@ class RingForm:
 
     def join(self, left: RingTotal, right: RingTotal, terms: FactorTerms) -> RingTotal:
         """Returns the sum of two sums."""
-        total = MaskableCodec(terms.bits).add(left.total, right.total, terms.context())
+        total = ring_codec(terms).add(left.total, right.total, terms.context())
         return RingTotal(total, left.contributors + right.contributors)
 
     def mean(self, summed: RingTotal, terms: FactorTerms) -> DecodedSum:
@@ -171,7 +170,12 @@ class RingForm:
         Raises:
             PeerError, RunError: `summed` cannot be the sum of that many contributions.
         """
-        return MaskableCodec(terms.bits).decode_sum(summed.total, summed.contributors, terms.context())
+        return ring_codec(terms).decode_sum(summed.total, summed.contributors, terms.context())
+
+
+def ring_codec(terms: FactorTerms) -> MaskableCodec | NoisedCodec:
+    """Returns the codec of words that are added before they are decoded, which noises them under privacy."""
+    return NoisedCodec(terms.rho, terms.uplink.noised) if terms.rho else MaskableCodec(terms.bits)
 
 
 EXACT, DENSE, SPARSE, RING = ExactForm(), DenseForm(), SparseForm(), RingForm()

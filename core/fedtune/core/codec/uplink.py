@@ -124,6 +124,11 @@ class FactorTerms:
         return self.uplink.density
 
     @property
+    def rho(self) -> float:
+        """ρ of a sum on these terms, an equal part of the round's; 0 without differential privacy."""
+        return self.uplink.rho / (len(self.uplink.clips) * max(1, len(self.uplink.tiers)))
+
+    @property
     def tier(self) -> int:
         """The smallest tier that sends this slice; 0 where all clients send the whole factor."""
         return self.part.tier if self.part else 0

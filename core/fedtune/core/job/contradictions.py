@@ -62,7 +62,8 @@ def contradictions(job: Job) -> list[str]:
         )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
-    return problems + _tier_problems(job) + _kind_problems(job) + aggregation_problems(job) + _insecure(job)
+    problems += _tier_problems(job) + _kind_problems(job) + aggregation_problems(job) + _insecure(job)
+    return problems + _privacy_problems(job)
 
 
 def _form_problems(job: Job) -> list[str]:
@@ -79,6 +80,39 @@ def _form_problems(job: Job) -> list[str]:
         problems.append(f'compression.bits is 1; compression.form = "{form}" takes 2 to 8')
     if form != "sparse" and settings.density is not None:
         problems.append('compression.density is set, but only compression.form = "sparse" leaves values out')
+    return problems
+
+
+def _privacy_problems(job: Job) -> list[str]:
+    """Returns the reasons why the job's rounds cannot have the guarantee of its [privacy]; empty when they can."""
+    settings, problems = job.privacy, []
+    if settings.mode == "off":
+        return []
+    asked = f'privacy.mode is "{settings.mode}", but'
+    if settings.mode == "distributed" and not job.secure_aggregation.enabled:
+        problems.append(
+            f"{asked} secure_aggregation.enabled is false: the server would see each update with a small share of the "
+            'noise; expected enabled = true, or mode = "central"'
+        )
+    if job.compression_form != "ring":
+        problems.append(
+            f'{asked} compression.form is "{job.compression_form}": noise is for words of a ring; expected form = '
+            '"ring"'
+        )
+    if job.training.local_epochs is not None:
+        problems.append(
+            f"{asked} training.local_epochs is set: the clip follows from the number of steps; expected "
+            "training.local_steps"
+        )
+    if job.federation.weight != "uniform":
+        problems.append(
+            f'{asked} federation.weight is "{job.federation.weight}": a weight is a client\'s data too; expected '
+            '"uniform"'
+        )
+    if job.federation.evaluate_clients_every:
+        problems.append(
+            f"{asked} federation.evaluate_clients_every is set: scores are a client's data without noise; expected 0"
+        )
     return problems
 
 

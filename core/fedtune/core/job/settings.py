@@ -207,6 +207,27 @@ class SecureAggregationSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class PrivacySettings:
+    """[privacy]: (epsilon, delta)-differential privacy of each client's whole data, against all who see the sums.
+
+    Args:
+        mode: "off"; "distributed", in which devices add noise before masks, so that no server is trusted; or "central",
+            in which the server adds it to the sum, for comparison and for servers that are trusted.
+        epsilon, delta: the guarantee after `participations` rounds of a client. delta should be below
+            1 / clients^1.1.
+        participations: rounds of the job in which a client takes part at most; each spends an equal share.
+        clip: norm to which updates are cut, as a share of the largest that a round's steps can reach. Noise is
+            proportional to it.
+    """
+
+    mode: Literal["off", "distributed", "central"] = "off"
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    participations: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    clip: Annotated[float, Field(gt=0, le=1)] = 0.25
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SimulationSettings:
     """[simulation]: the way `fedtune simulate` runs clients, and the faults that it injects.
 
@@ -260,6 +281,7 @@ class Job:
     evaluation: EvaluationSettings = EvaluationSettings()
     compression: CompressionSettings = CompressionSettings()
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
+    privacy: PrivacySettings = PrivacySettings()
     simulation: SimulationSettings = SimulationSettings()
     export: ExportSettings = ExportSettings()
 
@@ -285,6 +307,8 @@ class Job:
             return f'federation.robust is "{federation.robust}", which {RULE.equal_ranks}'
         if (groups := self.secure_aggregation.groups) > 1:
             return f"secure_aggregation.groups is {groups}, and no group would have enough clients of every tier"
+        if (mode := self.privacy.mode) != "off":
+            return f'privacy.mode is "{mode}", and its noise is for sums over all clients'
         return None
 
     @property

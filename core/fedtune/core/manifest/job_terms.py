@@ -36,6 +36,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "federation": ("run", "rounds", "clients_per_round", "deadline", "aggregation", "rebalance_every"),
     "compression": ALL,
     "secure_aggregation": ALL,
+    "privacy": ALL,
 }
 """Section of a job -> its keys that devices are bound to; the others concern the server alone."""
 
@@ -74,12 +75,14 @@ class JobTerms:
     def digest(self) -> str:
         """SHA-256 of base and settings as canonical JSON, in hexadecimal digits.
 
-        Settings that have their default are left out, so that a setting which a later release adds changes no digest.
+        Settings that have their default are left out, and sections without others, so that what a later release adds
+        changes no digest.
         """
         base = {**self.described, "name": ""}
         chosen = {
-            section: {key: value for key, value in values.items() if value != _DEFAULTS[section].get(key)}
+            section: changed
             for section, values in self.settings.items()
+            if (changed := {key: value for key, value in values.items() if value != _DEFAULTS[section].get(key)})
         }
         text = json.dumps({"settings": chosen, "base": base}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -23,6 +23,7 @@ from fedtune.core.job.local_work import LocalWork, local_work
 from fedtune.core.job.methods import Method, method_of
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_terms import JobTerms
+from fedtune.core.privacy.budget import rho_of_round
 from fedtune.core.protocol.messages import Base, EvaluateRequest, TrainRequest
 
 _ROUNDING = 1e-6  # relative; two machines may round a power or a cosine differently
@@ -67,8 +68,11 @@ def reachable_norm(job: Job, layout: AdapterLayout, number: int, factor: Factor)
 def clip_within(job: Job, layout: AdapterLayout, number: int, factor: Factor, adapted: float) -> float:
     """Returns an adapted clip within what a round's steps can reach.
 
-    Where a job counts epochs, the steps are the clients' own, and nothing bounds the adapted clip.
+    Where a job counts epochs, the steps are the clients' own, and nothing bounds the adapted clip. Under differential
+    privacy no clip adapts: it is the job's share of what the steps can reach.
     """
+    if job.privacy.mode != "off":
+        return job.privacy.clip * reachable_norm(job, layout, number, factor)
     if job.training.local_epochs:
         return adapted
     most = reachable_norm(job, layout, number, factor)
@@ -105,6 +109,8 @@ def check_training(terms: JobTerms, layout: AdapterLayout, request: TrainRequest
         "density": (uplink.density, compression.density),
         "error feedback": (uplink.error_feedback, compression.error_feedback),
         "rotation": (uplink.rotation, compression.rotation),
+        "privacy": (_six_digits(uplink.rho), _six_digits(rho_of_round(job.privacy))),
+        "noise of devices": (uplink.noised > 0, job.privacy.mode == "distributed"),
     }
     wrong = [f"{what} {got}, expected {due}" for what, (got, due) in pairs.items() if got != due]
     letters = factor_letters(work.factors)
@@ -135,4 +141,8 @@ def check_evaluation(terms: JobTerms, request: EvaluateRequest) -> None:
 
 def _rounded(work: LocalWork) -> tuple[object, ...]:
     """Returns the fields of a round's work, the learning rate to six digits."""
-    return msgspec.structs.astuple(msgspec.structs.replace(work, learning_rate=float(f"{work.learning_rate:.5e}")))
+    return msgspec.structs.astuple(msgspec.structs.replace(work, learning_rate=_six_digits(work.learning_rate)))
+
+
+def _six_digits(number: float) -> float:
+    return float(f"{number:.5e}")

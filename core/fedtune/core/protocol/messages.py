@@ -121,6 +121,8 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     Args:
         form: name of one of `fedtune.core.codec.update_forms`; a device refuses a form that it does not know.
         tiers: numbers of rank indices that clients of this round train, ascending; empty where all clients train all.
+        rho: ρ that a client spends in the round under differential privacy (fedtune.core.privacy); 0 without.
+        noised: clients whose noise is in a sum for certain; 0 where the server adds the noise.
     """
 
     form: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")]
@@ -131,6 +133,8 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     clips: Annotated[tuple[Annotated[float, Meta(ge=1e-12, le=1e12)], ...], Meta(min_length=1, max_length=2)]
     rotation: bool
     tiers: Annotated[tuple[_Tier, ...], Meta(max_length=MAX_TIERS)] = ()
+    rho: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    noised: Annotated[int, Meta(ge=0, le=65_535)] = 0
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

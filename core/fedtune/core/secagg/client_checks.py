@@ -19,6 +19,7 @@ from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
 from fedtune.core.secagg.round_log import RoundMark, Served
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
 
+_ROUNDING = 1 + 1e-9  # of a budget that is spent in equal parts
 REFUSED_SHARES = "encrypted shares: the share from"
 
 
@@ -65,6 +66,23 @@ def check_unserved(mark: RoundMark, served: Served, policy: Policy) -> None:
     if policy.max_sums is not None and served.sums >= policy.max_sums:
         raise PolicyError(
             f"configuration: this client was in {served.sums} sums of the job and joins {policy.max_sums}"
+        )
+
+
+def check_budget(spent: float, policy: Policy) -> None:
+    """Checks that one more sum is within the budget of differential privacy that the client has for all jobs.
+
+    Args:
+        spent: ρ of all sums so far.
+    """
+    if policy.most_rho is None:
+        return
+    if not policy.rho:
+        raise PolicyError("configuration: the job has no differential privacy, and this client a budget of it")
+    if spent + policy.rho > policy.most_rho * _ROUNDING:
+        raise PolicyError(
+            f"configuration: the privacy budget is spent: rho {spent:.3g} of {policy.most_rho:.3g}, and a sum of this "
+            f"job takes {policy.rho:.3g}"
         )
 
 
@@ -175,7 +193,8 @@ def checked_update(config: RoundConfig, own: int, update: Mapping[str, Words]) -
         if given.dtype.kind != "u" or given.shape != (segment.length,):
             got = f"{given.dtype} of shape {given.shape}"
             raise UpdateError(f"segment {segment.name}: expected {segment.length} unsigned words, got {got}")
-        if given.size and int(given.max()) > segment.limit:
-            raise UpdateError(f"segment {segment.name}: {int(given.max())} is above the limit of {segment.limit}")
+        limit = (1 << segment.bits) - 1 if segment.limit is None else segment.limit
+        if given.size and int(given.max()) > limit:
+            raise UpdateError(f"segment {segment.name}: {int(given.max())} is above the limit of {limit}")
         words[index] = np.array(given, dtype=word_type(segment.bits))
     return words

@@ -24,6 +24,7 @@ from fedtune.core.errors import PeerError, ServerFaultError
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.client_checks import (
     check_apart,
+    check_budget,
     check_config,
     check_enough,
     check_holdings,
@@ -285,6 +286,7 @@ class ClientSession:
         mark = RoundMark(config.round, config.attempt)
         served = self.log.of(config.job)
         check_unserved(mark, served, self.policy)
+        check_budget(self.log.rho, self.policy)
         self.log.record(config.job, served.opened(mark))
         digest = config_digest(config)
         self_seed, mask_seed = (Secret(shamir.to_bytes(shamir.random_element(self.random))) for _ in range(2))
@@ -337,7 +339,7 @@ class ClientSession:
         mask_update(words, transcript, own, sharers, (state.self_seed.value, state.mask_seed.value))
         widths = {segment: config.segments[segment].bits for segment in words}
         packed = tuple(pack(reduce(masked, widths[segment]), widths[segment]) for segment, masked in words.items())
-        self.log.record(config.job, self.log.of(config.job).masked(config.round))
+        self.log.record(config.job, self.log.of(config.job).masked(config.round, self.policy.rho))
         return Masked(transcript, own, sharers, held), MaskedInput(transcript.config_digest, packed)
 
     def _vote(self, state: Masked, announced: Survivors) -> tuple[Voted, Vote]:

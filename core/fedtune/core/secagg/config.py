@@ -25,6 +25,8 @@ class Policy:
         min_tier_honest: fewest of them that must be honest if all colluding clients are in that tier.
         max_sums: most sums of one job in which the client takes part; None for no bound.
         min_difference: fewest clients by which two different sets of survivors of one job must differ; 0 for no bound.
+        rho: ρ that a sum of the job spends under differential privacy; 0 without.
+        most_rho: most ρ that the client spends in all jobs together; None for no bound, and for jobs without privacy.
     """
 
     max_corrupt: float = 0.1
@@ -33,6 +35,8 @@ class Policy:
     min_tier_honest: int = 2
     max_sums: int | None = None
     min_difference: int = 0
+    rho: float = 0.0
+    most_rho: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def config_problems(config: RoundConfig) -> list[str]:
             found.append(f"segment {segment.name}: tiers must be increasing and below {tiers}")
             continue
         count = len(carriers(config, segment))
-        if count * segment.limit >= 1 << segment.bits:
+        if segment.limit is not None and count * segment.limit >= 1 << segment.bits:
             found.append(f"segment {segment.name}: {count} words up to {segment.limit} overflow {segment.bits} bits")
     if not 1 <= config.degree < n:
         found.append(f"degree {config.degree} is not in 1 to {n - 1}")

@@ -62,14 +62,15 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
         name: name, distinct within the round.
         length: number of words.
         bits: ℓ, where the ring is the integers modulo 2^ℓ.
-        limit: largest word that one client may contribute.
+        limit: largest word that one client may contribute, so that no honest sum wraps around; None where words are
+            taken modulo 2^ℓ, and sums may.
         tiers: tiers that carry it, strictly increasing.
     """
 
     name: Name
     length: Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
     bits: Annotated[int, Meta(ge=1, le=62)]
-    limit: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    limit: Annotated[int, Meta(ge=0, lt=1 << 62)] | None
     tiers: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=MAX_TIERS)]
 
 

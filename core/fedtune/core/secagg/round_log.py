@@ -18,7 +18,7 @@ from fedtune.core.host.private_files import read_bounded, sync_directory, write_
 from fedtune.core.secagg.exchanged import MAX_COUNTER
 
 MAX_LOG_BYTES = 4 << 20
-_GROWTH = 48  # bytes by which the numbers of one job may grow
+_GROWTH = 72  # bytes by which the numbers of one job may grow
 
 
 class RoundMark(NamedTuple):
@@ -35,19 +35,26 @@ class Served(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         last: the last attempt that it has answered.
         sums: rounds for which it has masked an update.
         survivors: sets of survivors, by name, whose sum it has voted for; the last one at the end.
+        rho: ρ that its updates have spent under differential privacy, as `fedtune.core.privacy.guarantee` has it.
     """
 
     last: RoundMark = RoundMark(-1, 0)
     sums: int = 0
     survivors: tuple[tuple[str, ...], ...] = ()
+    rho: float = 0.0
 
     def opened(self, mark: RoundMark) -> Served:
         """Returns the record after the first answer to an attempt."""
         return msgspec.structs.replace(self, last=mark)
 
-    def masked(self, number: int) -> Served:
-        """Returns the record after an update was masked for a round, which closes all attempts at it."""
-        return msgspec.structs.replace(self, last=RoundMark(number, MAX_COUNTER), sums=self.sums + 1)
+    def masked(self, number: int, rho: float = 0.0) -> Served:
+        """Returns the record after an update was masked for a round, which closes all attempts at it.
+
+        Args:
+            rho: ρ that the update spends, whether a sum comes of it or not.
+        """
+        mark = RoundMark(number, MAX_COUNTER)
+        return msgspec.structs.replace(self, last=mark, sums=self.sums + 1, rho=self.rho + rho)
 
     def voted(self, survivors: Set[str], keep: bool) -> Served:
         """Returns the record after a vote for a set of survivors.
@@ -69,6 +76,10 @@ class RoundLog(Protocol):
     def record(self, job: str, served: Served) -> None:
         """Replaces the record of a job; a log on disk must be written before this returns."""
 
+    @property
+    def rho(self) -> float:
+        """ρ that the client has spent in all jobs together."""
+
 
 class MemoryRoundLog:
     """A round log in memory, for clients that exist only as long as their process, in simulations and tests."""
@@ -81,6 +92,10 @@ class MemoryRoundLog:
 
     def record(self, job: str, served: Served) -> None:
         self._jobs[job] = served
+
+    @property
+    def rho(self) -> float:
+        return sum(served.rho for served in self._jobs.values())
 
 
 class FileRoundLog:
@@ -107,6 +122,10 @@ class FileRoundLog:
             )
         write_private(self._path, content)
         sync_directory(self._path.parent)
+
+    @property
+    def rho(self) -> float:
+        return sum(served.rho for served in self._read().values())
 
     def _read(self) -> dict[str, Served]:
         if not self._path.exists():

@@ -78,6 +78,7 @@ def open_run(path: Path) -> FinishedRun:
         "job_sha256": hashlib.sha256((path / JOB).read_bytes()).hexdigest(),
         "rounds": summary["rounds"],
         "clients": len(clients) or summary["clients"],
+        "privacy": summary.get("privacy"),
     }
     return FinishedRun(path, job, base, layout, adapter, provenance)
 

@@ -20,8 +20,10 @@ from fedtune.data.examples import start_tokens
 from fedtune.server.export import adapters
 from fedtune.server.export.gate import GateReport
 from fedtune.server.export.merge import FinishedRun
+from fedtune.server.privacy_statement import guarantee
 from fedtune.server.run_files import sync_tree, write_json, write_text
 
+NO_GUARANTEE = "It was trained without differential privacy: it may tell about single examples of its clients."
 _NEEDED = ("tokenizer.json", "genai_config.json", "model.onnx")
 _PLACES = {
     "model": "The adapter was merged\ninto those quantized values, the ones it was trained against.",
@@ -124,6 +126,8 @@ A language model fine-tuned by federated learning, exported to ONNX with a KV ca
 | written by | fedtune {provenance["versions"]["fedtune"]} with {provenance["writer"]} for {provenance["provider"]} |
 
 The base digest names the base's original weights and how they were quantized for training. {_PLACES[place]}
+
+{guarantee(provenance["privacy"]) if provenance["privacy"] else NO_GUARANTEE}
 
 ## Measured before it was released
 

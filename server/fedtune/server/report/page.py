@@ -16,6 +16,7 @@ from typing import Any
 from fedtune.core.errors import InputError, MissingExtraError, RunError
 from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
 from fedtune.core.round_records import Evaluation
+from fedtune.server.privacy_statement import guarantee
 from fedtune.server.report.comparison import comparison_plots
 from fedtune.server.report.plots import run_plots
 from fedtune.server.report.reading import Run, clean, clean_line, read_run
@@ -64,6 +65,7 @@ def write_report(run: Path) -> Path:
         facts=headline(data),
         metric=METRICS[data.metric] if METRICS[data.metric].generated else None,
         saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
+        guarantee=guarantee(data.summary.privacy) if data.summary and data.summary.privacy else None,
         plots=run_plots(data),
         notes=notes.most_common(LISTED_NOTES),
         aborted=[line for line in data.rounds if line.aborted is not None],

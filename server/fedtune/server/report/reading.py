@@ -168,6 +168,7 @@ class Summary(msgspec.Struct, frozen=True):
     base_digest: str
     adapter_digest: str
     answers: tuple[Answer, ...]
+    privacy: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.plan.step_costs import Choices, predict_memory
+from fedtune.core.codec.noise_seeds import from_seed
 from fedtune.core.errors import JobError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.learning_rates import with_learning_rate
@@ -97,7 +98,8 @@ def run_job(
     secure = SecureAggregation(simulation_context.enrolment.roster) if job.secure_aggregation.enabled else None
     base, layout = simulation_context.base, simulation_context.model.layout
     parts = replace(parts, trackers=[display, *parts.trackers])
-    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts)
+    noise = from_seed(simulation_context.terms.seed)
+    federation = assemble(job, base, layout, simulation_context.clients, secure=secure, parts=parts, noise=noise)
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates, grid.bound_replies)
     evaluator = HeldOutEvaluator(simulation_context.held_out, executor.spread)
     try:

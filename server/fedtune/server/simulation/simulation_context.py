@@ -15,10 +15,12 @@ from fedtune.client.message_handlers import handle_in_the_clear, handle_under_se
 from fedtune.client.secure_rounds import Credentials
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
+from fedtune.core.codec.noise_seeds import from_seed
 from fedtune.core.errors import DataError
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_terms import JobTerms
+from fedtune.core.privacy.budget import rho_of_round
 from fedtune.core.protocol.messages import Base, Handler
 from fedtune.core.secagg import Identity, MemoryRoundLog, Policy, Roster, RoundLog
 from fedtune.core.secagg.primitives import KEY_BYTES
@@ -62,7 +64,9 @@ class Enrolment:
         seed = job.training.seed
         identities = {name: Identity(generator(seed, "identity", name).bytes(KEY_BYTES)) for name in names}
         roster = Roster({name: identity.public for name, identity in identities.items()})
-        return cls(identities, roster, Policy(max_corrupt=job.secure_aggregation.max_corrupt))
+        return cls(
+            identities, roster, Policy(max_corrupt=job.secure_aggregation.max_corrupt, rho=rho_of_round(job.privacy))
+        )
 
     def credentials(self, client: str) -> Credentials:
         """Returns a client's credentials for secure rounds."""
@@ -182,7 +186,8 @@ class SimulationContext:
         """Returns the handler of every client's messages, with the faults that the job injects."""
         store = ClientStore(self.folder)
         share = self.devices.work if self.devices else all_of_it
-        device = Device(lambda _: self.trainer, self.examples, store, share, agreed=lambda: self.terms)
+        noise = from_seed(self.terms.seed)
+        device = Device(lambda _: self.trainer, self.examples, store, share, agreed=lambda: self.terms, noise=noise)
         secure, simulation = self.job.secure_aggregation.enabled, self.job.simulation
         if secure:
             handler = handle_under_secure_aggregation(device, self.enrolment.credentials)

@@ -160,9 +160,12 @@ class RingAggregation:
             return Aggregate(update)
         clips: Clips = {}
         for factor in dict.fromkeys(each.factor for each in means):
-            slices = {each: mean for each, mean in means.items() if each.factor == factor}
+            slices = {each: mean.mean_norm for each, mean in means.items() if each.factor == factor}
+            norms = [norm for norm in slices.values() if norm is not None]
+            if not norms:  # under differential privacy clips follow from the job's terms
+                continue
             clip = next(iter(slices)).clip
-            norm = math.hypot(*(mean.mean_norm for mean in slices.values()))
+            norm = math.hypot(*norms)
             seen = sum(each.count for each in slices) / next(iter(slices)).whole
             clips[factor] = ClipRange(clip).adapt(norm / math.sqrt(seen)).clip
         return Aggregate(update, clips=clips)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedtune.core.round_records import ClientRecord
@@ -91,3 +92,41 @@ class AmongPresent:
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
         """Returns the selection with the updated inner one."""
         return replace(self, inner=self.inner.learned(round_number, clients))
+
+
+@dataclass(frozen=True)
+class Rationed:
+    """Restricts another selection to clients that may still take part, those who did so least often first.
+
+    Args:
+        most: rounds in which a client takes part at most.
+        taken: client -> rounds for which it was asked so far, whether its update came or not.
+    """
+
+    inner: Selection
+    most: int
+    taken: Mapping[str, int] = field(default_factory=dict)
+
+    def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
+        """Returns the inner selection's cohort of the clients with the fewest rounds that are enough for it."""
+        needed = cohort_size(self.wanted, len(population))
+        for rounds in range(self.most):
+            able = [name for name in population if self.taken.get(name, 0) <= rounds]
+            if len(able) >= needed or rounds == self.most - 1:
+                return self.inner.cohort(round_number, able)
+        raise AssertionError("a client may take part at least once")
+
+    @property
+    def wanted(self) -> int | float:
+        """The inner selection's number."""
+        return self.inner.wanted
+
+    def deadline(self, population: Sequence[str]) -> float | None:
+        """Returns the inner selection's deadline."""
+        return self.inner.deadline(population)
+
+    def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
+        """Returns the selection with these clients' rounds counted, and the updated inner one."""
+        taken = Counter(self.taken)
+        taken.update(client.id for client in clients)
+        return replace(self, inner=self.inner.learned(round_number, clients), taken=taken)

@@ -1,0 +1,49 @@
+"""A job's privacy budget: what each round may spend, and what a client has spent after some.
+
+    share = rho_of_round(job.privacy)               # ρ of one client in one round
+    epsilon = epsilon_after(job.privacy, 3)         # after three rounds of one client
+
+The budget is for one client's whole data: with it or without it, whatever it is. It is spent in equal parts by the
+rounds that the client takes part in, `privacy.participations` at most. Nothing is gained from the sampling of cohorts,
+for a server that chooses cohorts can choose any.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from fedtune.core.errors import JobError
+from fedtune.core.job.settings import Job, PrivacySettings
+from fedtune.core.privacy.guarantee import epsilon_of, largest_rho
+from fedtune.core.secagg.graph import choose_thresholds, colluders
+
+
+@cache
+def rho_of_round(settings: PrivacySettings) -> float:
+    """Returns ρ that a client spends in each round; 0 without privacy."""
+    if settings.mode == "off":
+        return 0.0
+    return largest_rho(settings.epsilon, settings.delta) / settings.participations
+
+
+def epsilon_after(settings: PrivacySettings, rounds: int) -> float:
+    """Returns ε at the job's δ that a client has spent in a number of rounds."""
+    return epsilon_of(rho_of_round(settings) * rounds, settings.delta)
+
+
+def certainly_noised(job: Job, clients: int) -> int:
+    """Returns how many of a sum's clients add noise for certain: those who must survive, without those who collude.
+
+    It is 0 where the server adds the noise.
+
+    Raises:
+        JobError: so few clients cannot have a sum.
+    """
+    if job.privacy.mode != "distributed":
+        return 0
+    secure = job.secure_aggregation
+    minimum = choose_thresholds(clients, secure.max_corrupt, secure.max_dropout).minimum
+    honest = minimum - colluders(secure.max_corrupt, clients)
+    if honest < 1:
+        raise JobError([f"privacy: of {clients} clients in a sum none is sure to add noise; ask more clients a round"])
+    return honest

@@ -1,0 +1,64 @@
+"""`fedtune privacy`: plan the noise of a private job before anybody trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Differential privacy: what a guarantee costs.", no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Differential privacy: what a guarantee costs."""
+
+
+@app.command()
+def plan(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]", help="The job; by default the demo's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job; may be given again."),
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", metavar="N", min=1, help="Clients in all; by default data.clients.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+) -> None:
+    """Show the noise of a job's rounds for several epsilons, and what would lower it.
+
+    Reads the sizes of the base model and nothing else of it. Example, a thousand clients of which a hundred train:
+
+        fedtune privacy plan --clients 1000 --set privacy.mode=distributed --set federation.clients_per_round=100
+    """
+    from dataclasses import asdict
+
+    from fedtune.core.adapter.layout import factor_letters
+    from fedtune.core.job.job_file import load_job
+    from fedtune.core.job.methods import method_of
+    from fedtune.demo import JOB
+    from fedtune.model.shape import adapted_modules, shape_of
+    from fedtune.server.privacy_plan import plan_privacy
+
+    resolved = load_job(job or JOB, overrides or [])
+    modules, rank = adapted_modules(shape_of(resolved.model).linear, resolved.adapter), resolved.adapter.rank
+    factors = method_of(resolved.federation).factors(1, "ab" if resolved.adapter.kind == "lora" else "r")
+    widths = {"a": [each.d_in for each in modules], "b": [each.d_out for each in modules], "r": [rank] * len(modules)}
+    numbers = [rank * sum(widths[letter]) for letter in factor_letters(factors)]
+    made = plan_privacy(resolved, numbers, clients or resolved.data.clients)
+    if as_json:
+        print(json.dumps(asdict(made), indent=2))
+        return
+    print(f"{sum(numbers):,} trained values, {made.clients} clients a round, {made.rounds} rounds;")
+    print(f"each client takes part in {made.participations} of at most {resolved.privacy.participations}; ", end="")
+    print(f"delta {made.delta:.2g}")
+    print()
+    print("epsilon   noise of a mean   bits of a value (without)")
+    for row in made.rows:
+        mark = " <- the job's" if row.epsilon == resolved.privacy.epsilon else ""
+        print(f"{row.epsilon:7g}   {row.share:9.2f} clips   {row.bits} ({row.plain_bits}){mark}")
+    for sentence in made.advice:
+        print(f"\n{sentence}.")

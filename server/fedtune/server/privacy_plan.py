@@ -1,0 +1,129 @@
+"""A plan for a private job: what its noise will be, before anybody trains.
+
+    plan = plan_privacy(job, numbers, population=1000)
+
+The figure that decides is the noise of a round's mean, as a share of the clip: √d·σ_sum/(n·g), with σ_sum and g in
+units of the grid. Updates of many clients that agree are nearly as long as the clip; below a share of 1 the mean still
+points where they point, and over rounds noise averages out while agreement does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, hypot, sqrt
+
+from fedtune.core.codec.ring import Ring
+from fedtune.core.codec.rotation import rotated_size
+from fedtune.core.codec.uplink import Compression
+from fedtune.core.errors import JobError
+from fedtune.core.job.settings import Job
+from fedtune.core.privacy.budget import certainly_noised
+from fedtune.core.privacy.guarantee import largest_rho
+from fedtune.core.privacy.mechanism import fit_noise
+from fedtune.strategies.cohorts.selection import cohort_size
+
+LISTED = (1.0, 2.0, 4.0, 8.0, 16.0)
+_LOUD, _QUIET = 1.0, 0.3  # shares of the clip above which noise drowns updates, and below which it hardly matters
+
+
+@dataclass(frozen=True)
+class NoiseRow:
+    """The noise for one ε.
+
+    Args:
+        share: norm of the noise in a round's mean, over the clip.
+        bits, plain_bits: bits of a word, and of one without privacy.
+    """
+
+    epsilon: float
+    share: float
+    bits: int
+    plain_bits: int
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The plan.
+
+    Args:
+        participations: rounds in which a client has to take part for the job to have enough clients.
+        rows: one for each ε, ascending; the job's own is among them.
+        advice: sentences about what to change.
+    """
+
+    clients: int
+    rounds: int
+    participations: int
+    delta: float
+    rows: tuple[NoiseRow, ...]
+    advice: tuple[str, ...]
+
+
+def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPlan:
+    """Returns the plan of a job with [privacy].
+
+    Args:
+        numbers: trained values, by factor of a round.
+        population: clients in all.
+
+    Raises:
+        JobError: the job has no privacy, more rounds than its clients may take part in, or noise beyond what fits.
+    """
+    settings, rounds = job.privacy, job.federation.rounds
+    if settings.mode == "off":
+        raise JobError(['privacy.mode is "off"; expected "distributed" or "central"'])
+    clients = cohort_size(job.federation.clients_per_round, population)
+    needed = ceil(rounds * clients / population)
+    if needed > settings.participations:
+        problem = f"{rounds} rounds of {clients} clients out of {population} need {needed} of each"
+        remedy = "raise it, or lower federation.rounds or clients_per_round"
+        raise JobError([f"privacy.participations is {settings.participations}, but {problem}; {remedy}"])
+    listed = sorted({*LISTED, settings.epsilon})
+    rows = [row for epsilon in listed if (row := _row(job, numbers, clients, epsilon)) is not None]
+    return PrivacyPlan(clients, rounds, needed, settings.delta, tuple(rows), _advice(job, rows, needed, population))
+
+
+def _row(job: Job, numbers: Sequence[int], clients: int, epsilon: float) -> NoiseRow | None:
+    """Returns the noise for one ε; None where it does not fit."""
+    settings, noised = job.privacy, certainly_noised(job, clients)
+    rho = largest_rho(epsilon, settings.delta) / settings.participations / len(numbers)
+    shares, bits = [], 0
+    try:
+        for count in numbers:
+            words = rotated_size(count)
+            noise = fit_noise(words, noised=max(noised, 1), n_max=clients, rho=rho)
+            variance = noise.variance.value * (clients if noised else 1)
+            shares.append(sqrt(words * variance) / (clients * noise.norm))
+            bits = max(bits, noise.width)
+    except JobError:
+        if epsilon == settings.epsilon:
+            raise
+        return None
+    plain = Ring(Compression.of(job).bits, clients).width
+    return NoiseRow(epsilon, hypot(*shares) / sqrt(len(numbers)), bits, plain)
+
+
+def _advice(job: Job, rows: Sequence[NoiseRow], needed: int, population: int) -> tuple[str, ...]:
+    settings, advice = job.privacy, []
+    share = next(row.share for row in rows if row.epsilon == settings.epsilon)
+    if share > _LOUD:
+        advice.append(
+            f"the noise of a mean is {share:.1f} clips: updates drown. It halves with twice the clients in a round, "
+            "with a quarter of the trained values (adapter.rank), or with a quarter of the participations"
+        )
+    elif share < _QUIET:
+        advice.append(f"the noise of a mean is {share:.2f} clips: a smaller epsilon costs little")
+    if needed < settings.participations:
+        advice.append(
+            f"privacy.participations is {settings.participations}, and {needed} are enough for these rounds: with "
+            f"{needed} noise falls by {1 - sqrt(needed / settings.participations):.0%}"
+        )
+    if settings.mode == "distributed" and (secure := job.secure_aggregation).max_dropout > 0.1:
+        advice.append(
+            f"devices make up for a secure_aggregation.max_dropout of {secure.max_dropout:.0%} by more noise; a lower "
+            "one needs less"
+        )
+    if settings.delta > population**-1.1:
+        advice.append(f"privacy.delta is {settings.delta:.2g}, above 1/clients^1.1 = {population**-1.1:.2g}; lower it")
+    return tuple(advice)
