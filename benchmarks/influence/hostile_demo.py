@@ -17,7 +17,7 @@ Hostile clients train as they are asked, and then send something else, within al
     exact       exact match on the server's held-out examples after the last round
     loss        their loss
 
-The demo's job with fewer rounds and more households: 5 rounds with 30, 6 with 40. One seed.
+The demo's job with more households and, but for one row, fewer rounds: 5 rounds with 30, 6 with 40. One seed.
 
     python benchmarks/influence/hostile_demo.py                   # every row: two minutes or so each on idle cores
     python benchmarks/influence/hostile_demo.py --rows "one sum"
@@ -97,11 +97,13 @@ ROWS = {
     "forty, one sum, honest": forty(1, 0, "none", "negative"),
     "forty, one sum": forty(1, 8, "none", "negative"),
     "forty, one sum, together": forty(1, 8, "none", "together"),
+    "forty, one sum, a little back": forty(1, 8, "none", "a little back"),
     "forty, 13 groups, median, together": forty(13, 8, "median", "together"),
     "group testing, honest": tested("negative", 0),
     "group testing": tested("negative", 8),
     "group testing, together": tested("together", 8),
     "group testing, a little back": tested("a little back", 8),
+    "group testing, a little back, 16 rounds": replace(tested("a little back", 8), rounds=16),
     "group testing, one direction": tested("one direction", 8),
     "group testing, in the spread": tested("in the spread", 8),
     "group testing, now and then": tested("now and then", 8),
