@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from federation_helpers import SECURE, Simulate
 
-from fedtune.core.errors import JobError
+from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.manifest.job_terms import JobTerms
+from fedtune.core.manifest.round_terms import check_evaluation
 from fedtune.core.privacy.budget import certainly_noised, epsilon_after, rho_of_round
+from fedtune.core.protocol.messages import PROTOCOL_VERSION, Base, Downlink, EvaluateRequest
+from fedtune.server.privacy_statement import guarantee
 from fedtune.server.run_directory import read_rounds
+from fedtune.strategies.cohorts.selection import Rationed, UniformSelection
 
 PRIVATE = (
     *SECURE,
@@ -42,6 +48,38 @@ def test_clients_that_took_part_less_often_come_first(simulate: Simulate, tmp_pa
     asked = [{client["id"] for client in line["clients"]} for line in lines]
     assert asked[0] | asked[1] == asked[2] | asked[3]
     assert all(len(each) == 3 for each in asked)
+
+
+def test_a_share_of_the_clients_is_one_of_all_of_them_whoever_has_rounds_left() -> None:
+    names, selection = [f"{index:03d}" for index in range(100)], Rationed(UniformSelection(0.1, 3), 2)
+    asked: Counter[str] = Counter()
+    for number in range(1, 21):
+        cohort = selection.cohort(number, names)
+        assert len(set(cohort)) == 10
+        asked.update(cohort)
+        selection = replace(selection, taken=Counter(asked))
+    assert set(asked.values()) == {2}
+    assert selection.cohort(21, names) == []
+
+
+def test_a_job_with_more_rounds_than_its_clients_may_take_part_in_is_refused_before_it_trains(
+    simulate: Simulate,
+) -> None:
+    with pytest.raises(JobError, match="4 rounds of 3 clients out of 6 need 2 of each; raise it, or lower"):
+        simulate(*PRIVATE, "federation.rounds=4")
+
+
+def test_no_client_scores_in_a_private_job_and_a_device_refuses_to(simulate: Simulate, tmp_path: Path) -> None:
+    summary = simulate(*PRIVATE, "data.holdout=0.2")
+    assert summary["client_evaluation"] is None
+    assert all(not line["client_evaluations"] for line in read_rounds(tmp_path / "run"))
+    assert "the guarantee is that of a live run" in guarantee(summary["privacy"])
+    base = Base("demo", "0" * 64, "nf4", 40, 32.0, ("all-linear",), 256)
+    terms = JobTerms(load_job(None, [*PRIVATE, "training.learning_rate=0.01"]), base)
+    adapter = Downlink("", "0" * 64, (b"",))
+    request = EvaluateRequest(PROTOCOL_VERSION, terms.seed, 1, base, terms.job.data.holdout, adapter)
+    with pytest.raises(PeerError, match="scores have no noise"):
+        check_evaluation(terms, request)
 
 
 def test_the_budget_is_shared_by_the_rounds_of_a_client() -> None:

@@ -32,7 +32,8 @@ def plan(
 
     Reads the sizes of the base model and nothing else of it. Example, a thousand clients of which a hundred train:
 
-        fedtune privacy plan --clients 1000 --set privacy.mode=distributed --set federation.clients_per_round=100
+        fedtune privacy plan --clients 1000 --set privacy.mode=distributed --set privacy.participations=2
+            --set federation.clients_per_round=100
     """
     from dataclasses import asdict
 

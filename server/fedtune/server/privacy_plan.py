@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, hypot, sqrt
+from math import hypot, sqrt
 
 from fedtune.core.codec.ring import Ring
 from fedtune.core.codec.rotation import rotated_size
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
-from fedtune.core.privacy.budget import certainly_noised
+from fedtune.core.privacy.budget import certainly_noised, participation_problems, rounds_needed
 from fedtune.core.privacy.guarantee import largest_rho
 from fedtune.core.privacy.mechanism import fit_noise
 from fedtune.strategies.cohorts.selection import cohort_size
@@ -74,11 +74,9 @@ def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPl
     if settings.mode == "off":
         raise JobError(['privacy.mode is "off"; expected "distributed" or "central"'])
     clients = cohort_size(job.federation.clients_per_round, population)
-    needed = ceil(rounds * clients / population)
-    if needed > settings.participations:
-        problem = f"{rounds} rounds of {clients} clients out of {population} need {needed} of each"
-        remedy = "raise it, or lower federation.rounds or clients_per_round"
-        raise JobError([f"privacy.participations is {settings.participations}, but {problem}; {remedy}"])
+    if problems := participation_problems(job, clients, population):
+        raise JobError(problems)
+    needed = rounds_needed(job, clients, population)
     listed = sorted({*LISTED, settings.epsilon})
     rows = [row for epsilon in listed if (row := _row(job, numbers, clients, epsilon)) is not None]
     return PrivacyPlan(clients, rounds, needed, settings.delta, tuple(rows), _advice(job, rows, needed, population))

@@ -1,6 +1,6 @@
 """The guarantee of a run: what its clients have spent, in numbers for programs and in words for people.
 
-summary = privacy_summary(job, directory.rounds())
+summary = privacy_summary(job, directory.rounds(), simulated=False)
 sentence = guarantee(summary)
 """
 
@@ -14,10 +14,13 @@ from fedtune.core.job.settings import Job
 from fedtune.core.privacy.budget import epsilon_after, rho_of_round
 
 
-def privacy_summary(job: Job, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def privacy_summary(job: Job, rounds: Sequence[Mapping[str, Any]], simulated: bool) -> dict[str, Any] | None:
     """Returns what the client that was asked most often has spent; None for a job without differential privacy.
 
     A round counts for every client that was asked, whether its update came or not.
+
+    Args:
+        simulated: whether the noise follows from the job's seed.
     """
     settings = job.privacy
     if settings.mode == "off":
@@ -26,6 +29,7 @@ def privacy_summary(job: Job, rounds: Sequence[Mapping[str, Any]]) -> dict[str, 
     most = max(asked.values(), default=0)
     return {
         "mode": settings.mode,
+        "simulated": simulated,
         "epsilon": epsilon_after(settings, most),
         "delta": settings.delta,
         "participations": most,
@@ -45,6 +49,11 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
         f"nearly the same probability, (ε, δ) = ({privacy['epsilon']:.2f}, {privacy['delta']:.2g}), after "
         f"{privacy['participations']} of at most {privacy['allowed_participations']} rounds of a client."
     )
+    if privacy["simulated"]:
+        return (
+            f"{held} This was a simulation, whose noise follows from the job's seed: who knows it can take the noise "
+            "off, so the guarantee is that of a live run."
+        )
     if privacy["mode"] == "central":
         return f"{held} The server added the noise and is trusted with the sums before it."
     return (

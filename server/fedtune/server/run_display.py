@@ -122,7 +122,11 @@ class Terminal:
         """Prints the round's numbers."""
         self._round, self._answered = record.round, 0
         self._bytes += record.traffic.bytes_up + record.traffic.bytes_down
-        parts = [f"loss {record.train_loss:.3f}" if record.train_loss is not None else "no survivor"]
+        parts = []
+        if record.train_loss is not None:
+            parts.append(f"loss {record.train_loss:.3f}")
+        elif not record.survivors:
+            parts.append("no survivor")
         if record.eval is not None:
             parts.append(" ".join(record.eval.figures()[0]))
         if lost := len(record.clients) - len(record.survivors):

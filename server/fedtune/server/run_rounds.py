@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
-from fedtune.core.errors import RunDirectoryError, RunError
+from fedtune.core.errors import JobError, RunDirectoryError, RunError
 from fedtune.core.host.process import versions
 from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
+from fedtune.core.privacy.budget import participation_problems
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
@@ -41,10 +42,12 @@ class Facts:
     Args:
         peak_rss_mb: peak memory of all processes of the run, in MB.
         records: counts of the clients' records, if this machine knows them: read, kept, truncated and so on.
+        seeded_noise: whether the noise of differential privacy follows from the job's seed.
     """
 
     peak_rss_mb: float
     records: Mapping[str, int]
+    seeded_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def run_rounds(
     display.note(f"before training: {describe(checkpoint.eval_before)}")
     population = len(strategy.roster(grid))
     cohort = cohort_size(job.federation.clients_per_round, population)
+    if problems := participation_problems(job, cohort, population):
+        raise JobError(problems)
     moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
     display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
 
@@ -184,7 +189,7 @@ def _finish(
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
         "secure_aggregation": secure_summary(federation.job, rounds),
-        "privacy": privacy_summary(federation.job, rounds),
+        "privacy": privacy_summary(federation.job, rounds, facts.seeded_noise),
         "tiers": tier_summary(rounds),
         "fp32_fedavg_bytes": baseline,
         "fp32_fedavg_rank": rank,

@@ -112,7 +112,11 @@ def offer(
     from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
     from fedtune.server.live.model_registry import ModelRegistry
 
-    taken = ModelRegistry(_open(home)).take(read_bounded(release, "a release", MAX_RELEASE_BYTES))
+    data, registry = read_bounded(release, "a release", MAX_RELEASE_BYTES), ModelRegistry(_open(home))
+    try:
+        taken = registry.take(data)
+    except PeerError as error:
+        raise InputError(f"{release}: {error}; expected a file that fedtune fleet publish has written") from None
     print(f"release {taken.number}: {taken.name}, {', '.join(taken.models)}")
 
 

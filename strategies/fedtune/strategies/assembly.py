@@ -115,8 +115,6 @@ def assemble(
     """
     form = parts.form or FORMS[Compression.of(job).form]
     selection = parts.selection or _selection(job, clients)
-    if job.privacy.mode != "off":
-        selection = Rationed(selection, job.privacy.participations)
     terms = JobTerms(with_learning_rate(job, layout), base)
     if job.privacy.mode == "central":
         parts = replace(parts, around=_noised(parts.around, noise))
@@ -171,7 +169,8 @@ def _noised(around: Around, noise: NoiseSeed) -> Around:
 def _selection(job: Job, clients: Clients) -> Selection:
     settings = job.federation
     if settings.selection == "uniform":
-        return UniformSelection(settings.clients_per_round, job.training.seed)
+        uniform = UniformSelection(settings.clients_per_round, job.training.seed)
+        return uniform if job.privacy.mode == "off" else Rationed(uniform, job.privacy.participations)
     if clients.seconds is None:
         problem = f'federation.selection is "{settings.selection}", but nothing here predicts how long clients take'
         raise JobError([f'{problem}; expected "uniform", a live fleet, or a simulated one (simulation.fleet)'])

@@ -101,7 +101,12 @@ class EvaluationRound:
 
 
 def clients_evaluate(job: Job, number: int) -> bool:
-    """Returns whether clients evaluate after this round: as often as the job says, and after the last round."""
+    """Returns whether clients evaluate after this round: as often as the job says, and after the last round.
+
+    Under differential privacy they never do: a score is a client's data without noise.
+    """
+    if job.privacy.mode != "off":
+        return False
     every = job.federation.evaluate_clients_every
     return job.data.holdout > 0 and (number == job.federation.rounds or (every > 0 and number % every == 0))
 

@@ -94,7 +94,7 @@ def _privacy_problems(job: Job) -> list[str]:
             f"{asked} secure_aggregation.enabled is false: the server would see each update with a small share of the "
             'noise; expected enabled = true, or mode = "central"'
         )
-    if job.compression_form != "ring":
+    elif job.compression_form != "ring":
         problems.append(
             f'{asked} compression.form is "{job.compression_form}": noise is for words of a ring; expected form = '
             '"ring"'
@@ -103,6 +103,11 @@ def _privacy_problems(job: Job) -> list[str]:
         problems.append(
             f"{asked} training.local_epochs is set: the clip follows from the number of steps; expected "
             "training.local_steps"
+        )
+    if job.federation.selection != "uniform":
+        problems.append(
+            f'{asked} federation.selection is "{job.federation.selection}", which asks some clients more often than '
+            'others; expected "uniform"'
         )
     if job.federation.weight != "uniform":
         problems.append(

@@ -132,9 +132,12 @@ def check_evaluation(terms: JobTerms, request: EvaluateRequest) -> None:
     """Checks that a request to evaluate is one of the job's.
 
     Raises:
-        PeerError: it names another seed or holdout, or a round that the job does not have.
+        PeerError: it names another seed or holdout, or a round that the job does not have, or the job has differential
+            privacy, which scores would go round.
     """
     job = terms.job
+    if job.privacy.mode != "off":
+        raise PeerError("a request to evaluate in a job with differential privacy: scores have no noise")
     if (request.job_seed, request.holdout) != (terms.seed, job.data.holdout) or request.round > job.federation.rounds:
         raise PeerError("the request to evaluate differs from the job's terms")
 

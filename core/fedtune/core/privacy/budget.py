@@ -11,6 +11,7 @@ for a server that chooses cohorts can choose any.
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job, PrivacySettings
@@ -29,6 +30,27 @@ def rho_of_round(settings: PrivacySettings) -> float:
 def epsilon_after(settings: PrivacySettings, rounds: int) -> float:
     """Returns ε at the job's δ that a client has spent in a number of rounds."""
     return epsilon_of(rho_of_round(settings) * rounds, settings.delta)
+
+
+def participation_problems(job: Job, clients: int, population: int) -> list[str]:
+    """Returns the reason why clients have too few rounds for the job; empty where they have enough.
+
+    Args:
+        clients: clients of a round.
+        population: clients in all.
+    """
+    settings, rounds = job.privacy, job.federation.rounds
+    needed = rounds_needed(job, clients, population)
+    if settings.mode == "off" or needed <= settings.participations:
+        return []
+    problem = f"{rounds} rounds of {clients} clients out of {population} need {needed} of each"
+    remedy = "raise it, or lower federation.rounds or clients_per_round"
+    return [f"privacy.participations is {settings.participations}, but {problem}; {remedy}"]
+
+
+def rounds_needed(job: Job, clients: int, population: int) -> int:
+    """Returns the rounds in which a client has to take part if all take turns."""
+    return ceil(job.federation.rounds * clients / max(population, 1))
 
 
 def certainly_noised(job: Job, clients: int) -> int:

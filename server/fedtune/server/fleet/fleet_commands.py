@@ -203,6 +203,7 @@ def status(
     if as_json:
         found = {
             "fingerprint": fingerprint(fleet.key),
+            "first_fingerprint": fingerprint(owner.first_key),
             "entry": fleet.number,
             "days_left": days,
             "devices": sorted(fleet.devices),
@@ -210,6 +211,8 @@ def status(
         print(json.dumps(found, indent=2))
         return
     print(f"the fleet's key: {fingerprint(fleet.key)}")
+    if owner.first_key != fleet.key:
+        print(f"its first key, which invitations show: {fingerprint(owner.first_key)}")
     print(f"log: {fleet.number} entries, valid for {days:.0f} more days")
     print(f"{len(fleet.devices)} devices: {', '.join(sorted(fleet.devices)) or 'none yet'}")
 

@@ -232,9 +232,10 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     console.print(f"server {status['address']}: {status['state']}{since}", markup=False)
     console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
     fleet = status["fleet"]
-    console.print(
-        f"fleet: entry {fleet['entry']} of its log, valid for {fleet['days_left']:.0f} more days", markup=False
-    )
+    held = f"entry {fleet['entry']} of its log, valid for {fleet['days_left']:.0f} more days"
+    if not fleet["entry"]:
+        held = "no log yet; take the owner's: fedtune server publish fleet.jsonl"
+    console.print(f"fleet: {held}", markup=False)
     for code, name in fleet["wait_for_approval"].items():
         console.print(f"waits for the owner's approval: {name}, code {code}", markup=False)
     if job := status["job"]:
@@ -270,7 +271,8 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         if plans := {name: device["plan"] for name, device in status["devices"].items() if device.get("plan")}:
             _print_plans(console, plans)
     else:
-        console.print("no device is enrolled; enrol one with: fedtune server enroll NAME", markup=False)
+        remedy = "on a device: fedtune client join; on the owner's machine: fedtune fleet approve CODE"
+        console.print(f"no device is in the fleet; {remedy}", markup=False, soft_wrap=True)
     for problem in status["problems"][-5:]:
         console.print(f"{problem['time']}  {problem['text']}", markup=False, soft_wrap=True)
 

@@ -123,7 +123,7 @@ def _facts(executor: WorkerPool) -> Facts:
     reports = executor.workers()
     cleaning = {client: part for report in reports for client, part in report.cleaning.items()}
     records = sum(cleaning.values(), CleaningReport())
-    return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records))
+    return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records), seeded_noise=True)
 
 
 def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> WorkerPool:

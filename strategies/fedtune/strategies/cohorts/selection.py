@@ -96,34 +96,34 @@ class AmongPresent:
 
 @dataclass(frozen=True)
 class Rationed:
-    """Restricts another selection to clients that may still take part, those who did so least often first.
+    """Restricts a uniform selection to clients that may still take part, those who did so least often first.
 
     Args:
         most: rounds in which a client takes part at most.
         taken: client -> rounds for which it was asked so far, whether its update came or not.
     """
 
-    inner: Selection
+    inner: UniformSelection
     most: int
     taken: Mapping[str, int] = field(default_factory=dict)
 
     def cohort(self, round_number: int, population: Sequence[str]) -> list[str]:
-        """Returns the inner selection's cohort of the clients with the fewest rounds that are enough for it."""
-        needed = cohort_size(self.wanted, len(population))
-        for rounds in range(self.most):
-            able = [name for name in population if self.taken.get(name, 0) <= rounds]
-            if len(able) >= needed or rounds == self.most - 1:
-                return self.inner.cohort(round_number, able)
-        raise AssertionError("a client may take part at least once")
+        """Returns as many clients as are wanted of the whole population, among those with the fewest rounds."""
+        left = sorted(rounds for name in population if (rounds := self.taken.get(name, 0)) < self.most)
+        needed = min(cohort_size(self.wanted, len(population)), len(left))
+        if not needed:
+            return []
+        able = [name for name in population if self.taken.get(name, 0) <= left[needed - 1]]
+        return replace(self.inner, wanted=needed).cohort(round_number, able)
 
     @property
     def wanted(self) -> int | float:
         """The inner selection's number."""
         return self.inner.wanted
 
-    def deadline(self, population: Sequence[str]) -> float | None:
-        """Returns the inner selection's deadline."""
-        return self.inner.deadline(population)
+    def deadline(self, population: Sequence[str]) -> None:
+        """Returns None: the round waits for all clients."""
+        del population
 
     def learned(self, round_number: int, clients: Sequence[ClientRecord]) -> Selection:
         """Returns the selection with these clients' rounds counted, and the updated inner one."""
