@@ -30,6 +30,7 @@ FACTOR = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.lora_([AB])\.MatM
 """The model builder's names of an adapter's factors."""
 _CALIBRATION = "calibration.onnx"
 _GRAM_BYTES = 1 << 30  # of Gram matrices that are held at a time; more take another pass over the calibration examples
+_TOKENS_AT_ONCE = 512  # of short examples together: a product of matrices costs less than reading and writing its sum
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _PRODUCTS = ("MatMul", "Gemm")
 
@@ -185,12 +186,15 @@ def _measure_grams(
     try:
         session = OnnxModel(directory, provider, file=_CALIBRATION)
         grams: dict[str, torch.Tensor] = {}
+        waiting: list[Sequence[np.ndarray]] = []
         for done, ids in enumerate(calibration):
             watch("calibrating", done, len(calibration))
-            found = session.outputs(np.array(ids, dtype=np.int64), names)
-            for name, values in zip(names, found, strict=True):
-                product = torch.from_numpy(values.T @ values)
-                grams[name] = grams[name].add_(product) if name in grams else product
+            waiting.append(session.outputs(np.array(ids, dtype=np.int64), names))
+            if sum(len(each[0]) for each in waiting) >= _TOKENS_AT_ONCE or done == len(calibration) - 1:
+                for name, values in zip(names, map(np.concatenate, zip(*waiting, strict=True)), strict=True):
+                    product = torch.from_numpy(values.T @ values)
+                    grams[name] = grams[name].add_(product) if name in grams else product
+                waiting.clear()
         watch("calibrating", len(calibration), len(calibration))
         return grams
     finally:
