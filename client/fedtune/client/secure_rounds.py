@@ -70,11 +70,10 @@ class SecureRounds:
             ServerFaultError: the client does not accept the configuration, or it does not match the request.
             PeerError, ModelError: as in `Device.train`.
         """
-        asked = decode(request, TrainRequest)
-        self._check(decode_message(config, RoundConfig, MAX_CONFIG_BYTES), client, asked)
+        asked, own = decode(request, TrainRequest), self._credentials(client)
+        self._check(decode_message(config, RoundConfig, MAX_CONFIG_BYTES), client, asked, own.policy)
         self.close(client)
         held = self._device.hold(asked)
-        own = self._credentials(client)
         session = ClientSession(client, own.identity, own.roster, own.policy, own.log)
         reply = session.advertise(config, base_digest=asked.base.digest, adapter_digest=held)
         self._rounds[client] = _Round(session, asked)
@@ -116,7 +115,7 @@ class SecureRounds:
             raise ServerFaultError(f"no secure round is open for {client}")
         return self._rounds[client]
 
-    def _check(self, config: RoundConfig, client: str, request: TrainRequest) -> None:
+    def _check(self, config: RoundConfig, client: str, request: TrainRequest, policy: Policy) -> None:
         """Raises ServerFaultError unless the configuration matches the request, so that no other sum can be formed.
 
         The session checks that base and adapter match, against those that this device holds.
@@ -135,7 +134,6 @@ class SecureRounds:
         wrong = [what for what, (configured, asked) in pairs.items() if configured != asked]
         if len(config.cohort) > request.uplink.n_max:
             wrong.append("n_max")
-        policy = self._credentials(client).policy
         if request.uplink.noised > config.minimum - colluders(policy.max_corrupt, len(config.cohort)):
             wrong.append("noised")
         if wrong:

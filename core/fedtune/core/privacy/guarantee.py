@@ -20,6 +20,7 @@ federated learning with secure aggregation", 2021, theorem 1):
 
 from __future__ import annotations
 
+from functools import cache
 from math import exp, inf, log, log1p, pi, sqrt
 
 _LEAST_ORDER, _MOST_ORDER = 1e-6, 1e6  # of α - 1
@@ -48,6 +49,7 @@ def epsilon_of(rho: float, delta: float) -> float:
     return max(0.0, epsilon((low + high) / 2))
 
 
+@cache
 def largest_rho(epsilon: float, delta: float) -> float:
     """Returns the largest ρ whose (ε, δ) is within these; both above 0."""
     low, high = 0.0, epsilon + 1.0  # ρ < ε + 1 for every δ below 1/e, and bisection finds any below

@@ -6,7 +6,7 @@ fleet.jsonl     the fleet's log
 release.json    the last release of a model, after whose number the next one's comes
 
 A backup of this folder is a backup of the fleet. Where it lies on the server's machine, for a try-out, the server's
-process does not read it; but whoever breaks into that machine can, and every status says so.
+process does not read it; but whoever breaks into that machine can.
 """
 
 from __future__ import annotations
