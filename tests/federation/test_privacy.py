@@ -42,6 +42,16 @@ def test_a_run_states_what_its_clients_have_spent_and_repeats(simulate: Simulate
     assert simulate(*job, name="again")["adapter_digest"] == summary["adapter_digest"]
 
 
+def test_devices_of_different_rank_noise_the_slices_that_they_own(simulate: Simulate, tmp_path: Path) -> None:
+    tiers = ("adapter.rank=8", "adapter.tiers=[4, 8]", "simulation.ranks=[4, 8]")
+    job = (*PRIVATE, *tiers, "federation.clients_per_round=6", "privacy.participations=2", "federation.rounds=2")
+    summary = simulate(*job)
+    assert summary["privacy"]["epsilon"] == pytest.approx(50.0)
+    ranks = [client["rank"] for line in read_rounds(tmp_path / "run") for client in line["clients"]]
+    assert Counter(ranks) == {4: 6, 8: 6}
+    assert simulate(*job, name="again")["adapter_digest"] == summary["adapter_digest"]
+
+
 def test_clients_that_took_part_less_often_come_first(simulate: Simulate, tmp_path: Path) -> None:
     simulate(*PRIVATE, "federation.rounds=4", "privacy.participations=2")
     lines = read_rounds(tmp_path / "run")
@@ -92,8 +102,21 @@ def test_the_budget_is_shared_by_the_rounds_of_a_client() -> None:
 @pytest.mark.parametrize(("clients", "noised"), [(10, 6), (100, 60), (5, 3)])
 def test_only_clients_that_must_survive_and_do_not_collude_count_for_noise(clients: int, noised: int) -> None:
     job = load_job(None, ["privacy.mode=distributed"])
-    assert certainly_noised(job, clients) == noised
-    assert certainly_noised(load_job(None, ["privacy.mode=central"]), clients) == 0
+    assert certainly_noised(job, (clients,)) == (noised,)
+    assert certainly_noised(load_job(None, ["privacy.mode=central"]), (clients,)) == ()
+
+
+@pytest.mark.parametrize(
+    ("by_tier", "noised"),
+    [
+        ((10, 10), (12, 2)),  # 14 of 20 survive, 4 of each tier; two may collude, and all who vanish be of one tier
+        ((4, 16), (12, 8)),
+        ((6, 6, 8), (12, 6, 2)),
+    ],
+)
+def test_a_slice_counts_on_the_noise_of_its_own_owners_alone(by_tier: tuple[int, ...], noised: tuple[int, ...]) -> None:
+    job = load_job(None, ["privacy.mode=distributed"])
+    assert certainly_noised(job, by_tier) == noised
 
 
 @pytest.mark.parametrize(
@@ -101,7 +124,6 @@ def test_only_clients_that_must_survive_and_do_not_collude_count_for_noise(clien
     [
         ("secure_aggregation.enabled=false", "would see each update with a small share of the noise"),
         ("training.local_epochs=1", "training.local_epochs is set: the clip follows from the number of steps"),
-        ("adapter.tiers=[16, 32, 40]", "its noise is for sums over all clients"),
         ("federation.evaluate_clients_every=1", "scores are a client's data without noise"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_round_that_does_not_follow_from_the_terms_is_refused_before_any_examp
     [
         (uplink(rho=1e6), "privacy"),
         (uplink(rho=0.0), "privacy"),
-        (uplink(noised=3), "noise of devices"),
+        (uplink(noised=(3,)), "noise of devices"),
         (uplink(clips=(1e-9, 1e-9)), "clip 1e-09 of a"),
         (uplink(clips=(0.3, 0.3)), "clip 0.3 of a"),
     ],

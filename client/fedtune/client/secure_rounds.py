@@ -13,11 +13,13 @@ the configuration must match the adapter, the base, the work and the codec terms
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedtune.client.device import Contribution, Device, own_tier
 from fedtune.core.codec.masked import masked_segments, masked_words
+from fedtune.core.privacy.budget import honest_survivors
 from fedtune.core.protocol.messages import TrainRequest, decode, terms_digest
 from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLog, ServerFaultError
 from fedtune.core.secagg.exchanged import MAX_CONFIG_BYTES, RoundConfig
@@ -134,9 +136,17 @@ class SecureRounds:
         wrong = [what for what, (configured, asked) in pairs.items() if configured != asked]
         if len(config.cohort) > request.uplink.n_max:
             wrong.append("n_max")
-        if request.uplink.noised > config.minimum - colluders(policy.max_corrupt, len(config.cohort)):
+        if any(counted > sure for counted, sure in zip(request.uplink.noised, _honest(config, policy), strict=False)):
             wrong.append("noised")
         if wrong:
             raise ServerFaultError(
                 f"the round's configuration does not match the request to {client}: {', '.join(wrong)}"
             )
+
+
+def _honest(config: RoundConfig, policy: Policy) -> tuple[int, ...]:
+    """Returns the fewest honest clients in each slice's sum, as this client sees collusion."""
+    counts, tiers = Counter(member.tier for member in config.cohort), len(config.tier_minimums)
+    by_tier = [counts[tier] for tier in range(tiers)]
+    least = config.tier_minimums if tiers > 1 else (0,)
+    return honest_survivors(by_tier, config.minimum, least, colluders(policy.max_corrupt, len(config.cohort)))

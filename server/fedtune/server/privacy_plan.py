@@ -84,7 +84,7 @@ def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPl
 
 def _row(job: Job, numbers: Sequence[int], clients: int, epsilon: float) -> NoiseRow | None:
     """Returns the noise for one ε; None where it does not fit."""
-    settings, noised = job.privacy, certainly_noised(job, clients)
+    settings, noised = job.privacy, sum(certainly_noised(job, (clients,)))
     rho = largest_rho(epsilon, settings.delta) / settings.participations / len(numbers)
     shares, bits = [], 0
     try:

@@ -10,6 +10,7 @@ serialised once for each such pair.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from fedtune.core.adapter.layout import Factors, Vector, factor_letters
 from fedtune.core.adapter.tiers import RankSlice
 from fedtune.core.codec.downlink import FIRST
 from fedtune.core.codec.uplink import Compression, FactorTerms, factor_terms, round_slices
+from fedtune.core.job.settings import Job
 from fedtune.core.manifest.round_terms import clip_within, scheduled_learning_rate, work_of_round
 from fedtune.core.privacy.budget import certainly_noised, rho_of_round
 from fedtune.core.protocol.messages import (
@@ -74,7 +76,7 @@ def plan_round(federation: Federation, state: FederationState, population: Seque
     trained = {name: tier for name, tier in assignment.trained.items() if tier}
     mixed = assignment.tiers != (layout.rank,)
     grouping = cut_cohort(job, number, tuple(trained), state.suspicion, tiers=len(assignment.tiers))
-    uplink = _uplink(federation, state, factors, grouping, assignment.tiers if mixed else ())
+    uplink = _uplink(federation, state, factors, grouping, trained if mixed else NO_TIERS)
     return RoundPlan(
         number=number,
         factors=factors,
@@ -159,10 +161,9 @@ def _seconds(plan: RoundPlan) -> float:
 
 
 def _uplink(
-    federation: Federation, state: FederationState, factors: Factors, grouping: Grouping, tiers: tuple[int, ...]
+    federation: Federation, state: FederationState, factors: Factors, grouping: Grouping, trained: Mapping[str, int]
 ) -> Uplink:
-    job, groups = federation.job, grouping.groups
-    compression = Compression.of(job)
+    job, compression = federation.job, Compression.of(federation.job)
     return Uplink(
         form=federation.form.name,
         bits=compression.bits,
@@ -174,7 +175,16 @@ def _uplink(
             for letter in factor_letters(factors)
         ),
         rotation=compression.rotation,
-        tiers=tiers,
+        tiers=tuple(sorted(set(trained.values()))),
         rho=rho_of_round(job.privacy),
-        noised=min((certainly_noised(job, len(group)) for group in groups if group), default=0),
+        noised=_certainly_noised(job, grouping, trained),
     )
+
+
+def _certainly_noised(job: Job, grouping: Grouping, trained: Mapping[str, int]) -> tuple[int, ...]:
+    """Returns the clients whose noise is certain in each slice of every group's sum."""
+    fewest = []
+    for group in filter(None, grouping.groups):
+        counts = Counter(trained.get(name, 0) for name in group)
+        fewest.append(certainly_noised(job, [counts[tier] for tier in sorted(counts)]))
+    return tuple(map(min, zip(*fewest, strict=True)))

@@ -22,7 +22,7 @@ from typing import ClassVar
 from fedtune.core.codec.masked import masked_segments, opened_sums
 from fedtune.core.codec.uplink import FactorTerms
 from fedtune.core.errors import PeerError, RoundAbortedError, RunError
-from fedtune.core.job.secure_cohorts import FEWEST_MEANS
+from fedtune.core.job.secure_cohorts import FEWEST_MEANS, tier_minimum
 from fedtune.core.job.settings import SecureAggregationSettings
 from fedtune.core.ledger import Purpose
 from fedtune.core.protocol.messages import OPEN, SHARE, TRAIN, UNMASK, VOTE, query, terms_digest
@@ -42,7 +42,6 @@ from fedtune.core.secagg.client_checks import refuses_shares
 from fedtune.core.secagg.graph import MIN_SURVIVORS
 from fedtune.strategies.aggregation import Aggregation, Aggregator, Frame, GroupSum
 from fedtune.strategies.cohorts.suspicion import NOBODY, GroupOutcome
-from fedtune.strategies.cohorts.tier_assignment import tier_minimum
 from fedtune.strategies.collection import ClientFacts, Collected, Exchange, Inputs
 from fedtune.strategies.requests import RoundPlan
 

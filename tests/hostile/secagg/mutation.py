@@ -138,15 +138,15 @@ MUTANTS = (
     Mutant(
         "privacy: who adds noise",
         "round_terms.py",
-        "(uplink.noised > 0, job.privacy.mode",
+        "(bool(uplink.noised), job.privacy.mode",
         '(job.privacy.mode == "distributed", job.privacy.mode',
         MANIFEST,
     ),
     Mutant(
         "privacy: certain noise",
         "secure_rounds.py",
-        "if request.uplink.noised > config.minimum",
-        "if False and config.minimum",
+        "if any(counted > sure",
+        "if any(False and counted > sure",
         CLIENT,
     ),
     Mutant(

@@ -127,19 +127,41 @@ def test_a_configuration_that_is_not_about_the_request_beside_it_is_refused(
     assert fixture.rounds.open(VICTIM, *honest), "a lie does not keep the client from serving the true round"
 
 
-@pytest.mark.parametrize(("noised", "refused"), [(0, False), (1, True)])
-def test_a_client_adds_no_less_noise_than_its_own_view_of_who_may_be_missing_asks(noised: int, refused: bool) -> None:
+PRIVATE = ("privacy.mode=distributed", "privacy.epsilon=100", "privacy.participations=9")
+TWELVE = [f"client-{index}" for index in range(12)]
+HALVES = {name: 2 if index % 2 else 4 for index, name in enumerate(TWELVE)}
+
+
+@pytest.mark.parametrize(
+    ("fixture", "counted"),
+    [
+        (Fixture(NAMES, PRIVATE), None),
+        (Fixture(TWELVE, ["adapter.tiers=[2, 4]", *PRIVATE], HALVES), (8, 2)),  # 9 and 3 survive, and one may collude
+    ],
+)
+def test_a_client_adds_no_less_noise_than_its_own_view_of_who_may_be_missing_asks(
+    fixture: Fixture, counted: tuple[int, ...] | None
+) -> None:
     """The more clients are counted on for noise, the less each of them adds."""
-    fixture = Fixture(NAMES, ["privacy.mode=distributed", "privacy.epsilon=100", "privacy.participations=9"])
     config, request = first_message(fixture)
     told, asked = decode_message(config, RoundConfig, len(config)), decode(request, TrainRequest)
-    assert asked.uplink.noised == told.minimum - 1, "one of the survivors may collude"
-    more = msgspec.structs.replace(asked.uplink, noised=asked.uplink.noised + noised)
-    if not refused:
-        assert fixture.rounds.open(VICTIM, config, request)
-        return
-    with pytest.raises(PeerError, match="noised"):
-        fixture.rounds.open(VICTIM, config, encode(msgspec.structs.replace(asked, uplink=more)))
+    assert asked.uplink.noised == (counted or (told.minimum - 1,))
+    for place in range(len(asked.uplink.noised)):
+        noised = list(asked.uplink.noised)
+        noised[place] += 1
+        more = msgspec.structs.replace(asked.uplink, noised=tuple(noised))
+        with pytest.raises(PeerError, match="noised"):
+            fixture.rounds.open(VICTIM, config, encode(msgspec.structs.replace(asked, uplink=more)))
+    assert fixture.rounds.open(VICTIM, config, request)
+
+
+def test_noise_is_counted_for_every_slice_of_a_round() -> None:
+    fixture = Fixture(NAMES, PRIVATE)
+    two = changed_request(
+        lambda asked: msgspec.structs.replace(asked, uplink=msgspec.structs.replace(asked.uplink, noised=(5, 5)))
+    )
+    with pytest.raises(PeerError, match="2 numbers of noised clients for 1 slices"):
+        fixture.rounds.open(VICTIM, *two(*first_message(fixture)))
 
 
 def test_a_client_that_is_asked_for_another_tier_than_its_client_indices_refuses() -> None:

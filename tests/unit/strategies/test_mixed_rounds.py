@@ -18,11 +18,12 @@ from fedtune.core.codec.update_forms import RING
 from fedtune.core.codec.uplink import factor_terms
 from fedtune.core.errors import JobError, PeerError
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.secure_cohorts import tier_least
 from fedtune.core.protocol.messages import Base, TrainReply, TrainRequest, decode, encode
 from fedtune.core.seeds import generator
 from fedtune.strategies.assembly import Clients, assemble
 from fedtune.strategies.broadcast import Broadcast
-from fedtune.strategies.cohorts.tier_assignment import assign_tiers, tier_least
+from fedtune.strategies.cohorts.tier_assignment import assign_tiers
 from fedtune.strategies.federation import initial_state
 from fedtune.strategies.round import SAT_OUT, TrainingRound
 

@@ -175,7 +175,7 @@ class RingForm:
 
 def ring_codec(terms: FactorTerms) -> MaskableCodec | NoisedCodec:
     """Returns the codec of words that are added before they are decoded, which noises them under privacy."""
-    return NoisedCodec(terms.rho, terms.uplink.noised) if terms.rho else MaskableCodec(terms.bits)
+    return NoisedCodec(terms.rho, terms.noised) if terms.rho else MaskableCodec(terms.bits)
 
 
 EXACT, DENSE, SPARSE, RING = ExactForm(), DenseForm(), SparseForm(), RingForm()

@@ -129,6 +129,12 @@ class FactorTerms:
         return self.uplink.rho / (len(self.uplink.clips) * max(1, len(self.uplink.tiers)))
 
     @property
+    def noised(self) -> int:
+        """The number of clients whose noise is in the sum for certain; 0 where the server adds the noise."""
+        counts = self.uplink.noised
+        return counts[self.uplink.tiers.index(self.tier) if self.part else 0] if counts else 0
+
+    @property
     def tier(self) -> int:
         """The smallest tier that sends this slice; 0 where all clients send the whole factor."""
         return self.part.tier if self.part else 0
@@ -171,8 +177,8 @@ def factor_terms(
         tier: leaves out the slices that clients of this tier do not send; 0 for all.
 
     Raises:
-        PeerError: the adapter has no such factor; or the uplink does not have one clip for each factor, has no such
-            tier, or asks devices to carry a residual into a sum.
+        PeerError: the adapter has no such factor; or the uplink does not have one clip for each factor, one number of
+            noised clients for each slice or such a tier; or it asks devices to carry a residual into a sum.
     """
     if not set(factors) <= set(layout.factors):
         raise PeerError(f"a request to train the factors {factors}; the adapter has {layout.factors}")
@@ -181,6 +187,8 @@ def factor_terms(
     if len(factors) != len(uplink.clips):
         raise PeerError(f"{len(uplink.clips)} clips for the factors {factors}")
     slices = round_slices(uplink, layout, seed, round_number)
+    if len(uplink.noised) not in (0, max(1, len(slices))):
+        raise PeerError(f"{len(uplink.noised)} numbers of noised clients for {max(1, len(slices))} slices")
     if tier and tier not in uplink.tiers:
         raise PeerError(f"a request to train {tier} rank indices; this round has the tiers {list(uplink.tiers)}")
     terms = []

@@ -1,4 +1,4 @@
-"""The sizes of cohorts that can be summed securely as a job asks, whole or cut into groups.
+"""The sizes of cohorts that can be summed securely as a job asks, whole, cut into groups, or tier by tier.
 
 problems = grouped_cohort_problems(job, 30)     # before a job is taken
 count = most_groups(job, 17, 5)                 # in a round in which only 17 clients are there
@@ -7,8 +7,8 @@ count = most_groups(job, 17, 5)                 # in a round in which only 17 cl
 from __future__ import annotations
 
 from fedtune.core.errors import JobError
-from fedtune.core.job.settings import Job
-from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds
+from fedtune.core.job.settings import Job, SecureAggregationSettings
+from fedtune.core.secagg.graph import MIN_SURVIVORS, choose_thresholds, colluders, part
 
 FEWEST_MEANS = 3  # fewest groups of which a robust rule can leave one out
 FEWEST_TESTED = 6  # fewest groups among which one direction can be told from the usual ones
@@ -54,3 +54,17 @@ def most_groups(job: Job, cohort: int, wanted: int) -> int:
 def group_sizes(cohort: int, groups: int) -> list[int]:
     """Returns the sizes of nearly equal groups, larger ones first."""
     return [cohort // groups + (place < cohort % groups) for place in range(groups)]
+
+
+def tier_minimum(settings: SecureAggregationSettings, cohort: int) -> int:
+    """Returns the fewest clients that a tier's sum may include: two honest ones beside all that may collude."""
+    return max(MIN_SURVIVORS, colluders(settings.max_corrupt, cohort) + 2)
+
+
+def tier_least(settings: SecureAggregationSettings, cohort: int) -> int:
+    """Returns the fewest clients of which `tier_minimum` remain after the largest permitted dropout."""
+    minimum, dropout = tier_minimum(settings, cohort), settings.max_dropout
+    least = minimum
+    while least - part(dropout, least) < minimum:
+        least += 1
+    return least

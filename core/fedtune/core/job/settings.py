@@ -307,17 +307,18 @@ class Job:
             return f'federation.robust is "{federation.robust}", which {RULE.equal_ranks}'
         if (groups := self.secure_aggregation.groups) > 1:
             return f"secure_aggregation.groups is {groups}, and no group would have enough clients of every tier"
-        if (mode := self.privacy.mode) != "off":
-            return f'privacy.mode is "{mode}", and its noise is for sums over all clients'
         return None
 
     @property
     def tiers(self) -> tuple[int, ...]:
-        """The tiers, by default 4, 8, 16, … and the rank, or the rank alone where all clients must train the same."""
+        """The tiers, by default 4, 8, 16, … and the rank, or the rank alone where all clients must train the same.
+
+        Under differential privacy it is the rank alone by default: every tier more has noise of its own.
+        """
         rank = self.adapter.rank
         if self.adapter.tiers is not None:
             return self.adapter.tiers
-        if self.needs_equal_ranks:
+        if self.needs_equal_ranks or self.privacy.mode != "off":
             return (rank,)
         return rank_tiers(rank)
 

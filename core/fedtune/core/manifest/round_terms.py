@@ -110,7 +110,7 @@ def check_training(terms: JobTerms, layout: AdapterLayout, request: TrainRequest
         "error feedback": (uplink.error_feedback, compression.error_feedback),
         "rotation": (uplink.rotation, compression.rotation),
         "privacy": (_six_digits(uplink.rho), _six_digits(rho_of_round(job.privacy))),
-        "noise of devices": (uplink.noised > 0, job.privacy.mode == "distributed"),
+        "noise of devices": (bool(uplink.noised), job.privacy.mode == "distributed"),
     }
     wrong = [f"{what} {got}, expected {due}" for what, (got, due) in pairs.items() if got != due]
     letters = factor_letters(work.factors)

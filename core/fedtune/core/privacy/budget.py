@@ -10,10 +10,12 @@ for a server that chooses cohorts can choose any.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import ceil
 
 from fedtune.core.errors import JobError
+from fedtune.core.job.secure_cohorts import tier_minimum
 from fedtune.core.job.settings import Job, PrivacySettings
 from fedtune.core.privacy.guarantee import epsilon_of, largest_rho
 from fedtune.core.secagg.graph import choose_thresholds, colluders
@@ -53,19 +55,41 @@ def rounds_needed(job: Job, clients: int, population: int) -> int:
     return ceil(job.federation.rounds * clients / max(population, 1))
 
 
-def certainly_noised(job: Job, clients: int) -> int:
-    """Returns how many of a sum's clients add noise for certain: those who must survive, without those who collude.
+def certainly_noised(job: Job, by_tier: Sequence[int]) -> tuple[int, ...]:
+    """Returns how many clients of each slice's sum add noise for certain, the smallest tier's slice first.
 
-    It is 0 where the server adds the noise.
+    There are none where the server adds the noise.
+
+    Args:
+        by_tier: clients of each tier of the round, ascending; one number where all train the whole adapter.
 
     Raises:
         JobError: so few clients cannot have a sum.
     """
     if job.privacy.mode != "distributed":
-        return 0
-    secure = job.secure_aggregation
+        return ()
+    secure, clients = job.secure_aggregation, sum(by_tier)
     minimum = choose_thresholds(clients, secure.max_corrupt, secure.max_dropout).minimum
-    honest = minimum - colluders(secure.max_corrupt, clients)
-    if honest < 1:
+    least = (tier_minimum(secure, clients) if len(by_tier) > 1 else 0,) * len(by_tier)
+    found = honest_survivors(by_tier, minimum, least, colluders(secure.max_corrupt, clients))
+    if min(found) < 1:
         raise JobError([f"privacy: of {clients} clients in a sum none is sure to add noise; ask more clients a round"])
-    return honest
+    return found
+
+
+def honest_survivors(
+    by_tier: Sequence[int], minimum: int, tier_minimums: Sequence[int], colluding: int
+) -> tuple[int, ...]:
+    """Returns the fewest honest clients in each slice's sum; its owners are a tier and all above it.
+
+    All who vanish may be owners of the slice, yet every tier keeps its own minimum; all who collude may be owners, too.
+
+    Args:
+        by_tier: clients of each tier, ascending.
+        minimum: fewest survivors of all clients.
+        tier_minimums: fewest survivors of each tier.
+    """
+    missing = sum(by_tier) - minimum
+    return tuple(
+        max(sum(by_tier[place:]) - missing, sum(tier_minimums[place:])) - colluding for place in range(len(by_tier))
+    )

@@ -122,7 +122,8 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
         form: name of one of `fedtune.core.codec.update_forms`; a device refuses a form that it does not know.
         tiers: numbers of rank indices that clients of this round train, ascending; empty where all clients train all.
         rho: ρ that a client spends in the round under differential privacy (fedtune.core.privacy); 0 without.
-        noised: clients whose noise is in a sum for certain; 0 where the server adds the noise.
+        noised: clients whose noise is in a sum for certain, by slice, the smallest tier's first; none where the server
+            adds the noise.
     """
 
     form: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")]
@@ -134,7 +135,7 @@ class Uplink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     rotation: bool
     tiers: Annotated[tuple[_Tier, ...], Meta(max_length=MAX_TIERS)] = ()
     rho: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    noised: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    noised: Annotated[tuple[Annotated[int, Meta(ge=1, le=65_535)], ...], Meta(max_length=MAX_TIERS)] = ()
 
 
 class Downlink(Payload, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

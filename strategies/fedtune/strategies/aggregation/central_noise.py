@@ -53,7 +53,7 @@ class NoisedSums:
         noise = {}
         for each in self._frame.terms:
             stream = KeyStream(self._seed("the server", each).to_bytes(KEY_BYTES, "big"))
-            codec = NoisedCodec(each.rho, each.uplink.noised)
+            codec = NoisedCodec(each.rho, each.noised)
             noise[each] = RingTotal(codec.own_noise(stream, each.context()), 0)
         self._inner.add(noise)
         return self._inner.finish()

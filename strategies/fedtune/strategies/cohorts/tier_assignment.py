@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.core.adapter.tiers import merged_tiers, tier_for
-from fedtune.core.job.settings import Job, SecureAggregationSettings
-from fedtune.core.secagg.graph import MIN_SURVIVORS, colluders, part
+from fedtune.core.job.secure_cohorts import tier_least
+from fedtune.core.job.settings import Job
 
 Ranks = Callable[[str], int]
 """Client name -> number of rank indices it can train; numbers above the adapter's rank count as its rank."""
@@ -64,17 +64,3 @@ def all_alike(cohort: Sequence[str], rank: int) -> TierAssignment:
     """Assigns the whole adapter to every client."""
     everything = dict.fromkeys(cohort, rank)
     return TierAssignment(everything, everything)
-
-
-def tier_minimum(settings: SecureAggregationSettings, cohort: int) -> int:
-    """Returns the fewest clients that a tier's sum may include: two honest ones beside all that may collude."""
-    return max(MIN_SURVIVORS, colluders(settings.max_corrupt, cohort) + 2)
-
-
-def tier_least(settings: SecureAggregationSettings, cohort: int) -> int:
-    """Returns the fewest clients of which `tier_minimum` remain after the largest permitted dropout."""
-    minimum, dropout = tier_minimum(settings, cohort), settings.max_dropout
-    least = minimum
-    while least - part(dropout, least) < minimum:
-        least += 1
-    return least
