@@ -9,6 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedtune.core.codec.ring import Ring
+from fedtune.core.codec.rotation import rotated_size
 from fedtune.core.errors import JobError
 from fedtune.core.privacy.guarantee import epsilon_of, largest_rho, rho_of_sum
 from fedtune.core.privacy.mechanism import LEAST_DEVIATION, fit_noise
@@ -80,9 +82,18 @@ def test_fitted_noise_spends_its_rho_and_hardly_less(count: int, noised: int, rh
         assume(False)
     spent = rho_of_sum(noise.longest, noise.variance.value, noised, count)
     assert 0.85 * rho < spent <= rho
-    assert (noise.longest / noise.norm) ** 2 < 1.3 or noise.norm**2 * 4 * 0.05 <= count + 4
+    assert (noise.longest / noise.norm) ** 2 < 1.5 or count < 100
     spread = sqrt((n_max * noise.norm) ** 2 / count + n_max * (noise.variance.value + 0.25))
-    assert 2 ** (noise.width - 1) > 5 * spread
+    assert 2 ** (noise.width - 1) > 4.5 * spread
+
+
+@pytest.mark.parametrize(("rank", "epsilon", "more"), [(24, 8.0, 2), (16, 4.0, 2), (24, 4.0, 2), (24, 1.0, 4)])
+def test_a_word_of_a_hundred_clients_grows_by_few_bits(rank: int, epsilon: float, more: int) -> None:
+    """The demo's core adapters, two participations, δ = 1000^-1.1; words without privacy have ten bits."""
+    words, rho = rotated_size(21 * rank**2), largest_rho(epsilon, 1000**-1.1) / 2
+    noise = fit_noise(words, noised=85, n_max=100, rho=rho)
+    assert noise.width <= Ring(3, 100).width + more
+    assert (noise.longest / noise.norm) ** 2 < 1.12
 
 
 def test_noise_that_cannot_be_drawn_is_refused_with_the_remedy() -> None:

@@ -7,8 +7,9 @@ its d numbers. A sum has the noise of at least h of its clients, so
 
     Δ² = longest_rounded(g, d)²,    σ² = Δ²/(2·ρ·h),    rho_of_sum(Δ, σ², h, d) <= ρ
 
-Rounding costs (Δ/g)² - 1 of variance. The grid is as coarse as ROUNDING_SHARE of that allows, g² about d/(4·share),
-and as fine as keeps σ above LEAST_DEVIATION, where the sum of discrete Gaussians is nearly one.
+Rounding costs (Δ/g)² - 1 of variance, about d/(4·g²). ℓ is what a grid needs whose rounding costs MOST_ROUNDING and
+whose σ is at least LEAST_DEVIATION, where the sum of discrete Gaussians is nearly one; g is then as large as ℓ bits
+allow.
 
 Words are taken modulo 2^ℓ, so a sum that leaves the range wraps around. That costs accuracy and no privacy, since it
 happens to what is private already. A coordinate of the sum of n rotated vectors is sub-Gaussian with variance
@@ -21,18 +22,18 @@ a sum wraps in any coordinate with a probability below WRAPS (by Hoeffding's bou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, log, sqrt
+from math import ceil, log, log2, sqrt
 
 from fedtune.core.errors import JobError
 from fedtune.core.privacy.bounded_rounding import longest_rounded
 from fedtune.core.privacy.discrete_gaussian import MAX_DEVIATION, PARTS, Variance
 from fedtune.core.privacy.guarantee import rho_of_sum
 
-ROUNDING_SHARE = 0.05
+MOST_ROUNDING = 0.1
 LEAST_DEVIATION = 2.0
-WRAPS = 2.0**-20
+WRAPS = 2.0**-14
 _MOST_BITS = 32
 
 
@@ -66,23 +67,37 @@ def fit_noise(count: int, *, noised: int, n_max: int, rho: float) -> Noise:
     Raises:
         JobError: the noise is larger than can be drawn, or than a word can hold; the message says what to change.
     """
-    norm = sqrt(max(count / (4 * ROUNDING_SHARE), 2 * rho * noised * LEAST_DEVIATION**2, 1.0))
+    norm = sqrt(max(count / (4 * MOST_ROUNDING), 2 * rho * noised * LEAST_DEVIATION**2, 1.0))
+    coarse = _on_grid(norm, count, noised, n_max, rho)
+    if coarse.width > _MOST_BITS:
+        raise JobError(
+            [f"privacy: words of {coarse.width} bits for {count} values of {n_max} clients; at most {_MOST_BITS}"]
+        )
+    # Spread and deviation grow no faster than the norm, since what rounding adds to it stays; variances are multiples.
+    finer = min(2.0**coarse.width / _needed(coarse, count, n_max), MAX_DEVIATION / sqrt(coarse.variance.value))
+    return _on_grid(max(1.0, 0.99 * finer) * norm, count, noised, n_max, rho)
+
+
+def _on_grid(norm: float, count: int, noised: int, n_max: int, rho: float) -> Noise:
+    """Returns the least noise for contributions of norm g = `norm`, and the ring for it; raises as `fit_noise` does."""
     longest = longest_rounded(norm, count)
     parts = ceil(PARTS * longest**2 / (2 * rho * noised))
     while parts <= PARTS * MAX_DEVIATION**2 and rho_of_sum(longest, parts / PARTS, noised, count) > rho:
         parts += 1 + parts // 1000
     if parts > PARTS * MAX_DEVIATION**2:
-        raise JobError([_too_much(parts, rho)])
-    deviations = sqrt(2 * log(2 * count / WRAPS))
-    spread = sqrt((n_max * norm) ** 2 / count + n_max * (parts / PARTS + 0.25))
-    width = ceil(2 * deviations * spread + 1).bit_length()
-    if width > _MOST_BITS:
-        raise JobError([f"privacy: words of {width} bits for {count} values of {n_max} clients; at most {_MOST_BITS}"])
-    return Noise(norm, longest, Variance(parts), width)
+        raise JobError([_too_much(sqrt(parts / PARTS), rho)])
+    noise = Noise(norm, longest, Variance(parts), 0)
+    return replace(noise, width=ceil(log2(_needed(noise, count, n_max))))
 
 
-def _too_much(parts: int, rho: float) -> str:
+def _needed(noise: Noise, count: int, n_max: int) -> float:
+    """Returns the fewest words of a ring in which a sum hardly ever wraps around, not a whole number."""
+    spread = sqrt((n_max * noise.norm) ** 2 / count + n_max * (noise.variance.value + 0.25))
+    return 2 * sqrt(2 * log(2 * count / WRAPS)) * spread + 1
+
+
+def _too_much(deviation: float, rho: float) -> str:
     return (
-        f"privacy: a deviation of {sqrt(parts / PARTS):.0f} grid steps for ρ = {rho:.2g} a round is more than "
+        f"privacy: a deviation of {deviation:.0f} grid steps for ρ = {rho:.2g} a round is more than "
         f"{MAX_DEVIATION}; allow a larger privacy.epsilon, fewer participations or more clients in a round"
     )
