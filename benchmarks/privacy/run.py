@@ -1,0 +1,195 @@
+"""What does (ε, δ)-differential privacy of every client cost in quality, with a thousand clients of which 100 train?
+
+A run is one federation by demo.toml, or by wordnet.toml on the small base of benchmarks/real, with one ε and one seed.
+The noise comes from the devices; beside it stand noise that a trusted server adds ("central") and the wrapper of Flower
+("flower"), each with as much noise in a mean as the devices' sum to, so at a smaller ε of its own, which the table
+names. Other kinds of adapters train by the same job.
+
+    python benchmarks/privacy/run.py                        # the demo; about three hours on two cores
+    python benchmarks/privacy/run.py --base BASE --task TASK            # WordNet too, as benchmarks/real prepares it
+    python benchmarks/privacy/run.py --only distributed --seeds 1       # a part
+    python benchmarks/privacy/run.py --dry                  # what is missing; writes table and plot again
+
+A finished run is one line of results.jsonl, which is kept: a second call continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_wrapper import FlowersPrivacy
+from report import publish
+
+from fedtune.core.job.job_file import load_job
+from fedtune.core.job.settings import Job
+from fedtune.core.manifest.round_terms import clip_within
+from fedtune.core.privacy.budget import certainly_noised, rho_of_round
+from fedtune.core.privacy.guarantee import epsilon_of
+from fedtune.server.preflight import check_simulation
+from fedtune.server.run_directory import RunDirectory, read_rounds
+from fedtune.server.run_display import Silent
+from fedtune.server.simulation.simulated_run import open_context, run_job
+from fedtune.strategies.assembly import Parts
+from fedtune.strategies.cohorts.selection import Rationed, UniformSelection
+
+HERE = Path(__file__).parent
+RUNS = HERE / "results.jsonl"
+CLEAR = ("secure_aggregation.enabled=false", "compression.form=ring")
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "core": (),
+    "lora": ("adapter.kind=lora", "adapter.rank=16"),
+    "ffa": ("adapter.kind=lora", "adapter.rank=16", "federation.aggregation=ffa"),
+}
+LISTED = (8.0, 4.0, 2.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A planned run.
+
+    Args:
+        noise: who adds it: "none", "distributed", "central", "flower".
+        epsilon: that of the job, from which the noise of the devices follows; 0 without.
+    """
+
+    task: str
+    kind: str
+    noise: str
+    epsilon: float
+    seed: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="the small base (benchmarks/real/small_base.py)")
+    parser.add_argument("--task", type=Path, help="the folder with train.jsonl and eval.jsonl (examples/real-model)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows with this in their name, as --dry prints it")
+    parser.add_argument("--dry", action="store_true", help="run nothing; write the table and the plot")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.is_file() else []
+    overrides = {"demo": ()} if not options.base else {"demo": (), "wordnet": _paths(options.base, options.task)}
+    planned = [row for row in rows(options.seeds) if row.task in overrides and options.only in str(row)]
+    missing = [row for row in planned if not any(line["basis"] == _basis(row) for line in lines)]
+    for done, row in enumerate(missing):
+        print(f"{done + 1} of {len(missing)}: {row}", flush=True)
+        if options.dry:
+            continue
+        lines.append({"basis": _basis(row), "outcome": measure(row, overrides[row.task])})
+        with RUNS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+    publish([line for line in lines if line["basis"]["job"] == _job_keys(line["basis"]["row"]["task"])])
+
+
+def rows(seeds: int) -> list[Row]:
+    """Returns all rows, those that decide first."""
+    found = []
+    for seed in range(seeds):
+        for task in ("demo", "wordnet"):
+            found += [Row(task, "core", "none", 0.0, seed)]
+            found += [Row(task, "core", noise, 8.0, seed) for noise in ("distributed", "central", "flower")]
+            found += [Row(task, "core", "distributed", epsilon, seed) for epsilon in LISTED[1:]]
+    found += [Row("demo", kind, noise, 8.0, 0) for kind in ("lora", "ffa") for noise in ("none", "distributed")]
+    return [dataclasses.replace(row, epsilon=0.0) if row.noise == "none" else row for row in found]
+
+
+def measure(row: Row, paths: tuple[str, ...]) -> dict[str, Any]:
+    """Runs one federation from its beginning and returns its figures."""
+    private = load_job(HERE / f"{row.task}.toml", [*paths, *KINDS[row.kind], f"training.seed={row.seed}"])
+    if row.epsilon:
+        private = dataclasses.replace(private, privacy=dataclasses.replace(private.privacy, epsilon=row.epsilon))
+    job = _job(row, private, paths)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        context = open_context(check_simulation(job), path, Silent())
+        directory = RunDirectory.create(path, job, context.base.digest)
+        try:
+            summary = run_job(context, directory, Silent(), _parts(row, private, context.model.layout))
+        finally:
+            directory.close()
+        lines = read_rounds(path)
+    clients = [client for line in lines for client in line["clients"]]
+    outcome = {
+        "exact_match": summary["eval_after"]["exact_match"],
+        "loss": summary["eval_after"]["loss"],
+        "before": summary["eval_before"]["exact_match"],
+        "numbers": summary["adapter_parameters"],
+        "epsilon": _trusting_epsilon(row, private),
+        "delta": private.privacy.delta,
+        "clients": len(clients),
+        "bytes_up": sum(client["bytes_up"] for client in clients) / len(clients),
+        "seconds": time.perf_counter() - start,
+    }
+    print(f"  {outcome}", flush=True)
+    return outcome
+
+
+def _job(row: Row, private: Job, paths: tuple[str, ...]) -> Job:
+    """Returns the job of a row; `private` is the same with noise of the devices."""
+    if row.noise == "distributed":
+        return private
+    keys = [*paths, *KINDS[row.kind], f"training.seed={row.seed}", *CLEAR]
+    if row.noise == "central":
+        keys += ["privacy.mode=central", f"privacy.epsilon={_trusting_epsilon(row, private)!r}"]
+    else:
+        keys += ["privacy.mode=off"]
+    if row.noise == "flower":
+        keys = [key for key in keys if "compression" not in key] + ["compression.preset=none"]
+    return load_job(HERE / f"{row.task}.toml", keys)
+
+
+def _parts(row: Row, private: Job, layout: Any) -> Parts:
+    """Returns the parts that replace the job's: cohorts are the same in all rows."""
+    federation = private.federation
+    uniform = UniformSelection(federation.clients_per_round, private.training.seed)
+    parts = Parts(selection=Rationed(uniform, private.privacy.participations))
+    if row.noise != "flower":
+        return parts
+    clip: Callable[[int], float] = lambda number: clip_within(_rated(private, layout), layout, number, "r", 0.0)  # noqa: E731
+    return dataclasses.replace(parts, aggregator=FlowersPrivacy(_summed_rho(private), clip))
+
+
+def _rated(job: Job, layout: Any) -> Job:
+    from fedtune.core.job.learning_rates import with_learning_rate
+
+    return with_learning_rate(job, layout)
+
+
+def _summed_rho(private: Job) -> float:
+    """Returns ρ of a round against whoever sees the sum alone: all clients' noise counts, not only who must survive."""
+    clients = int(private.federation.clients_per_round)
+    return rho_of_round(private.privacy) * sum(certainly_noised(private, (clients,))) / clients
+
+
+def _trusting_epsilon(row: Row, private: Job) -> float:
+    """Returns the row's own ε: with a trusted server, of as much noise as the devices' sums to."""
+    if row.noise in ("none", "distributed"):
+        return row.epsilon
+    return epsilon_of(_summed_rho(private) * private.privacy.participations, private.privacy.delta)
+
+
+def _paths(base: Path, task: Path) -> tuple[str, ...]:
+    return f"model.base={base}", f"data.train={task / 'train.jsonl'}", f"data.evaluation={task / 'eval.jsonl'}"
+
+
+def _basis(row: Row) -> dict[str, Any]:
+    """Returns everything that a row's result depends on."""
+    return {"row": asdict(row), "job": _job_keys(row.task)}
+
+
+def _job_keys(task: str) -> dict[str, Any]:
+    return tomllib.loads((HERE / f"{task}.toml").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
