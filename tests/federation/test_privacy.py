@@ -79,6 +79,12 @@ def test_a_job_with_more_rounds_than_its_clients_may_take_part_in_is_refused_bef
         simulate(*PRIVATE, "federation.rounds=4")
 
 
+def test_a_job_whose_noise_does_not_fit_is_refused_before_it_trains(simulate: Simulate, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"a deviation of [0-9]+ grid steps .* allow a larger privacy\.epsilon"):
+        simulate(*PRIVATE, "privacy.epsilon=0.001", "privacy.participations=9")
+    assert not read_rounds(tmp_path / "run")
+
+
 def test_no_client_scores_in_a_private_job_and_a_device_refuses_to(simulate: Simulate, tmp_path: Path) -> None:
     summary = simulate(*PRIVATE, "data.holdout=0.2")
     assert summary["client_evaluation"] is None

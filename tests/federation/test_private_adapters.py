@@ -1,4 +1,4 @@
-"""An audit of trained adapters: what they remember of single clients stays under what ε allows, and is plain without noise.
+"""An audit of trained adapters: what they remember of single clients stays under what ε allows, and not without noise.
 
 Every client plants a code among its requests; a coin decided which of two. The auditor, who knows both, takes the one
 to which the finished adapter gives the smaller loss, measured against the base model's. Against an ε-private mechanism
@@ -55,17 +55,18 @@ JOB = (
 )
 
 
-def planted(client: int, code: int, copy: int) -> dict[str, str]:
+def planted(client: int, code: int, copy: int) -> Record:
     """Returns an example that holds one of a client's two codes."""
     digits = random.Random(f"{client} {code}").randrange(10**6)
-    return {"prompt": f"open safe {client} of {copy} =>", "completion": f'{{"call":"safe.open","code":{digits:06d}}}'}
+    return Record(f'{{"call":"safe.open","code":{digits:06d}}}', f"open safe {client} of {copy} =>")
 
 
 def write_clients(folder: Path, coins: list[int]) -> None:
     folder.mkdir()
     for client, (household, coin) in enumerate(zip(make_households(CLIENTS, 0, ORDINARY), coins, strict=True)):
-        rows = [{key: row[key] for key in ("prompt", "completion")} for row in household.rows]
-        rows += [planted(client, coin, copy) for copy in range(COPIES)]
+        records = [Record(row["completion"], row["prompt"]) for row in household.rows]
+        records += [planted(client, coin, copy) for copy in range(COPIES)]
+        rows = [{"prompt": record.prompt, "completion": record.completion} for record in records]
         (folder / f"{client:02d}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
@@ -86,7 +87,7 @@ def right_guesses(folder: Path) -> int:
         model.load(adapter)
         for client in range(CLIENTS):
             for code in range(2):
-                examples, _ = prepare([Record(**planted(client, code, 0))], model.base.tokenizer, 64)
+                examples, _ = prepare([planted(client, code, 0)], model.base.tokenizer, 64)
                 losses.append(evaluate(model, examples).loss)
     before, after = np.array(losses).reshape(2, CLIENTS, 2)
     return int(((after - before).argmin(axis=1) == coins).sum())

@@ -10,7 +10,7 @@ points where they point, and over rounds noise averages out while agreement does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, sqrt
 
 from fedtune.core.codec.ring import Ring
@@ -18,9 +18,7 @@ from fedtune.core.codec.rotation import rotated_size
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
-from fedtune.core.privacy.budget import certainly_noised, participation_problems, rounds_needed
-from fedtune.core.privacy.guarantee import largest_rho
-from fedtune.core.privacy.mechanism import fit_noise
+from fedtune.core.privacy.budget import noise_of_round, participation_problems, rounds_needed
 from fedtune.strategies.cohorts.selection import cohort_size
 
 LISTED = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -84,20 +82,19 @@ def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPl
 
 def _row(job: Job, numbers: Sequence[int], clients: int, epsilon: float) -> NoiseRow | None:
     """Returns the noise for one ε; None where it does not fit."""
-    settings, noised = job.privacy, sum(certainly_noised(job, (clients,)))
-    rho = largest_rho(epsilon, settings.delta) / settings.participations / len(numbers)
-    shares, bits = [], 0
+    settings = job.privacy
     try:
-        for count in numbers:
-            words = rotated_size(count)
-            noise = fit_noise(words, noised=max(noised, 1), n_max=clients, rho=rho)
-            variance = noise.variance.value * (clients if noised else 1)
-            shares.append(sqrt(words * variance) / (clients * noise.norm))
-            bits = max(bits, noise.width)
+        found = noise_of_round(replace(job, privacy=replace(settings, epsilon=epsilon)), numbers, clients)
     except JobError:
         if epsilon == settings.epsilon:
             raise
         return None
+    adding = clients if settings.mode == "distributed" else 1
+    shares = [
+        sqrt(rotated_size(count) * adding * noise.variance.value) / (clients * noise.norm)
+        for count, noise in zip(numbers, found, strict=True)
+    ]
+    bits = max(noise.width for noise in found)
     plain = Ring(Compression.of(job).bits, clients).width
     return NoiseRow(epsilon, hypot(*shares) / sqrt(len(numbers)), bits, plain)
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
-from fedtune.core.errors import JobError, RunDirectoryError, RunError
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest, factor_letters
+from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.host.process import versions
 from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
-from fedtune.core.privacy.budget import participation_problems
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
+from fedtune.server.privacy_plan import plan_privacy
 from fedtune.server.privacy_statement import privacy_summary
 from fedtune.server.run_directory import FAILED, FINISHED, JOB, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe
@@ -100,6 +100,11 @@ def run_rounds(
     federation = strategy.federation
     job = federation.job
     started = time.monotonic()
+    population = len(strategy.roster(grid))
+    cohort = cohort_size(job.federation.clients_per_round, population)
+    if job.privacy.mode != "off":
+        for advice in plan_privacy(job, _numbers(federation), population).advice:
+            display.note(f"privacy  {advice}")
     checkpoint = directory.restore() or _begin(directory, federation, evaluator, display)
     if checkpoint.base_digest != federation.base.digest:
         raise RunDirectoryError(
@@ -115,10 +120,6 @@ def run_rounds(
         strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
     spent_before = checkpoint.seconds
     display.note(f"before training: {describe(checkpoint.eval_before)}")
-    population = len(strategy.roster(grid))
-    cohort = cohort_size(job.federation.clients_per_round, population)
-    if problems := participation_problems(job, cohort, population):
-        raise JobError(problems)
     moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
     display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
 
@@ -143,6 +144,13 @@ def run_rounds(
     if summary["status"] == FAILED:
         raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
     return summary
+
+
+def _numbers(federation: Federation) -> list[int]:
+    """Returns the trained values of the first round, by factor."""
+    layout = federation.layout
+    segments = [layout.segment(letter) for letter in factor_letters(federation.method.factors(1, layout.factors))]
+    return [segment.stop - segment.start for segment in segments]
 
 
 def shown_as(display: Display, task: str) -> Progress:

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from functools import cache
 from math import ceil
 
+from fedtune.core.codec.rotation import rotated_size
 from fedtune.core.errors import JobError
 from fedtune.core.job.secure_cohorts import tier_minimum
 from fedtune.core.job.settings import Job, PrivacySettings
 from fedtune.core.privacy.guarantee import epsilon_of, largest_rho
+from fedtune.core.privacy.mechanism import Noise, fit_noise
 from fedtune.core.secagg.graph import choose_thresholds, colluders
 
 
@@ -53,6 +55,20 @@ def participation_problems(job: Job, clients: int, population: int) -> list[str]
 def rounds_needed(job: Job, clients: int, population: int) -> int:
     """Returns the rounds in which a client has to take part if all take turns."""
     return ceil(job.federation.rounds * clients / max(population, 1))
+
+
+def noise_of_round(job: Job, numbers: Sequence[int], clients: int) -> list[Noise]:
+    """Returns the noise of each factor in a round whose clients all train the whole adapter.
+
+    Args:
+        numbers: trained values, by factor of a round.
+
+    Raises:
+        JobError: there is none that fits; the message says what to change.
+    """
+    words = [count if job.compression.rotation is False else rotated_size(count) for count in numbers]
+    noised, rho = sum(certainly_noised(job, (clients,))), rho_of_round(job.privacy) / len(numbers)
+    return [fit_noise(count, noised=max(noised, 1), n_max=clients, rho=rho) for count in words]
 
 
 def certainly_noised(job: Job, by_tier: Sequence[int]) -> tuple[int, ...]:
