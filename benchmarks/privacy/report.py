@@ -13,7 +13,17 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 PLOT = HERE / "curves.svg"
 COLUMNS = (
-    *("task", "adapter", "numbers", "noise", "ε of the job", "ε if only the sum is seen", "seeds", "exact match"),
+    *(
+        "task",
+        "adapter",
+        "numbers",
+        "noise",
+        "as of a round of",
+        "ε of the job",
+        "ε if only the sum is seen",
+        "seeds",
+        "exact match",
+    ),
     *("lowest to highest", "against none", "loss", "bits up"),
 )
 TITLES = {
@@ -35,7 +45,7 @@ READING = (
     "rows. Bits are those of a client's reply for each trained number; with Flower's wrapper updates "
     "travel as float32."
 )
-Key = tuple[str, str, str, float]
+Key = tuple[str, str, str, float, int]
 
 
 def publish(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -43,10 +53,12 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
     groups: dict[Key, list[dict[str, Any]]] = {}
     for line in lines:
         row = line["basis"]["row"]
-        groups.setdefault((row["task"], row["kind"], row["noise"], row["epsilon"]), []).append(line["outcome"])
+        key = row["task"], row["kind"], row["noise"], row["epsilon"], row["clients"]
+        groups.setdefault(key, []).append(line["outcome"])
     table = [COLUMNS, ("---",) * len(COLUMNS)]
     table += [
-        _cells(key, groups[key], groups.get((key[0], key[1], "none", 0.0), [])) for key in sorted(groups, key=_place)
+        _cells(key, groups[key], groups.get((key[0], key[1], "none", 0.0, 100), []))
+        for key in sorted(groups, key=_place)
     ]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     print(text)
@@ -61,18 +73,19 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _place(key: Key) -> tuple[Any, ...]:
-    task, kind, noise, epsilon = key
-    return task, kind, ("none", "distributed", "central", "flower").index(noise), -epsilon
+    task, kind, noise, epsilon, clients = key
+    return task, kind, clients, ("none", "distributed", "central", "flower").index(noise), -epsilon
 
 
 def _cells(key: Key, outcomes: Sequence[Mapping[str, Any]], without: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    task, kind, noise, epsilon = key
+    task, kind, noise, epsilon, clients = key
     scores, first = [one["exact_match"] for one in outcomes], outcomes[0]
     gap = _mean(outcomes, "exact_match") - _mean(without, "exact_match") if without and noise != "none" else None
     return (
         *(TITLES[task], TITLES[kind], f"{first['numbers']:,}", TITLES[noise]),
+        f"{clients} of {10 * clients:,}" if epsilon else "",
         f"{epsilon:g}" if epsilon else "∞",
-        f"{first['epsilon']:.2f}" if noise in ("central", "flower") else "",
+        f"{first['epsilon']:.2f}" if noise in ("central", "flower") and clients == 100 else "",
         f"{len(outcomes)}",
         f"{_mean(outcomes, 'exact_match'):.1%}",
         f"{min(scores):.1%} to {max(scores):.1%}" if len(scores) > 1 else "",
@@ -102,7 +115,7 @@ def draw(groups: Mapping[Key, Sequence[Mapping[str, Any]]], path: Path) -> None:
             epsilons, [min(each) for each in scores], [max(each) for each in scores], color="#1f5fa8", alpha=0.2
         )
         for noise, mark, color in (("central", "s", "#c25b12"), ("flower", "^", "#3c8a3f")):
-            if outcomes := groups.get((task, "core", noise, 8.0)):
+            if outcomes := groups.get((task, "core", noise, 8.0, 100)):
                 axes.plot(
                     [8.0],
                     [100 * _mean(outcomes, "exact_match")],
@@ -112,7 +125,7 @@ def draw(groups: Mapping[Key, Sequence[Mapping[str, Any]]], path: Path) -> None:
                     ms=9,
                     label=TITLES[noise],
                 )
-        if outcomes := groups.get((task, "core", "none", 0.0)):
+        if outcomes := groups.get((task, "core", "none", 0.0, 100)):
             axes.axhline(100 * _mean(outcomes, "exact_match"), color="#555555", ls="--", label="without privacy")
         axes.set_xscale("log", base=2)
         axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])

@@ -3,7 +3,8 @@
 A run is one federation by demo.toml, or by wordnet.toml on the small base of benchmarks/real, with one ε and one seed.
 The noise comes from the devices; beside it stand noise that a trusted server adds ("central") and the wrapper of Flower
 ("flower"), each with as much noise in a mean as the devices' sum to, so at a smaller ε of its own, which the table
-names. Other kinds of adapters train by the same job.
+names. Other kinds of adapters train by the same job. Where ε = 8 costs much, further rows have the noise of larger
+rounds.
 
     python benchmarks/privacy/run.py                        # the demo; about three hours on two cores
     python benchmarks/privacy/run.py --base BASE --task TASK            # WordNet too, as benchmarks/real prepares it
@@ -49,7 +50,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "lora": ("adapter.kind=lora", "adapter.rank=16"),
     "ffa": ("adapter.kind=lora", "adapter.rank=16", "federation.aggregation=ffa"),
 }
-LISTED = (8.0, 4.0, 2.0, 1.0)
+COHORT = 100
+
+
+_WITH_AND_WITHOUT = (("none", 0.0), ("distributed", 8.0))
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Row:
     Args:
         noise: who adds it: "none", "distributed", "central", "flower".
         epsilon: that of the job, from which the noise of the devices follows; 0 without.
+        clients: clients of a round for which the noise is sized. Of more than the job's 100 only the noise is as of so
+            many, ten times as many in all; 100 of them train.
     """
 
     task: str
@@ -66,6 +72,7 @@ class Row:
     noise: str
     epsilon: float
     seed: int
+    clients: int = COHORT
 
 
 def main() -> None:
@@ -96,10 +103,12 @@ def rows(seeds: int) -> list[Row]:
     for seed in range(seeds):
         for task in ("demo", "wordnet"):
             found += [Row(task, "core", "none", 0.0, seed)]
-            found += [Row(task, "core", noise, 8.0, seed) for noise in ("distributed", "central", "flower")]
-            found += [Row(task, "core", "distributed", epsilon, seed) for epsilon in LISTED[1:]]
-    found += [Row("demo", kind, noise, 8.0, 0) for kind in ("lora", "ffa") for noise in ("none", "distributed")]
-    return [dataclasses.replace(row, epsilon=0.0) if row.noise == "none" else row for row in found]
+            found += [Row(task, "core", noise, 8.0, seed) for noise in ("distributed", "central")]
+        found += [Row("demo", "core", "flower", 8.0, seed)]
+        found += [Row("demo", "core", "distributed", epsilon, seed) for epsilon in (4.0, 2.0, 1.0)]
+        found += [Row("wordnet", "core", "central", 8.0, seed, COHORT * times) for times in (2, 4, 8)]
+    found += [Row("demo", kind, noise, epsilon, 0) for kind in ("lora", "ffa") for noise, epsilon in _WITH_AND_WITHOUT]
+    return found
 
 
 def measure(row: Row, paths: tuple[str, ...]) -> dict[str, Any]:
@@ -165,17 +174,21 @@ def _rated(job: Job, layout: Any) -> Job:
     return with_learning_rate(job, layout)
 
 
-def _summed_rho(private: Job) -> float:
-    """Returns ρ of a round against whoever sees the sum alone: all clients' noise counts, not only who must survive."""
-    clients = int(private.federation.clients_per_round)
-    return rho_of_round(private.privacy) * sum(certainly_noised(private, (clients,))) / clients
+def _summed_rho(private: Job, clients: int = COHORT) -> float:
+    """Returns ρ of a round against whoever sees the sum alone: all clients' noise counts, not only who must survive.
+
+    Args:
+        clients: clients of whose mean it is; with more than train, the noise of a mean is as much smaller.
+    """
+    rho = rho_of_round(private.privacy) * sum(certainly_noised(private, (COHORT,))) / COHORT
+    return rho * (clients / COHORT) ** 2
 
 
 def _trusting_epsilon(row: Row, private: Job) -> float:
     """Returns the row's own ε: with a trusted server, of as much noise as the devices' sums to."""
     if row.noise in ("none", "distributed"):
         return row.epsilon
-    return epsilon_of(_summed_rho(private) * private.privacy.participations, private.privacy.delta)
+    return epsilon_of(_summed_rho(private, row.clients) * private.privacy.participations, private.privacy.delta)
 
 
 def _paths(base: Path, task: Path) -> tuple[str, ...]:

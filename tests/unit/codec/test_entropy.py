@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from math import log2
+from random import Random
 
-import constriction  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedtune.core.codec.entropy import PIECE, decode_levels, encode_levels, max_coded_size
 from fedtune.core.codec.quantization import MAX_LEVEL
+from fedtune.core.codec.rans import LANE_BITS, MOST_STEPS, PRECISION, decode_symbols, encode_symbols, quantized
 from fedtune.core.codec.wire import Reader
 from fedtune.core.errors import PeerError
 
@@ -30,7 +31,7 @@ def roundtrip(levels: np.ndarray) -> np.ndarray:
     return decoded
 
 
-# A slow reference of one piece, from the format's description, symbol by symbol; only the range coder is shared.
+# A slow reference of one piece, from the format's description, symbol by symbol.
 
 
 def reference_weight(code: int) -> int:
@@ -55,34 +56,93 @@ def reference_bits(numbers: list[int], bits: int) -> bytes:
     return total.to_bytes(-(-len(numbers) * bits // 8), "little")
 
 
+def reference_frequencies(table: list[int]) -> list[int]:
+    weights = [reference_weight(code) for code in table]
+    scaled = [max(1, weight * 2**PRECISION // sum(weights)) if weight else 0 for weight in weights]
+    scaled[scaled.index(max(scaled))] += 2**PRECISION - sum(scaled)
+    return scaled
+
+
+def reference_coder(symbols: list[tuple[int, list[int]]], raw: bytes) -> tuple[bytes, bytes]:
+    """Returns the coded symbols, each with the frequencies of its model, by whole numbers, and the rest of `raw`."""
+    bits = sum(PRECISION - log2(frequencies[symbol]) for symbol, frequencies in symbols)
+    lanes = max(1, int(bits / LANE_BITS), -(-len(symbols) // MOST_STEPS))
+    states = [65536 + int.from_bytes(raw[2 * lane : 2 * lane + 2], "little") for lane in range(lanes)]
+    rows: list[list[int]] = []
+    for start in reversed(range(0, len(symbols), lanes)):
+        row = []
+        for lane, (symbol, frequencies) in enumerate(symbols[start : start + lanes]):
+            frequency, before = frequencies[symbol], sum(frequencies[:symbol])
+            if states[lane] >= frequency << 32 - PRECISION:
+                row.append(states[lane] % 65536)
+                states[lane] //= 65536
+            whole, rest = divmod(states[lane], frequency)
+            states[lane] = (whole << PRECISION) + before + rest
+        rows.append(row)
+    words = [word for row in reversed(rows) for word in row]
+    head = lanes.to_bytes(2, "little") + reference_bits(states, 32)
+    return head + len(words).to_bytes(3, "little") + reference_bits(words, 16), raw[2 * lanes :]
+
+
 def reference_encode(levels: list[int]) -> bytes:
     padded = [abs(level) for level in levels] + [0] * (-len(levels) % 128)
     blocks = [padded[start : start + 128] for start in range(0, len(padded), 128)]
     symbols = [[m if m < 16 else 16 + m.bit_length() - 5 for m in block] for block in blocks]
     classes = [sum(block).bit_length() for block in blocks]
-    coder = constriction.stream.queue.RangeEncoder()
-    head = b""
-    for group in [classes] + [
-        [symbol for block, owner in zip(symbols, classes, strict=True) if owner == used for symbol in block]
+    owned = {
+        used: [symbol for block, owner in zip(symbols, classes, strict=True) if owner == used for symbol in block]
         for used in sorted(set(classes) - {0})
-    ]:
-        table = reference_table(group)
-        head += bytes([len(table), *table])
-        weights = np.array([reference_weight(code) for code in table] + [0], dtype=np.float64)
-        for symbol in group:
-            coder.encode(symbol, constriction.stream.model.Categorical(weights, perfect=False))
-    words = [int(word) for word in coder.get_compressed()]
+    }
+    tables = [reference_table(classes), *(reference_table(group) for group in owned.values())]
+    models = dict(zip(owned, map(reference_frequencies, tables[1:]), strict=True))
+    coded = [
+        (symbol, models[owner]) for block, owner in zip(symbols, classes, strict=True) if owner for symbol in block
+    ]
     low = b""
     for bits in range(4, 25):
         low += reference_bits([m - (1 << bits) for m in padded if m >= 16 and m.bit_length() == bits + 1], bits)
-    signs = reference_bits([int(level < 0) for level in levels if level], 1)
-    return head + len(words).to_bytes(4, "little") + reference_bits(words, 32) + signs + low
+    rest = reference_bits([int(level < 0) for level in levels if level], 1) + low
+    first, _ = reference_coder([(owner, reference_frequencies(tables[0])) for owner in classes], b"")
+    second, rest = reference_coder(coded, rest) if coded else (b"", rest)
+    return b"".join([*(bytes([len(table), *table]) for table in tables), first, second, rest])
 
 
 @settings(deadline=None)
 @given(LEVELS.filter(bool))
 def test_the_bytes_agree_with_the_slow_reference(levels: list[int]) -> None:
     assert encode_levels(np.array(levels, dtype=np.int32)) == reference_encode(levels)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 1 << 20), min_size=3, max_size=3).filter(any), min_size=1, max_size=4),
+    st.integers(0, 3000),
+    st.randoms(use_true_random=False),
+)
+def test_symbols_of_several_models_come_back_with_the_raw_bits(
+    weights: list[list[int]], count: int, random: Random
+) -> None:
+    frequencies = np.array([quantized(np.array(row)) for row in weights])
+    assert (frequencies.sum(axis=1) == 1 << PRECISION).all()
+    models = np.array([random.randrange(len(weights)) for _ in range(count)], dtype=np.intp)
+    present = [[symbol for symbol in range(3) if row[symbol]] for row in weights]
+    symbols = np.array([random.choice(present[model]) for model in models], dtype=np.int64)
+    raw = random.randbytes(random.randrange(20))
+    coded, rest = encode_symbols(3 * models + symbols, frequencies, raw)
+    reader = Reader(memoryview(coded))
+    found, inside = decode_symbols(reader, models, frequencies)
+    reader.finish()
+    assert found.tolist() == symbols.tolist()
+    assert (inside + rest)[: len(raw)] == raw
+    assert not any((inside + rest)[len(raw) :])
+
+
+def test_a_decoder_takes_few_steps_whoever_chose_the_bytes() -> None:
+    frequencies = quantized(np.array([1]))[np.newaxis]
+    one_lane = (1).to_bytes(2, "little") + (65536).to_bytes(4, "little") + bytes(3)
+    assert decode_symbols(Reader(memoryview(one_lane)), np.zeros(MOST_STEPS, np.intp), frequencies)[0].any() == 0
+    with pytest.raises(PeerError, match=f"1 lanes for {MOST_STEPS + 1} symbols"):
+        decode_symbols(Reader(memoryview(one_lane)), np.zeros(MOST_STEPS + 1, np.intp), frequencies)
 
 
 @settings(deadline=None)

@@ -3,13 +3,14 @@
 A level vector is coded in pieces of up to PIECE levels, and within a piece in blocks of BLOCK neighbours. Trained
 changes are uneven: some modules change much, others hardly. So every block begins with its *class*, the bit length of
 Σ|level|. Blocks of class 0 are all zero and cost nothing more; the magnitudes of each other class share one probability
-table, counted over the piece and sent along. A range coder (`constriction`) spends -log2(p) bits on each magnitude.
+table, counted over the piece and sent along. rANS (`fedtune.core.codec.rans`) spends -log2(p) bits on each magnitude.
 That includes the positions of the non-zero levels: with one class their cost equals the entropy of the gaps, and with
 several classes it is less. Signs, and the low bits of magnitudes from DIRECT on, are nearly random and are written
 without coding.
 
-    piece     = table of the classes, one table per class present except 0, number of range-coded words (4 bytes),
-                words, one sign bit per non-zero level (1 is negative), low bits packed octave by octave
+    piece     = table of the classes, one table per class present except 0, coded classes, coded magnitudes of the
+                blocks of other classes than 0, then what of the rest the coder's lanes had no room for
+    rest      = one sign bit per non-zero level (1 is negative), low bits packed octave by octave
     table     = number of symbols (1 byte), one weight code per symbol (1 byte each)
     magnitude = symbol m for m < DIRECT, else symbol DIRECT + k and 4 + k low bits for 2^(4+k) <= m < 2^(5+k)
 
@@ -19,18 +20,16 @@ so both sides build the same model from the same table, independent of their flo
 
 from __future__ import annotations
 
-from typing import Any
-
-import constriction  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.codec.quantization import MAX_LEVEL
+from fedtune.core.codec.rans import Frequencies, decode_symbols, encode_symbols, quantized
 from fedtune.core.codec.wire import Reader
 from fedtune.core.errors import PeerError
 
-PIECE = 1 << 18
+PIECE = 1 << 20
 BLOCK = 128
 DIRECT = 16
 
@@ -72,43 +71,40 @@ def _encode_piece(levels: NDArray[np.int32]) -> bytes:
     classes = _bit_length(magnitudes.sum(axis=1, dtype=np.int64))
     symbols, low_bits = _split(magnitudes)
 
-    coder = constriction.stream.queue.RangeEncoder()
-    tables = [_encode_table(classes)]
-    coder.encode(classes, _model(tables[0]))
-    for used in _used_classes(tables[0]):
-        chosen = symbols[classes == used].reshape(-1)
-        table = _encode_table(chosen)
-        tables.append(table)
-        coder.encode(chosen, _model(table))
-    words: NDArray[np.uint32] = coder.get_compressed().astype("<u4")
-
     signs = np.packbits(levels[levels != 0] < 0, bitorder="little")
-    head = b"".join(bytes([len(table)]) + table.tobytes() for table in tables)
-    return head + len(words).to_bytes(4, "little") + words.tobytes() + signs.tobytes() + low_bits
+    table = _encode_table(classes)
+    used = _used_classes(table)
+    tables = [_encode_table(symbols[classes == each].reshape(-1)) for each in used]
+    coded, rest = [encode_symbols(classes.astype(np.int64), _models([table]), b"")[0]], signs.tobytes() + low_bits
+    if used:
+        active, models = classes > 0, _models(tables)
+        rows = np.searchsorted(used, classes[active]) * models.shape[1]
+        symbols_coded, rest = encode_symbols((rows[:, np.newaxis] + symbols[active]).reshape(-1), models, rest)
+        coded.append(symbols_coded)
+    head = b"".join(bytes([len(each)]) + each.tobytes() for each in [table, *tables])
+    return b"".join([head, *coded, rest])
 
 
 def _decode_piece(body: Reader, count: int) -> NDArray[np.int32]:
     blocks = -(-count // BLOCK)
     table = _take_table(body, _MAX_CLASSES)
-    tables = {used: _take_table(body, _MAX_SYMBOLS) for used in _used_classes(table)}
-    words = np.frombuffer(body.take(4 * body.take_number(4, "the word count"), "the coded words"), dtype="<u4")
+    used = _used_classes(table)
+    tables = [_take_table(body, _MAX_SYMBOLS) for _ in used]
     magnitudes = np.zeros((blocks, BLOCK), dtype=np.int32)
-    try:
-        coder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
-        classes = coder.decode(_model(table), blocks)
-        for used, symbols in tables.items():
-            chosen = classes == used
-            decoded = coder.decode(_model(symbols), int(np.count_nonzero(chosen)) * BLOCK)
-            magnitudes[chosen] = decoded.reshape(-1, BLOCK)
-        if not coder.maybe_exhausted():
-            raise PeerError("payload: more coded words than its levels take")
-    except (AssertionError, ValueError) as error:
-        raise PeerError(f"payload: its coded words do not decode ({error})") from error
+    classes, _ = decode_symbols(body, np.zeros(blocks, dtype=np.intp), _models([table]))
+    inside = b""
+    if used:
+        active = classes > 0
+        models = np.repeat(np.searchsorted(used, classes[active]), BLOCK)
+        decoded, inside = decode_symbols(body, models, _models(tables))
+        magnitudes[active] = decoded.reshape(-1, BLOCK)
     levels, padding = magnitudes.reshape(-1)[:count], magnitudes.reshape(-1)[count:]
     present = np.flatnonzero(levels)
-    signs = np.frombuffer(body.take(packed_size(present.size, 1), "the signs"), dtype=np.uint8)
+    size = packed_size(present.size, 1) + _low_bits_size(levels)
+    rest = Reader(memoryview(inside + body.take(max(0, size - len(inside)), "signs and low bits")))
+    signs = np.frombuffer(rest.take(packed_size(present.size, 1), "the signs"), dtype=np.uint8)
     negative = present[np.unpackbits(signs, count=present.size, bitorder="little").astype(np.bool_)]
-    _add_low_bits(levels, body)
+    _add_low_bits(levels, rest)
     if padding.any() or int(levels.max(initial=0)) > MAX_LEVEL:
         raise PeerError(f"payload: it decodes to levels beyond {MAX_LEVEL} or beyond its {count} coordinates")
     levels[negative] *= -1
@@ -131,6 +127,12 @@ def _split(magnitudes: NDArray[np.int32]) -> tuple[NDArray[np.int32], bytes]:
         bits = _DIRECT_BITS + octave
         packed.append(pack((values[octaves == octave] - (1 << bits)).astype(np.uint32), bits))
     return magnitudes, b"".join(packed)
+
+
+def _low_bits_size(flat: NDArray[np.int32]) -> int:
+    """Returns the bytes of the low bits that belong to symbols."""
+    counts = np.bincount(flat[flat >= DIRECT] - DIRECT)
+    return sum(packed_size(int(count), _DIRECT_BITS + octave) for octave, count in enumerate(counts) if count)
 
 
 def _add_low_bits(flat: NDArray[np.int32], body: Reader) -> None:
@@ -167,7 +169,9 @@ def _used_classes(table: NDArray[np.uint8]) -> list[int]:
     return [int(present) for present in np.flatnonzero(table) if present > 0]
 
 
-def _model(table: NDArray[np.uint8]) -> Any:
-    """Returns the coder's model of a table, which needs two symbols; one that never occurs costs almost nothing."""
-    weights = _WEIGHTS[table].astype(np.float64)
-    return constriction.stream.model.Categorical(np.append(weights, 0.0), perfect=False)
+def _models(tables: list[NDArray[np.uint8]]) -> Frequencies:
+    """Returns the coder's frequencies, one row for each table."""
+    found = np.zeros((len(tables), max(map(len, tables))), dtype=np.uint32)
+    for row, table in zip(found, tables, strict=True):
+        row[: len(table)] = quantized(_WEIGHTS[table])
+    return found

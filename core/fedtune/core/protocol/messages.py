@@ -78,7 +78,7 @@ class Refusal:
     sits_out: bool = False
 
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PAYLOAD_BYTES = 1 << 30
 MAX_TEXT = 4096
 MAX_COUNT = 1 << 40

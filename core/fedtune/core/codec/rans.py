@@ -1,0 +1,131 @@
+"""Interleaved rANS: symbols with known probabilities, in numpy, with one coder's state in each of many lanes.
+
+    coded, rest = encode_symbols(indices, frequencies, raw)     # raw bytes ride along, as many as there is room for
+    indices, raw = decode_symbols(body, models, frequencies)    # those that did, and zeros in what room was left
+
+Asymmetric numeral systems (Duda 2013) keep everything written so far in one number x. With the frequency f of a symbol
+and the sum c of those before it, both in units of 1/2^M,
+
+    encode:  x -> (x div f)·2^M + c + x mod f           decode:  x -> f·(x div 2^M) + x mod 2^M - c
+
+which adds log2(2^M/f) bits to x. A state stays in [2^16, 2^32): before a symbol that would take it beyond, its lower 16
+bits move into the stream, and a decoder takes them back at the same place. Symbols are dealt to the lanes in turn, so
+that one step of numpy moves all lanes; the encoder goes from the last symbol to the first.
+
+A lane begins with 2^16 and 16 bits of the caller's own, so that only its end is a loss: a state of four bytes holds on
+average 24 bits. There is a lane for every LANE_BITS of the symbols' information.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.core.codec.wire import Reader
+from fedtune.core.errors import PeerError
+
+PRECISION = 14  # M
+LANE_BITS = 1200.0  # of which eight are lost
+MOST_STEPS = 1 << 13  # symbols of a lane; a decoder's steps, whoever chose the bytes
+
+_ONE = 1 << PRECISION
+_LEAST = 1 << 16  # of a state
+_FULL = 32 - PRECISION
+
+Indices = NDArray[np.int64]
+Frequencies = NDArray[np.uint32]
+
+
+def quantized(weights: NDArray[np.int64]) -> Frequencies:
+    """Returns frequencies that sum to 2^M, at least 1 where the weight is above 0; whole numbers, the same everywhere.
+
+    Args:
+        weights: at most 2^M/2 of them, below 2^48, at least one above 0.
+    """
+    scaled = np.where(weights > 0, np.maximum(weights * _ONE // weights.sum(), 1), 0)
+    scaled[scaled.argmax()] += _ONE - scaled.sum()
+    return scaled.astype(np.uint32)
+
+
+def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tuple[bytes, bytes]:
+    """Returns the coded symbols, and what of `raw` the lanes had no room for.
+
+    The coded symbols are the number of lanes, their states, the number of 16-bit words, and the words.
+
+    Args:
+        indices: a symbol's place in `frequencies`, which holds one model after the other, each with a sum of 2^M.
+        frequencies: shape (models, symbols).
+    """
+    flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
+    inverse = 1 / np.maximum(flat, 1)
+    lanes = _lanes(np.bincount(indices, minlength=flat.size), inverse)
+    inside = raw[: 2 * lanes].ljust(2 * lanes, b"\0")
+    states = np.frombuffer(inside, dtype="<u2").astype(np.uint32) + np.uint32(_LEAST)
+    moved: list[NDArray[np.uint32]] = []
+    for start in reversed(range(0, indices.size, lanes)):
+        row = indices[start : start + lanes]
+        state, frequency = states[: row.size], flat.take(row)
+        full = (state >> _FULL) >= frequency
+        moved.append(state[full])
+        state >>= np.multiply(full, 16, dtype=np.uint32)
+        quotient = ((state + 0.5) * inverse.take(row)).astype(
+            np.uint32
+        )  # rounded down: no whole number is within the error
+        state += quotient * (np.uint32(_ONE) - frequency)
+        state += before.take(row)
+    words = np.concatenate([np.zeros(0, np.uint32), *reversed(moved)]).astype("<u2")  # the lower 16 bits
+    head = lanes.to_bytes(2, "little") + states.astype("<u4").tobytes()
+    return head + len(words).to_bytes(3, "little") + words.tobytes(), raw[2 * lanes :]
+
+
+def decode_symbols(
+    body: Reader, models: NDArray[np.intp], frequencies: Frequencies
+) -> tuple[NDArray[np.uint16], bytes]:
+    """Decodes what `encode_symbols` wrote: uint16, one symbol for each of the models, and the raw bytes.
+
+    Args:
+        models: the model of each symbol, a row of `frequencies`.
+
+    Raises:
+        PeerError: the bytes are not the coded form of so many symbols.
+    """
+    count, lanes = models.size, body.take_number(2, "the number of lanes")
+    if not 1 <= lanes <= max(count, 1) <= lanes * MOST_STEPS:
+        raise PeerError(f"payload: {lanes} lanes for {count} symbols")
+    states = np.frombuffer(body.take(4 * lanes, "the coder's states"), dtype="<u4").astype(np.uint32)
+    words = np.frombuffer(body.take(2 * body.take_number(3, "the word count"), "the coded words"), dtype="<u2")
+    if (states < _LEAST).any():
+        raise PeerError("payload: a coder's state is below its range")
+    flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
+    slots = np.repeat(np.arange(flat.size), flat)  # 2^M for each model: whose range a slot is in
+    origins, found, at = models << PRECISION, np.empty(count, dtype=np.uint16), 0
+    for start in range(0, count, lanes):
+        origin = origins[start : start + lanes]
+        state = states[: origin.size]
+        slot = state & np.uint32(_ONE - 1)
+        index = slots.take(origin + slot)
+        found[start : start + lanes] = index
+        state >>= np.uint32(PRECISION)
+        state *= flat.take(index)
+        state += slot
+        state -= before.take(index)
+        low = np.flatnonzero(state < _LEAST)
+        taken = words[at : at + low.size]
+        if taken.size != low.size:
+            raise PeerError("payload: fewer coded words than its symbols take")
+        state[low] = (state[low] << np.uint32(16)) | taken
+        at += low.size
+    raw = states - np.uint32(_LEAST)
+    if at != words.size or (raw >= _LEAST).any():
+        raise PeerError("payload: more coded words than its symbols take")
+    return found - (models * frequencies.shape[1]).astype(np.uint16), raw.astype("<u2").tobytes()
+
+
+def _sums_before(frequencies: Frequencies) -> Frequencies:
+    return (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint32)
+
+
+def _lanes(counts: NDArray[np.intp], inverse: NDArray[np.float64]) -> int:
+    """Returns the number of lanes for symbols that occur so often, each of log2(2^M/f) bits."""
+    bits = float(counts @ (PRECISION + np.log2(inverse)))
+    return max(1, int(bits / LANE_BITS), -(-int(counts.sum()) // MOST_STEPS))
