@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="run nothing; write the table and the plot")
     options = parser.parse_args()
     lines = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.is_file() else []
-    overrides = {"demo": ()} if not options.base else {"demo": (), "wordnet": _paths(options.base, options.task)}
+    overrides = job_paths(options.base, options.task)
     planned = [row for row in rows(options.seeds) if row.task in overrides and options.only in str(row)]
     missing = [row for row in planned if not any(line["basis"] == _basis(row) for line in lines)]
     for done, row in enumerate(missing):
@@ -191,8 +191,12 @@ def _trusting_epsilon(row: Row, private: Job) -> float:
     return epsilon_of(_summed_rho(private, row.clients) * private.privacy.participations, private.privacy.delta)
 
 
-def _paths(base: Path, task: Path) -> tuple[str, ...]:
-    return f"model.base={base}", f"data.train={task / 'train.jsonl'}", f"data.evaluation={task / 'eval.jsonl'}"
+def job_paths(base: Path | None, task: Path | None) -> dict[str, tuple[str, ...]]:
+    """Returns the tasks that can be run, each with the overrides that name its files."""
+    if base is None or task is None:
+        return {"demo": ()}
+    files = f"model.base={base}", f"data.train={task / 'train.jsonl'}", f"data.evaluation={task / 'eval.jsonl'}"
+    return {"demo": (), "wordnet": files}
 
 
 def _basis(row: Row) -> dict[str, Any]:
