@@ -28,6 +28,7 @@ FRAMES = (
     "fedtune.strategies",
     "fedtune.flower",
     "fedtune.client",
+    "fedtune.api",
     "fedtune.server",
     "fedtune.server.simulation",
 )

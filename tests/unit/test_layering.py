@@ -43,6 +43,7 @@ ALLOWED = {
         "fedtune.server",
     ),
     "fedtune.server.simulation": ("fedtune",),
+    "fedtune.api": ("fedtune",),
     "fedtune.server.cli": ("fedtune",),  # the one command calls both sides
 }
 FOREIGN = {
