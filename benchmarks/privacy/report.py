@@ -10,6 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fedtune.server.privacy_losses import MEASURED
+
 HERE = Path(__file__).parent
 PLOT = HERE / "curves.svg"
 COLUMNS = (
@@ -63,6 +65,7 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     print(text)
     draw(groups, PLOT)
+    write_losses(groups)
     title = "# What does differential privacy of every client cost in quality?"
     parts = [title, "`python benchmarks/privacy/run.py`, whose help explains the rows.", text, READING]
     parts += [
@@ -70,6 +73,17 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
         (HERE / "cost.md").read_text() if (HERE / "cost.md").is_file() else "",
     ]
     (HERE / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n", encoding="utf-8")
+
+
+def write_losses(groups: Mapping[Key, Sequence[Mapping[str, Any]]]) -> None:
+    """Writes what the devices' noise cost, by its size, to where `fedtune privacy plan` reads it."""
+    losses: dict[str, list[tuple[float, float]]] = {}
+    for (task, kind, noise, _, _), outcomes in groups.items():
+        without = groups.get((task, kind, "none", 0.0, 100))
+        if kind == "core" and noise in ("distributed", "central") and without:
+            lost = 100 * (_mean(without, "exact_match") - _mean(outcomes, "exact_match"))
+            losses.setdefault(TITLES[task], []).append((round(outcomes[0]["noise"], 4), round(lost, 1)))
+    MEASURED.write_text(json.dumps({task: sorted(pairs) for task, pairs in sorted(losses.items())}, indent=1) + "\n")
 
 
 def _place(key: Key) -> tuple[Any, ...]:

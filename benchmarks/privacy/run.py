@@ -24,6 +24,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fedtune.core.manifest.round_terms import clip_within
 from fedtune.core.privacy.budget import certainly_noised, rho_of_round
 from fedtune.core.privacy.guarantee import epsilon_of
 from fedtune.server.preflight import check_simulation
+from fedtune.server.privacy_plan import plan_privacy
 from fedtune.server.run_directory import RunDirectory, read_rounds
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation.simulated_run import open_context, run_job
@@ -135,6 +137,7 @@ def measure(row: Row, paths: tuple[str, ...]) -> dict[str, Any]:
         "numbers": summary["adapter_parameters"],
         "epsilon": _trusting_epsilon(row, private),
         "delta": private.privacy.delta,
+        "noise": _noise(job, summary["adapter_parameters"]),
         "clients": len(clients),
         "bytes_up": sum(client["bytes_up"] for client in clients) / len(clients),
         "seconds": time.perf_counter() - start,
@@ -172,6 +175,15 @@ def _rated(job: Job, layout: Any) -> Job:
     from fedtune.core.job.learning_rates import with_learning_rate
 
     return with_learning_rate(job, layout)
+
+
+def _noise(job: Job, numbers: int) -> float | None:
+    """Returns the noise of a mean in clips, over the root of the rounds, by which `fedtune privacy plan` guesses."""
+    if job.privacy.mode == "off":
+        return None
+    plan = plan_privacy(job, [numbers], job.data.clients)
+    share = next(row.share for row in plan.rows if row.epsilon == job.privacy.epsilon)
+    return share / sqrt(job.federation.rounds)
 
 
 def _summed_rho(private: Job, clients: int = COHORT) -> float:

@@ -57,9 +57,10 @@ def plan(
     print(f"each client takes part in {made.participations} of at most {resolved.privacy.participations}; ", end="")
     print(f"delta {made.delta:.2g}")
     print()
-    print("epsilon   noise of a mean   bits of a value (without)")
+    print("epsilon   noise of a mean   bits (without)   exact match lost where as much was measured")
     for row in made.rows:
         mark = " <- the job's" if row.epsilon == resolved.privacy.epsilon else ""
-        print(f"{row.epsilon:7g}   {row.share:9.2f} clips   {row.bits} ({row.plain_bits}){mark}")
+        lost = ", ".join(f"{points:.0f} points on {task}" for task, points in row.losses.items())
+        print(f"{row.epsilon:7g}   {row.share:9.2f} clips   {row.bits} ({row.plain_bits}){'':6}{lost}{mark}")
     for sentence in made.advice:
         print(f"\n{sentence}.")

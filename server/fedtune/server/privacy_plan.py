@@ -9,7 +9,7 @@ points where they point, and over rounds noise averages out while agreement does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, sqrt
 
@@ -19,6 +19,7 @@ from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
 from fedtune.core.job.settings import Job
 from fedtune.core.privacy.budget import noise_of_round, participation_problems, rounds_needed
+from fedtune.server.privacy_losses import expected_losses
 from fedtune.strategies.cohorts.selection import cohort_size
 
 LISTED = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -32,12 +33,14 @@ class NoiseRow:
     Args:
         share: norm of the noise in a round's mean, over the clip.
         bits, plain_bits: bits of a word, and of one without privacy.
+        losses: task of benchmarks/privacy -> points of exact match that such noise cost there.
     """
 
     epsilon: float
     share: float
     bits: int
     plain_bits: int
+    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def _row(job: Job, numbers: Sequence[int], clients: int, epsilon: float) -> Nois
     ]
     bits = max(noise.width for noise in found)
     plain = Ring(Compression.of(job).bits, clients).width
-    return NoiseRow(epsilon, hypot(*shares) / sqrt(len(numbers)), bits, plain)
+    share = hypot(*shares) / sqrt(len(numbers))
+    return NoiseRow(epsilon, share, bits, plain, expected_losses(share, job.federation.rounds))
 
 
 def _advice(job: Job, rows: Sequence[NoiseRow], needed: int, population: int) -> tuple[str, ...]:

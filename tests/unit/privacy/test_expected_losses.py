@@ -1,0 +1,37 @@
+"""The plan's guess of what noise costs: between the benchmark's points, and never beyond them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from math import sqrt
+from pathlib import Path
+
+import pytest
+
+from fedtune.server import privacy_losses
+from fedtune.server.privacy_losses import MEASURED, expected_losses
+
+
+@pytest.fixture
+def two_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    stored = tmp_path / "losses.json"
+    stored.write_text(json.dumps({"demo": [[0.4, 30.0], [0.1, 10.0]]}))
+    monkeypatch.setattr(privacy_losses, "MEASURED", stored)
+    privacy_losses._measured.cache_clear()
+    yield
+    privacy_losses._measured.cache_clear()
+
+
+@pytest.mark.usefixtures("two_points")
+@pytest.mark.parametrize(("noise", "points"), [(0.1, 10.0), (0.2, 20.0), (0.4, 30.0), (0.01, 10.0), (9.0, 30.0)])
+def test_a_guess_is_linear_in_the_logarithm_between_points_and_constant_beyond(noise: float, points: float) -> None:
+    for rounds in (1, 20):
+        assert expected_losses(noise * sqrt(rounds), rounds) == {"demo": pytest.approx(points)}
+
+
+def test_the_stored_points_are_losses_of_growing_noise() -> None:
+    for task, pairs in json.loads(MEASURED.read_text()).items():
+        noises = [noise for noise, _ in pairs]
+        assert noises == sorted(noises), task
+        assert all(-5 <= points <= 100 for _, points in pairs)
