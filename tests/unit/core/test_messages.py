@@ -43,7 +43,7 @@ def test_a_payload_reads_back_equal() -> None:
 
 
 def test_another_protocol_version_is_refused_with_advice() -> None:
-    with pytest.raises(PeerError, match=r"protocol version 99; this side speaks 3\. Install the same fedtune"):
+    with pytest.raises(PeerError, match=r"protocol version 99; this side speaks 4\. Install the same fedtune"):
         decode(encode(evaluate_request(version=99)), EvaluateRequest)
 
 

@@ -58,7 +58,9 @@ class _BoundedHttp(H11Protocol):
         beside = self.waiting.setdefault(_address(self.client), {})
         beside[self] = None
         if len(beside) > self.patience.silent:
-            next(iter(beside)).transport.abort()
+            oldest = next(iter(beside))
+            oldest._leave()  # now, since asyncio tells it of its end only later, and others may come before that
+            oldest.transport.abort()
         self._limit(self.patience.silent_seconds)
 
     def data_received(self, data: bytes) -> None:
