@@ -1,4 +1,4 @@
-"""What an extra installs: a device that only answers needs neither torch nor Flower, and little room."""
+"""What an extra installs: a device that only answers needs no torch, no Flower, little room, and no newest versions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ ABSENT = ("torch", "transformers", "flwr", "sqlalchemy", "grpc")
 COMMANDS = (["serve", "--help"], ["chat", "--help"], ["client", "join", "--help"], ["client", "status"])
 
 
-@pytest.mark.slow
-def test_a_device_that_answers_installs_neither_torch_nor_flower(tmp_path: Path) -> None:
-    uv, place = str(Path(sys.executable).with_name("uv")), tmp_path / "venv"
-    source = tmp_path / "source"
+LIGHT = ("codec", "core", "manifest", "secagg")  # tests of the code that every device runs
+
+
+def install(folder: Path, *options: str) -> tuple[Path, Path]:
+    """Installs [inference] from a clone into an environment of its own; returns the environment and the clone."""
+    uv, place, source = str(Path(sys.executable).with_name("uv")), folder / "venv", folder / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(place)], check=True)
-    install = [uv, "pip", "install", "--quiet", "--no-config", "--python", str(place / "bin" / "python")]
-    install += ["--constraint", "constraints.txt", ".[inference]"]
-    subprocess.run(install, cwd=source, check=True)
+    command = [uv, "pip", "install", "--quiet", "--no-config", "--python", str(place / "bin" / "python")]
+    subprocess.run([*command, *options, ".[inference]"], cwd=source, check=True)
+    return place, source
+
+
+@pytest.mark.slow
+def test_a_device_that_answers_installs_neither_torch_nor_flower(tmp_path: Path) -> None:
+    place, _ = install(tmp_path, "--constraint", "constraints.txt")
     (packages,) = place.glob("lib/python*/site-packages")
     assert not [name for name in ABSENT if (packages / name).exists()]
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file() and not file.is_symlink())
@@ -38,3 +45,15 @@ def test_a_device_that_answers_installs_neither_torch_nor_flower(tmp_path: Path)
         )
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         assert done.returncode == 0 or "no device here" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_lowest_versions_that_it_accepts_pass_the_tests_of_what_every_device_runs(tmp_path: Path) -> None:
+    place, source = install(tmp_path, "--resolution", "lowest-direct")
+    python, uv = str(place / "bin" / "python"), str(Path(sys.executable).with_name("uv"))
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--no-config", "--python", python, "pytest", "hypothesis"], check=True
+    )
+    command = [python, "-m", "pytest", "-q", *(f"tests/unit/{folder}" for folder in LIGHT)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

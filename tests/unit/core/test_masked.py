@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.app import MessageType
 
 from fedtune.core.codec import MaskableCodec, RingUpdate
 from fedtune.core.codec.masked import AUXILIARY_NAME, MOST_LOSS, masked_segments, masked_words, opened_sums
 from fedtune.core.codec.update_forms import RING, RingTotal
 from fedtune.core.codec.uplink import FactorTerms, Part
-from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, Uplink, query
+from fedtune.core.protocol.messages import Uplink
 
 CLIENTS = 5
 
@@ -77,8 +76,3 @@ def test_a_factor_of_nothing_but_padding_still_has_a_ring() -> None:
     words, auxiliary = masked_segments([one])
     assert (words.name, words.bits) == ("lora_b", 1)
     assert auxiliary.name == AUXILIARY_NAME
-
-
-def test_actions_are_flower_s_message_types() -> None:
-    assert (MessageType.TRAIN, MessageType.EVALUATE) == (TRAIN, EVALUATE)
-    assert query(OPEN) == f"{MessageType.QUERY}.open"

@@ -6,11 +6,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import PeerError
+from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, query
 from fedtune.flower.envelope import MAX_SHORT_BYTES, seal, unseal_parts
 
 
@@ -67,3 +68,8 @@ def test_a_short_payload_travels_as_fewer_objects_than_an_array_would() -> None:
 def test_anything_else_than_one_part_of_bytes_is_refused(content: RecordDict) -> None:
     with pytest.raises(PeerError):
         unseal_parts(message(content), 1)
+
+
+def test_actions_are_flower_s_message_types() -> None:
+    assert (MessageType.TRAIN, MessageType.EVALUATE) == (TRAIN, EVALUATE)
+    assert query(OPEN) == f"{MessageType.QUERY}.open"
