@@ -1,4 +1,4 @@
-"""What do noise and rounding cost a client in time and bits? Written into RESULTS.md by run.py.
+"""The cost of noise and rounding for a client, in time and bits; written into RESULTS.md by run.py.
 
     python benchmarks/privacy/cost.py
     python benchmarks/privacy/cost.py --base BASE --task TASK

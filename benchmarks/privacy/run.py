@@ -1,4 +1,4 @@
-"""What does (ε, δ)-differential privacy of every client cost in quality, with a thousand clients of which 100 train?
+"""The cost of (ε, δ)-differential privacy in quality, with a thousand clients of which a hundred train in a round.
 
 A run is one federation by demo.toml, or by wordnet.toml on the small base of benchmarks/real, with one ε and one seed.
 The noise comes from the devices; beside it stand noise that a trusted server adds ("central") and the wrapper of Flower

@@ -1,4 +1,4 @@
-"""What an extra installs: a device that only answers needs no torch, no Flower, little room, and no newest versions."""
+"""Extras: a device that only answers needs no torch, no Flower, little room, and no newest versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What noise cost in quality where it was measured: a guess at what it will cost a job.
+"""A guess at what noise will cost a job in quality, from where it was measured.
 
     losses = expected_losses(share, rounds)         # task -> points of exact match
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedtune.core.codec.entropy import PIECE, decode_levels, encode_levels, max_coded_size
 from fedtune.core.codec.quantization import MAX_LEVEL
-from fedtune.core.codec.rans import LANE_BITS, MOST_STEPS, PRECISION, decode_symbols, encode_symbols, quantized
+from fedtune.core.codec.rans import MOST_STEPS, PRECISION, WAY_BITS, decode_symbols, encode_symbols, quantized
 from fedtune.core.codec.wire import Reader
 from fedtune.core.errors import PeerError
 
@@ -66,22 +66,22 @@ def reference_frequencies(table: list[int]) -> list[int]:
 def reference_coder(symbols: list[tuple[int, list[int]]], raw: bytes) -> tuple[bytes, bytes]:
     """Returns the coded symbols, each with the frequencies of its model, by whole numbers, and the rest of `raw`."""
     bits = sum(PRECISION - log2(frequencies[symbol]) for symbol, frequencies in symbols)
-    lanes = max(1, int(bits / LANE_BITS), -(-len(symbols) // MOST_STEPS))
-    states = [65536 + int.from_bytes(raw[2 * lane : 2 * lane + 2], "little") for lane in range(lanes)]
+    ways = max(1, int(bits / WAY_BITS), -(-len(symbols) // MOST_STEPS))
+    states = [65536 + int.from_bytes(raw[2 * way : 2 * way + 2], "little") for way in range(ways)]
     rows: list[list[int]] = []
-    for start in reversed(range(0, len(symbols), lanes)):
+    for start in reversed(range(0, len(symbols), ways)):
         row = []
-        for lane, (symbol, frequencies) in enumerate(symbols[start : start + lanes]):
+        for way, (symbol, frequencies) in enumerate(symbols[start : start + ways]):
             frequency, before = frequencies[symbol], sum(frequencies[:symbol])
-            if states[lane] >= frequency << 32 - PRECISION:
-                row.append(states[lane] % 65536)
-                states[lane] //= 65536
-            whole, rest = divmod(states[lane], frequency)
-            states[lane] = (whole << PRECISION) + before + rest
+            if states[way] >= frequency << 32 - PRECISION:
+                row.append(states[way] % 65536)
+                states[way] //= 65536
+            whole, rest = divmod(states[way], frequency)
+            states[way] = (whole << PRECISION) + before + rest
         rows.append(row)
     words = [word for row in reversed(rows) for word in row]
-    head = lanes.to_bytes(2, "little") + reference_bits(states, 32)
-    return head + len(words).to_bytes(3, "little") + reference_bits(words, 16), raw[2 * lanes :]
+    head = ways.to_bytes(2, "little") + reference_bits(states, 32)
+    return head + len(words).to_bytes(3, "little") + reference_bits(words, 16), raw[2 * ways :]
 
 
 def reference_encode(levels: list[int]) -> bytes:
@@ -139,10 +139,10 @@ def test_symbols_of_several_models_come_back_with_the_raw_bits(
 
 def test_a_decoder_takes_few_steps_whoever_chose_the_bytes() -> None:
     frequencies = quantized(np.array([1]))[np.newaxis]
-    one_lane = (1).to_bytes(2, "little") + (65536).to_bytes(4, "little") + bytes(3)
-    assert decode_symbols(Reader(memoryview(one_lane)), np.zeros(MOST_STEPS, np.intp), frequencies)[0].any() == 0
-    with pytest.raises(PeerError, match=f"1 lanes for {MOST_STEPS + 1} symbols"):
-        decode_symbols(Reader(memoryview(one_lane)), np.zeros(MOST_STEPS + 1, np.intp), frequencies)
+    one_way = (1).to_bytes(2, "little") + (65536).to_bytes(4, "little") + bytes(3)
+    assert decode_symbols(Reader(memoryview(one_way)), np.zeros(MOST_STEPS, np.intp), frequencies)[0].any() == 0
+    with pytest.raises(PeerError, match=f"1 ways for {MOST_STEPS + 1} symbols"):
+        decode_symbols(Reader(memoryview(one_way)), np.zeros(MOST_STEPS + 1, np.intp), frequencies)
 
 
 @settings(deadline=None)

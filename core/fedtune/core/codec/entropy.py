@@ -9,7 +9,7 @@ several classes it is less. Signs, and the low bits of magnitudes from DIRECT on
 without coding.
 
     piece     = table of the classes, one table per class present except 0, coded classes, coded magnitudes of the
-                blocks of other classes than 0, then what of the rest the coder's lanes had no room for
+                blocks of other classes than 0, then what of the rest the coder's ways had no room for
     rest      = one sign bit per non-zero level (1 is negative), low bits packed octave by octave
     table     = number of symbols (1 byte), one weight code per symbol (1 byte each)
     magnitude = symbol m for m < DIRECT, else symbol DIRECT + k and 4 + k low bits for 2^(4+k) <= m < 2^(5+k)

@@ -1,4 +1,4 @@
-"""Interleaved rANS: symbols with known probabilities, in numpy, with one coder's state in each of many lanes.
+"""Interleaved rANS: symbols with known probabilities, in numpy, with the states of many coders side by side.
 
     coded, rest = encode_symbols(indices, frequencies, raw)     # raw bytes ride along, as many as there is room for
     indices, raw = decode_symbols(body, models, frequencies)    # those that did, and zeros in what room was left
@@ -9,11 +9,11 @@ and the sum c of those before it, both in units of 1/2^M,
     encode:  x -> (x div f)·2^M + c + x mod f           decode:  x -> f·(x div 2^M) + x mod 2^M - c
 
 which adds log2(2^M/f) bits to x. A state stays in [2^16, 2^32): before a symbol that would take it beyond, its lower 16
-bits move into the stream, and a decoder takes them back at the same place. Symbols are dealt to the lanes in turn, so
-that one step of numpy moves all lanes; the encoder goes from the last symbol to the first.
+bits move into the stream, and a decoder takes them back at the same place. Symbols are dealt to many states in turn, so
+that one step of numpy moves them all, each on its way; the encoder goes from the last symbol to the first.
 
-A lane begins with 2^16 and 16 bits of the caller's own, so that only its end is a loss: a state of four bytes holds on
-average 24 bits. There is a lane for every LANE_BITS of the symbols' information.
+A way begins with 2^16 and 16 bits of the caller's own, so that only its end is a loss: a state of four bytes holds on
+average 24 bits. There is a way for every WAY_BITS of the symbols' information.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fedtune.core.codec.wire import Reader
 from fedtune.core.errors import PeerError
 
 PRECISION = 14  # M
-LANE_BITS = 1200.0  # of which eight are lost
-MOST_STEPS = 1 << 13  # symbols of a lane; a decoder's steps, whoever chose the bytes
+WAY_BITS = 1200.0  # of which eight are lost
+MOST_STEPS = 1 << 13  # symbols of a way; a decoder's steps, whoever chose the bytes
 
 _ONE = 1 << PRECISION
 _LEAST = 1 << 16  # of a state
@@ -48,9 +48,9 @@ def quantized(weights: NDArray[np.int64]) -> Frequencies:
 
 
 def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tuple[bytes, bytes]:
-    """Returns the coded symbols, and what of `raw` the lanes had no room for.
+    """Returns the coded symbols, and what of `raw` the ways had no room for.
 
-    The coded symbols are the number of lanes, their states, the number of 16-bit words, and the words.
+    The coded symbols are the number of ways, their states, the number of 16-bit words, and the words.
 
     Args:
         indices: a symbol's place in `frequencies`, which holds one model after the other, each with a sum of 2^M.
@@ -58,12 +58,12 @@ def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tu
     """
     flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
     inverse = 1 / np.maximum(flat, 1)
-    lanes = _lanes(np.bincount(indices, minlength=flat.size), inverse)
-    inside = raw[: 2 * lanes].ljust(2 * lanes, b"\0")
+    ways = _ways(np.bincount(indices, minlength=flat.size), inverse)
+    inside = raw[: 2 * ways].ljust(2 * ways, b"\0")
     states = np.frombuffer(inside, dtype="<u2").astype(np.uint32) + np.uint32(_LEAST)
     moved: list[NDArray[np.uint32]] = []
-    for start in reversed(range(0, indices.size, lanes)):
-        row = indices[start : start + lanes]
+    for start in reversed(range(0, indices.size, ways)):
+        row = indices[start : start + ways]
         state, frequency = states[: row.size], flat.take(row)
         full = (state >> _FULL) >= frequency
         moved.append(state[full])
@@ -74,8 +74,8 @@ def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tu
         state += quotient * (np.uint32(_ONE) - frequency)
         state += before.take(row)
     words = np.concatenate([np.zeros(0, np.uint32), *reversed(moved)]).astype("<u2")  # the lower 16 bits
-    head = lanes.to_bytes(2, "little") + states.astype("<u4").tobytes()
-    return head + len(words).to_bytes(3, "little") + words.tobytes(), raw[2 * lanes :]
+    head = ways.to_bytes(2, "little") + states.astype("<u4").tobytes()
+    return head + len(words).to_bytes(3, "little") + words.tobytes(), raw[2 * ways :]
 
 
 def decode_symbols(
@@ -89,22 +89,22 @@ def decode_symbols(
     Raises:
         PeerError: the bytes are not the coded form of so many symbols.
     """
-    count, lanes = models.size, body.take_number(2, "the number of lanes")
-    if not 1 <= lanes <= max(count, 1) <= lanes * MOST_STEPS:
-        raise PeerError(f"payload: {lanes} lanes for {count} symbols")
-    states = np.frombuffer(body.take(4 * lanes, "the coder's states"), dtype="<u4").astype(np.uint32)
+    count, ways = models.size, body.take_number(2, "the number of ways")
+    if not 1 <= ways <= max(count, 1) <= ways * MOST_STEPS:
+        raise PeerError(f"payload: {ways} ways for {count} symbols")
+    states = np.frombuffer(body.take(4 * ways, "the coder's states"), dtype="<u4").astype(np.uint32)
     words = np.frombuffer(body.take(2 * body.take_number(3, "the word count"), "the coded words"), dtype="<u2")
     if (states < _LEAST).any():
         raise PeerError("payload: a coder's state is below its range")
     flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
     slots = np.repeat(np.arange(flat.size), flat)  # 2^M for each model: whose range a slot is in
     origins, found, at = models << PRECISION, np.empty(count, dtype=np.uint16), 0
-    for start in range(0, count, lanes):
-        origin = origins[start : start + lanes]
+    for start in range(0, count, ways):
+        origin = origins[start : start + ways]
         state = states[: origin.size]
         slot = state & np.uint32(_ONE - 1)
         index = slots.take(origin + slot)
-        found[start : start + lanes] = index
+        found[start : start + ways] = index
         state >>= np.uint32(PRECISION)
         state *= flat.take(index)
         state += slot
@@ -125,7 +125,7 @@ def _sums_before(frequencies: Frequencies) -> Frequencies:
     return (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint32)
 
 
-def _lanes(counts: NDArray[np.intp], inverse: NDArray[np.float64]) -> int:
-    """Returns the number of lanes for symbols that occur so often, each of log2(2^M/f) bits."""
+def _ways(counts: NDArray[np.intp], inverse: NDArray[np.float64]) -> int:
+    """Returns the number of ways for symbols that occur so often, each of log2(2^M/f) bits."""
     bits = float(counts @ (PRECISION + np.log2(inverse)))
-    return max(1, int(bits / LANE_BITS), -(-int(counts.sum()) // MOST_STEPS))
+    return max(1, int(bits / WAY_BITS), -(-int(counts.sum()) // MOST_STEPS))
