@@ -187,9 +187,10 @@ def submit(
     resolved = load_job(job or JOB, overrides or [])
     inputs = check_server_job(resolved)  # reports mistakes here rather than in the server's log
     from fedtune.core.job.unusual import Surroundings, unusual
-    from fedtune.model.shape import shape_of
+    from fedtune.model.shape import adapted_modules, shape_of
 
     shape = shape_of(resolved.model)
+    adapted_modules(shape.linear, resolved.adapter)
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
         print(warning)
     signed = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import typer
 
 from fedtune.core.errors import RunError
 from fedtune.core.job.settings import BUNDLED, Job
+from fedtune.demo import BASE_DIRECTORY
 from fedtune.server import cli
 from fedtune.server.export.request import ExportRequest
 from fedtune.server.run_display import Display
@@ -78,6 +80,23 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert complaint in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [("simulate",), ("server", "submit"), ("fleet", "sign")], ids=" ".join)
+def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("FEDTUNE_SERVER_HOME", str(tmp_path / "server"))
+    monkeypatch.setenv("FEDTUNE_FLEET_HOME", str(tmp_path / "owner"))
+    run("server", "init", "--address", "localhost:8443")
+    base = tmp_path / "base"  # has a configuration, and no weights
+    base.mkdir()
+    shutil.copy(BASE_DIRECTORY / "config.json", base)
+    (tmp_path / "job.toml").write_text("")
+    demo = ["--set", "data.train=demo", "--set", "data.evaluation=demo"]
+    chosen = [str(tmp_path / "job.toml"), *demo, "--set", f"model.base={base}", "--set", "adapter.rank=300"]
+    assert run(*command, *chosen) == 2
+    assert capsys.readouterr().err.startswith("adapter.rank is 300, but")
 
 
 def test_a_failed_run_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ MISTAKES = [
     (("server", "submit", "typo.toml", "--home", "fleet"), "federation.ruonds: unknown key"),
     (("server", "submit", "--set", "model.base=/nowhere", "--home", "fleet"), "/nowhere: not a directory"),
     (("server", "submit", "--set", "data.evaluation=none.jsonl", "--home", "fleet"), "none.jsonl: cannot be read"),
+    (("fleet", "sign", "typo.toml", "--home", "owner"), "federation.ruonds: unknown key"),
+    (("fleet", "sign", "none.toml", "--home", "owner"), "none.toml: cannot be read"),
+    (("fleet", "sign", "job.toml", "--set", "model.base=/nowhere", "--home", "owner"), "/nowhere: not a directory"),
+    (("fleet", "sign", "job.toml", "--home", "none"), "none: there is no fleet here"),
 ]
 
 
@@ -108,7 +112,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said
     (path / "unfinished").mkdir()
     (path / "unfinished" / "job.toml").touch()
     init = ("server", "init", "--address", "localhost:8443", "--home", "fleet")
-    commands = [init, *HELPS, *(words for words, _ in MISTAKES)]
+    commands = [init, ("fleet", "init", "--home", "owner"), *HELPS, *(words for words, _ in MISTAKES)]
     return dict(zip(commands, start(path, commands), strict=True))
 
 

@@ -140,10 +140,13 @@ def sign(
     """
     from fedtune.core.host.private_files import write_private
     from fedtune.core.job.job_file import load_job
-    from fedtune.server.fleet.signing import sign_job
+    from fedtune.data.job_inputs import source_of
 
-    resolved, chosen = load_job(job, overrides or []), name or job.stem
-    manifest = sign_job(_open(home).key, resolved, chosen, days)
+    key, resolved, chosen = _open(home).key, load_job(job, overrides or []), name or job.stem
+    source_of(resolved.model.base)
+    from fedtune.server.fleet.signing import sign_job  # torch takes long to import: mistakes are named before
+
+    manifest = sign_job(key, resolved, chosen, days)
     path = out or Path(f"{chosen}.manifest")
     write_private(path, manifest.data)
     print(f"{path}: the job {chosen}, terms {manifest.terms.digest[:16]}…, valid for {days:g} days")

@@ -24,7 +24,7 @@ from fedtune.data.job_inputs import JobInputs
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.model.base_model import BaseModel
-from fedtune.model.shape import shape_of
+from fedtune.model.shape import adapted_modules, shape_of
 from fedtune.server.evaluation import HeldOutEvaluator
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
@@ -52,6 +52,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     logging.getLogger("flwr").setLevel(logging.WARNING)
     job = inputs.job
     context = SimulationContext.begin(job, path / CLIENTS, inputs)
+    adapted_modules(context.shape.linear, job.adapter)  # refuses a wrong adapter before the weights are loaded
     _ = context.devices, context.held_out  # reports mistakes in their files before anything is written
     wanted, clients = job.federation.clients_per_round, len(inputs.population.names)
     if isinstance(wanted, int) and wanted > clients:
