@@ -271,8 +271,9 @@ def _release(server: ServerHome, job: QueuedJob, run: Path, finished: bool) -> N
     from fedtune.server.fleet.releasing import release_model
     from fedtune.server.live.model_registry import ModelRegistry
 
-    release = release_model(owner, models, job.name)
-    ModelRegistry(server).take(release.data)
+    registry = ModelRegistry(server)
+    release = release_model(owner, models, job.name, check=registry.check)
+    registry.take(release.data)
     print(f"release {release.number}: {release.name}, {', '.join(release.models)}, signed here: this machine plays the")
     print("fleet's owner too, which is good for a try-out")
 

@@ -14,6 +14,7 @@ from fedtune.core.manifest.fleet_log import DAYS, Fleet
 from fedtune.core.manifest.joining import MAX_REQUEST_BYTES, JoinRequest, fingerprint
 
 if TYPE_CHECKING:
+    from fedtune.core.manifest.model_release import ModelRelease
     from fedtune.server.fleet.owner_home import OwnerHome
     from fedtune.server.live.server_home import ServerHome
 
@@ -180,18 +181,19 @@ def publish(
     from fedtune.core.host.private_files import write_private
     from fedtune.server.fleet.releasing import release_model
 
-    server = _server(server_home)
-    release = release_model(_open(home), directory, name, days)
-    state = f"release {release.number}: {release.name}, {', '.join(release.models)}, valid for {days:g} days"
-    if server is None or out is not None:
+    owner, server = _open(home), None if out else _server(server_home)
+    if server is None:
+        release = release_model(owner, directory, name, days)
         path = out or Path(f"{release.name}.release")
         write_private(path, release.data)
-        print(f"{state}; carry {path} to the server: fedtune server offer {path}")
+        print(f"{_state(release, days)}; carry {path} to the server: fedtune server offer {path}")
         return
     from fedtune.server.live.model_registry import ModelRegistry
 
-    ModelRegistry(server).take(release.data)
-    print(f"{state}; offered by the server in {server.path}")
+    registry = ModelRegistry(server)
+    release = release_model(owner, directory, name, days, registry.check)
+    registry.take(release.data)
+    print(f"{_state(release, days)}; offered by the server in {server.path}")
     print(_BOTH)
 
 
@@ -218,6 +220,10 @@ def status(
         print(f"its first key, which invitations show: {fingerprint(owner.first_key)}")
     print(f"log: {fleet.number} entries, valid for {days:.0f} more days")
     print(f"{len(fleet.devices)} devices: {', '.join(sorted(fleet.devices)) or 'none yet'}")
+
+
+def _state(release: ModelRelease, days: float) -> str:
+    return f"release {release.number}: {release.name}, {', '.join(release.models)}, valid for {days:g} days"
 
 
 def _hand_over(owner: OwnerHome, fleet: Fleet, server: ServerHome | None) -> None:

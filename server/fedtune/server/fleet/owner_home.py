@@ -28,6 +28,9 @@ ENVIRONMENT = "FEDTUNE_FLEET_HOME"
 _KEY, _NEXT, _FIRST, _LOG, _RELEASE = "fleet.key", "next.key", "fleet.pub", "fleet.jsonl", "release.json"
 _DAY = 86_400.0
 
+Check = Callable[[bytes], object]
+"""Raises InputError for a release's bytes that no server would take."""
+
 
 def default_home() -> Path:
     """Returns the default folder of a fleet's owner."""
@@ -123,15 +126,18 @@ class OwnerHome:
         """Revokes devices, in one entry."""
         return self.change(Change(revoked=tuple(names)), days)
 
-    def release(self, name: str, models: Mapping[str, str], days: float = DAYS) -> ModelRelease:
+    def release(
+        self, name: str, models: Mapping[str, str], days: float = DAYS, check: Check | None = None
+    ) -> ModelRelease:
         """Signs a release of a job's model, under the number after the last release's.
 
         Args:
             models: format -> SHA-256 of the export's manifest, in hexadecimal digits.
             days: how long devices may install it.
+            check: raises InputError for a release that its server would refuse; the number is then still free.
 
         Raises:
-            InputError: the job's name is none, or the last release's file is damaged.
+            InputError: the job's name is none, the last release's file is damaged, or the check refuses the release.
         """
         path = self.path / _RELEASE
         try:
@@ -143,6 +149,8 @@ class OwnerHome:
             release = ModelRelease.sign(self.key, last + 1, name, models, self._now() + days * _DAY)
         except PeerError as error:
             raise InputError(f"{path}: {error}") from None
+        if check is not None:
+            check(release.data)
         write_private(path, release.data)
         return release
 

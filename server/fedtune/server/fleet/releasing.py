@@ -7,19 +7,22 @@ from pathlib import Path
 from fedtune.core.errors import InputError
 from fedtune.core.manifest.model_release import DAYS, ModelRelease
 from fedtune.core.protocol.model_manifest import FORMATS, MANIFEST, manifest_digest, verify
-from fedtune.server.fleet.owner_home import OwnerHome
+from fedtune.server.fleet.owner_home import Check, OwnerHome
 
 
-def release_model(owner: OwnerHome, directory: Path, name: str | None = None, days: float = DAYS) -> ModelRelease:
+def release_model(
+    owner: OwnerHome, directory: Path, name: str | None = None, days: float = DAYS, check: Check | None = None
+) -> ModelRelease:
     """Releases a job's model, after every file was checked.
 
     Args:
         directory: an exported directory, or the folder that has one for each format.
         name: name of the job on the server; None for the name that the export states.
+        check: raises InputError for a release that its server would refuse; its number is then still free.
 
     Raises:
         ExportError: there is no export, or a file of it was changed.
-        InputError: an export is no model by itself, or they are of different models.
+        InputError: an export is no model by itself, or they are of different models; or the check refuses the release.
     """
     exports = [directory / form for form in FORMATS if (directory / form / MANIFEST).is_file()]
     manifests = {path: verify(path) for path in exports or [directory]}
@@ -30,4 +33,4 @@ def release_model(owner: OwnerHome, directory: Path, name: str | None = None, da
     if name is None and len(stated) > 1:
         raise InputError(f"{directory}: exports of {', '.join(stated)}; expected one model, or --name of its job")
     models = {manifest.format: manifest_digest(path) for path, manifest in manifests.items()}
-    return owner.release(name or stated[0], models, days)
+    return owner.release(name or stated[0], models, days, check)

@@ -85,7 +85,13 @@ class ModelRegistry:
         return release, chosen, self._path(release.name, chosen)
 
     def take(self, data: bytes) -> ModelRelease:
-        """Takes a release from the fleet's owner, and offers its models to devices from now on.
+        """Takes a release from the fleet's owner, and offers its models to devices from now on; raises as `check`."""
+        release = self.check(data)
+        write_private(self._path(release.name, RELEASE), data)
+        return release
+
+    def check(self, data: bytes) -> ModelRelease:
+        """Returns a release that the registry would take.
 
         Raises:
             InputError: devices would refuse it, or it is not of the models that are here.
@@ -108,7 +114,6 @@ class ModelRegistry:
                 if manifest_digest(path) == digest:
                     continue
             raise InputError(f"{path}: not the {form} that was released; expected an export of SHA-256 {digest[:12]}…")
-        write_private(self._path(release.name, RELEASE), data)
         return release
 
     def _released(self) -> Iterator[ModelRelease]:
