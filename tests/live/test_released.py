@@ -171,3 +171,13 @@ def test_a_job_that_the_owner_waits_for_is_released_where_the_key_is_on_the_serv
     assert (home.path / "runs" / "first" / "onnx" / "release.json").is_file()
     said = run("server", "submit", "--manifest", "second.manifest", *folder)
     assert f"fedtune fleet publish {home.path / 'runs' / 'second' / 'onnx'}" in said
+    assert "the server is not running; start it with: fedtune server start" in said
+    assert "plays the fleet's owner too" not in said  # the owner has signed it before
+
+    said = run("server", "submit", "--set", "federation.run=3", "--name", "third", *folder)
+    assert "signed here: this machine plays the fleet's owner too" in said
+    release = f"fedtune fleet publish {home.path / 'runs' / 'third' / 'onnx'} --server-home {home.path}"
+    assert said.endswith(f"once it is released, as --wait does; when it has finished:\n{release}\n")
+    with home.lock:
+        said = run("server", "submit", "--set", "federation.run=4", "--name", "fourth", *folder)
+    assert "watch it with: fedtune server status" in said

@@ -198,8 +198,12 @@ def submit(
     )
     queued = jobs.submit(resolved, signed)
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
+    if not manifest:
+        print("signed here: this machine plays the fleet's owner too, which is good for a try-out")
     if server.lock.holder() is None:
         print("the server is not running; start it with: fedtune server start")
+    elif not wait:
+        print("the server works on it when its turn comes; watch it with: fedtune server status")
     while wait and queued.name not in jobs.finished():
         if reason := jobs.failed().get(queued.name):
             raise InputError(f"{queued.name} failed: {reason}")
@@ -263,10 +267,13 @@ def _signed(server: ServerHome, job: Job, name: str) -> JobManifest:
 def _release(server: ServerHome, job: QueuedJob, run: Path, finished: bool) -> None:
     """Releases a finished job's model with the owner's key on this machine, or says what releases it."""
     owner, models = _owner_here(server), run / "onnx"
-    if owner is None or not finished:
-        place = "" if owner else "on the owner's machine, "
-        print(f"devices install its model once it is released, when it has finished; {place}with its exports:")
-        print(f"fedtune fleet publish {models}")
+    if owner is None:
+        print("devices install its model once it is released, when it has finished; on the owner's machine, with its")
+        print(f"exports: fedtune fleet publish {models}; then here: fedtune server offer {job.name}.release")
+        return
+    if not finished:
+        print("devices install its model once it is released, as --wait does; when it has finished:")
+        print(f"fedtune fleet publish {models} --server-home {server.path}")
         return
     from fedtune.server.fleet.releasing import release_model
     from fedtune.server.live.model_registry import ModelRegistry
