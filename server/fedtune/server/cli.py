@@ -149,7 +149,10 @@ def report(
         typer.Option("--compare", metavar="RUN_DIR", help="Compare it with another run; may be given again."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where --compare writes; by default RUN_DIR/comparison.html.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Where to write; by default report.html or comparison.html in RUN_DIR."
+        ),
     ] = None,
 ) -> None:
     """Write a run's HTML report again, or a page that compares several runs.
@@ -165,7 +168,7 @@ def report(
     if compare:
         print(write_comparison([run_directory, *compare], out or run_directory / "comparison.html"))
     else:
-        print(write_report(run_directory))
+        print(write_report(run_directory, out))
 
 
 @app.command()

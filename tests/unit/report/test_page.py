@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.errors import InputError, MissingExtraError, RunDirectoryError, RunError
+from fedtune.server import cli
 from fedtune.server.report import write_comparison, write_report
+from fedtune.server.report.canvas import draw, round_axis
 from fedtune.server.run_rounds import tier_summary
 
 MakeRun = Callable[..., Path]
@@ -96,6 +99,27 @@ def test_identifiers_are_not_shared_between_the_pictures_that_use_them(page: Pag
     pictures = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
     used = [set(re.findall(r'(?:url\(|xlink:href=")#(\w+)', picture)) for picture in pictures]
     assert sum(map(len, used)) == len(set().union(*used))
+
+
+def test_a_report_goes_where_it_is_asked_to(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(run), "--out", str(tmp_path / "mine.html")])
+    assert not (run / "report.html").exists()
+    assert "svg" in Page(tmp_path / "mine.html").tags
+
+
+def test_the_axis_of_a_single_round_has_its_number_alone() -> None:
+    def paint(axes: Any) -> None:
+        round_axis(axes, 1, 1)
+        axes.set_yticks([])
+
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", draw("One", "one round", paint).svg) == ["1", "round"]
+
+
+def test_the_time_line_shows_the_rounds_of_a_short_run_and_the_last_ones_of_a_long_one(make_run: MakeRun) -> None:
+    assert "When clients worked in rounds 1 to 16:" in Page(write_report(make_run("short", rounds=16))).text
+    assert "When clients worked in rounds 77 to 100 of 100:" in Page(write_report(make_run("long", rounds=100))).text
 
 
 def test_a_run_under_way_has_a_report_that_says_so(make_run: MakeRun) -> None:

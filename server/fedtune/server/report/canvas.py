@@ -102,7 +102,7 @@ def round_axis(axes: Axes, first: int, last: int) -> None:
 
     axes.set_xlabel("round")
     axes.set_xlim(first - 0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
 def share_axis(axes: Axes) -> None:

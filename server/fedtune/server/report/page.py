@@ -41,8 +41,11 @@ class Fact:
     note: str = ""
 
 
-def write_report(run: Path) -> Path:
-    """Writes report.html into a run directory, whether the run is finished or not.
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Writes a run's report, whether the run is finished or not.
+
+    Args:
+        out: the file to write; None for report.html in the run directory.
 
     Returns:
         The report's path.
@@ -57,7 +60,7 @@ def write_report(run: Path) -> Path:
     reasons = Counter(clean_line(reason, REASON_LENGTH) for _, _, reason in data.dropouts)
     notes = Counter(clean_line(note, REASON_LENGTH) for _, note in data.notes)
     return _write(
-        run / REPORT,
+        out or run / REPORT,
         "report.html.j2",
         title=data.name,
         run=data,

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 NAMED_CLIENTS = 40  # more cannot be told apart: a distribution is drawn instead
 DRAWN_CLIENTS = 60  # rows of a time line without names
-TIMED_ROUNDS = 5
+TIMED_ROUNDS = 24
+LABELLED_ROUNDS = 6  # of more rounds the time line has room for the numbers only
 NAME_LENGTH = 18
 ROW_INCHES = 0.2
 _SHORTEST_SECONDS = 1e-3  # an axis needs some length
@@ -214,6 +215,8 @@ def time_line(run: Run) -> Plot | None:
     row_of = {name: row for row, name in enumerate(everyone)} if named else None
     rows = len(everyone) if named else min(max(len(line.clients) for line in shown), DRAWN_CLIENTS)
     first = f"rounds {shown[0].round} to {shown[-1].round}" if len(shown) > 1 else f"round {shown[0].round}"
+    if shown[0].round > run.rounds[0].round:
+        first += f" of {run.rounds[-1].round}"
     words = (
         f"When clients worked in {first}: a bar runs from the moment a client began to the moment its answer was "
         "there, a red cross is a client that the round lost. Rounds stand end to end, between upright lines; a round "
@@ -295,6 +298,7 @@ def _time_rows(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None
     lost: list[tuple[float, float, float]] = []
     crosses: list[tuple[float, float]] = []
     begin, starts = 0.0, []
+    label = "round {}" if len(rounds) <= LABELLED_ROUNDS else "{}"
     for line in rounds:
         starts.append(begin)
         for row, client in _in_rows(line, named):
@@ -302,9 +306,8 @@ def _time_rows(axes: Axes, rounds: Sequence[Round], named: dict[str, int] | None
             (worked if client.dropped is None else lost).append((row, begin + start, begin + end))
             if client.dropped is not None:
                 crosses.append((begin + end, row))
-        axes.text(
-            begin + line.seconds / 2, 1.0, f"round {line.round}", transform=axes.get_xaxis_transform(), ha="center"
-        )
+        middle = begin + line.seconds / 2
+        axes.text(middle, 1.0, label.format(line.round), transform=axes.get_xaxis_transform(), ha="center")
         begin += line.seconds
     thickness = 7.0 if named else 2.5
     for bars, colour in ((worked, BLUE), (lost, RED)):
