@@ -221,6 +221,11 @@ def test_requests_that_cannot_be_honoured_are_refused_as_openai_does(client: ope
     for wrong in ({"n": 2}, {"logit_bias": {"5": 1}}, {"temperature": 3}, {"max_tokens": 0}, {"stop": [""]}):
         with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
             client.completions.create(**{"model": "lamp", "prompt": PROMPT, **wrong})  # type: ignore[call-overload]
+    for elsewhere in ({"top_k": 40}, {"min_p": 0.1}, {"repetition_penalty": 1.3}, {"tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError, match=f"{next(iter(elsewhere))}: not supported by this server"):
+            client.completions.create(model="lamp", prompt=PROMPT, max_tokens=1, extra_body=elsewhere)
+    off = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "tool_choice": "auto", "stop_token_ids": []}
+    client.completions.create(model="lamp", prompt=PROMPT, max_tokens=1, extra_body=off)
     for body, status in (
         (b"{", 400),
         (b"[]", 400),

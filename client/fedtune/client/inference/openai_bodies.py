@@ -35,6 +35,13 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
+    "repetition_penalty": (1,),  # this and the next ones are not OpenAI's, but other servers have them
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
