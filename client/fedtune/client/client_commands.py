@@ -17,7 +17,7 @@ import typer
 
 from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
-from fedtune.core.errors import InputError, MissingExtraError
+from fedtune.core.errors import InputError, MissingExtraError, install_line
 
 if TYPE_CHECKING:  # the class is imported when a command runs
     from fedtune.client.live.device_home import ClientHome
@@ -204,7 +204,7 @@ def pull(
 ) -> None:
     """Download a model that the fleet's owner has released, to use it with fedtune serve or fedtune chat.
 
-    Needs no torch: pip install 'fedtune[inference]'. The device refuses what the owner has not signed, and releases
+    Needs the extra [inference], and no torch. The device refuses what the owner has not signed, and releases
     from before the one it has. Every file is checked before the new model replaces the old one, which is kept for
     fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
 
@@ -412,7 +412,7 @@ def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bo
 
         planner = this_device(CalibrationStore(calibrations), print)
     except ModuleNotFoundError:
-        print("no torch here: this device can pull models and answer. To train: pip install 'fedtune[client]'")
+        print(f"no torch here: this device can pull models and answer. To train: {install_line('client')}")
         return []
     outcomes = plan_bases(planner, bases, data, "always" if try_step else "never")
     return [outcome.to_json() for outcome in outcomes]

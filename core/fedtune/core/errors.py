@@ -23,9 +23,12 @@ An error of secure aggregation does not change the session that raises it.
 from __future__ import annotations
 
 import copyreg
+import json
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 
 class FedtuneError(Exception):
@@ -84,7 +87,19 @@ class MissingExtraError(InputError):
     """A command needs packages of an extra that is not installed."""
 
     def __init__(self, command: str, extra: str, missing: str) -> None:
-        super().__init__(f"{command} needs the package {missing}. Install it with: pip install 'fedtune[{extra}]'")
+        super().__init__(f"{command} needs the package {missing}. Install it with: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+    """Returns the command that installs an extra from where this fedtune came from: a clone, a wheel or an index."""
+    try:
+        text = distribution("fedtune").read_text("direct_url.json")  # pip's record; there is none for an index
+    except PackageNotFoundError:
+        text = None
+    origin = json.loads(text or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return f"pip install -e '{unquote(urlsplit(origin['url']).path)}[{extra}]'"
+    return f"pip install 'fedtune[{extra}]{' @ ' + origin['url'] if origin else ''}'"
 
 
 class RunError(FedtuneError):

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from fedtune.core import errors
 from fedtune.core.errors import DataError, FedtuneError, JobError, MissingExtraError, UpdateError
+
+
+@dataclass
+class Installed:
+    """An installed package with pip's record of where it came from."""
+
+    record: str | None
+
+    def read_text(self, name: str) -> str | None:
+        return self.record if name == "direct_url.json" else None
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (
+            '{"url": "file:///my%20clones/fedtune", "dir_info": {"editable": true}}',
+            "pip install -e '/my clones/fedtune[server]'",
+        ),
+        ('{"url": "file:///x/f.whl", "archive_info": {}}', "pip install 'fedtune[server] @ file:///x/f.whl'"),
+        (None, "pip install 'fedtune[server]'"),
+    ],
+)
+def test_a_missing_extra_is_installed_from_where_fedtune_came_from(
+    monkeypatch: pytest.MonkeyPatch, record: str | None, line: str
+) -> None:
+    monkeypatch.setattr(errors, "distribution", lambda _: Installed(record))
+    assert str(MissingExtraError("this", "server", "x")) == f"this needs the package x. Install it with: {line}"
 
 
 @pytest.mark.parametrize(

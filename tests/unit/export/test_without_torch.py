@@ -90,4 +90,4 @@ def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint,
     for arguments, extra in ((["export", str(tmp_path)], "export"), (["client", "start"], "client")):
         refused = fedtune(*arguments)
         assert refused.returncode == 2
-        assert f"pip install 'fedtune[{extra}]'" in refused.stderr
+        assert f"pip install 'fedtune[{extra}] @ {ROOT.as_uri()}'" in refused.stderr

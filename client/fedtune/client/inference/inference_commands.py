@@ -63,7 +63,7 @@ def serve(
 ) -> None:
     """Answer prompts with an exported model, over the HTTP API that OpenAI's clients speak.
 
-    Needs no torch: pip install 'fedtune[inference]'. Every file is checked before it is loaded. It serves
+    Needs the extra [inference], and no torch. Every file is checked before it is loaded. It serves
     /v1/completions, /v1/chat/completions (both also as streams), /v1/models, /v1/adapters, /health, and /metrics for
     Prometheus, until Ctrl-C. Examples:
 
@@ -116,7 +116,7 @@ def chat(
 ) -> None:
     """Chat with an exported model in the terminal; piped input is answered line by line.
 
-    Needs no torch: pip install 'fedtune[inference]'. At the prompt, /reset forgets the conversation and /quit ends;
+    Needs the extra [inference], and no torch. At the prompt, /reset forgets the conversation and /quit ends;
     Ctrl-C stops an answer. Examples:
 
         fedtune chat runs/demo-1/onnx/int4 --forget
