@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedtune.client import client_commands
 from fedtune.client.inference.inference_commands import chat, serve
-from fedtune.core.errors import FedtuneError
+from fedtune.core.errors import FedtuneError, MissingExtraError
 from fedtune.core.host.process import prepare_environment
 from fedtune.server import privacy_commands, server_commands
 from fedtune.server.export.export_command import export
@@ -274,8 +274,17 @@ def main(arguments: Sequence[str] | None = None, programs: Programs | None = Non
     try:
         app(arguments, obj=programs or Programs())
     except FedtuneError as error:
-        error_console().print(str(error), markup=False, style="red" if sys.stderr.isatty() else None)
-        sys.exit(error.exit_status)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "fedtune":
+            raise
+        _fail(MissingExtraError("this command", "server", package))
+
+
+def _fail(error: FedtuneError) -> None:
+    error_console().print(str(error), markup=False, style="red" if sys.stderr.isatty() else None)
+    sys.exit(error.exit_status)
 
 
 def _running(directory: Path, silent: bool) -> AbstractContextManager[Display]:

@@ -87,7 +87,8 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._live:  # otherwise it would only print an empty line
+            self._progress.stop()
 
     def note(self, text: str) -> None:
         """Prints the sentence."""

@@ -87,7 +87,14 @@ def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint,
             server.terminate()
     assert server.returncode in (0, -15)
 
-    for arguments, extra in ((["export", str(tmp_path)], "export"), (["client", "start"], "client")):
+    (tmp_path / "job.toml").touch()
+    for arguments, extra in (
+        (["export", str(tmp_path)], "export"),
+        (["client", "start"], "client"),
+        (["plan"], "server"),
+        (["simulate", "--set", "export.formats=[]", "--out", str(tmp_path / "run")], "server"),
+        (["resume", str(tmp_path)], "server"),
+    ):
         refused = fedtune(*arguments)
         assert refused.returncode == 2
         assert f"pip install 'fedtune[{extra}] @ {ROOT.as_uri()}'" in refused.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from fedtune.core.errors import RunError
+from fedtune.core.errors import RunError, install_line
 from fedtune.core.job.settings import BUNDLED, Job
 from fedtune.demo import BASE_DIRECTORY
 from fedtune.server import cli
@@ -105,6 +105,18 @@ def test_a_failed_run_is_exit_status_1(capsys: pytest.CaptureFixture[str], tmp_p
 
     assert run("simulate", "--out", str(tmp_path / "run"), programs=cli.Programs(simulate=fail)) == 1
     assert capsys.readouterr().err == "the disk is full\n"
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*arguments: Any) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+
+    assert run("simulate", "--out", str(tmp_path / "run"), programs=cli.Programs(simulate=fail)) == 2
+    said = capsys.readouterr()
+    assert said.err == f"this command needs the package torch. Install it with: {install_line('server')}\n"
+    assert said.out == ""
 
 
 def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
