@@ -75,7 +75,9 @@ def half_done(stopped: FinishedRun, tmp_path: Path) -> Path:
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(half_done: Path, whole: FinishedRun) -> None:
     assert len(read_rounds(half_done)) == 2
-    assert go_on(half_done)["adapter_digest"] == whole.summary["adapter_digest"]
+    resumed = go_on(half_done)
+    assert resumed["adapter_digest"] == whole.summary["adapter_digest"]
+    assert resumed["records"] == whole.summary["records"]
 
 
 def test_a_round_that_was_written_but_not_acknowledged_is_done_again(half_done: Path, whole: FinishedRun) -> None:
@@ -117,6 +119,7 @@ def test_a_finished_run_can_be_resumed_without_harm(whole: FinishedRun, tmp_path
     heard = Heard()
     again = go_on(path, heard)
     assert again["adapter_digest"] == whole.summary["adapter_digest"]
+    assert again["records"] == whole.summary["records"]
     assert again["peak_rss_mb"] == 98_765.4  # the run's own peak, not that of writing the summary
     assert any("all rounds are done already" in note for note in heard.notes)
 

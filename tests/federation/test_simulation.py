@@ -160,6 +160,17 @@ def test_bad_client_data_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("partition", ["by-file", "iid"])
+def test_bad_lines_that_are_skipped_are_counted(tmp_path: Path, partition: str) -> None:
+    (tmp_path / "clients").mkdir()
+    for name in ("ann", "ben", "cho"):
+        good = [json.dumps({"prompt": f"{name} {number} =>", "completion": " yes"}) for number in range(4)]
+        (tmp_path / "clients" / f"{name}.jsonl").write_text("\n".join([*good, "no JSON", ""]))
+    data = (f"data.train={tmp_path}/clients/*.jsonl", f"data.partition={partition}", "data.clients=3")
+    summary = run(small_job(*data, "data.skip_bad=true", "federation.rounds=1"), tmp_path / "run")
+    assert (summary["records"]["read"], summary["records"]["bad"], summary["records"]["kept"]) == (15, 3, 12)
+
+
 def test_a_base_that_is_no_model_is_told_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a directory"):
         run(small_job(f"model.base={tmp_path}/none"), tmp_path / "run")

@@ -41,6 +41,9 @@ class Population:
         data: data settings of the job.
         seed: seed of the job.
 
+    Attributes:
+        shared_bad_lines: bad lines that were skipped in files whose records are dealt to clients.
+
     Raises:
         DataError: nothing matches `data.train`, or a file cannot be partitioned.
     """
@@ -50,6 +53,8 @@ class Population:
         self._paths: dict[str, Path] = {}
         self._households: dict[str, Household] = {}
         self._parts: Mapping[str, list[Record]] = {}
+        self._bad_lines: dict[str, int] = {}
+        self.shared_bad_lines = 0
         if data.train == DEMO:
             households = make_households(data.clients, seed, data.examples_per_client)
             width = max(3, len(str(data.clients - 1)))
@@ -60,7 +65,9 @@ class Population:
                 self.records(name)
         else:
             files = _matches(data.train)
-            records = [record for path in files for record in read_records(path, skip_bad=data.skip_bad)[0]]
+            found = [read_records(path, skip_bad=data.skip_bad) for path in files]
+            records = [record for good, _ in found for record in good]
+            self.shared_bad_lines = sum(bad for _, bad in found)
             self._parts = partition_records(records, data.partition, data.clients, seed)
         self.names = tuple(self._households or self._paths or self._parts)
 
@@ -79,8 +86,13 @@ class Population:
         if self._households:
             return [Record(row["completion"], row["prompt"]) for row in self._households[name].rows]
         if self._paths:
-            return read_records(self._paths[name], skip_bad=self._data.skip_bad)[0]
+            records, self._bad_lines[name] = read_records(self._paths[name], skip_bad=self._data.skip_bad)
+            return records
         return self._parts[name]
+
+    def bad_lines(self, name: str) -> int:
+        """Returns how many bad lines of a client's own file were skipped."""
+        return self._bad_lines.get(name, 0)
 
     def sample(self, clients: int = SAMPLED_CLIENTS) -> list[Record]:
         """Returns all records of at most this many clients, spread evenly over the names."""

@@ -104,7 +104,9 @@ def run_job(
     strategy = AdapterStrategy(federation, lambda _: nodes, grid.stale_updates, grid.bound_replies)
     evaluator = HeldOutEvaluator(simulation_context.held_out, executor.spread)
     try:
-        summary = run_rounds(strategy, directory, grid, evaluator, display, lambda: _facts(executor))
+        summary = run_rounds(
+            strategy, directory, grid, evaluator, display, lambda: _facts(executor, simulation_context, directory)
+        )
     finally:
         executor.close()
     if devices is not None:
@@ -120,11 +122,21 @@ def _course(virtual: list[dict[str, Any]]) -> str:
     return f"virtual  {format_seconds(seconds)} in {len(virtual)} rounds of the fleet; updates: {shares or 'none'}"
 
 
-def _facts(executor: WorkerPool) -> Facts:
+def _facts(executor: WorkerPool, simulation_context: SimulationContext, directory: RunDirectory) -> Facts:
     reports = executor.workers()
     cleaning = {client: part for report in reports for client, part in report.cleaning.items()}
-    records = sum(cleaning.values(), CleaningReport())
+    for client in sorted(_readers(directory.rounds()) - cleaning.keys()):  # they read before the run was resumed
+        simulation_context.examples(client, simulation_context.trainer, simulation_context.job.data.sequence_length)
+        cleaning[client] = simulation_context.cleaning[client]
+    shared = simulation_context.population.shared_bad_lines
+    records = sum(cleaning.values(), CleaningReport(read=shared, bad=shared))
     return Facts(peak_rss_mb() + sum(report.peak_rss_mb for report in reports), asdict(records), seeded_noise=True)
+
+
+def _readers(rounds: list[dict[str, Any]]) -> set[str]:
+    """Returns the clients that have trained or evaluated, and so have read their examples."""
+    trained = {part["id"] for line in rounds for part in line["clients"] if part["dropped"] is None}
+    return trained | {part["id"] for line in rounds for part in line["client_evaluations"] if part["eval"]}
 
 
 def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> WorkerPool:

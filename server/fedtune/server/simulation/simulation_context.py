@@ -202,7 +202,9 @@ class SimulationContext:
         records = self.population.records(client)
         if self.devices is not None:
             sequence_length = self.devices.sequence_length(client, sequence_length)
+        bad = self.population.bad_lines(client)
         examples, report = prepare(records, trainer.tokenizer, sequence_length)
+        report += CleaningReport(read=bad, bad=bad)
         self._cleaning[client] = report
         if not examples:
             source = self.population.source(client)
