@@ -104,7 +104,12 @@ def test_a_machine_is_one_device_at_a_time(refused: Command, tmp_path: Path) -> 
     assert "there is no device here; make one with: fedtune client join" in refused("client", "start")
     ClientHome.join(tmp_path / "device", Invitation.load(tmp_path / "invitation.json"), "bob", tmp_path / "data.jsonl")
     said = refused("client", "join", "invitation.json", "--data", "data.jsonl")
-    assert "there is a device here already; remove it with: fedtune client leave" in said
+    assert said.endswith("there is a device here already; remove it with: fedtune client leave\n")
+    said = refused("client", "start", "--home", "elsewhere")
+    assert said.endswith("fedtune client join INVITATION --data FILE --home elsewhere\n")
+    ClientHome.join(tmp_path / "b", Invitation.load(tmp_path / "invitation.json"), "bob", tmp_path / "data.jsonl")
+    said = refused("client", "join", "invitation.json", "--data", "data.jsonl", "--home", "b")
+    assert said.endswith("remove it with: fedtune client leave --home b\n")
 
 
 def test_keys_that_others_may_read_are_not_used(refused: Command, tmp_path: Path) -> None:

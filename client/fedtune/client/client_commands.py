@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the class is imported when a command runs
     from fedtune.client.live.device_home import ClientHome
     from fedtune.core.manifest.joining import JoinRequest
 
-app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True)
+app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True, suggest_commands=False)
 
 STOP_SECONDS = 60.0
 PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
@@ -307,7 +307,7 @@ def make_device(wanted: Joining) -> None:
         InputError: the invitation, the data or a base model cannot be used, or the folder belongs to a device already.
         NoPlanError: none of the base models fits into this machine.
     """
-    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home, remove_device
+    from fedtune.client.live.device_home import CALIBRATIONS, ClientHome, default_home, remove_device, where
     from fedtune.core.manifest.joining import Invitation, fingerprint
 
     folder = wanted.home or default_home()
@@ -321,7 +321,7 @@ def make_device(wanted: Joining) -> None:
     for plan in plans:
         for line in _plan_lines(plan):
             print(line)
-    request, where = made.request, f" --home {wanted.home}" if wanted.home else ""
+    request = made.request
     assert request is not None
     print(
         f"{made.config.name} for server {made.config.server}, folder {made.path}; its keys were made here and stay here"
@@ -332,7 +332,7 @@ def make_device(wanted: Joining) -> None:
         print(f"the server has the request; the fleet's owner approves it: fedtune fleet approve {request.code}")
     else:
         print(f"the server cannot be reached now; `start` tries again, or give the owner {made.path / 'request.json'}")
-    print(f"next: fedtune client start{where}")
+    print(f"next: fedtune client start{where(folder)}")
 
 
 def _this_machine() -> str:

@@ -31,7 +31,7 @@ app = typer.Typer(
     name="fedtune",
     help="Federated QLoRA fine-tuning of language models, from cloud to edge.",
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,  # click suggests them already
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

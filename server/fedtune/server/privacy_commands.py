@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Differential privacy: what a guarantee costs.", no_args_is_help=True)
+app = typer.Typer(help="Differential privacy: what a guarantee costs.", no_args_is_help=True, suggest_commands=False)
 
 
 @app.callback()

@@ -18,7 +18,11 @@ if TYPE_CHECKING:  # the classes themselves are imported when a command runs
     from fedtune.server.live.job_queue import QueuedJob
     from fedtune.server.live.server_home import ServerHome
 
-app = typer.Typer(help="Run a fleet's server: take the fleet's log, submit jobs, watch them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run a fleet's server: take the fleet's log, submit jobs, watch them.",
+    no_args_is_help=True,
+    suggest_commands=False,
+)
 
 STOP_SECONDS = 30.0
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert complaint in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+def test_a_mistyped_command_has_one_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("simulat",), ("server", "submi"), ("fleet", "sig"), ("client", "joi"), ("privacy", "pla")):
+        assert run(*words) == 2
+        assert capsys.readouterr().err.count("Did you mean") == 1
+
+
+def test_the_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_FEDTUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "fedtune fleet si")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    monkeypatch.setattr(sys, "argv", ["fedtune"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.split() == ["sign"]
 
 
 @pytest.mark.parametrize("command", [("simulate",), ("server", "submit"), ("fleet", "sign")], ids=" ".join)

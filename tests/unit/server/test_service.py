@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 from owner import make_server, owner_of
 
 from fedtune.core.errors import InputError, RunError
+from fedtune.core.host.private_files import write_private
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
@@ -16,6 +20,7 @@ from fedtune.core.protocol.messages import Base
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
 from fedtune.server.live.server_home import ServerConfig, ServerHome
+from fedtune.server.live.status_board import read_status
 
 
 @pytest.fixture
@@ -40,6 +45,17 @@ def test_the_same_job_needs_another_run_number_and_is_told_so_before_devices_ref
     with pytest.raises(InputError, match=r"first: a job of this name was submitted before"):
         jobs.submit(Job(), manifest(home, "first"))
     jobs.submit(Job(), manifest(home, "second", "federation.run=2"))
+
+
+def test_the_job_in_progress_does_not_wait(home: ServerHome) -> None:
+    jobs = Jobs(home)
+    for number, name in enumerate(("first", "second"), 1):
+        jobs.submit(Job(), manifest(home, name, f"federation.run={number}"))
+    now = {"pid": os.getpid(), "written": time.time(), "job": {"name": "first"}}
+    write_private(home.path / "status.json", json.dumps(now))
+    assert read_status(home)["waiting"] == ["first", "second"]  # the server is stopped
+    with home.lock:
+        assert read_status(home)["waiting"] == ["second"]
 
 
 def test_a_job_that_waits_keeps_its_place_when_its_owner_signs_it_again(home: ServerHome) -> None:

@@ -94,6 +94,11 @@ def default_home() -> Path:
     return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".fedtune" / "client")
 
 
+def where(path: Path) -> str:
+    """Returns the option that names a device's folder in a command; empty for the default one."""
+    return "" if path == default_home() else f" --home {path}"
+
+
 class ClientHome:
     """An existing folder of a device.
 
@@ -123,7 +128,9 @@ class ClientHome:
             InputError: the folder belongs to a device already, or the data file or a base model is missing.
         """
         if (path / _DEVICE).exists():
-            raise InputError(f"{path}: there is a device here already; remove it with: fedtune client leave")
+            raise InputError(
+                f"{path}: there is a device here already; remove it with: fedtune client leave{where(path)}"
+            )
         check_data(data)
         for base in bases:
             if not (base / "config.json").is_file():
@@ -257,7 +264,8 @@ def check_device(path: Path) -> None:
         InputError: there is none, or other users may enter the folder.
     """
     if not (path / _DEVICE).is_file():
-        raise InputError(f"{path}: there is no device here; make one with: fedtune client join INVITATION --data FILE")
+        made_by = f"fedtune client join INVITATION --data FILE{where(path)}"
+        raise InputError(f"{path}: there is no device here; make one with: {made_by}")
     check_private(path)
 
 

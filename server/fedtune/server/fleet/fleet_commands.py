@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Own a fleet: approve and revoke its devices, and sign its jobs and models, with a key that no server has.",
     no_args_is_help=True,
+    suggest_commands=False,
 )
 
 _Home = Annotated[

@@ -212,7 +212,7 @@ def read_status(home: ServerHome) -> dict[str, Any]:
             device["state"] = "offline" if device["state"] == "online" else device["state"]
     return status | {
         "state": ("not answering" if stale else "running") if running else "starting" if holder else "stopped",
-        "waiting": [job.name for job in jobs.waiting()],
+        "waiting": [job.name for job in jobs.waiting() if status["job"] is None or job.name != status["job"]["name"]],
         "finished": jobs.finished(),
         "failed": jobs.failed(),
         "certificate_days_left": round(home.certificate_days_left(), 1),
