@@ -10,6 +10,7 @@ uses the contents that were read.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.job.device_kinds import Fleet, load_fleet
 from fedtune.core.job.settings import BUNDLED, DEMO, Job
+from fedtune.data.model_hub import cached_model, can_reach_hub, hub_address
 from fedtune.data.population import Population, evaluation_records
 from fedtune.data.records import Record
 from fedtune.demo import BASE_DIRECTORY, FLEET
@@ -58,8 +60,10 @@ class JobInputs:
 def source_of(base: str) -> str:
     """Returns the base model's source for transformers: a directory, or a hub id.
 
+    Where the hub cannot be reached, the source of a hub id is its directory in this machine's cache.
+
     Raises:
-        ModelError: the path is not a model directory.
+        ModelError: the path is not a model directory, or neither hub nor cache has the model.
     """
     if base == DEMO:
         return str(BASE_DIRECTORY)
@@ -70,7 +74,15 @@ def source_of(base: str) -> str:
         return base
     if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
         raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
-    return base
+    if can_reach_hub():
+        return base
+    with suppress(ValueError):
+        if (cached := cached_model(base)) is not None:
+            return str(cached)
+    raise ModelError(
+        f"{base}: no directory, not in this machine's cache of the hub, and {hub_address()} cannot be reached; "
+        "expected the directory of a model that was copied here, or a network to download it once"
+    )
 
 
 def own_data_file(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.demo import BASE_DIRECTORY
+
 HEAVY = ("torch", "transformers", "flwr", "ray")
+NO_HUB = "http://127.0.0.1:9"
 # Runs the command lines of standard input one after the other; prints each one's output and its new imports.
 PROGRAM = """
 import contextlib, io, json, sys
@@ -61,6 +65,8 @@ MISTAKES = [
     (("export", "unfinished"), "unfinished: no summary.json; the run has not finished"),
     (("export", "/nowhere", "--format", "int3"), "--format int3: unknown"),
     (("plan", "--base", "/nowhere"), "/nowhere: not a directory"),
+    (("plan", "--base", "org/model"), "org/model: no directory, not in this machine's cache of the hub, and http"),
+    (("simulate", "--set", "model.base=org/model"), "cannot be reached; expected the directory of a model"),
     (("plan", "--data", "none.jsonl"), "none.jsonl: no such file"),
     (("plan", "--job", "typo.toml"), "federation.ruonds: unknown key"),
     (("chat", "/nowhere"), "/nowhere: not an exported directory"),
@@ -90,7 +96,8 @@ class Said:
 
 def start(folder: Path, commands: Sequence[Sequence[str]]) -> list[Said]:
     """Runs command lines in one new process."""
-    environment = os.environ | {"COLUMNS": "300"}
+    no_hub = {"HF_ENDPOINT": NO_HUB, "HF_HUB_CACHE": str(folder / "cache"), "no_proxy": "*"}
+    environment = os.environ | {"COLUMNS": "300"} | no_hub
     request = json.dumps([commands, HEAVY])
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(
@@ -130,6 +137,15 @@ def test_a_mistake_is_named_without_heavy_packages(
     found = said[words]
     assert (found.status, found.imported) == (2, [])
     assert complaint in found.error
+
+
+def test_a_model_in_the_cache_of_the_hub_needs_no_network(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "models--org--model"
+    shutil.copytree(BASE_DIRECTORY, folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (found,) = start(tmp_path, [("plan", "--base", "org/model", "--no-try", "--json")])
+    assert (found.status, found.error) == (0, "")
 
 
 def test_a_command_that_computes_imports_torch(tmp_path: Path) -> None:
