@@ -18,6 +18,7 @@ import typer
 from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
 from fedtune.core.errors import InputError, MissingExtraError, install_line
+from fedtune.core.text import counted
 
 if TYPE_CHECKING:  # the class is imported when a command runs
     from fedtune.client.live.device_home import ClientHome
@@ -354,12 +355,15 @@ def _handed_in(device: ClientHome, request: JoinRequest) -> bool:
 def _print(found: dict[str, Any]) -> None:
     state = found["state"]
     if state == "waiting" and found.get("next_try"):
-        state += f" to try again in {max(0.0, found['next_try'] - time.time()):.1f} s, after {found['trying']} failures"
+        seconds, failures = max(0.0, found["next_try"] - time.time()), counted(found["trying"], "failure")
+        state += f" to try again in {seconds:.1f} s, after {failures}"
     elif found.get("task"):
         state += f" ({found['task']})"
     print(f"device {found['name']} of {found['server']}: {state}")
     if found.get("contact"):
-        print(f"last contact {time.time() - found['contact']:.0f} s ago, {found['answered']} messages answered")
+        print(
+            f"last contact {time.time() - found['contact']:.0f} s ago, {counted(found['answered'], 'message')} answered"
+        )
     if found.get("clock_error"):
         print(f"clock: {found['clock_error']:+.0f} s off the server's, corrected")
     if found.get("sits_out"):
@@ -424,7 +428,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
     weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"
     rank = f"rank {chosen['tier']} of {chosen['rank']}"
-    passes = f"{chosen['micro_batch_tokens']} at once, {chosen['accumulation']} times a step"
+    passes = f"{chosen['micro_batch_tokens']} at once, {counted(chosen['accumulation'], 'time')} a step"
     checkpointing = ", gradient checkpointing" if chosen["gradient_checkpointing"] else ""
     batch = f"{chosen['sequence_length']} tokens an example, {passes}{checkpointing}"
     limit = f"{_mb(predicted['budget'])} allowed, beside {_mb(predicted['runtime'])} of program"
@@ -437,7 +441,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"one step:  {_mb(tried['peak_bytes'])}, {_mb(tried['predicted_peak_bytes'])} predicted")
     if took and took["rounds"]:
         most = "not measurable" if took["peak_bytes"] is None else f"{_mb(took['peak_bytes'])} at most"
-        lines.append(f"measured:  {most}, {took['seconds']:.1f} s in the last of {took['rounds']} rounds")
+        lines.append(f"measured:  {most}, {took['seconds']:.1f} s in the last of {counted(took['rounds'], 'round')}")
     return lines
 
 

@@ -1,4 +1,6 @@
-"""Untrusted text: normalised to Unicode's NFC in bounded time, and made safe for a terminal, a log or a status file."""
+"""Text for people: a number with its noun; and untrusted text, normalised to Unicode's NFC in bounded time and made
+safe for a terminal, a log or a status file.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,16 @@ def nfc(text: str) -> str:
 def one_line(text: str) -> str:
     """Returns the text on one line, with U+FFFD for characters that steer a terminal or change the text's direction."""
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))
+
+
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """Returns a number with its noun: "1 round", "1,200 rounds", "0.5 days".
+
+    Args:
+        plural: where it is not the noun with an s.
+    """
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _sorted(marks: str) -> str:

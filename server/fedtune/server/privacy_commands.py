@@ -40,6 +40,7 @@ def plan(
     from fedtune.core.adapter.layout import factor_letters
     from fedtune.core.job.job_file import load_job
     from fedtune.core.job.methods import method_of
+    from fedtune.core.text import counted
     from fedtune.demo import JOB
     from fedtune.model.shape import adapted_modules, shape_of
     from fedtune.server.privacy_plan import plan_privacy
@@ -53,7 +54,9 @@ def plan(
     if as_json:
         print(json.dumps(asdict(made), indent=2))
         return
-    print(f"{sum(numbers):,} trained values, {made.clients} clients a round, {made.rounds} rounds;")
+    print(
+        f"{sum(numbers):,} trained values, {counted(made.clients, 'client')} a round, {counted(made.rounds, 'round')};"
+    )
     print(f"each client takes part in {made.participations} of at most {resolved.privacy.participations}; ", end="")
     print(f"delta {made.delta:.2g}")
     print()

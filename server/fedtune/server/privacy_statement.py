@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.core.job.settings import Job
 from fedtune.core.privacy.budget import epsilon_after, rho_of_round
+from fedtune.core.text import counted
 
 
 def privacy_summary(job: Job, rounds: Sequence[Mapping[str, Any]], simulated: bool) -> dict[str, Any] | None:
@@ -47,7 +48,7 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
     held = (
         f"Differential privacy: with or without any one client's data, everything in the sums and in the adapter has "
         f"nearly the same probability, (ε, δ) = ({privacy['epsilon']:.2f}, {privacy['delta']:.2g}), after "
-        f"{privacy['participations']} of at most {privacy['allowed_participations']} rounds of a client."
+        f"{privacy['participations']} of at most {counted(privacy['allowed_participations'], 'round')} of a client."
     )
     if privacy["simulated"]:
         return (

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedtune.core.ledger import PURPOSES
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.core.text import counted
 from fedtune.server.privacy_statement import guarantee
 
 INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
@@ -131,7 +132,7 @@ class Terminal:
         if record.eval is not None:
             parts.append(" ".join(record.eval.figures()[0]))
         if lost := len(record.clients) - len(record.survivors):
-            parts.append(f"{lost} of {len(record.clients)} clients dropped")
+            parts.append(f"{lost} of {counted(len(record.clients), 'client')} dropped")
         if record.aborted:
             parts.append(f"aborted: {record.aborted}")
         parts.append(f"{format_bytes(self._bytes)} moved")
@@ -208,7 +209,7 @@ class WorkProgress:
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Prints the final table (quality before and after, bytes against fp32 FedAvg, time, memory), answers and paths."""
-    table = Table(title=f"{summary['rounds']} rounds, {summary['clients']} clients", title_justify="left")
+    table = Table(title=_size(summary), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -248,6 +249,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"{label:8} {path}", markup=False, soft_wrap=True)
 
 
+def _size(summary: dict[str, Any]) -> str:
+    return f"{counted(summary['rounds'], 'round')}, {counted(summary['clients'], 'client')}"
+
+
 def _traffic_table(traffic: dict[str, Any]) -> Table:
     table = Table(title="what travelled", title_justify="left")
     table.add_column("for")
@@ -279,9 +284,9 @@ def what_the_server_saw(secure: dict[str, Any]) -> str:
     scores = ", and each client's score on its own held-out data" if secure["evaluations_shown"] else ""
     groups = f", up to {secure['groups']} a round" if secure["groups"] > 1 else ""
     return (
-        f"The server saw {secure['sums']} sums{groups}, each over {secure['summed_least']} clients or more (under "
-        f"{secure['minimum']} there would have been none; {secure['threshold']} had to agree to open one), who took "
-        f"part, and sizes{scores}. It saw no single client's update, training loss or example count."
+        f"The server saw {counted(secure['sums'], 'sum')}{groups}, each over {secure['summed_least']} clients or more "
+        f"(under {secure['minimum']} there would have been none; {secure['threshold']} had to agree to open one), who "
+        f"took part, and sizes{scores}. It saw no single client's update, training loss or example count."
     )
 
 

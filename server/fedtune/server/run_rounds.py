@@ -18,6 +18,7 @@ from fedtune.core.host.process import versions
 from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
+from fedtune.core.text import counted
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.privacy_plan import plan_privacy
@@ -231,9 +232,13 @@ def _finish(
 
 def _why_nothing_came(rounds: Sequence[dict[str, Any]]) -> str:
     reasons = Counter(client["dropped"] for line in rounds for client in line["clients"] if client["dropped"])
-    often = "".join(f"; {count} times a client dropped out: {reason}" for reason, count in reasons.most_common(1))
+    often = "".join(
+        f"; {counted(count, 'time')} a client dropped out: {reason}" for reason, count in reasons.most_common(1)
+    )
     last = rounds[-1]["aborted"]
-    return f"none of {len(rounds)} rounds gave an aggregate, the adapter is unchanged. The last: {last}{often}"
+    return (
+        f"none of {counted(len(rounds), 'round')} gave an aggregate, the adapter is unchanged. The last: {last}{often}"
+    )
 
 
 def reference_rank(layout: AdapterLayout) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.core.errors import InputError, MissingExtraError, PeerError
+from fedtune.core.text import counted
 
 if TYPE_CHECKING:  # the classes themselves are imported when a command runs
     from fedtune.core.job.settings import Job
@@ -89,7 +90,7 @@ def renew(host: _Host = None, home: _Home = None) -> None:
     """Make a new server certificate under the same authority; takes effect when the server starts again."""
     server = _open(home)
     server.renew(host or [])
-    print(f"renewed: {server.certificate_days_left():.0f} days; restart the server to use it")
+    print(f"renewed: {counted(round(server.certificate_days_left()), 'day')}; restart the server to use it")
 
 
 @app.command()
@@ -103,7 +104,7 @@ def publish(
     from fedtune.server.live.enrolled_devices import publish as run
 
     fleet = run(_open(home), read_bounded(log, "the fleet's log", MAX_LOG_BYTES))
-    print(f"entry {fleet.number} of the fleet's log, {len(fleet.devices)} devices")
+    print(f"entry {fleet.number} of the fleet's log, {counted(len(fleet.devices), 'device')}")
 
 
 @app.command()

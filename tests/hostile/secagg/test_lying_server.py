@@ -158,7 +158,7 @@ def test_a_client_votes_for_no_sum_that_differs_by_too_few_from_an_earlier_one(
     log.record("rehearsal", Served().voted(everybody, keep=True))
     if refused:
         before = fixture.victim.state
-        with pytest.raises(PolicyError, match="survivors: 1 clients apart"):
+        with pytest.raises(PolicyError, match="survivors: 1 client apart"):
             fixture.victim.vote(fixture.requests["client-0"])
         assert fixture.victim.state is before
         assert log.of("rehearsal").survivors == (tuple(sorted(everybody)),)
@@ -495,7 +495,7 @@ def test_a_tier_with_too_few_survivors_is_refused_in_every_exchange() -> None:
             ),
             Survivors: lambda m: changed(m, survivors=m.survivors[:5]),
         }
-        with pytest.raises(ServerFaultError, match="1 clients in tier 1, expected at least 2"):
+        with pytest.raises(ServerFaultError, match="1 client in tier 1, expected at least 2"):
             rehearsal.answer("client-0", encode(without_last[kind](honest)), updates)
 
 

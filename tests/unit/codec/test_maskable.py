@@ -257,7 +257,7 @@ def test_sums_that_cannot_be_are_refused() -> None:
         codec.decode_sum(RingUpdate(good.words[1:], good.auxiliary), 1, context)
     with pytest.raises(PeerError, match="the masks did not cancel"):
         codec.decode_sum(RingUpdate(good.words + np.uint32(26), good.auxiliary), 1, context)
-    with pytest.raises(PeerError, match="an auxiliary sum of 1 clients"):
+    with pytest.raises(PeerError, match="an auxiliary sum of 1 client "):
         codec.decode_sum(RingUpdate(good.words, good.auxiliary + np.uint32(65536)), 1, context)
     with pytest.raises(RunError, match="survivors"):
         codec.decode_sum(good, 21, context)

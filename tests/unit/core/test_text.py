@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.text import nfc, one_line
+from fedtune.core.text import counted, nfc, one_line
 
 LETTERS = ["a", "\u1e69", "\uac00", "\u1100", "\u1161", "\u304b", "\U0001d15e", "\ud800"]
 MARKS = ["\u0301", "\u0316", "\u0323", "\u0327", "\u0338", "\u0344", "\u0f71", "\u0f73", "\u3099", "\U0001d165"]
+
+
+def test_a_number_agrees_with_its_noun() -> None:
+    assert [counted(number, "round") for number in (0, 1, 1200)] == ["0 rounds", "1 round", "1,200 rounds"]
+    assert [counted(days, "day") for days in (1.0, 90.0, 0.5)] == ["1 day", "90 days", "0.5 days"]
+    assert [counted(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
 
 
 @settings(deadline=None)

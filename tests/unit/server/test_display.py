@@ -83,6 +83,8 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
 
 
 def test_the_summary_tells_the_price_of_groups() -> None:
+    once = what_the_server_saw({**SUMMARY["secure_aggregation"], "sums": 1})  # type: ignore[dict-item]
+    assert once.startswith("The server saw 1 sum, each over 3 clients or more")
     told = what_the_server_saw({**SUMMARY["secure_aggregation"], "sums": 6, "groups": 3})  # type: ignore[dict-item]
     assert told.startswith("The server saw 6 sums, up to 3 a round, each over 3 clients or more")
 

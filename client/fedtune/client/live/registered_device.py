@@ -45,6 +45,7 @@ from fedtune.core.protocol.registration import (
     two_digits,
 )
 from fedtune.core.secagg import Policy
+from fedtune.core.text import counted
 
 _NAMED = 5  # devices in a line
 LEAST_MEASURED_BYTES = 50_000  # smallest answer that measures the link's bandwidth
@@ -237,7 +238,7 @@ def _difference(before: Fleet, after: Fleet) -> str:
     if before.number and before.key != after.key:
         parts.append(f"the owner's key is now {fingerprint(after.key)}")
     changes = "; ".join(parts) or "renewed"
-    return f"fleet, entry {after.number}: {len(after.devices)} devices; {changes}"
+    return f"fleet, entry {after.number}: {counted(len(after.devices), 'device')}; {changes}"
 
 
 def _some(names: Sequence[str]) -> str:

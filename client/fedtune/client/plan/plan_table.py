@@ -7,6 +7,7 @@ from rich.table import Table
 
 from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.planner import megabytes
+from fedtune.core.text import counted
 
 
 def print_plan(console: Console, outcome: Outcome) -> None:
@@ -15,7 +16,9 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table = Table(title=f"plan for {outcome.shape.name}", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("")
-    table.add_row("processor", f"{machine.processor}, {machine.cores:g} cores ({', '.join(machine.instructions)})")
+    table.add_row(
+        "processor", f"{machine.processor}, {counted(machine.cores, 'core')} ({', '.join(machine.instructions)})"
+    )
     for gpu in machine.gpus:
         capability = ".".join(map(str, gpu.capability))
         table.add_row("GPU", f"{gpu.name}, {megabytes(gpu.free)} of {megabytes(gpu.total)} free, {capability}")

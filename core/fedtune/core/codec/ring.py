@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.core.errors import JobError, PeerError, RunError
+from fedtune.core.text import counted
 
 MIN_QUANTIZER_BITS = 1
 MAX_QUANTIZER_BITS = 8
@@ -72,8 +73,8 @@ class Ring:
         largest = int(words.max(initial=0))
         if largest > survivors * self.levels:
             raise PeerError(
-                f"a sum of {survivors} contributions is at most {survivors * self.levels} per word, got {largest}: "
-                "the masks did not cancel or a contribution was out of range"
+                f"a sum of {counted(survivors, 'contribution')} is at most {survivors * self.levels} per word, got "
+                f"{largest}: the masks did not cancel or a contribution was out of range"
             )
 
 
@@ -90,6 +91,6 @@ def auxiliary_total(word: int, survivors: int) -> float:
     """
     if word > survivors * AUXILIARY_ONE:
         raise PeerError(
-            f"an auxiliary sum of {survivors} clients sums to at most {survivors * AUXILIARY_ONE}, got {word}"
+            f"an auxiliary sum of {counted(survivors, 'client')} is at most {survivors * AUXILIARY_ONE}, got {word}"
         )
     return word / AUXILIARY_ONE

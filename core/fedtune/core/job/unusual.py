@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fedtune.core.job.learning_rates import default_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.text import counted
 
 FAR = 5.0  # times above or below the default at which a learning rate is unusual
 USUAL_RANK = 64
@@ -91,8 +92,8 @@ def _evaluated(_: Job, known: Surroundings) -> str | None:
         return None
     interval = 98 / count**0.5  # points: 1.96 standard errors of a share of one half
     return (
-        f"data.evaluation has {count} examples; usual is {FEW_EVALUATED} or more: a share is uncertain by up to "
-        f"{interval:.0f} points either way (95%)"
+        f"data.evaluation has {counted(count, 'example')}; usual is {FEW_EVALUATED} or more: a share is uncertain by "
+        f"up to {interval:.0f} points either way (95%)"
     )
 
 

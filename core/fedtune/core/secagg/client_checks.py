@@ -18,6 +18,7 @@ from fedtune.core.secagg.masking import Words, word_type
 from fedtune.core.secagg.primitives import SIGNATURE_BYTES, is_weak, unseal
 from fedtune.core.secagg.round_log import RoundMark, Served
 from fedtune.core.secagg.transcript import Transcript, advertisement_statement
+from fedtune.core.text import counted
 
 _ROUNDING = 1 + 1e-9  # of a budget that is spent in equal parts
 REFUSED_SHARES = "encrypted shares: the share from"
@@ -95,8 +96,8 @@ def check_apart(survivors: frozenset[str], earlier: Iterable[Iterable[str]], pol
         apart = len(survivors.symmetric_difference(others))
         if 0 < apart < policy.min_difference:
             raise PolicyError(
-                f"survivors: {apart} clients apart from those of an earlier sum of this job; different sets must be at "
-                f"least {policy.min_difference} apart"
+                f"survivors: {counted(apart, 'client')} apart from those of an earlier sum of this job; different sets "
+                f"must be at least {policy.min_difference} apart"
             )
 
 

@@ -12,6 +12,7 @@ from fedtune.core.secagg.exchanged import Member, RoundConfig, Segment, increasi
 from fedtune.core.secagg.graph import MIN_SURVIVORS, Thresholds, choose_thresholds, colluders, problems
 from fedtune.core.secagg.primitives import DIGEST_BYTES, Random
 from fedtune.core.secagg.round_log import RoundMark
+from fedtune.core.text import counted
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,11 @@ def shortfall(config: RoundConfig, present: Iterable[int]) -> str | None:
     """
     clients = list(present)
     if len(clients) < config.minimum:
-        return f"{len(clients)} clients, expected at least {config.minimum}"
+        return f"{counted(len(clients), 'client')}, expected at least {config.minimum}"
     by_tier = Counter(config.cohort[index].tier for index in clients)
     for tier in sorted({member.tier for member in config.cohort}):
         if by_tier[tier] < config.tier_minimums[tier]:
-            return f"{by_tier[tier]} clients in tier {tier}, expected at least {config.tier_minimums[tier]}"
+            return f"{counted(by_tier[tier], 'client')} in tier {tier}, expected at least {config.tier_minimums[tier]}"
     return None
 
 

@@ -12,6 +12,7 @@ import typer
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.manifest.fleet_log import DAYS, Fleet
 from fedtune.core.manifest.joining import MAX_REQUEST_BYTES, JoinRequest, fingerprint
+from fedtune.core.text import counted
 
 if TYPE_CHECKING:
     from fedtune.core.manifest.model_release import ModelRelease
@@ -79,7 +80,8 @@ def approve(
     if not wanted and not everyone:
         for code, request in known.items():
             print(f"{code}  {request.name}")
-        print(f"{len(known)} wait; compare each code with the one that its device shows")
+        number = counted(len(known), "device waits", "devices wait")
+        print(f"{number}; compare each code with the one that its device shows")
         return
     chosen = list(known.values()) if everyone else [_request(text, known) for text in wanted or ()]
     if not chosen:
@@ -151,7 +153,7 @@ def sign(
     manifest = sign_job(key, resolved, chosen, days)
     path = out or Path(f"{chosen}.manifest")
     write_private(path, manifest.data)
-    print(f"{path}: the job {chosen}, terms {manifest.terms.digest[:16]}…, valid for {days:g} days")
+    print(f"{path}: the job {chosen}, terms {manifest.terms.digest[:16]}…, valid for {counted(days, 'day')}")
 
 
 @app.command()
@@ -219,17 +221,17 @@ def status(
     print(f"the fleet's key: {fingerprint(fleet.key)}")
     if owner.first_key != fleet.key:
         print(f"its first key, which invitations show: {fingerprint(owner.first_key)}")
-    print(f"log: {fleet.number} entries, valid for {days:.0f} more days")
-    print(f"{len(fleet.devices)} devices: {', '.join(sorted(fleet.devices)) or 'none yet'}")
+    print(f"log: {counted(fleet.number, 'entry', 'entries')}, valid for {counted(round(days), 'more day')}")
+    print(f"{counted(len(fleet.devices), 'device')}: {', '.join(sorted(fleet.devices)) or 'none yet'}")
 
 
 def _state(release: ModelRelease, days: float) -> str:
-    return f"release {release.number}: {release.name}, {', '.join(release.models)}, valid for {days:g} days"
+    return f"release {release.number}: {release.name}, {', '.join(release.models)}, valid for {counted(days, 'day')}"
 
 
 def _hand_over(owner: OwnerHome, fleet: Fleet, server: ServerHome | None) -> None:
     """Gives the log to a server on this machine, or says how to carry it."""
-    state = f"entry {fleet.number} of the fleet's log, {len(fleet.devices)} devices"
+    state = f"entry {fleet.number} of the fleet's log, {counted(len(fleet.devices), 'device')}"
     if server is None:
         print(f"{state}; carry {owner.path / 'fleet.jsonl'} to the server: fedtune server publish fleet.jsonl")
         return

@@ -23,7 +23,7 @@ from fedtune.core.protocol.registration import (
     RegistrationReply,
     check_plan,
 )
-from fedtune.core.text import one_line
+from fedtune.core.text import counted, one_line
 from fedtune.flower.superlink import NodeState
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.status_board import Board, DeviceState, PlanStatus
@@ -157,7 +157,7 @@ class Registrar:
         self.board.problem(f"device {name} is left out: {error}")
 
     def _take(self, name: str, node_id: int, answer: RegistrationReply) -> None:
-        hardware = f"{answer.cores} cores, {answer.memory_mb} MB"
+        hardware = f"{counted(answer.cores, 'core')}, {answer.memory_mb} MB"
         if answer.accelerator:
             hardware += f", {one_line(answer.accelerator)}"
         plan = PlanStatus(answer.rank, answer.weights, answer.sequence_length, answer.peak_mb, answer.seconds)

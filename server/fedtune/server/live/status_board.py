@@ -19,6 +19,7 @@ from rich.text import Text
 from fedtune.core.errors import InputError
 from fedtune.core.host.private_files import read_json, write_private
 from fedtune.core.round_records import ClientRecord, RoundRecord
+from fedtune.core.text import counted
 from fedtune.server.live.enrolled_devices import Devices, waiting
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
@@ -230,9 +231,9 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     if status["state"] == "running":
         since = f" for {format_seconds(time.time() - status['started'])}, process {status['pid']}"
     console.print(f"server {status['address']}: {status['state']}{since}", markup=False)
-    console.print(f"certificate: {status['certificate_days_left']:.0f} days left", markup=False)
+    console.print(f"certificate: {counted(round(status['certificate_days_left']), 'day')} left", markup=False)
     fleet = status["fleet"]
-    held = f"entry {fleet['entry']} of its log, valid for {fleet['days_left']:.0f} more days"
+    held = f"entry {fleet['entry']} of its log, valid for {counted(round(fleet['days_left']), 'more day')}"
     if not fleet["entry"]:
         held = "no log yet; take the owner's: fedtune server publish fleet.jsonl"
     console.print(f"fleet: {held}", markup=False)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedtune.core.text import counted
 from fedtune.server.run_display import format_bytes
 
 if TYPE_CHECKING:  # importing matplotlib takes a second, so only commands that draw import it
@@ -144,7 +145,7 @@ def plausible(losses: Iterable[float | None]) -> tuple[list[float], int]:
 def note_absurd(axes: Axes, count: int) -> None:
     """Notes in the plot how many values are missing from it."""
     if count:
-        text = f"{count} value{'s' if count > 1 else ''} far off the scale not drawn"
+        text = f"{counted(count, 'value')} far off the scale not drawn"
         axes.text(0.99, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from fedtune.core.errors import InputError, MissingExtraError, RunError
 from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
 from fedtune.core.round_records import Evaluation
+from fedtune.core.text import counted
 from fedtune.server.privacy_statement import guarantee
 from fedtune.server.report.comparison import comparison_plots
 from fedtune.server.report.plots import run_plots
@@ -117,7 +118,7 @@ def headline(run: Run) -> list[Fact]:
     facts = [
         *_quality(run),
         _bytes(run),
-        Fact("Time", format_seconds(run.seconds), f"{_count(len(run.rounds), 'round')}, {aborted} aborted"),
+        Fact("Time", format_seconds(run.seconds), f"{counted(len(run.rounds), 'round')}, {aborted} aborted"),
     ]
     if run.summary is not None:
         summary = run.summary
@@ -135,7 +136,7 @@ def _quality(run: Run) -> list[Fact]:
     facts = []
     if last is not None:
         number, after = last
-        note = f"{'before → ' if before else ''}after {_count(number, 'round')}; {after.examples:,} examples"
+        note = f"{'before → ' if before else ''}after {counted(number, 'round')}; {counted(after.examples, 'example')}"
         for place, metric in enumerate(dict.fromkeys((after.metric, EXACT, LOSS))):
             facts.append(Fact(METRICS[metric].title, _change(before, after, metric), "" if place else note))
     elif trained := [line for line in run.rounds if line.train_loss is not None]:
@@ -144,7 +145,7 @@ def _quality(run: Run) -> list[Fact]:
         facts.append(Fact("Loss", f"{first.train_loss:.4g} → {end.train_loss:.4g}", note))
     if (line := run.held_out) is not None and (score := line.held_out) is not None:
         scored = sum(part.eval is not None for part in line.client_evaluations)
-        note = f"exact match over {_count(scored, 'client')}, round {line.round}"
+        note = f"exact match over {counted(scored, 'client')}, round {line.round}"
         facts.append(Fact("On clients' held-out data", f"{score.exact_match:.1%}", note))
     return facts
 
@@ -166,11 +167,7 @@ def _bytes(run: Run) -> Fact:
 
 def _lost(run: Run) -> str:
     asked, lost = sum(len(line.clients) for line in run.rounds), sum(1 for _ in run.dropouts)
-    return f"asked {asked:,} times in all; {lost:,} dropped out"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"asked {counted(asked, 'time')} in all; {lost:,} dropped out"
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

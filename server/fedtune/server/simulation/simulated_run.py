@@ -18,6 +18,7 @@ from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.job.unusual import Surroundings, unusual
+from fedtune.core.text import counted
 from fedtune.data.evaluation_match import mismatches
 from fedtune.data.examples import CleaningReport
 from fedtune.data.job_inputs import JobInputs
@@ -57,7 +58,8 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     wanted, clients = job.federation.clients_per_round, len(inputs.population.names)
     if isinstance(wanted, int) and wanted > clients:
         display.note(
-            f"federation.clients_per_round is {wanted}, and there are {clients} clients: all are in every round"
+            f"federation.clients_per_round is {wanted}, and the data has {counted(clients, 'client')}: all of them "
+            "are in every round"
         )
     for warning in _warnings(context):
         display.note(warning)
@@ -66,7 +68,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
         f"adapter of {model.layout.size:,} parameters, learning rate {rate:g}, "
-        f"{clients} clients"
+        f"{counted(clients, 'client')}"
     )
     return context
 
@@ -116,10 +118,11 @@ def run_job(
 
 def _course(virtual: list[dict[str, Any]]) -> str:
     """Returns a line about a fleet's rounds on its virtual clock, and each kind's share of the updates."""
-    counted = Counter(part["kind"] for line in virtual for part in line["clients"] if part["counts"])
-    shares = ", ".join(f"{kind} {count / counted.total():.0%}" for kind, count in counted.most_common())
+    updates = Counter(part["kind"] for line in virtual for part in line["clients"] if part["counts"])
+    shares = ", ".join(f"{kind} {count / updates.total():.0%}" for kind, count in updates.most_common())
     seconds = sum(line["seconds"] for line in virtual)
-    return f"virtual  {format_seconds(seconds)} in {len(virtual)} rounds of the fleet; updates: {shares or 'none'}"
+    rounds = counted(len(virtual), "round")
+    return f"virtual  {format_seconds(seconds)} in {rounds} of the fleet; updates: {shares or 'none'}"
 
 
 def _facts(executor: WorkerPool, simulation_context: SimulationContext, directory: RunDirectory) -> Facts:
