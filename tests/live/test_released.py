@@ -176,6 +176,7 @@ def test_a_job_that_the_owner_waits_for_is_released_where_the_key_is_on_the_serv
 
     said = run("server", "submit", "--set", "federation.run=3", "--name", "third", *folder)
     assert "signed here: this machine plays the fleet's owner too" in said
+    assert "federation.clients_per_round is 10, and the fleet has 0 devices now: all that are there" in said
     release = f"fedtune fleet publish {home.path / 'runs' / 'third' / 'onnx'} --server-home {home.path}"
     assert said.endswith(f"once it is released, as --wait does; when it has finished:\n{release}\n")
     with home.lock:

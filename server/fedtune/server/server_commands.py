@@ -184,6 +184,7 @@ def submit(
     """
     from fedtune.core.job.job_file import load_job
     from fedtune.demo import JOB
+    from fedtune.server.live.enrolled_devices import Devices
     from fedtune.server.live.job_queue import Jobs
     from fedtune.server.preflight import check_server_job
 
@@ -198,6 +199,12 @@ def submit(
     adapted_modules(shape.linear, resolved.adapter)
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
         print(warning)
+    wanted, devices = resolved.federation.clients_per_round, len(Devices.load(server).fleet.devices)
+    if isinstance(wanted, int) and wanted > devices:
+        print(
+            f"federation.clients_per_round is {wanted}, and the fleet has {counted(devices, 'device')} now: all that "
+            "are there are in every round"
+        )
     signed = (
         _given(manifest) if manifest else _signed(server, resolved, name or jobs.free_name(job.stem if job else "demo"))
     )

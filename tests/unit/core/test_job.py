@@ -96,6 +96,17 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("federation.robust=group-testing secure_aggregation.groups=3", "groups is 3; expected 6 or more"),
         ("federation.robust=group-testing secure_aggregation.enabled=false", "the server sees every update; expected"),
         ("federation.robust=median secure_aggregation.enabled=false compression.form=ring", "compares single updates"),
+        ("federation.robust=median", "with 6 or more, or secure_aggregation.enabled = false"),
+        (
+            "federation.robust=median secure_aggregation.enabled=false compression.form=ring",
+            'or compression.form = "dense"',
+        ),
+        ("federation.clip_norm=1.0", "leave it out, or set secure_aggregation.enabled = false"),
+        ("federation.weight=examples", 'expected "uniform", or secure_aggregation.enabled = false'),
+        (
+            "federation.aggregation=flora export.formats=[]",
+            'expected secure_aggregation.enabled = false and compression.preset = "none"',
+        ),
         ("data.partition=by-colour", "data.partition"),
         ("training.learning_rate=nan", "training.learning_rate"),
         ("evaluation.metric=bleu", "evaluation.metric"),

@@ -211,15 +211,17 @@ def aggregation_problems(job: Job) -> list[str]:
     if job.hides_updates:
         hidden = "but updates travel as words that only their sum can be decoded from"
         if method.sees_updates:
-            problems.append(f"{name}, which {method.sees_updates}, {hidden}")
+            exact = ' and compression.preset = "none"' if method.changes_basis else ""
+            problems.append(f"{name}, which {method.sees_updates}, {hidden}; expected {_shown_by(job)}{exact}")
         if federation.robust != "none":
             problems += _hidden_rule_problems(job, hidden)
         if federation.clip_norm is not None:
-            problems.append(f"federation.clip_norm is set, {hidden}; they are clipped on the devices already")
+            clipped = f"they are clipped on the devices already; leave it out, or set {_shown_by(job)}"
+            problems.append(f"federation.clip_norm is set, {hidden}; {clipped}")
         if federation.weight != "uniform":
             problems.append(
                 f'federation.weight is "{federation.weight}", {hidden}: weights among them would tell example counts, '
-                'and a false one could not be noticed; expected "uniform"'
+                f'and a false one could not be noticed; expected "uniform", or {_shown_by(job)}'
             )
     elif federation.robust == "group-testing":
         problems.append(
@@ -247,17 +249,23 @@ def aggregation_problems(job: Job) -> list[str]:
     return problems
 
 
+def _shown_by(job: Job) -> str:
+    """Returns the setting by which the server would see every single update."""
+    return "secure_aggregation.enabled = false" if job.secure_aggregation.enabled else 'compression.form = "dense"'
+
+
 def _hidden_rule_problems(job: Job, hidden: str) -> list[str]:
     """Returns the reasons why a robust rule cannot act on the means of groups."""
     federation, secure = job.federation, job.secure_aggregation
     rule = f'federation.robust is "{federation.robust}"'
     if not secure.enabled or secure.groups < FEWEST_MEANS:
         over = f'"median" or "trimmed-mean" with secure_aggregation.groups of {FEWEST_MEANS} or more'
-        over += f', or "group-testing" with {FEWEST_TESTED} or more'
+        over += f', or "group-testing" with {FEWEST_TESTED} or more, or {_shown_by(job)}'
         return [f'{rule}, which {RULE.sees_updates}, {hidden}; expected "none", or {over}']
     if federation.robust == "multi-krum":
         problem = f"{rule}, which leaves out whole updates for their distance from others, and a few means of groups"
-        return [f'{problem} cannot be told apart by distance; expected "median" or "trimmed-mean"']
+        expected = f'expected "median" or "trimmed-mean", or {_shown_by(job)} and groups = 1'
+        return [f"{problem} cannot be told apart by distance; {expected}"]
     if federation.robust == "group-testing" and secure.groups < FEWEST_TESTED:
         problem = f"{rule}, which compares directions, but secure_aggregation.groups is {secure.groups}"
         return [f'{problem}; expected {FEWEST_TESTED} or more, or "median"']
