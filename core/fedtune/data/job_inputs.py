@@ -10,6 +10,7 @@ uses the contents that were read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.job.device_kinds import Fleet, load_fleet
+from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import BUNDLED, DEMO, Job
 from fedtune.data.model_hub import cached_model, can_reach_hub, hub_address
 from fedtune.data.population import Population, evaluation_records
 from fedtune.data.records import Record
-from fedtune.demo import BASE_DIRECTORY, FLEET
+from fedtune.demo import BASE_DIRECTORY, FLEET, JOB
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class JobInputs:
         """
         source_of(self.job.model.base)
         _ = self.evaluation
+
+
+def job_or_demo(path: Path | None, overrides: Sequence[str]) -> Job:
+    """Reads a job file, or without one the bundled demo's, to which the working directory's paths can be given.
+
+    Raises:
+        JobError: the job has problems; the error lists all of them.
+    """
+    return load_job(path or JOB, overrides, None if path else Path.cwd())
 
 
 def source_of(base: str) -> str:

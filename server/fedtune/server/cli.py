@@ -42,7 +42,12 @@ app.add_typer(privacy_commands.app, name="privacy")
 
 _Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be given again."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override one key of the job file; may be given again. A path starts at the job file's folder, or without "
+        "one at the working directory.",
+    ),
 ]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
@@ -108,15 +113,14 @@ def simulate(
 
         fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
     """
-    from fedtune.core.job.job_file import load_job
     from fedtune.core.job.settings import BUNDLED
-    from fedtune.demo import JOB
+    from fedtune.data.job_inputs import job_or_demo
 
     kinds = []
     if fleet:
         named = fleet if str(fleet) == BUNDLED else fleet.absolute()
         kinds.append(f"simulation.fleet={json.dumps(str(named))}")
-    resolved = load_job(job or JOB, [*(overrides or []), *kinds])
+    resolved = job_or_demo(job, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display:
         summary = context.obj.simulate(resolved, directory, display, force)
@@ -207,12 +211,12 @@ def plan(
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
     from fedtune.core.job.job_file import load_job
-    from fedtune.data.job_inputs import own_data_file, source_of
+    from fedtune.data.job_inputs import job_or_demo, own_data_file, source_of
     from fedtune.data.records import read_records
-    from fedtune.demo import JOB
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []
-    resolved = load_job(job or (None if base else JOB), [*(overrides or []), *chosen])
+    changes = [*(overrides or []), *chosen]
+    resolved = load_job(None, changes) if base and not job else job_or_demo(job, changes)
     source_of(resolved.model.base)
     if data is not None:
         read_records(own_data_file(data), resolved.data.skip_bad)

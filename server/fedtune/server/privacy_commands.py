@@ -38,14 +38,13 @@ def plan(
     from dataclasses import asdict
 
     from fedtune.core.adapter.layout import factor_letters
-    from fedtune.core.job.job_file import load_job
     from fedtune.core.job.methods import method_of
     from fedtune.core.text import counted
-    from fedtune.demo import JOB
+    from fedtune.data.job_inputs import job_or_demo
     from fedtune.model.shape import adapted_modules, shape_of
     from fedtune.server.privacy_plan import plan_privacy
 
-    resolved = load_job(job or JOB, overrides or [])
+    resolved = job_or_demo(job, overrides or [])
     modules, rank = adapted_modules(shape_of(resolved.model).linear, resolved.adapter), resolved.adapter.rank
     factors = method_of(resolved.federation).factors(1, "ab" if resolved.adapter.kind == "lora" else "r")
     widths = {"a": [each.d_in for each in modules], "b": [each.d_out for each in modules], "r": [rank] * len(modules)}

@@ -39,7 +39,12 @@ _Host = Annotated[
 ]
 _Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be given again."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override one key of the job file; may be given again. A path starts at the job file's folder, or without "
+        "one at the working directory.",
+    ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
@@ -182,15 +187,14 @@ def submit(
 
     Example: fedtune server submit job.toml --set federation.rounds=40 --wait
     """
-    from fedtune.core.job.job_file import load_job
-    from fedtune.demo import JOB
+    from fedtune.data.job_inputs import job_or_demo
     from fedtune.server.live.enrolled_devices import Devices
     from fedtune.server.live.job_queue import Jobs
     from fedtune.server.preflight import check_server_job
 
     server = _open(home)
     jobs = Jobs(server)
-    resolved = load_job(job or JOB, overrides or [])
+    resolved = job_or_demo(job, overrides or [])
     inputs = check_server_job(resolved)  # reports mistakes here rather than in the server's log
     from fedtune.core.job.unusual import Surroundings, unusual
     from fedtune.model.shape import adapted_modules, shape_of

@@ -182,6 +182,23 @@ def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert chosen == [Path("runs/demo-2")]
 
 
+def test_a_path_on_the_command_line_starts_at_the_job_s_folder_or_without_one_at_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "job.toml").touch()
+    jobs: list[Job] = []
+
+    def note(job: Job, *arguments: Any) -> dict[str, Any]:
+        jobs.append(job)
+        return {}
+
+    for named in ((), ("jobs/job.toml",)):
+        run("simulate", *named, "--quiet", "--set", "data.train=mine.jsonl", programs=cli.Programs(simulate=note))
+    assert [job.data.train for job in jobs] == [str(tmp_path / "mine.jsonl"), str(tmp_path / "jobs" / "mine.jsonl")]
+
+
 @pytest.mark.parametrize("fleet", ["bundled", "mine.toml"])
 def test_a_fleet_is_a_file_or_the_bundled_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fleet: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -26,12 +26,13 @@ from fedtune.core.job.settings import BUNDLED, CORE_RANK, DEMO, LORA_RANK, Job
 MAX_JOB_BYTES = 1 << 20
 
 
-def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
-    """Reads a job file and applies `section.key=value` overrides; relative paths start at the job file's folder.
+def load_job(path: Path | None, overrides: Sequence[str] = (), folder: Path | None = None) -> Job:
+    """Reads a job file and applies `section.key=value` overrides.
 
     Args:
         path: TOML file, or None for the defaults, which are the bundled demo.
         overrides: each "section.key=value"; the value is TOML, or a bare string where it is not.
+        folder: where relative paths start; by default the job file's folder, or without one the working directory.
 
     Raises:
         JobError: the job has problems; the error lists all of them.
@@ -39,7 +40,7 @@ def load_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
     job, problems = _read(path, overrides)
     if problems := problems + contradictions(job):
         raise JobError(problems, path)
-    return _resolve_paths(job, path.parent if path else Path.cwd())
+    return _resolve_paths(job, folder or (path.parent if path else Path.cwd()))
 
 
 def recorded_job(path: Path) -> Job:

@@ -129,7 +129,11 @@ def sign(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the job file; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Override one key of the job file; may be given again. A path starts at the job file's folder.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The job's name; by default the file's.")] = None,
     days: _Days = DAYS,
