@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.core.adapter.core_layout import check_rank
-from fedtune.core.adapter.layout import AdaptedModule, AdapterKind
+from fedtune.core.adapter.core_layout import CoreLayout, check_rank
+from fedtune.core.adapter.fixed_factors import FixedFactors
+from fedtune.core.adapter.layout import AdaptedModule, AdapterKind, AdapterLayout
+from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.job_inputs import source_of
@@ -133,6 +135,15 @@ def adapted_modules(linear: Sequence[AdaptedModule], settings: AdapterSettings) 
     if settings.kind == "core":
         check_rank(modules, settings.rank)
     return tuple(modules)
+
+
+def layout_of_sizes(linear: Sequence[AdaptedModule], settings: AdapterSettings) -> AdapterLayout:
+    """Returns the layout of an adapter on a base's linear layers, without the fixed factors of a core adapter, whose
+    values follow from the base's weights; raises as `adapted_modules` does."""
+    modules = adapted_modules(linear, settings)
+    if settings.kind == "core":
+        return CoreLayout(modules, settings.rank, settings.alpha, FixedFactors({}))
+    return LoraLayout(modules, settings.rank, settings.alpha)
 
 
 def _matching(linear: Sequence[AdaptedModule], endings: Sequence[str]) -> list[AdaptedModule]:

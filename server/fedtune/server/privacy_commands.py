@@ -37,24 +37,19 @@ def plan(
     """
     from dataclasses import asdict
 
-    from fedtune.core.adapter.layout import factor_letters
-    from fedtune.core.job.methods import method_of
     from fedtune.core.text import counted
     from fedtune.data.job_inputs import job_or_demo
-    from fedtune.model.shape import adapted_modules, shape_of
+    from fedtune.model.shape import layout_of_sizes, shape_of
     from fedtune.server.privacy_plan import plan_privacy
 
     resolved = job_or_demo(job, overrides or [])
-    modules, rank = adapted_modules(shape_of(resolved.model).linear, resolved.adapter), resolved.adapter.rank
-    factors = method_of(resolved.federation).factors(1, "ab" if resolved.adapter.kind == "lora" else "r")
-    widths = {"a": [each.d_in for each in modules], "b": [each.d_out for each in modules], "r": [rank] * len(modules)}
-    numbers = [rank * sum(widths[letter]) for letter in factor_letters(factors)]
-    made = plan_privacy(resolved, numbers, clients or resolved.data.clients)
+    layout = layout_of_sizes(shape_of(resolved.model).linear, resolved.adapter)
+    made = plan_privacy(resolved, layout, clients or resolved.data.clients)
     if as_json:
         print(json.dumps(asdict(made), indent=2))
         return
     print(
-        f"{sum(numbers):,} trained values, {counted(made.clients, 'client')} a round, {counted(made.rounds, 'round')};"
+        f"{made.values:,} trained values, {counted(made.clients, 'client')} a round, {counted(made.rounds, 'round')};"
     )
     print(f"each client takes part in {made.participations} of at most {resolved.privacy.participations}; ", end="")
     print(f"delta {made.delta:.2g}")

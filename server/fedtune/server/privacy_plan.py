@@ -1,6 +1,6 @@
 """A plan for a private job: what its noise will be, before anybody trains.
 
-    plan = plan_privacy(job, numbers, population=1000)
+    plan = plan_privacy(job, layout, population=1000)
 
 The figure that decides is the noise of a round's mean, as a share of the clip: √d·σ_sum/(n·g), with σ_sum and g in
 units of the grid. Updates of many clients that agree are nearly as long as the clip; below a share of 1 the mean still
@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, sqrt
 
+from fedtune.core.adapter.layout import AdapterLayout, factor_letters
 from fedtune.core.codec.ring import Ring
 from fedtune.core.codec.rotation import rotated_size
 from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError
+from fedtune.core.job.methods import method_of
 from fedtune.core.job.settings import Job
 from fedtune.core.privacy.budget import noise_of_round, participation_problems, rounds_needed
 from fedtune.server.privacy_losses import expected_losses
@@ -48,11 +50,13 @@ class PrivacyPlan:
     """The plan.
 
     Args:
+        values: trained values of a round.
         participations: rounds in which a client has to take part for the job to have enough clients.
         rows: one for each ε, ascending; the job's own is among them.
         advice: sentences about what to change.
     """
 
+    values: int
     clients: int
     rounds: int
     participations: int
@@ -61,11 +65,11 @@ class PrivacyPlan:
     advice: tuple[str, ...]
 
 
-def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPlan:
+def plan_privacy(job: Job, layout: AdapterLayout, population: int) -> PrivacyPlan:
     """Returns the plan of a job with [privacy].
 
     Args:
-        numbers: trained values, by factor of a round.
+        layout: the adapter's; its sizes count.
         population: clients in all.
 
     Raises:
@@ -77,10 +81,14 @@ def plan_privacy(job: Job, numbers: Sequence[int], population: int) -> PrivacyPl
     clients = cohort_size(job.federation.clients_per_round, population)
     if problems := participation_problems(job, clients, population):
         raise JobError(problems)
+    factors = method_of(job.federation).factors(1, layout.factors)
+    segments = [layout.segment(letter) for letter in factor_letters(factors)]
+    numbers = [segment.stop - segment.start for segment in segments]
     needed = rounds_needed(job, clients, population)
     listed = sorted({*LISTED, settings.epsilon})
     rows = [row for epsilon in listed if (row := _row(job, numbers, clients, epsilon)) is not None]
-    return PrivacyPlan(clients, rounds, needed, settings.delta, tuple(rows), _advice(job, rows, needed, population))
+    advice = _advice(job, rows, needed, population)
+    return PrivacyPlan(sum(numbers), clients, rounds, needed, settings.delta, tuple(rows), advice)
 
 
 def _row(job: Job, numbers: Sequence[int], clients: int, epsilon: float) -> NoiseRow | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest, factor_letters
+from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.host.process import versions
 from fedtune.core.job.settings import LORA_RANK, Job
@@ -104,7 +104,7 @@ def run_rounds(
     population = len(strategy.roster(grid))
     cohort = cohort_size(job.federation.clients_per_round, population)
     if job.privacy.mode != "off":
-        for advice in plan_privacy(job, _numbers(federation), population).advice:
+        for advice in plan_privacy(job, federation.layout, population).advice:
             display.note(f"privacy  {advice}")
     checkpoint = directory.restore() or _begin(directory, federation, evaluator, display)
     if checkpoint.base_digest != federation.base.digest:
@@ -145,13 +145,6 @@ def run_rounds(
     if summary["status"] == FAILED:
         raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
     return summary
-
-
-def _numbers(federation: Federation) -> list[int]:
-    """Returns the trained values of the first round, by factor."""
-    layout = federation.layout
-    segments = [layout.segment(letter) for letter in factor_letters(federation.method.factors(1, layout.factors))]
-    return [segment.stop - segment.start for segment in segments]
 
 
 def shown_as(display: Display, task: str) -> Progress:

@@ -13,8 +13,11 @@ import pytest
 import typer
 
 from fedtune.core.errors import RunError, install_line
+from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import BUNDLED, Job
-from fedtune.demo import BASE_DIRECTORY
+from fedtune.demo import BASE_DIRECTORY, JOB
+from fedtune.model.adapted_model import adapter_layout
+from fedtune.model.base_model import load_base
 from fedtune.server import cli
 from fedtune.server.export.request import ExportRequest
 from fedtune.server.run_display import Display
@@ -167,6 +170,21 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str], tmp_pat
     programs = cli.Programs(simulate=lambda *arguments: {"status": "finished"})
     assert run("simulate", "--json", "--out", str(tmp_path / "run"), programs=programs) == 0
     assert json.loads(capsys.readouterr().out) == {"status": "finished"}
+
+
+@pytest.mark.parametrize("override", ["adapter.kind=core", "adapter.kind=lora", "federation.aggregation=alternating"])
+def test_a_plan_of_noise_counts_the_values_that_a_round_trains(
+    capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    private = ["privacy.mode=distributed", "privacy.participations=2", "federation.clients_per_round=100", override]
+    settings = [word for each in private for word in ("--set", each)]
+    assert run("privacy", "plan", "--clients", "1000", "--json", *settings) == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    job = load_job(JOB, private)
+    layout = adapter_layout(load_base(job.model, precision="fp32"), job.adapter)
+    trained = {"adapter.kind=core": "r", "adapter.kind=lora": "ab"}.get(override, "b")
+    segment = layout.segment(trained)  # type: ignore[arg-type]
+    assert values == segment.stop - segment.start
 
 
 def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
