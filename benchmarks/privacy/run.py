@@ -31,6 +31,7 @@ from typing import Any
 from flower_wrapper import FlowersPrivacy
 from report import publish
 
+from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.round_terms import clip_within
@@ -137,7 +138,7 @@ def measure(row: Row, paths: tuple[str, ...]) -> dict[str, Any]:
         "numbers": summary["adapter_parameters"],
         "epsilon": _trusting_epsilon(row, private),
         "delta": private.privacy.delta,
-        "noise": _noise(job, summary["adapter_parameters"]),
+        "noise": _noise(job, context.model.layout),
         "clients": len(clients),
         "bytes_up": sum(client["bytes_up"] for client in clients) / len(clients),
         "seconds": time.perf_counter() - start,
@@ -160,7 +161,7 @@ def _job(row: Row, private: Job, paths: tuple[str, ...]) -> Job:
     return load_job(HERE / f"{row.task}.toml", keys)
 
 
-def _parts(row: Row, private: Job, layout: Any) -> Parts:
+def _parts(row: Row, private: Job, layout: AdapterLayout) -> Parts:
     """Returns the parts that replace the job's: cohorts are the same in all rows."""
     federation = private.federation
     uniform = UniformSelection(federation.clients_per_round, private.training.seed)
@@ -171,17 +172,17 @@ def _parts(row: Row, private: Job, layout: Any) -> Parts:
     return dataclasses.replace(parts, aggregator=FlowersPrivacy(_summed_rho(private), clip))
 
 
-def _rated(job: Job, layout: Any) -> Job:
+def _rated(job: Job, layout: AdapterLayout) -> Job:
     from fedtune.core.job.learning_rates import with_learning_rate
 
     return with_learning_rate(job, layout)
 
 
-def _noise(job: Job, numbers: int) -> float | None:
+def _noise(job: Job, layout: AdapterLayout) -> float | None:
     """Returns the noise of a mean in clips, over the root of the rounds, by which `fedtune privacy plan` guesses."""
     if job.privacy.mode == "off":
         return None
-    plan = plan_privacy(job, [numbers], job.data.clients)
+    plan = plan_privacy(job, layout, job.data.clients)
     share = next(row.share for row in plan.rows if row.epsilon == job.privacy.epsilon)
     return share / sqrt(job.federation.rounds)
 
