@@ -220,7 +220,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
             table.add_row(label, first, last)
     clients = summary["client_evaluation"]
     if clients:
-        table.add_row("exact match on the clients' own held-out data", "", f"{clients['exact_match']:.1%}")
+        own = "on the clients' own held-out data"
+        table.add_row(f"exact match {own}", "", f"{clients['exact_match']:.1%}")
+        if not after:
+            table.add_row(f"loss {own}", "", f"{clients['loss']:.3f}")
     moved, baseline = summary["bytes"]["total"], summary["fp32_fedavg_bytes"]
     plain = f"fp32 FedAvg of rank {summary['fp32_fedavg_rank']}"
     table.add_row(f"bytes moved ({plain} | this run)", format_bytes(baseline), format_bytes(moved))
@@ -233,6 +236,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_row("records kept", f"{records['read']:,} read", f"{records['kept']:,}")
         table.caption = losses
     console.print(table)
+    console.print(f"scores from: {summary['scores_from']}", markup=False)
     console.print(_traffic_table(summary["traffic"]))
     if len(summary["tiers"]) > 1:
         console.print(_tier_table(summary["tiers"]))

@@ -26,7 +26,7 @@ from fedtune.server.privacy_statement import privacy_summary
 from fedtune.server.run_directory import FAILED, FINISHED, JOB, REPORT, Checkpoint, RunDirectory
 from fedtune.server.run_display import Display, describe
 from fedtune.strategies.cohorts.selection import cohort_size
-from fedtune.strategies.evaluation_round import pooled
+from fedtune.strategies.evaluation_round import pooled, scored_sets
 from fedtune.strategies.federation import Federation, initial_state
 
 SHOWN_PROMPTS = 3
@@ -120,7 +120,9 @@ def run_rounds(
     for line in directory.rounds():
         strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
     spent_before = checkpoint.seconds
-    display.note(f"before training: {describe(checkpoint.eval_before)}")
+    display.note(f"scores from: {scored_sets(job)}")
+    if checkpoint.eval_before is not None:
+        display.note(f"before training: {describe(checkpoint.eval_before)}")
     moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
     display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
 
@@ -187,6 +189,7 @@ def _finish(
         "clients": population,
         "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
         "eval_after": last["eval"],
+        "scores_from": scored_sets(federation.job),
         "client_evaluation": _pooled_json(last["client_evaluations"]),
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),

@@ -111,6 +111,17 @@ def clients_evaluate(job: Job, number: int) -> bool:
     return job.data.holdout > 0 and (number == job.federation.rounds or (every > 0 and number % every == 0))
 
 
+def scored_sets(job: Job) -> str:
+    """Returns the examples from which the job's scores come, in words: the server's, the clients', or none."""
+    sets = [f"the server's held-out examples (data.evaluation = {job.data.evaluation})"] if job.data.evaluation else []
+    if clients_evaluate(job, job.federation.rounds):
+        share = f"data.holdout = {job.data.holdout:g} of each client's"
+        every = job.federation.evaluate_clients_every
+        when = f"every {every} rounds and after the last" if every else "after the last round"
+        sets.append(f"examples that clients keep back ({share}), {when}")
+    return " and from ".join(sets) or "none: no examples are held out (data.evaluation on the server, data.holdout)"
+
+
 def pooled(evaluations: Sequence[ClientEvaluation]) -> Evaluation | None:
     """Returns the mean of all scores: loss weighted by target tokens, exact match by examples; None without a score."""
     scores = [part.evaluation for part in evaluations if part.evaluation]

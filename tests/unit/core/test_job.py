@@ -22,7 +22,7 @@ def test_without_a_file_the_job_is_the_demo() -> None:
 
 
 def test_overrides_reach_their_section_and_keep_their_type(tmp_path: Path) -> None:
-    path = write(tmp_path, "[federation]\nrounds = 3\n")
+    path = write(tmp_path, '[data]\ntrain = "demo"\n[federation]\nrounds = 3\n')
     overrides = ["federation.rounds=7", "training.learning_rate=1e-4", "model.base=org/model", "data.skip_bad=true"]
     job = load_job(path, overrides)
     assert (job.federation.rounds, job.training.learning_rate, job.model.base) == (7, 1e-4, "org/model")
@@ -119,6 +119,23 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 def test_contradictions_and_impossible_values_are_refused(override: str, complaint: str) -> None:
     with pytest.raises(JobError, match=complaint):
         load_job(None, override.split())
+
+
+def test_a_job_file_names_its_base_and_its_training_data(tmp_path: Path) -> None:
+    path = write(tmp_path, "[federation]\nrounds = 3\n")
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        "model.base is not set",
+        "data.train is not set",
+    ]
+    assert load_job(path, ["model.base=demo", "data.train=demo"]).federation.rounds == 3
+
+
+@pytest.mark.parametrize(("train", "evaluation"), [("mine.jsonl", ""), ("demo", "demo")])
+def test_only_the_demos_clients_are_scored_on_the_demos_examples(tmp_path: Path, train: str, evaluation: str) -> None:
+    path = write(tmp_path, f'[model]\nbase = "demo"\n[data]\ntrain = "{train}"\n')
+    assert load_job(path).data.evaluation == evaluation
 
 
 @pytest.mark.parametrize("text", ["[model", "\x00", "[model]\nbase = 1979-05-27\n", "model = 3\n"])

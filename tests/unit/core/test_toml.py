@@ -32,5 +32,5 @@ def test_a_file_that_is_absurd_is_refused(tmp_path: Path, text: str, reason: str
 
 def test_a_base_whose_name_is_too_long_for_a_path_is_a_hub_id(tmp_path: Path) -> None:
     path, name = tmp_path / "job.toml", "a/" * 5000
-    path.write_text(f'[model]\nbase = "{name}"\n')
+    path.write_text(f'[model]\nbase = "{name}"\n[data]\ntrain = "demo"\n')
     assert load_job(path).model.base == name

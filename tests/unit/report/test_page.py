@@ -136,7 +136,7 @@ def test_a_run_that_has_ended_no_round_has_a_report(make_run: MakeRun) -> None:
 
 def test_a_run_without_evaluation_shows_training_loss_and_bytes(make_run: MakeRun) -> None:
     page = Page(write_report(make_run(evaluated=False)))
-    assert "no evaluation data" in page.text
+    assert "the server holds no examples out" in page.text
     assert "Exact match" not in re.findall(r"<h3>(.*?)</h3>", page.source)
 
 

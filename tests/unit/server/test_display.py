@@ -23,6 +23,7 @@ SUMMARY = {
     "clients": 3,
     "eval_before": Evaluation(4.0, 0.0, 10, 100, "rouge-l", 0.1).to_json(),
     "eval_after": Evaluation(0.1, 0.9, 10, 100, "rouge-l", 0.777).to_json(),
+    "scores_from": "the server's held-out examples (data.evaluation = eval.jsonl)",
     "client_evaluation": None,
     "bytes": {"total": 1_000_000},
     "fp32_fedavg_bytes": 40_000_000,
@@ -56,6 +57,14 @@ def printed(live: bool = False) -> tuple[Console, io.StringIO]:
     return Console(file=stream, width=100, force_terminal=live, highlight=False), stream
 
 
+def test_the_summary_of_a_run_that_only_clients_scored_has_their_loss_too() -> None:
+    console, stream = printed()
+    own = Evaluation(0.25, 0.6, 30, 300).to_json()
+    print_summary(console, SUMMARY | {"eval_before": None, "eval_after": None, "client_evaluation": own})
+    for part in ("exact match on the clients' own held-out data", "60.0%", "loss on the clients'", "0.250"):
+        assert part in stream.getvalue()
+
+
 def test_the_summary_says_what_changed_and_what_it_cost() -> None:
     console, stream = printed()
     print_summary(console, SUMMARY)
@@ -64,6 +73,7 @@ def test_the_summary_says_what_changed_and_what_it_cost() -> None:
         "0.0%",
         "90.0%",
         "77.7%",
+        "scores from: the server's held-out examples",
         "40.0 MB",
         "1.0 MB",
         "40.0x",

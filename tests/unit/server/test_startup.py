@@ -49,6 +49,7 @@ HELPS = [
 
 MISTAKES = [
     (("simulate", "typo.toml"), "federation.ruonds: unknown key"),
+    (("simulate", "unnamed.toml"), "model.base is not set; expected a Hugging Face model directory"),
     (("simulate", "none.toml"), "none.toml: cannot be read"),
     (("simulate", "--set", "training.local_steps=1", "--set", "training.local_epochs=1"), "expected one of them"),
     (("simulate", "--set", "data.train=none/*.jsonl"), "no such file"),
@@ -111,7 +112,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said
     """Runs each command in a folder with a job that has a typo, data that is broken, and a fleet's server."""
     path = tmp_path_factory.mktemp("startup")
     (path / "typo.toml").write_text("[federation]\nruonds = 3\n")
-    (path / "job.toml").touch()
+    (path / "unnamed.toml").write_text('[data]\ntrain = "broken.jsonl"\n')
+    (path / "job.toml").write_text('[model]\nbase = "demo"\n')
     (path / "broken.jsonl").write_text("no JSON\n")
     (path / "empty").mkdir()
     (path / "full").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,7 @@ from fedtune.strategies import round as round_module
 from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.selection import Selection
-from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled
+from fedtune.strategies.evaluation_round import EvaluationRound, clients_evaluate, pooled, scored_sets
 from fedtune.strategies.federation import Federation, initial_state
 from fedtune.strategies.round import LATE, TRANSITIONS, Event, Phase, TrainingRound
 from fedtune.strategies.schedule import ByDeadline, Closing
@@ -256,6 +257,20 @@ def test_clients_evaluate_after_the_last_round_and_as_often_as_the_job_says() ->
     job = load_job(None, ["federation.rounds=5", "federation.evaluate_clients_every=2"])
     assert [clients_evaluate(job, number) for number in range(1, 6)] == [False, True, False, True, True]
     assert not clients_evaluate(load_job(None, ["data.holdout=0"]), 20)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sets"),
+    [
+        ([], "the server's held-out examples .* and from examples that clients keep back .*, after the last round"),
+        (["data.evaluation="], r"examples that clients keep back \(data.holdout = 0.1 of each client's\)"),
+        (["data.holdout=0"], r"the server's held-out examples \(data.evaluation = demo\)"),
+        (["data.evaluation=", "data.holdout=0"], "none: no examples are held out"),
+        (["data.evaluation=", "privacy.mode=distributed"], "none: no examples are held out"),
+    ],
+)
+def test_a_run_says_which_examples_its_scores_are_from(overrides: list[str], sets: str) -> None:
+    assert re.fullmatch(f"{sets}.*", scored_sets(load_job(None, overrides)))
 
 
 def test_an_evaluation_round_keeps_scores_and_marks_the_silent() -> None:

@@ -2,7 +2,8 @@
 
     job = load_job(Path("job.toml"), overrides=["federation.rounds=40"])
 
-Unknown keys, wrong types, values out of bounds and contradictions are all reported at once.
+Unknown keys, wrong types, values out of bounds and contradictions are all reported at once. A job file names its base
+and its training data itself: the demo's are the defaults of a job without a file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from fedtune.core.job.methods import AGGREGATIONS, Method
 from fedtune.core.job.settings import BUNDLED, CORE_RANK, DEMO, LORA_RANK, Job
 
 MAX_JOB_BYTES = 1 << 20
+_INPUTS = {
+    "model.base": f'a Hugging Face model directory, a hub id, or "{DEMO}" for the bundled model',
+    "data.train": f'a file of examples, a pattern such as "clients/*.jsonl", or "{DEMO}" for the bundled households',
+}
 
 
 def load_job(path: Path | None, overrides: Sequence[str] = (), folder: Path | None = None) -> Job:
@@ -71,9 +76,25 @@ def _read(path: Path | None, overrides: Sequence[str]) -> tuple[Job, list[str]]:
     """Returns the job, and a sentence about each key or override that is invalid."""
     table = read_table(path, "a job file", MAX_JOB_BYTES) if path is not None else {}
     problems = [problem for override in overrides if (problem := _apply(table, override))]
+    if path is not None:
+        problems += _unnamed_inputs(table)
     _choose_adapter(table)
     job, invalid = _validate(table)
     return job, problems + invalid
+
+
+def _unnamed_inputs(table: dict[str, Any]) -> list[str]:
+    """Returns a sentence for each input that a job file must name and does not.
+
+    Data of one's own are not scored on the demo's held-out examples: the table gets no evaluation where it names none.
+    """
+    model, data = table.get("model", {}), table.setdefault("data", {})
+    if not (isinstance(model, dict) and isinstance(data, dict)):
+        return []  # refused by validation, with a reason
+    if data.get("train") != DEMO:
+        data.setdefault("evaluation", "")
+    named = {"model.base": "base" in model, "data.train": "train" in data}
+    return [f"{key} is not set; expected {_INPUTS[key]}" for key, there in named.items() if not there]
 
 
 def _choose_adapter(table: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The settings of a job: the model, the data, the clients and the training. Every key has a default.
+"""The settings of a job: the model, the data, the clients and the training. Every key has a default; those of
+`model.base`, `data.train` and `data.evaluation` are the bundled demo's, for jobs without a file.
 
 The same settings serve simulations and live runs."""
 
@@ -32,7 +33,7 @@ class ModelSettings:
     """[model]: the frozen base that every adapter is trained against.
 
     Args:
-        base: Hugging Face directory or hub id, or "demo" for the bundled model.
+        base: Hugging Face directory or hub id, or "demo" for the bundled model. A job file must name it.
         quantization: format of the reference base's linear weights: "nf4" (QLoRA); "int4", the grid of an exported int4
             model, head in 8 bits, so that training and serving compute with the same numbers; or "none".
     """
@@ -68,11 +69,13 @@ class DataSettings:
     """[data]: the source of examples and their partition among simulated clients.
 
     Args:
-        train: file or glob pattern, relative to the job file, or "demo" for the bundled households.
+        train: file or glob pattern, relative to the job file, or "demo" for the bundled households. A job file must
+            name it; live devices bring their own examples and do not read it.
         partition: "by-file" (one client per file), "iid", "dirichlet:ALPHA", "dirichlet:ALPHA:FIELD", "by-field:FIELD".
         clients: number of clients for "iid", "dirichlet" and the demo; for other partitions it follows from the data.
         examples_per_client: number of examples of each of the demo's households.
-        evaluation: file of held-out examples for the server, "demo", or "" for none.
+        evaluation: file of held-out examples for the server, "demo", or "" for none, the default of a job file with its
+            own data; the scores are then those of the clients' held-out shares.
         holdout: share of each client's examples that it keeps back for its own evaluation.
         sequence_length: tokens; longer prompts are cut at the beginning, examples with longer completions are dropped.
         skip_bad: whether broken lines are counted and skipped; otherwise the first file with one is an error.

@@ -141,7 +141,7 @@ def _quality(run: Run) -> list[Fact]:
             facts.append(Fact(METRICS[metric].title, _change(before, after, metric), "" if place else note))
     elif trained := [line for line in run.rounds if line.train_loss is not None]:
         first, end = trained[0], trained[-1]
-        note = f"training, round {first.round} → {end.round}; no evaluation data"
+        note = f"training, round {first.round} → {end.round}; the server holds no examples out"
         facts.append(Fact("Loss", f"{first.train_loss:.4g} → {end.train_loss:.4g}", note))
     if (line := run.held_out) is not None and (score := line.held_out) is not None:
         scored = sum(part.eval is not None for part in line.client_evaluations)
