@@ -60,11 +60,11 @@ class Population:
             width = max(3, len(str(data.clients - 1)))
             self._households = {f"{household.index:0{width}d}": household for household in households}
         elif data.partition == "by-file":
-            self._paths = _named(_matches(data.train))
+            self._paths = _named(training_files(data))
             for name in self._paths:  # a problem in any file is reported now, not in round 17
                 self.records(name)
         else:
-            files = _matches(data.train)
+            files = training_files(data)
             found = [read_records(path, skip_bad=data.skip_bad) for path in files]
             records = [record for good, _ in found for record in good]
             self.shared_bad_lines = sum(bad for _, bad in found)
@@ -144,7 +144,21 @@ def partition_records(records: Sequence[Record], partition: str, clients: int, s
     raise JobError([f'data.partition is "{partition}", which left some of {clients} clients empty; raise ALPHA'])
 
 
-def _matches(pattern: str) -> list[Path]:
+def training_files(data: DataSettings) -> list[Path]:
+    """Returns the files of the training data in the order of their names; none for the demo's households.
+
+    Raises:
+        DataError: nothing matches `data.train`.
+    """
+    return [] if data.train == DEMO else matching_files(data.train)
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Returns the files that a path or pattern matches, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
     # Path.glob refuses the absolute patterns to which a job's paths are resolved.
     matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
     paths = [Path(match) for match in matches if Path(match).is_file()]

@@ -68,24 +68,39 @@ def read_records(path: Path, skip_bad: bool = False) -> tuple[list[Record], int]
     Raises:
         DataError: the file is missing, unreadable or empty, or has a bad line.
     """
-    lines = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_lines)
     records: list[Record] = []
     bad = 0
+    for line in read_lines(path):
+        if isinstance(line, Record):
+            records.append(line)
+        elif skip_bad:
+            bad += 1
+        else:
+            raise line
+    return records, bad
+
+
+def read_lines(path: Path) -> Iterator[Record | DataError]:
+    """Yields each line of a data file as a record, or as the error that names it and says what was expected.
+
+    Raises:
+        DataError: the file is missing, unreadable or empty.
+    """
+    lines = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_lines)
+    empty = True
     try:
         for line, value in lines(path):
+            empty = False
             try:
                 if isinstance(value, _BadLineError):
                     raise value
-                records.append(_record(value))
+                yield _record(value)
             except _BadLineError as error:
-                if not skip_bad:
-                    raise DataError(path, str(error), line) from None
-                bad += 1
+                yield DataError(path, str(error), line)
     except OSError as error:
         raise DataError(path, f"cannot be read: {error.strerror}; expected a data file") from error
-    if not records and not bad:
+    if empty:
         raise DataError(path, "is empty; expected one object a line")
-    return records, bad
 
 
 class _BadLineError(Exception):

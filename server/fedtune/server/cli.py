@@ -21,6 +21,7 @@ from fedtune.server import privacy_commands, server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.fleet import fleet_commands
 from fedtune.server.run_display import Display, Silent, Terminal, error_console, shown
+from fedtune.server.simulation.check_command import check
 
 if TYPE_CHECKING:
     from fedtune.core.job.settings import Job
@@ -245,7 +246,7 @@ def plan(
         print_plan(Console(highlight=False), outcome)
 
 
-for command in (export, serve, chat):
+for command in (check, export, serve, chat):
     app.command()(command)
 
 

@@ -7,10 +7,12 @@ Each check uses the function with which the run itself reads the file.
 
 from __future__ import annotations
 
-from fedtune.core.errors import JobError
+from collections.abc import Callable, Iterator
+
+from fedtune.core.errors import InputError, JobError
 from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
-from fedtune.data.job_inputs import JobInputs
+from fedtune.data.job_inputs import JobInputs, source_of
 from fedtune.server.export.request import check_export
 from fedtune.strategies.cohorts.selection import cohort_size
 
@@ -31,15 +33,40 @@ def check_simulation(job: Job) -> JobInputs:
     """Reads all inputs that a simulation needs for a job.
 
     Raises:
-        InputError: see `check_server_job`; or a training file or the fleet cannot be read; or they give fewer clients
-            than the job asks for.
+        InputError: the first of `simulation_problems`.
     """
-    inputs = check_server_job(job)
-    fleet, clients = inputs.fleet, len(inputs.population.names)
-    wanted, selection = job.federation.clients_per_round, job.federation.selection
-    if job.secure_aggregation.enabled and (problems := grouped_cohort_problems(job, cohort_size(wanted, clients))):
-        raise JobError(problems)
-    if selection != "uniform" and fleet is None:
-        reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
-        raise JobError([f'federation.selection is "{selection}", but {reason}'])
+    inputs = JobInputs(job)
+    for problem in simulation_problems(inputs):
+        raise problem
     return inputs
+
+
+def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
+    """Yields the reasons why a simulation of a job cannot begin, from the job and its files alone: none when it can.
+
+    The export or the base model cannot be used; the held-out examples, a training file or the fleet cannot be read; or
+    they give fewer clients than the job asks for.
+    """
+    job = inputs.job
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: check_export(job),
+        lambda: source_of(job.model.base),
+        lambda: inputs.evaluation,
+        lambda: inputs.fleet,
+        lambda: _check_cohort(job, len(inputs.population.names)),
+    )
+    for check in checks:
+        try:
+            check()
+        except InputError as problem:
+            yield problem
+    if job.federation.selection != "uniform" and not job.simulation.fleet:
+        reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
+        yield JobError([f'federation.selection is "{job.federation.selection}", but {reason}'])
+
+
+def _check_cohort(job: Job, clients: int) -> None:
+    if job.secure_aggregation.enabled:
+        cohort = cohort_size(job.federation.clients_per_round, clients)
+        if problems := grouped_cohort_problems(job, cohort):
+            raise JobError(problems)

@@ -39,7 +39,19 @@ HELPS = [
         (),
         *(
             (name,)
-            for name in ("simulate", "resume", "report", "plan", "export", "serve", "chat", "fleet", "server", "client")
+            for name in (
+                "simulate",
+                "resume",
+                "report",
+                "plan",
+                "check",
+                "export",
+                "serve",
+                "chat",
+                "fleet",
+                "server",
+                "client",
+            )
         ),
         *(("server", name) for name in ("init", "renew", "publish", "offer", "start", "stop", "submit", "status")),
         *(("fleet", name) for name in ("init", "approve", "revoke", "renew", "rotate", "sign", "publish", "status")),
@@ -84,6 +96,14 @@ MISTAKES = [
     (("fleet", "sign", "job.toml", "--home", "none"), "none: there is no fleet here"),
 ]
 
+FOUND = [
+    (("check", "typo.toml"), "federation.ruonds: unknown key"),
+    (("check", "none.toml"), "none.toml: cannot be read"),
+    (("check", "job.toml", "--set", "data.train=none/*.jsonl"), "no such file"),
+    (("check", "job.toml", "--set", "data.train=broken.jsonl"), "broken.jsonl:1: is not JSON"),
+    (("check", "job.toml", "--set", "model.base=/nowhere", "--set", "data.train=demo"), "/nowhere: not a directory"),
+]
+
 
 @dataclass(frozen=True)
 class Said:
@@ -121,7 +141,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said
     (path / "unfinished").mkdir()
     (path / "unfinished" / "job.toml").touch()
     init = ("server", "init", "--address", "localhost:8443", "--home", "fleet")
-    commands = [init, ("fleet", "init", "--home", "owner"), *HELPS, *(words for words, _ in MISTAKES)]
+    commands = [init, ("fleet", "init", "--home", "owner"), *HELPS, *(words for words, _ in [*MISTAKES, *FOUND])]
     return dict(zip(commands, start(path, commands), strict=True))
 
 
@@ -148,6 +168,15 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(tmp_path: Path) -> Non
     (folder / "refs" / "main").write_text("abc")
     (found,) = start(tmp_path, [("plan", "--base", "org/model", "--no-try", "--json")])
     assert (found.status, found.error) == (0, "")
+
+
+@pytest.mark.parametrize(("words", "complaint"), FOUND, ids=[" ".join(words) for words, _ in FOUND])
+def test_a_check_names_mistakes_without_heavy_packages(
+    said: dict[tuple[str, ...], Said], words: tuple[str, ...], complaint: str
+) -> None:
+    found = said[words]
+    assert (found.status, found.imported, found.error) == (1, [], "")
+    assert complaint in found.output
 
 
 def test_a_command_that_computes_imports_torch(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fedtune.core.job.settings import (
     Job,
     ModelSettings,
 )
-from fedtune.data.examples import load_examples
+from fedtune.data.examples import Example, load_examples
 from fedtune.data.job_inputs import own_data_file, source_of
 from fedtune.demo import JOB
 from fedtune.model.shape import ModelShape, shape_of
@@ -197,7 +197,7 @@ class DevicePlanner:
     def plan(
         self,
         job: Job,
-        data: Path | None = None,
+        data: Path | Sequence[Example] | None = None,
         link: Link = Link(),
         trial: Trial = "always",
         *,
@@ -208,7 +208,7 @@ class DevicePlanner:
 
         Args:
             job: source of base model, rank, batch and steps.
-            data: a file of this device's examples; their lengths decide the sequence length.
+            data: this device's examples, or a file of them; their lengths decide the sequence length.
             link: the link to the server.
             trial: when to take a trial step, correct the plan by it and store κ; "where tight" takes one per model,
                 and only where it could change the plan.
@@ -365,18 +365,22 @@ def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
     return max(1, round(training.local_epochs * -(-sum(lengths) // training.batch_tokens)))
 
 
-def _lengths(job: Job, data: Path | None) -> tuple[list[int], float]:
+def _lengths(job: Job, data: Path | Sequence[Example] | None) -> tuple[list[int], float]:
     """Returns the examples' token counts, and the share of tokens that the loss counts; without data, all of them."""
     if data is None:
         return [], 1.0
+    examples = _read(job, data) if isinstance(data, Path) else data
+    lengths = [len(example.ids) for example in examples]
+    return lengths, sum(example.target_tokens for example in examples) / sum(lengths)
+
+
+def _read(job: Job, data: Path) -> list[Example]:
     file = own_data_file(data)
     from fedtune.model.base_model import load_tokenizer, quiet
 
     with quiet():
         tokenizer = load_tokenizer(source_of(job.model.base))
-    examples, _ = load_examples(file, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)
-    lengths = [len(example.ids) for example in examples]
-    return lengths, sum(example.target_tokens for example in examples) / sum(lengths)
+    return load_examples(file, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)[0]
 
 
 def _case(job: Job, plan: Plan, target_share: float) -> Case:

@@ -31,6 +31,7 @@ class Surroundings:
         width: width of the base model.
         positions: longest sequence that the base supports.
         evaluated: number of the server's held-out examples.
+        clients: number of clients of a simulation.
         example_tokens: mean number of tokens of an example.
     """
 
@@ -38,6 +39,7 @@ class Surroundings:
     positions: int | None = None
     evaluated: int | None = None
     example_tokens: float | None = None
+    clients: int | None = None
 
 
 def unusual(job: Job, known: Surroundings) -> list[str]:
@@ -97,6 +99,14 @@ def _evaluated(_: Job, known: Surroundings) -> str | None:
     )
 
 
+def _clients_per_round(job: Job, known: Surroundings) -> str | None:
+    wanted, clients = job.federation.clients_per_round, known.clients
+    if clients is None or not isinstance(wanted, int) or wanted <= clients:
+        return None
+    usual = f"usual is at most {clients}, the number of clients"
+    return f"federation.clients_per_round = {wanted}; {usual}: all are in every round"
+
+
 def _sequence_length(job: Job, known: Surroundings) -> str | None:
     length = job.data.sequence_length
     if known.positions is None or length <= known.positions:
@@ -119,6 +129,7 @@ _ROWS: Sequence[Callable[[Job, Surroundings], str | None]] = (
     _local_steps,
     _batch_tokens,
     _evaluated,
+    _clients_per_round,
     _sequence_length,
     _holdout,
 )

@@ -55,12 +55,6 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     context = SimulationContext.begin(job, path / CLIENTS, inputs)
     adapted_modules(context.shape.linear, job.adapter)  # refuses a wrong adapter before the weights are loaded
     _ = context.devices, context.held_out  # reports mistakes in their files before anything is written
-    wanted, clients = job.federation.clients_per_round, len(inputs.population.names)
-    if isinstance(wanted, int) and wanted > clients:
-        display.note(
-            f"federation.clients_per_round is {wanted}, and the data has {counted(clients, 'client')}: all of them "
-            "are in every round"
-        )
     for warning in _warnings(context):
         display.note(warning)
     model = context.model
@@ -68,7 +62,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
         f"adapter of {model.layout.size:,} parameters, learning rate {rate:g}, "
-        f"{counted(clients, 'client')}"
+        f"{counted(len(inputs.population.names), 'client')}"
     )
     return context
 
@@ -76,7 +70,8 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
 def _warnings(context: SimulationContext) -> list[str]:
     """Returns a line for each unusual value of the job, and for each way in which the evaluation is on other data."""
     shape, held_out = context.shape, context.held_out
-    known = Surroundings(shape.width, shape.positions, len(held_out.examples), held_out.example_tokens)
+    clients = len(context.population.names)
+    known = Surroundings(shape.width, shape.positions, len(held_out.examples), held_out.example_tokens, clients)
     return unusual(context.job, known) + mismatches(context.population.sample(), context.inputs.evaluation)
 
 
