@@ -20,6 +20,7 @@ from fedtune.core.host.process import prepare_environment
 from fedtune.server import privacy_commands, server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.fleet import fleet_commands
+from fedtune.server.init_command import init
 from fedtune.server.run_display import Display, Silent, Terminal, error_console, shown
 from fedtune.server.simulation.check_command import check
 
@@ -246,7 +247,7 @@ def plan(
         print_plan(Console(highlight=False), outcome)
 
 
-for command in (check, export, serve, chat):
+for command in (init, check, export, serve, chat):
     app.command()(command)
 
 

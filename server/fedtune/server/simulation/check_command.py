@@ -106,7 +106,8 @@ def _prediction(predicted: Prediction) -> Iterator[str]:
     yield f"one client   {memory}; {_seconds(outcome.training_seconds)} a round, in steps: {outcome.local_steps}"
     cohort = f"training of {predicted.clients}, {predicted.together} at a time: {_seconds(predicted.round_seconds)}"
     whole = _seconds(predicted.round_seconds * predicted.rounds)
-    yield f"one round    {cohort}; of all rounds ({predicted.rounds}): {whole}; evaluations come on top"
+    yield f"one round    {cohort}; of all rounds ({predicted.rounds}): {whole}"
+    yield "             start, exchanges and evaluations come on top"
 
 
 def _seconds(seconds: float) -> str:
