@@ -183,6 +183,15 @@ def test_a_check_names_mistakes_without_heavy_packages(
     assert complaint in found.output
 
 
+@pytest.mark.parametrize(("typed", "offered"), [("si", ["simulate"]), ("server st", ["start", "stop", "status"])])
+def test_a_shell_completes_commands(typed: str, offered: list[str]) -> None:
+    asked = {"_FEDTUNE_COMPLETE": "complete_bash", "COMP_WORDS": f"fedtune {typed}"}
+    environment = os.environ | asked | {"COMP_CWORD": str(len(typed.split()))}
+    command = Path(sys.executable).with_name("fedtune")
+    done = subprocess.run([command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == offered
+
+
 def test_a_command_that_computes_imports_torch(tmp_path: Path) -> None:
     (found,) = start(tmp_path, [("plan", "--memory", "1")])
     assert "torch" in found.imported  # otherwise the tests above would prove nothing
