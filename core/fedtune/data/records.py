@@ -23,6 +23,7 @@ from fedtune.core.errors import DataError
 
 MAX_LINE_BYTES = 4 << 20
 EXPECTED = 'expected {"prompt", "completion"}, {"messages"} or {"text"}'
+_EXPECTED_TURNS = 'expected turns {"role", "content"}, a question first and the assistant\'s answer last'
 _CONTENT_KEYS = frozenset({"prompt", "completion", "messages", "text"})
 
 
@@ -127,11 +128,11 @@ def _record(value: object) -> Record:
 
 def _messages(value: object) -> list[Message]:
     if not isinstance(value, list) or len(value) < 2:
-        raise _BadLineError('"messages" is not a list of two or more turns')
+        raise _BadLineError(f'"messages" is not a list of two or more turns; {_EXPECTED_TURNS}')
     turns = []
     for turn in value:
         if not isinstance(turn, dict):
-            raise _BadLineError('"messages" has a turn that is not {"role", "content"}')
+            raise _BadLineError(f'"messages" has a turn that is not an object; {_EXPECTED_TURNS}')
         turns.append(Message(_text(turn, "role"), _text(turn, "content")))
     if turns[-1].role != "assistant":
         raise _BadLineError(f'the last message is by "{turns[-1].role}"; expected "assistant"')

@@ -20,7 +20,8 @@ def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
     try:
         minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
     except JobError as error:
-        return [f"secure_aggregation: {problem}" for problem in error.problems]
+        off = "or set secure_aggregation.enabled = false"
+        return [f"secure_aggregation: {problem}, {off}" for problem in error.problems]
     if minimum < MIN_SURVIVORS:
         problem = (
             f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "

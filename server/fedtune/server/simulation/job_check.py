@@ -115,7 +115,7 @@ def check_job(path: Path, overrides: Sequence[str] = ()) -> Checked:
         return Checked(str(error).splitlines())
     unreadable, bad = _read_files(job)
     inputs = JobInputs(dataclasses.replace(job, data=dataclasses.replace(job.data, skip_bad=True)))
-    problems = [line for problem in simulation_problems(inputs) for line in str(problem).splitlines()] + unreadable
+    problems = [line for problem in simulation_problems(inputs) for line in _sentences(problem, path)] + unreadable
     if bad and not job.data.skip_bad:
         remedy = "correct them, or set data.skip_bad = true to leave them out"
         problems.append(f"{path}: number of lines that are no record: {len(bad):,}; {remedy}")
@@ -129,7 +129,12 @@ def check_job(path: Path, overrides: Sequence[str] = ()) -> Checked:
     except ModuleNotFoundError as error:
         return _warned(found, str(MissingExtraError("a look at lengths, memory and time", "server", str(error.name))))
     except InputError as error:
-        return dataclasses.replace(found, problems=str(error).splitlines())
+        return dataclasses.replace(found, problems=_sentences(error, path))
+
+
+def _sentences(problem: InputError, path: Path) -> list[str]:
+    """Returns an error's sentences, each with its place; that of a job's problems is the job file."""
+    return str(JobError(problem.problems, path) if isinstance(problem, JobError) else problem).splitlines()
 
 
 def _read_files(job: Job) -> tuple[list[str], list[str]]:
