@@ -119,7 +119,10 @@ def scored_sets(job: Job) -> str:
         every = job.federation.evaluate_clients_every
         when = f"every {every} rounds and after the last" if every else "after the last round"
         sets.append(f"examples that clients keep back ({share}), {when}")
-    return " and from ".join(sets) or "none: no examples are held out (data.evaluation on the server, data.holdout)"
+    nobody = (
+        "the server has no examples (data.evaluation), and clients score none (data.holdout; never under [privacy])"
+    )
+    return " and from ".join(sets) or f"none: {nobody}"
 
 
 def pooled(evaluations: Sequence[ClientEvaluation]) -> Evaluation | None:

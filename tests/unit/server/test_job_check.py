@@ -97,6 +97,7 @@ def test_bad_lines_that_the_job_skips_are_named_and_do_not_keep_it_from_running(
         (["federation.clients_per_round=1"], ["needed, or set secure_aggregation.enabled = false"]),
         (["federation.selection=deadline"], ["simulation.fleet names no fleet"]),
         (["data.partition=by-field:topic"], ['record 1 has no such field']),
+        (["privacy.mode=distributed", "federation.rounds=20"], ["privacy.participations"]),
         (["adapter.rank=300"], ["adapter.rank is 300, but"]),
         (["data.sequence_length=8", "data.train=clients/9.jsonl", "data.evaluation=long.jsonl"], ["no usable example"]),
     ],

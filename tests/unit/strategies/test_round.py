@@ -265,8 +265,8 @@ def test_clients_evaluate_after_the_last_round_and_as_often_as_the_job_says() ->
         ([], "the server's held-out examples .* and from examples that clients keep back .*, after the last round"),
         (["data.evaluation="], r"examples that clients keep back \(data.holdout = 0.1 of each client's\)"),
         (["data.holdout=0"], r"the server's held-out examples \(data.evaluation = demo\)"),
-        (["data.evaluation=", "data.holdout=0"], "none: no examples are held out"),
-        (["data.evaluation=", "privacy.mode=distributed"], "none: no examples are held out"),
+        (["data.evaluation=", "data.holdout=0"], "none: the server has no examples"),
+        (["data.evaluation=", "privacy.mode=distributed"], "none: the server has no examples"),
     ],
 )
 def test_a_run_says_which_examples_its_scores_are_from(overrides: list[str], sets: str) -> None:

@@ -26,6 +26,7 @@ from fedtune.data.lengths import MOST_MEASURED, Lengths
 from fedtune.data.population import Population, training_files
 from fedtune.data.records import read_lines
 from fedtune.server.preflight import simulation_problems
+from fedtune.server.privacy_plan import plan_privacy
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import scored_sets
 
@@ -173,13 +174,14 @@ def _measured(found: Checked, inputs: JobInputs, population: Population) -> Chec
     """
     from fedtune.client.plan.planner import NoPlanError
     from fedtune.model.base_model import load_tokenizer, quiet
-    from fedtune.model.shape import adapted_modules, shape_of
+    from fedtune.model.shape import layout_of_sizes, shape_of
 
     job = inputs.job
     with quiet():
         tokenizer = load_tokenizer(source_of(job.model.base))
     shape = shape_of(job.model)
-    adapted_modules(shape.linear, job.adapter)
+    layout, clients = layout_of_sizes(shape.linear, job.adapter), len(population.names)
+    noise = plan_privacy(job, layout, clients).advice if job.privacy.mode != "off" else ()
     lengths = Lengths.of(population, tokenizer, job.data.sequence_length)
     evaluation, report = prepare(inputs.evaluation, tokenizer, job.data.sequence_length)
     for source, cleaned in (("data.train", lengths.cleaning), ("data.evaluation", report)):
@@ -187,8 +189,8 @@ def _measured(found: Checked, inputs: JobInputs, population: Population) -> Chec
             longest = f"at most {job.data.sequence_length} tokens are allowed (data.sequence_length)"
             raise JobError([f"{source} has no usable example ({cleaned}); {longest}"])
     tokens = sum(len(example.ids) for example in evaluation) / len(evaluation) if evaluation else None
-    known = Surroundings(shape.width, shape.positions, len(evaluation), tokens, len(population.names))
-    warnings = [*unusual(job, known), *mismatches(population.sample(), inputs.evaluation)]
+    known = Surroundings(shape.width, shape.positions, len(evaluation), tokens, clients)
+    warnings = [*noise, *unusual(job, known), *mismatches(population.sample(), inputs.evaluation)]
     if lengths.unusable:
         names = ", ".join(lengths.unusable[:_NAMED]) + (", …" if len(lengths.unusable) > _NAMED else "")
         warnings.append(f"clients without a usable example, which drop out of every round: {names}")
@@ -196,7 +198,7 @@ def _measured(found: Checked, inputs: JobInputs, population: Population) -> Chec
     examples = prepare(population.records(largest)[:MOST_MEASURED], tokenizer, job.data.sequence_length)[0]
     found = dataclasses.replace(found, lengths=lengths, warnings=warnings)
     try:
-        return dataclasses.replace(found, prediction=_predict(job, examples, len(population.names)))
+        return dataclasses.replace(found, prediction=_predict(job, examples, clients))
     except NoPlanError as error:
         return _warned(found, str(error))
 
