@@ -201,6 +201,7 @@ def propose(inputs: Inputs, data: DataSet, tokens: Tokens, clients: Clients, pos
     cohort = min(COHORT, clients.number)
     counted = "tokens" if tokens.counted else f"tokens, estimated as {CHARACTERS} characters each"
     middle, high, longest = (tokens.lengths[place] for place in places(len(tokens.lengths)))
+    lengths = f"to which examples are cut, in {counted}: median {middle}, 95% up to {high}, longest {longest}"
     sections = [
         _section("model", [("base", inputs.base, "the model, which stays as it is: only an adapter is trained")]),
         _section(
@@ -210,7 +211,11 @@ def propose(inputs: Inputs, data: DataSet, tokens: Tokens, clients: Clients, pos
                 ("partition", clients.partition, f"who owns what in a simulation: {clients.comment}"),
                 *([("clients", clients.number, "number of simulated clients")] if _takes_number(clients) else []),
                 ("holdout", 0.1, "share of its examples that each client keeps back, to score the result on"),
-                ("sequence_length", length, f"{counted}: median {middle}, 95% up to {high}, longest {longest}"),
+                (
+                    "sequence_length",
+                    length,
+                    lengths,
+                ),
             ],
             _hints(data),
         ),
