@@ -76,6 +76,24 @@ def source_of(base: str) -> str:
     Raises:
         ModelError: the path is not a model directory, or neither hub nor cache has the model.
     """
+    named = named_source(base)
+    if Path(named).is_dir() or can_reach_hub():
+        return named
+    with suppress(ValueError):
+        if (cached := cached_model(base)) is not None:
+            return str(cached)
+    raise ModelError(
+        f"{base}: no directory, not in this machine's cache of the hub, and {hub_address()} cannot be reached; "
+        "expected the directory of a model that was copied here, or a network to download it once"
+    )
+
+
+def named_source(base: str) -> str:
+    """Returns the directory or hub id that a base names, without a look at the hub.
+
+    Raises:
+        ModelError: the path is not a model directory.
+    """
     if base == DEMO:
         return str(BASE_DIRECTORY)
     path = Path(base)
@@ -85,15 +103,7 @@ def source_of(base: str) -> str:
         return base
     if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
         raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
-    if can_reach_hub():
-        return base
-    with suppress(ValueError):
-        if (cached := cached_model(base)) is not None:
-            return str(cached)
-    raise ModelError(
-        f"{base}: no directory, not in this machine's cache of the hub, and {hub_address()} cannot be reached; "
-        "expected the directory of a model that was copied here, or a network to download it once"
-    )
+    return base
 
 
 def own_data_file(path: Path) -> Path:

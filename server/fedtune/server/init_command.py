@@ -44,14 +44,14 @@ def init(
 
         fedtune init first --model ./base --data all.csv --clients 20
     """
-    from fedtune.data.job_inputs import source_of
+    from fedtune.data.job_inputs import named_source
     from fedtune.server.job_proposal import Inputs, Tokens, look_at, propose, propose_clients
     from fedtune.server.run_files import write_text
 
     path = target if target.suffix == ".toml" else target / JOB_FILE
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; --force replaces it")
-    source, found = source_of(model), look_at(data)
+    source, found = named_source(model), look_at(data)
     dealt = propose_clients(found, clients)
     tokens = Tokens.of(found.records, _tokenizer(source))
     inputs = Inputs(_seen_from(path.parent, model) if Path(model).is_dir() else model, _seen_from(path.parent, data))

@@ -205,7 +205,7 @@ def test_a_path_on_the_command_line_starts_at_the_job_s_folder_or_without_one_at
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "job.toml").touch()
+    (tmp_path / "jobs" / "job.toml").write_text('[model]\nbase = "demo"\n')
     jobs: list[Job] = []
 
     def note(job: Job, *arguments: Any) -> dict[str, Any]:

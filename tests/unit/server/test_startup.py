@@ -137,7 +137,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Said
     path = tmp_path_factory.mktemp("startup")
     (path / "typo.toml").write_text("[federation]\nruonds = 3\n")
     (path / "unnamed.toml").write_text('[data]\ntrain = "broken.jsonl"\n')
-    (path / "job.toml").write_text('[model]\nbase = "demo"\n')
+    (path / "job.toml").write_text('[model]\nbase = "demo"\n[data]\ntrain = "demo"\n')
     (path / "broken.jsonl").write_text("no JSON\n")
     (path / "empty").mkdir()
     (path / "full").mkdir()
