@@ -102,8 +102,8 @@ def test_text_is_cut_into_pieces_no_longer_than_the_base_supports(
 
 def test_without_the_bases_tokenizer_lengths_are_estimated(tmp_path: Path) -> None:
     write(tmp_path / "all.jsonl", [question(number) for number in range(40)])
-    job = proposed("--data", "all.jsonl", model="no-such/base")
-    assert job.model.base == "no-such/base"
+    assert init("--data", "all.jsonl", model="no-such/base") == 0
+    assert load_job(tmp_path / "job.toml").model.base == "no-such/base"
     assert "estimated as 3 characters each" in (tmp_path / "job.toml").read_text(encoding="utf-8")
 
 
