@@ -12,17 +12,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedtune.client.local_steps import StepSums, local_steps, not_owned
 from fedtune.client.trainer import LocalResult, LocalTask
-from fedtune.core.adapter.layout import AdapterLayout, Factors, Vector, factor_letters
+from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.local_work import LocalWork
-from fedtune.data.batches import collate, micro_batches, steps_of_epoch
+from fedtune.data.batches import collate, micro_batches
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.loss import completion_loss, on_device
@@ -51,13 +51,15 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     trained = nn.Parameter(model.parameters[segment])
     trained.grad = model.gradient[segment]
     anchor = trained.detach().clone()
-    frozen = None if task.owned is None else _frozen(model.layout, work.factors, task.owned).to(model.base.device)
+    frozen = None
+    if task.owned is not None:
+        frozen = torch.from_numpy(not_owned(model.layout, work.factors, task.owned)).to(model.base.device)
     optimizer = _optimizer(model, trained, work)
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
-    done: list[_Step] = []
+    done: list[StepSums] = []
     skipped = 0
     with _training(model, task):
-        for step in _steps(examples, task):
+        for step in local_steps(examples, task):
             trained.grad.zero_()
             done.append(_accumulate(model, step, task, scaler))
             scaler.unscale_(optimizer)
@@ -107,36 +109,9 @@ def _optimizer(model: AdaptedModel, trained: nn.Parameter, work: LocalWork) -> t
     return torch.optim.AdamW([trained], lr=work.learning_rate, weight_decay=work.weight_decay, fused=True)
 
 
-def _frozen(layout: AdapterLayout, factors: Factors, owned: Sequence[int]) -> torch.Tensor:
-    """Returns a bool mask over the segment of the trained factors: True where the device owns nothing."""
-    segment = layout.segment(factors)
-    frozen = np.ones(segment.stop - segment.start, dtype=np.bool_)
-    for letter in factor_letters(factors):
-        start = layout.segment(letter).start - segment.start
-        frozen[start + layout.coordinates(letter, np.asarray(owned, dtype=np.intp))] = False
-    return torch.from_numpy(frozen)
-
-
-class _Step(NamedTuple):
-    loss: float  # summed over the targets
-    targets: int
-    tokens: int
-
-
-def _steps(examples: Sequence[Example], task: LocalTask) -> Iterator[list[Example]]:
-    """Yields the examples of each optimizer step, each epoch in a new order, until the task is done."""
-    work, done, epoch = task.work, 0, 0
-    limit = work.local_steps
-    while epoch == 0 or done < limit:
-        steps = steps_of_epoch(examples, work.batch_tokens, task.seed, epoch)
-        if work.local_epochs:
-            limit = max(1, round(work.local_epochs * len(steps)))
-        yield from steps[: limit - done]
-        done += len(steps)
-        epoch += 1
-
-
-def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, scaler: torch.amp.GradScaler) -> _Step:
+def _accumulate(
+    model: AdaptedModel, examples: list[Example], task: LocalTask, scaler: torch.amp.GradScaler
+) -> StepSums:
     """Accumulates the gradient of one step's mean loss, micro-batch by micro-batch."""
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
@@ -146,7 +121,7 @@ def _accumulate(model: AdaptedModel, examples: list[Example], task: LocalTask, s
         torch.autograd.backward(scaler.scale(part_loss / targets))
         loss += part_loss.detach()
         tokens += batch.ids.numel()
-    return _Step(float(loss), targets, tokens)
+    return StepSums(float(loss), targets, tokens)
 
 
 @contextmanager
