@@ -25,6 +25,7 @@ FRAMES = (
     "fedtune.data",
     "fedtune.demo",
     "fedtune.model",
+    "fedtune.edge",
     "fedtune.strategies",
     "fedtune.flower",
     "fedtune.client",

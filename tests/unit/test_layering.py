@@ -1,4 +1,4 @@
-"""The packages import only as allowed: core <- strategies <- server, core <- model <- client; simulation sees both."""
+"""The packages import only as allowed: core <- strategies <- server, core <- model <- edge <- client."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ ALLOWED = {
     "fedtune.demo": ("fedtune.core", "fedtune.demo"),
     "fedtune.data": ("fedtune.core", "fedtune.demo", "fedtune.data"),
     "fedtune.model": ("fedtune.core", "fedtune.demo", "fedtune.data", "fedtune.model"),
+    "fedtune.edge": ("fedtune.core", "fedtune.demo", "fedtune.data", "fedtune.model", "fedtune.edge"),
     "fedtune.strategies": ("fedtune.core", "fedtune.strategies"),
     "fedtune.flower": ("fedtune.core", "fedtune.strategies", "fedtune.flower"),
     **dict.fromkeys(FLOWER_OF_DEVICES, ("fedtune.core", *FLOWER_OF_DEVICES)),
@@ -30,6 +31,7 @@ ALLOWED = {
         "fedtune.demo",
         "fedtune.data",
         "fedtune.model",
+        "fedtune.edge",
         *FLOWER_OF_DEVICES,
         "fedtune.client",
     ),
@@ -38,6 +40,7 @@ ALLOWED = {
         "fedtune.demo",
         "fedtune.data",
         "fedtune.model",
+        "fedtune.edge",
         "fedtune.strategies",
         "fedtune.flower",
         "fedtune.server",
@@ -49,6 +52,8 @@ ALLOWED = {
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "ray"),
     "fedtune.client.inference": ("torch", "transformers", "peft", "ray"),
+    "fedtune.client.onnx": ("torch", "transformers", "peft", "ray"),
+    "fedtune.edge.pack": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.flower": ("torch", "transformers", "peft", "ray"),
 }

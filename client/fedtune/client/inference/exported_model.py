@@ -11,20 +11,17 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import onnxruntime_genai  # type: ignore[import-untyped]
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from fedtune.core.errors import ExportError, InputError
 from fedtune.core.protocol.model_manifest import ADAPTER_SUFFIX, MAX_MANIFEST_BYTES, digest_file, parse_manifest, verify
 from fedtune.core.text import nfc
+from fedtune.data.chat_template import read_chat_template
 
 MAX_ADAPTERS = 64
 _LOADED = ("library", "lib_path", "backend_path")  # keys of onnxruntime-genai and execution providers contain these
@@ -97,7 +94,7 @@ class ExportedModel:
             self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends])
             self.context = int(config["context_length"])
             self._vocabulary = int(config["vocab_size"])
-            self._template, self._special = _chat_template(directory)
+            self._template = read_chat_template(directory)
         except ExportError:
             raise
         except Exception as error:  # tokenizers and onnxruntime may raise any exception
@@ -130,7 +127,7 @@ class ExportedModel:
             raise PromptError(f"{self.name} has no chat template; use /v1/completions")
         turns = [{**turn, "content": nfc(turn["content"])} for turn in messages]
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+            text = self._template.render(turns, add_generation_prompt=True)
         except Exception as error:  # a template is code of the model's author and may raise any exception
             raise PromptError(f"the chat template refuses the conversation: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -287,32 +284,3 @@ def _refuse_libraries(config: Any, path: Path) -> None:
     elif isinstance(config, list):
         for value in config:
             _refuse_libraries(value, path)
-
-
-def _chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[str, str]]:
-    """Returns the template, rendered as transformers does, and the special tokens that it may write."""
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    special = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = config.get(key)
-        special[key] = str(token["content"] if isinstance(token, dict) else token or "")
-    file = directory / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if not isinstance(source, str):
-        return None, special
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source), special
-    except jinja2.TemplateError as error:
-        raise ExportError(f"{file}: not a template: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -1,0 +1,234 @@
+"""A base model in an edge pack with one adapter, computed by onnxruntime block by block.
+
+    network = EdgeNetwork(pack, pack.layout(job.adapter))
+    network.load(vector)
+    loss = network.add_gradient(batch, 1 / targets, "ab", gradient)
+
+A training pass keeps the input of each block; the block's backward graph computes its activations again. So the memory
+is one block's activations, its inputs once per layer, and the weights, which stay packed and mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime  # type: ignore[import-untyped]
+
+from fedtune.core.adapter.core_layout import CoreLayout
+from fedtune.core.adapter.layout import AdapterLayout, Extent, Factor, Factors, Vector, factor_letters
+from fedtune.core.adapter.lora_layout import lora_layout
+from fedtune.core.errors import ModelError
+from fedtune.data.batches import Batch
+from fedtune.edge.pack import BACKWARD, FORWARD, FREQUENCIES, HEAD, PAIRS, SCALE_LEVELS, EdgePack
+
+CHUNK_LOGITS = 1 << 22  # logits that exist at once: 16 MiB of float32, three times
+_NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block's inputs: its weights and factors by name, and the extent of each factor in the adapter's vector."""
+
+    weights: dict[str, Array]
+    factors: dict[str, Array]
+    extents: dict[str, Extent]
+
+
+class EdgeNetwork:
+    """Computes losses and gradients.
+
+    Args:
+        pack: base model.
+        layout: layout of the adapter's vector.
+        threads: number of onnxruntime's threads.
+
+    Raises:
+        ModelError: onnxruntime is too old for the pack's graphs, or cannot load them.
+    """
+
+    def __init__(self, pack: EdgePack, layout: AdapterLayout, threads: int = 1) -> None:
+        check_runtime(pack, onnxruntime.__version__)
+        self.pack = pack
+        self.layout = layout
+        self._forward, self._backward, self._head = (
+            _session(pack, name, threads) for name in (FORWARD, BACKWARD, HEAD)
+        )
+        prefix = f"{pack.manifest.norm}."
+        self._norm = {name.removeprefix(prefix): each for name, each in pack.tensors.items() if name.startswith(prefix)}
+        self._shared = {
+            PAIRS: pack.tensors[PAIRS],
+            SCALE_LEVELS: pack.tensors[SCALE_LEVELS],
+            "scaling": np.asarray(layout.scaling, dtype=np.float32),
+        }
+        self._extents = _extents(layout)
+        self.load(np.zeros(layout.size, dtype=np.float32))
+
+    def extents(self, factors: Factors) -> list[Extent]:
+        """Returns the extents of the named factors' matrices in the adapter's vector."""
+        return [each[letter] for letter in factor_letters(factors) for each in self._extents.values()]
+
+    def load(self, vector: Vector) -> None:
+        """Takes the adapter's values from a flat vector, float32, (layout.size,), without a copy."""
+        self.layout.check(vector)
+        self._blocks = [self._block(layer, vector) for layer in range(self.pack.manifest.layers)]
+
+    def add_gradient(self, batch: Batch, scale: float, factors: Factors, gradient: Vector) -> float:
+        """Adds the gradient of scale · Σ cross-entropies to `gradient`, and returns the sum of the cross-entropies.
+
+        Args:
+            factors: factors whose gradients are computed.
+            gradient: float32, (layout.size,), changed in place.
+        """
+        inputs = [*self._states(batch.ids)]
+        states = inputs.pop()
+        flat = states.reshape(-1, states.shape[-1])
+        backward = np.zeros_like(flat)
+        loss = 0.0
+        for rows in self._chunks(batch):
+            places = batch.positions[rows]
+            losses, by_states = self._run_head(["losses", "x_gradient"], flat[places], batch.targets[rows])
+            backward[places] = by_states * np.float32(scale)
+            loss += float(losses.sum(dtype=np.float64))
+        wanted = [_NAMES[letter] for letter in factor_letters(factors)]
+        y_gradient = backward.reshape(states.shape)
+        first = next(index for index, block in enumerate(self._blocks) if block.extents)
+        for layer in range(len(self._blocks) - 1, first - 1, -1):
+            block = self._blocks[layer]
+            trained = [name for name in block.extents if name.rpartition(".")[2] in wanted]
+            outputs = [f"{name}_gradient" for name in trained]
+            if layer > first:
+                outputs.append("x_gradient")
+            results = self._run(self._backward, outputs, block, inputs.pop(), y_gradient)
+            if layer > first:
+                y_gradient = results.pop()
+            for name, values in zip(trained, results, strict=True):
+                gradient[block.extents[name].where] += values.reshape(-1)
+        return loss
+
+    def score(self, batch: Batch) -> tuple[Vector, npt.NDArray[np.bool_]]:
+        """Returns per target its cross-entropy, float32, and whether it is the likeliest token; both (targets,)."""
+        states = np.empty(0, dtype=np.float32)
+        for states in self._states(batch.ids):  # noqa: B007  # only the last ones are needed
+            pass
+        flat = states.reshape(-1, states.shape[-1])
+        results = [
+            self._run_head(["losses", "right"], flat[batch.positions[rows]], batch.targets[rows])
+            for rows in self._chunks(batch)
+        ]
+        return np.concatenate([losses for losses, _ in results]), np.concatenate([right for _, right in results])
+
+    def _states(self, ids: npt.NDArray[np.int64]) -> Iterator[Vector]:
+        """Yields the input of each block, then the last one's output: float32, (batch, length, d)."""
+        manifest = self.pack.manifest
+        states = self.pack.tensors[manifest.embedding][ids]
+        if manifest.embedding_scale != 1.0:
+            states = states * np.float32(manifest.embedding_scale)
+        yield states
+        for block in self._blocks:
+            (states,) = self._run(self._forward, ["y"], block, states)
+            yield states
+
+    def _run(
+        self, session: Any, outputs: Sequence[str], block: _Block, x: Vector, y_gradient: Vector | None = None
+    ) -> list[Vector]:
+        cosines, sines = self._rotations(x.shape[1])
+        feeds = {"x": x, "cosines": cosines, "sines": sines, **self._shared, **block.weights, **block.factors}
+        if y_gradient is not None:
+            feeds["y_gradient"] = y_gradient
+        results: list[Vector] = session.run(outputs, feeds, _only_needed())
+        return results
+
+    def _run_head(self, outputs: Sequence[str], states: Vector, targets: npt.NDArray[np.int64]) -> list[Array]:
+        head = self.pack.tensors[self.pack.manifest.head]
+        results: list[Array] = self._head.run(
+            outputs, {"x": states, "targets": targets, "head": head, **self._norm}, _only_needed()
+        )
+        return results
+
+    def _rotations(self, length: int) -> tuple[Vector, Vector]:
+        """Returns the rotary embedding's cosines and sines: float32, (1, length, head width)."""
+        angles = np.arange(length, dtype=np.float32)[:, None] * self.pack.tensors[FREQUENCIES]
+        angles = np.concatenate([angles, angles], axis=1)[None]
+        scale = np.float32(self.pack.manifest.rope_scale)
+        return np.cos(angles) * scale, np.sin(angles) * scale
+
+    def _chunks(self, batch: Batch) -> Iterator[slice]:
+        size = max(1, CHUNK_LOGITS // self.pack.manifest.vocabulary)
+        for start in range(0, len(batch.targets), size):
+            yield slice(start, start + size)
+
+    def _block(self, layer: int, vector: Vector) -> _Block:
+        """Returns a block with the adapter's factors; a layer that is not adapted gets B = 0."""
+        rank, prefix = self.layout.rank, f"{self.pack.manifest.blocks}.{layer}."
+        factors: dict[str, Array] = {}
+        extents: dict[str, Extent] = {}
+        for module in self.pack.manifest.modules:
+            if not module.name.startswith(prefix):
+                continue
+            own = module.name.removeprefix(prefix)
+            trained = {
+                f"{own}.{_NAMES[letter]}": extent for letter, extent in self._extents.get(module.name, {}).items()
+            }
+            lora_a, lora_b = self._fixed(module.name) or (
+                np.zeros((rank, module.d_in), dtype=np.float32),
+                np.zeros((module.d_out, rank), dtype=np.float32),
+            )
+            factors |= {f"{own}.lora_a": lora_a, f"{own}.core": np.eye(rank, dtype=np.float32), f"{own}.lora_b": lora_b}
+            factors |= {name: vector[extent.where].reshape(extent.shape) for name, extent in trained.items()}
+            extents |= trained
+        return _Block(self.pack.block(layer), factors, extents)
+
+    def _fixed(self, module: str) -> tuple[Vector, Vector] | None:
+        return self.layout.fixed.pairs.get(module) if isinstance(self.layout, CoreLayout) else None
+
+
+def check_runtime(pack: EdgePack, version: str) -> None:
+    """Checks that an onnxruntime of this version runs the pack's graphs.
+
+    Raises:
+        ModelError: it is older than the manifest says.
+    """
+    needed = pack.manifest.onnxruntime
+    if _numbers(version) < _numbers(needed):
+        raise ModelError(
+            f"{pack.directory}: needs onnxruntime {needed} or later, and {version} is installed; "
+            f"run: pip install 'onnxruntime>={needed}'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _session(pack: EdgePack, name: str, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # an arena keeps the largest block's activations of every batch shape
+    # Its threads would spin while numpy computes, between two calls of a session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(pack.directory / name, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{pack.directory / name}: onnxruntime cannot load it: {reason}") from error
+
+
+def _only_needed() -> Any:
+    """Returns options with which a session computes no output that is not asked for."""
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
+
+
+def _extents(layout: AdapterLayout) -> dict[str, dict[Factor, Extent]]:
+    """Returns module name -> its trained factors and their extents."""
+    if isinstance(layout, CoreLayout):
+        return {name: {"r": extent} for name, extent in layout.extents.items()}
+    return {name: {"a": a, "b": b} for name, (a, b) in lora_layout(layout).extents.items()}

@@ -1,0 +1,57 @@
+"""The tokenizer of an edge pack, with those methods of transformers' tokenizers that prepare examples.
+
+examples, report = prepare(records, EdgeTokenizer(pack), sequence_length=256)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tokenizers import Tokenizer
+
+from fedtune.data.chat_template import read_chat_template
+from fedtune.edge.pack import TOKENIZER, EdgePack
+
+
+class EdgeTokenizer:
+    """Encodes texts, and renders conversations.
+
+    Args:
+        pack: pack with a `tokenizer.json`.
+
+    Attributes:
+        chat_template: the template that renders conversations; None where the base has none.
+        bos_token_id: the token in front of a text; None where the tokenizer puts none there.
+        eos_token_id: the token that ends a text.
+    """
+
+    def __init__(self, pack: EdgePack) -> None:
+        self._tokenizer = Tokenizer.from_file(str(pack.directory / TOKENIZER))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.chat_template = read_chat_template(pack.directory)
+        start = pack.manifest.start_tokens
+        self.bos_token_id = start[0] if start else None
+        self.eos_token_id = pack.manifest.end_token
+
+    def __call__(
+        self, texts: str | Sequence[str], add_special_tokens: bool = True, verbose: bool = True
+    ) -> Mapping[str, list[int] | list[list[int]]]:
+        """Returns {"input_ids": ids}, of one text or of each text."""
+        del verbose  # of transformers' warnings about long texts
+        if isinstance(texts, str):
+            return {"input_ids": self._tokenizer.encode(texts, add_special_tokens=add_special_tokens).ids}
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return {"input_ids": [each.ids for each in found]}
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+    ) -> str:
+        """Returns the text of a conversation.
+
+        Raises:
+            ValueError: tokens are wanted, or there is no template.
+        """
+        if tokenize or self.chat_template is None:
+            raise ValueError("expected a tokenizer with a chat template, and text as its result")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)

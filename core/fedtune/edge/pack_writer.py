@@ -1,0 +1,119 @@
+"""Writing edge packs, with torch, on the machine that owns the base model.
+
+manifest = write_pack(ModelSettings("/models/SmolLM2-135M"), Path("packs/SmolLM2-135M"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from fedtune.core.adapter.layout import AdaptedModule
+from fedtune.core.errors import ModelError
+from fedtune.core.job.settings import ModelSettings
+from fedtune.core.protocol.model_manifest import digest_file
+from fedtune.data.examples import start_tokens
+from fedtune.edge.blocks import TracedBlock, block_parameters, head_function, unpacking_tables
+from fedtune.edge.graph_export import export
+from fedtune.edge.pack import BACKWARD, FORWARD, FREQUENCIES, HEAD, MANIFEST, TOKENIZER, WEIGHTS, PackManifest
+from fedtune.model.base_model import BaseModel, linear_modules, load_base
+
+ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+OLDEST_ONNXRUNTIME = "1.19"  # the first for numpy 2; the graphs' own format needs 1.18
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on a text's length
+
+
+def write_pack(settings: ModelSettings, directory: Path) -> PackManifest:
+    """Loads a base model and writes its pack to a new directory; the manifest comes last.
+
+    Raises:
+        ModelError: the base cannot be loaded, or its architecture or quantization has no pack.
+        InputError: the directory has files already.
+    """
+    if settings.quantization != "nf4":
+        raise ModelError(f'model.quantization = "{settings.quantization}" has no edge pack; expected "nf4"')
+    if directory.exists() and any(directory.iterdir()):
+        raise ModelError(f"{directory}: has files already; expected a new directory for the edge pack")
+    base = load_base(settings, weights="packed", precision="fp32", device="cpu")
+    check_supported(base)
+    base.network.set_attn_implementation("eager")
+    directory.mkdir(parents=True, exist_ok=True)
+    block = TracedBlock(base)
+    for function, name in ((block.forward, FORWARD), (block.backward, BACKWARD), (head_function(base), HEAD)):
+        export(function, directory / name)
+    save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
+    base.tokenizer.save_pretrained(directory)
+    if not (directory / TOKENIZER).is_file():
+        raise ModelError(f"{settings.base}: its tokenizer has no {TOKENIZER}; expected one of the fast tokenizers")
+    manifest = _manifest(base, directory)
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return manifest
+
+
+def check_supported(base: BaseModel) -> None:
+    """Checks that the graphs would compute what torch does.
+
+    Raises:
+        ModelError: another architecture, or a variant of one whose blocks differ from each other.
+    """
+    config = base.network.config.get_text_config()
+    if config.model_type not in ARCHITECTURES:
+        raise ModelError(f"{base.name}: {config.model_type} has no edge pack; expected {', '.join(ARCHITECTURES)}")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ModelError(f"{base.name}: an edge pack has no dropout; expected attention_dropout = 0")
+    rope = config.rope_parameters["rope_type"]
+    if rope not in _FIXED_ROPES:
+        raise ModelError(f"{base.name}: the rope type {rope} has no edge pack; expected {', '.join(_FIXED_ROPES)}")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ModelError(f"{base.name}: its blocks differ ({', '.join(sorted(kinds))}); expected blocks that are alike")
+
+
+def _tensors(base: BaseModel) -> dict[str, torch.Tensor]:
+    """Returns all tensors of the weight file by name."""
+    network, prefix = base.network.base_model, base.network.base_model_prefix
+    tensors = {f"{prefix}.{name}": tensor for name, tensor in block_parameters(base).items()}
+    tensors |= {f"{prefix}.norm.{name}": each.detach() for name, each in network.norm.named_parameters()}
+    tensors[_embedding_name(base)] = network.get_input_embeddings().weight.detach()
+    if not _tied(base):
+        tensors["lm_head.weight"] = base.head.get_parameter("weight").detach()
+    return {**tensors, **unpacking_tables(), FREQUENCIES: network.rotary_emb.inv_freq}
+
+
+def _embedding_name(base: BaseModel) -> str:
+    return f"{base.network.base_model_prefix}.embed_tokens.weight"
+
+
+def _tied(base: BaseModel) -> bool:
+    return base.head.get_parameter("weight") is base.network.get_input_embeddings().weight
+
+
+def _manifest(base: BaseModel, directory: Path) -> PackManifest:
+    network, prefix = base.network.base_model, base.network.base_model_prefix
+    config = base.network.config.get_text_config()
+    end: Any = base.tokenizer.eos_token_id
+    return PackManifest(
+        name=base.name,
+        architecture=config.model_type,
+        base_digest=base.digest,
+        onnxruntime=OLDEST_ONNXRUNTIME,
+        blocks=f"{prefix}.layers",
+        layers=len(network.layers),
+        width=int(config.hidden_size),
+        vocabulary=len(base.head.get_parameter("weight")),
+        embedding=_embedding_name(base),
+        embedding_scale=float(getattr(network.get_input_embeddings(), "embed_scale", 1.0)),
+        head=_embedding_name(base) if _tied(base) else "lm_head.weight",
+        norm=f"{prefix}.norm",
+        rope_scale=float(network.rotary_emb.attention_scaling),
+        start_tokens=tuple(start_tokens(base.tokenizer)),
+        end_token=int(end),
+        modules=tuple(
+            AdaptedModule(name, each.in_features, each.out_features) for name, each in linear_modules(base.network)
+        ),
+        files={path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.is_file()},
+    )

@@ -1,0 +1,145 @@
+"""A pack that is not whole, not for this base or not for this machine is refused in words that name the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.client.onnx.edge_network import check_runtime
+from fedtune.client.onnx.onnx_trainer import open_trainer
+from fedtune.client.plan.backend import WrongBaseError
+from fedtune.core.errors import ModelError
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.edge.pack import BACKWARD, FORWARD, HEAD, MANIFEST, WEIGHTS, open_pack
+from fedtune.edge.pack_writer import write_pack
+from fedtune.model.base_model import load_base
+
+MakeModel = Callable[..., Path]
+LORA = AdapterSettings(rank=4)
+REMEDY = "pull the pack again, or write it again with: fedtune edge pack BASE --out DIR"
+
+
+@pytest.fixture
+def copied(demo_pack: Path, tmp_path: Path) -> Path:
+    """Gives a copy of a pack that the test may damage."""
+    return Path(shutil.copytree(demo_pack, tmp_path / "copy"))
+
+
+def edit_manifest(directory: Path, **changes: Any) -> None:
+    path = directory / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_a_pack_carries_its_base_s_digest(demo_pack: Path) -> None:
+    base = load_base(ModelSettings(), precision="fp32")
+    trainer = open_trainer(demo_pack, LORA, base.digest)
+    assert (trainer.digest, trainer.name) == (base.digest, base.name)
+
+
+def test_weights_are_mapped_and_cannot_be_changed(demo_pack: Path) -> None:
+    tensors = open_pack(demo_pack).tensors
+    assert all(not tensor.flags.writeable and not tensor.flags.owndata for tensor in tensors.values())
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.uint8), np.dtype(np.float32)}
+
+
+def test_a_pack_for_another_base_is_refused(demo_pack: Path) -> None:
+    with pytest.raises(WrongBaseError):
+        open_trainer(demo_pack, LORA, "0" * 64)
+
+
+@pytest.mark.parametrize("name", [FORWARD, BACKWARD, HEAD, WEIGHTS, "tokenizer.json"])
+def test_a_changed_file_is_refused(copied: Path, name: str) -> None:
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{name}: its content differs .*{REMEDY}"):
+        open_pack(copied)
+
+
+def test_a_file_cut_short_is_refused(copied: Path) -> None:
+    (copied / WEIGHTS).write_bytes((copied / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: has \d+ bytes; expected \d+; {REMEDY}"):
+        open_pack(copied)
+
+
+def test_a_missing_file_is_refused(copied: Path) -> None:
+    (copied / BACKWARD).unlink()
+    with pytest.raises(ModelError, match=rf"{BACKWARD}: is missing from the edge pack; {REMEDY}"):
+        open_pack(copied)
+
+
+def test_a_pack_without_a_manifest_is_half_written(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    with pytest.raises(ModelError, match=rf"not a whole edge pack: it has no {MANIFEST}; {REMEDY}"):
+        open_pack(copied)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "layers": "two"}'])
+def test_a_manifest_that_is_none_is_refused(copied: Path, text: str) -> None:
+    (copied / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match="not the manifest of an edge pack"):
+        open_pack(copied)
+
+
+def test_a_manifest_of_another_version_or_with_names_outside_is_refused(copied: Path) -> None:
+    files = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))["files"]
+    edit_manifest(copied, files={**files, "../outside": files[WEIGHTS]})
+    with pytest.raises(ModelError, match="is not a file's name inside the directory"):
+        open_pack(copied)
+    edit_manifest(copied, files={name: entry for name, entry in files.items() if name != HEAD})
+    with pytest.raises(ModelError, match="lists only a part"):
+        open_pack(copied)
+    edit_manifest(copied, schema=2)
+    with pytest.raises(ModelError, match="has schema 2; expected 1"):
+        open_pack(copied)
+
+
+def test_an_onnxruntime_that_is_too_old_is_refused(demo_pack: Path) -> None:
+    pack = open_pack(demo_pack)
+    with pytest.raises(ModelError, match=r"needs onnxruntime 1\.19 or later.*pip install 'onnxruntime>=1\.19'"):
+        check_runtime(pack, "1.9.0")
+    check_runtime(pack, "1.19.0+cpu")
+    check_runtime(pack, "2.0")
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_refused(demo_pack: Path) -> None:
+    with pytest.raises(ModelError, match="matches no linear layer"):
+        open_trainer(demo_pack, AdapterSettings(target_modules=("conv",)))
+    with pytest.raises(ModelError, match="rank"):
+        open_trainer(demo_pack, AdapterSettings(kind="core", rank=1024))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "words"),
+    [
+        ("gpt2", {}, "gpt2 has no edge pack; expected"),
+        ("gpt_neox", {}, "gpt_neox has no edge pack; expected"),
+        ("llama", {"attention_dropout": 0.1}, "expected attention_dropout = 0"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type dynamic"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
+            "blocks differ",
+        ),
+    ],
+)
+def test_a_base_without_a_pack_is_refused_by_name(
+    make_model: MakeModel, tmp_path: Path, architecture: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        write_pack(ModelSettings(str(make_model(architecture, **settings))), tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_pack_is_written_in_nf4_to_a_new_directory(make_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match='expected "nf4"'):
+        write_pack(ModelSettings(str(make_model()), quantization="int4"), tmp_path / "pack")
+    (tmp_path / "kept").write_text("mine", encoding="utf-8")
+    with pytest.raises(ModelError, match="has files already; expected a new directory"):
+        write_pack(ModelSettings(str(make_model())), tmp_path)
