@@ -17,7 +17,7 @@ from fedtune.client import client_commands
 from fedtune.client.inference.inference_commands import chat, serve
 from fedtune.core.errors import FedtuneError, MissingExtraError
 from fedtune.core.host.process import prepare_environment
-from fedtune.server import privacy_commands, server_commands
+from fedtune.server import edge_commands, privacy_commands, server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.fleet import fleet_commands
 from fedtune.server.init_command import init
@@ -41,6 +41,7 @@ app.add_typer(fleet_commands.app, name="fleet")
 app.add_typer(server_commands.app, name="server")
 app.add_typer(client_commands.app, name="client")
 app.add_typer(privacy_commands.app, name="privacy")
+app.add_typer(edge_commands.app, name="edge")
 
 _Set = Annotated[
     list[str] | None,
