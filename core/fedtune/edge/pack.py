@@ -164,7 +164,10 @@ def open_pack(directory: Path) -> EdgePack:
             raise ModelError(f"{path}: has {path.stat().st_size} bytes; expected {entry.bytes}; {_REMEDY}")
         if digest_file(path).sha256 != entry.sha256:
             raise ModelError(f"{path}: its content differs from the manifest's digest; {_REMEDY}")
-    return EdgePack(directory, manifest, map_tensors(directory / WEIGHTS))
+    try:
+        return EdgePack(directory, manifest, map_tensors(directory / WEIGHTS))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{directory / WEIGHTS}: not a file of weights: {error}; {_REMEDY}") from error
 
 
 def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:

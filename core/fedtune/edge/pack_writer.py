@@ -5,6 +5,7 @@ manifest = write_pack(ModelSettings("/models/SmolLM2-135M"), Path("packs/SmolLM2
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do n
 
 
 def write_pack(settings: ModelSettings, directory: Path) -> PackManifest:
-    """Loads a base model and writes its pack to a new directory; the manifest comes last.
+    """Loads a base model and writes its pack to a new directory, which gets its name when the pack is whole.
 
     Raises:
-        ModelError: the base cannot be loaded, or its architecture or quantization has no pack.
-        InputError: the directory has files already.
+        ModelError: the base cannot be loaded, its architecture, tokenizer or quantization has no pack, or the directory
+            has files already.
     """
     if settings.quantization != "nf4":
         raise ModelError(f'model.quantization = "{settings.quantization}" has no edge pack; expected "nf4"')
@@ -41,16 +42,12 @@ def write_pack(settings: ModelSettings, directory: Path) -> PackManifest:
     base = load_base(settings, weights="packed", precision="fp32", device="cpu")
     check_supported(base)
     base.network.set_attn_implementation("eager")
-    directory.mkdir(parents=True, exist_ok=True)
-    block = TracedBlock(base)
-    for function, name in ((block.forward, FORWARD), (block.backward, BACKWARD), (head_function(base), HEAD)):
-        export(function, directory / name)
-    save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
-    base.tokenizer.save_pretrained(directory)
-    if not (directory / TOKENIZER).is_file():
-        raise ModelError(f"{settings.base}: its tokenizer has no {TOKENIZER}; expected one of the fast tokenizers")
-    manifest = _manifest(base, directory)
-    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as unfinished:
+        written = Path(unfinished) / "pack"
+        written.mkdir()
+        manifest = _write(base, written)
+        written.replace(directory)
     return manifest
 
 
@@ -63,6 +60,8 @@ def check_supported(base: BaseModel) -> None:
     config = base.network.config.get_text_config()
     if config.model_type not in ARCHITECTURES:
         raise ModelError(f"{base.name}: {config.model_type} has no edge pack; expected {', '.join(ARCHITECTURES)}")
+    if not base.tokenizer.is_fast:
+        raise ModelError(f"{base.name}: its tokenizer has no {TOKENIZER}; expected one of the fast tokenizers")
     if getattr(config, "attention_dropout", 0.0):
         raise ModelError(f"{base.name}: an edge pack has no dropout; expected attention_dropout = 0")
     rope = config.rope_parameters["rope_type"]
@@ -71,6 +70,17 @@ def check_supported(base: BaseModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1:
         raise ModelError(f"{base.name}: its blocks differ ({', '.join(sorted(kinds))}); expected blocks that are alike")
+
+
+def _write(base: BaseModel, directory: Path) -> PackManifest:
+    block = TracedBlock(base)
+    for function, name in ((block.forward, FORWARD), (block.backward, BACKWARD), (head_function(base), HEAD)):
+        export(function, directory / name)
+    save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
+    base.tokenizer.save_pretrained(directory)
+    manifest = _manifest(base, directory)
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return manifest
 
 
 def _tensors(base: BaseModel) -> dict[str, torch.Tensor]:

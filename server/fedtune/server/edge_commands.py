@@ -46,6 +46,8 @@ def pack(
     from fedtune.core.job.settings import ModelSettings
 
     try:
+        import onnxscript  # noqa: F401  # torch's exporter would miss it only when the graphs are written
+
         from fedtune.edge.pack_writer import write_pack
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune edge pack", "export", error.name or "of the export") from None

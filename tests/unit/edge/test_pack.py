@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fedtune.client.onnx.onnx_trainer import open_trainer
 from fedtune.client.plan.backend import WrongBaseError
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.core.protocol.model_manifest import digest_file
 from fedtune.edge.pack import BACKWARD, FORWARD, HEAD, MANIFEST, WEIGHTS, open_pack
 from fedtune.edge.pack_writer import write_pack
 from fedtune.model.base_model import load_base
+from fedtune.server import cli
 
 MakeModel = Callable[..., Path]
 LORA = AdapterSettings(rank=4)
@@ -87,6 +90,15 @@ def test_a_manifest_that_is_none_is_refused(copied: Path, text: str) -> None:
         open_pack(copied)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'])
+def test_weights_that_are_none_are_refused_though_the_manifest_names_them(copied: Path, content: bytes) -> None:
+    (copied / WEIGHTS).write_bytes(content)
+    files = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))["files"]
+    edit_manifest(copied, files={**files, WEIGHTS: asdict(digest_file(copied / WEIGHTS))})
+    with pytest.raises(ModelError, match=f"not a file of weights: .*{REMEDY}"):
+        open_pack(copied)
+
+
 def test_a_manifest_of_another_version_or_with_names_outside_is_refused(copied: Path) -> None:
     files = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))["files"]
     edit_manifest(copied, files={**files, "../outside": files[WEIGHTS]})
@@ -135,6 +147,16 @@ def test_a_base_without_a_pack_is_refused_by_name(
     with pytest.raises(ModelError, match=words):
         write_pack(ModelSettings(str(make_model(architecture, **settings))), tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
+
+
+def test_the_command_refuses_a_base_in_one_line(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["edge", "pack", str(make_model("gpt2")), "--out", str(tmp_path / "pack")])
+    assert caught.value.code == 2
+    assert "gpt2 has no edge pack; expected gemma, llama" in capsys.readouterr().err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pack_is_written_in_nf4_to_a_new_directory(make_model: MakeModel, tmp_path: Path) -> None:

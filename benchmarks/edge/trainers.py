@@ -1,0 +1,89 @@
+"""How fast is a training step with onnxruntime, and how much memory does it take, beside torch?
+
+    fedtune edge pack demo --out packs/demo
+    python benchmarks/edge/trainers.py --base demo --pack packs/demo
+
+Each trainer takes the same steps, of one example of random tokens each, in a process of its own on one thread: LoRA of
+rank 8 on all linear layers, float32. Memory is the process's peak resident set, mapped weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.client.trainer import LocalTask, Trainer
+from fedtune.core.job.local_work import TrainingSettings, local_work
+from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.examples import Example
+from fedtune.edge.pack import open_pack
+
+ADAPTER = AdapterSettings(rank=8)
+TRAINERS = ("torch, packed", "torch, dequantized", "onnxruntime")
+COLUMNS = ("trainer", "seconds a step", "tokens/s", "peak memory, MB", "loss of all steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="demo", help="the base model's directory, or demo")
+    parser.add_argument("--pack", type=Path, required=True, help="its edge pack")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trainer:
+        print(json.dumps(measured(options)))
+        return
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS))))
+    for trainer in TRAINERS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        seconds, megabytes, loss = json.loads(done.stdout)
+        cells = (trainer, f"{seconds:.3f}", f"{options.tokens / seconds:.0f}", f"{megabytes:.0f}", f"{loss:.6f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def measured(options: argparse.Namespace) -> tuple[float, float, float]:
+    """Returns the seconds of a step, the mean of all but the first call's; the peak memory in MB; and the loss."""
+    trainer = open_trainer(options)
+    random = np.random.default_rng(0)
+    vocabulary = open_pack(options.pack).manifest.vocabulary
+    examples = [
+        Example(random.integers(0, vocabulary, options.tokens, dtype=np.int32), options.tokens // 2)
+        for _ in range(options.steps)
+    ]
+    received = trainer.layout.initial(0)
+    first, whole = (
+        TrainingSettings(local_steps=steps, learning_rate=1e-3, batch_tokens=options.tokens)
+        for steps in (1, options.steps)
+    )
+    trainer.train(examples, received, LocalTask(0, local_work(first)))
+    result = trainer.train(examples, received, LocalTask(0, local_work(whole)))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return result.seconds / result.steps, peak * 1024 / 1e6, result.loss
+
+
+def open_trainer(options: argparse.Namespace) -> Trainer:
+    if options.trainer == "onnxruntime":
+        from fedtune.client.onnx import onnx_trainer
+
+        return onnx_trainer.open_trainer(options.pack, ADAPTER)
+    import torch
+
+    from fedtune.client.torch.torch_trainer import TorchTrainer
+    from fedtune.model.adapted_model import adapt
+    from fedtune.model.base_model import load_base
+
+    torch.set_num_threads(1)
+    weights = "packed" if options.trainer == "torch, packed" else "dequantized"
+    return TorchTrainer(adapt(load_base(ModelSettings(options.base), precision="fp32", weights=weights), ADAPTER))
+
+
+if __name__ == "__main__":
+    main()
