@@ -4,7 +4,8 @@
     score = trainer.evaluate(received, held_out)
 
 All other work of a device, from the received bytes to the encoded update, is the same for every trainer. The trainer
-for torch is `fedtune.client.torch.torch_trainer.TorchTrainer`.
+for torch is `fedtune.client.torch.torch_trainer.TorchTrainer`; the one for onnxruntime, which needs no torch, is
+`fedtune.client.onnx.onnx_trainer.OnnxTrainer`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ is one block's activations, its inputs once per layer, and the weights, which st
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +114,7 @@ class EdgeNetwork:
 
     def score(self, batch: Batch) -> tuple[Vector, npt.NDArray[np.bool_]]:
         """Returns per target its cross-entropy, float32, and whether it is the likeliest token; both (targets,)."""
-        states = np.empty(0, dtype=np.float32)
-        for states in self._states(batch.ids):  # noqa: B007  # only the last ones are needed
-            pass
+        states = deque(self._states(batch.ids), maxlen=1).pop()
         flat = states.reshape(-1, states.shape[-1])
         results = [
             self._run_head(["losses", "right"], flat[batch.positions[rows]], batch.targets[rows])
