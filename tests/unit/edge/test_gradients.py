@@ -59,7 +59,7 @@ def distance(ours: Any, theirs: Any) -> float:
     ("architecture", "options"),
     [
         ("llama", ODD),
-        ("qwen2", {}),
+        pytest.param("qwen2", {}, marks=pytest.mark.slow),
         pytest.param("qwen3", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("mistral", {"sliding_window": 12}, marks=pytest.mark.slow),
         pytest.param("gemma", {}, marks=pytest.mark.slow),
