@@ -141,6 +141,8 @@ def draw(groups: Mapping[Key, Sequence[Mapping[str, Any]]], path: Path) -> None:
                 )
         if outcomes := groups.get((task, "core", "none", 0.0, 100)):
             axes.axhline(100 * _mean(outcomes, "exact_match"), color="#555555", ls="--", label="without privacy")
+        if not curve:
+            continue
         axes.set_xscale("log", base=2)
         axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
         axes.set(xlabel="ε of one client's data", ylabel="exact match, %", title=TITLES[task], ylim=(0, 100))

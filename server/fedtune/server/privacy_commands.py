@@ -57,7 +57,12 @@ def plan(
     print("epsilon   noise of a mean   bits (without)   exact match lost where as much was measured")
     for row in made.rows:
         mark = " <- the job's" if row.epsilon == resolved.privacy.epsilon else ""
-        lost = ", ".join(f"{points:.0f} points on {task}" for task, points in row.losses.items())
+        lost = ", ".join(f"{_points(*interval)} on {task}" for task, interval in row.losses.items())
         print(f"{row.epsilon:7g}   {row.share:9.2f} clips   {row.bits} ({row.plain_bits}){'':6}{lost}{mark}")
     for sentence in made.advice:
         print(f"\n{sentence}.")
+
+
+def _points(least: float, most: float) -> str:
+    both = dict.fromkeys((f"{least:.0f}", f"{most:.0f}"))
+    return f"{' to '.join(both)} points"

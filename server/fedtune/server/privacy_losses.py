@@ -1,11 +1,11 @@
 """A guess at what noise will cost a job in quality, from where it was measured.
 
-    losses = expected_losses(share, rounds)         # task -> points of exact match
+    losses = expected_losses(share, rounds)         # task -> least and most points of exact match
 
 Over T rounds in which clients agree, their updates add up to T steps and the noise of the rounds' means to √T of them.
 So the noise of a job is s/√T, with s the noise of a mean in clips. `benchmarks/privacy` measures the points of exact
-match that are lost against the same job without privacy, and writes them beside this module; between its points the
-guess is linear in log s/√T, and beyond them it is that of the nearest.
+match that are lost against the same job without privacy, and writes them beside this module. Between its points the
+guess is linear in log s/√T; beyond them it is an interval, from 0 to the least of them or from the most to 100.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ import numpy as np
 MEASURED = Path(__file__).with_name("privacy_losses.json")
 
 
-def expected_losses(share: float, rounds: int) -> dict[str, float]:
-    """Returns task -> points of exact match that such noise cost there, as far as it was measured.
+def expected_losses(share: float, rounds: int) -> dict[str, tuple[float, float]]:
+    """Returns task -> the least and the most points of exact match that such noise is expected to cost there.
 
     Args:
         share: s, norm of the noise in a round's mean, over the clip.
     """
-    noise = log(share / sqrt(rounds))
-    return {
-        task: float(np.interp(noise, [log(each) for each in points], list(points.values())))
-        for task, points in _measured().items()
-    }
+    noise = share / sqrt(rounds)
+    return {task: _interval(noise, points) for task, points in _measured().items()}
+
+
+def _interval(noise: float, points: Mapping[float, float]) -> tuple[float, float]:
+    noises, losses = list(points), list(points.values())
+    between = float(np.interp(log(noise), [log(each) for each in noises], losses))
+    return (0.0 if noise < noises[0] else between), (100.0 if noise > noises[-1] else between)
 
 
 @cache

@@ -35,14 +35,14 @@ class NoiseRow:
     Args:
         share: norm of the noise in a round's mean, over the clip.
         bits, plain_bits: bits of a word, and of one without privacy.
-        losses: task of benchmarks/privacy -> points of exact match that such noise cost there.
+        losses: task of benchmarks/privacy -> least and most points of exact match that such noise should cost there.
     """
 
     epsilon: float
     share: float
     bits: int
     plain_bits: int
-    losses: Mapping[str, float]
+    losses: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,16 @@ def two_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 @pytest.mark.usefixtures("two_points")
-@pytest.mark.parametrize(("noise", "points"), [(0.1, 10.0), (0.2, 20.0), (0.4, 30.0), (0.01, 10.0), (9.0, 30.0)])
-def test_a_guess_is_linear_in_the_logarithm_between_points_and_constant_beyond(noise: float, points: float) -> None:
+@pytest.mark.parametrize(
+    ("noise", "least", "most"),
+    [(0.1, 10.0, 10.0), (0.2, 20.0, 20.0), (0.3999, 30.0, 30.0), (0.01, 0.0, 10.0), (9.0, 30.0, 100.0)],
+)
+def test_a_guess_is_linear_in_the_logarithm_between_points_and_an_interval_beyond(
+    noise: float, least: float, most: float
+) -> None:
     for rounds in (1, 20):
-        assert expected_losses(noise * sqrt(rounds), rounds) == {"demo": pytest.approx(points)}
+        (found,) = expected_losses(1.000001 * noise * sqrt(rounds), rounds).values()
+        assert found == pytest.approx((least, most), abs=0.01)
 
 
 def test_the_stored_points_are_losses_of_growing_noise() -> None:
