@@ -107,7 +107,7 @@ def test_a_group_that_is_no_sum_is_refused_and_the_others_stay() -> None:
     false = totals_of(clients[4:])
     first = next(iter(false))
     false[first] = RingTotal(false[first].total, 1)
-    with pytest.raises(PeerError, match="a sum of 1 contributions"):
+    with pytest.raises(PeerError, match="a sum of 1 contribution"):
         aggregation.add(GroupSum(("a", "b", "c", "d"), false))
     assert aggregation.finish().update.tobytes() == aggregate(MEAN, [clients[:4]]).update.tobytes()
 
