@@ -22,7 +22,7 @@ import json
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -33,6 +33,7 @@ from report import publish
 
 from fedtune.core.adapter.layout import AdapterLayout
 from fedtune.core.job.job_file import load_job
+from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.round_terms import clip_within
 from fedtune.core.privacy.budget import certainly_noised, rho_of_round
@@ -168,14 +169,12 @@ def _parts(row: Row, private: Job, layout: AdapterLayout) -> Parts:
     parts = Parts(selection=Rationed(uniform, private.privacy.participations))
     if row.noise != "flower":
         return parts
-    clip: Callable[[int], float] = lambda number: clip_within(_rated(private, layout), layout, number, "r", 0.0)  # noqa: E731
+    rated = with_learning_rate(private, layout)
+
+    def clip(number: int) -> float:
+        return clip_within(rated, layout, number, "r", 0.0)
+
     return dataclasses.replace(parts, aggregator=FlowersPrivacy(_summed_rho(private), clip))
-
-
-def _rated(job: Job, layout: AdapterLayout) -> Job:
-    from fedtune.core.job.learning_rates import with_learning_rate
-
-    return with_learning_rate(job, layout)
 
 
 def _noise(job: Job, layout: AdapterLayout) -> float | None:

@@ -68,6 +68,7 @@ class EdgeNetwork:
             "scaling": np.asarray(layout.scaling, dtype=np.float32),
         }
         self._extents = _extents(layout)
+        self._weights = [pack.block(layer) for layer in range(pack.manifest.layers)]
         self.load(np.zeros(layout.size, dtype=np.float32))
 
     def extents(self, factors: Factors) -> list[Extent]:
@@ -181,7 +182,7 @@ class EdgeNetwork:
             factors |= {f"{own}.lora_a": lora_a, f"{own}.core": np.eye(rank, dtype=np.float32), f"{own}.lora_b": lora_b}
             factors |= {name: vector[extent.where].reshape(extent.shape) for name, extent in trained.items()}
             extents |= trained
-        return _Block(self.pack.block(layer), factors, extents)
+        return _Block(self._weights[layer], factors, extents)
 
     def _fixed(self, module: str) -> tuple[Vector, Vector] | None:
         return self.layout.fixed.pairs.get(module) if isinstance(self.layout, CoreLayout) else None

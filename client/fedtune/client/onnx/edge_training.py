@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedtune.client.local_steps import StepSums, local_steps, not_owned
+from fedtune.client.local_steps import StepSums, check_start, local_steps, not_owned, result_of
 from fedtune.client.onnx.edge_network import EdgeNetwork
 from fedtune.client.onnx.numpy_optimizers import AdamW, Muon, Optimizer
 from fedtune.client.trainer import LocalResult, LocalTask
@@ -37,10 +37,7 @@ def train_on_pack(network: EdgeNetwork, examples: Sequence[Example], received: V
         UpdateError: there are no examples, or a loss, a gradient or the update is not finite.
     """
     start = time.perf_counter()
-    if not examples:
-        raise UpdateError("the client has no examples to train on")
-    if not np.isfinite(received).all():
-        raise UpdateError("the received adapter is not finite")
+    check_start(examples, received)
     work, layout = task.work, network.layout
     segment = layout.segment(work.factors)
     vector = received.copy()
@@ -68,17 +65,7 @@ def train_on_pack(network: EdgeNetwork, examples: Sequence[Example], received: V
         if frozen is not None and work.weight_decay:  # weight decay also changes values without a gradient
             trained[frozen] = anchor[frozen]
     update = trained - anchor
-    if not np.isfinite(update).all():
-        raise UpdateError(f"the update is not finite after {len(done)} local steps")
-    return LocalResult(
-        update=update,
-        examples=len(examples),
-        target_tokens=sum(example.target_tokens for example in examples),
-        loss=sum(step.loss for step in done) / sum(step.targets for step in done),
-        steps=len(done),
-        tokens=sum(step.tokens for step in done),
-        seconds=time.perf_counter() - start,
-    )
+    return result_of(update, examples, done, time.perf_counter() - start)
 
 
 def _optimizer(network: EdgeNetwork, work: LocalWork) -> Optimizer:

@@ -13,11 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
-from fedtune.client.local_steps import StepSums, local_steps, not_owned
+from fedtune.client.local_steps import StepSums, check_start, local_steps, not_owned, result_of
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import UpdateError
@@ -40,10 +39,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
         UpdateError: there are no examples, or a loss, a gradient or the update is not finite.
     """
     start = time.perf_counter()
-    if not examples:
-        raise UpdateError("the client has no examples to train on")
-    if not np.isfinite(received).all():
-        raise UpdateError("the received adapter is not finite")
+    check_start(examples, received)
     work = task.work
     segment = model.layout.segment(work.factors)
     model.load(received)
@@ -78,17 +74,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
             if frozen is not None and work.weight_decay:  # weight decay also changes values without a gradient
                 trained.data[frozen] = anchor[frozen]
     update = trained.detach().cpu().numpy() - received[segment]
-    if not np.isfinite(update).all():
-        raise UpdateError(f"the update is not finite after {len(done)} local steps")
-    return LocalResult(
-        update=update,
-        examples=len(examples),
-        target_tokens=sum(example.target_tokens for example in examples),
-        loss=sum(step.loss for step in done) / sum(step.targets for step in done),
-        steps=len(done),
-        tokens=sum(step.tokens for step in done),
-        seconds=time.perf_counter() - start,
-    )
+    return result_of(update, examples, done, time.perf_counter() - start)
 
 
 def _optimizer(model: AdaptedModel, trained: nn.Parameter, work: LocalWork) -> torch.optim.Optimizer:

@@ -70,6 +70,21 @@ class RoundContext:
         if not MIN_CLIP <= self.clip <= MAX_NORM:
             raise PeerError(f"a clip lies in {MIN_CLIP} to {MAX_NORM:.3g}, got {self.clip}")
 
+    def prepared(self, update: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Returns a client's update clipped and, where the round rotates, rotated; and its norm before that.
+
+        Args:
+            update: float32, shape (count,).
+
+        Raises:
+            UpdateError: the update has another size, or holds NaN, infinity or an absurd magnitude.
+        """
+        norm = check_update(update)
+        if update.size != self.count:
+            raise UpdateError(f"this segment has {self.count} coordinates, the update has {update.size}")
+        values = update * np.float32(clip_factor(norm, self.clip))
+        return (rotate(values, self.seed) if self.rotation else values), norm
+
 
 @dataclass(frozen=True)
 class RingUpdate:
@@ -128,12 +143,7 @@ class MaskableCodec:
             JobError: there is no ring for these bits and n_max.
         """
         levels = self.ring(context).levels
-        norm = check_update(update)
-        if update.size != context.count:
-            raise UpdateError(f"this segment has {context.count} coordinates, the update has {update.size}")
-        values = update * np.float32(clip_factor(norm, context.clip))
-        if context.rotation:
-            values = rotate(values, context.seed)
+        values, norm = context.prepared(update)
         words = quantize(values, self._bound(context), levels, private_seed)
         return RingUpdate(words, np.array([norm_word(norm, NORM_BOUND * context.clip)], dtype=np.uint32))
 

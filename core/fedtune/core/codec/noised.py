@@ -20,10 +20,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.core.codec.clipping import check_update, clip_factor, finite_norm
+from fedtune.core.codec.clipping import clip_factor, finite_norm
 from fedtune.core.codec.maskable import DecodedSum, RingUpdate, RoundContext
-from fedtune.core.codec.rotation import rotate, rotated_size, unrotate
-from fedtune.core.errors import PeerError, RunError, UpdateError
+from fedtune.core.codec.rotation import rotated_size, unrotate
+from fedtune.core.errors import PeerError, RunError
 from fedtune.core.privacy.bounded_rounding import round_bounded
 from fedtune.core.privacy.discrete_gaussian import KEY_BYTES, KeyStream, Stream, discrete_gaussian
 from fedtune.core.privacy.mechanism import Noise, fit_noise
@@ -67,12 +67,7 @@ class NoisedCodec:
             UpdateError: the update has another size, or holds NaN, infinity or an absurd magnitude.
         """
         noise, stream = self.noise(context), KeyStream(private_seed.to_bytes(KEY_BYTES, "big"))
-        norm = check_update(update)
-        if update.size != context.count:
-            raise UpdateError(f"this segment has {context.count} coordinates, the update has {update.size}")
-        values = update * np.float32(clip_factor(norm, context.clip))
-        if context.rotation:
-            values = rotate(values, context.seed)
+        values, _ = context.prepared(update)
         values *= np.float32(noise.norm / context.clip)
         whole = round_bounded(values, noise.longest, stream)
         if self.noised:
