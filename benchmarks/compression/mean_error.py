@@ -104,7 +104,7 @@ def in_a_ring(bits: int) -> Coder:
         context = RoundContext(seed, count, clip, len(updates))
         total: RingUpdate = codec.zero(context)
         for client, update in enumerate(updates):
-            total = codec.add(total, codec.encode(update, 1.0, client + 1000 * seed, context), context)
+            total = codec.add(total, codec.encode(update, client + 1000 * seed, context), context)
         mean = codec.decode_sum(total, len(updates), context).update
         return mean, codec.ring(context).width * codec.word_count(context) / count
 

@@ -93,7 +93,7 @@ def rows_for(count: int) -> list[list[str]]:
 
 
 def _encode_and_pack(codec: MaskableCodec, update: np.ndarray, context: RoundContext, width: int) -> RingUpdate:
-    contribution = codec.encode(update, 1.0, 1, context)
+    contribution = codec.encode(update, 1, context)
     pack(contribution.words, width)
     return contribution
 
