@@ -52,7 +52,7 @@ def measured(options: argparse.Namespace) -> tuple[float, float, float]:
     """Returns the seconds of a step, the mean of all but the first call's; the peak memory in MB; and the loss."""
     trainer = open_trainer(options)
     random = np.random.default_rng(0)
-    vocabulary = open_pack(options.pack).manifest.vocabulary
+    vocabulary = open_pack(options.pack).manifest.shape.vocabulary
     examples = [
         Example(random.integers(0, vocabulary, options.tokens, dtype=np.int32), options.tokens // 2)
         for _ in range(options.steps)

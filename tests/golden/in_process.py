@@ -46,7 +46,7 @@ def base_of(layout: AdapterLayout) -> Base:
 BASE = base_of(LAYOUT)
 # Ten times as wide as the layout, so that links decide what rank a plan can afford.
 LINEAR = tuple(AdaptedModule(each.name, 10 * each.d_in, 10 * each.d_out) for each in LAYOUT.modules)
-SHAPE = ModelShape("golden", LINEAR, 100_000, 4, 64, 64, 32, 128, True, 512, 256, 1 << 20)
+SHAPE = ModelShape("golden", LINEAR, 100_000, 4, 64, 4, 64, 32, 128, True, 512, 256, 1 << 20)
 
 
 @dataclass(frozen=True)

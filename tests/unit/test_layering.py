@@ -53,7 +53,10 @@ FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "ray"),
     "fedtune.client.inference": ("torch", "transformers", "peft", "ray"),
     "fedtune.client.onnx": ("torch", "transformers", "peft", "ray"),
+    "fedtune.edge.graph_files": ("torch", "transformers", "peft", "ray"),
     "fedtune.edge.pack": ("torch", "transformers", "peft", "ray"),
+    "fedtune.edge.pack_contents": ("torch", "transformers", "peft", "ray"),
+    "fedtune.edge.pack_manifest": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.flower": ("torch", "transformers", "peft", "ray"),
 }

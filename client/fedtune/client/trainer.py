@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.job.local_work import LocalWork
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fedtune.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Trainer(Protocol):
         """The base model's directory or hub id, for messages to people."""
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The base model's tokenizer, with which examples are made."""
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,7 @@ from fedtune.core.errors import DataError, ModelError
 from fedtune.core.seeds import generator
 from fedtune.core.text import nfc
 from fedtune.data.records import Message, Record, read_records
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fedtune.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +80,7 @@ class CleaningReport:
 
 
 def load_examples(
-    path: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, *, skip_bad: bool = False
+    path: Path, tokenizer: Tokenizer, sequence_length: int, *, skip_bad: bool = False
 ) -> tuple[list[Example], CleaningReport]:
     """Reads and prepares the examples of one file.
 
@@ -102,7 +99,7 @@ def load_examples(
 
 
 def prepare(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    records: Sequence[Record], tokenizer: Tokenizer, sequence_length: int
 ) -> tuple[list[Example], CleaningReport]:
     """Cleans and tokenises records.
 
@@ -157,7 +154,7 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
     return training, [examples[index] for index in sorted(held)]
 
 
-def render(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+def render(records: Sequence[Record], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Returns prompts and completions as the model sees them, conversations by the tokenizer's chat template.
 
     Raises:
@@ -176,7 +173,7 @@ def render(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tup
     return prompts, completions
 
 
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """Returns [BOS] if the tokenizer puts it in front of a text, otherwise nothing."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []
@@ -218,7 +215,7 @@ def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
     return kept, CleaningReport(read=len(records), empty=empty, duplicate=duplicate)
 
 
-def _converse(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _converse(record: Record, tokenizer: Tokenizer) -> tuple[str, str]:
     before = [{"role": turn.role, "content": turn.content} for turn in record.messages]
     whole = [*before, {"role": "assistant", "content": record.completion}]
     try:
@@ -230,14 +227,14 @@ def _converse(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     return prompt, text[len(prompt) :] if text.startswith(prompt) else record.completion
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _tokenise(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_token(tokenizer: Tokenizer) -> int:
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ModelError("the tokenizer has no end-of-sequence token; completions could never end")

@@ -25,6 +25,9 @@ from fedtune.data.population import Population, evaluation_records
 from fedtune.data.records import Record
 from fedtune.demo import BASE_DIRECTORY, FLEET, JOB
 
+PACK_MANIFEST = "edge.json"
+"""The file that makes a directory an edge pack."""
+
 
 @dataclass(frozen=True)
 class JobInputs:
@@ -98,12 +101,19 @@ def named_source(base: str) -> str:
         return str(BASE_DIRECTORY)
     path = Path(base)
     if path.is_dir():
+        if is_pack(path):
+            raise ModelError(f"{base}: an edge pack, on which devices train; expected the model that it was made of")
         if not (path / "config.json").is_file():
             raise ModelError(f"{base}: not a model directory: it has no config.json")
         return base
     if path.exists() or path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
         raise ModelError(f"{base}: not a directory; expected a Hugging Face model directory, a hub id or {DEMO!r}")
     return base
+
+
+def is_pack(path: Path) -> bool:
+    """Returns whether a directory is an edge pack, as `fedtune edge pack` writes it, and no model directory."""
+    return (path / PACK_MANIFEST).is_file()
 
 
 def own_data_file(path: Path) -> Path:

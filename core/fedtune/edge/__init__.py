@@ -1,5 +1,6 @@
 """Edge packs: base models as graphs and mappable weights, on which onnxruntime trains without torch.
 
-`fedtune.edge.pack` reads a pack and needs numpy only; the other modules write packs and need torch and onnx. The
-package exports nothing, so that devices can import its reader alone.
+`pack` reads a pack, `pack_manifest` its manifest, and `pack_contents` and `graph_files` check its files; they need
+numpy only. `pack_writer` writes packs, with `blocks` and `graph_export`, and needs torch and onnx. The package exports
+nothing, so that devices can import its reader alone.
 """

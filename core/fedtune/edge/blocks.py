@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.edge.pack import BLOCK, GROUP, PAIRS, SCALE_LEVELS
+from fedtune.edge.pack_contents import BLOCK, GROUP, PAIRS, SCALE_LEVELS
 from fedtune.model.base_model import BaseModel
 from fedtune.model.nf4 import LEVELS, NF4Weight, scale_map
 from fedtune.model.packed import PackedLinear

@@ -6,6 +6,7 @@ manifest = write_pack(ModelSettings("/models/SmolLM2-135M"), Path("packs/SmolLM2
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
 from fedtune.core.protocol.model_manifest import digest_file
 from fedtune.data.examples import start_tokens
+from fedtune.data.job_inputs import PACK_MANIFEST
 from fedtune.edge.blocks import TracedBlock, block_parameters, head_function, unpacking_tables
 from fedtune.edge.graph_export import export
-from fedtune.edge.pack import BACKWARD, FORWARD, FREQUENCIES, HEAD, MANIFEST, TOKENIZER, WEIGHTS, PackManifest
+from fedtune.edge.pack_contents import FREQUENCIES
+from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, PackManifest
 from fedtune.model.base_model import BaseModel, linear_modules, load_base
+from fedtune.model.shape import ModelShape, shape_of
 
 ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 OLDEST_ONNXRUNTIME = "1.19"  # the first for numpy 2; the graphs' own format needs 1.18
@@ -79,7 +83,7 @@ def _write(base: BaseModel, directory: Path) -> PackManifest:
     save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
     base.tokenizer.save_pretrained(directory)
     manifest = _manifest(base, directory)
-    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    (directory / PACK_MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return manifest
 
 
@@ -107,14 +111,10 @@ def _manifest(base: BaseModel, directory: Path) -> PackManifest:
     config = base.network.config.get_text_config()
     end: Any = base.tokenizer.eos_token_id
     return PackManifest(
-        name=base.name,
         architecture=config.model_type,
         base_digest=base.digest,
         onnxruntime=OLDEST_ONNXRUNTIME,
         blocks=f"{prefix}.layers",
-        layers=len(network.layers),
-        width=int(config.hidden_size),
-        vocabulary=len(base.head.get_parameter("weight")),
         embedding=_embedding_name(base),
         embedding_scale=float(getattr(network.get_input_embeddings(), "embed_scale", 1.0)),
         head=_embedding_name(base) if _tied(base) else "lm_head.weight",
@@ -122,8 +122,16 @@ def _manifest(base: BaseModel, directory: Path) -> PackManifest:
         rope_scale=float(network.rotary_emb.attention_scaling),
         start_tokens=tuple(start_tokens(base.tokenizer)),
         end_token=int(end),
-        modules=tuple(
-            AdaptedModule(name, each.in_features, each.out_features) for name, each in linear_modules(base.network)
-        ),
+        shape=_shape(base, directory),
         files={path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.is_file()},
     )
+
+
+def _shape(base: BaseModel, directory: Path) -> ModelShape:
+    """Returns the sizes of the base model, with its layers in the order of adapters, and the file that devices map."""
+    linear = tuple(
+        AdaptedModule(name, each.in_features, each.out_features) for name, each in linear_modules(base.network)
+    )
+    vocabulary = len(base.head.get_parameter("weight"))
+    mapped = (directory / WEIGHTS).stat().st_size
+    return replace(shape_of(ModelSettings(base.name)), linear=linear, vocabulary=vocabulary, file_bytes=mapped)

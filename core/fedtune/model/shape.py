@@ -37,6 +37,7 @@ class ModelShape:
         other_parameters: number of parameters of embeddings, head and norms; shared ones count once.
         layers: L, number of transformer blocks.
         width: d, width of the residual stream.
+        heads: number of attention heads.
         query_width: number of heads times head width; it differs from d in some architectures.
         kv_width: width of keys, and of values.
         mlp_width: f, width of the MLP.
@@ -51,6 +52,7 @@ class ModelShape:
     other_parameters: int
     layers: int
     width: int
+    heads: int
     query_width: int
     kv_width: int
     mlp_width: int
@@ -114,6 +116,7 @@ def shape_of(settings: ModelSettings) -> ModelShape:
         other_parameters=frozen - sum(module.d_in * module.d_out for module in linear),
         layers=int(text.num_hidden_layers),
         width=width,
+        heads=heads,
         query_width=heads * head_width,
         kv_width=kv_heads * head_width,
         mlp_width=mlp_width,

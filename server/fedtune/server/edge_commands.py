@@ -56,5 +56,5 @@ def pack(
         print(json.dumps(asdict(manifest), indent=2))
     elif not quiet:
         size = sum(entry.bytes for entry in manifest.files.values())
-        print(f"{out}: {manifest.architecture}, {manifest.layers} blocks, {size / 1e6:.1f} MB")
+        print(f"{out}: {manifest.architecture}, {manifest.shape.layers} blocks, {size / 1e6:.1f} MB")
         print(f"base {manifest.base_digest}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from fedtune.core.job.settings import DEMO
 from fedtune.data.examples import prepare, start_tokens
 from fedtune.data.job_inputs import source_of
 from fedtune.data.records import Message, Record
-from fedtune.edge.pack import open_pack
+from fedtune.edge.pack_manifest import read_manifest
 from fedtune.model.base_model import load_tokenizer
 
 RECORDS = [
@@ -27,10 +26,10 @@ RECORDS = [
 
 
 def test_examples_are_those_of_transformers(demo_pack: Path) -> None:
-    theirs, ours = load_tokenizer(source_of(DEMO)), EdgeTokenizer(open_pack(demo_pack))
-    assert start_tokens(theirs) == start_tokens(_as_theirs(ours))
+    theirs, ours = load_tokenizer(source_of(DEMO)), of_pack(demo_pack)
+    assert start_tokens(theirs) == start_tokens(ours)
     expected, their_report = prepare(RECORDS, theirs, 64)
-    found, our_report = prepare(RECORDS, _as_theirs(ours), 64)
+    found, our_report = prepare(RECORDS, ours, 64)
     assert our_report == their_report
     assert len(found) == len(expected) > len(RECORDS)
     for one, other in zip(found, expected, strict=True):
@@ -40,9 +39,8 @@ def test_examples_are_those_of_transformers(demo_pack: Path) -> None:
 
 def test_it_renders_text_only(demo_pack: Path) -> None:
     with pytest.raises(ValueError, match="text as its result"):
-        EdgeTokenizer(open_pack(demo_pack)).apply_chat_template([], tokenize=True)
+        of_pack(demo_pack).apply_chat_template([], tokenize=True)
 
 
-def _as_theirs(tokenizer: EdgeTokenizer) -> Any:
-    """Returns the tokenizer as the type that `prepare` names."""
-    return tokenizer
+def of_pack(directory: Path) -> EdgeTokenizer:
+    return EdgeTokenizer(directory, read_manifest(directory))

@@ -106,7 +106,7 @@ def test_unpacked_weights_are_torch_s_to_the_bit(make_biased: MakeModel, pack_of
     pack = open_pack(pack_of(str(directory)))
     layers = dict(linear_modules(torch_model(directory, LORA).base.network))
     originals = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
-    for module in pack.manifest.modules:
+    for module in pack.manifest.shape.linear:
         layer = originals[module.name]
         assert isinstance(layer, PackedLinear)
         assert np.array_equal(pack.weight(module), layer.dense().numpy())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 
 from fedtune.client.onnx.edge_network import check_runtime
 from fedtune.client.onnx.onnx_trainer import open_trainer
@@ -18,9 +21,12 @@ from fedtune.client.plan.backend import WrongBaseError
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.core.protocol.model_manifest import digest_file
-from fedtune.edge.pack import BACKWARD, FORWARD, HEAD, MANIFEST, WEIGHTS, open_pack
+from fedtune.data.job_inputs import PACK_MANIFEST
+from fedtune.edge.pack import open_pack
+from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, read_manifest
 from fedtune.edge.pack_writer import write_pack
 from fedtune.model.base_model import load_base
+from fedtune.model.shape import shape_of
 from fedtune.server import cli
 
 MakeModel = Callable[..., Path]
@@ -35,7 +41,7 @@ def copied(demo_pack: Path, tmp_path: Path) -> Path:
 
 
 def edit_manifest(directory: Path, **changes: Any) -> None:
-    path = directory / MANIFEST
+    path = directory / PACK_MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
@@ -78,14 +84,14 @@ def test_a_missing_file_is_refused(copied: Path) -> None:
 
 
 def test_a_pack_without_a_manifest_is_half_written(copied: Path) -> None:
-    (copied / MANIFEST).unlink()
-    with pytest.raises(ModelError, match=rf"not a whole edge pack: it has no {MANIFEST}; {REMEDY}"):
+    (copied / PACK_MANIFEST).unlink()
+    with pytest.raises(ModelError, match=rf"not a whole edge pack: it has no {PACK_MANIFEST}; {REMEDY}"):
         open_pack(copied)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "layers": "two"}'])
 def test_a_manifest_that_is_none_is_refused(copied: Path, text: str) -> None:
-    (copied / MANIFEST).write_text(text, encoding="utf-8")
+    (copied / PACK_MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match="not the manifest of an edge pack"):
         open_pack(copied)
 
@@ -93,14 +99,117 @@ def test_a_manifest_that_is_none_is_refused(copied: Path, text: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'])
 def test_weights_that_are_none_are_refused_though_the_manifest_names_them(copied: Path, content: bytes) -> None:
     (copied / WEIGHTS).write_bytes(content)
-    files = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))["files"]
-    edit_manifest(copied, files={**files, WEIGHTS: asdict(digest_file(copied / WEIGHTS))})
+    sign_again(copied, WEIGHTS)
     with pytest.raises(ModelError, match=f"not a file of weights: .*{REMEDY}"):
         open_pack(copied)
 
 
+def sign_again(directory: Path, name: str) -> None:
+    """Gives the manifest the digest of a file that the test has changed."""
+    files = json.loads((directory / PACK_MANIFEST).read_text(encoding="utf-8"))["files"]
+    edit_manifest(directory, files={**files, name: asdict(digest_file(directory / name))})
+
+
+MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    "name", [f"{MODULE}.codes", f"{MODULE}.scale_mean", "nf4.pairs", "rope.frequencies", "model.embed_tokens.weight"]
+)
+def test_a_missing_tensor_is_named_though_the_digests_are_right(copied: Path, name: str) -> None:
+    tensors = load_file(copied / WEIGHTS)
+    del tensors[name]
+    save_file(tensors, copied / WEIGHTS)
+    sign_again(copied, WEIGHTS)
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: has no tensor {name}.*; {REMEDY}"):
+        open_pack(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"{MODULE}.codes", lambda codes: codes[:-1]),
+        (f"{MODULE}.codes", lambda codes: codes.astype(np.float32)),
+        (f"{MODULE}.scale_steps", lambda steps: np.concatenate([steps, steps])),
+        ("model.embed_tokens.weight", lambda weight: weight.T.copy()),
+    ],
+)
+def test_a_tensor_of_another_shape_or_type_is_named(copied: Path, name: str, change: Any) -> None:
+    tensors = load_file(copied / WEIGHTS)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, copied / WEIGHTS)
+    sign_again(copied, WEIGHTS)
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: {name} is .*; expected .* of shape .*; {REMEDY}"):
+        open_pack(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.layers.1.input_layernorm.weight", None, f"{FORWARD}: the graph and the pack's tensors differ in"),
+        ("model.layers.0.extra.weight", np.ones(3, dtype=np.float32), "differ in extra.weight"),
+        ("model.norm.weight", np.ones(3, dtype=np.float32), rf"{HEAD}: weight is .* of shape \(3,\); the graph takes"),
+        ("rope.frequencies", np.ones(3, dtype=np.float32), f"{FORWARD}: cosines is .*; the graph takes"),
+    ],
+)
+def test_a_graph_that_does_not_fit_the_tensors_is_refused(copied: Path, name: str, change: Any, words: str) -> None:
+    tensors = load_file(copied / WEIGHTS)
+    tensors.pop(name, None)
+    if change is not None:
+        tensors[name] = change
+    save_file(tensors, copied / WEIGHTS)
+    sign_again(copied, WEIGHTS)
+    with pytest.raises(ModelError, match=f"{words}.*{REMEDY}"):
+        open_trainer(copied, LORA)
+
+
+def test_a_graph_whose_weights_are_in_another_file_is_refused(copied: Path) -> None:
+    graph = onnx.load(copied / HEAD)
+    graph.graph.initializer.append(numpy_helper.from_array(np.ones(4096, dtype=np.float32), "more"))
+    onnx.save(graph, copied / HEAD, save_as_external_data=True, location="outside.bin", size_threshold=64)
+    sign_again(copied, HEAD)
+    with pytest.raises(ModelError, match=f"{HEAD}: refers to weights in another file.*{REMEDY}"):
+        open_pack(copied)
+
+
+@pytest.mark.parametrize("content", [b"\x3a\x7f", b"\x3c", b"\x0a" + b"\xff" * 12])
+def test_a_graph_that_is_none_is_refused(copied: Path, content: bytes) -> None:
+    (copied / FORWARD).write_bytes(content)
+    sign_again(copied, FORWARD)
+    with pytest.raises(ModelError, match=f"{FORWARD}: not a graph: .*{REMEDY}"):
+        open_pack(copied)
+
+
+def test_a_manifest_whose_sizes_contradict_each_other_is_refused(copied: Path) -> None:
+    shape = json.loads((copied / PACK_MANIFEST).read_text(encoding="utf-8"))["shape"]
+    edit_manifest(copied, shape={**shape, "layers": shape["layers"] + 1})
+    with pytest.raises(ModelError, match=f"not those of 4 blocks that are alike; {REMEDY}"):
+        open_pack(copied)
+    edit_manifest(copied, shape={**shape, "linear": shape["linear"][:-1]})
+    with pytest.raises(ModelError, match=f"not those of 3 blocks that are alike; {REMEDY}"):
+        open_pack(copied)
+
+
+def test_a_tokenizer_that_is_none_is_refused(copied: Path) -> None:
+    (copied / TOKENIZER).write_text("{}", encoding="utf-8")
+    sign_again(copied, TOKENIZER)
+    with pytest.raises(ModelError, match=rf"{TOKENIZER}: not a tokenizer: .*{REMEDY}"):
+        open_trainer(copied, LORA)
+
+
+def test_its_manifest_has_the_sizes_of_the_base(demo_pack: Path) -> None:
+    ours, theirs = read_manifest(demo_pack).shape, shape_of(ModelSettings())
+    assert ours == replace(theirs, linear=ours.linear, file_bytes=(demo_pack / WEIGHTS).stat().st_size)
+    assert sorted(ours.linear, key=str) == sorted(theirs.linear, key=str)
+
+
+def test_what_needs_the_model_itself_says_so_of_a_pack(demo_pack: Path) -> None:
+    with pytest.raises(ModelError, match="an edge pack, on which devices train; expected the model"):
+        shape_of(ModelSettings(str(demo_pack)))
+
+
 def test_a_manifest_of_another_version_or_with_names_outside_is_refused(copied: Path) -> None:
-    files = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = json.loads((copied / PACK_MANIFEST).read_text(encoding="utf-8"))["files"]
     edit_manifest(copied, files={**files, "../outside": files[WEIGHTS]})
     with pytest.raises(ModelError, match="is not a file's name inside the directory"):
         open_pack(copied)

@@ -31,7 +31,7 @@ from fedtune.model.base_model import load_base
 from fedtune.model.shape import ModelShape, shape_of
 
 LINEAR = tuple(AdaptedModule(f"layer.{index}", 1024, 1024) for index in range(100))
-SHAPE = ModelShape("box", LINEAR, 32_000_000, 12, 1024, 1024, 512, 2048, True, 32_000, 2048, 0)
+SHAPE = ModelShape("box", LINEAR, 32_000_000, 12, 1024, 16, 1024, 512, 2048, True, 32_000, 2048, 0)
 CONSTRAINTS = Constraints("nf4", "bf16", 16, 512, 512, 4096, 20)
 ONE = Choices("dequantized", "bf16", 16, 512, 512, False)
 LARGE = 1 << 40

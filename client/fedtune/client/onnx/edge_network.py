@@ -11,7 +11,7 @@ is one block's activations, its inputs once per layer, and the weights, which st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,13 @@ from fedtune.core.adapter.layout import AdapterLayout, Extent, Factor, Factors, 
 from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.errors import ModelError
 from fedtune.data.batches import Batch
-from fedtune.edge.pack import BACKWARD, FORWARD, FREQUENCIES, HEAD, PAIRS, SCALE_LEVELS, EdgePack
+from fedtune.edge.pack import EdgePack
+from fedtune.edge.pack_contents import FREQUENCIES, PAIRS, SCALE_LEVELS
+from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, REMEDY
 
 CHUNK_LOGITS = 1 << 22  # logits that exist at once: 16 MiB of float32, three times
 _NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
+_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}  # onnxruntime's names
 
 Array = npt.NDArray[Any]
 
@@ -50,7 +53,7 @@ class EdgeNetwork:
         threads: number of onnxruntime's threads.
 
     Raises:
-        ModelError: onnxruntime is too old for the pack's graphs, or cannot load them.
+        ModelError: onnxruntime is too old for the pack's graphs or cannot load them, or they do not fit its tensors.
     """
 
     def __init__(self, pack: EdgePack, layout: AdapterLayout, threads: int = 1) -> None:
@@ -68,8 +71,9 @@ class EdgeNetwork:
             "scaling": np.asarray(layout.scaling, dtype=np.float32),
         }
         self._extents = _extents(layout)
-        self._weights = [pack.block(layer) for layer in range(pack.manifest.layers)]
+        self._weights = [pack.block(layer) for layer in range(pack.manifest.shape.layers)]
         self.load(np.zeros(layout.size, dtype=np.float32))
+        self._check_inputs()
 
     def extents(self, factors: Factors) -> list[Extent]:
         """Returns the extents of the named factors' matrices in the adapter's vector."""
@@ -78,7 +82,7 @@ class EdgeNetwork:
     def load(self, vector: Vector) -> None:
         """Takes the adapter's values from a flat vector, float32, (layout.size,), without a copy."""
         self.layout.check(vector)
-        self._blocks = [self._block(layer, vector) for layer in range(self.pack.manifest.layers)]
+        self._blocks = [self._block(layer, vector) for layer in range(self.pack.manifest.shape.layers)]
 
     def add_gradient(self, batch: Batch, scale: float, factors: Factors, gradient: Vector) -> float:
         """Adds the gradient of scale · Σ cross-entropies to `gradient`, and returns the sum of the cross-entropies.
@@ -134,22 +138,38 @@ class EdgeNetwork:
             (states,) = self._run(self._forward, ["y"], block, states)
             yield states
 
+    def _check_inputs(self) -> None:
+        """Checks that the graphs take the tensors that this network has.
+
+        Raises:
+            ModelError: an input of a graph has no tensor, or one of another shape or type.
+        """
+        states = np.zeros((1, 2, self.pack.manifest.shape.width), dtype=np.float32)
+        for block in self._blocks:
+            feeds = self._feeds(block, states)
+            _check(self.pack, FORWARD, self._forward, feeds)
+            _check(self.pack, BACKWARD, self._backward, {**feeds, "y_gradient": states})
+        _check(self.pack, HEAD, self._head, self._head_feeds(states[0], np.zeros(2, dtype=np.int64)))
+
     def _run(
         self, session: Any, outputs: Sequence[str], block: _Block, x: Vector, y_gradient: Vector | None = None
     ) -> list[Vector]:
-        cosines, sines = self._rotations(x.shape[1])
-        feeds = {"x": x, "cosines": cosines, "sines": sines, **self._shared, **block.weights, **block.factors}
+        feeds = self._feeds(block, x)
         if y_gradient is not None:
             feeds["y_gradient"] = y_gradient
         results: list[Vector] = session.run(outputs, feeds, _only_needed())
         return results
 
     def _run_head(self, outputs: Sequence[str], states: Vector, targets: npt.NDArray[np.int64]) -> list[Array]:
-        head = self.pack.tensors[self.pack.manifest.head]
-        results: list[Array] = self._head.run(
-            outputs, {"x": states, "targets": targets, "head": head, **self._norm}, _only_needed()
-        )
+        results: list[Array] = self._head.run(outputs, self._head_feeds(states, targets), _only_needed())
         return results
+
+    def _feeds(self, block: _Block, x: Vector) -> dict[str, Array]:
+        cosines, sines = self._rotations(x.shape[1])
+        return {"x": x, "cosines": cosines, "sines": sines, **self._shared, **block.weights, **block.factors}
+
+    def _head_feeds(self, states: Vector, targets: npt.NDArray[np.int64]) -> dict[str, Array]:
+        return {"x": states, "targets": targets, "head": self.pack.tensors[self.pack.manifest.head], **self._norm}
 
     def _rotations(self, length: int) -> tuple[Vector, Vector]:
         """Returns the rotary embedding's cosines and sines: float32, (1, length, head width)."""
@@ -159,7 +179,7 @@ class EdgeNetwork:
         return np.cos(angles) * scale, np.sin(angles) * scale
 
     def _chunks(self, batch: Batch) -> Iterator[slice]:
-        size = max(1, CHUNK_LOGITS // self.pack.manifest.vocabulary)
+        size = max(1, CHUNK_LOGITS // self.pack.manifest.shape.vocabulary)
         for start in range(0, len(batch.targets), size):
             yield slice(start, start + size)
 
@@ -168,7 +188,7 @@ class EdgeNetwork:
         rank, prefix = self.layout.rank, f"{self.pack.manifest.blocks}.{layer}."
         factors: dict[str, Array] = {}
         extents: dict[str, Extent] = {}
-        for module in self.pack.manifest.modules:
+        for module in self.pack.manifest.shape.linear:
             if not module.name.startswith(prefix):
                 continue
             own = module.name.removeprefix(prefix)
@@ -218,6 +238,24 @@ def _session(pack: EdgePack, name: str, threads: int) -> Any:
     except Exception as error:  # onnxruntime's errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{pack.directory / name}: onnxruntime cannot load it: {reason}") from error
+
+
+def _check(pack: EdgePack, name: str, session: Any, feeds: Mapping[str, Array]) -> None:
+    path = pack.directory / name
+    inputs = {each.name: each for each in session.get_inputs()}
+    if inputs.keys() != feeds.keys():
+        differing = ", ".join(sorted(inputs.keys() ^ feeds.keys()))
+        raise ModelError(f"{path}: the graph and the pack's tensors differ in {differing}; {REMEDY}")
+    for key, array in feeds.items():
+        given, needed = (_TYPES.get(array.dtype.name, array.dtype.name), array.shape), inputs[key]
+        fits = len(needed.shape) == array.ndim and all(
+            not isinstance(size, int) or size == own for size, own in zip(needed.shape, array.shape, strict=True)
+        )
+        if given[0] != needed.type or not fits:
+            raise ModelError(
+                f"{path}: {key} is {given[0]} of shape {given[1]}; the graph takes {needed.type} of shape "
+                f"{tuple(needed.shape)}; {REMEDY}"
+            )
 
 
 def _only_needed() -> Any:

@@ -1,23 +1,29 @@
 """The tokenizer of an edge pack, with those methods of transformers' tokenizers that prepare examples.
 
-examples, report = prepare(records, EdgeTokenizer(pack), sequence_length=256)
+examples, report = prepare(records, EdgeTokenizer(directory, manifest), sequence_length=256)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fedtune.core.errors import ModelError
 from fedtune.data.chat_template import read_chat_template
-from fedtune.edge.pack import TOKENIZER, EdgePack
+from fedtune.edge.pack_manifest import REMEDY, TOKENIZER, PackManifest
 
 
 class EdgeTokenizer:
     """Encodes texts, and renders conversations.
 
     Args:
-        pack: pack with a `tokenizer.json`.
+        directory: the pack's, with a `tokenizer.json`.
+        manifest: the pack's.
+
+    Raises:
+        ModelError: the tokenizer cannot be read.
 
     Attributes:
         chat_template: the template that renders conversations; None where the base has none.
@@ -25,27 +31,30 @@ class EdgeTokenizer:
         eos_token_id: the token that ends a text.
     """
 
-    def __init__(self, pack: EdgePack) -> None:
-        self._tokenizer = Tokenizer.from_file(str(pack.directory / TOKENIZER))
+    def __init__(self, directory: Path, manifest: PackManifest) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
+        except Exception as error:  # the library's errors are of this type itself
+            raise ModelError(f"{directory / TOKENIZER}: not a tokenizer: {error}; {REMEDY}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.chat_template = read_chat_template(pack.directory)
-        start = pack.manifest.start_tokens
+        self.chat_template = read_chat_template(directory)
+        start = manifest.start_tokens
         self.bos_token_id = start[0] if start else None
-        self.eos_token_id = pack.manifest.end_token
+        self.eos_token_id = manifest.end_token
 
     def __call__(
-        self, texts: str | Sequence[str], add_special_tokens: bool = True, verbose: bool = True
+        self, texts: str | list[str], /, *, add_special_tokens: bool = True, verbose: bool = True
     ) -> Mapping[str, list[int] | list[list[int]]]:
         """Returns {"input_ids": ids}, of one text or of each text."""
         del verbose  # of transformers' warnings about long texts
         if isinstance(texts, str):
             return {"input_ids": self._tokenizer.encode(texts, add_special_tokens=add_special_tokens).ids}
-        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         return {"input_ids": [each.ids for each in found]}
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, str]], /, *, tokenize: bool = False, add_generation_prompt: bool = False
     ) -> str:
         """Returns the text of a conversation.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ class OnnxTrainer:
     def __init__(self, network: EdgeNetwork, limits: Limits = UNLIMITED) -> None:
         self.network = network
         self.limits = limits
-        self._tokenizer = EdgeTokenizer(network.pack)
+        self._tokenizer = EdgeTokenizer(network.pack.directory, network.pack.manifest)
 
     @property
     def layout(self) -> AdapterLayout:
@@ -54,11 +53,11 @@ class OnnxTrainer:
     @property
     def name(self) -> str:
         """The directory or hub id of the base model that was packed."""
-        return self.network.pack.manifest.name
+        return self.network.pack.manifest.shape.name
 
     @property
-    def tokenizer(self) -> Any:
-        """The base model's, with the methods of transformers' that prepare examples."""
+    def tokenizer(self) -> EdgeTokenizer:
+        """The base model's."""
         return self._tokenizer
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
