@@ -301,7 +301,7 @@ def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     device = {
         "state": "online",
-        "last_heard": 1.0,
+        "heard": 1.0,
         "rounds": 2,
         "software": "0.1",
         "hardware": "4 cores",
@@ -310,7 +310,8 @@ def test_the_status_shows_plans(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     plan = {"rank": 8, "weights": "packed", "sequence_length": 64, "peak_mb": 120, "seconds": 1.5}
     status = {
         "state": "stopped", "address": "a:1", "certificate_days_left": 9.0, "job": None, "waiting": [], "finished": [],
-        "failed": {}, "problems": [], "devices": {"ann": device | {"plan": plan}, "bob": device | {"plan": None}},
+        "failed": {}, "cancelled": [], "problems": [],
+        "devices": {"ann": device | {"plan": plan}, "bob": device | {"plan": None}},
     }  # fmt: skip
     status |= {"fleet": {"entry": 2, "days_left": 9.0, "wait_for_approval": {}}}
     print_status(Console(width=100), status)

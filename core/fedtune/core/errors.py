@@ -10,6 +10,7 @@ FedtuneError                exit status 1
 │   │                       that no export could hold
 │   └── MissingExtraError   a command whose packages are not installed; prints the pip line
 ├── RunError                the run could not go on; all acknowledged rounds are on disk
+│   ├── RunCancelledError   the operator has cancelled it
 │   └── RoundAbortedError   a secure round ends without a sum
 │       └── UnfitSharesError    since shares do not fit together, and it is not certain by whose fault
 ├── UpdateError             a client's update is refused; the round goes on without it
@@ -104,6 +105,10 @@ def install_line(extra: str) -> str:
 
 class RunError(FedtuneError):
     """The run could not go on."""
+
+
+class RunCancelledError(RunError):
+    """The operator has cancelled the run; what its rounds gave is kept."""
 
 
 class UpdateError(FedtuneError):

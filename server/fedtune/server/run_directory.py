@@ -15,9 +15,11 @@ newest checkpoint belongs to a round that a crash cut off, and is removed when t
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from base64 import b64decode, b64encode
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from fedtune.strategies.federation import FederationState
 
 JOB = "job.toml"
 ROUNDS = "rounds.jsonl"
-FINISHED, FAILED = "finished", "failed"  # values of the summary's status
+FINISHED, FAILED, CANCELLED = "finished", "failed", "cancelled"  # values of the summary's status
 SUMMARY = "summary.json"
 VIRTUAL = "virtual.jsonl"  # only if a fleet is simulated
 REPORT = "report.html"
@@ -288,6 +290,15 @@ def read_virtual(path: Path) -> list[dict[str, Any]]:
 def is_finished(path: Path) -> bool:
     """Returns whether all rounds are done and all their files are written."""
     return (path / SUMMARY).is_file() and bool(read_summary(path)["status"] == FINISHED)
+
+
+def file_digests(path: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of files of a run: path within the run directory -> hexadecimal digits."""
+    found = {}
+    for file in files:
+        with file.open("rb") as content:
+            found[str(file.relative_to(path))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def read_summary(path: Path) -> dict[str, Any]:

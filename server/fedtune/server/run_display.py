@@ -55,6 +55,53 @@ class Silent:
     def end(self, summary: dict[str, Any]) -> None: ...
 
 
+class Several:
+    """Passes every event on to several displays."""
+
+    def __init__(self, *displays: Display) -> None:
+        self._displays = displays
+
+    @contextmanager
+    def also(self, display: Display) -> Iterator[None]:
+        """Tells one more display, during the block."""
+        before = self._displays
+        self._displays = (*before, display)
+        try:
+            yield
+        finally:
+            self._displays = before
+
+    def note(self, text: str) -> None:
+        """Passes a sentence on."""
+        for display in self._displays:
+            display.note(text)
+
+    def progress(self, task: str, done: int, count: int) -> None:
+        """Passes the progress of work beside the rounds on."""
+        for display in self._displays:
+            display.progress(task, done, count)
+
+    def begin(self, done: int, rounds: int, cohort: int, moved: int) -> None:
+        """Passes the begin of the rounds on."""
+        for display in self._displays:
+            display.begin(done, rounds, cohort, moved)
+
+    def client(self, record: ClientRecord) -> None:
+        """Passes a client's record on."""
+        for display in self._displays:
+            display.client(record)
+
+    def round(self, record: RoundRecord) -> None:
+        """Passes a round's record on."""
+        for display in self._displays:
+            display.round(record)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Passes the summary on."""
+        for display in self._displays:
+            display.end(summary)
+
+
 class Terminal:
     """A live bar on a terminal; one line a round when the output is piped. Use as a context manager."""
 
@@ -308,6 +355,14 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_ago(seconds: float) -> str:
+    """Formats a time that has passed, as people say it: "40 s", "12 min", "5 h", "3 days"."""
+    for unit, length, limit in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
+        if seconds < limit:
+            return f"{max(seconds, 0.0) / length:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
 
 
 def error_console() -> Console:

@@ -23,7 +23,17 @@ from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.privacy_plan import plan_privacy
 from fedtune.server.privacy_statement import privacy_summary
-from fedtune.server.run_directory import FAILED, FINISHED, JOB, REPORT, Checkpoint, RunDirectory
+from fedtune.server.run_directory import (
+    CANCELLED,
+    FAILED,
+    FINISHED,
+    JOB,
+    REPORT,
+    ROUNDS,
+    Checkpoint,
+    RunDirectory,
+    file_digests,
+)
 from fedtune.server.run_display import Display, describe
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled, scored_sets
@@ -149,6 +159,18 @@ def run_rounds(
     return summary
 
 
+def close_run(
+    federation: Federation, directory: RunDirectory, evaluator: Evaluator, display: Display, facts: Facts
+) -> None:
+    """Writes adapter, summary and report of a run that ends before its last round; one without rounds has none."""
+    checkpoint = directory.restore()
+    if checkpoint is None or not checkpoint.state.round:
+        return
+    answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
+    population = len({client for line in directory.rounds() for client in line["cohort"]})
+    display.end(_finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts))
+
+
 def shown_as(display: Display, task: str) -> Progress:
     """Returns a progress that the display shows under a name."""
     return lambda done, count: display.progress(task, done, count)
@@ -181,10 +203,11 @@ def _finish(
     rounds = directory.rounds()
     last = rounds[-1]
     up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
+    whole = checkpoint.state.round == federation.job.federation.rounds
     rank = reference_rank(federation.layout)
     baseline = fp32_fedavg_bytes(lora_size(federation.layout, rank), rounds)
     summary: dict[str, Any] = {
-        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED,
+        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED if whole else CANCELLED,
         "rounds": checkpoint.state.round,
         "clients": population,
         "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
@@ -207,6 +230,7 @@ def _finish(
         "versions": versions(),
         "base_digest": federation.base.digest,
         "adapter_digest": adapter_digest(checkpoint.state.adapter),
+        "files": file_digests(directory.path, [*sorted(adapter_path.iterdir()), directory.path / ROUNDS]),
         "answers": [
             {**asdict(prompt), "before": before, "after": after}
             for prompt, before, after in zip(shown, checkpoint.answers_before, answers, strict=True)

@@ -11,6 +11,8 @@ import typer
 
 from fedtune.core.errors import InputError, MissingExtraError, PeerError
 from fedtune.core.text import counted
+from fedtune.server import job_commands
+from fedtune.server.server_options import AsJson, Home, open_server
 
 if TYPE_CHECKING:  # the classes themselves are imported when a command runs
     from fedtune.core.job.settings import Job
@@ -26,13 +28,10 @@ app = typer.Typer(
 )
 
 STOP_SECONDS = 30.0
+LARGEST_PRIORITY = 999
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 PIECE_BYTES = 256 << 10  # the size of a payload's pieces on the downlink
 
-_Home = Annotated[
-    Path | None,
-    typer.Option("--home", envvar="FEDTUNE_SERVER_HOME", help="The server's folder; by default ~/.fedtune/server."),
-]
 _Host = Annotated[
     list[str] | None,
     typer.Option("--host", metavar="NAME", help="A further name or address for the certificate; may be given again."),
@@ -46,7 +45,6 @@ _Set = Annotated[
         "one at the working directory.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
 @app.command()
@@ -70,7 +68,7 @@ def init(
             help="The owner's fleet.pub. Without it this machine plays the owner too, in ~/.fedtune/fleet.",
         ),
     ] = None,
-    home: _Home = None,
+    home: Home = None,
 ) -> None:
     """Make a server: its folder, its certificate authority and its certificate, and the invitation for devices.
 
@@ -91,9 +89,9 @@ def init(
 
 
 @app.command()
-def renew(host: _Host = None, home: _Home = None) -> None:
+def renew(host: _Host = None, home: Home = None) -> None:
     """Make a new server certificate under the same authority; takes effect when the server starts again."""
-    server = _open(home)
+    server = open_server(home)
     server.renew(host or [])
     print(f"renewed: {counted(round(server.certificate_days_left()), 'day')}; restart the server to use it")
 
@@ -101,28 +99,28 @@ def renew(host: _Host = None, home: _Home = None) -> None:
 @app.command()
 def publish(
     log: Annotated[Path, typer.Argument(metavar="FILE", help="The fleet.jsonl of the fleet's owner.")],
-    home: _Home = None,
+    home: Home = None,
 ) -> None:
     """Take the fleet's log from its owner; devices that it revokes are cut off within seconds."""
     from fedtune.core.host.private_files import read_bounded
     from fedtune.core.manifest.fleet_log import MAX_LOG_BYTES
     from fedtune.server.live.enrolled_devices import publish as run
 
-    fleet = run(_open(home), read_bounded(log, "the fleet's log", MAX_LOG_BYTES))
+    fleet = run(open_server(home), read_bounded(log, "the fleet's log", MAX_LOG_BYTES))
     print(f"entry {fleet.number} of the fleet's log, {counted(len(fleet.devices), 'device')}")
 
 
 @app.command()
 def offer(
     release: Annotated[Path, typer.Argument(metavar="FILE", help="The NAME.release of the fleet's owner.")],
-    home: _Home = None,
+    home: Home = None,
 ) -> None:
     """Offer a finished job's exported model to devices, as the owner has released it with fedtune fleet publish."""
     from fedtune.core.host.private_files import read_bounded
     from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
     from fedtune.server.live.model_registry import ModelRegistry
 
-    data, registry = read_bounded(release, "a release", MAX_RELEASE_BYTES), ModelRegistry(_open(home))
+    data, registry = read_bounded(release, "a release", MAX_RELEASE_BYTES), ModelRegistry(open_server(home))
     try:
         taken = registry.take(data)
     except PeerError as error:
@@ -131,14 +129,14 @@ def offer(
 
 
 @app.command()
-def start(home: _Home = None) -> None:
+def start(home: Home = None) -> None:
     """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves."""
     from fedtune.core.host.process import limit_pieces
 
     limit_pieces(PIECE_BYTES)
     from fedtune.server.run_display import Terminal
 
-    server = _open(home)
+    server = open_server(home)
     with server.lock, Terminal() as display:  # from here on it is starting: torch takes long to import
         try:
             from fedtune.server.live.resident_server import Service
@@ -148,9 +146,9 @@ def start(home: _Home = None) -> None:
 
 
 @app.command()
-def stop(home: _Home = None) -> None:
+def stop(home: Home = None) -> None:
     """End the running server; the job it was working on goes on when it starts again."""
-    process = _open(home).lock.stop_holder(STOP_SECONDS)
+    process = open_server(home).lock.stop_holder(STOP_SECONDS)
     print(f"stopped process {process}" if process else "it was not running")
 
 
@@ -179,7 +177,17 @@ def submit(
             help="Return when the job has ended; where the owner's folder is on this machine, release its model then.",
         ),
     ] = False,
-    home: _Home = None,
+    priority: Annotated[
+        int,
+        typer.Option(
+            "--priority",
+            min=-LARGEST_PRIORITY,
+            max=LARGEST_PRIORITY,
+            help="Jobs of a larger number are worked on first; the job in progress is not interrupted. To change it, "
+            "submit the waiting job again under its name.",
+        ),
+    ] = 0,
+    home: Home = None,
 ) -> None:
     """Put a job in the queue; the server, running now or later, works on it.
 
@@ -189,10 +197,10 @@ def submit(
     """
     from fedtune.data.job_inputs import job_or_demo
     from fedtune.server.live.enrolled_devices import Devices
-    from fedtune.server.live.job_queue import Jobs
+    from fedtune.server.live.job_queue import CANCELLED, FAILED, Jobs
     from fedtune.server.preflight import check_server_job
 
-    server = _open(home)
+    server = open_server(home)
     jobs = Jobs(server)
     resolved = job_or_demo(job, overrides or [])
     inputs = check_server_job(resolved)  # reports mistakes here rather than in the server's log
@@ -212,36 +220,41 @@ def submit(
     signed = (
         _given(manifest) if manifest else _signed(server, resolved, name or jobs.free_name(job.stem if job else "demo"))
     )
-    queued = jobs.submit(resolved, signed)
+    queued = jobs.submit(resolved, signed, priority)
     print(f"submitted {queued.name}; its run directory: {jobs.run_path(queued)}")
     if not manifest:
         print("signed here: this machine plays the fleet's owner too, which is good for a try-out")
     if server.lock.holder() is None:
         print("the server is not running; start it with: fedtune server start")
     elif not wait:
-        print("the server works on it when its turn comes; watch it with: fedtune server status")
+        print(f"the server works on it when its turn comes; watch it with: fedtune server show {queued.name}")
     while wait and queued.name not in jobs.finished():
-        if reason := jobs.failed().get(queued.name):
-            raise InputError(f"{queued.name} failed: {reason}")
+        state, entry = jobs.find(queued.name)
+        if state in (FAILED, CANCELLED):
+            raise InputError(f"{queued.name} {state}: {entry.outcome().reason}")
         time.sleep(1.0)
     if resolved.export.formats:
         _release(server, queued, jobs.run_path(queued), wait)
 
 
 @app.command()
-def status(as_json: _Json = False, home: _Home = None) -> None:
+def status(as_json: AsJson = False, home: Home = None) -> None:
     """Show the server, its devices, its jobs and the last problems; exit status 0 if it is running, 1 if not."""
     from rich.console import Console
 
     from fedtune.server.live.status_board import print_status, read_status
 
-    found = read_status(_open(home))
+    found = read_status(open_server(home))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         print_status(Console(highlight=False), found)
     if found["state"] != "running":
         raise typer.Exit(1)
+
+
+for command in (job_commands.jobs, job_commands.show, job_commands.cancel, job_commands.logs, job_commands.fetch):
+    app.command()(command)
 
 
 def _own_fleet() -> bytes:
@@ -311,9 +324,3 @@ def _given(path: Path) -> JobManifest:
         return JobManifest.unchecked(read_bounded(path, "a job's manifest", MAX_MANIFEST_BYTES))
     except PeerError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _open(home: Path | None) -> ServerHome:
-    from fedtune.server.live.server_home import ServerHome, default_home
-
-    return ServerHome(home or default_home())

@@ -17,8 +17,8 @@ from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
+from fedtune.server.live.job_desk import MAX_ERRORS, Ending, JobDesk
 from fedtune.server.live.job_queue import Jobs
-from fedtune.server.live.resident_server import MAX_ERRORS, JobDesk
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.status_board import read_status
 
@@ -82,15 +82,15 @@ def test_a_job_over_which_the_server_stumbles_again_and_again_fails_and_the_serv
     def stumble(job: object) -> None:
         raise RuntimeError("could not create a primitive")
 
-    reports: list[str] = []
-    desk = JobDesk(jobs, stumble, reports.append)
+    endings: list[Ending] = []
+    desk = JobDesk(jobs, stumble, endings.append)
     for _ in range(MAX_ERRORS - 1):
         with pytest.raises(RunError, match="RuntimeError: could not create a primitive"):  # tried again after a pause
             desk.take(job)
     assert [waiting.name for waiting in jobs.waiting()] == ["strange"]
     desk.take(job)
     assert jobs.failed() == {"strange": "RuntimeError: could not create a primitive"}
-    assert reports == [
+    assert [ending.text for ending in endings] == [
         "job strange failed, 3 times: RuntimeError: could not create a primitive; the log has the traceback"
     ]
     assert "Traceback" in capsys.readouterr().err

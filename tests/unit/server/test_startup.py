@@ -55,6 +55,7 @@ HELPS = [
             )
         ),
         *(("server", name) for name in ("init", "renew", "publish", "offer", "start", "stop", "submit", "status")),
+        *(("server", name) for name in ("jobs", "show", "cancel", "logs", "fetch")),
         *(("fleet", name) for name in ("init", "approve", "revoke", "renew", "rotate", "sign", "publish", "status")),
         *(("client", name) for name in ("join", "start", "stop", "status", "pull", "rollback", "leave")),
     )

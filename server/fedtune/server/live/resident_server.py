@@ -9,12 +9,9 @@ The main thread works on jobs; the keeper thread looks after the child process, 
 from __future__ import annotations
 
 import threading
-import traceback
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.core.errors import FedtuneError, InputError, PeerError, RunError
+from fedtune.core.errors import FedtuneError, InputError, PeerError, RunCancelledError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished
 from fedtune.core.host.process import Stopped, peak_rss_mb, stopping
@@ -22,73 +19,33 @@ from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
-from fedtune.flower.run_grid import LinkLostError
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.flower.superlink import NodeState
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.server.evaluation import HeldOut, HeldOutEvaluator, in_this_process
 from fedtune.server.export.request import check_export, export_finished
 from fedtune.server.job_model import describe_base, open_model
+from fedtune.server.live.cancellable_grid import CancellableGrid
 from fedtune.server.live.enrolled_devices import Devices, changed
-from fedtune.server.live.job_queue import Jobs, QueuedJob
+from fedtune.server.live.job_desk import Ending, JobDesk
+from fedtune.server.live.job_queue import FAILED, Jobs, QueuedJob
 from fedtune.server.live.listener import CONTROL_KEY
+from fedtune.server.live.log_files import job_log, logged, server_log
 from fedtune.server.live.registrar import ClientManager, Registrar
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
-from fedtune.server.run_directory import SUMMARY, RunDirectory, is_finished, read_summary
-from fedtune.server.run_display import Display
-from fedtune.server.run_rounds import Facts, run_rounds
+from fedtune.server.run_directory import RunDirectory, is_finished, read_summary
+from fedtune.server.run_display import Display, Several
+from fedtune.server.run_rounds import Facts, close_run, run_rounds
 from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
-MAX_ERRORS = 3  # unexpected errors after which a job counts as failed
 KEEPER_SECONDS = 1.0
 POLL_SECONDS = 0.2
 RETRY_SECONDS = (1.0, 60.0)  # after a failure of this machine: the first pause and the longest
 HEARTBEAT_PATIENCE_SECONDS = 30.0  # how long a device counts as online after a heartbeat
 _STOP_SECONDS = 5.0
-
-
-class JobDesk:
-    """Runs jobs until they finish or fail.
-
-    Args:
-        work: resumes or begins a job, runs it to its end, and then calls `Jobs.finish`.
-        report: called with the reason when a job fails.
-    """
-
-    def __init__(self, jobs: Jobs, work: Callable[[QueuedJob], None], report: Callable[[str], None]) -> None:
-        self._jobs, self._work, self._report = jobs, work, report
-        self._errors: Counter[str] = Counter()
-
-    def take(self, job: QueuedJob) -> None:
-        """Works on a job, which then has finished or failed, or stays in the queue.
-
-        Raises:
-            RunError: the failure is not the job's, as far as is known, and the job may be tried again.
-        """
-        try:
-            self._work(job)
-        except InputError as error:
-            self._fail(job, str(error))
-        except LinkLostError:
-            raise
-        except RunError as error:
-            if not (self._jobs.run_path(job) / SUMMARY).is_file():
-                raise  # a full disk, for example: the job goes on when there is space again
-            self._fail(job, str(error))
-        except Exception as error:  # from torch, Flower or a bug: the job fails, the server goes on
-            traceback.print_exc()
-            self._errors[job.name] += 1
-            reason = f"{type(error).__name__}: {error}"
-            if self._errors[job.name] < MAX_ERRORS:
-                raise RunError(reason) from error
-            self._fail(job, reason, f", {MAX_ERRORS} times", "; the log has the traceback")
-
-    def _fail(self, job: QueuedJob, reason: str, often: str = "", more: str = "") -> None:
-        self._report(f"job {job.name} failed{often}: {reason}{more}")
-        self._jobs.fail(job, reason)
 
 
 class Service:
@@ -105,12 +62,14 @@ class Service:
         self._jobs = Jobs(home)
         for name in (CONTROL_KEY, STATUS):
             remove_unfinished(home.path, name)
-        self._board = Board(home.path / STATUS, home.config.address, display)
+        self._display = Several(display)
+        self._board = Board(home.path / STATUS, home.config.address, self._display)
+        self._board.remember()
         self._devices = Devices.load(home)
         self._devices_seen = -1
         self._registrar = Registrar(self._board, lambda: self._link.nodes(), lambda: self._devices)
         self._model: tuple[Job, AdaptedModel] | None = None
-        self._desk = JobDesk(self._jobs, self._work, self._board.problem)
+        self._desk = JobDesk(self._jobs, self._work, self._ended)
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
@@ -125,7 +84,7 @@ class Service:
             raise InputError(
                 f"{self._home.path}: the certificate has expired; make a new one with: fedtune server renew"
             )
-        with stopping(), self._listener:
+        with stopping(), logged(server_log(self._home)) as log, self._display.also(log), self._listener:
             keeper = threading.Thread(target=self._keep, daemon=True, name="keeper")
             try:
                 self._listen()
@@ -151,8 +110,8 @@ class Service:
                 if not self._listener.alive:
                     self._board.problem("the listening process ended; starting it again")
                     self._listen()
-                if waiting := self._jobs.waiting():
-                    self._take(waiting[0])
+                if job := self._jobs.next():
+                    self._take(job)
                 else:
                     self._clock.sleep(POLL_SECONDS)
                 backoff.reset()
@@ -161,10 +120,11 @@ class Service:
                 self._clock.sleep(backoff.next())
 
     def _take(self, job: QueuedJob) -> None:
-        try:
-            self._desk.take(job)
-        finally:
-            self._board.job = None
+        with logged(job_log(self._home, job)) as log, self._display.also(log):
+            try:
+                self._desk.take(job)
+            finally:
+                self._board.job = None
 
     def _work(self, queued: QueuedJob) -> None:
         """Begins or resumes a job, and runs it to its end."""
@@ -173,10 +133,13 @@ class Service:
         self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
         if not is_finished(path):
             self._train(queued, job, path)
+        _check_wanted(queued)
         if job.export.formats:
             self._export(job, path)
-        self._jobs.finish(queued)
-        self._board.note(f"job {queued.name} finished: {path}")
+
+    def _ended(self, ending: Ending) -> None:
+        tell = self._board.problem if ending.state == FAILED else self._board.note
+        tell(ending.text)
 
     def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
         """Runs all remaining rounds."""
@@ -189,21 +152,28 @@ class Service:
             directory = RunDirectory.create(path, with_learning_rate(job, model.layout), base.digest)
         try:
             job = directory.job()
+            self._board.resumed(directory.rounds())
             evaluator = HeldOutEvaluator(HeldOut(model, job), in_this_process(model))
             self._board.working(state="waiting for devices")
             self._registrar.begin(manifest)
-            with self._link.open_run(self._home.config.longest_answer) as grid:
+            with self._link.open_run(self._home.config.longest_answer) as run:
                 identities, registrar = self._devices.fleet.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(identities) if job.secure_aggregation.enabled else None
                 federation = assemble(
                     job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self._board])
                 )
+                grid = CancellableGrid(run, lambda: _check_wanted(queued))
                 client_manager = ClientManager(
                     grid, self._registrar, job, set(identities.keys), self._home.config.wait_seconds
                 )
-                strategy = AdapterStrategy(federation, client_manager, bound_replies=grid.bound_replies)
-                run_rounds(strategy, directory, grid, evaluator, self._board, lambda: Facts(peak_rss_mb(), {}))
+                strategy = AdapterStrategy(federation, client_manager, bound_replies=run.bound_replies)
+                try:
+                    run_rounds(strategy, directory, grid, evaluator, self._board, _facts)
+                except RunCancelledError:
+                    self._board.working(state="closing the cancelled run")
+                    close_run(federation, directory, evaluator, self._board, _facts())
+                    raise
         finally:
             directory.close()
 
@@ -262,7 +232,7 @@ class Service:
         reported = ""
         while not self._ending.wait(KEEPER_SECONDS):
             try:
-                self._board.write([job.name for job in self._jobs.waiting()])
+                self._board.write()
                 if self._registered.is_set() and self._listener.alive:
                     if changed(self._home) != self._devices_seen:
                         self._register()
@@ -298,12 +268,20 @@ class Service:
             name = names.get(node.public_key)
             if name is None or not node.ever_online:
                 continue
-            heard = (
-                max(0.0, self._clock.now() - node.online_until + HEARTBEAT_PATIENCE_SECONDS)
-                if node.online_until
-                else None
-            )
-            self._board.device(name, state=self._registrar.state(node), last_heard=heard)
+            self._board.device(name, state=self._registrar.state(node))
+            if node.online_until:
+                heard = min(self._clock.now(), node.online_until - HEARTBEAT_PATIENCE_SECONDS)
+                self._board.device(name, heard=heard)
+
+
+def _facts() -> Facts:
+    return Facts(peak_rss_mb(), {})
+
+
+def _check_wanted(job: QueuedJob) -> None:
+    """Raises RunCancelledError if a job has been cancelled."""
+    if job.is_cancelled:
+        raise RunCancelledError(f"{job.name} is cancelled")
 
 
 def _model_settings(job: Job) -> tuple[object, ...]:

@@ -8,8 +8,9 @@ fleet.jsonl             the fleet's log: devices approved and revoked, as the ow
 requests/               devices that wait for the owner's approval
 invitation.json         what a machine needs to join; nothing in it is secret
 control.key             authenticates the server's own processes to each other; new at every start
-jobs/                   waiting, finished and failed jobs
+jobs/                   waiting, finished, failed and cancelled jobs
 runs/NAME/              run directories
+logs/                   what the server said, and about each job
 link.db                 messages in transit; new at every start
 status.json             the data of `fedtune server status`
 """

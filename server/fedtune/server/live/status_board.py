@@ -1,4 +1,8 @@
-"""The status of the running server, written to status.json every second for `fedtune server status`."""
+"""The status of the running server, written to status.json every second for `fedtune server status`.
+
+A server that starts again goes on from the last status: a device that trained before is not "never seen", and its
+rounds count on.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +27,10 @@ from fedtune.core.host.private_files import read_json, write_private
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.text import counted
 from fedtune.server.live.enrolled_devices import Devices, waiting
+from fedtune.server.live.job_history import last_score
 from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
-from fedtune.server.run_display import Display, describe, format_seconds
+from fedtune.server.run_display import Display, describe, format_ago, format_seconds
 
 STATUS = "status.json"
 KEPT_PROBLEMS = 20
@@ -48,15 +55,16 @@ class DeviceStatus:
     """One enrolled device.
 
     Args:
-        last_heard: at most so many seconds since its last heartbeat; None before the first.
+        heard: when its last heartbeat came at the earliest, in seconds since 1970; None before the first.
         software: its fedtune version, once it has registered.
         hardware: cores, memory and accelerator, once it has registered.
         plan: its plan, once it has registered.
+        rounds: the rounds to which it contributed, of all jobs.
         dropped: the reason why it last dropped out of a round, or "".
     """
 
     state: DeviceState = "never seen"
-    last_heard: float | None = None
+    heard: float | None = None
     software: str = ""
     hardware: str = ""
     plan: PlanStatus | None = None
@@ -92,6 +100,13 @@ class Problem:
     text: str
 
 
+class _Left(msgspec.Struct):
+    """The part of a status that the next process of the server goes on from."""
+
+    devices: dict[str, DeviceStatus]
+    problems: list[Problem]
+
+
 @dataclass
 class Board:
     """The current status, which several threads may change.
@@ -109,6 +124,18 @@ class Board:
     problems: deque[Problem] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _started: float = field(default_factory=time.time)
+
+    def remember(self) -> None:
+        """Takes devices and problems from the status that an earlier process has left."""
+        if not self.path.exists():
+            return
+        with suppress(InputError, msgspec.ValidationError):  # cut off, or of an earlier release
+            left = msgspec.convert(read_json(self.path, "the status"), _Left)
+            self.devices = {
+                name: replace(device, state="never seen" if device.heard is None else "offline")
+                for name, device in left.devices.items()
+            }
+            self.problems.extend(left.problems)
 
     def problem(self, text: str) -> None:
         """Records a problem and shows it."""
@@ -134,6 +161,12 @@ class Board:
             if self.job is not None:
                 self.job = replace(self.job, **changes)
 
+    def resumed(self, rounds: Sequence[dict[str, Any]]) -> None:
+        """Takes the lines of rounds.jsonl that the job in progress has from before."""
+        losses = [line["train_loss"] for line in rounds if line["train_loss"] is not None]
+        score = last_score(rounds)
+        self.working(train_loss=losses[-1] if losses else None, evaluation=describe(score) if score else "")
+
     # -- as a Display, for the run ------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
@@ -155,9 +188,8 @@ class Board:
         with self._lock:
             if self.job is not None:
                 self.working(answered=self.job.answered + 1)
-            known = self.devices.get(record.id)
-            if known is not None:
-                self.device(record.id, rounds=known.rounds + (not record.dropped), dropped=(record.dropped or "")[:300])
+            if record.id in self.devices:
+                self.device(record.id, dropped=(record.dropped or "")[:300])
             if record.dropped:
                 number = self.job.round if self.job else 0
                 self.problems.append(Problem(_now(), f"round {number}: {record.id} dropped: {record.dropped[:300]}"))
@@ -172,13 +204,17 @@ class Board:
                 self.working(evaluation=describe(record.eval))
             if record.aborted:
                 self.problems.append(Problem(_now(), f"round {record.round} aborted: {record.aborted}"))
+            for client in () if record.aborted else record.survivors:
+                if known := self.devices.get(client.id):
+                    self.device(client.id, rounds=known.rounds + 1)
+        self.write()  # now, so that no crash forgets who contributed
         self.display.round(record)
 
     def end(self, summary: dict[str, Any]) -> None:
         """Takes the summary of the finished job."""
         self.display.end(summary)
 
-    def write(self, waiting: list[str]) -> None:
+    def write(self) -> None:
         """Replaces status.json."""
         with self._lock:
             content = {
@@ -187,7 +223,6 @@ class Board:
                 "started": self._started,
                 "address": self.address,
                 "job": asdict(self.job) if self.job else None,
-                "waiting": waiting,
                 "devices": {name: asdict(self.devices[name]) for name in sorted(self.devices)},
                 "problems": [asdict(problem) for problem in self.problems],
             }
@@ -216,6 +251,7 @@ def read_status(home: ServerHome) -> dict[str, Any]:
         "waiting": [job.name for job in jobs.waiting() if status["job"] is None or job.name != status["job"]["name"]],
         "finished": jobs.finished(),
         "failed": jobs.failed(),
+        "cancelled": jobs.cancelled(),
         "certificate_days_left": round(home.certificate_days_left(), 1),
         "fleet": {
             "entry": fleet.number,
@@ -247,7 +283,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
             f"{job['answered']} of {job['cohort']} answered{loss}{more}",
             markup=False,
         )
-    for label in ("waiting", "finished"):
+    for label in ("waiting", "finished", "cancelled"):
         if status[label]:
             console.print(f"{label}: {', '.join(status[label])}", markup=False)
     for name, reason in status["failed"].items():
@@ -257,7 +293,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         for column in ("device", "state", "heard", "rounds", "software", "hardware", "last drop"):
             table.add_column(column)
         for name, device in status["devices"].items():
-            heard = "" if device["last_heard"] is None else f"{device['last_heard']:.0f} s ago"
+            heard = "" if device["heard"] is None else f"{format_ago(time.time() - device['heard'])} ago"
             cells = (
                 name,
                 device["state"],
