@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from live_helpers import Fleet, MakeFleet, Process, eventually
+from webhook_receiver import receiving
 
 from fedtune.server.run_directory import read_rounds, read_summary
 
@@ -77,13 +78,16 @@ def test_a_running_job_is_cancelled_with_its_adapter_and_the_next_one_runs(
 
 
 def test_a_job_that_waits_for_devices_which_never_come_is_cancelled_too(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(3)
-    fleet.join()
-    run = fleet.submit(ALL)
-    fleet.start_server()
-    waiting = "waiting for devices"
-    eventually(lambda: waiting in str((fleet.status()["job"] or {}).get("state")), complaint=fleet.logs)
-    assert fedtune(fleet, "cancel", "job")[0] == 0
+    with receiving() as (receiver, url):
+        fleet = make_fleet(3, config={"webhook": url})
+        fleet.join()
+        run = fleet.submit(ALL)
+        fleet.start_server()
+        waiting = "waiting for devices"
+        eventually(lambda: waiting in str((fleet.status()["job"] or {}).get("state")), complaint=fleet.logs)
+        assert fedtune(fleet, "cancel", "job")[0] == 0
+        eventually(lambda: receiver.got, complaint=fleet.logs)
+        assert (receiver.got[0]["event"], receiver.got[0]["job"]) == ("job cancelled", "job")
     early = "state      cancelled: cancelled before its first round ended"
     eventually(lambda: early in fedtune(fleet, "show", "job")[1], complaint=fleet.logs)
     assert not (run / "adapter").exists()

@@ -35,6 +35,7 @@ from fedtune.server.live.registrar import ClientManager, Registrar
 from fedtune.server.live.server_home import ServerHome
 from fedtune.server.live.sockets import Listener
 from fedtune.server.live.status_board import STATUS, Board, JobStatus
+from fedtune.server.live.webhook import JobEvents, Webhook
 from fedtune.server.run_directory import RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display, Several
 from fedtune.server.run_rounds import Facts, close_run, run_rounds
@@ -65,6 +66,7 @@ class Service:
         self._display = Several(display)
         self._board = Board(home.path / STATUS, home.config.address, self._display)
         self._board.remember()
+        self._hook = Webhook(home.config.webhook, home.config.address, self._board.problem)
         self._devices = Devices.load(home)
         self._devices_seen = -1
         self._registrar = Registrar(self._board, lambda: self._link.nodes(), lambda: self._devices)
@@ -84,7 +86,8 @@ class Service:
             raise InputError(
                 f"{self._home.path}: the certificate has expired; make a new one with: fedtune server renew"
             )
-        with stopping(), logged(server_log(self._home)) as log, self._display.also(log), self._listener:
+        log = logged(server_log(self._home))
+        with stopping(), self._hook, log as written, self._display.also(written), self._listener:
             keeper = threading.Thread(target=self._keep, daemon=True, name="keeper")
             try:
                 self._listen()
@@ -120,7 +123,8 @@ class Service:
                 self._clock.sleep(backoff.next())
 
     def _take(self, job: QueuedJob) -> None:
-        with logged(job_log(self._home, job)) as log, self._display.also(log):
+        log, events = logged(job_log(self._home, job)), JobEvents(self._hook, job)
+        with log as written, self._display.also(written), self._display.also(events):
             try:
                 self._desk.take(job)
             finally:
@@ -140,6 +144,7 @@ class Service:
     def _ended(self, ending: Ending) -> None:
         tell = self._board.problem if ending.state == FAILED else self._board.note
         tell(ending.text)
+        self._hook.tell(f"job {ending.state}", ending.job)
 
     def _train(self, queued: QueuedJob, job: Job, path: Path) -> None:
         """Runs all remaining rounds."""

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -50,6 +51,7 @@ class ServerConfig:
         listen: address of the interface to listen on.
         port: of the public interface.
         wait_seconds: how long a round waits for all enrolled devices before it begins with those that are there.
+        webhook: http or https address that gets a POST for each event of a job, or "".
         longest_answer: seconds after which a device that has not answered is given up, where the job sets no deadline.
     """
 
@@ -58,6 +60,7 @@ class ServerConfig:
     port: _Port = 8443
     wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     longest_answer: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
+    webhook: str = ""
 
 
 def default_home() -> Path:
@@ -155,12 +158,25 @@ def _read_config(path: Path) -> ServerConfig:
     try:
         values = tomllib.loads(read_bounded(path, "the configuration", 1 << 16).decode())
         config = TypeAdapter(ServerConfig).validate_json(json.dumps(values, default=str))
-        check_address(config.address)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
         raise InputError("\n".join(lines)) from None
-    except InputError as error:
-        raise InputError(f"{path}: address: {error}") from None
+    for name, check in (("address", check_address), ("webhook", _check_webhook)):
+        try:
+            check(getattr(config, name))
+        except InputError as error:
+            raise InputError(f"{path}: {name}: {error}") from None
     return config
+
+
+def _check_webhook(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        valid = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise InputError('expected an address such as "https://hooks.example.org/fedtune", or ""')
+    return url
