@@ -234,7 +234,7 @@ def test_the_server_keeps_what_it_is_told_of_plans_and_leaves_out_who_tells_absu
     assert cloud.board.devices[good].plan is not None
     assert cloud.board.devices[bad].state == "refused"
     assert "rank 512, and the job's is 16" in cloud.board.devices[bad].dropped
-    cloud.board.write([])
+    cloud.board.write()
     plan = json.loads((fleet.home.path / STATUS).read_text())["devices"][good]["plan"]
     assert plan == {"rank": 8, "weights": "packed", "sequence_length": 64, "peak_mb": 120, "seconds": 1.5}
 
@@ -275,7 +275,7 @@ def test_words_of_a_device_and_of_a_server_steer_no_terminal(fleet: Fleet, capsy
     name = fleet.names[0]
     cloud.connect({name: 11})
     cloud.registrar.present(Replies({11: encode(reply)}))
-    cloud.board.write([])
+    cloud.board.write()
     print_status(Console(width=400, highlight=False), read_status(fleet.home))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "all is well" in line]
     assert line.startswith(name)
