@@ -1,6 +1,7 @@
 """Checks every file in deploy/ with its own validator; a validator that is not installed is skipped.
 
-The dev extra installs all but systemd-analyze, nginx and caddy, which `.ci/run` takes from the distribution if it can.
+The dev extra installs all but systemd-analyze, nginx and caddy, which `.ci/run` takes from the distribution if it can,
+and promtool, which is in Debian's package prometheus.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def test_every_composed_service_is_confined_and_watched() -> None:
         assert service["healthcheck"]["test"][:2] == ["CMD", "fedtune"], name
 
 
-@pytest.mark.parametrize("folder", ["container", "kubernetes"])
+@pytest.mark.parametrize("folder", ["container", "kubernetes", "monitoring"])
 def test_yaml_passes_yamllint(folder: str) -> None:
     rules = "{extends: default, rules: {line-length: {max: 140}, document-start: disable}}"
     check(tool("yamllint"), "--strict", "-d", rules, DEPLOY / folder)
@@ -128,3 +129,10 @@ def test_the_system_units_leave_little_exposed(unit: str) -> None:
 
 def test_no_key_lies_in_the_folder() -> None:
     assert [path for pattern in SECRET_FILES for path in DEPLOY.rglob(pattern)] == []
+
+
+def test_the_alert_rules_pass_promtool_and_fire_when_they_should() -> None:
+    monitoring = DEPLOY / "monitoring"
+    check(tool("promtool"), "check", "rules", monitoring / "alerts.yaml")
+    check(tool("promtool"), "check", "config", monitoring / "prometheus.yaml")
+    check(tool("promtool"), "test", "rules", monitoring / "alerts_test.yaml")

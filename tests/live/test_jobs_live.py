@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 from live_helpers import Fleet, MakeFleet, Process, eventually
 from webhook_receiver import receiving
 
@@ -82,9 +84,19 @@ def test_a_job_that_waits_for_devices_which_never_come_is_cancelled_too(make_fle
         fleet = make_fleet(3, config={"webhook": url})
         fleet.join()
         run = fleet.submit(ALL)
-        fleet.start_server()
+        server = fleet.start_server("--metrics", "0")
         waiting = "waiting for devices"
         eventually(lambda: waiting in str((fleet.status()["job"] or {}).get("state")), complaint=fleet.logs)
+        found = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)", server.text)
+        assert found is not None
+        metrics = httpx.get(found[1])
+        for line in (
+            'fedtune_jobs{state="running"} 1.0',
+            'fedtune_job_info{name="job"} 1.0',
+            "fedtune_devices_enrolled 3.0",
+        ):
+            assert line in metrics.text
+        assert httpx.get(found[1], headers={"host": "evil.example"}).status_code == 403
         assert fedtune(fleet, "cancel", "job")[0] == 0
         eventually(lambda: receiver.got, complaint=fleet.logs)
         assert (receiver.got[0]["event"], receiver.got[0]["job"]) == ("job cancelled", "job")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the classes themselves are imported when a command runs
     from fedtune.server.fleet.owner_home import OwnerHome
     from fedtune.server.live.job_queue import QueuedJob
     from fedtune.server.live.server_home import ServerHome
+    from fedtune.server.run_display import Display
 
 app = typer.Typer(
     help="Run a fleet's server: take the fleet's log, submit jobs, watch them.",
@@ -129,8 +130,22 @@ def offer(
 
 
 @app.command()
-def start(home: Home = None) -> None:
-    """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves."""
+def start(
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="Serve http://HOST:PORT/metrics for Prometheus, to this machine alone unless HOST says otherwise: "
+            "figures of jobs, rounds and devices, and the devices' names.",
+        ),
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Serve devices and work on jobs until stopped; interrupted jobs go on by themselves.
+
+    Example: fedtune server start --metrics 9464
+    """
     from fedtune.core.host.process import limit_pieces
 
     limit_pieces(PIECE_BYTES)
@@ -142,7 +157,10 @@ def start(home: Home = None) -> None:
             from fedtune.server.live.resident_server import Service
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune server start", "server", error.name or "of the server") from None
-        Service(server, display).run()
+        if metrics is None:
+            Service(server, [display]).run()
+        else:
+            _serve_with_metrics(server, display, metrics)
 
 
 @app.command()
@@ -255,6 +273,23 @@ def status(as_json: AsJson = False, home: Home = None) -> None:
 
 for command in (job_commands.jobs, job_commands.show, job_commands.cancel, job_commands.logs, job_commands.fetch):
     app.command()(command)
+
+
+def _serve_with_metrics(server: ServerHome, display: Display, address: str) -> None:
+    from fedtune.server.live.resident_server import Service
+
+    try:
+        from fedtune.server.live.fleet_metrics import FleetMetrics
+        from fedtune.server.watch.run_metrics import RunMetrics
+        from fedtune.server.watch.watch_server import WatchServer, watch_app
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--metrics", "inference", error.name or "prometheus-client") from None
+    metrics = RunMetrics()
+    service = Service(server, [display, metrics])
+    metrics.registry.register(FleetMetrics(server, service.jobs, service.board))
+    with WatchServer(watch_app(metrics), address) as url:
+        display.note(f"metrics at {url}/metrics")
+        service.run()
 
 
 def _own_fleet() -> bytes:

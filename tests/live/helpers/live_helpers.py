@@ -155,9 +155,9 @@ class Fleet:
             requests.append(made.request)
         approve(self.home, *requests)
 
-    def start_server(self, **settings: Any) -> Process:
+    def start_server(self, *options: str, **settings: Any) -> Process:
         log = self.folder / "server.log"
-        self.server = Process("server", "start", "--home", str(self.home.path), log=log, **settings)
+        self.server = Process("server", "start", "--home", str(self.home.path), *options, log=log, **settings)
         return self.server
 
     def start_device(self, name: str, **settings: Any) -> Process:

@@ -32,7 +32,7 @@ from fedtune.server.live.server_home import ServerHome
 WAITING, FINISHED, FAILED, CANCELLED = "waiting", "finished", "failed", "cancelled"
 MANIFEST = ".manifest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_STATES = (WAITING, FINISHED, FAILED, CANCELLED)
+STATES = (WAITING, FINISHED, FAILED, CANCELLED)
 _PRIORITY, _CANCEL, _OUTCOME = ".priority", ".cancel", ".outcome"
 _FILE = re.compile(r"([0-9]{6})-(.+)\.toml")
 
@@ -95,7 +95,7 @@ class Jobs:
     def __init__(self, home: ServerHome) -> None:
         self._root = private_folder(home.path / "jobs")
         self._runs = private_folder(home.path / "runs")
-        for state in _STATES:
+        for state in STATES:
             private_folder(self._root / state)
 
     def submit(self, job: Job, manifest: JobManifest, priority: int = 0) -> QueuedJob:
@@ -169,7 +169,7 @@ class Jobs:
 
     def all(self) -> list[tuple[str, QueuedJob]]:
         """Returns all jobs by number, each with the name of its folder: waiting, finished, failed or cancelled."""
-        entries = [(state, entry) for state in _STATES for entry in self._in(state)]
+        entries = [(state, entry) for state in STATES for entry in self._in(state)]
         return sorted(entries, key=lambda pair: pair[1].number)
 
     def find(self, name: str) -> tuple[str, QueuedJob]:

@@ -9,6 +9,7 @@ The main thread works on jobs; the keeper thread looks after the child process, 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError, InputError, PeerError, RunCancelledError, RunError
@@ -54,24 +55,24 @@ class Service:
 
     Args:
         home: the server's folder, whose lock this process holds.
-        display: the display for people.
+        displays: told of the jobs' events, for people and programs.
         clock: the main thread's clock.
     """
 
-    def __init__(self, home: ServerHome, display: Display, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, home: ServerHome, displays: Sequence[Display], clock: Clock = SYSTEM_CLOCK) -> None:
         self._home, self._clock = home, clock
-        self._jobs = Jobs(home)
+        self.jobs = Jobs(home)
         for name in (CONTROL_KEY, STATUS):
             remove_unfinished(home.path, name)
-        self._display = Several(display)
-        self._board = Board(home.path / STATUS, home.config.address, self._display)
-        self._board.remember()
-        self._hook = Webhook(home.config.webhook, home.config.address, self._board.problem)
+        self._display = Several(*displays)
+        self.board = Board(home.path / STATUS, home.config.address, self._display)
+        self.board.remember()
+        self._hook = Webhook(home.config.webhook, home.config.address, self.board.problem)
         self._devices = Devices.load(home)
         self._devices_seen = -1
-        self._registrar = Registrar(self._board, lambda: self._link.nodes(), lambda: self._devices)
+        self._registrar = Registrar(self.board, lambda: self._link.nodes(), lambda: self._devices)
         self._model: tuple[Job, AdaptedModel] | None = None
-        self._desk = JobDesk(self._jobs, self._work, self._ended)
+        self._desk = JobDesk(self.jobs, self._work, self._ended)
         self._ending = threading.Event()
         self._registered = threading.Event()
         self._listener = Listener(home)
@@ -93,12 +94,12 @@ class Service:
                 self._listen()
                 keeper.start()
                 listen, port = self._home.config.listen, self._listener.port
-                self._board.note(
+                self.board.note(
                     f"serving devices on {listen}:{port}; its address for them is {self._home.config.address}"
                 )
                 self._serve()
             except Stopped:
-                self._board.note("stopped; what finished is safe, and goes on when the server starts again")
+                self.board.note("stopped; what finished is safe, and goes on when the server starts again")
             finally:
                 self._ending.set()
                 if keeper.ident is not None:
@@ -111,15 +112,15 @@ class Service:
         while True:
             try:
                 if not self._listener.alive:
-                    self._board.problem("the listening process ended; starting it again")
+                    self.board.problem("the listening process ended; starting it again")
                     self._listen()
-                if job := self._jobs.next():
+                if job := self.jobs.next():
                     self._take(job)
                 else:
                     self._clock.sleep(POLL_SECONDS)
                 backoff.reset()
             except FedtuneError as error:
-                self._board.problem(f"interrupted, and will go on: {error}")
+                self.board.problem(f"interrupted, and will go on: {error}")
                 self._clock.sleep(backoff.next())
 
     def _take(self, job: QueuedJob) -> None:
@@ -128,13 +129,13 @@ class Service:
             try:
                 self._desk.take(job)
             finally:
-                self._board.job = None
+                self.board.job = None
 
     def _work(self, queued: QueuedJob) -> None:
         """Begins or resumes a job, and runs it to its end."""
-        job, path = queued.load(), self._jobs.run_path(queued)
+        job, path = queued.load(), self.jobs.run_path(queued)
         check_export(job)
-        self._board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
+        self.board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
         if not is_finished(path):
             self._train(queued, job, path)
         _check_wanted(queued)
@@ -142,7 +143,7 @@ class Service:
             self._export(job, path)
 
     def _ended(self, ending: Ending) -> None:
-        tell = self._board.problem if ending.state == FAILED else self._board.note
+        tell = self.board.problem if ending.state == FAILED else self.board.note
         tell(ending.text)
         self._hook.tell(f"job {ending.state}", ending.job)
 
@@ -157,16 +158,16 @@ class Service:
             directory = RunDirectory.create(path, with_learning_rate(job, model.layout), base.digest)
         try:
             job = directory.job()
-            self._board.resumed(directory.rounds())
+            self.board.resumed(directory.rounds())
             evaluator = HeldOutEvaluator(HeldOut(model, job), in_this_process(model))
-            self._board.working(state="waiting for devices")
+            self.board.working(state="waiting for devices")
             self._registrar.begin(manifest)
             with self._link.open_run(self._home.config.longest_answer) as run:
                 identities, registrar = self._devices.fleet.roster, self._registrar
                 clients = Clients(len(identities.keys), registrar.tiers.__getitem__, registrar.seconds)
                 secure = SecureAggregation(identities) if job.secure_aggregation.enabled else None
                 federation = assemble(
-                    job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self._board])
+                    job, base, model.layout, clients, secure=secure, parts=Parts(trackers=[self.board])
                 )
                 grid = CancellableGrid(run, lambda: _check_wanted(queued))
                 client_manager = ClientManager(
@@ -174,10 +175,10 @@ class Service:
                 )
                 strategy = AdapterStrategy(federation, client_manager, bound_replies=run.bound_replies)
                 try:
-                    run_rounds(strategy, directory, grid, evaluator, self._board, _facts)
+                    run_rounds(strategy, directory, grid, evaluator, self.board, _facts)
                 except RunCancelledError:
-                    self._board.working(state="closing the cancelled run")
-                    close_run(federation, directory, evaluator, self._board, _facts())
+                    self.board.working(state="closing the cancelled run")
+                    close_run(federation, directory, evaluator, self.board, _facts())
                     raise
         finally:
             directory.close()
@@ -205,10 +206,10 @@ class Service:
 
     def _export(self, job: Job, path: Path) -> None:
         """Exports the formats of the job's [export]; a server that is killed meanwhile begins the export again."""
-        self._board.working(state="exporting")
+        self.board.working(state="exporting")
         self._model = None  # the export loads the base in another precision; memory may not hold both
         try:
-            export_finished(job, path, read_summary(path), self._board)
+            export_finished(job, path, read_summary(path), self.board)
         except FedtuneError as error:
             raise RunError(
                 f"its adapter is finished, its export is not: {error}; try again with: fedtune export {path}"
@@ -225,7 +226,7 @@ class Service:
     def _listen(self) -> None:
         self._registered.clear()
         key = self._listener.start()
-        link = self._listener.link(key, self._board.problem)
+        link = self._listener.link(key, self.board.problem)
         link.wait_until_ready()
         self._registrar.forget()
         self._link = link
@@ -237,7 +238,7 @@ class Service:
         reported = ""
         while not self._ending.wait(KEEPER_SECONDS):
             try:
-                self._board.write()
+                self.board.write()
                 if self._registered.is_set() and self._listener.alive:
                     if changed(self._home) != self._devices_seen:
                         self._register()
@@ -247,7 +248,7 @@ class Service:
             except Exception as error:  # no error ends the keeper; the same error is reported once
                 text = f"keeper: {error if isinstance(error, FedtuneError) else type(error).__name__}"
                 if text != reported and not self._ending.is_set():
-                    self._board.problem(text)
+                    self.board.problem(text)
                 reported = text
 
     def _register(self) -> None:
@@ -263,9 +264,9 @@ class Service:
             if key not in known:
                 self._link.register(name, key)
         self._devices, self._devices_seen = devices, seen
-        self._board.keep_devices(set(devices.node_keys))
+        self.board.keep_devices(set(devices.node_keys))
         for name in devices.node_keys:
-            self._board.device(name)
+            self.board.device(name)
 
     def _show(self, nodes: list[NodeState]) -> None:
         names = {key: name for name, key in self._devices.node_keys.items()}
@@ -273,10 +274,10 @@ class Service:
             name = names.get(node.public_key)
             if name is None or not node.ever_online:
                 continue
-            self._board.device(name, state=self._registrar.state(node))
+            self.board.device(name, state=self._registrar.state(node))
             if node.online_until:
                 heard = min(self._clock.now(), node.online_until - HEARTBEAT_PATIENCE_SECONDS)
-                self._board.device(name, heard=heard)
+                self.board.device(name, heard=heard)
 
 
 def _facts() -> Facts:

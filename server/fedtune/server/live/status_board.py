@@ -155,6 +155,11 @@ class Board:
             for name in set(self.devices) - names:
                 del self.devices[name]
 
+    def snapshot(self) -> dict[str, DeviceStatus]:
+        """Returns the devices as they are now."""
+        with self._lock:
+            return dict(self.devices)
+
     def working(self, **changes: Any) -> None:
         """Gives the current job's status for changes."""
         with self._lock:

@@ -1,0 +1,1 @@
+"""Looking at a run while it goes on, over HTTP on this machine: metrics for Prometheus."""
