@@ -10,23 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-from fedtune.core.host.process import limit_pieces, prepare_environment
+from fedtune.core.host.process import prepare_environment
 
 prepare_environment()
-limit_pieces(128 << 10)
 
 import exchanges  # noqa: E402  # Flower reads the environment when it is imported
 
 from fedtune.client.live.device_home import CALIBRATIONS, ClientHome  # noqa: E402
 from fedtune.client.live.device_loop import DeviceLoop, Work  # noqa: E402
 from fedtune.client.live.device_status import DeviceReport  # noqa: E402
+from fedtune.client.live.fleet_link import FleetLink  # noqa: E402
 from fedtune.client.live.registered_device import RegisteredDevice  # noqa: E402
 from fedtune.client.plan.calibration import CalibrationStore  # noqa: E402
 from fedtune.client.plan.device_plan import this_device  # noqa: E402
 from fedtune.client.plan.planned_work import PlannedWork  # noqa: E402
 from fedtune.core.host.clock import SYSTEM_CLOCK  # noqa: E402
 from fedtune.core.protocol.messages import TRAIN, Refusal, Request  # noqa: E402
-from fedtune.flower.fleet_link import FleetLink  # noqa: E402
 
 
 class Echo:

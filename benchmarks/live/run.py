@@ -33,10 +33,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "simulation"))
 
-from fedtune.core.host.process import limit_pieces, prepare_environment  # noqa: E402
+from fedtune.core.host.process import prepare_environment  # noqa: E402
 
 prepare_environment()
-limit_pieces(256 << 10)
 
 from exchanges import MEGABYTES, ROUND, TRIVIAL, measure, workloads  # noqa: E402  # Flower reads the environment on import
 from facts import machine_facts  # noqa: E402

@@ -17,10 +17,9 @@ from endpoint import Endpoint, listening
 from flwr.app import Message
 from live_helpers import free_port
 
-from fedtune.client.client_commands import PIECE_BYTES
+from fedtune.client.live.fleet_link import Answer
 from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import Answer, FleetLink
-from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
+from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS
 from fedtune.flower.run_grid import RunGrid
 
 RULES = Path(__file__).parents[2] / "deploy" / "proxy"
@@ -108,38 +107,34 @@ def _wait_for(port: int) -> None:
     raise AssertionError("the proxy does not listen")
 
 
-def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # `limit_pieces` sets it for a process before Flower is imported; this process has Flower already.
-    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
+def test_a_device_works_through_the_proxy_with_payloads_of_megabytes(proxy: Proxy) -> None:
     device = proxy.endpoint.device("ada", proxy.address)
-    device.activate()
+    device.connect()
     assert device.beat()
     payload = np.random.default_rng(0).bytes(3_000_000)
     with proxy.endpoint.link.open_run(60.0) as grid:
         grid.bound_replies("query.anything", len(payload))
-        message_id = _ask(grid, device, payload)
-        task = device.pull()
+        message_id = _ask(grid, proxy.endpoint.node(device), payload)
+        task = device.take()
         assert task is not None
         assert device.fetch(task).parts == (payload,)
-        device.answer(task, Answer(payload[::-1], 1.0, time.time()))
+        device.answer(task, Answer(payload[::-1], 1.0))
         (reply,) = grid.pull_messages([message_id])
         assert unseal(reply) == payload[::-1]
-    device.deactivate(device.node_id)
+    device.leave()
 
 
-def _ask(grid: RunGrid, device: FleetLink, payload: bytes) -> str:
-    (message_id,) = grid.push_messages([Message(seal(payload), device.node_id, "query.anything", ttl=600)])
+def _ask(grid: RunGrid, node: int, payload: bytes) -> str:
+    (message_id,) = grid.push_messages([Message(seal(payload), node, "query.anything", ttl=600)])
     return message_id
 
 
 def test_a_device_that_is_not_enrolled_is_refused_through_the_proxy_too(proxy: Proxy) -> None:
-    assert proxy.endpoint.post("/v1/fleet/push-object", server=proxy.address).status_code == 401
+    assert proxy.endpoint.post("/v1/device/append", server=proxy.address).status_code == 401
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/get-fab", "/docs", "/"]
+    "path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/push-messages", "/docs", "/"]
 )
 def test_control_paths_do_not_exist_behind_the_proxy(proxy: Proxy, path: str) -> None:
     shown = {CONTROL_HEADER: proxy.endpoint.key, "x-forwarded-for": "127.0.0.1"}
@@ -147,16 +142,16 @@ def test_control_paths_do_not_exist_behind_the_proxy(proxy: Proxy, path: str) ->
 
 
 TRICKS = [
-    "/v1/fleet/../control/list-runs",
-    "/v1/fleet/%2e%2e/control/list-runs",
-    "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
-    "/v1/fleet/push-messages/../../control/list-runs",
-    "/v1/control/../fleet/push-messages",
-    "/v1/fleet/push%2dmessages",
-    "/v1/fleet/push-messages?x=1",
-    "/v1/fleet/push-messages/",
-    "//v1/fleet/push-messages",
-    "/V1/FLEET/PUSH-MESSAGES",
+    "/v1/device/../control/list-runs",
+    "/v1/device/%2e%2e/control/list-runs",
+    "/v1/device/%2e%2e%2fcontrol%2flist-runs",
+    "/v1/device/take/../../control/list-runs",
+    "/v1/control/../device/take",
+    "/v1/device/ta%6be",
+    "/v1/device/take?x=1",
+    "/v1/device/take/",
+    "//v1/device/take",
+    "/V1/DEVICE/TAKE",
 ]
 
 
@@ -172,11 +167,11 @@ def test_every_call_of_a_device_is_passed_and_by_post_alone(proxy: Proxy, call: 
 
 
 def test_bodies_are_measured_at_the_proxy(proxy: Proxy) -> None:
-    line = "POST /v1/fleet/push-object HTTP/1.1"
+    line = "POST /v1/device/append HTTP/1.1"
     assert _status(proxy, line) == b"411"
     chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0"
     assert _status(proxy, line, chunked) == b"411"
-    assert _status(proxy, line, f"content-length: {MAX_BODY_BYTES + 1}") == b"413"
+    assert _status(proxy, line, f"content-length: {(1 << 20) + 1}") == b"413"
 
 
 def _status(proxy: Proxy, line: str, header: str = "accept: */*") -> bytes:

@@ -43,7 +43,18 @@ from fedtune.core.manifest.joining import (
 from fedtune.core.manifest.model_release import KIND as RELEASE
 from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.manifest.signed import Signed
-from fedtune.core.protocol.bundles import BringReply, CollectReplies, TakeMessage, Taken
+from fedtune.core.protocol.bundles import CollectReplies
+from fedtune.core.protocol.device_calls import (
+    MAX_PIECE_BYTES,
+    AnnounceAnswer,
+    AppendPiece,
+    Assignment,
+    BringAnswer,
+    ReadPart,
+    Received,
+    Refused,
+    Taken,
+)
 from fedtune.core.protocol.messages import (
     PROTOCOL_VERSION,
     Base,
@@ -90,9 +101,15 @@ PAYLOADS: tuple[Payload, ...] = (
     DescribeModel(PROTOCOL_VERSION, "first", "int4"),
     ModelDescription(PROTOCOL_VERSION, "int4", b"{}", b"release", LOG),
     ReadModel(PROTOCOL_VERSION, "first", "int4", HEX, "model.onnx", 0, 100),
-    TakeMessage(7),
-    Taken(b"found", {HEX: b"object"}),
-    BringReply(b"request", {HEX: b"object"}),
+    Taken(Assignment(HEX, "train", "1", (b"payload",))),
+    Taken(Assignment(HEX, "query.open", "1", (), (1000, 2000))),
+    Taken(None),
+    ReadPart(HEX, 1, 1000),
+    BringAnswer(HEX, 1.0, b"payload"),
+    BringAnswer(HEX, 1.0, b"", Refused("a reason", True)),
+    AnnounceAnswer(HEX, 1.0, 2 * MAX_PIECE_BYTES, bytes(32)),
+    AppendPiece(HEX, 1000, b"piece"),
+    Received(1000),
     CollectReplies((HEX,)),
 )
 

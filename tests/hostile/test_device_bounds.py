@@ -92,7 +92,7 @@ def test_a_fleet_that_grows_beyond_its_owners_bound_is_refused_with_the_remedy(t
     planned: Any = SimpleNamespace(open_trainer=None, load_examples=None, share=None, terms=None)
     report = DeviceReport(home.path, "ada", "localhost:8443", lambda line: None, SYSTEM_CLOCK)
     registration = encode(Registration(PROTOCOL_VERSION, "0.1", b"", owner.log))
-    outcome = RegisteredDevice(home, planned, report).answer(Request(ACTION, "1", 7, (registration,)))
+    outcome = RegisteredDevice(home, planned, report).answer(Request(ACTION, "1", (registration,)))
     assert isinstance(outcome, Refusal)
     assert "3 devices, more than max_devices = 2" in outcome.reason
     assert "in its device.json" in outcome.reason
@@ -155,7 +155,7 @@ def test_two_sums_in_a_row_that_differ_by_few_clients_are_a_warning_to_the_owner
             return b"vote"
 
         work._secure_handler = handler
-        assert work.answer(Request(query(VOTE), "1", 7, ())) == b"vote"
+        assert work.answer(Request(query(VOTE), "1", ())) == b"vote"
 
     vote("bob", "cid")
     vote("bob", "cid")

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +20,15 @@ from owner import enroll, invitation, make_server
 from fedtune.client.live.device_home import ClientHome
 from fedtune.client.live.device_loop import BACKOFF_SECONDS, DeviceLoop
 from fedtune.client.live.device_status import TRANSITIONS, DeviceReport
+from fedtune.client.live.fleet_link import Answer
 from fedtune.client.live.registered_device import RegisteredDevice
+from fedtune.client.live.signed_http import UnreachableError
 from fedtune.core.errors import InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.process import Stopped
 from fedtune.core.manifest.joining import Invitation, JoinRequest, PrivateKeys
+from fedtune.core.protocol.device_calls import Assignment
 from fedtune.core.protocol.messages import EVALUATE, Refusal, Request
-from fedtune.flower.fleet_link import Answer
-from fedtune.flower.signed_http import UnreachableError
 from fedtune.server import cli
 from fedtune.server.live.certificates import make_server_certificate
 from fedtune.server.live.listener import CONTROL_KEY
@@ -208,43 +209,40 @@ def test_a_stopped_server_still_knows_who_is_enrolled(
     assert "ada" in capsys.readouterr().out
 
 
-@dataclass(frozen=True)
-class Task:
-    """The attributes of a task that the loop reads."""
-
-    action: str = "train"
-    group: str = "1"
-    note: bytes = b"what it is about"
+def task(action: str = "train") -> Assignment:
+    return Assignment("0" * 64, action, "1", (b"",))
 
 
 class Line:
     """A link with a test's sequence of events, which ends the process after the last one."""
 
-    node_id, clock_error = 7, 0.0
+    clock_error = 0.0
 
-    def __init__(self, *pulls: Task | Exception | None, answers: Sequence[Exception] = ()) -> None:
+    def __init__(self, *pulls: Assignment | Exception | None, answers: Sequence[Exception] = ()) -> None:
         self._pulls, self._answers = list(pulls), list(answers)
         self.answers: list[Answer] = []
+
+    def connect(self) -> None: ...
 
     def beat(self) -> bool:
         return True
 
-    def pull(self) -> Task | None:
+    def take(self) -> Assignment | None:
         if not self._pulls:
             raise Stopped
         if isinstance(pulled := self._pulls.pop(0), Exception):
             raise pulled
         return pulled
 
-    def fetch(self, task: Task) -> Request:
-        return Request(task.action, task.group, self.node_id, (b"",))
+    def fetch(self, task: Assignment) -> Request:
+        return Request(task.action, task.group, task.parts)
 
-    def answer(self, task: Task, answer: Answer) -> None:
+    def answer(self, task: Assignment, answer: Answer) -> None:
         if self._answers:
             raise self._answers.pop(0)
         self.answers.append(answer)
 
-    def deactivate(self, node_id: int) -> None: ...
+    def leave(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -284,7 +282,7 @@ def loop_of(joined: ClientHome, line: Line, pauses: list[float], **settings: Any
 
 
 def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(joined: ClientHome) -> None:
-    line = Line(Task())
+    line = Line(task())
     clock = Clock()
     report = DeviceReport(joined.path, "ada", "localhost:1", lambda text: None, clock, no_space)
     link: Any = line
@@ -298,7 +296,7 @@ def test_a_full_disk_is_an_answer_and_not_the_end_of_the_process(joined: ClientH
 
 def test_a_line_that_breaks_while_an_answer_is_brought_brings_the_same_one_later(joined: ClientHome) -> None:
     pauses: list[float] = []
-    line, work = Line(Task(), Task(EVALUATE), answers=[UnreachableError("no network")] * 3), Worker()
+    line, work = Line(task(), task(EVALUATE), answers=[UnreachableError("no network")] * 3), Worker()
     loop, report = loop_of(joined, line, pauses, work=work)
     loop.run()
     assert [answer.outcome for answer in line.answers] == [b"train", Refusal("no scores")]
@@ -310,7 +308,7 @@ def test_a_line_that_breaks_while_an_answer_is_brought_brings_the_same_one_later
 
 def test_whatever_a_server_sends_the_process_goes_on(joined: ClientHome) -> None:
     pauses: list[float] = []
-    line = Line(PeerError("not a message"), UnreachableError("no network"), Task())
+    line = Line(PeerError("not a message"), UnreachableError("no network"), task())
     loop, report = loop_of(joined, line, pauses)
     loop.run()
     assert [answer.outcome for answer in line.answers] == [b"train"]

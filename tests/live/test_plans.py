@@ -35,7 +35,6 @@ from fedtune.server.live.registrar import REFUSED_SECONDS, Registrar
 from fedtune.server.live.status_board import STATUS, Board
 from fedtune.server.run_display import Silent
 
-DEVICE = 7
 MAINS, BATTERY = Sensors(41.0, True, None, None), Sensors(41.0, False, None, None)
 
 

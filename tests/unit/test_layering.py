@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 from house import ROOT, ROOTS, imports, longest, modules, within
 
-# The part of fedtune.flower that devices use; it imports fedtune.core and itself.
-FLOWER_OF_DEVICES = (
-    "fedtune.flower.envelope",
-    "fedtune.flower.fleet_link",
-    "fedtune.flower.signed_http",
-)
-
 # What each package may import of fedtune, by dotted prefix; the longest prefix that matches a module decides.
 ALLOWED = {
     "fedtune.core": ("fedtune.core",),
@@ -25,14 +18,12 @@ ALLOWED = {
     "fedtune.edge": ("fedtune.core", "fedtune.demo", "fedtune.data", "fedtune.model", "fedtune.edge"),
     "fedtune.strategies": ("fedtune.core", "fedtune.strategies"),
     "fedtune.flower": ("fedtune.core", "fedtune.strategies", "fedtune.flower"),
-    **dict.fromkeys(FLOWER_OF_DEVICES, ("fedtune.core", *FLOWER_OF_DEVICES)),
     "fedtune.client": (
         "fedtune.core",
         "fedtune.demo",
         "fedtune.data",
         "fedtune.model",
         "fedtune.edge",
-        *FLOWER_OF_DEVICES,
         "fedtune.client",
     ),
     "fedtune.server": (

@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # the class is imported when a command runs
 app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True, suggest_commands=False)
 
 STOP_SECONDS = 60.0
-PIECE_BYTES = 128 << 10  # of payloads on their way up: 20 s over a link of 50 kbit/s
 _PARTS = 10  # parts of a pull, each reported by one line where there is no terminal
 
 _Home = Annotated[
@@ -132,12 +131,10 @@ def join(
 def start(home: _Home = None) -> None:
     """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
     from fedtune.client.live.device_home import CALIBRATIONS
-    from fedtune.core.host.process import limit_pieces
 
     def show(line: str) -> None:
         print(line, flush=True)
 
-    limit_pieces(PIECE_BYTES)
     device = _open(home)
     with device.lock:  # status shows "starting" from here on, since loading torch takes seconds
         try:

@@ -31,7 +31,6 @@ app = typer.Typer(
 STOP_SECONDS = 30.0
 LARGEST_PRIORITY = 999
 LOOPBACK_NAMES = ("localhost", "127.0.0.1")
-PIECE_BYTES = 256 << 10  # the size of a payload's pieces on the downlink
 
 _Host = Annotated[
     list[str] | None,
@@ -146,9 +145,6 @@ def start(
 
     Example: fedtune server start --metrics 9464
     """
-    from fedtune.core.host.process import limit_pieces
-
-    limit_pieces(PIECE_BYTES)
     from fedtune.server.run_display import Terminal
 
     server = open_server(home)

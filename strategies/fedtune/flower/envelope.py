@@ -78,7 +78,7 @@ def request_of(message: Message) -> Request:
     """
     asked = message.metadata
     parts = unseal_parts(message, parts_of(asked.message_type))
-    return Request(asked.message_type, asked.group_id, asked.dst_node_id, parts)
+    return Request(asked.message_type, asked.group_id, parts)
 
 
 @dataclass(frozen=True)

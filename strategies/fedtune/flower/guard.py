@@ -17,14 +17,24 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Container, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping
 from typing import Any
 
 from fedtune.core.manifest.joining import JOIN
-from fedtune.core.protocol.bundles import BRING, TAKE
+from fedtune.core.manifest.joining import MAX_REQUEST_BYTES as MAX_JOIN_BYTES
+from fedtune.core.protocol.device_calls import (
+    ANNOUNCE,
+    APPEND,
+    BEAT,
+    BRING,
+    CONNECT,
+    LEAVE,
+    MAX_CALL_BYTES,
+    READ_PART,
+    TAKE,
+)
 from fedtune.core.protocol.model_requests import DESCRIBE, MAX_REQUEST_BYTES, READ
 from fedtune.core.protocol.signed_requests import KEY_HEADER, is_signed
-from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -32,27 +42,17 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTROL_HEADER = "fedtune-control"
-MAX_BODY_BYTES = 1 << 20  # bodies are parsed before signatures are checked
 REQUEST_SECONDS = 300.0  # a piece over 50 kbit/s takes a quarter of this
 
-DEVICE_CALLS = frozenset({DESCRIBE, READ, TAKE, BRING, JOIN}) | frozenset(
-    f"/v1/fleet/{call}"  # Flower's
-    for call in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
-    )
-)
-
-_LIMITS = {
-    "/v1/fleet/push-object": MAX_PIECE_BODY_BYTES,
-    DESCRIBE: MAX_REQUEST_BYTES,
-    READ: MAX_REQUEST_BYTES,
+_SHORT_BYTES = 1024
+DEVICE_CALLS: Mapping[str, int] = {
+    **dict.fromkeys((CONNECT, BEAT, LEAVE, TAKE, READ_PART, ANNOUNCE), _SHORT_BYTES),
+    **dict.fromkeys((BRING, APPEND), MAX_CALL_BYTES),
+    **dict.fromkeys((DESCRIBE, READ), MAX_REQUEST_BYTES),
+    JOIN: MAX_JOIN_BYTES,
 }
+"""The calls of devices, and the most bytes that a body can have, which is read before a signature is checked."""
+
 _UNKNOWN, _NOT_FOUND, _LENGTH_REQUIRED, _TOO_LARGE, _UNAVAILABLE = 401, 404, 411, 413, 503
 
 
@@ -96,7 +96,7 @@ class Guard:
         if self._is_private(scope) or scope["path"] == JOIN:
             await self._app(scope, receive, send)
             return
-        body = await whole_body(receive, MAX_BODY_BYTES)
+        body = await whole_body(receive, DEVICE_CALLS[scope["path"]])
         if body is None or not is_signed(dict(scope["headers"]), scope["path"], body, time.time()):
             await answer(send, _UNKNOWN)
             return
@@ -117,7 +117,7 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if b"transfer-encoding" in headers or not length.isdigit():
             return _LENGTH_REQUIRED
-        if len(length) > 10 or int(length) > _LIMITS.get(scope["path"], MAX_BODY_BYTES):
+        if len(length) > 10 or int(length) > DEVICE_CALLS[scope["path"]]:
             return _TOO_LARGE
         if not self._open:
             return _UNAVAILABLE

@@ -19,11 +19,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import RunError
+from fedtune.core.protocol.messages import HEADER_BYTES
 from fedtune.flower.envelope import WireMessage, from_wire, identified, to_wire
-from fedtune.flower.reply_bounds import SHORT, ReplyBound
 
 _RUN_ID = 1
 _POLL_SECONDS = 0.005
+_FRAMING_BYTES = 8192  # of Flower's objects around a payload
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class InProcessGrid(Grid):
         self._numbers = itertools.count(1)
         self._pending: dict[str, tuple[Message, Future[WireMessage]]] = {}
         self._late: list[str] = []
-        self._bounds: dict[str, ReplyBound] = {}
+        self._bounds: dict[str, int] = {}
 
     def set_run(self, run: Run) -> None:
         """Sets what `run` returns."""
@@ -114,7 +115,7 @@ class InProcessGrid(Grid):
 
     def bound_replies(self, message_type: str, payload_bytes: int) -> None:
         """Says how long a payload can be that answers a message of this type, as `RunGrid.bound_replies` does."""
-        self._bounds[message_type] = ReplyBound(payload_bytes)
+        self._bounds[message_type] = payload_bytes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Submits the messages to the executor, except to clients that fail."""
@@ -134,7 +135,7 @@ class InProcessGrid(Grid):
         for message_id in message_ids:
             if message_id in self._pending and self._pending[message_id][1].done():
                 message, future = self._pending.pop(message_id)
-                yield _reply(message, future, self._bounds.get(message.metadata.message_type, SHORT))
+                yield _reply(message, future, self._bounds.get(message.metadata.message_type, HEADER_BYTES))
 
     def stale_updates(self) -> Iterable[Message]:
         """Waits for the answers of clients that failed but worked on, and returns them."""
@@ -172,11 +173,12 @@ def _outgoing(message: Message) -> Outgoing:
     return Outgoing(told.message_type, told.group_id, told.dst_node_id, lambda: to_wire(message))
 
 
-def _reply(message: Message, future: Future[WireMessage], bound: ReplyBound) -> Message:
+def _reply(message: Message, future: Future[WireMessage], most: int) -> Message:
     error = future.exception()
     if error is None:
-        if sum(map(len, future.result().objects.values())) > bound.size:
-            return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, bound.complaint), reply_to=message)
+        if sum(map(len, future.result().objects.values())) > most + _FRAMING_BYTES:
+            complaint = f"the reply has more than the {most} bytes that its request could give"
+            return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, complaint), reply_to=message)
         return from_wire(future.result())
     if isinstance(error, RunError):  # an error of the executor, not the client
         raise error

@@ -43,10 +43,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import PeerError, RunError
 from fedtune.core.protocol.bundles import COLLECT, MAX_BATCH_BYTES, SEND, Collected, CollectReplies, SendMessages, Sent
-from fedtune.core.protocol.messages import Payload, decode
+from fedtune.core.protocol.messages import HEADER_BYTES, Payload, decode
 from fedtune.core.text import one_line
 from fedtune.flower.envelope import SITS_OUT_CODE, Parcel, identified, parcels, post, reply_metadata, seal, unseal
-from fedtune.flower.reply_bounds import SHORT, ReplyBound
 
 HEARTBEAT_SECONDS = 15.0
 SHORTEST_PATIENCE = 120.0
@@ -84,11 +83,10 @@ def called(call: Callable[[Any], T], request: Any, alive: Callable[[], bool]) ->
 
 @dataclass
 class _Sent:
-    """A message that waits for its reply, its batch, and the bound on the reply."""
+    """A message that waits for its reply, and its batch."""
 
     head: Message
     batch: _Batch
-    bound: ReplyBound
 
 
 @dataclass
@@ -125,7 +123,6 @@ class _Arriving:
     proto: MessageProto
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
-    size: int = 0
     confirmed: bool = False
 
     @classmethod
@@ -133,7 +130,7 @@ class _Arriving:
         if proto.metadata.message_id not in collected.whole:
             return cls(proto, object_ids)
         contents = {object_id: collected.objects[object_id] for object_id in object_ids}
-        return cls(proto, [], contents, sum(map(len, contents.values())), confirmed=True)
+        return cls(proto, [], contents, confirmed=True)
 
 
 class RunGrid(Grid):
@@ -157,7 +154,7 @@ class RunGrid(Grid):
     ) -> None:
         self._client = client
         self._batch_bytes = batch_bytes
-        self._bounds: dict[str, ReplyBound] = {}
+        self._bounds: dict[str, int] = {}
         self._alive = alive
         self._longest = longest_answer
         self._node = Node(node_id=SUPERLINK_NODE_ID)
@@ -209,9 +206,9 @@ class RunGrid(Grid):
     def bound_replies(self, message_type: str, payload_bytes: int) -> None:
         """Says how long a payload can be that answers a message of this type, of those sent from now on.
 
-        Without that, `SHORT` holds.
+        Without that, it has no vector. The listening process takes no longer ones.
         """
-        self._bounds[message_type] = ReplyBound(payload_bytes)
+        self._bounds[message_type] = payload_bytes
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         """Sends messages; returns the ids of those that were sent, "" for the others."""
@@ -231,8 +228,7 @@ class RunGrid(Grid):
             messages_list=[message_to_proto(head) for head in parcel.heads], message_object_trees=parcel.trees
         )
         nodes = tuple(head.metadata.dst_node_id for head in parcel.heads)
-        bounds = [self._bounds.get(head.metadata.message_type, SHORT) for head in parcel.heads]
-        sizes = tuple(bound.payload for bound in bounds)
+        sizes = tuple(self._bounds.get(head.metadata.message_type, HEADER_BYTES) for head in parcel.heads)
         announced = () if parcel.rest else nodes
         pushed = self._send(SendMessages(request.SerializeToString(), parcel.contents, announced, sizes))
         if parcel.rest:
@@ -244,9 +240,9 @@ class RunGrid(Grid):
             )
             push_objects(parcel.rest, push, object_ids_to_push=set(pushed.objects_to_push))
             self._send(SendMessages(b"", {}, nodes, ()))
-        for message_id, head, bound in zip(pushed.message_ids, parcel.heads, bounds, strict=True):
+        for message_id, head in zip(pushed.message_ids, parcel.heads, strict=True):
             if message_id:
-                self._sent[message_id] = _Sent(head, batch, bound)
+                self._sent[message_id] = _Sent(head, batch)
         return list(pushed.message_ids)
 
     def _send(self, sent: SendMessages) -> PushAppMessagesResponse:
@@ -319,7 +315,7 @@ class RunGrid(Grid):
         arriving = self._arriving.get(message_id)
         if arriving is None:
             return None
-        while arriving.missing and arriving.size <= sent.bound.size:
+        while arriving.missing:
             piece = self._call(
                 self._client.PullObject,
                 PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=arriving.missing[-1]),
@@ -329,9 +325,6 @@ class RunGrid(Grid):
             if not piece.object_available:
                 return None
             arriving.contents[arriving.missing.pop()] = piece.object_content
-            arriving.size += len(piece.object_content)
-        if arriving.size > sent.bound.size:
-            return _failed(sent.head, sent.bound.complaint)
         object_id = arriving.proto.metadata.message_id
         if not arriving.confirmed:
             receipt = ConfirmMessageReceivedRequest(

@@ -68,16 +68,16 @@ T = TypeVar("T")
 
 
 def link_app(database: Path, secret: str) -> App:
-    """Returns the SuperLink's ASGI application, with signed device requests and its state in one SQLite file."""
+    """Returns the SuperLink's ASGI application with the calls of devices, and its state in one SQLite file."""
     os.environ["FLWR_DATABASE"] = str(database)
     from flwr.superlink.main import create_app
 
-    from fedtune.flower.bundle_endpoints import Bundles
+    from fedtune.flower.link_endpoints import LinkEndpoints
 
     app = create_app()
     app.state.enable_supernode_auth = True
     app.state.superexec_auth_secret = secret.encode()
-    return Bundles(app)
+    return LinkEndpoints(app, database.parent)
 
 
 @dataclass(frozen=True)

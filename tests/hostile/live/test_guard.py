@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import socket
 import ssl
@@ -20,58 +21,49 @@ from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.message_pb2 import Metadata as MetadataProto
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supercore.primitives.asymmetric import sign_message
 
-from fedtune.client.client_commands import PIECE_BYTES
-from fedtune.core.errors import PeerError
-from fedtune.core.host.trusted_server import ServerClock
-from fedtune.core.manifest.joining import load_node_key, make_node_key
-from fedtune.core.protocol.bundles import (
-    BRING,
-    COLLECT,
-    MAX_BUNDLE_BYTES,
-    MAX_OBJECTS,
-    SEND,
-    TAKE,
-    BringReply,
-    CollectReplies,
-    SendMessages,
-    TakeMessage,
-)
-from fedtune.core.protocol.messages import HEADER_BYTES, encode
-from fedtune.core.protocol.signed_requests import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER, public_pem, sign
-from fedtune.flower.envelope import seal, unseal
-from fedtune.flower.fleet_link import Answer, FleetLink, Task
-from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS, MAX_BODY_BYTES
-from fedtune.flower.reply_bounds import MAX_PIECE_BODY_BYTES, ReplyBound
-from fedtune.flower.signed_http import (
+from fedtune.client.live.fleet_link import Answer, FleetLink
+from fedtune.client.live.signed_http import (
     NotAdmittedError,
     RunOverError,
     UnknownDeviceError,
     UnreachableError,
     UntrustedError,
 )
+from fedtune.core.errors import PeerError
+from fedtune.core.host.trusted_server import ServerClock
+from fedtune.core.manifest.joining import load_node_key, make_node_key
+from fedtune.core.protocol.bundles import COLLECT, SEND, CollectReplies, SendMessages
+from fedtune.core.protocol.device_calls import (
+    ANNOUNCE,
+    APPEND,
+    BEAT,
+    BRING,
+    CONNECT,
+    LEAVE,
+    MAX_CALL_BYTES,
+    MAX_PIECE_BYTES,
+    READ_PART,
+    TAKE,
+    AnnounceAnswer,
+    AppendPiece,
+    BringAnswer,
+    ReadPart,
+    Received,
+    Refused,
+)
+from fedtune.core.protocol.messages import HEADER_BYTES, decode, encode
+from fedtune.core.protocol.signed_requests import KEY_HEADER, SIGNATURE_HEADER, sign
+from fedtune.flower.envelope import seal, unseal
+from fedtune.flower.guard import CONTROL_HEADER, DEVICE_CALLS
+from fedtune.flower.run_grid import RunGrid
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     yield from listening(tmp_path_factory.mktemp("endpoint"))
-
-
-@pytest.fixture(autouse=True)
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has large replies made in the pieces of a device's process."""
-    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE_BYTES)
 
 
 OUTSIDE = [
@@ -84,7 +76,11 @@ OUTSIDE = [
     "/v1/runtime/push-messages",
     SEND,
     COLLECT,
+    "/v1/fleet/activate-node",
+    "/v1/fleet/send-node-heartbeat",
     "/v1/fleet/pull-messages",
+    "/v1/fleet/push-messages",
+    "/v1/fleet/push-object",
     "/v1/fleet/register-node",
     "/v1/fleet/unregister-node",
     "/v1/fleet/get-fab",
@@ -105,18 +101,18 @@ def test_nothing_but_device_calls_exists_for_the_outside(endpoint: Endpoint, pat
 
 
 TRICKS = [
-    "/v1/fleet/../control/list-runs",
-    "/v1/fleet/%2e%2e/control/list-runs",
-    "/v1/fleet/..%2fcontrol/list-runs",
-    "/v1/fleet/%2e%2e%2fcontrol%2flist-runs",
-    "/v1/fleet/push-messages/../../control/list-runs",
+    "/v1/device/../control/list-runs",
+    "/v1/device/%2e%2e/control/list-runs",
+    "/v1/device/..%2fcontrol/list-runs",
+    "/v1/device/%2e%2e%2fcontrol%2flist-runs",
+    "/v1/device/take/../../control/list-runs",
     "//v1/control/list-runs",
-    "/v1/fleet/push-messages/",
-    "/v1/fleet/push-messages%00",
-    "/V1/FLEET/PUSH-MESSAGES",
+    "/v1/device/take/",
+    "/v1/device/take%00",
+    "/V1/DEVICE/TAKE",
     "https://localhost/v1/control/list-runs",
-    "/v1/fleet/x?/../../control/list-runs",
-    "/v1/control/list-runs#/v1/fleet/push-messages",
+    "/v1/device/x?/../../control/list-runs",
+    "/v1/control/list-runs#/v1/device/take",
 ]
 
 
@@ -132,19 +128,19 @@ def test_paths_that_play_tricks_lead_nowhere(endpoint: Endpoint, target: str, ex
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE"])
 def test_other_methods_lead_nowhere(endpoint: Endpoint, method: str) -> None:
-    answer = endpoint.raw(f"{method} /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    answer = endpoint.raw(f"{method} /v1/device/take HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
     assert answer.split()[1:2] in ([b"404"], [b"400"])
 
 
 def test_a_websocket_is_refused(endpoint: Endpoint) -> None:
     upgrade = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-    answer = endpoint.raw(b"GET /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
+    answer = endpoint.raw(b"GET /v1/device/take HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
     assert b" 101 " not in answer.split(b"\r\n")[0]
 
 
 def test_a_body_is_measured_before_it_is_read(endpoint: Endpoint) -> None:
-    head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\n"
-    too_large = endpoint.raw(head + f"content-length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+    head = b"POST /v1/device/append HTTP/1.1\r\nhost: x\r\n"
+    too_large = endpoint.raw(head + f"content-length: {MAX_CALL_BYTES + 1}\r\n\r\n".encode())
     assert too_large.split()[1] == b"413"
     absurd = endpoint.raw(head + b"content-length: 99999999999999999999\r\n\r\n")
     assert absurd.split()[1] in (b"413", b"400")
@@ -153,65 +149,59 @@ def test_a_body_is_measured_before_it_is_read(endpoint: Endpoint) -> None:
     assert chunked.split()[1] == b"411"
 
 
-@pytest.mark.parametrize("path", [TAKE, BRING, "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
+@pytest.mark.parametrize("path", [BRING, APPEND])
 def test_no_byte_of_an_unauthenticated_clients_body_is_read(endpoint: Endpoint, path: str) -> None:
     """An incomplete body is refused too; a server that waited for the rest would keep the part that came."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: {MAX_BODY_BYTES}\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {MAX_CALL_BYTES}\r\n"
     assert endpoint.raw(head.encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
     unknown = signed(load_node_key(make_node_key()))
     shown = "".join(f"{name}: {value}\r\n" for name, value in unknown.items())
     assert endpoint.raw((head + shown).encode() + b"\r\n" + bytes(1000)).split()[1] == b"401"
 
 
-def bundle(
-    node_id: int, name: int | None = None, messages: int = 1, objects: dict[str, bytes] | None = None
-) -> BringReply:
-    """Makes a reply from this node, under any name."""
-    head = MessageProto(metadata=MetadataProto(src_node_id=node_id if name is None else name, run_id=1))
-    request = PushMessagesRequest(
-        node=Node(node_id=node_id), messages_list=[head] * messages, message_object_trees=[ObjectTree()] * messages
-    )
-    return BringReply(request.SerializeToString(), objects or {})
+ID = "ab" * 32
 
 
-def test_a_bundle_is_one_reply_of_its_sender_and_bounded(endpoint: Endpoint) -> None:
+def test_what_is_no_call_of_a_device_is_refused(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
-    key, node_id = endpoint.key_of(device), device.activate()
-    many = {f"{number:064x}": b"" for number in range(MAX_OBJECTS + 1)}
-    for bad in (
-        bundle(node_id, name=node_id + 1),
-        bundle(node_id, messages=0),
-        bundle(node_id, messages=2),
-        bundle(node_id, objects=many),
-        bundle(node_id, objects={"../escape": b""}),
-        BringReply(b"\xff" * 100, {}),
+    key = endpoint.key_of(device)
+    device.connect()
+    for path, body in (
+        (TAKE, b"x"),
+        (BRING, b"\xff" * 1000),
+        (BRING, encode(BringAnswer("../escape", 0.0, b""))),
+        (BRING, encode(BringAnswer(ID, -1.0, b""))),
+        (BRING, encode(BringAnswer(ID, float("nan"), b""))),
+        (BRING, encode(BringAnswer(ID, 0.0, bytes(MAX_PIECE_BYTES + 1)))),
+        (BRING, encode(BringAnswer(ID, 0.0, b"", Refused("x" * 501, False)))),
+        (ANNOUNCE, encode(AnnounceAnswer(ID, 0.0, 1, bytes(32)))),
+        (ANNOUNCE, encode(AnnounceAnswer(ID, 0.0, 1 << 40, bytes(32)))),
+        (ANNOUNCE, encode(AnnounceAnswer(ID, 0.0, 1 << 20, b"short"))),
+        (APPEND, encode(AppendPiece(ID, -1, b"x"))),
+        (APPEND, encode(AppendPiece(ID, 0, b""))),
+        (READ_PART, encode(ReadPart(ID, 2, 0))),
     ):
-        assert send(endpoint, key, BRING, encode(bad)).status_code == 400, bad
-    huge = bundle(node_id, objects={"0" * 64: bytes(MAX_BODY_BYTES)})
-    assert send(endpoint, key, BRING, encode(huge)).status_code == 413
-    assert send(endpoint, key, TAKE, b"\xff" * 1000).status_code == 400
+        assert send(endpoint, key, path, body).status_code == 400, (path, body[:40])
 
 
-@pytest.mark.parametrize("spoil", ["content", "missing"])
-def test_of_a_spoilt_bundle_nothing_is_kept(endpoint: Endpoint, spoil: str) -> None:
+def test_of_an_answer_that_is_not_the_announced_one_nothing_is_kept(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
+    key = endpoint.key_of(device)
     with endpoint.link.open_run(60.0) as grid:
-        device.activate()
-        (message_id,) = grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
-        task = device.pull()
+        grid.bound_replies("query.anything", 200_000)
+        device.connect()
+        (message_id,) = push(grid, endpoint, device, "query.anything")
+        task = device.take()
         assert task is not None
-        answer = Answer(b"answer", 0.0, time.time())
-        whole = device.bundle(task, answer)
-        *rest, last = whole.objects
-        objects = {name: whole.objects[name] for name in rest}
-        spoilt = BringReply(whole.request, objects | {last: b"else"} if spoil == "content" else objects)
-        assert send(endpoint, endpoint.key_of(device), BRING, encode(spoilt)).status_code == 400
+        payload = os.urandom(200_000)
+        assert announce(endpoint, key, message_id, payload).status_code == 200
+        first, rest = payload[:MAX_PIECE_BYTES], payload[MAX_PIECE_BYTES:]
+        assert append(endpoint, key, message_id, 0, first).status_code == 200
+        assert append(endpoint, key, message_id, len(first), bytes(len(rest))).status_code == 400
         assert grid.pull_messages([message_id]) == []
-        device.answer(task, answer)
+        device.answer(task, Answer(payload, 0.0))
         (heard,) = grid.pull_messages([message_id])
-        assert unseal(heard) == b"answer"
+        assert unseal(heard) == payload
 
 
 def test_the_servers_own_bundles_want_the_token_of_a_run_too(endpoint: Endpoint) -> None:
@@ -224,142 +214,133 @@ def test_the_servers_own_bundles_want_the_token_of_a_run_too(endpoint: Endpoint)
         assert endpoint.post(path, server=endpoint.private, body=encode(payload)).status_code == 404
 
 
-def test_a_device_that_foresees_a_message_cannot_keep_it_from_the_others(endpoint: Endpoint) -> None:
-    """Eve declares the coming message as a part of her reply, without content."""
-    eve, ada = endpoint.newcomer(), endpoint.newcomer()
-    with endpoint.link.open_run(60.0) as grid:
-        eve.activate()
-        ada.activate()
-        grid.bound_replies("query.open", 1_000_000)  # so that its pieces may come one by one
-        grid.push_messages([Message(seal(b"open"), eve.node_id, "query.open", ttl=600)])
-        task = eve.pull()
-        assert task is not None
-        coming = Message(seal(b"survivors"), ada.node_id, "query.vote", ttl=600)
-        (foreseen,) = get_object_tree(coming).children
-        asked = task.head
-        head = MessageProto(
-            metadata=MetadataProto(
-                run_id=asked.run_id,
-                message_id="ab" * 32,
-                src_node_id=eve.node_id,
-                dst_node_id=asked.src_node_id,
-                reply_to_message_id=task.tree.object_id,
-                message_type=asked.message_type,
-                created_at=time.time(),
-                ttl=10.0,
-            )
-        )
-        head.error.code = 1
-        lie = ObjectTree(object_id="ab" * 32, children=[ObjectTree(object_id=foreseen.object_id)])
-        request = PushMessagesRequest(
-            node=Node(node_id=eve.node_id),
-            messages_list=[head],
-            message_object_trees=[lie],
-            clientapp_runtime_list=[0.0],
-        )
-        pushed = send(endpoint, endpoint.key_of(eve), "/v1/fleet/push-messages", request.SerializeToString())
-        assert pushed.status_code == 200
-        assert all(grid.push_messages([coming]))
-        heard = ada.pull()
-        assert heard is not None
-        assert ada.fetch(heard).parts == (b"survivors",)
+def push(grid: RunGrid, endpoint: Endpoint, device: FleetLink, *kinds: str) -> list[str]:
+    """Sends a question of each of these types to a device; returns their ids."""
+    node = endpoint.node(device)
+    return list(grid.push_messages([Message(seal(b"question"), node, kind, ttl=600) for kind in kinds]))
 
 
-def announcement(task: Task, answer: Answer, device: FleetLink, pieces: int | None = None) -> bytes:
-    """Returns the call that announces an answer piece by piece, or as many pieces as a liar likes."""
-    request = PushMessagesRequest.FromString(device.bundle(task, answer).request)
-    if pieces is not None:
-        parts = [ObjectTree(object_id=f"{number:064x}") for number in range(pieces - 1)]
-        del request.message_object_trees[0].children[:]
-        request.message_object_trees[0].children.extend(parts)
-    announced: bytes = request.SerializeToString()
-    return announced
+def announce(endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, message: str, payload: bytes) -> httpx.Response:
+    digest = hashlib.sha256(payload).digest()
+    return send(endpoint, key, ANNOUNCE, encode(AnnounceAnswer(message, 0.0, len(payload), digest)))
+
+
+def append(
+    endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, message: str, offset: int, piece: bytes
+) -> httpx.Response:
+    return send(endpoint, key, APPEND, encode(AppendPiece(message, offset, piece)))
 
 
 def test_a_reply_takes_no_more_room_than_its_request_could_give(endpoint: Endpoint) -> None:
-    """A device could have the server store ten thousand pieces, whatever it was asked."""
-    device, push, size = endpoint.newcomer(), "/v1/fleet/push-messages", 300_000
-    key, bound = endpoint.key_of(device), ReplyBound(size)
-    with endpoint.link.open_run(60.0) as grid:
-        grid.bound_replies("query.long", size)
-        device.activate()
-        messages = [Message(seal(b"question"), device.node_id, kind, ttl=600) for kind in ("query.long", "query.short")]
-        grid.push_messages(messages)
-        long, short = sorted(filter(None, (device.pull(), device.pull())), key=lambda task: task.action)
-        whole, brief = Answer(os.urandom(size), 0.0, time.time()), Answer(b"answer", 0.0, time.time())
-
-        too_many = announcement(long, whole, device, bound.pieces + 1)
-        assert send(endpoint, key, push, too_many).status_code == 413
-        # An answer that fits into one call is not taken in pieces, and in one call no more than it can have.
-        assert send(endpoint, key, push, announcement(short, brief, device)).status_code == 413
-        bundle = device.bundle(short, brief)
-        stuffed = BringReply(bundle.request, bundle.objects | {"0" * 64: bytes(ReplyBound(HEADER_BYTES).size)})
-        assert send(endpoint, key, BRING, encode(stuffed)).status_code == 413
-        for payload in (os.urandom(MAX_BUNDLE_BYTES - 2000), os.urandom(size)):
-            with pytest.raises(PeerError, match="refuses a message of this size"):
-                device.answer(short, Answer(payload, 0.0, time.time()))
-
-        device.answer(short, brief)
-        device.answer(long, whole)
-        heard = grid.pull_messages([short.tree.object_id, long.tree.object_id])
-        assert [unseal(reply) for reply in heard] == [b"answer", whole.outcome]
-
-
-def test_a_message_has_one_reply_that_may_be_announced_again(endpoint: Endpoint) -> None:
-    """Flower knows a repeated reply by its id alone, and took other pieces under it each time."""
-    device, push = endpoint.newcomer(), "/v1/fleet/push-messages"
+    device, size = endpoint.newcomer(), 300_000
     key = endpoint.key_of(device)
     with endpoint.link.open_run(60.0) as grid:
-        grid.bound_replies("query.long", 1_000_000)
-        device.activate()
-        grid.push_messages([Message(seal(b"question"), device.node_id, "query.long", ttl=600)])
-        task = device.pull()
-        assert task is not None
-        answer = Answer(os.urandom(200_000), 0.0, time.time())
+        grid.bound_replies("query.long", size)
+        device.connect()
+        long, short = push(grid, endpoint, device, "query.long", "query.short")
+        tasks = {task.message: task for task in (device.take(), device.take()) if task is not None}
+        assert announce(endpoint, key, long, os.urandom(size + 1)).status_code == 413
+        assert announce(endpoint, key, short, os.urandom(MAX_PIECE_BYTES + 1)).status_code == 413
+        for payload in (os.urandom(HEADER_BYTES + 1), os.urandom(size)):
+            with pytest.raises(PeerError, match="refuses a message of this size"):
+                device.answer(tasks[short], Answer(payload, 0.0))
+        whole = os.urandom(size)
+        assert announce(endpoint, key, long, whole).status_code == 200
+        start = 0
         for _ in range(2):
-            assert send(endpoint, key, push, announcement(task, answer, device)).status_code == 200
-        assert send(endpoint, key, push, announcement(task, answer, device, 3)).status_code == 403
-        with pytest.raises(RunOverError):
-            device.answer(task, Answer(os.urandom(200_000), 0.0, time.time()))
-        device.answer(task, answer)
-        (heard,) = grid.pull_messages([task.tree.object_id])
-        assert unseal(heard) == answer.outcome
+            append(endpoint, key, long, start, whole[start : start + MAX_PIECE_BYTES])
+            start += MAX_PIECE_BYTES
+        assert append(endpoint, key, long, start, bytes(size - start + 1)).status_code == 413
+        device.answer(tasks[short], Answer(b"answer", 0.0))
+        device.answer(tasks[long], Answer(whole, 0.0))
+        heard = grid.pull_messages([short, long])
+        assert [unseal(reply) for reply in heard] == [b"answer", whole]
+
+
+def test_a_large_answer_goes_on_where_it_was_and_is_the_only_one(endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    key, payload, other = endpoint.key_of(device), os.urandom(200_000), os.urandom(200_000)
+
+    def received(response: httpx.Response) -> int:
+        return decode(response.content, Received).size
+
+    with endpoint.link.open_run(60.0) as grid:
+        grid.bound_replies("query.long", 200_000)
+        device.connect()
+        (message,) = push(grid, endpoint, device, "query.long")
+        assert append(endpoint, key, message, 0, b"x").status_code == 403  # nothing was announced
+        task = device.take()
+        assert task is not None
+        assert received(announce(endpoint, key, message, payload)) == 0
+        assert received(append(endpoint, key, message, 0, payload[:1000])) == 1000
+        assert received(append(endpoint, key, message, 0, payload[:1000])) == 1000  # brought twice
+        assert received(append(endpoint, key, message, 5000, b"gap")) == 1000
+        assert received(announce(endpoint, key, message, payload)) == 1000
+        assert received(announce(endpoint, key, message, other)) == 0  # the device's new process answers otherwise
+        device.answer(task, Answer(payload, 0.0))
+        assert received(announce(endpoint, key, message, payload)) == 200_000
+        for outcome in (b"else", other):
+            with pytest.raises(RunOverError):
+                device.answer(task, Answer(outcome, 0.0))
+        (heard,) = grid.pull_messages([message])
+        assert unseal(heard) == payload
+
+
+def test_a_message_is_answered_by_the_device_that_has_taken_it(endpoint: Endpoint) -> None:
+    ada, eve = endpoint.newcomer(), endpoint.newcomer()
+    key, large = endpoint.key_of(eve), os.urandom(MAX_PIECE_BYTES + 1)
+    with endpoint.link.open_run(60.0) as grid:
+        ada.connect()
+        eve.connect()
+        (small,) = push(grid, endpoint, ada, "query.anything")
+        (message,) = grid.push_messages([Message(seal(large), endpoint.node(ada), "query.anything", ttl=600)])
+        assert send(endpoint, endpoint.key_of(ada), BRING, encode(BringAnswer(small, 0.0, b"early"))).status_code == 403
+        tasks = [ada.take(), ada.take()]
+        for path, body in (
+            (READ_PART, ReadPart(message, 0, 0)),
+            (BRING, BringAnswer(small, 0.0, b"forged")),
+            (ANNOUNCE, AnnounceAnswer(small, 0.0, 200_000, bytes(32))),
+            (APPEND, AppendPiece(small, 0, b"x")),
+        ):
+            assert send(endpoint, key, path, encode(body)).status_code == 403
+        assert eve.take() is None
+        assert sorted(ada.fetch(task).parts[0] for task in tasks if task) == sorted([b"question", large])
+        assert send(endpoint, endpoint.key_of(ada), READ_PART, encode(ReadPart(message, 0, 1 << 20))).status_code == 400
 
 
 def test_a_reply_that_nobody_waits_for_is_not_stored(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
-    key, node_id = endpoint.key_of(device), device.activate()
-    assert send(endpoint, key, BRING, encode(bundle(node_id))).status_code == 403
-    request = bundle(node_id).request
-    assert send(endpoint, key, "/v1/fleet/push-messages", request).status_code == 403
+    key = endpoint.key_of(device)
+    device.connect()
+    assert send(endpoint, key, BRING, encode(BringAnswer(ID, 0.0, b"answer"))).status_code == 403
+    assert announce(endpoint, key, ID, os.urandom(200_000)).status_code == 403
 
 
 def test_a_piece_is_no_larger_than_devices_make_them(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
-    body = bytes(MAX_PIECE_BODY_BYTES + 1)
-    assert send(endpoint, endpoint.key_of(device), "/v1/fleet/push-object", body).status_code == 413
+    assert send(endpoint, endpoint.key_of(device), APPEND, bytes(MAX_CALL_BYTES + 1)).status_code == 413
 
 
 def test_a_device_that_never_answers_leaves_no_growing_list(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
     with endpoint.link.open_run(60.0) as grid:
-        device.activate()
+        device.connect()
         tasks = []
         for _ in range(17):
-            grid.push_messages([Message(seal(b"question"), device.node_id, "query.anything", ttl=600)])
-            tasks.append(device.pull())
+            push(grid, endpoint, device, "query.anything")
+            tasks.append(device.take())
         first, *_, last = tasks
         assert first is not None
         assert last is not None
         with pytest.raises(RunOverError):
-            device.answer(first, Answer(b"late", 0.0, time.time()))
-        device.answer(last, Answer(b"answer", 0.0, time.time()))
+            device.answer(first, Answer(b"late", 0.0))
+        device.answer(last, Answer(b"answer", 0.0))
 
 
 def test_garbage_in_a_device_call_is_refused_and_harms_nothing(endpoint: Endpoint) -> None:
     for path in sorted(DEVICE_CALLS):
         assert 400 <= endpoint.post(path, body=b"\xff" * 1000).status_code < 600
-    assert endpoint.newcomer().activate() > 0
+    endpoint.newcomer().connect()
 
 
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/health", "/docs"])
@@ -367,7 +348,7 @@ def test_the_private_socket_wants_the_control_key_from_local_users_too(endpoint:
     assert endpoint.post(path, server=endpoint.private).status_code == 404
     assert endpoint.post(path, {CONTROL_HEADER: "0" * 64}, server=endpoint.private).status_code == 404
     with pytest.raises(UnreachableError, match="not a fedtune server"):
-        endpoint.device("bob", endpoint.private).activate()
+        endpoint.device("bob", endpoint.private).connect()
 
 
 def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -400,9 +381,7 @@ def test_a_foreign_run_is_ended_and_nothing_of_it_is_run(endpoint: Endpoint, tmp
 def signed(
     key: ec.EllipticCurvePrivateKey, path: str = "", body: bytes = b"", moment: datetime.datetime | None = None
 ) -> dict[str, str]:
-    headers = sign(key, path, (moment or datetime.datetime.now(datetime.UTC)).timestamp(), body)
-    shown = b64encode(sign_message(key, headers[TIME_HEADER].encode())).decode()
-    return {**headers, FLEET_HTTP_SIGNATURE_HEADER: shown}
+    return sign(key, path, (moment or datetime.datetime.now(datetime.UTC)).timestamp(), body)
 
 
 def send(endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, path: str, body: bytes) -> httpx.Response:
@@ -412,90 +391,78 @@ def send(endpoint: Endpoint, key: ec.EllipticCurvePrivateKey, path: str, body: b
 
 def test_a_request_without_a_signature_is_refused(endpoint: Endpoint) -> None:
     for path in sorted(DEVICE_CALLS):
-        assert endpoint.post(path).status_code in (401, 400), path  # 400: the request does not name its sender
+        assert endpoint.post(path).status_code in (401, 400), path  # 400: a request to join is signed by itself
 
 
 def test_a_key_that_was_never_enrolled_does_not_get_in(endpoint: Endpoint) -> None:
     unknown = FleetLink(endpoint.public, endpoint.home.authority, make_node_key())
     endpoint.lines.append(unknown)
     with pytest.raises((NotAdmittedError, UnknownDeviceError)):
-        unknown.activate()
+        unknown.connect()
 
 
 def test_a_device_cannot_speak_as_another(endpoint: Endpoint) -> None:
-    ada, eve = endpoint.device("ada"), load_node_key(endpoint.bundles["eve"].node_key)
-    node_id = ada.activate()
-    for body in (encode(TakeMessage(node_id)), encode(TakeMessage(0))):
-        assert send(endpoint, eve, TAKE, body).status_code == 401
-        assert endpoint.post(TAKE, body=body).status_code == 401  # not signed at all
-    assert send(endpoint, eve, BRING, encode(bundle(node_id))).status_code == 401
-    assert endpoint.post(BRING, body=encode(bundle(node_id))).status_code == 401
-    claim = ActivateNodeRequest(
-        public_key=public_pem(load_node_key(endpoint.bundles["bob"].node_key)),
-        heartbeat_interval=30,
-    ).SerializeToString()
-    assert send(endpoint, eve, "/v1/fleet/activate-node", claim).status_code == 401
+    eve, ada = (load_node_key(endpoint.bundles[name].node_key) for name in ("eve", "ada"))
+    stolen = signed(eve, TAKE) | {KEY_HEADER: signed(ada, TAKE)[KEY_HEADER]}
+    assert endpoint.post(TAKE, stolen).status_code == 401
+    assert endpoint.post(TAKE).status_code == 401  # not signed at all
 
 
 def test_an_old_signature_is_refused(endpoint: Endpoint) -> None:
     eve = load_node_key(endpoint.bundles["eve"].node_key)
-    claim = ActivateNodeRequest(public_key=public_pem(eve), heartbeat_interval=30)
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
-    body = claim.SerializeToString()
-    path = "/v1/fleet/activate-node"
-    assert endpoint.post(path, signed(eve, path, body, old), body=body).status_code == 401
-    garbled = signed(eve, path, body) | {FLEET_HTTP_SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
-    assert endpoint.post(path, garbled, body=body).status_code == 401
+    assert endpoint.post(CONNECT, signed(eve, CONNECT, b"", old)).status_code == 401
+    garbled = signed(eve, CONNECT) | {SIGNATURE_HEADER: b64encode(b"0" * 70).decode()}
+    assert endpoint.post(CONNECT, garbled).status_code == 401
 
 
 def test_a_proxy_that_ends_tls_can_change_neither_body_nor_path_nor_time(endpoint: Endpoint) -> None:
-    eve, path = endpoint.newcomer(), "/v1/fleet/send-node-heartbeat"
-    node, key = Node(node_id=eve.activate()), endpoint.key_of(eve)
-    body = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
-    other = SendNodeHeartbeatRequest(node=node, heartbeat_interval=86400).SerializeToString()
-    good = signed(key, path, body)
-    assert endpoint.post(path, good, body=body).status_code == 200
-    later = signed(key, path, body, datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1))
+    eve = endpoint.newcomer()
+    eve.connect()
+    key = endpoint.key_of(eve)
+    good = signed(key, BEAT)
+    assert endpoint.post(BEAT, good).status_code == 200
+    later = signed(key, BEAT, b"", datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1))
     missing = {name: value for name, value in good.items() if name != SIGNATURE_HEADER}
     forged = [good | {SIGNATURE_HEADER: value} for value in ("", "AA", "#", later[SIGNATURE_HEADER])]
     for headers in (missing, *forged, good | {KEY_HEADER: "AA=="}):
-        assert endpoint.post(path, headers, body=body).status_code == 401, headers
-    assert endpoint.post(path, good, body=other).status_code == 401
-    assert endpoint.post("/v1/fleet/deactivate-node", good, body=body).status_code == 401
+        assert endpoint.post(BEAT, headers).status_code == 401, headers
+    assert endpoint.post(BEAT, good, body=b"other").status_code == 401
+    assert endpoint.post(LEAVE, good).status_code == 401
 
 
 def test_a_wrong_clock_is_corrected_by_the_servers(endpoint: Endpoint) -> None:
     device = endpoint.newcomer(ServerClock(lambda: time.time() + 3600.0))
-    device.activate()
+    device.connect()
     assert abs(device.clock_error - 3600.0) < 2.0
-    device.deactivate(device.node_id)
+    device.leave()
 
 
 def test_a_revoked_device_is_cut_off_at_its_next_request(endpoint: Endpoint) -> None:
     device = endpoint.newcomer()
-    node_id = device.activate()
-    assert device.pull() is None
-    endpoint.link.unregister(node_id)
+    device.connect()
+    assert device.take() is None
+    endpoint.link.unregister(endpoint.node(device))
     with pytest.raises(UnknownDeviceError, match="revoked"):
-        device.pull()
+        device.take()
     with pytest.raises(UnknownDeviceError):
         device.beat()
     with pytest.raises((NotAdmittedError, UnknownDeviceError)):
-        device.activate()
+        device.connect()
 
 
 def test_a_device_trusts_its_own_authority_only(endpoint: Endpoint) -> None:
     device = FleetLink(endpoint.public, make_authority().certificate, endpoint.bundles["ada"].node_key)
     endpoint.lines.append(device)
     with pytest.raises(UntrustedError, match="certificate"):
-        device.activate()
+        device.connect()
 
 
 def test_a_server_under_another_name_is_not_trusted(endpoint: Endpoint) -> None:
     device = FleetLink(f"127.1:{endpoint.listener.port}", endpoint.home.authority, endpoint.bundles["ada"].node_key)
     endpoint.lines.append(device)
     with pytest.raises(UntrustedError, match=r"certificate"):
-        device.activate()
+        device.connect()
 
 
 def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
@@ -519,6 +486,6 @@ def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
         thread.start()
         device = FleetLink(f"localhost:{listener.getsockname()[1]}", authority.certificate, make_node_key())
         with pytest.raises(UntrustedError, match=r"certificate has expired; by this device's clock it is 2"):
-            device.activate()
+            device.connect()
         device.close()
         thread.join(5)

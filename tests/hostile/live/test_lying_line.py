@@ -5,22 +5,28 @@ from __future__ import annotations
 import gzip
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from flwr.proto.fleet_pb2 import PullMessagesResponse
-from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PullObjectResponse
 
+from fedtune.client.live.fleet_link import Answer, FleetLink
+from fedtune.client.live.signed_http import MAX_ANSWER_BYTES, UnreachableError
 from fedtune.core.errors import PeerError
 from fedtune.core.manifest.joining import make_node_key
-from fedtune.core.protocol.bundles import TAKE, Taken
+from fedtune.core.protocol.device_calls import (
+    ANNOUNCE,
+    APPEND,
+    MAX_PIECE_BYTES,
+    READ_PART,
+    TAKE,
+    Assignment,
+    Received,
+    Taken,
+)
 from fedtune.core.protocol.messages import encode
-from fedtune.flower.fleet_link import FleetLink, LinkLimits
-from fedtune.flower.signed_http import UnreachableError
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
 
@@ -29,12 +35,11 @@ class Liar:
     """A server that answers every call with the test's content.
 
     Args:
-        narrow: a second link to it, which accepts a megabyte in one answer and three in one message.
+        link: a link to it, which accepts three megabytes in a message.
     """
 
     link: FleetLink
     port: int
-    narrow: FleetLink
     answers: dict[str, bytes] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
@@ -67,80 +72,87 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the device hangs up
     server.socket = context.wrap_socket(server.socket, server_side=True)
     address, key = f"localhost:{server.server_port}", make_node_key()
-    link = FleetLink(address, authority.certificate, key)
-    limits = LinkLimits(answer_bytes=1 << 20, message_bytes=3 << 20)
-    made = Liar(link, server.server_port, FleetLink(address, authority.certificate, key, None, limits))
+    link = FleetLink(address, authority.certificate, key, message_bytes=3 << 20)
+    made = Liar(link, server.server_port)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield made
     link.close()
-    made.narrow.close()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def message(message_type: str = "train") -> Message:
-    moment = time.time()
-    proto = Message(
-        metadata=Metadata(run_id=1, message_id="x", message_type=message_type, created_at=moment, ttl=100.0)
-    )
-    proto.content.SetInParent()
-    return proto
-
-
-def taken(messages: list[Message], trees: list[ObjectTree], objects: dict[str, bytes] | None = None) -> bytes:
-    found = PullMessagesResponse(messages_list=messages, message_object_trees=trees)
-    return encode(Taken(found.SerializeToString(), objects or {}))
+def taken(parts: tuple[bytes, ...] = (b"question",), sizes: tuple[int, ...] = (), action: str = "train") -> bytes:
+    return encode(Taken(Assignment("a" * 64, action, "1", parts, sizes)))
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        taken([message()], []),
-        taken([Message()], [ObjectTree()]),
-        taken([message(message_type="../\x1b[2J")], [ObjectTree(object_id="a" * 64)]),
+        b"",
+        b"\0",
+        taken()[:-1],
+        taken(action="../\x1b[2J"),
+        taken((b"", b"", b"")),
+        taken((), (-1,)),
+        taken((), (1 << 40,)),
     ],
-    ids=["no tree", "nothing", "a type that is none"],  # the bytes contain the time
 )
 def test_what_is_no_message_is_refused(liar: Liar, answer: bytes) -> None:
     liar.answers[TAKE] = answer
-    with pytest.raises(PeerError, match="not a message"):
-        liar.link.pull()
+    with pytest.raises(PeerError, match="Taken"):
+        liar.link.take()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"Message 3\0abc", b"Message x\0", b"Message 0\0", b"Nobody 1\0x"])
-def test_objects_that_are_no_message_are_refused(liar: Liar, content: bytes) -> None:
-    liar.answers[TAKE] = taken([message()], [ObjectTree(object_id="a" * 64)], {"a" * 64: content})
-    task = liar.link.pull()
+@pytest.mark.parametrize("answer", [taken(()), taken((b"", b"")), taken(action="query.open")])
+def test_a_message_has_the_parts_of_its_action(liar: Liar, answer: bytes) -> None:
+    liar.answers[TAKE] = answer
+    task = liar.link.take()
     assert task is not None
-    with pytest.raises(PeerError, match="could not be fetched"):
+    with pytest.raises(PeerError, match=r"expected [12]"):
         liar.link.fetch(task)
 
 
 def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(liar: Liar) -> None:
-    liar.answers[TAKE] = bytes((1 << 20) + 1)
-    with pytest.raises(PeerError, match="more than 1048576 bytes"):
-        liar.narrow.pull()
+    liar.answers[TAKE] = bytes(MAX_ANSWER_BYTES + 1)
+    with pytest.raises(PeerError, match=f"more than {MAX_ANSWER_BYTES} bytes"):
+        liar.link.take()
     liar.answers[TAKE], liar.headers = gzip.compress(bytes(8 << 20)), {"content-encoding": "gzip"}
     with pytest.raises(PeerError, match="compressed"):
-        liar.narrow.pull()
+        liar.link.take()
 
 
 def test_nor_is_a_message_of_ever_more_pieces(liar: Liar) -> None:
-    piece = PullObjectResponse(object_found=True, object_available=True, object_content=bytes(1_000_000))
-    liar.answers["/v1/fleet/pull-object"] = piece.SerializeToString()
-    tree = ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id=f"{n:064x}") for n in range(50)])
-    liar.answers[TAKE] = taken([message()], [tree])
-    task = liar.narrow.pull()
+    liar.answers[TAKE] = taken((), (2 << 20, 2 << 20))
+    task = liar.link.take()
     assert task is not None
     with pytest.raises(PeerError, match="the message has more than 3145728 bytes"):
-        liar.narrow.fetch(task)
-    assert liar.asked.count("/v1/fleet/pull-object") < 50
+        liar.link.fetch(task)
+    assert READ_PART not in liar.asked
+
+
+@pytest.mark.parametrize("size", [0, 1001, MAX_PIECE_BYTES + 1])
+def test_a_piece_is_a_part_of_what_was_announced(liar: Liar, size: int) -> None:
+    liar.answers[TAKE], liar.answers[READ_PART] = taken((), (1000,)), bytes(size)
+    task = liar.link.take()
+    assert task is not None
+    with pytest.raises(PeerError, match=f"a piece of {size} bytes, where 1000 are missing"):
+        liar.link.fetch(task)
+
+
+@pytest.mark.parametrize("there", [0, 100])
+def test_a_server_that_takes_no_piece_of_an_answer_keeps_no_device_busy(liar: Liar, there: int) -> None:
+    liar.answers = {TAKE: taken(), ANNOUNCE: encode(Received(100)), APPEND: encode(Received(there))}
+    task = liar.link.take()
+    assert task is not None
+    with pytest.raises(UnreachableError, match="does not take the next piece"):
+        liar.link.answer(task, Answer(bytes(200_000), 0.0))
+    assert liar.asked.count(APPEND) == 1
 
 
 def test_a_server_sends_no_device_elsewhere(liar: Liar) -> None:
     liar.status, liar.headers = 307, {"location": f"https://localhost:{liar.port}/elsewhere"}
     with pytest.raises(UnreachableError, match="the server answered 307"):
-        liar.link.pull()
+        liar.link.take()
     assert liar.asked == [TAKE]

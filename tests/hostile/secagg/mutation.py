@@ -646,29 +646,29 @@ MUTANTS = (
         suites=REQUESTS,
     ),
     # the server's checks of what a reply has it store
+    Mutant("reply: bytes", "mailboxes.py", "size > self.payload_bytes", "False", FLOWER, suites=GUARD),
+    Mutant("reply: one for a message", "mailboxes.py", "self.answered != digest", "False", FLOWER, suites=GUARD),
+    Mutant("reply: what is kept", "mailboxes.py", "while len(letters) > _KEPT:", "while False:", FLOWER, suites=GUARD),
     Mutant(
-        "reply: pieces",
-        "reply_bounds.py",
-        "_PIECES_BESIDE + -(-self.payload // MAX_BUNDLE_BYTES)",
-        "10_000",
+        "reply: pieces within the announced size",
+        "mailboxes.py",
+        "self.received + len(content) > self.size",
+        "False",
         FLOWER,
         suites=GUARD,
     ),
-    Mutant("reply: bytes", "reply_bounds.py", "brought > bound.size", "False", FLOWER, suites=GUARD),
     Mutant(
-        "reply: whole where it fits", "reply_bounds.py", "bound.size <= MAX_BUNDLE_BYTES", "False", FLOWER, suites=GUARD
+        "reply: pieces in their order", "mailboxes.py", "if offset != self.received:", "if False:", FLOWER, suites=GUARD
     ),
     Mutant(
-        "reply: one for a message", "reply_bounds.py", 'awaited.tree not in (b"", shown)', "False", FLOWER, suites=GUARD
+        "reply: announced digest", "mailboxes.py", "self._hash.digest() != self.digest", "False", FLOWER, suites=GUARD
     ),
-    Mutant(
-        "reply: what is kept", "reply_bounds.py", "while len(waiting) > _KEPT:", "while False:", FLOWER, suites=GUARD
-    ),
+    Mutant("reply: of a message that was taken", "device_endpoints.py", "asked is None or", "", FLOWER, suites=GUARD),
     Mutant(
         "reply: size of a piece",
         "guard.py",
-        '_LIMITS.get(scope["path"], MAX_BODY_BYTES)',
-        "MAX_BODY_BYTES",
+        'DEVICE_CALLS[scope["path"]]:',
+        "(1 << 30):",
         FLOWER,
         suites=GUARD,
     ),

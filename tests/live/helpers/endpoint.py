@@ -13,16 +13,13 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from owner import Enrolled, enroll, make_server
 
+from fedtune.client.live.fleet_link import FleetLink
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.manifest.joining import load_node_key
-from fedtune.flower.fleet_link import LINK_LIMITS, FleetLink, LinkLimits
 from fedtune.flower.superlink import Link
 from fedtune.server.live.enrolled_devices import Devices
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.sockets import Listener
-
-PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
-FLOWER = {"flwr-package-name": "flwr", "flwr-package-version": "1.41.0", "flwr-component-name": "SuperNode"}
 
 
 @dataclass
@@ -38,11 +35,11 @@ class Endpoint:
     lines: list[FleetLink] = field(default_factory=list)
     node_keys: dict[bytes, str] = field(default_factory=dict)
 
-    def newcomer(self, clock: ServerClock | None = None, limits: LinkLimits = LINK_LIMITS) -> FleetLink:
+    def newcomer(self, clock: ServerClock | None = None) -> FleetLink:
         """Enrols a new device and returns its link."""
         name = f"newcomer-{len(self.lines)}"
         node_key = enroll(self.home, name).node_key
-        link = FleetLink(self.public, self.home.authority, node_key, clock, limits)
+        link = FleetLink(self.public, self.home.authority, node_key, clock)
         self.lines.append(link)
         self.node_keys[link.public_key] = node_key
         self.link.register(name, link.public_key)
@@ -51,6 +48,11 @@ class Endpoint:
     def key_of(self, newcomer: FleetLink) -> EllipticCurvePrivateKey:
         """Returns the private key for the device's requests."""
         return load_node_key(self.node_keys[newcomer.public_key])
+
+    def node(self, newcomer: FleetLink) -> int:
+        """Returns the number under which the server knows a connected device."""
+        (node,) = [node.node_id for node in self.link.nodes() if node.public_key == newcomer.public_key]
+        return node
 
     @property
     def public(self) -> str:
@@ -72,7 +74,7 @@ class Endpoint:
         context = ssl.create_default_context(cadata=self.home.authority.decode())
         with httpx.Client(verify=context) as client:
             url = f"https://{server or self.public}{path}"
-            return client.post(url, content=body, headers={**PROTOBUF, **FLOWER, **(headers or {})})
+            return client.post(url, content=body, headers=headers or {})
 
     def raw(self, request: bytes, port: int | None = None) -> bytes:
         """Returns the server's answer to exactly these bytes."""

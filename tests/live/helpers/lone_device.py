@@ -30,8 +30,6 @@ from fedtune.demo import JOB
 from fedtune.server.fleet.signing import sign_job
 from fedtune.server.live.enrolled_devices import Devices
 
-DEVICE = 7
-
 
 def manifest(fleet: Fleet, *, secure: bool = True) -> JobManifest:
     job = load_job(JOB, ["adapter.kind=lora", f"secure_aggregation.enabled={json.dumps(secure)}"])
@@ -47,7 +45,7 @@ class Device:
     readings: list[Sensors]
 
     def ask(self, kind: str, *parts: bytes) -> bytes | Refusal:
-        return self.work.answer(Request(kind, "1", DEVICE, parts))
+        return self.work.answer(Request(kind, "1", parts))
 
     def refusal(self, kind: str, *parts: bytes) -> Refusal:
         outcome = self.ask(kind, *parts)

@@ -16,7 +16,7 @@ from fedtune.core.protocol.signed_requests import (
 )
 
 KEY, OTHER = load_node_key(make_node_key()), load_node_key(make_node_key())
-NOW, PATH, BODY = 1_800_000_000.0, "/v1/fleet/take", b"body"
+NOW, PATH, BODY = 1_800_000_000.0, "/v1/device/take", b"body"
 
 
 def checks(now: float = NOW, path: str = PATH, body: bytes = BODY, **changed: str) -> bool:
@@ -29,7 +29,7 @@ def test_a_request_is_signed_as_it_was_sent_and_in_no_other_form() -> None:
     other = sign(OTHER, PATH, NOW, BODY)
     assert checks()
     assert not checks(body=b"bodY")
-    assert not checks(path="/v1/fleet/bring")
+    assert not checks(path="/v1/device/bring")
     assert not checks(key=other[KEY_HEADER])
     assert not checks(signature=other[SIGNATURE_HEADER])
     assert not checks(time=sign(KEY, PATH, NOW - 1, BODY)[TIME_HEADER])

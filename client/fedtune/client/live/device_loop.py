@@ -20,33 +20,28 @@ from typing import Protocol
 
 from fedtune.client.live.device_home import ClientHome
 from fedtune.client.live.device_status import DeviceReport, Write
+from fedtune.client.live.fleet_link import Answer, FleetLink, note_of, recalled
 from fedtune.client.live.joining_call import hand_in
 from fedtune.client.live.registered_device import RegisteredDevice
+from fedtune.client.live.signed_http import NotAdmittedError, RunOverError, UnknownDeviceError, UnreachableError
 from fedtune.client.plan.device_plan import DevicePlanner
 from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.core.errors import FedtuneError, InputError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.private_files import remove_unfinished, write_private
 from fedtune.core.host.process import Stopped, stopping
+from fedtune.core.protocol.device_calls import Assignment
 from fedtune.core.protocol.messages import Refusal, Request
 from fedtune.core.text import one_line
-from fedtune.flower.fleet_link import Answer, FleetLink, Task, recalled
-from fedtune.flower.signed_http import (
-    IncompatibleError,
-    NotAdmittedError,
-    RunOverError,
-    UnknownDeviceError,
-    UnreachableError,
-)
 
 POLL_SECONDS = (0.03, 0.4, 1.0)  # after activity, limit while a round is near, limit otherwise
 POLL_GROWTH = 1.2
 NEAR_SECONDS = 120.0  # a round counts as near until this long after the last message
 BEAT_SECONDS = 8.0
 BACKOFF_SECONDS = (0.5, 30.0)  # first and longest pause after a failure
-MANY_FAILURES = 6  # for failures that only a person can fix: long pauses from the start
 ANSWER_SECONDS = 900.0  # limit for uploading an answer
 STATUS_SECONDS = 1.0
+ONLINE = "online"  # a file that is there while the server counts this device as online
 
 
 class Work(Protocol):
@@ -125,6 +120,8 @@ class DeviceLoop:
         self._backoff = Backoff(*BACKOFF_SECONDS)
         self._ending = threading.Event()
         self._counted_out = threading.Event()
+        self._connected = False
+        self._online = home.path / ONLINE
 
     def run(self) -> None:
         """Serves until SIGTERM or Ctrl-C."""
@@ -140,9 +137,9 @@ class DeviceLoop:
                 self._report.show("stopped")
             finally:
                 self._ending.set()
-                if self._link.node_id:
-                    self._link.deactivate(self._link.node_id)
-                    (self._home.path / "node").unlink(missing_ok=True)
+                if self._connected:
+                    self._link.leave()
+                    self._online.unlink(missing_ok=True)
                 self._link.close()
                 self._report.happens("stops", task="")
 
@@ -156,19 +153,16 @@ class DeviceLoop:
             self._pause(error)
         except RunOverError:
             pass
-        except IncompatibleError as error:
-            self._backoff.skip(MANY_FAILURES)
-            self._pause(error)
 
     def _connect(self) -> None:
-        before = self._node_before()
-        if before and not self._link.node_id:
-            self._link.deactivate(before)  # after a crash the server still counts this device as online
+        if not self._connected and self._online.exists():
+            self._link.leave()  # after a crash the server still counts this device as online
         if not self._is_counted_in():
-            self._link.activate()
+            self._link.connect()
+        self._connected = True
         self._counted_out.clear()
         with suppress(OSError):  # needed only after a crash
-            self._write(self._home.path / "node", f"{self._link.node_id}\n")
+            self._write(self._online, b"")
         self._backoff.reset()
         clock_error, status = self._link.clock_error, self._report.status
         if clock_error and clock_error != status.clock_error:
@@ -183,10 +177,8 @@ class DeviceLoop:
 
         A heartbeat also counts a device as online again that was away for too long.
         """
-        if not self._link.node_id:
-            return False
         try:
-            return self._link.beat()
+            return self._connected and self._link.beat()
         except UnknownDeviceError:
             return False
 
@@ -195,7 +187,7 @@ class DeviceLoop:
         pause, last = shortest, self._clock.monotonic()
         while not self._counted_out.is_set():
             asked = self._clock.monotonic()
-            task = self._link.pull()
+            task = self._link.take()
             took = self._clock.monotonic() - asked
             if self._backoff.failures:
                 self._backoff.reset()
@@ -212,13 +204,13 @@ class DeviceLoop:
 
     # -- one message --------------------------------------------------------------------------------------------------
 
-    def _work(self, task: Task) -> None:
+    def _work(self, task: Assignment) -> None:
         kind = one_line(f"{task.action} {task.group}")[:200]
         note = self._home.path / "working"
         began = self._clock.monotonic()
         try:
             outcome = self._outcome(task, kind, note)
-            self._bring(task, Answer(outcome, self._clock.monotonic() - began, self._clock.now()))
+            self._bring(task, Answer(outcome, self._clock.monotonic() - began))
         except RunOverError:
             self._report.show(f"{kind}: the server no longer waits for it")
         except Stopped:
@@ -230,10 +222,10 @@ class DeviceLoop:
         answered = self._report.status.answered + 1
         self._report.happens("ends", task="", answered=answered, contact=self._clock.now())
 
-    def _outcome(self, task: Task, kind: str, note: Path) -> bytes | Refusal:
+    def _outcome(self, task: Assignment, kind: str, note: Path) -> bytes | Refusal:
         """Writes the message down, fetches and handles it; the server hands each message out only once."""
         try:
-            self._write(note, task.note)
+            self._write(note, note_of(task))
             self._report.happens("takes", task=kind, contact=self._clock.now())
             return self._device_work.answer(self._link.fetch(task))
         except PeerError as error:
@@ -241,7 +233,7 @@ class DeviceLoop:
         except OSError as error:
             return self._device_work.cannot_store(task.action, error)
 
-    def _bring(self, task: Task, answer: Answer) -> None:
+    def _bring(self, task: Assignment, answer: Answer) -> None:
         self._report.happens("answers")
         end = self._clock.monotonic() + ANSWER_SECONDS
         while True:
@@ -267,20 +259,19 @@ class DeviceLoop:
             return
         try:
             task = recalled(note.read_bytes())
-            if task.node == self._link.node_id:
-                self._link.answer(task, self._refusal("the device was interrupted while it worked on this"))
+            self._link.answer(task, self._refusal("the device was interrupted while it worked on this"))
         except (RunOverError, PeerError, OSError):
             pass  # the server no longer waits for it
         note.unlink(missing_ok=True)
 
     def _refusal(self, reason: str) -> Answer:
-        return Answer(Refusal(reason), 0.0, self._clock.now())
+        return Answer(Refusal(reason), 0.0)
 
     # -- heartbeats and pauses ----------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self._ending.wait(BEAT_SECONDS * random.uniform(0.9, 1.0)):
-            if not self._link.node_id:
+            if not self._connected:
                 continue
             try:
                 if not self._link.beat():
@@ -299,9 +290,3 @@ class DeviceLoop:
             "fails", trying=self._backoff.failures, next_try=now + pause, problem=problem, problem_time=now
         )
         self._clock.sleep(pause)
-
-    def _node_before(self) -> int:
-        try:
-            return int((self._home.path / "node").read_text())
-        except (OSError, ValueError):
-            return 0

@@ -31,11 +31,6 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def limit_pieces(size: int) -> None:
-    """Limits the size of the pieces in which this process sends payloads: slow links must carry each in one request."""
-    os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(size))
-
-
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C asks the process to end; raised wherever the main thread is, so that it ends at once."""
 

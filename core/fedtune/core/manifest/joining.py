@@ -36,7 +36,7 @@ from fedtune.core.secagg.primitives import KEY_BYTES, digest, framed
 
 INVITATION = "fedtune-invitation-1"
 REQUEST = "fedtune-join-request-1"
-JOIN = "/v1/fleet/join"
+JOIN = "/v1/device/join"
 MAX_INVITATION_BYTES = 64 << 10
 MAX_REQUEST_BYTES = 2 << 10
 POINT_BYTES = 33  # of a P-256 key, compressed

@@ -46,13 +46,11 @@ class Request:
     Args:
         action: message type.
         group: label that the messages of one round share, such as the round's number.
-        node: number of the node that is asked.
         parts: payloads, `parts_of(action)` of them.
     """
 
     action: str
     group: str
-    node: int
     parts: tuple[bytes, ...]
 
 

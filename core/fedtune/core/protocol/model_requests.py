@@ -1,7 +1,7 @@
 """The requests with which a device pulls an exported model from its server, and their answers.
 
-    POST /v1/fleet/describe-release  DescribeModel -> ModelDescription
-    POST /v1/fleet/read-model        ReadModel -> bytes of one file
+    POST /v1/device/describe-release  DescribeModel -> ModelDescription
+    POST /v1/device/read-model        ReadModel -> bytes of one file
 
 Both carry the device's signature, as all calls of a fleet do. The device receives files only: it accepts the manifest
 whose digest the fleet's owner has released, requests the files that the manifest lists, writes them only to the paths
@@ -17,7 +17,7 @@ from msgspec import Meta
 from fedtune.core.protocol.messages import Payload
 from fedtune.core.protocol.model_manifest import MAX_MANIFEST_BYTES
 
-DESCRIBE, READ = "/v1/fleet/describe-release", "/v1/fleet/read-model"
+DESCRIBE, READ = "/v1/device/describe-release", "/v1/device/read-model"
 MAX_PIECE_BYTES = 4 << 20  # bytes of a file in one answer
 MAX_REQUEST_BYTES = 16 << 10
 MAX_RELEASE_BYTES = 4096

@@ -4,7 +4,6 @@
     is_signed(headers, path, body, now)                    # on the server, for a key that is enrolled
 
 So a proxy that ends TLS between the two can read requests, delay or drop them, but not change them or send its own.
-Names of the key's and the time's header are Flower's, whose own signature covers the time alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from fedtune.core.secagg.primitives import framed
 
-KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "fedtune-body-signature"
+KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "fedtune-key", "fedtune-time", "fedtune-signature"
 MAX_AGE_SECONDS, MAX_AHEAD_SECONDS = 305.0, 5.0  # a body may take minutes on a slow link
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 

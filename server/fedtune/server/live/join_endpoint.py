@@ -1,6 +1,6 @@
 """The one call of a machine that is no device yet: it hands in its request to join, for the fleet's owner to approve.
 
-    POST /v1/fleet/join     JoinRequest -> nothing
+    POST /v1/device/join    JoinRequest -> nothing
 
 It lies between the guard and Flower's app. A request is small, signed with the very keys that it is about, and kept
 under its code; no more than a thousand wait.

@@ -31,7 +31,7 @@ def with_faults(handler: Handler, settings: SimulationSettings, seed: int, secur
     def handle(client: str, request: Request) -> bytes:
         if request.action not in exchanges:
             return handler(client, request)
-        random = generator(seed, "faults", request.group, request.node)
+        random = generator(seed, "faults", request.group, client)
         vanishes, fails, is_slow = random.random(3) < (settings.dropout, settings.failing, settings.slow)
         if vanishes and exchanges.index(request.action) >= random.integers(len(exchanges)):
             raise VanishedError("the client vanished (simulation.dropout)")
