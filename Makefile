@@ -43,7 +43,7 @@ table: $(READY)  ## Measure the README's table: about ten minutes on two cores.
 	$(BIN)/python benchmarks/demo/run.py
 
 locks: $(READY)  ## Write deploy/locks again, after pyproject.toml or constraints.txt changed.
-	for extra in client server inference; do \
+	for extra in client edge server inference; do \
 		$(LOCK) --extra $$extra --output-file deploy/locks/$$extra.txt pyproject.toml || exit 1; \
 	done
 	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(LOCK) --output-file deploy/locks/build.txt -

@@ -23,7 +23,9 @@ usage: sh install.sh --invitation FILE --data FILE [option]...
   --scores              also score adapters on examples kept back here, for the server to see
   --source SPEC         what to install: a clone of the repository or a wheel; by default the clone this script is in
   --source-hash HASH    the wheel's hash, as sha256:HEX; another wheel is refused
-  --lock FILE           exact versions with hashes, and build.txt beside it; by default the clone's deploy/locks/client.txt
+  --edge                without torch: for a device that trains on an edge pack (--base PACK); an upgrade keeps it so
+  --lock FILE           exact versions with hashes, and build.txt beside it; by default the clone's deploy/locks/client.txt,
+                        or edge.txt
   --python PROGRAM      a Python of version 3.11 or newer; by default the newest that is found
   --torch cpu|cuda      by default what the hardware needs
   --torch-index URL     a second index, for a torch that is built for the CPU; by default there is none, and the lock's torch
@@ -48,7 +50,7 @@ run() { # prints the command, and runs it unless this is a dry run
 }
 
 invitation='' name='' data='' allow_clear='' scores='' source='' source_hash='' lock='' python='' torch='' uninstall='' dry_run='' service=yes
-torch_index='' torch_hash='' system=''
+torch_index='' torch_hash='' system='' extra=''
 [ "$(id -u)" -ne 0 ] || system=yes
 bases='' # one a line
 while [ $# -gt 0 ]; do
@@ -70,6 +72,7 @@ while [ $# -gt 0 ]; do
     --torch) torch=$2 && shift ;;
     --torch-index) torch_index=$2 && shift ;;
     --torch-hash) torch_hash=$2 && shift ;;
+    --edge) extra=edge ;;
     --allow-clear) allow_clear=yes ;;
     --scores) scores=yes ;;
     --user) system='' ;;
@@ -163,9 +166,16 @@ if [ -z "$source" ]; then
     [ -e "$source/deploy/install.sh" ] || fail "not in a clone of the repository; say what to install with --source"
 fi
 [ -e "$source" ] || fail "--source $source: no such file or directory"
+if [ -z "$extra" ]; then # an upgrade keeps what was installed
+    extra=client
+    [ ! -r "$prefix/extra" ] || extra=$(cat "$prefix/extra")
+fi
+if [ "$extra" = edge ] && [ -n "$torch$torch_index$torch_hash" ]; then
+    fail "--torch, --torch-index and --torch-hash: a device that was installed with --edge has no torch"
+fi
 if [ -z "$lock" ]; then
-    lock=$here/locks/client.txt
-    [ ! -d "$source" ] || lock=$source/deploy/locks/client.txt
+    lock=$here/locks/$extra.txt
+    [ ! -d "$source" ] || lock=$source/deploy/locks/$extra.txt
 fi
 [ -r "$lock" ] || fail "--lock $lock: cannot be read"
 for hash in "$source_hash" "$torch_hash"; do
@@ -198,7 +208,9 @@ if [ -z "$torch" ]; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then torch=cuda; fi
 fi
 case $torch in cpu | cuda) ;; *) fail "--torch $torch: expected cpu or cuda" ;; esac
-say "Python $("$python" -c 'import platform; print(platform.python_version())') ($python), torch for $torch, in $prefix"
+trainer="torch for $torch"
+[ "$extra" = client ] || trainer="no torch"
+say "Python $("$python" -c 'import platform; print(platform.python_version())') ($python), $trainer, in $prefix"
 
 # -- install or upgrade
 
@@ -206,12 +218,13 @@ if [ ! -x "$prefix/bin/python" ]; then run "$python" -m venv "$prefix"; fi
 set -- sh "$here/locked.sh"
 # The lock's torch has CUDA in it. Builds for the CPU are in an index of their own; they are versions like 2.13.0+cpu,
 # which pip prefers where it sees both.
-if [ "$torch" = cpu ]; then
+if [ "$extra" = client ] && [ "$torch" = cpu ]; then
     [ -z "$torch_index" ] || set -- "$@" --extra-index-url "$torch_index"
     [ -z "$torch_hash" ] || set -- "$@" --torch-hash "$torch_hash"
     [ -n "$torch_index$torch_hash" ] || say "torch brings several GB of CUDA libraries; see --torch-index and --torch-hash"
 fi
-run "$@" "$prefix/bin/python" "$lock" "fedtune[client] @ file://$(realpath -- "$source")"
+run "$@" "$prefix/bin/python" "$lock" "fedtune[$extra] @ file://$(realpath -- "$source")"
+[ -n "$dry_run" ] || printf '%s\n' "$extra" >"$prefix/extra"
 
 # -- join
 

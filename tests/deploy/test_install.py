@@ -77,6 +77,17 @@ def test_a_dry_run_says_everything_and_does_nothing(machine: Machine) -> None:
     assert list(machine.home.iterdir()) == []
 
 
+def test_a_device_without_torch_takes_its_own_lock_and_an_upgrade_keeps_it_so(machine: Machine) -> None:
+    arguments = ("--invitation", machine.invitation, "--data", machine.data, "--dry-run")
+    done = machine.install(*arguments, "--edge")
+    assert done.returncode == 0, done.stderr
+    for step in ("no torch", "deploy/locks/edge.txt", "fedtune[edge] @ file://"):
+        assert step in done.stdout
+    machine.programs_folder.mkdir(parents=True)
+    (machine.programs_folder / "extra").write_text("edge\n")
+    assert "fedtune[edge] @ file://" in machine.install(*arguments).stdout
+
+
 def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
     arguments = ("--invitation", machine.invitation, "--name", "kitchen", "--data", machine.data, "--dry-run")
     fake = machine.programs / "nvidia-smi"
@@ -101,6 +112,7 @@ def test_torch_is_for_the_hardware_that_is_there(machine: Machine) -> None:
         (("--invitation", "INVITATION"), "expected --data FILE"),
         (("--invitation", "INVITATION", "--data", "none.jsonl"), "--data none.jsonl: missing or empty"),
         (("--invitation", "INVITATION", "--data", "DATA", "--torch", "tpu"), "--torch tpu: expected cpu or cuda"),
+        (("--invitation", "INVITATION", "--data", "DATA", "--edge", "--torch", "cpu"), "with --edge has no torch"),
         (("--invitation", "INVITATION", "--data", "DATA", "--source", "none"), "--source none: no such file"),
         (("--invitation", "INVITATION", "--data", "DATA", "--python", "false"), "not a Python 3.11 or newer"),
         (("--invitation", "INVITATION", "--data", "DATA", "--lock", "none"), "--lock none: cannot be read"),
