@@ -80,6 +80,12 @@ class Limits:
 
 
 UNLIMITED = Limits()
+SHRINK = 4  # divides the micro-batch for the only retry where memory runs out
+
+
+def out_of_memory(tokens: int) -> str:
+    """Returns the message of a trainer whose memory ran out at micro-batches of `tokens`, and at the retry."""
+    return f"memory ran out at micro-batches of {tokens} tokens, and again at {max(1, tokens // SHRINK)}"
 
 
 class Trainer(Protocol):

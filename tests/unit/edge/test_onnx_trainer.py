@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from local_tasks import changed, local_task
 
+from fedtune.client.onnx.edge_network import EdgeNetwork
 from fedtune.client.onnx.onnx_trainer import OnnxTrainer, open_trainer
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Limits, LocalTask, Trainer
-from fedtune.core.adapter.layout import Vector
+from fedtune.core.adapter.layout import Factors, Vector
 from fedtune.core.errors import InputError, UpdateError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.batches import Batch
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
 from fedtune.model.adapted_model import adapt
@@ -121,6 +123,74 @@ def test_it_never_returns_an_update_that_is_not_finite(demo_pack: Path) -> None:
         trainer.train(examples, np.full_like(received, np.nan), TASK)
     with pytest.raises(UpdateError, match="at local step"):
         trainer.train(examples, received + np.float32(1e30), TASK)
+
+
+class ShortOfMemory(EdgeNetwork):
+    """A network with memory for passes of a limited number of tokens."""
+
+    def __init__(self, network: EdgeNetwork, limit: int, error: Exception) -> None:
+        super().__init__(network.pack, network.layout)
+        self._limit, self._error = limit, error
+
+    def add_gradient(self, batch: Batch, scale: float, factors: Factors, gradient: Vector) -> float:
+        if batch.ids.size > self._limit:
+            raise self._error
+        return super().add_gradient(batch, scale, factors, gradient)
+
+
+NO_MEMORY = RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code: std::bad_alloc")
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError()], ids=["onnxruntime", "numpy"])
+def test_memory_that_runs_out_once_costs_smaller_micro_batches_and_no_update(demo_pack: Path, error: Exception) -> None:
+    whole = open_trainer(demo_pack, LORA)
+    examples, received = examples_of(whole), start_of(whole)
+    trainer = OnnxTrainer(ShortOfMemory(whole.network, 32, error))
+    result = trainer.train(examples, received, TASK)
+    assert difference(result.update, whole.train(examples, received, TASK).update) < TOLERANCE
+    assert trainer.limits == Limits(32)  # the next round avoids the same failure
+
+
+def test_memory_that_runs_out_twice_refuses_the_update_with_the_sizes(demo_pack: Path) -> None:
+    network = open_trainer(demo_pack, LORA).network
+    trainer = OnnxTrainer(ShortOfMemory(network, 8, NO_MEMORY))
+    with pytest.raises(UpdateError, match="at micro-batches of 128 tokens, and again at 32"):
+        trainer.train(examples_of(trainer), start_of(trainer), TASK)
+
+
+def test_another_error_is_not_taken_for_want_of_memory(demo_pack: Path) -> None:
+    network = open_trainer(demo_pack, LORA).network
+    trainer = OnnxTrainer(ShortOfMemory(network, 0, RuntimeError("a kernel is missing")))
+    with pytest.raises(RuntimeError, match="a kernel is missing"):
+        trainer.train(examples_of(trainer), start_of(trainer), TASK)
+    assert trainer.limits == Limits()
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fedtune.client.onnx.onnx_trainer import open_trainer
+from fedtune.client.trainer import LocalTask
+from fedtune.core.job.local_work import TrainingSettings, local_work
+from fedtune.core.job.settings import AdapterSettings
+from fedtune.data.examples import Example
+
+trainer = open_trainer(Path(sys.argv[1]), AdapterSettings(kind="lora", rank=4))
+examples = [Example(np.arange(3, 131, dtype=np.int32), 64) for _ in range(32)]
+work = local_work(TrainingSettings(learning_rate=1e-3, local_steps=1, batch_tokens=4096), "ab")
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 150_000_000,) * 2)
+result = trainer.train(examples, trainer.layout.initial(0), LocalTask(0, work))
+print(trainer.limits.tokens, np.isfinite(result.update).all())
+"""
+
+
+def test_a_process_that_gets_no_more_memory_goes_on_with_a_quarter(demo_pack: Path) -> None:
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(demo_pack)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1024", "True"]
 
 
 WITHOUT_TORCH = """

@@ -1,6 +1,8 @@
 """The onnxruntime trainer: `fedtune.client.trainer.Trainer` without torch, on an edge pack.
 
-trainer = open_trainer(Path("packs/SmolLM2-135M"), job.adapter)
+    trainer = open_trainer(Path("packs/SmolLM2-135M"), job.adapter)
+
+Like the torch trainer it retries once under smaller limits where memory runs out.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from fedtune.client.onnx.edge_network import EdgeNetwork
 from fedtune.client.onnx.edge_tokenizer import EdgeTokenizer
 from fedtune.client.onnx.edge_training import train_on_pack
 from fedtune.client.plan.backend import WrongBaseError
-from fedtune.client.trainer import UNLIMITED, Limits, LocalResult, LocalTask
+from fedtune.client.trainer import SHRINK, UNLIMITED, Limits, LocalResult, LocalTask, out_of_memory
 from fedtune.core.adapter.layout import AdapterLayout, Vector
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InputError, UpdateError
 from fedtune.core.job.settings import AdapterSettings
 from fedtune.core.round_records import Evaluation
 from fedtune.data.batches import collate, micro_batches
@@ -25,6 +27,7 @@ from fedtune.data.examples import Example
 from fedtune.edge.pack import open_pack
 
 _EVALUATION_TOKENS = 512  # tokens that an evaluation computes at once
+_ALLOCATION_FAILED = ("bad_alloc", "Failed to allocate memory")  # of onnxruntime's kernels, and of its allocators
 
 
 class OnnxTrainer:
@@ -32,7 +35,8 @@ class OnnxTrainer:
 
     Args:
         network: base model with an adapter, which is swapped; the trainer must be its only user.
-        limits: memory limits. Checkpointing is not among the trainer's choices: it always recomputes activations.
+        limits: memory limits; they shrink where memory runs out, and a plan may set others. Activations are always
+            computed again.
     """
 
     def __init__(self, network: EdgeNetwork, limits: Limits = UNLIMITED) -> None:
@@ -61,13 +65,22 @@ class OnnxTrainer:
         return self._tokenizer
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-        """Trains under the limits.
+        """Trains under the limits, and retries once with a quarter of the micro-batch where memory ran out.
+
+        The smaller micro-batch stays the limit.
 
         Raises:
-            UpdateError: as in `train_on_pack`.
+            UpdateError: as in `train_on_pack`, and where memory ran out again; the message has the sizes tried.
         """
-        tokens = self.limits.at_once(task.micro_batch_tokens or task.work.batch_tokens)
-        return train_on_pack(self.network, examples, received, replace(task, micro_batch_tokens=tokens))
+        first = self.limits.at_once(task.micro_batch_tokens or task.work.batch_tokens)
+        for tokens in (first, max(1, first // SHRINK)):
+            self.limits = self.limits if tokens == first else replace(self.limits, tokens=tokens)
+            try:
+                return train_on_pack(self.network, examples, received, replace(task, micro_batch_tokens=tokens))
+            except Exception as error:  # onnxruntime's errors share no base class
+                if not is_out_of_memory(error):
+                    raise
+        raise UpdateError(out_of_memory(first))
 
     def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
         """Scores an adapter in batches within the limits.
@@ -87,6 +100,11 @@ class OnnxTrainer:
             tokens += len(losses)
             exact += int((wrong == 0).sum())
         return Evaluation(loss / tokens, exact / len(examples), len(examples), tokens)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether numpy or onnxruntime failed to allocate memory; onnxruntime says so in words only."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
 def open_trainer(directory: Path, adapter: AdapterSettings, digest: str | None = None, threads: int = 1) -> OnnxTrainer:

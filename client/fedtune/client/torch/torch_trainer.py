@@ -13,18 +13,17 @@ from dataclasses import replace
 
 import msgspec
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from fedtune.client.torch.training import train_locally
-from fedtune.client.trainer import UNLIMITED, Limits, LocalResult, LocalTask
+from fedtune.client.trainer import SHRINK, UNLIMITED, Limits, LocalResult, LocalTask, out_of_memory
 from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
+from fedtune.data.tokenizer import Tokenizer
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.scoring import evaluate, evaluation_tokens
 
-SHRINK = 4  # divides the micro-batch for the only retry
 _CPU_MESSAGE = "can't allocate memory"  # from torch's CPU allocator, which has no exception type of its own
 
 
@@ -56,7 +55,7 @@ class TorchTrainer:
         return self.model.base.name
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The base model's."""
         return self.model.base.tokenizer
 
@@ -87,7 +86,7 @@ class TorchTrainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        raise UpdateError(f"memory ran out at micro-batches of {first} tokens, and again at {smaller}")
+        raise UpdateError(out_of_memory(first))
 
     def evaluate(self, adapter: Vector, examples: Sequence[Example]) -> Evaluation:
         """Scores an adapter in batches within the limits.
