@@ -43,6 +43,8 @@ ALLOWED = {
 FOREIGN = {
     "fedtune.core": ("torch", "transformers", "peft", "ray"),
     "fedtune.client.inference": ("torch", "transformers", "peft", "ray"),
+    "fedtune.client.live": ("torch", "transformers", "peft", "ray"),
+    "fedtune.client.plan": ("torch", "transformers", "peft", "ray"),
     "fedtune.client.onnx": ("torch", "transformers", "peft", "ray"),
     "fedtune.edge.graph_files": ("torch", "transformers", "peft", "ray"),
     "fedtune.edge.pack": ("torch", "transformers", "peft", "ray"),

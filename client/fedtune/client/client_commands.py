@@ -46,7 +46,12 @@ def join(
     ] = None,
     base: Annotated[
         list[Path] | None,
-        typer.Option("--base", metavar="DIR", help="A base model's directory on this device; may be given again."),
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="A base model's directory on this device, or an edge pack of it, which needs no torch; may be given "
+            "again.",
+        ),
     ] = None,
     allow_clear: Annotated[
         bool,
@@ -139,10 +144,13 @@ def start(home: _Home = None) -> None:
     with device.lock:  # status shows "starting" from here on, since loading torch takes seconds
         try:
             from fedtune.client.live.device_loop import serve
+            from fedtune.client.plan.brought_bases import usable_bases
             from fedtune.client.plan.calibration import CalibrationStore
             from fedtune.client.plan.device_plan import this_device
 
             planner = this_device(CalibrationStore(device.path / CALIBRATIONS), show)
+            for base in usable_bases(planner, list(map(Path, device.config.bases))):
+                planner.backends.of(base)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
         serve(device, planner, show)
@@ -406,14 +414,22 @@ def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
-    """Returns a plan for each base model; none on a machine that is installed for inference only."""
+    """Returns a plan for each base model that can be trained here; none on a machine that can only answer."""
     try:
+        from fedtune.client.plan.brought_bases import plan_bases
         from fedtune.client.plan.calibration import CalibrationStore
-        from fedtune.client.plan.device_plan import plan_bases, this_device
+        from fedtune.client.plan.device_plan import this_device
+        from fedtune.core.job.settings import DEMO
 
         planner = this_device(CalibrationStore(calibrations), print)
+        if not bases and not planner.backends.installed(DEMO):
+            print(
+                f"no torch here, and no edge pack: this device can pull models and answer. To train: "
+                f"{install_line('client')}, or join with --base DIR for an edge pack"
+            )
+            return []
     except ModuleNotFoundError:
-        print(f"no torch here: this device can pull models and answer. To train: {install_line('client')}")
+        print(f"this device can pull models and answer. To train: {install_line('client')}")
         return []
     outcomes = plan_bases(planner, bases, data, "always" if try_step else "never")
     return [outcome.to_json() for outcome in outcomes]
@@ -423,7 +439,11 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     """Formats a plan for people, with the measurements beside the predictions."""
     chosen, predicted, tried, took = plan["plan"], plan["predicted"], plan["measured"], plan.get("took")
     unpacking = "bitsandbytes" if chosen["native_nf4"] else "torch"
-    weights = "dequantized once" if chosen["weights"] == "dequantized" else f"packed, unpacked by {unpacking}"
+    weights = {
+        "dequantized": "dequantized once",
+        "packed": f"packed, unpacked by {unpacking}",
+        "mapped": f"edge pack, {_mb(predicted['mapped'])} of weights mapped",
+    }[chosen["weights"]]
     rank = f"rank {chosen['tier']} of {chosen['rank']}"
     passes = f"{chosen['micro_batch_tokens']} at once, {counted(chosen['accumulation'], 'time')} a step"
     checkpointing = ", gradient checkpointing" if chosen["gradient_checkpointing"] else ""
@@ -432,6 +452,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     seconds = took["predicted_seconds"] if took else predicted["seconds_per_round"]
     lines = [
         f"plan for {plan['model']['base']}: {weights}, {chosen['precision']}, {rank}, {batch}",
+        f"trainer: {chosen['trainer']}",
         f"predicted: {_mb(predicted['peak'])} ({limit}), {seconds:.1f} s a round",
     ]
     if tried:

@@ -31,8 +31,9 @@ from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
 from fedtune.model.formats import FORMATS, Format
 from fedtune.model.packed import PackedLinear
-from fedtune.model.shape import Precision, Weights
+from fedtune.model.shape import Precision
 
+Held = Literal["packed", "dequantized"]  # format of the linear weights in memory
 Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +60,7 @@ class BaseModel:
     digest: str
     name: str
     precision: Precision
-    weights: Weights
+    weights: Held
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +102,7 @@ def load_base(
     digest = _digest(network, settings.quantization)
     _straighten(network)
     dtype, linear = DTYPES[precision], dict(linear_modules(network))
-    held: Weights = "dequantized"
+    held: Held = "dequantized"
     if form := FORMATS.get(settings.quantization):
         dense_bytes = sum(module.weight.numel() for module in linear.values()) * dtype.itemsize
         if weights == "packed" or (weights == "auto" and dense_bytes > DENSE_SHARE * _free_bytes(device)):
@@ -220,7 +221,7 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _quantize_in_place(
-    network: nn.Module, name: str, module: nn.Linear, form: Format, held: Weights, dtype: torch.dtype
+    network: nn.Module, name: str, module: nn.Linear, form: Format, held: Held, dtype: torch.dtype
 ) -> None:
     packed = form.quantize(module.weight)
     if held == "packed":

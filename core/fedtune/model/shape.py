@@ -22,8 +22,9 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.job_inputs import source_of
 
 Precision = Literal["fp32", "bf16", "fp16"]  # precision of the arithmetic
-Weights = Literal["packed", "dequantized"]  # format of the linear weights
+Weights = Literal["packed", "dequantized", "mapped"]  # format of the linear weights; "mapped": in an edge pack's file
 MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
+PACK_CHUNK_LOGITS = 1 << 22  # the same on an edge pack: 16 MiB, three times
 _LISTED_ENDINGS = 20  # how many existing names an error lists
 
 

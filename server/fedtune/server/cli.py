@@ -209,33 +209,36 @@ def plan(
     """Measure this device and print the plan it would train under.
 
     The plan says how the base model is held, at what precision, which rank and how many tokens at once the device
-    trains, and what memory and time that should take.
+    trains, and what memory and time that should take. A model directory is trained by torch, and an edge pack, which
+    fedtune edge pack writes, by onnxruntime, without torch.
 
     Example: fedtune plan --base /models/Qwen3-0.6B --data mine.jsonl --uplink 2000 --deadline 600
     """
     from fedtune.core.job.job_file import load_job
-    from fedtune.data.job_inputs import job_or_demo, own_data_file, source_of
+    from fedtune.data.job_inputs import is_pack, job_or_demo, own_data_file, source_of
     from fedtune.data.records import read_records
 
     chosen = [f"model.base={json.dumps(str(Path(base).absolute()) if Path(base).is_dir() else base)}"] if base else []
     changes = [*(overrides or []), *chosen]
     resolved = load_job(None, changes) if base and not job else job_or_demo(job, changes)
-    source_of(resolved.model.base)
+    if not is_pack(Path(resolved.model.base)):
+        source_of(resolved.model.base)
     if data is not None:
         read_records(own_data_file(data), resolved.data.skip_bad)
     from fedtune.client.plan.calibration import CalibrationStore
     from fedtune.client.plan.device_plan import Link, default_folder, this_device
     from fedtune.client.plan.plan_table import print_plan
     from fedtune.core.job.unusual import Surroundings, unusual
-    from fedtune.model.shape import adapted_modules, shape_of
+    from fedtune.model.shape import adapted_modules
 
     per_second = [rate and rate * 1000 / 8 for rate in (uplink, downlink)]
     note = (Silent() if as_json else Terminal(error_console())).note
-    shape = shape_of(resolved.model)
+    planner = this_device(CalibrationStore(default_folder()), note)
+    shape = planner.backends.of(resolved.model.base).shape(resolved.model)
     adapted_modules(shape.linear, resolved.adapter)  # refuses what no device could train
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions)):
         note(warning)
-    outcome = this_device(CalibrationStore(default_folder()), note).plan(
+    outcome = planner.plan(
         resolved,
         data,
         Link(per_second[0], per_second[1], deadline),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from live_helpers import Fleet
+from one_backend import Only
 from owner import owner_of
 
 from fedtune.client.live.device_home import CALIBRATIONS, ClientHome
@@ -77,7 +78,7 @@ class Warm(TorchBackend):
 def device_of(fleet: Fleet, name: str, reserve: float = RESERVE, now: Callable[[], float] = time.time) -> Device:
     home = ClientHome(fleet.client_home(name))
     report = DeviceReport(home.path, name, home.config.server, lambda line: None, SYSTEM_CLOCK)
-    planner = DevicePlanner(Warm(), CalibrationStore(home.path / CALIBRATIONS), reserve=reserve)
+    planner = DevicePlanner(Only(Warm()), CalibrationStore(home.path / CALIBRATIONS), reserve=reserve)
     planned = PlannedWork(tuple(map(Path, home.config.bases)), Path(home.config.data), planner)
     readings = [Sensors(None, None, None, None)]
     return Device(RegisteredDevice(home, planned, report, lambda: readings[-1], now), planned, readings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_backend import Only
 
 from fedtune.client.plan.backend import Case, Measured
 from fedtune.client.plan.calibration import Calibration, CalibrationStore
@@ -43,7 +44,7 @@ def never(case: Case) -> Measured:
 def planned(
     tmp_path: Path, *overrides: str, measured: Callable[[Case], Measured] = never, reserve: float = RESERVE, **ask: Any
 ) -> Any:
-    planner = DevicePlanner(Told(measured), CalibrationStore(tmp_path), reserve=reserve)
+    planner = DevicePlanner(Only(Told(measured)), CalibrationStore(tmp_path), reserve=reserve)
     return planner.plan(load_job(None, [*JOB, *overrides]), **ask)
 
 

@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from local_tasks import local_task
+from one_backend import Only
 
 from fedtune.client.plan.backend import Case, Measured, Meter
 from fedtune.client.plan.calibration import CalibrationStore
@@ -93,7 +94,7 @@ class Fixture(TorchBackend):
         """The program's own memory, read once, since it falls when what other tests left is freed."""
         self.measured: Callable[[Case], Measured] = never
         store = CalibrationStore(tmp_path / "calibration")
-        planner = DevicePlanner(self, store, self.shown.append, probe=self._probe, reserve=0.0)
+        planner = DevicePlanner(Only(self), store, self.shown.append, probe=self._probe, reserve=0.0)
         self.work = PlannedWork(bases, data, planner)
         self.again = PlannedWork(bases, data, planner)
         """The same device in a restarted process."""
@@ -114,7 +115,7 @@ class Fixture(TorchBackend):
         return self.reset() + self.used
 
     def _probe(self) -> Machine:
-        return replace(probe(), memory_free=self.free, gpus=())
+        return replace(probe(), memory_free=self.free)
 
     def update(self, terms: JobTerms) -> Vector:
         """Trains one round as a device does."""

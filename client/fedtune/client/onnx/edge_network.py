@@ -27,8 +27,8 @@ from fedtune.data.batches import Batch
 from fedtune.edge.pack import EdgePack
 from fedtune.edge.pack_contents import FREQUENCIES, PAIRS, SCALE_LEVELS
 from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, REMEDY
+from fedtune.model.shape import PACK_CHUNK_LOGITS
 
-CHUNK_LOGITS = 1 << 22  # logits that exist at once: 16 MiB of float32, three times
 _NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
 _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}  # onnxruntime's names
 
@@ -179,7 +179,7 @@ class EdgeNetwork:
         return np.cos(angles) * scale, np.sin(angles) * scale
 
     def _chunks(self, batch: Batch) -> Iterator[slice]:
-        size = max(1, CHUNK_LOGITS // self.pack.manifest.shape.vocabulary)
+        size = max(1, PACK_CHUNK_LOGITS // self.pack.manifest.shape.vocabulary)
         for start in range(0, len(batch.targets), size):
             yield slice(start, start + size)
 

@@ -1,18 +1,22 @@
 """The backend interface: a library that trains on this machine, with the facts that a plan needs about it.
 
-`fedtune.client.torch.torch_backend.TorchBackend` is the only one so far. Another one implements this protocol and
+`fedtune.client.torch.torch_backend.TorchBackend` trains model directories, and
+`fedtune.client.onnx.onnx_backend.OnnxBackend` edge packs. Another one implements this protocol and
 `fedtune.client.trainer.Trainer`; planning and serving depend on no library otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedtune.client.plan.step_costs import Choices
+from fedtune.client.plan.machine import Gpu
+from fedtune.client.plan.step_costs import Choices, Form
 from fedtune.client.trainer import Limits, Trainer
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.tokenizer import Tokenizer
 from fedtune.model.shape import ModelShape, Precision
 
 
@@ -98,8 +102,33 @@ class Backend(Protocol):
     """A library that trains on this machine."""
 
     @property
+    def name(self) -> str:
+        """The library's name, for people."""
+
+    @property
+    def forms(self) -> Sequence[Form]:
+        """The forms in which it can hold a base model and its activations, the fastest first."""
+
+    @property
     def on_gpu(self) -> bool:
         """True if it computes on a GPU; plans then count the GPU's memory."""
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Returns the GPUs on which it computes, with their free memory; nothing if it computes on none."""
+
+    def shape(self, model: ModelSettings) -> ModelShape:
+        """Returns the sizes of a base model, without loading its weights.
+
+        Raises:
+            ModelError: it is no base model of this library's, or its sizes cannot be read.
+        """
+
+    def tokenizer(self, base: str) -> Tokenizer:
+        """Returns the tokenizer of a base model, without loading its weights.
+
+        Raises:
+            ModelError: it has none.
+        """
 
     def best_precision(self) -> Precision:
         """Returns the arithmetic that is fastest on this machine."""
@@ -107,8 +136,8 @@ class Backend(Protocol):
     def native_unpacking(self) -> bool:
         """Returns whether packed weights are unpacked by native code."""
 
-    def reserved_bytes(self) -> int:
-        """Returns the bytes of GPU memory that this process already holds, which a new plan may use."""
+    def held_bytes(self) -> int:
+        """Returns the bytes that this process already holds and a new plan may use, of the memory that plans count."""
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
         """Measures the operations per second of products of the model's size, under the conditions of training."""
@@ -132,6 +161,20 @@ class Backend(Protocol):
         Raises:
             WrongBaseError: its digest differs from `digest`.
             ModelError: it cannot be loaded, or the adapter does not fit it.
+        """
+
+
+class Backends(Protocol):
+    """The libraries of this machine, one for each form of a base model."""
+
+    def installed(self, base: str) -> bool:
+        """Returns whether the library for a base model is installed, without importing it."""
+
+    def of(self, base: str) -> Backend:
+        """Returns the library for a base model: a directory, a hub id or "demo".
+
+        Raises:
+            MissingExtraError: it is not installed.
         """
 
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 
-from fedtune.client.plan.backend import Backend, Case, Measured
+from fedtune.client.plan.backend import Backend, Backends, Case, Measured
 from fedtune.client.plan.calibration import Calibration, CalibrationStore
+from fedtune.client.plan.installed import INSTALLED
 from fedtune.client.plan.machine import Machine, probe
-from fedtune.client.plan.planner import RESERVE, Constraints, NoPlanError, Plan, choose, longest_example
+from fedtune.client.plan.planner import RESERVE, Constraints, Plan, choose, longest_example
 from fedtune.client.plan.step_costs import Choices, kappa_of, predict_memory, step_seconds
-from fedtune.core.job.job_file import load_job
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.settings import (
     DEMO,
@@ -29,9 +29,8 @@ from fedtune.core.job.settings import (
     ModelSettings,
 )
 from fedtune.data.examples import Example, load_examples
-from fedtune.data.job_inputs import own_data_file, source_of
-from fedtune.demo import JOB
-from fedtune.model.shape import ModelShape, shape_of
+from fedtune.data.job_inputs import own_data_file
+from fedtune.model.shape import ModelShape
 
 ROOMY = 2.0  # predictions err by less than this factor: with as much room, no trial step would change the plan
 
@@ -56,6 +55,7 @@ class Outcome:
     """A plan with its prediction, and the measurements of a trial step.
 
     Args:
+        trainer: the library that trains.
         local_steps: optimizer steps of a round.
         seconds_per_step: predicted seconds of an optimizer step.
         seconds_per_round: predicted seconds of a round, including the link where its speed is known.
@@ -64,6 +64,7 @@ class Outcome:
         predicted_measured: prediction for the step that was measured, peak and seconds.
     """
 
+    trainer: str
     machine: Machine
     shape: ModelShape
     plan: Plan
@@ -106,6 +107,7 @@ class Outcome:
                 "vocabulary": self.shape.vocabulary,
             },
             "plan": {
+                "trainer": self.trainer,
                 "weights": choices.weights,
                 "quantization": choices.quantization,
                 "precision": choices.precision,
@@ -135,8 +137,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """The inputs of a plan: this machine's memory, a model, and the job's constraints."""
+    """The inputs of a plan: the library, this machine's memory, a model, and the job's constraints."""
 
+    backend: Backend
     machine: Machine
     shape: ModelShape
     constraints: Constraints
@@ -168,11 +171,11 @@ class _Answer:
 class DevicePlanner:
     """Probes this device and plans for jobs.
 
-        planner = DevicePlanner(TorchBackend(), CalibrationStore(default_folder()))
+        planner = DevicePlanner(INSTALLED, CalibrationStore(default_folder()))
         outcome = planner.plan(job, Path("mine.jsonl"))
 
     Args:
-        backend: the training library.
+        backends: the training libraries; the form of a job's base model decides which of them trains it.
         store: the store of κ.
         note: receives messages about the progress.
         probe: inspects the machine.
@@ -181,14 +184,14 @@ class DevicePlanner:
 
     def __init__(
         self,
-        backend: Backend,
+        backends: Backends,
         store: CalibrationStore,
         note: Callable[[str], None] = lambda _: None,
         *,
         probe: Callable[[], Machine] = probe,
         reserve: float = RESERVE,
     ) -> None:
-        self.backend = backend
+        self.backends = backends
         self.store = store
         self.note = note
         self._probe = probe
@@ -220,22 +223,24 @@ class DevicePlanner:
             DataError, ModelError: the data or the model cannot be used.
             RunError: the trial step failed.
         """
-        shape = shape_of(job.model)
-        lengths, target_share = _lengths(job, data)
-        machine = self._probe()
-        own = int(psutil.Process().memory_info().rss)
-        runtime = own if runtime is None else runtime
-        budget = self._budget(machine, memory, own, runtime)
-        question = _Question(machine, shape, self._constraints(job, lengths, link), budget, target_share)
+        backend = self.backends.of(job.model.base)
+        shape = backend.shape(job.model)
+        lengths, target_share = _lengths(job, data, backend)
+        machine = replace(self._probe(), gpus=backend.gpus())
+        runtime = int(psutil.Process().memory_info().rss) if runtime is None else runtime
+        budget = self._budget(backend, machine, memory, runtime)
+        constraints = _constraints(backend, job, lengths, link)
+        question = _Question(backend, machine, shape, constraints, budget, target_share)
         answer = self._answer(job, question, trial)
         plan, steps = answer.plan, question.constraints.local_steps
         per_step = self._seconds(question, plan.choices, answer.known) * plan.accumulation
         return Outcome(
+            trainer=backend.name,
             machine=machine,
             shape=shape,
             plan=plan,
             runtime=runtime,
-            native_unpacking=plan.choices.quantization == "nf4" and self.backend.native_unpacking(),
+            native_unpacking=plan.choices.quantization == "nf4" and backend.native_unpacking(),
             target_share=target_share,
             local_steps=steps,
             seconds_per_step=per_step,
@@ -245,24 +250,11 @@ class DevicePlanner:
             predicted_measured=answer.predicted_measured,
         )
 
-    def _constraints(self, job: Job, lengths: Sequence[int], link: Link) -> Constraints:
-        training = job.training
-        precision = self.backend.best_precision() if training.precision == "auto" else training.precision
-        return replace(
-            Constraints.of(job, precision),
-            longest=longest_example(lengths, job.data.sequence_length),
-            local_steps=_local_steps(training, lengths),
-            deadline=link.deadline,
-            bandwidth_up=link.up,
-            bandwidth_down=link.down,
-            cuda=self.backend.on_gpu,
-        )
-
-    def _budget(self, machine: Machine, memory: int | None, own: int, runtime: int) -> int:
+    def _budget(self, backend: Backend, machine: Machine, memory: int | None, runtime: int) -> int:
         """Returns the bytes that a model may take; this process already holds the libraries of the training process."""
-        if self.backend.on_gpu:
-            return round((memory or machine.gpus[0].free + self.backend.reserved_bytes()) * (1 - self._reserve))
-        return round((memory or machine.memory_free + own) * (1 - self._reserve)) - runtime
+        free = machine.gpus[0].free if backend.on_gpu else machine.memory_free
+        allowed = round((memory or free + backend.held_bytes()) * (1 - self._reserve))
+        return allowed if backend.on_gpu else allowed - runtime
 
     def _answer(self, job: Job, question: _Question, trial: Trial) -> _Answer:
         """Chooses a plan from the known calibrations, and from a trial step where one is requested."""
@@ -295,7 +287,7 @@ class DevicePlanner:
         seconds = self._seconds(question, case.choices, answer.known)
         prediction = (question.predicted_peak(case.choices, answer.kappa), seconds)
         self.note(f"trying one step of {case.micro_batch} × {case.choices.sequence_length} tokens")
-        measured = self.backend.measure(case)
+        measured = question.backend.measure(case)
         known = question.calibration(case.choices, measured)
         self.store.keep(calibration_key(question.machine, question.shape, answer.plan), known)
         return replace(answer, known=known, measured=measured, predicted_measured=prediction)
@@ -304,42 +296,13 @@ class DevicePlanner:
         """Predicts the seconds of a micro-batch."""
         if known:
             return known.seconds_per_token * choices.tokens
-        rate = self.backend.product_rate(question.shape, choices)
+        rate = question.backend.product_rate(question.shape, choices)
         return step_seconds(question.shape, choices, rate, choices.tokens, question.target_share)
 
 
 def this_device(store: CalibrationStore, note: Callable[[str], None]) -> DevicePlanner:
-    """Makes the planner of this machine; only this function names the library that trains.
-
-    Raises:
-        ModuleNotFoundError: the library is not installed.
-    """
-    from fedtune.client.torch.torch_backend import TorchBackend
-
-    return DevicePlanner(TorchBackend(), store, note)
-
-
-def plan_bases(planner: DevicePlanner, bases: Sequence[Path], data: Path, trial: Trial) -> list[Outcome]:
-    """Plans for each base model that a device brings, or for the bundled one, before any job is known.
-
-    Rank, batch and lengths are the defaults of a job.
-
-    Raises:
-        NoPlanError: none of them fits; the message has the numbers of each.
-        DataError, ModelError, RunError: as in `DevicePlanner.plan`.
-    """
-    plans, refusals = [], []
-    for base in [str(path.absolute()) for path in bases] or [DEMO]:
-        job = load_job(JOB) if base == DEMO else Job()
-        job = replace(job, model=replace(job.model, base=base), data=replace(job.data, skip_bad=True))
-        try:
-            plans.append(planner.plan(job, data, trial=trial))
-        except NoPlanError as error:
-            refusals.append(f"{base}: {error}")
-            planner.note(refusals[-1])
-    if not plans:
-        raise NoPlanError("\n".join(refusals))
-    return plans
+    """Makes the planner of this machine, with the libraries that are installed here."""
+    return DevicePlanner(INSTALLED, store, note)
 
 
 def default_folder() -> Path:
@@ -358,6 +321,21 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
     return f"{machine.processor}|{machine.cores}|{machine.memory_total}|{gpu}|{sizes}|{form}"
 
 
+def _constraints(backend: Backend, job: Job, lengths: Sequence[int], link: Link) -> Constraints:
+    training = job.training
+    precision = backend.best_precision() if training.precision == "auto" else training.precision
+    return replace(
+        Constraints.of(job, precision),
+        longest=longest_example(lengths, job.data.sequence_length),
+        local_steps=_local_steps(training, lengths),
+        deadline=link.deadline,
+        bandwidth_up=link.up,
+        bandwidth_down=link.down,
+        cuda=backend.on_gpu,
+        forms=backend.forms,
+    )
+
+
 def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
     """Returns the optimizer steps of a round; for a job that counts epochs, an estimate from this data."""
     if training.local_epochs is None:
@@ -365,21 +343,17 @@ def _local_steps(training: TrainingSettings, lengths: Sequence[int]) -> int:
     return max(1, round(training.local_epochs * -(-sum(lengths) // training.batch_tokens)))
 
 
-def _lengths(job: Job, data: Path | Sequence[Example] | None) -> tuple[list[int], float]:
+def _lengths(job: Job, data: Path | Sequence[Example] | None, backend: Backend) -> tuple[list[int], float]:
     """Returns the examples' token counts, and the share of tokens that the loss counts; without data, all of them."""
     if data is None:
         return [], 1.0
-    examples = _read(job, data) if isinstance(data, Path) else data
+    examples = _read(job, data, backend) if isinstance(data, Path) else data
     lengths = [len(example.ids) for example in examples]
     return lengths, sum(example.target_tokens for example in examples) / sum(lengths)
 
 
-def _read(job: Job, data: Path) -> list[Example]:
-    file = own_data_file(data)
-    from fedtune.model.base_model import load_tokenizer, quiet
-
-    with quiet():
-        tokenizer = load_tokenizer(source_of(job.model.base))
+def _read(job: Job, data: Path, backend: Backend) -> list[Example]:
+    file, tokenizer = own_data_file(data), backend.tokenizer(job.model.base)
     return load_examples(file, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)[0]
 
 

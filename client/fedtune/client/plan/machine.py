@@ -82,10 +82,11 @@ class Machine:
     temperature: float | None
 
 
-def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
+def probe(folder: Path = Path(), system: Path = Path("/"), gpus: tuple[Gpu, ...] = ()) -> Machine:
     """Probes the machine.
 
     Args:
+        gpus: the GPUs on which a training library computes; only such a library knows them.
         folder: folder whose free disk space is counted.
         system: root under which /proc and /sys are read.
     """
@@ -104,7 +105,7 @@ def probe(folder: Path = Path(), system: Path = Path("/")) -> Machine:
         memory_source=source,
         cores=_cores(system),
         instructions=_instructions(system),
-        gpus=_gpus(),
+        gpus=gpus,
         disk_free=int(psutil.disk_usage(str(folder.absolute())).free),
         battery=left,
         charging=charging,
@@ -217,19 +218,6 @@ def _processor(system: Path) -> str:
 def _instructions(system: Path) -> tuple[str, ...]:
     found = set(_cpuinfo(system, "flags", "Features").split())
     return tuple(name for name in INSTRUCTION_SETS if name in found)
-
-
-def _gpus() -> tuple[Gpu, ...]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return ()
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        capability = torch.cuda.get_device_capability(index)
-        gpus.append(Gpu(torch.cuda.get_device_name(index), total, free, capability))
-    return tuple(gpus)
 
 
 def _battery() -> tuple[float | None, bool | None]:

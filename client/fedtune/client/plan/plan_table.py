@@ -28,11 +28,8 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table.add_row("battery", "none" if machine.battery is None else _battery(machine.battery, machine.charging))
     table.add_row("temperature", "not exposed" if machine.temperature is None else f"{machine.temperature:.0f} °C")
     table.add_section()
-    unpacking = "bitsandbytes" if outcome.native_unpacking else "torch"
-    if choices.quantization == "nf4" and not outcome.native_unpacking:
-        unpacking += " (bitsandbytes does not work here)"
-    packed = f"packed, unpacked by {unpacking}" if choices.weights == "packed" else "dequantized once"
-    table.add_row("weights", f"{choices.quantization}, {packed}" if choices.quantization != "none" else "as they are")
+    table.add_row("trainer", outcome.trainer)
+    table.add_row("weights", _weights(outcome))
     table.add_row("arithmetic", choices.precision)
     table.add_row("rank", f"{plan.tier} of {choices.rank}")
     longest = f"{choices.sequence_length} tokens, the longest example"
@@ -43,9 +40,11 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table.add_section()
     memory = plan.memory
     parts = (("weights", memory.weights), ("adapter", memory.adapter), ("activations", memory.activations))
-    listed = ", ".join(f"{name} {megabytes(size)}" for name, size in (*parts, ("working", memory.working)))
+    listed = ", ".join(f"{name} {megabytes(size)}" for name, size in (*parts, ("working", memory.working)) if size)
     table.add_row("predicted memory", f"{megabytes(memory.training)}: {listed}")
     table.add_row("while loading", megabytes(memory.loading))
+    if memory.mapped:
+        table.add_row("beside that", f"{megabytes(memory.mapped)} of weights mapped from a file; dropped where tight")
     table.add_row("allowed", f"{megabytes(plan.budget)} beside {megabytes(outcome.runtime)} of program")
     table.add_row(
         "predicted time", f"{outcome.seconds_per_step:.2f} s a step, {outcome.seconds_per_round:.1f} s a round"
@@ -63,6 +62,20 @@ def print_plan(console: Console, outcome: Outcome) -> None:
             "one real micro-batch, time", f"predicted {seconds:.2f} s, measured {measured.step_seconds:.2f} s"
         )
     console.print(table)
+
+
+def _weights(outcome: Outcome) -> str:
+    choices = outcome.plan.choices
+    if choices.weights == "mapped":
+        return f"{choices.quantization}, mapped from an edge pack"
+    if choices.quantization == "none":
+        return "as they are"
+    if choices.weights == "dequantized":
+        return f"{choices.quantization}, dequantized once"
+    unpacking = "bitsandbytes" if outcome.native_unpacking else "torch"
+    if choices.quantization == "nf4" and not outcome.native_unpacking:
+        unpacking += " (bitsandbytes does not work here)"
+    return f"{choices.quantization}, packed, unpacked by {unpacking}"
 
 
 def _battery(percent: float, charging: bool | None) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base, TrainRequest
 from fedtune.core.round_timing import done_share
 from fedtune.data.examples import Example, load_examples
+from fedtune.data.job_inputs import is_pack
+from fedtune.edge.pack_manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,26 @@ class _Held:
 class _Gauge:
     """Measures the peak of this process's memory over the program itself, where the system permits it."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self) -> None:
         self._meter: Meter | None = None
         self.runtime: int | None = None
         """Bytes of the process before it loaded the model."""
 
-    def reset(self) -> int | None:
-        """Resets the peak; returns the bytes of the process now, or None where they cannot be measured."""
+    def begin(self, backend: Backend) -> int | None:
+        """Begins to measure before a model is loaded; returns the bytes of the process, or None where they cannot be
+        measured."""
         try:
-            self._meter = self._meter or self._backend.meter()
+            self._meter = backend.meter()
             return self._meter.reset()
         except (OSError, RunError):  # /proc is missing or read-only
+            self._meter = None
             return None
+
+    def reset(self) -> None:
+        """Resets the peak."""
+        if self._meter is not None:
+            with suppress(OSError, RunError):
+                self._meter.reset()
 
     def peak(self) -> int | None:
         """Returns the peak since the reset, over the program itself."""
@@ -88,9 +97,9 @@ class PlannedWork:
     """The base models and the data of a device, used as its plan says.
 
     Args:
-        bases: model directories of this device; a job's base is found among them by its digest.
+        bases: model directories and edge packs of this device; a job's base is found among them by its digest.
         data: this device's examples.
-        planner: plans for this device; its backend opens the models, and its note receives messages about the progress.
+        planner: plans for this device; its backends open the models, and its note receives messages about the progress.
     """
 
     def __init__(self, bases: Sequence[Path], data: Path, planner: DevicePlanner) -> None:
@@ -99,8 +108,9 @@ class PlannedWork:
         self._plans: dict[str, Outcome | NoPlanError] = {}
         self._source = ""  # the directory whose plan is in force: that of the base in memory, or the likeliest one
         self._held: _Held | None = None
-        self._gauge = _Gauge(planner.backend)
-        self._preparing, self._warm = 0.0, False
+        self._gauge = _Gauge()
+        self._preparing = 0.0
+        self._warm: set[str] = set()  # names of the backends that have been warmed up
         self.took = Took()
         self.uplink: float | None = None
         """The last measured upload rate, bytes a second; None where it is unknown."""
@@ -112,12 +122,14 @@ class PlannedWork:
 
     @property
     def must_reload(self) -> bool:
-        """True if the model in memory has the right base but another form than the plan's."""
+        """True if the model in memory has the right base but another form than the plan's, or another directory."""
         held = self._held
         if held is None or self._terms is None or held.base != self._terms.base:
             return False
-        planned = self._plans.get(held.source)
-        return isinstance(planned, Outcome) and not _same_form(held.choices, planned.plan.choices)
+        planned = self._plans.get(self._source)
+        if not isinstance(planned, Outcome):
+            return False
+        return held.source != self._source or not _same_form(held.choices, planned.plan.choices)
 
     def take_on(self, terms: JobTerms) -> Outcome:
         """Plans for a job. Equal terms keep their plan, and are planned again only where nothing fitted.
@@ -130,7 +142,6 @@ class PlannedWork:
         if terms != self._terms:
             self._terms, self._plans, self.took = terms, {}, Took()
         self._plans = {source: plan for source, plan in self._plans.items() if isinstance(plan, Outcome)}
-        self._warm_up()
         refusal: NoPlanError | None = None
         for source in self._sources(terms.base):
             self._source = source
@@ -143,7 +154,7 @@ class PlannedWork:
                 self._held.trainer.limits = _limits(outcome)
             return outcome
         self.uplink = None  # measured again, so that one slow upload does not rule the device out for good
-        raise refusal or self._no_base(terms.base, ["none"])
+        raise refusal or self._no_base(terms.base, [])
 
     def open_trainer(self, base: Base) -> LimitedTrainer:
         """Opens the model with the digest that the server names, from a directory of this device.
@@ -166,10 +177,11 @@ class PlannedWork:
             except NoPlanError as error:
                 refusal = error
                 continue
-            choices, runtime = outcome.plan.choices, self._gauge.reset()
+            backend = self._planner.backends.of(source)
+            choices, runtime = outcome.plan.choices, self._gauge.begin(backend)
             settings = ModelSettings(source, base.quantization)
             try:
-                trainer = self._planner.backend.open(settings, _adapter(base), choices, base.digest)
+                trainer = backend.open(settings, _adapter(base), choices, base.digest)
             except WrongBaseError as error:
                 found.append(f"{source} (digest {error.digest[:16]}…)")
                 continue
@@ -178,7 +190,7 @@ class PlannedWork:
             self._look()
             self._preparing += time.monotonic() - start
             return trainer
-        raise refusal or self._no_base(base, found or ["none"])
+        raise refusal or self._no_base(base, found)
 
     def load_examples(self, client: str, trainer: Trainer, sequence_length: int) -> list[Example]:
         """Returns this device's examples, cut to the plan's length."""
@@ -234,6 +246,7 @@ class PlannedWork:
         if source not in self._plans:
             assert self._terms is not None
             job = _job(self._terms, source)
+            self._warm_up(source)
             try:
                 self._plans[source] = self._make(job)
             except NoPlanError as error:
@@ -266,7 +279,8 @@ class PlannedWork:
         corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
         self._planner.store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
         job, form = _job(self._terms, held.source), held.choices
-        job = replace(job, training=replace(job.training, weights=form.weights, precision=form.precision))
+        weights = job.training.weights if form.weights == "mapped" else form.weights
+        job = replace(job, training=replace(job.training, weights=weights, precision=form.precision))
         self.took = replace(self.took, peak_bytes=None)
         try:
             replanned = self._make(job, "never")
@@ -279,23 +293,48 @@ class PlannedWork:
             return
         self._plans[held.source], held.trainer.limits = replanned, _limits(replanned)
 
-    def _warm_up(self) -> None:
-        """Warms the backend up once, so that its memory counts as the program's own, as it does where κ is measured."""
-        if not self._warm:
-            self._planner.backend.warm_up()
-            self._warm = True
+    def _warm_up(self, source: str) -> None:
+        """Warms a backend up once, so that its memory counts as the program's own, as it does where κ is measured."""
+        backend = self._planner.backends.of(source)
+        if backend.name not in self._warm:
+            backend.warm_up()
+            self._warm.add(backend.name)
 
     def _sources(self, base: Base) -> list[str]:
-        """Returns this device's directories, the likeliest first."""
-        if base.name == DEMO:
-            return [DEMO]
-        held = self._held.source if self._held and self._held.base == base else ""
-        return sorted(map(str, self._bases), key=lambda path: (path != held, Path(path).name != Path(base.name).name))
+        """Returns those of this device's base models that may be the job's and that it can train, the likeliest first:
+        a directory of the right name, then packs of the right digest, then other directories.
 
-    def _no_base(self, base: Base, found: list[str]) -> ModelError:
+        Raises:
+            MissingExtraError: there are some, and it lacks the library for each of them.
+        """
+        held = self._held.source if self._held and self._held.base == base else ""
+        packs = [path for path, digest in self._packs().items() if digest == base.digest]
+        directories = [DEMO] if base.name == DEMO else [str(path) for path in self._bases if not is_pack(path)]
+        named = [path for path in directories if Path(path).name == Path(base.name).name]
+        likely = list(dict.fromkeys([held, *named, *packs, *directories]))
+        found = [path for path in likely if path in packs or path in directories]
+        usable = [path for path in found if self._planner.backends.installed(path)]
+        if found and not usable:
+            self._planner.backends.of(found[0])  # raises
+        return usable
+
+    def _packs(self) -> dict[str, str]:
+        """Returns path -> its base's digest of this device's edge packs; a damaged one has none."""
+        found = {}
+        for path in filter(is_pack, self._bases):
+            try:
+                found[str(path)] = read_manifest(path).base_digest
+            except ModelError as error:
+                self._planner.note(str(error))
+                found[str(path)] = ""
+        return found
+
+    def _no_base(self, base: Base, others: list[str]) -> ModelError:
+        """Returns the error of a device without the base; `others` are the directories that hold another one."""
+        packs = [f"{path} (digest {digest[:16]}…)" for path, digest in self._packs().items() if digest != base.digest]
         return ModelError(
             f"the job is for the base model {base.name} with digest {base.digest[:16]}…; this device has "
-            f"{', '.join(found)}. Join with --base DIR for the directory that holds it"
+            f"{', '.join([*others, *packs]) or 'none'}. Join with --base DIR for the directory that holds it"
         )
 
     def _look(self) -> None:

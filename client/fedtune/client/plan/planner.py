@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedtune.client.plan.step_costs import Choices, MemoryPrediction, predict_memory
+from fedtune.client.plan.step_costs import Choices, Form, MemoryPrediction, predict_memory
 from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.errors import InputError
 from fedtune.core.job.settings import Job, rank_tiers
 from fedtune.data.batches import LENGTH_STEP
-from fedtune.model.shape import ModelShape, Precision, Weights
+from fedtune.model.shape import ModelShape, Precision
 
 RESERVE = 0.25  # of the free memory stays free
 UPLOAD_SHARE = 0.25  # of a round's deadline that uploading may take
@@ -27,7 +27,7 @@ SHORTEST_SEQUENCE = 64
 # device that takes part in one of ten rounds gets 25,000 for 67,200 (benchmarks/real).
 BYTES_PER_PARAMETER_UP, BYTES_PER_PARAMETER_DOWN = 0.93, 0.37
 # Fastest first: unpacking weights costs less than computing every block twice.
-_FORMATS: tuple[tuple[Weights, bool], ...] = (
+UNPACKING_FORMS: tuple[Form, ...] = (
     ("dequantized", False),
     ("packed", False),
     ("dequantized", True),
@@ -57,6 +57,7 @@ class Constraints:
         weights: a format that the job requires, or "auto".
         checkpointing: whether the job requires it.
         kind: kind of the adapter.
+        forms: the forms that the device's library offers.
     """
 
     quantization: str
@@ -73,6 +74,7 @@ class Constraints:
     weights: str = "auto"
     checkpointing: bool = False
     kind: AdapterKind = "lora"
+    forms: Sequence[Form] = UNPACKING_FORMS
 
     @classmethod
     def of(cls, job: Job, precision: Precision) -> Constraints:
@@ -121,6 +123,9 @@ def choose(
 ) -> Plan:
     """Returns the best plan whose predicted peak is within the budget.
 
+    Mapped weights are not in that peak: the kernel drops their pages where memory is short, and reads them again. But
+    a micro-batch is not widened at their cost.
+
     Args:
         budget: bytes over those that the process takes before it loads the model.
 
@@ -140,7 +145,7 @@ def choose(
         if peak <= budget:
             for tokens in _wider(choices.tokens, constraints.batch_tokens):
                 wider = replace(choices, tokens=tokens)
-                if predicted(wider).peak > budget:
+                if predicted(wider).peak + predicted(wider).mapped > budget:
                     break
                 choices = wider
             return Plan(
@@ -153,7 +158,8 @@ def choose(
                 bytes_up=upload_bytes(shape, tier, constraints.kind),
                 bytes_down=download_bytes(shape, constraints.rank, constraints.kind),
             )
-    assert smallest is not None  # there is always a candidate
+    if smallest is None:
+        raise NoPlanError(_no_form(constraints))
     peak, choices = smallest
     raise NoPlanError(
         f"the base model does not fit this device: the smallest plan ({_describe(choices)}) needs "
@@ -208,8 +214,10 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
     length = min(constraints.sequence_length, shape.positions)
     while True:
         longest = min(length, constraints.longest)
-        for weights, checkpointing in _FORMATS:
+        for weights, checkpointing in constraints.forms:
             if weights == "packed" and constraints.quantization == "none":
+                continue
+            if weights == "mapped" and constraints.precision != "fp32":
                 continue
             if constraints.weights not in ("auto", weights) or (constraints.checkpointing and not checkpointing):
                 continue
@@ -237,6 +245,14 @@ def _wider(tokens: int, whole: int) -> Iterator[int]:
     while (tokens := tokens * 2) < whole:
         yield tokens
     yield whole
+
+
+def _no_form(constraints: Constraints) -> str:
+    offered = " or ".join(sorted({weights for weights, _ in constraints.forms}))
+    return (
+        f"this device can hold the base model {offered}, and the job wants training.weights = "
+        f'"{constraints.weights}" in {constraints.precision}; mapped weights are computed with in fp32 only'
+    )
 
 
 def _describe(choices: Choices) -> str:

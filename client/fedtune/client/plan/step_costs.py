@@ -14,6 +14,16 @@ of its factors A and B, which are trained (then P = F) or fixed:
     peak           resident + adapter + FLOOR + κ·HEAP·(activations + transient + head)        CPU
                    resident + adapter + κ·(activations + max(transient, head))                 GPU, its own allocator
 
+A base in an edge pack is computed block by block, with attention's matrices, in float32 (`fedtune.client.onnx`). Its
+weights are mapped from a file: the kernel drops their pages where memory is short and reads them again, so they count
+beside the peak and not in it. With H heads and examples of s tokens:
+
+    inputs         4·(L + 4)·n·d                      of every block, and the states and gradients between them
+    block          2.5 · n · one layer of the above + 2·4·n·s·H + 4·4·N_lin/L       its backward pass, weights unpacked
+    head           12 · chunk · V                     of at most PACK_CHUNK_LOGITS logits
+    adapter        26P, the fixed factors, and TOKENIZER·V
+    peak           adapter + SESSIONS + κ·(inputs + block + head)
+
 The constants were fitted to measurements, see benchmarks/plan: glibc's heap does not give a phase's blocks back to the
 next, so on CPUs the phases add up, and fragmentation costs a factor HEAP. On GPUs attention works in β. κ is a device's
 correction, measured over predicted, from one trial step. Time is operations over a measured rate:
@@ -22,9 +32,10 @@ correction, measured over predicted, from one trial step. Time is operations ove
     backward  2·N_lin + 2·V·d·share + 8·L·s·q     input gradients only; frozen weights have none
     recompute the forward pass of the blocks, where activations are checkpointed
     adapter   2·P + 4·F
+    unpacking 2·UNPACKING·N_lin, once a micro-batch instead of a token, where weights are mapped
 
 A step is slower than its largest product alone; benchmarks/plan measured EFFICIENCY. One trial step
-replaces the whole estimate of time, per device and model.
+replaces the whole estimate of time, per device and model. `benchmarks/edge` measured the constants of mapped weights.
 """
 
 from __future__ import annotations
@@ -32,7 +43,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedtune.core.adapter.layout import AdapterKind
-from fedtune.model.shape import MAX_CHUNK_LOGITS, ModelShape, Precision, Weights
+from fedtune.model.shape import MAX_CHUNK_LOGITS, PACK_CHUNK_LOGITS, ModelShape, Precision, Weights
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PACKED_BYTES = {"nf4": 4.127 / 8, "int4": 5.125 / 8}  # of a number in a packed base
@@ -43,6 +54,14 @@ KEPT_BLOCK = 32 << 20  # glibc gives larger blocks back to the system
 QUANTIZER_BYTES = 20  # per parameter of the layer that is being packed
 EFFICIENCY = 0.35
 PACKED_SLOWDOWN = 1.3  # of unpacking the weights for every product on CPUs
+SESSIONS = 16 << 20  # an edge pack's graphs, and blocks of the heap that their first runs leave
+BLOCK_COPIES, ATTENTION_COPIES, WEIGHT_COPIES = 2.5, 2.0, 4.0  # of a block's values in its backward pass
+TOKENIZER, TOKENIZER_FILE = 300, 800  # bytes of a token, held and while the tokenizer is read
+UNPACKING = 400.0  # operations in the time of unpacking one weight of an edge pack
+PACK_EFFICIENCY = 1.3  # onnxruntime's products are faster than those of numpy that are measured
+
+Form = tuple[Weights, bool]
+"""A format of the linear weights, and whether activations are computed again instead of kept."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class MemoryPrediction:
         activations: activations kept for the backward pass.
         working: a layer's backward pass, the head, and the allocator's overhead.
         loading: the peak while the model is read and packed.
+        mapped: weights that are mapped from a file, in none of the others; the kernel may drop them at any time.
     """
 
     weights: int
@@ -85,6 +105,7 @@ class MemoryPrediction:
     activations: int
     working: int
     loading: int
+    mapped: int = 0
 
     @property
     def training(self) -> int:
@@ -106,6 +127,8 @@ def predict_memory(
         target_share: share of tokens that the loss counts; only those have logits.
         kappa: κ of this device and model.
     """
+    if choices.weights == "mapped":
+        return _predict_mapped(shape, choices, target_share, kappa)
     beta = VALUE_BYTES[choices.precision]
     tokens, width = choices.tokens, shape.width
     linear_bytes = PACKED_BYTES[choices.quantization] if choices.weights == "packed" else beta
@@ -133,6 +156,25 @@ def predict_memory(
     )
 
 
+def _predict_mapped(shape: ModelShape, choices: Choices, target_share: float, kappa: float) -> MemoryPrediction:
+    beta, tokens, width = VALUE_BYTES["fp32"], choices.tokens, shape.width
+    core = choices.kind == "core"
+    fixed = beta * shape.factor_parameters(choices.rank) if core else 0
+    computed = FACTORISER_BYTES * shape.largest_linear if core else 0
+    adapter = 26 * shape.adapter_parameters(choices.kind, choices.rank) + fixed + TOKENIZER * shape.vocabulary
+    inputs = beta * (shape.layers + 4) * tokens * width
+    block = (
+        BLOCK_COPIES * tokens * layer_bytes_per_token(shape, beta)
+        + ATTENTION_COPIES * beta * tokens * choices.sequence_length * shape.heads
+        + WEIGHT_COPIES * beta * shape.linear_parameters / shape.layers
+    )
+    chunk = min(max(1.0, tokens * target_share), max(1, PACK_CHUNK_LOGITS // shape.vocabulary))
+    head = 12 * chunk * shape.vocabulary
+    working = kappa * (inputs + block + head) - inputs + SESSIONS
+    loading = SESSIONS + fixed + max(computed, TOKENIZER_FILE * shape.vocabulary)
+    return MemoryPrediction(0, round(adapter), round(inputs), round(working), round(loading), shape.file_bytes)
+
+
 def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> int:
     """Returns the bytes that one transformer block keeps per token for its backward pass."""
     attention = beta if cuda else 4
@@ -143,10 +185,11 @@ def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> i
 
 def kappa_of(shape: ModelShape, choices: Choices, measured_training: int, *, target_share: float = 1.0) -> float:
     """Returns the κ that makes the predicted training peak equal to the one measured over the same baseline."""
-    predicted = predict_memory(shape, choices, target_share=target_share)
-    floor = 0 if choices.cuda else FLOOR
-    fixed = predicted.weights + predicted.adapter + floor
-    return max(measured_training - fixed, 1) / max(predicted.training - fixed, 1)
+    once, twice = (
+        predict_memory(shape, choices, target_share=target_share, kappa=kappa).training for kappa in (1.0, 2.0)
+    )
+    changing = max(twice - once, 1)  # the peak is linear in κ
+    return max(measured_training - (once - changing), 1) / changing
 
 
 def operations_per_token(shape: ModelShape, choices: Choices, target_share: float = 1.0) -> float:
@@ -161,5 +204,8 @@ def operations_per_token(shape: ModelShape, choices: Choices, target_share: floa
 
 def step_seconds(shape: ModelShape, choices: Choices, rate: float, tokens: int, target_share: float = 1.0) -> float:
     """Returns the seconds of a step of `tokens` tokens on a device whose products reach `rate` operations a second."""
-    seconds = tokens * operations_per_token(shape, choices, target_share) / (rate * EFFICIENCY)
+    operations = tokens * operations_per_token(shape, choices, target_share)
+    if choices.weights == "mapped":
+        return (operations + 2 * UNPACKING * shape.linear_parameters) / (rate * PACK_EFFICIENCY)
+    seconds = operations / (rate * EFFICIENCY)
     return seconds * (PACKED_SLOWDOWN if choices.weights == "packed" else 1.0)

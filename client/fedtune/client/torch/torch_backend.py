@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from fedtune.client.plan.backend import Case, Measured, Meter, WrongBaseError
+from fedtune.client.plan.machine import Gpu
+from fedtune.client.plan.planner import UNPACKING_FORMS
 from fedtune.client.plan.step_costs import Choices
 from fedtune.client.torch.torch_trainer import TorchTrainer
-from fedtune.client.torch.trial_step import device_of, measure, meter_for, warm_up
+from fedtune.client.torch.trial_step import device_of, load, measure, meter_for, warm_up
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
+from fedtune.data.job_inputs import source_of
+from fedtune.data.tokenizer import Tokenizer
 from fedtune.model.adapted_model import adapt
-from fedtune.model.base_model import DTYPES, best_precision, load_base
+from fedtune.model.base_model import DTYPES, best_precision, load_tokenizer, quiet
 from fedtune.model.nf4 import bitsandbytes_works
-from fedtune.model.shape import ModelShape, Precision
+from fedtune.model.shape import ModelShape, Precision, shape_of
 
 _PRODUCT_ROWS = 512
 _PRODUCT_SECONDS = 0.2
@@ -27,6 +33,9 @@ class TorchBackend:
         device: device on which torch computes; None for the first GPU, or the processor.
     """
 
+    name = "torch"
+    forms = UNPACKING_FORMS
+
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -34,6 +43,19 @@ class TorchBackend:
     def on_gpu(self) -> bool:
         """True if torch computes on a GPU."""
         return self._device.type == "cuda"
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Returns all GPUs that torch sees, where it computes on one."""
+        return tuple(_gpus()) if self.on_gpu else ()
+
+    def shape(self, model: ModelSettings) -> ModelShape:
+        """Returns the sizes of a base model, from its configuration."""
+        return shape_of(model)
+
+    def tokenizer(self, base: str) -> Tokenizer:
+        """Returns a base model's tokenizer."""
+        with quiet():
+            return load_tokenizer(source_of(base))
 
     def best_precision(self) -> Precision:
         """Returns bf16 where the hardware multiplies it natively, fp16 on older GPUs, fp32 otherwise."""
@@ -43,9 +65,9 @@ class TorchBackend:
         """Returns whether bitsandbytes works here."""
         return bitsandbytes_works(self._device.type)
 
-    def reserved_bytes(self) -> int:
-        """Returns the bytes that torch's allocator holds on the GPU."""
-        return torch.cuda.memory_reserved() if self.on_gpu else 0
+    def held_bytes(self) -> int:
+        """Returns the bytes that torch's allocator holds on the GPU, or this process's resident set."""
+        return torch.cuda.memory_reserved() if self.on_gpu else int(psutil.Process().memory_info().rss)
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
         """Measures the operations per second of products of the model's size, on one thread, as in training."""
@@ -75,7 +97,7 @@ class TorchBackend:
             WrongBaseError: its digest differs from `digest`.
             ModelError: it cannot be loaded, or the adapter does not fit it.
         """
-        loaded = load_base(model, weights=choices.weights, precision=choices.precision, device=self._device)
+        loaded = load(model, choices, self._device)
         if loaded.digest != digest:
             raise WrongBaseError(loaded.digest)
         return TorchTrainer(adapt(loaded, adapter))
@@ -94,3 +116,9 @@ def _product_rate(shape: ModelShape, choices: Choices) -> float:
             torch.cuda.synchronize(device)
         done += 1
     return 2.0 * _PRODUCT_ROWS * largest.d_in * largest.d_out * done / elapsed
+
+
+def _gpus() -> Iterator[Gpu]:
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield Gpu(torch.cuda.get_device_name(index), total, free, torch.cuda.get_device_capability(index))

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planner import RESERVE
 from fedtune.client.plan.step_costs import Choices, predict_memory
@@ -168,7 +170,7 @@ def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[],
     if settings.backend == "local" and (on_gpu or settings.threads != 1):
         return 1
     machine = probe()
-    places = len(machine.gpus) if on_gpu else min(int(machine.cores), _that_fit(job, base, machine.memory_free))
+    places = torch.cuda.device_count() if on_gpu else min(int(machine.cores), _that_fit(job, base, machine.memory_free))
     return max(1, min(places, cohort_size(job.federation.clients_per_round, population)))
 
 
