@@ -97,6 +97,12 @@ def test_a_job_that_waits_for_devices_which_never_come_is_cancelled_too(make_fle
         ):
             assert line in metrics.text
         assert httpx.get(found[1], headers={"host": "evil.example"}).status_code == 403
+        with httpx.stream("GET", found[1].replace("/metrics", "/events"), timeout=30) as stream:
+            news = next(line for line in stream.iter_lines() if line.startswith("data: "))
+        shown = json.loads(news.removeprefix("data: "))
+        assert shown["job"]["name"] == "job"
+        assert waiting in shown["job"]["state"]
+        assert sorted(shown["clients"]) == fleet.names
         assert fedtune(fleet, "cancel", "job")[0] == 0
         eventually(lambda: receiver.got, complaint=fleet.logs)
         assert (receiver.got[0]["event"], receiver.got[0]["job"]) == ("job cancelled", "job")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ from fedtune.server import edge_commands, privacy_commands, server_commands
 from fedtune.server.export.export_command import export
 from fedtune.server.fleet import fleet_commands
 from fedtune.server.init_command import init
-from fedtune.server.run_display import Display, Silent, Terminal, error_console, shown
+from fedtune.server.run_display import Display, Several, Silent, Terminal, error_console, shown
 from fedtune.server.simulation.check_command import check
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ def simulate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out already holds.")] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--page", help="Serve a live page of the run to browsers on this machine; prints its address."),
+    ] = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -114,7 +118,7 @@ def simulate(
 
         fedtune simulate job.toml --out runs/first
 
-        fedtune simulate --set federation.rounds=40 --set simulation.dropout=0.2
+        fedtune simulate --page --set federation.rounds=40 --set simulation.dropout=0.2
     """
     from fedtune.core.job.settings import BUNDLED
     from fedtune.data.job_inputs import job_or_demo
@@ -125,8 +129,8 @@ def simulate(
         kinds.append(f"simulation.fleet={json.dumps(str(named))}")
     resolved = job_or_demo(job, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
-    with _running(directory, quiet or as_json) as display:
-        summary = context.obj.simulate(resolved, directory, display, force)
+    with _running(directory, quiet or as_json) as display, _page(directory, page, display) as told:
+        summary = context.obj.simulate(resolved, directory, told, force)
     if as_json:
         print(json.dumps(summary, indent=2))
 
@@ -305,6 +309,24 @@ def _running(directory: Path, silent: bool) -> AbstractContextManager[Display]:
         return f"what finished is safe, go on with: fedtune resume {directory}" if begun else "nothing has started"
 
     return shown(silent, advice)
+
+
+@contextmanager
+def _page(directory: Path, wanted: bool, display: Display) -> Iterator[Display]:
+    """Serves the live page of a run, if it is wanted; gives the display that tells the page as well."""
+    if not wanted:
+        yield display
+        return
+    try:
+        from fedtune.server.watch.live_page import page_routes
+        from fedtune.server.watch.live_run import LiveRun, Shown
+        from fedtune.server.watch.watch_server import WatchServer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--page", "server", error.name or "starlette") from None
+    live = LiveRun(lambda: Shown(directory.name, directory))
+    with WatchServer(page_routes(live), "0") as url:
+        error_console().print(f"live page at {url}/")  # also where the run itself prints nothing, or JSON
+        yield Several(display, live)
 
 
 def _next_run_directory(name: str) -> Path:

@@ -135,8 +135,8 @@ def start(
         typer.Option(
             "--metrics",
             metavar="[HOST:]PORT",
-            help="Serve http://HOST:PORT/metrics for Prometheus, to this machine alone unless HOST says otherwise: "
-            "figures of jobs, rounds and devices, and the devices' names.",
+            help="Serve a live page at http://HOST:PORT/ and figures for Prometheus at /metrics, to this machine alone "
+            "unless HOST says otherwise. Both have figures of jobs, rounds and devices, and the devices' names.",
         ),
     ] = None,
     home: Home = None,
@@ -276,15 +276,19 @@ def _serve_with_metrics(server: ServerHome, display: Display, address: str) -> N
 
     try:
         from fedtune.server.live.fleet_metrics import FleetMetrics
-        from fedtune.server.watch.run_metrics import RunMetrics
-        from fedtune.server.watch.watch_server import WatchServer, watch_app
+        from fedtune.server.watch.run_metrics import RunMetrics, metrics_route
     except ModuleNotFoundError as error:
         raise MissingExtraError("--metrics", "inference", error.name or "prometheus-client") from None
+    from fedtune.server.live.board_page import live_run
+    from fedtune.server.watch.live_page import page_routes
+    from fedtune.server.watch.watch_server import WatchServer
+
     metrics = RunMetrics()
     service = Service(server, [display, metrics])
     metrics.registry.register(FleetMetrics(server, service.jobs, service.board))
-    with WatchServer(watch_app(metrics), address) as url:
-        display.note(f"metrics at {url}/metrics")
+    live = live_run(server, service.board)
+    with WatchServer([*page_routes(live), metrics_route(metrics)], address) as url, service.display.also(live):
+        display.note(f"live page at {url}/, metrics at {url}/metrics")
         service.run()
 
 

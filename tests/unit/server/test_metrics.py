@@ -22,8 +22,8 @@ from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerConfig, ServerHome
 from fedtune.server.live.status_board import Board, JobStatus
 from fedtune.server.run_display import Silent
-from fedtune.server.watch.run_metrics import RunMetrics
-from fedtune.server.watch.watch_server import WatchServer, parse_address, watch_app
+from fedtune.server.watch.run_metrics import RunMetrics, metrics_route
+from fedtune.server.watch.watch_server import WatchServer, parse_address
 
 MONITORING = Path(__file__).parents[3] / "deploy" / "monitoring"
 SCORE = Evaluation(loss=0.5, exact_match=0.75, examples=4, tokens=9)
@@ -117,7 +117,7 @@ def test_metrics_cost_a_round_next_to_nothing_and_a_thousand_devices_are_read_at
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with WatchServer(watch_app(RunMetrics()), "0") as url:
+    with WatchServer([metrics_route(RunMetrics())], "0") as url:
         yield url
 
 
@@ -179,7 +179,7 @@ def test_another_text_is_no_address_and_the_error_shows_one(text: str) -> None:
 
 def test_a_port_that_is_taken_is_said(url: str) -> None:
     with pytest.raises(InputError, match="Address already in use; choose another port"):  # noqa: SIM117
-        with WatchServer(watch_app(RunMetrics()), url.removeprefix("http://")):
+        with WatchServer([metrics_route(RunMetrics())], url.removeprefix("http://")):
             pass
 
 

@@ -64,8 +64,8 @@ class Service:
         self.jobs = Jobs(home)
         for name in (CONTROL_KEY, STATUS):
             remove_unfinished(home.path, name)
-        self._display = Several(*displays)
-        self.board = Board(home.path / STATUS, home.config.address, self._display)
+        self.display = Several(*displays)
+        self.board = Board(home.path / STATUS, home.config.address, self.display)
         self.board.remember()
         self._hook = Webhook(home.config.webhook, home.config.address, self.board.problem)
         self._devices = Devices.load(home)
@@ -88,7 +88,7 @@ class Service:
                 f"{self._home.path}: the certificate has expired; make a new one with: fedtune server renew"
             )
         log = logged(server_log(self._home))
-        with stopping(), self._hook, log as written, self._display.also(written), self._listener:
+        with stopping(), self._hook, log as written, self.display.also(written), self._listener:
             keeper = threading.Thread(target=self._keep, daemon=True, name="keeper")
             try:
                 self._listen()
@@ -125,7 +125,7 @@ class Service:
 
     def _take(self, job: QueuedJob) -> None:
         log, events = logged(job_log(self._home, job)), JobEvents(self._hook, job)
-        with log as written, self._display.also(written), self._display.also(events):
+        with log as written, self.display.also(written), self.display.also(events):
             try:
                 self._desk.take(job)
             finally:

@@ -155,6 +155,11 @@ class Board:
             for name in set(self.devices) - names:
                 del self.devices[name]
 
+    def last_problems(self) -> list[Problem]:
+        """Returns the last problems as they are now."""
+        with self._lock:
+            return list(self.problems)
+
     def snapshot(self) -> dict[str, DeviceStatus]:
         """Returns the devices as they are now."""
         with self._lock:

@@ -1,7 +1,7 @@
 """The pages that templates make: one run's report, or a comparison of several runs.
 
-A page loads no resource and runs no script. Its content security policy makes the browser enforce that, in case a
-client's text should ever get past the escaping.
+A page loads no resource and runs no script; the live page, which is another module's, runs its own. Its content
+security policy makes the browser enforce that, in case a client's text should ever get past the escaping.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _write(path: Path, template: str, **values: Any) -> Path:
+def render(template: str, **values: Any) -> str:
+    """Returns the page that a template makes of values; all text in it is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -187,9 +188,12 @@ def _write(path: Path, template: str, **values: Any) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"prose": clean, "line": clean_line, "bytes": format_bytes}
-    page = environment.get_template(template).render(absent=ABSENT, **values)
+    return environment.get_template(template).render(absent=ABSENT, **values)
+
+
+def _write(path: Path, template: str, **values: Any) -> Path:
     try:
-        write_text(path, page)
+        write_text(path, render(template, **values))
     except OSError as error:
         raise RunError(f"{path}: the report cannot be written: {error.strerror}") from error
     return path

@@ -1,1 +1,1 @@
-"""Looking at a run while it goes on, over HTTP on this machine: metrics for Prometheus."""
+"""Looking at a run while it goes on, over HTTP on this machine: metrics for Prometheus, and a live page for people."""

@@ -16,6 +16,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.responses import Response
+from starlette.routing import Route
 
 from fedtune.core.round_records import ClientRecord, RoundRecord
 
@@ -34,6 +36,11 @@ _GAUGES = {
     "fedtune_eval_loss": "Loss on held-out examples, at the last evaluation.",
     "fedtune_exact_match": "Share of held-out requests answered exactly, at the last evaluation.",
 }
+
+
+def metrics_route(metrics: RunMetrics) -> Route:
+    """Returns /metrics."""
+    return Route("/metrics", lambda _: Response(metrics.text(), media_type=TEXT_TYPE), methods=["GET"])
 
 
 class RunMetrics(Collector):

@@ -1,6 +1,6 @@
 """The HTTP server for people and programs that look at a run: on this machine, unless its operator says otherwise.
 
-    with WatchServer(watch_app(metrics), "127.0.0.1:9464") as url:
+    with WatchServer([*page_routes(live), metrics_route(metrics)], "127.0.0.1:9464") as url:
         ...
 
 It changes nothing, and answers GET alone. A browser may be on this machine as well, with pages of anybody: a request
@@ -14,20 +14,19 @@ import ipaddress
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedtune.core.errors import InputError
 from fedtune.core.host.connections import MAX_HEAD_BYTES, bounded_http
-from fedtune.server.watch.run_metrics import TEXT_TYPE, RunMetrics
 
 LOOPBACK = "127.0.0.1"
 MAX_CONNECTIONS = 64
@@ -46,16 +45,6 @@ def parse_address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or not int(port) < 65536 or not host.isprintable() or " " in host:
         raise InputError(f"{text[:80]!r}: expected PORT or HOST:PORT, for example 9464 or 0.0.0.0:9464")
     return host, int(port)
-
-
-def watch_app(metrics: RunMetrics) -> Starlette:
-    """Returns the application: /metrics."""
-
-    def text(request: Request) -> Response:
-        del request
-        return Response(metrics.text(), media_type=TEXT_TYPE)
-
-    return Starlette(routes=[Route("/metrics", text, methods=["GET"])])
 
 
 class OwnPagesOnly:
@@ -99,16 +88,18 @@ class OwnPagesOnly:
 
 
 class WatchServer:
-    """Serves an application in a thread of its own. Use as a context manager, which gives its URL.
+    """Serves routes in a thread of its own. Use as a context manager, which gives its URL.
 
     Raises:
         InputError: the address cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, address: str) -> None:
+    def __init__(self, routes: Sequence[BaseRoute], address: str) -> None:
         self._host, self._port = parse_address(address)
+        self._app = Starlette(routes=routes)
+        self._app.state.ending = False  # answers that go on look at it
         config = uvicorn.Config(
-            OwnPagesOnly(app, self._host),
+            OwnPagesOnly(self._app, self._host),
             log_level="warning",
             access_log=False,
             http=bounded_http(),
@@ -138,6 +129,7 @@ class WatchServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._app.state.ending = True
         self._server.should_exit = True
         self._thread.join(_STOP_SECONDS)
         self._listener.close()
