@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from local_tasks import local_task
 from one_backend import Only
+from owner import make_server
 from without_torch import environment_without_torch
 
 from fedtune.client.onnx.onnx_backend import OnnxBackend
@@ -36,6 +37,7 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
 from fedtune.edge.pack_manifest import read_manifest
 from fedtune.model.shape import shape_of
+from fedtune.server.live.server_home import ServerConfig
 
 MakeModel = Callable[..., Path]
 JOB = ("adapter.kind=lora", "adapter.rank=4", "data.sequence_length=64", "training.batch_tokens=256")
@@ -275,6 +277,19 @@ def test_plan_and_join_run_where_torch_cannot_be_imported(demo_pack: Path, data:
     planned = json.loads(done.stdout)
     assert planned["plan"]["trainer"] == "onnxruntime"
     assert planned["measured"]["peak_bytes"] > 1_000_000
+    make_server(tmp_path / "server", ServerConfig(address="localhost:1", listen="127.0.0.1", port=1))
+    join = ["client", "join", str(tmp_path / "server" / "invitation.json"), "--name", "kitchen", "--data", str(data)]
+    command = [*run, *join, "--base", str(demo_pack), "--home", str(tmp_path / "device")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"plan for {demo_pack}: edge pack, 3 MB of weights mapped, fp32" in done.stdout
+    assert "trainer: onnxruntime" in done.stdout
+    assert "one step:" in done.stdout
+    done = subprocess.run(
+        [*run, *join, "--home", str(tmp_path / "bare")], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no torch here, and no edge pack: this device can pull models and answer" in done.stdout
     done = subprocess.run([*run, "plan"], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert "training on the base model demo (edge packs need no torch) needs the package torch" in " ".join(

@@ -52,6 +52,7 @@ from fedtune.core.manifest.joining import (
 )
 from fedtune.core.secagg.identity import Identity
 from fedtune.core.secagg.round_log import FileRoundLog
+from fedtune.data.job_inputs import is_pack
 
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
@@ -133,8 +134,8 @@ class ClientHome:
             )
         check_data(data)
         for base in bases:
-            if not (base / "config.json").is_file():
-                raise InputError(f"{base}: not a model directory: it has no config.json")
+            if not (is_pack(base) or (base / "config.json").is_file()):
+                raise InputError(f"{base}: not a model directory, which has a config.json, and not an edge pack")
         private_folder(path)
         keys = PrivateKeys.generate()
         request = JoinRequest.make(name, keys)
