@@ -106,7 +106,7 @@ def test_a_job_that_waits_for_devices_which_never_come_is_cancelled_too(make_fle
         assert fedtune(fleet, "cancel", "job")[0] == 0
         eventually(lambda: receiver.got, complaint=fleet.logs)
         assert (receiver.got[0]["event"], receiver.got[0]["job"]) == ("job cancelled", "job")
-    early = "state      cancelled: cancelled before its first round ended"
+    early = "state      cancelled before its first round ended"
     eventually(lambda: early in fedtune(fleet, "show", "job")[1], complaint=fleet.logs)
     assert not (run / "adapter").exists()
     assert fleet.status()["job"] is None

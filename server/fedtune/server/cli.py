@@ -53,6 +53,9 @@ _Set = Annotated[
     ),
 ]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+_Page = Annotated[
+    bool, typer.Option("--page", help="Serve a live page of the run to browsers on this machine; prints its address.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
 
 
@@ -129,7 +132,7 @@ def simulate(
         kinds.append(f"simulation.fleet={json.dumps(str(named))}")
     resolved = job_or_demo(job, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
-    with _running(directory, quiet or as_json) as display, _page(directory, page, display) as told:
+    with _running(directory, quiet or as_json) as display, _live_page(directory, page, display) as told:
         summary = context.obj.simulate(resolved, directory, told, force)
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -139,6 +142,7 @@ def simulate(
 def resume(
     context: typer.Context,
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted run.")],
+    page: _Page = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -146,8 +150,8 @@ def resume(
 
     Example: fedtune resume runs/demo-1
     """
-    with _running(run_directory, quiet or as_json) as display:
-        summary = context.obj.resume(run_directory, display)
+    with _running(run_directory, quiet or as_json) as display, _live_page(run_directory, page, display) as told:
+        summary = context.obj.resume(run_directory, told)
     if as_json:
         print(json.dumps(summary, indent=2))
 
@@ -312,7 +316,7 @@ def _running(directory: Path, silent: bool) -> AbstractContextManager[Display]:
 
 
 @contextmanager
-def _page(directory: Path, wanted: bool, display: Display) -> Iterator[Display]:
+def _live_page(directory: Path, wanted: bool, display: Display) -> Iterator[Display]:
     """Serves the live page of a run, if it is wanted; gives the display that tells the page as well."""
     if not wanted:
         yield display

@@ -120,7 +120,7 @@ def logs(
             print(line, flush=follow)
             empty = False
         if empty:
-            print(f"{name or 'the server'}: nothing yet; it begins with its work")
+            print(f"no line yet: the log of {name or 'the server'} begins with its work")
 
 
 def fetch(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer
 
@@ -170,6 +171,30 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str], tmp_pat
     programs = cli.Programs(simulate=lambda *arguments: {"status": "finished"})
     assert run("simulate", "--json", "--out", str(tmp_path / "run"), programs=programs) == 0
     assert json.loads(capsys.readouterr().out) == {"status": "finished"}
+
+
+@pytest.mark.parametrize("command", ["simulate", "resume"])
+def test_a_live_page_is_served_while_the_run_goes_on_and_its_address_is_beside_the_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    pages = []
+
+    def look(display: Display) -> dict[str, Any]:
+        display.begin(0, 3, 2, 0)
+        (url,) = capsys.readouterr().err.removeprefix("live page at ").split()
+        pages.append((url, httpx.get(url).status_code))
+        return {"status": "finished"}
+
+    programs = cli.Programs(
+        simulate=lambda job, path, display, force: look(display), resume=lambda path, display: look(display)
+    )
+    where = ("--out", str(tmp_path / "run")) if command == "simulate" else (str(tmp_path / "run"),)
+    assert run(command, "--page", "--json", *where, programs=programs) == 0
+    assert json.loads(capsys.readouterr().out) == {"status": "finished"}
+    ((url, status),) = pages
+    assert status == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
 
 
 @pytest.mark.parametrize("override", ["adapter.kind=core", "adapter.kind=lora", "federation.aggregation=alternating"])

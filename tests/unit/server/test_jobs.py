@@ -178,6 +178,9 @@ def test_jobs_and_show_tell_what_happened_to_every_job(home: ServerHome, capsys:
     assert "2 earlier rounds in" in shown
     assert "round 12: 0:02, 1 of 2 clients, 0 B moved, loss 1.500, exact match 75.0%" in shown
     assert "next: fedtune server logs current --follow" in shown
+    _, shown = run(capsys, "server", "show", "broken", "--home", str(home.path))
+    assert "state failed: no base [red]model[/red]" in shown
+    assert "choose another --name and --set federation.run=N" in shown
 
 
 def test_a_server_without_jobs_says_how_to_submit_one(home: ServerHome, capsys: pytest.CaptureFixture[str]) -> None:

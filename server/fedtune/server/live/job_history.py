@@ -6,7 +6,7 @@ The files of the queue and the run directories are the truth, so a restart of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,16 +122,27 @@ def print_jobs(console: Console, records: Sequence[JobRecord]) -> None:
         console.print("no job yet; submit one with: fedtune server submit job.toml", markup=False)
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("number", "job", "state", "rounds", "submitted", "took", "last score"):
-        table.add_column(column, justify="right" if column in ("number", "rounds", "took") else "left")
+    ranked = any(record.priority for record in records)
+    for column in (
+        "no.",
+        "job",
+        "state",
+        *(["priority"] if ranked else []),
+        "rounds",
+        "submitted",
+        "took",
+        "last score",
+    ):
+        right = column in ("no.", "priority", "rounds", "took")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "last score")
     for record in records:
-        state = record.state + (f", priority {record.priority}" if record.priority and not record.ended else "")
         cells = (
             str(record.number),
             record.name,
-            state,
+            record.state,
+            *([str(record.priority)] if ranked else []),
             f"{record.rounds_done}/{'?' if record.rounds is None else record.rounds}",
-            _date(record.submitted),
+            _date(record.submitted, "%Y-%m-%d %H:%M"),
             _took(record, time.time()),
             record.last_score,
         )
@@ -147,7 +158,7 @@ def print_job(console: Console, record: JobRecord) -> None:
     rounds = f"{record.rounds_done} of {'?' if record.rounds is None else record.rounds}"
     facts = {
         "job": f"{record.name}, number {record.number}, priority {record.priority}",
-        "state": record.state + (f": {record.reason}" if record.reason else ""),
+        "state": f"failed: {record.reason}" if record.state == "failed" else record.reason or record.state,
         "rounds": rounds,
         "submitted": _date(record.submitted),
         "began": _date(record.began),
@@ -163,17 +174,19 @@ def print_job(console: Console, record: JobRecord) -> None:
         console.print(f"{counted(left_out, 'earlier round')} in {Path(record.run) / 'rounds.jsonl'}", soft_wrap=True)
     for line in lines[-SHOWN_ROUNDS:]:
         console.print(f"  {_round_text(line)}", markup=False, soft_wrap=True)
-    console.print(_NEXT[record.state](record.name), markup=False, soft_wrap=True)
+    console.print(f"next: {_next(record)}", markup=False, soft_wrap=True)
 
 
-_NEXT: dict[JobState, Callable[[str], str]] = {
-    "waiting": lambda name: f"next: fedtune server logs {name} --follow, or fedtune server cancel {name}",
-    "running": lambda name: f"next: fedtune server logs {name} --follow, or fedtune server cancel {name}",
-    "ending": lambda name: f"next: fedtune server logs {name} --follow",
-    "finished": lambda name: f"next: fedtune server fetch {name} --out DIR",
-    "failed": lambda name: f"next: fedtune server logs {name}",
-    "cancelled": lambda name: f"next: fedtune server fetch {name} --out DIR, if it has rounds",
-}
+def _next(record: JobRecord) -> str:
+    """Returns the commands that are of use now."""
+    logs = f"fedtune server logs {record.name}"
+    if record.state in ("waiting", "running"):
+        return f"{logs} --follow, or fedtune server cancel {record.name}"
+    if record.state == "ending":
+        return f"{logs} --follow"
+    if record.state == "failed" or not record.rounds_done:
+        return f"{logs}; to submit it again, choose another --name and --set federation.run=N"
+    return f"fedtune server fetch {record.name} --out DIR"
 
 
 def _record(jobs: Jobs, folder: str, job: QueuedJob, current: str | None) -> JobRecord:
@@ -225,8 +238,8 @@ def _written(path: Path) -> float | None:
         return None
 
 
-def _date(moment: float | None) -> str:
-    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+def _date(moment: float | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    return "" if moment is None else time.strftime(form, time.localtime(moment))
 
 
 def _took(record: JobRecord, now: float) -> str:
