@@ -4,13 +4,15 @@
     python benchmarks/edge/trainers.py --base demo --pack packs/demo
 
 Each trainer takes the same steps, of one example of random tokens each, in a process of its own on one thread: LoRA of
-rank 8 on all linear layers, float32. Memory is the process's peak resident set, mapped weights included.
+rank 8 on all linear layers, float32. Memory is the process's peak resident set, mapped weights included; with --limit
+MB it is the peak of a control group of that size, file pages included, which the pack's files enter from the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,15 +36,22 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, required=True, help="its edge pack")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a step")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--limit", type=int, metavar="MB", help="memory of a control group, without swap, for each")
+    parser.add_argument("--only", choices=TRAINERS, action="append", help="one trainer; may be given again")
     parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trainer:
         print(json.dumps(measured(options)))
         return
     print("\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS))))
-    for trainer in TRAINERS:
+    for trainer in options.only or TRAINERS:
         command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if options.limit:
+            group_of(os.getpid()).rmdir()
+        if done.returncode:
+            print(f"| {trainer} | ended with status {done.returncode} | | | |", flush=True)
+            continue
         seconds, megabytes, loss = json.loads(done.stdout)
         cells = (trainer, f"{seconds:.3f}", f"{options.tokens / seconds:.0f}", f"{megabytes:.0f}", f"{loss:.6f}")
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -50,6 +59,7 @@ def main() -> None:
 
 def measured(options: argparse.Namespace) -> tuple[float, float, float]:
     """Returns the seconds of a step, the mean of all but the first call's; the peak memory in MB; and the loss."""
+    group = limited(options.pack, options.limit * 1_000_000) if options.limit else None
     trainer = open_trainer(options)
     random = np.random.default_rng(0)
     vocabulary = open_pack(options.pack).manifest.shape.vocabulary
@@ -64,9 +74,28 @@ def measured(options: argparse.Namespace) -> tuple[float, float, float]:
     )
     trainer.train(examples, received, LocalTask(0, local_work(first)))
     result = trainer.train(examples, received, LocalTask(0, local_work(whole)))
+    if group is not None:
+        return result.seconds / result.steps, int((group / "memory.max_usage_in_bytes").read_text()) / 1e6, result.loss
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     return result.seconds / result.steps, peak * 1024 / 1e6, result.loss
+
+
+def limited(pack: Path, size: int) -> Path:
+    """Moves this process into a new control group (version 1) of that size, with the pack's files out of memory."""
+    group = group_of(os.getppid())
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text(str(size))
+    for path in pack.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    return group
+
+
+def group_of(process: int) -> Path:
+    """Returns the control group in which a benchmark's trainers run, one at a time."""
+    return Path("/sys/fs/cgroup/memory") / f"fedtune-benchmark-{process}"
 
 
 def open_trainer(options: argparse.Namespace) -> Trainer:
