@@ -278,7 +278,7 @@ def _serve_with_metrics(server: ServerHome, display: Display, address: str) -> N
         from fedtune.server.live.fleet_metrics import FleetMetrics
         from fedtune.server.watch.run_metrics import RunMetrics, metrics_route
     except ModuleNotFoundError as error:
-        raise MissingExtraError("--metrics", "inference", error.name or "prometheus-client") from None
+        raise MissingExtraError("--metrics", "server", error.name or "prometheus-client") from None
     from fedtune.server.live.board_page import live_run
     from fedtune.server.watch.live_page import page_routes
     from fedtune.server.watch.watch_server import WatchServer
