@@ -1,4 +1,4 @@
-"""What a device computes, as digests and numbers, to be compared between machines of different kinds.
+"""The results of a device, as digests and numbers, to be compared between machines of different kinds.
 
     python benchmarks/edge/portable.py PACK MODEL > here.json        # an edge pack and an int4 export of the demo
     python benchmarks/edge/portable.py --compare here.json there.json
@@ -34,7 +34,7 @@ from fedtune.data.examples import load_examples
 from fedtune.demo import write_federation
 
 ADAPTER = AdapterSettings(kind="core", rank=24, alpha=32.0)
-PROMPTS = ("turn on the kitchen light", "water the lavender", "lock the front door")
+PROMPTS = ("turn on the kitchen light", "water the lavender", "bake for 25 minutes at 180 degrees")
 TOLERANCE = 1e-4  # of the update's norm; AdamW enlarges rounding where a gradient is small
 
 
