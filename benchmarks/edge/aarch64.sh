@@ -31,6 +31,9 @@ mkdir -p "$root/repository" "$root/pack" "$root/model"
 (cd "$repository" && git archive HEAD tests tools benchmarks/edge pyproject.toml) | tar -x -C "$root/repository"
 cp -r "$pack/." "$root/pack" && cp -r "$model/." "$root/model"
 
+finish() { umount "$root/proc" "$root/sys"; }
+trap finish EXIT
+mount --bind /proc "$root/proc" && mount --bind /sys "$root/sys" # onnxruntime reads both
 arm() { chroot "$root" /usr/bin/env PYTHONPATH=/site OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 /bin/sh -c "cd /repository && $1"; }
 arm 'uname -m && python3 --version'
 OMP_NUM_THREADS=1 "$python" "$repository/benchmarks/edge/portable.py" "$pack" "$model" >"$folder/here.json"
