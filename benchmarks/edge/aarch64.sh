@@ -4,7 +4,7 @@
 #     fedtune edge pack demo --out packs/demo                 # and an int4 export, as a run of the demo leaves it
 #     sudo sh benchmarks/edge/aarch64.sh /tmp/arm packs/demo runs/demo-1/onnx/int4
 #
-# Needs Debian's debootstrap and qemu-user-static, uv, and about 15 minutes, most of them in the emulator. The folder
+# Needs Debian's debootstrap and qemu-user-static, uv, and about half an hour, most of it in the emulator. The folder
 # keeps the Debian system and the packages for a second run.
 set -eu
 folder=$(realpath -m -- "$1") pack=$(realpath -- "$2") model=$(realpath -- "$3")
@@ -31,9 +31,9 @@ mkdir -p "$root/repository" "$root/pack" "$root/model"
 (cd "$repository" && git archive HEAD tests tools benchmarks/edge pyproject.toml) | tar -x -C "$root/repository"
 cp -r "$pack/." "$root/pack" && cp -r "$model/." "$root/model"
 
-finish() { umount "$root/proc" "$root/sys"; }
+finish() { umount "$root/proc"; }
 trap finish EXIT
-mount --bind /proc "$root/proc" && mount --bind /sys "$root/sys" # onnxruntime reads both
+mount --bind /proc "$root/proc" # onnxruntime reads it; with this machine's /sys as well, it crashes in the emulator
 arm() { chroot "$root" /usr/bin/env PYTHONPATH=/site OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 /bin/sh -c "cd /repository && $1"; }
 arm 'uname -m && python3 --version'
 OMP_NUM_THREADS=1 "$python" "$repository/benchmarks/edge/portable.py" "$pack" "$model" >"$folder/here.json"

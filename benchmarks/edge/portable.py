@@ -35,7 +35,7 @@ from fedtune.demo import write_federation
 
 ADAPTER = AdapterSettings(kind="core", rank=24, alpha=32.0)
 PROMPTS = ("turn on the kitchen light", "water the lavender", "bake for 25 minutes at 180 degrees")
-TOLERANCE = 1e-4  # of the update's norm; AdamW enlarges rounding where a gradient is small
+TOLERANCE = 2e-2  # of the update's norm: AdamW steps as far along a tiny gradient, whose sign rounding may decide
 
 
 def computed(pack: Path, model: Path, folder: Path) -> dict[str, Any]:
