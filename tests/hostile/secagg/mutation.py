@@ -65,6 +65,7 @@ JOINING = (
 )
 DECODERS = ("tests/hostile/test_decoders.py",)
 GUARD = ("tests/hostile/live/test_guard.py",)
+LIAR = ("tests/hostile/live/test_lying_line.py",)
 REQUESTS = ("tests/unit/core/test_signed_requests.py", *GUARD)
 PULL = ("tests/hostile/live/test_pull.py",)
 CONNECTIONS = ("tests/unit/core/test_connections.py",)
@@ -664,13 +665,47 @@ MUTANTS = (
         "reply: announced digest", "mailboxes.py", "self._hash.digest() != self.digest", "False", FLOWER, suites=GUARD
     ),
     Mutant("reply: of a message that was taken", "device_endpoints.py", "asked is None or", "", FLOWER, suites=GUARD),
+    # a device's checks of what a server sends
     Mutant(
-        "reply: size of a piece",
-        "guard.py",
-        'DEVICE_CALLS[scope["path"]]:',
-        "(1 << 30):",
-        FLOWER,
-        suites=GUARD,
+        "link: size of a message",
+        "fleet_link.py",
+        "sum(task.sizes) > self._message_bytes",
+        "False",
+        LIVE_CLIENT,
+        suites=LIAR,
+    ),
+    Mutant(
+        "link: size of a piece",
+        "fleet_link.py",
+        "not 0 < len(piece) <= min(MAX_PIECE_BYTES, size - len(content))",
+        "False",
+        LIVE_CLIENT,
+        suites=LIAR,
+    ),
+    Mutant(
+        "link: parts of a message",
+        "fleet_link.py",
+        "len(parts) != parts_of(task.action)",
+        "False",
+        LIVE_CLIENT,
+        suites=LIAR,
+    ),
+    Mutant("link: progress of an upload", "fleet_link.py", "there <= before", "False", LIVE_CLIENT, suites=LIAR),
+    Mutant(
+        "link: size of an answer",
+        "signed_http.py",
+        "len(content) > MAX_ANSWER_BYTES",
+        "False",
+        LIVE_CLIENT,
+        suites=LIAR,
+    ),
+    Mutant(
+        "link: no compression",
+        "signed_http.py",
+        'response.headers.get("content-encoding", "identity") != "identity"',
+        "False",
+        LIVE_CLIENT,
+        suites=LIAR,
     ),
     # a device's checks of a model that it installs
     Mutant("release: owner's signature", "model_release.py", ".checked(fleet_key)", "", MANIFEST, suites=RELEASES),
@@ -883,7 +918,7 @@ MUTANTS = (
     Mutant(
         "guard: length before a body",
         "guard.py",
-        'if len(length) > 10 or int(length) > _LIMITS.get(scope["path"], MAX_BODY_BYTES):',
+        'if len(length) > 10 or int(length) > DEVICE_CALLS[scope["path"]]:',
         "if False:",
         FLOWER,
         suites=GUARD,
