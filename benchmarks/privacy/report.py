@@ -21,6 +21,7 @@ COLUMNS = (
         "numbers",
         "noise",
         "as of a round of",
+        "clip",
         "ε of the job",
         "ε if only the sum is seen",
         "seeds",
@@ -40,14 +41,16 @@ TITLES = {
     "wordnet": "WordNet",
 }
 READING = (
-    "1,000 clients, 100 of them in a round, each in two of 20 rounds; δ = 5e-4 for one client's whole data; the server "
-    "chooses cohorts, so nothing is claimed from sampling. Of a round's clients 10% may vanish and 5% collude, which "
-    "devices make up for by more noise. A trusted server and Flower's wrapper add as much to a mean as the devices' "
-    "noise comes to; their own ε, below the job's, is that of this noise. Cohorts, seeds and clips are the same in all "
-    "rows. Bits are those of a client's reply for each trained number; with Flower's wrapper updates "
-    "travel as float32."
+    "1,000 clients, 100 of them in a round, each in two of 20 rounds; δ = 5e-4 for one client's whole data; the "
+    "server chooses cohorts, so nothing is claimed from sampling. Of a round's clients 10% may vanish and 5% "
+    "collude, which devices make up for by more noise. A trusted server and Flower's wrapper add as much to a mean "
+    "as the devices' noise comes to; their own ε, below the job's, is that of this noise. With more than 100 "
+    "clients only the noise is as of so large a round: 100 train. The clip is a share of the largest norm that a "
+    "round's steps can reach. Cohorts and seeds are the same in all rows. Bits are those of a client's reply for "
+    "each trained number; with Flower's wrapper updates travel as float32."
 )
-Key = tuple[str, str, str, float, int]
+CLIP = 0.25
+Key = tuple[str, str, str, float, int, float]
 
 
 def publish(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -55,11 +58,11 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
     groups: dict[Key, list[dict[str, Any]]] = {}
     for line in lines:
         row = line["basis"]["row"]
-        key = row["task"], row["kind"], row["noise"], row["epsilon"], row["clients"]
+        key = row["task"], row["kind"], row["noise"], row["epsilon"], row["clients"], row["clip"]
         groups.setdefault(key, []).append(line["outcome"])
     table = [COLUMNS, ("---",) * len(COLUMNS)]
     table += [
-        _cells(key, groups[key], groups.get((key[0], key[1], "none", 0.0, 100), []))
+        _cells(key, groups[key], groups.get((key[0], key[1], "none", 0.0, 100, CLIP), []))
         for key in sorted(groups, key=_place)
     ]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
@@ -76,28 +79,32 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_losses(groups: Mapping[Key, Sequence[Mapping[str, Any]]]) -> None:
-    """Writes what the devices' noise cost, by its size, to where `fedtune privacy plan` reads it."""
-    losses: dict[str, list[tuple[float, float]]] = {}
-    for (task, kind, noise, _, _), outcomes in groups.items():
-        without = groups.get((task, kind, "none", 0.0, 100))
+    """Writes what noise cost, by its size and with the best clip, to where `fedtune privacy plan` reads it."""
+    losses: dict[str, dict[float, float]] = {}
+    for (task, kind, noise, _, _, _), outcomes in groups.items():
+        without = groups.get((task, kind, "none", 0.0, 100, CLIP))
         if kind == "core" and noise in ("distributed", "central") and without:
-            lost = 100 * (_mean(without, "exact_match") - _mean(outcomes, "exact_match"))
-            losses.setdefault(TITLES[task], []).append((round(outcomes[0]["noise"], 4), round(lost, 1)))
-    MEASURED.write_text(json.dumps({task: sorted(pairs) for task, pairs in sorted(losses.items())}, indent=1) + "\n")
+            lost = round(100 * (_mean(without, "exact_match") - _mean(outcomes, "exact_match")), 1)
+            found = losses.setdefault(TITLES[task], {})
+            size = round(outcomes[0]["noise"], 4)
+            found[size] = min(lost, found.get(size, lost))
+    table = {task: sorted(found.items()) for task, found in sorted(losses.items())}
+    MEASURED.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _place(key: Key) -> tuple[Any, ...]:
-    task, kind, noise, epsilon, clients = key
-    return task, kind, clients, ("none", "distributed", "central", "flower").index(noise), -epsilon
+    task, kind, noise, epsilon, clients, clip = key
+    return task, kind, clients, clip, ("none", "distributed", "central", "flower").index(noise), -epsilon
 
 
 def _cells(key: Key, outcomes: Sequence[Mapping[str, Any]], without: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    task, kind, noise, epsilon, clients = key
+    task, kind, noise, epsilon, clients, clip = key
     scores, first = [one["exact_match"] for one in outcomes], outcomes[0]
     gap = _mean(outcomes, "exact_match") - _mean(without, "exact_match") if without and noise != "none" else None
     return (
         *(TITLES[task], TITLES[kind], f"{first['numbers']:,}", TITLES[noise]),
         f"{clients} of {10 * clients:,}" if epsilon else "",
+        f"{clip:g}" if epsilon else "",
         f"{epsilon:g}" if epsilon else "∞",
         f"{first['epsilon']:.2f}" if noise in ("central", "flower") and clients == 100 else "",
         f"{len(outcomes)}",
@@ -114,40 +121,47 @@ def _mean(outcomes: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def draw(groups: Mapping[Key, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws exact match against ε, a panel for each task."""
-    tasks = [task for task in ("demo", "wordnet") if any(key[0] == task for key in groups)]
-    figure = Figure(figsize=(5.2 * len(tasks), 4.0), layout="constrained")
-    for place, task in enumerate(tasks):
-        axes = figure.add_subplot(1, len(tasks), place + 1)
-        curve = sorted((key[3], each) for key, each in groups.items() if key[:3] == (task, "core", "distributed"))
-        scores = [[100 * one["exact_match"] for one in each] for _, each in curve]
-        epsilons = [epsilon for epsilon, _ in curve]
-        axes.plot(
-            epsilons, [statistics.fmean(each) for each in scores], "o-", color="#1f5fa8", label="noise of the devices"
-        )
-        axes.fill_between(
-            epsilons, [min(each) for each in scores], [max(each) for each in scores], color="#1f5fa8", alpha=0.2
-        )
-        for noise, mark, color in (("central", "s", "#c25b12"), ("flower", "^", "#3c8a3f")):
-            if outcomes := groups.get((task, "core", noise, 8.0, 100)):
-                axes.plot(
-                    [8.0],
-                    [100 * _mean(outcomes, "exact_match")],
-                    mark,
-                    color=color,
-                    mfc="none",
-                    ms=9,
-                    label=TITLES[noise],
-                )
-        if outcomes := groups.get((task, "core", "none", 0.0, 100)):
+    """Draws exact match against ε on the demo, and against the size of rounds on WordNet."""
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    by_epsilon, by_clients = figure.subplots(1, 2)
+    _draw_line(by_epsilon, _curve(groups, "demo", ("distributed",), 3, CLIP), "#1f5fa8", "noise of the devices")
+    for noise, mark, color in (("central", "s", "#c25b12"), ("flower", "^", "#3c8a3f")):
+        if outcomes := groups.get(("demo", "core", noise, 8.0, 100, CLIP)):
+            place = [100 * _mean(outcomes, "exact_match")]
+            by_epsilon.plot([8.0], place, mark, color=color, mfc="none", ms=9, label=TITLES[noise])
+    by_epsilon.set(xlabel="ε of one client's data", title="demo, 100 of 1,000 clients a round")
+    for clip, color in ((CLIP, "#1f5fa8"), (0.5, "#c25b12")):
+        curve = _curve(groups, "wordnet", ("distributed", "central"), 4, clip)
+        _draw_line(by_clients, curve, color, f"ε = 8, clip {clip:g}")
+    by_clients.set(xlabel="clients of a round, of ten times as many", title="WordNet")
+    for axes, task in ((by_epsilon, "demo"), (by_clients, "wordnet")):
+        if outcomes := groups.get((task, "core", "none", 0.0, 100, CLIP)):
             axes.axhline(100 * _mean(outcomes, "exact_match"), color="#555555", ls="--", label="without privacy")
-        if not curve:
-            continue
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
-        axes.set(xlabel="ε of one client's data", ylabel="exact match, %", title=TITLES[task], ylim=(0, 100))
-        axes.legend(frameon=False)
+        axes.set(ylabel="exact match, %", ylim=(0, 103))
+        axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
+
+
+def _curve(
+    groups: Mapping[Key, Sequence[Mapping[str, Any]]], task: str, noises: Sequence[str], place: int, clip: float
+) -> dict[float, list[float]]:
+    """Returns the value at a place of the key -> exact match in percent, one for each seed; the first noise counts."""
+    curve: dict[float, list[float]] = {}
+    for noise in noises:
+        for key, outcomes in groups.items():
+            if key[:3] == (task, "core", noise) and key[5] == clip and (place == 3 or key[3] == 8.0):
+                curve.setdefault(float(key[place]), [100 * one["exact_match"] for one in outcomes])
+    return dict(sorted(curve.items()))
+
+
+def _draw_line(axes: Any, curve: Mapping[float, Sequence[float]], color: str, label: str) -> None:
+    places = list(curve)
+    axes.plot(places, [statistics.fmean(each) for each in curve.values()], "o-", color=color, label=label)
+    lowest, highest = [min(each) for each in curve.values()], [max(each) for each in curve.values()]
+    axes.fill_between(places, lowest, highest, color=color, alpha=0.2)
+    axes.set_xscale("log", base=2)
+    known = sorted({*axes.get_xticks(), *places} if len(axes.lines) > 1 else places)
+    axes.set_xticks(known, [f"{each:g}" for each in known])
 
 
 if __name__ == "__main__":

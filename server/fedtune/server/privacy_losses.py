@@ -4,8 +4,9 @@
 
 Over T rounds in which clients agree, their updates add up to T steps and the noise of the rounds' means to √T of them.
 So the noise of a job is s/√T, with s the noise of a mean in clips. `benchmarks/privacy` measures the points of exact
-match that are lost against the same job without privacy, and writes them beside this module. Between its points the
-guess is linear in log s/√T; beyond them it is an interval, from 0 to the least of them or from the most to 100.
+match that are lost against the same job without privacy, with the clip that served best, and writes them beside this
+module. Between its points the guess is linear in log s/√T; beyond them it is an interval, from 0 to the least of them
+or from the most to 100.
 """
 
 from __future__ import annotations
