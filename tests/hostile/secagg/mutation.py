@@ -677,8 +677,8 @@ MUTANTS = (
     Mutant(
         "link: size of a piece",
         "fleet_link.py",
-        "not 0 < len(piece) <= min(MAX_PIECE_BYTES, size - len(content))",
-        "False",
+        "min(MAX_PIECE_BYTES, size - len(content))",
+        "(1 << 30)",
         LIVE_CLIENT,
         suites=LIAR,
     ),
