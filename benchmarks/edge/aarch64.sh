@@ -39,4 +39,4 @@ arm 'uname -m && python3 --version'
 OMP_NUM_THREADS=1 "$python" "$repository/benchmarks/edge/portable.py" "$pack" "$model" >"$folder/here.json"
 arm 'python3 benchmarks/edge/portable.py /pack /model' >"$folder/there.json"
 "$python" "$repository/benchmarks/edge/portable.py" --compare "$folder/here.json" "$folder/there.json"
-arm 'python3 -m pytest -q -p no:cacheprovider tests/unit/codec tests/unit/core tests/unit/manifest tests/unit/secagg'
+arm 'python3 -m pytest -q -p no:cacheprovider --hypothesis-profile=ci tests/unit/codec tests/unit/core tests/unit/manifest tests/unit/secagg'
