@@ -105,6 +105,7 @@ def difference(ours: Vector, theirs: Vector) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+@pytest.mark.slow
 def test_two_devices_of_each_kind_give_the_adapter_of_four_with_torch(demo_pack: Path, tmp_path: Path) -> None:
     theirs, _ = run(tmp_path / "torch", 2, "lora")
     mixed = Mixed(demo_pack, tmp_path / "edge")

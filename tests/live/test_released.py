@@ -181,4 +181,4 @@ def test_a_job_that_the_owner_waits_for_is_released_where_the_key_is_on_the_serv
     assert said.endswith(f"once it is released, as --wait does; when it has finished:\n{release}\n")
     with home.lock:
         said = run("server", "submit", "--set", "federation.run=4", "--name", "fourth", *folder)
-    assert "watch it with: fedtune server status" in said
+    assert "watch it with: fedtune server show " in said

@@ -100,6 +100,7 @@ class WatchServer:
         self._app.state.ending = False  # answers that go on look at it
         config = uvicorn.Config(
             OwnPagesOnly(self._app, self._host),
+            log_config=None,  # its own would replace the handlers of the whole process
             log_level="warning",
             access_log=False,
             http=bounded_http(),
