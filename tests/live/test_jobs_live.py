@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 from live_helpers import Fleet, MakeFleet, Process, eventually
 from webhook_receiver import receiving
 
@@ -24,6 +25,7 @@ def fedtune(fleet: Fleet, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_running_job_is_cancelled_with_its_adapter_and_the_next_one_runs(
     make_fleet: MakeFleet, tmp_path: Path
 ) -> None:
