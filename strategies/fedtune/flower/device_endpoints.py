@@ -57,9 +57,9 @@ from fedtune.core.protocol.device_calls import (
     Refused,
     Taken,
 )
-from fedtune.core.protocol.messages import Payload, decode, encode, parts_of
+from fedtune.core.protocol.messages import Payload, decode, encode
 from fedtune.core.protocol.signed_requests import KEY_HEADER
-from fedtune.flower.envelope import SITS_OUT_CODE, identified, reply_metadata, seal, unseal_parts
+from fedtune.flower.envelope import SITS_OUT_CODE, identified, reply_metadata, request_of, seal
 from fedtune.flower.mailboxes import OVER, ArrivingAnswer, Letter, Mailboxes, StoredParts
 from fedtune.flower.stored_objects import store_objects
 
@@ -149,7 +149,7 @@ class DeviceEndpoints:
         }
         message = inflate_object_from_contents(tree.object_id, objects)
         assert isinstance(message, Message)
-        parts = unseal_parts(message, parts_of(asked.message_type))
+        parts = request_of(message).parts
         if sum(map(len, parts)) <= MAX_PIECE_BYTES:
             return parts
         letter.parts = self._shared[content] = StoredParts(parts, self._folder)

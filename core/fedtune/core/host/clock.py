@@ -44,10 +44,6 @@ class Backoff:
         self.failures += 1
         return pause * (0.5 + 0.5 * self._draw())
 
-    def skip(self, failures: int) -> None:
-        """Counts as many failures at least, so that the pauses are long from the start."""
-        self.failures = max(self.failures, failures)
-
     def reset(self) -> None:
         """Resets the pause after a success."""
         self.failures = 0
