@@ -199,6 +199,34 @@ def test_a_device_that_goes_is_reported_at_once(grid: RunGrid, endpoint: Endpoin
     assert reply.metadata.src_node_id == endpoint.node(device)
 
 
+def test_a_device_that_goes_after_its_answer_is_heard_first(grid: RunGrid, endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    for size in (10, 2 * MAX_PIECE_BYTES):
+        device.connect()
+        node = endpoint.node(device)
+        message_id = ask(grid, endpoint, device)
+        answer(device, take(device)[0], bytes(size))
+        device.leave()
+        assert node in grid.get_node_ids()
+        (reply,) = grid.pull_messages([message_id])
+        assert len(unseal(reply)) == size
+        assert node not in grid.get_node_ids()
+
+
+def test_a_device_that_comes_back_before_its_answer_is_collected_stays(grid: RunGrid, endpoint: Endpoint) -> None:
+    device = endpoint.newcomer()
+    device.connect()
+    message_id = ask(grid, endpoint, device)
+    answer(device, take(device)[0], b"answer")
+    device.leave()
+    device.connect()
+    (reply,) = grid.pull_messages([message_id])
+    assert unseal(reply) == b"answer"
+    assert endpoint.node(device) in grid.get_node_ids()
+    device.leave()
+    assert endpoint.node(device) not in grid.get_node_ids()
+
+
 def test_a_device_cannot_answer_for_another(grid: RunGrid, device: FleetLink, endpoint: Endpoint) -> None:
     other = endpoint.newcomer()
     other.connect()

@@ -19,7 +19,7 @@ from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode, Status
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -104,6 +104,9 @@ class DeviceEndpoints:
     def _connect(self, headers: Mapping[bytes, bytes], body: bytes, state: SqlLinkState) -> bytes:
         _check_empty(body)
         request = ActivateNodeRequest(public_key=_key(headers), heartbeat_interval=HEARTBEAT_SECONDS)
+        node = _node(headers, state)
+        if self._mailboxes.come_back(node):
+            state.deactivate_node(node)  # Flower takes no node in that is online already
         fleet_handlers.activate_node(request, state)
         return b""
 
@@ -116,7 +119,8 @@ class DeviceEndpoints:
 
     def _leave(self, node: int, body: bytes, state: SqlLinkState) -> bytes:
         _check_empty(body)
-        fleet_handlers.deactivate_node(DeactivateNodeRequest(node_id=node), state)
+        if self._mailboxes.leave(node):
+            state.deactivate_node(node)
         return b""
 
     def _take(self, node: int, body: bytes, state: SqlLinkState) -> bytes:

@@ -109,6 +109,7 @@ class Letter:
         parts: its payloads, where they are too large for one call.
         arriving: a large answer that is on its way.
         answered: digest of the answer; empty before.
+        collected: whether the run has the answer.
     """
 
     payload_bytes: int
@@ -116,6 +117,7 @@ class Letter:
     parts: StoredParts | None = None
     arriving: ArrivingAnswer | None = None
     answered: bytes = b""
+    collected: bool = False
 
     def admit(self, size: int, digest: bytes) -> bool:
         """Returns whether an answer of this size and digest is new; False for the one that is here already.
@@ -142,6 +144,7 @@ class Mailboxes:
     def __init__(self) -> None:
         self._letters: dict[int, OrderedDict[str, Letter]] = {}
         self._waiting: Counter[int] = Counter()
+        self._leaving: set[int] = set()
 
     def send(self, node: int, message_id: str, payload_bytes: int) -> None:
         """Expects an answer to a message from now on."""
@@ -172,3 +175,25 @@ class Mailboxes:
         if letters is None or message_id not in letters:
             raise HTTPException(OVER)
         return letters[message_id]
+
+    def come_back(self, node: int) -> bool:
+        """Returns whether the node wanted to leave; it does not any more."""
+        wanted = node in self._leaving
+        self._leaving.discard(node)
+        return wanted
+
+    def leave(self, node: int) -> bool:
+        """Returns whether the node can be gone at once; if not, `collect` says so when it can.
+
+        Flower reports a node that is gone as unreachable without looking whether its answer is here. So a node stays
+        until the run has collected its answers.
+        """
+        self._leaving.add(node)
+        letters = self._letters.get(node, OrderedDict[str, Letter]())
+        return not any(letter.answered and not letter.collected for letter in letters.values())
+
+    def collect(self, node: int, message_id: str) -> bool:
+        """Notes that the run has an answer; returns whether its node wanted to leave, and now can."""
+        if node in self._letters and message_id in self._letters[node]:
+            self._letters[node][message_id].collected = True
+        return node in self._leaving and self.leave(node)

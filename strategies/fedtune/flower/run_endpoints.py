@@ -81,6 +81,10 @@ class RunEndpoints:
         task = _task(request, state)
         asked = decode(body, CollectReplies, MAX_PAYLOAD_BYTES)
         found = runtime_handlers.pull_messages(PullAppMessagesRequest(message_ids=asked.ids), state, task)
+        for message in found.messages_list:
+            sender = message.metadata.src_node_id
+            if self._mailboxes.collect(sender, message.metadata.reply_to_message_id):
+                state.deactivate_node(sender)
         node, whole, objects = Node(node_id=SUPERLINK_NODE_ID), [], dict[str, bytes]()
         for tree in found.message_object_trees:
             left = MAX_BATCH_BYTES - sum(map(len, objects.values()))
