@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import base64
 
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fedtune.core.errors import InputError
 from fedtune.core.manifest.joining import load_node_key, make_node_key
 from fedtune.core.protocol.signed_requests import (
     KEY_HEADER,
@@ -49,3 +53,20 @@ def test_garbage_in_a_header_is_no_signature(garbage: str) -> None:
     assert not checks(time=garbage)
     assert not checks(signature=garbage)
     assert not is_signed({}, PATH, BODY, NOW)
+
+
+def test_keys_of_an_algorithm_that_nobody_knows_are_refused() -> None:
+    of_curves = bytes.fromhex("2a8648ce3d0201")  # the identifier of elliptic-curve keys
+    unknown = of_curves[:-1] + b"\x7f"
+    public = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    assert not checks(key=base64.b64encode(changed(public, of_curves, unknown).encode()).decode())
+    with pytest.raises(InputError, match="the node key cannot be read"):
+        load_node_key(changed(make_node_key(), of_curves, unknown))
+
+
+def changed(pem: str, old: bytes, new: bytes) -> str:
+    """Returns a PEM text whose content has other bytes in one place."""
+    first, *lines, last = pem.splitlines()
+    content = base64.b64decode("".join(lines))
+    assert old in content
+    return "\n".join([first, base64.b64encode(content.replace(old, new)).decode(), last, ""])

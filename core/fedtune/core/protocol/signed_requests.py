@@ -12,7 +12,7 @@ import datetime
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
@@ -60,7 +60,7 @@ def is_signed(headers: Mapping[bytes, bytes], path: str, body: bytes, now: float
         if not -MAX_AHEAD_SECONDS < age < MAX_AGE_SECONDS or not isinstance(key, ec.EllipticCurvePublicKey):
             return False
         key.verify(b64decode(signature, validate=True), _statement(path, timestamp, body), _ALGORITHM)
-    except (InvalidSignature, ValueError, OverflowError):
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, OverflowError):
         return False
     return True
 
