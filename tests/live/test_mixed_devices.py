@@ -8,27 +8,34 @@ from pathlib import Path
 
 import pytest
 from live_helpers import Fleet, MakeFleet
-from owner import approve
+from owner import approve, owner_of
 from without_torch import environment_without_torch
 
 from fedtune.client.live.device_home import ClientHome
 from fedtune.core.job.settings import DEMO, ModelSettings
 from fedtune.edge.pack_writer import write_pack
+from fedtune.server.fleet.releasing import release_model
+from fedtune.server.live.model_registry import ModelRegistry
 
 
 @pytest.mark.slow
 def test_two_devices_with_torch_and_two_without_give_one_adapter_under_secure_aggregation(
     make_fleet: MakeFleet, tmp_path: Path
 ) -> None:
-    write_pack(ModelSettings(DEMO), tmp_path / "pack")
     environment = environment_without_torch(tmp_path)
     fleet = make_fleet(4)
+    offered = fleet.home.path / "packs" / "demo"
+    write_pack(ModelSettings(DEMO), offered / "edge")
+    ModelRegistry(fleet.home).take(release_model(owner_of(fleet.home), offered).data)
     with_torch, without = fleet.names[:2], fleet.names[2:]
     fleet.join(*with_torch)
-    for name in without:
-        join_without_torch(fleet, name, tmp_path / "pack", environment)
+    copied, pulled = without
+    assert "trainer: onnxruntime" in join_without_torch(fleet, copied, environment, "--base", str(offered / "edge"))
+    assert "client pull NAME --format edge" in join_without_torch(fleet, pulled, environment)
     run = fleet.submit("federation.clients_per_round=1.0")
     fleet.start_server()
+    said = on_device(fleet, pulled, environment, "pull", "demo", "--format", "edge")
+    assert "release 1 of the fleet's owner" in said
     for name in with_torch:
         fleet.start_device(name)
     for name in without:
@@ -46,28 +53,23 @@ def test_two_devices_with_torch_and_two_without_give_one_adapter_under_secure_ag
         assert ("libtorch" in loaded) == (name in with_torch)
 
 
-def join_without_torch(fleet: Fleet, name: str, pack: Path, environment: dict[str, str]) -> None:
-    """Makes a device with `fedtune client join`, which checks its plan by a real step, and has the owner approve it."""
-    home, data = fleet.client_home(name), fleet.folder / "data" / "clients" / f"{name}.jsonl"
-    arguments = ["client", "join", fleet.home.path / "invitation.json", "--name", name, "--data", data]
-    command = [
-        sys.executable,
-        "-m",
-        "fedtune.server.cli",
-        *map(str, arguments),
-        "--base",
-        str(pack),
-        "--home",
-        str(home),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "trainer: onnxruntime" in done.stdout
-    request = ClientHome(home).request
+def join_without_torch(fleet: Fleet, name: str, environment: dict[str, str], *more: str) -> str:
+    """Makes a device with `fedtune client join`, and has the owner approve it; returns the output."""
+    data = fleet.folder / "data" / "clients" / f"{name}.jsonl"
+    arguments = ["join", str(fleet.home.path / "invitation.json"), "--name", name, "--data", str(data), *more]
+    said = on_device(fleet, name, environment, *arguments)
+    request = ClientHome(fleet.client_home(name)).request
     assert request is not None
     approve(fleet.home, request)
+    return said
+
+
+def on_device(fleet: Fleet, name: str, environment: dict[str, str] | None, *arguments: str) -> str:
+    command = [sys.executable, "-m", "fedtune.server.cli", "client", *arguments, "--home", str(fleet.client_home(name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def said_by_status(fleet: Fleet, name: str) -> str:
-    command = [sys.executable, "-m", "fedtune.server.cli", "client", "status", "--home", str(fleet.client_home(name))]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return on_device(fleet, name, None, "status")

@@ -49,7 +49,7 @@ FOREIGN = {
     "fedtune.edge.graph_files": ("torch", "transformers", "peft", "ray"),
     "fedtune.edge.pack": ("torch", "transformers", "peft", "ray"),
     "fedtune.edge.pack_contents": ("torch", "transformers", "peft", "ray"),
-    "fedtune.edge.pack_manifest": ("torch", "transformers", "peft", "ray"),
+    "fedtune.edge.pack_facts": ("torch", "transformers", "peft", "ray"),
     "fedtune.strategies": ("torch", "transformers", "peft", "ray"),
     "fedtune.flower": ("torch", "transformers", "peft", "ray"),
 }

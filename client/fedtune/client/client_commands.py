@@ -149,7 +149,7 @@ def start(home: _Home = None) -> None:
             from fedtune.client.plan.device_plan import this_device
 
             planner = this_device(CalibrationStore(device.path / CALIBRATIONS), show)
-            for base in usable_bases(planner, list(map(Path, device.config.bases))):
+            for base in usable_bases(planner, device.bases):
                 planner.backends.of(base)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
@@ -197,10 +197,18 @@ def status(
 @app.command()
 def pull(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="A finished job; by default the owner's newest release.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A finished job, by default the owner's newest release; or the name of an edge pack."
+        ),
     ] = None,
     form: Annotated[
-        str | None, typer.Option("--format", "-f", help="int4, int8, fp16 or fp32; by default the smallest available.")
+        str | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="int4, int8, fp16 or fp32, by default the smallest available; or edge, for the edge pack of a base.",
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[
@@ -208,27 +216,37 @@ def pull(
     ] = False,
     home: _Home = None,
 ) -> None:
-    """Download a model that the fleet's owner has released, to use it with fedtune serve or fedtune chat.
+    """Download a model that the fleet's owner has released, to answer with it, or an edge pack, to train on it.
 
-    Needs the extra [inference], and no torch. The device refuses what the owner has not signed, and releases
-    from before the one it has. Every file is checked before the new model replaces the old one, which is kept for
-    fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
+    A model needs the extra [inference] for fedtune serve and fedtune chat, a pack the extra [edge]; neither needs
+    torch. The device trains on its packs from its next start on. It refuses what the owner has not signed, and
+    releases from before the one it has. Every file is checked before the new model replaces the old one, which is kept
+    for fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
 
         fedtune client pull
 
         fedtune client pull first --format fp16
+
+        fedtune client pull SmolLM2-135M --format edge
     """
     from fedtune.client.inference.model_line import ModelLine, PatientLine
     from fedtune.client.inference.model_pull import pull as run
+    from fedtune.client.live.device_home import where
+    from fedtune.core.manifest.model_release import RELEASE_NAME
+    from fedtune.core.protocol.model_manifest import PACK_FORMAT
 
     device = _open(home)
+    pack = form == PACK_FORMAT
+    if pack and not (job and RELEASE_NAME.fullmatch(job)):
+        raise InputError("--format edge: expected the name of an edge pack: fedtune client pull NAME --format edge")
+    versions = device.packs(job or "") if pack else device.models
     line = ModelLine(device.config.server, device.authority, device.node_key)
     try:
         with nullcontext() if quiet or as_json else _showing("pulling") as progress:
-            pulled = run(PatientLine(line), device.models, device.owner_key_after, job, form, progress)
+            pulled = run(PatientLine(line), versions, device.owner_key_after, job, form, progress)
     finally:
         line.close()
-    path, previous = device.models.folder / "current", device.models.previous
+    path, previous = versions.folder / "current", versions.previous
     if as_json:
         found = {
             "version": pulled.path.name,
@@ -244,7 +262,10 @@ def pull(
             f"{pulled.path.name}, release {pulled.release.number} of the fleet's owner: {pulled.total:,} bytes, "
             f"{pulled.received:,} of them received now; every file checked"
         )
-        print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
+        if pack:
+            print(f"train on it: fedtune client start{where(device.path)}; one that runs takes it when it starts again")
+        else:
+            print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
 
 
 @app.command()
@@ -425,7 +446,8 @@ def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bo
         if not bases and not planner.backends.installed(DEMO):
             print(
                 f"no torch here, and no edge pack: this device can pull models and answer. To train: "
-                f"{install_line('client')}, or join with --base DIR for an edge pack"
+                f"{install_line('client')}, or join with --base DIR for an edge pack, or pull one when the fleet's "
+                "owner has approved this device: fedtune client pull NAME --format edge"
             )
             return []
     except ModuleNotFoundError:

@@ -25,7 +25,7 @@ from fedtune.data.population import Population, evaluation_records
 from fedtune.data.records import Record
 from fedtune.demo import BASE_DIRECTORY, FLEET, JOB
 
-PACK_MANIFEST = "edge.json"
+PACK_FACTS = "edge.json"
 """The file that makes a directory an edge pack."""
 
 
@@ -113,7 +113,7 @@ def named_source(base: str) -> str:
 
 def is_pack(path: Path) -> bool:
     """Returns whether a directory is an edge pack, as `fedtune edge pack` writes it, and no model directory."""
-    return (path / PACK_MANIFEST).is_file()
+    return (path / PACK_FACTS).is_file()
 
 
 def own_data_file(path: Path) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.core.errors import ModelError
-from fedtune.edge.pack_manifest import REMEDY
+from fedtune.edge.pack_facts import REMEDY
 
 _TENSOR = "tensor"
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of a tensor; the location is 0 where the tensor has its own values

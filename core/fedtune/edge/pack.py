@@ -3,7 +3,7 @@
     pack = open_pack(Path("packs/SmolLM2-135M"))
     codes = pack.tensors["model.layers.0.self_attn.q_proj.codes"]      # uint8, backed by the file
 
-A pack is a directory, whose files `fedtune.edge.pack_manifest` lists. All blocks of a model are alike, so one graph
+A pack is a directory, whose files `fedtune.edge.pack_facts` lists. All blocks of a model are alike, so one graph
 serves them all; weights and factors are its inputs. An adapter of either kind is ΔW = s · B · R · A per linear layer,
 where R is the identity for LoRA.
 """
@@ -23,12 +23,13 @@ from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Vector
 from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.bfloat16 import round_to_bfloat16
-from fedtune.core.errors import ModelError
+from fedtune.core.errors import ExportError, ModelError
 from fedtune.core.job.settings import AdapterSettings
-from fedtune.core.protocol.model_manifest import digest_file
+from fedtune.core.protocol.model_manifest import PACK_KIND, verify
+from fedtune.data.job_inputs import PACK_FACTS
 from fedtune.edge.graph_files import check_self_contained
 from fedtune.edge.pack_contents import BLOCK, GROUP, PAIRS, SCALE_LEVELS, Tensors, check_tensors
-from fedtune.edge.pack_manifest import GRAPHS, REMEDY, WEIGHTS, PackManifest, read_manifest
+from fedtune.edge.pack_facts import GRAPHS, REMEDY, TOKENIZER, WEIGHTS, PackFacts, read_facts
 from fedtune.model.shape import adapted_modules
 
 _HEADER_LENGTH = 8
@@ -37,19 +38,19 @@ _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("
 
 @dataclass(frozen=True, eq=False)
 class EdgePack:
-    """A pack whose files fit its manifest.
+    """A pack whose files are those of its manifest.
 
     Args:
         tensors: the base's weights by name, read-only and mapped: uint8 codes and float32.
     """
 
     directory: Path
-    manifest: PackManifest
+    facts: PackFacts
     tensors: Tensors
 
     def block(self, layer: int) -> dict[str, npt.NDArray[Any]]:
         """Returns the tensors of one block, by their names within it."""
-        prefix = f"{self.manifest.blocks}.{layer}."
+        prefix = f"{self.facts.blocks}.{layer}."
         return {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
 
     def weight(self, module: AdaptedModule) -> Vector:
@@ -71,7 +72,7 @@ class EdgePack:
         Raises:
             ModelError: a target matches no linear layer, or the rank is over the smaller side of a layer.
         """
-        modules = {module.name: module for module in adapted_modules(self.manifest.shape.linear, settings)}
+        modules = {module.name: module for module in adapted_modules(self.facts.shape.linear, settings)}
         if settings.kind == "lora":
             return LoraLayout(tuple(modules.values()), settings.rank, settings.alpha)
         return CoreLayout.between(
@@ -89,23 +90,21 @@ def open_pack(directory: Path) -> EdgePack:
         ModelError: it is no pack, or a file is missing, cut short, changed or does not fit the others; the message
             names it and the remedy.
     """
-    manifest = read_manifest(directory)
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ModelError(f"{path}: is missing from the edge pack; {REMEDY}")
-        if path.stat().st_size != entry.bytes:
-            raise ModelError(f"{path}: has {path.stat().st_size} bytes; expected {entry.bytes}; {REMEDY}")
-        if digest_file(path).sha256 != entry.sha256:
-            raise ModelError(f"{path}: its content differs from the manifest's digest; {REMEDY}")
+    try:
+        manifest = verify(directory)
+    except ExportError as error:
+        raise ModelError(f"{error}; {REMEDY}") from error
+    if manifest.kind != PACK_KIND or not {PACK_FACTS, *GRAPHS, WEIGHTS, TOKENIZER} <= set(manifest.files):
+        raise ModelError(f"{directory}: its manifest lists only a part of an edge pack's files; {REMEDY}")
+    facts = read_facts(directory)
     for name in GRAPHS:
         check_self_contained(directory / name)
     try:
         tensors = map_tensors(directory / WEIGHTS)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{directory / WEIGHTS}: not a file of weights: {error}; {REMEDY}") from error
-    check_tensors(directory, manifest, tensors)
-    return EdgePack(directory, manifest, tensors)
+    check_tensors(directory, facts, tensors)
+    return EdgePack(directory, facts, tensors)
 
 
 def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -1,6 +1,6 @@
-"""The tensors of an edge pack: their names, shapes and types, which follow from its manifest.
+"""The tensors of an edge pack: their names, shapes and types, which follow from its facts.
 
-    check_tensors(directory, manifest, tensors)
+    check_tensors(directory, facts, tensors)
 
 A pack whose files have the right digests may still have been written wrongly; then a device says which tensor is wrong
 before it trains. The inputs of the graphs are checked where the graphs are loaded.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import ModelError
-from fedtune.edge.pack_manifest import REMEDY, WEIGHTS, PackManifest
+from fedtune.edge.pack_facts import REMEDY, WEIGHTS, PackFacts
 
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a step
@@ -32,15 +32,15 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 _Expected = tuple[str, "np.dtype[Any]", tuple[int, ...]]
 
 
-def check_tensors(directory: Path, manifest: PackManifest, tensors: Tensors) -> None:
-    """Checks that a pack has every tensor that its manifest implies.
+def check_tensors(directory: Path, facts: PackFacts, tensors: Tensors) -> None:
+    """Checks that a pack has every tensor that its facts imply.
 
     Raises:
-        ModelError: a tensor is missing, has another shape or type, or the manifest contradicts itself; the message
+        ModelError: a tensor is missing, has another shape or type, or the facts contradict each other; the message
             names the file, the tensor and the remedy.
     """
     path = directory / WEIGHTS
-    for name, dtype, shape in _expected(directory, manifest):
+    for name, dtype, shape in _expected(directory, facts):
         if name not in tensors:
             raise ModelError(f"{path}: has no tensor {name}; {REMEDY}")
         found = tensors[name]
@@ -53,21 +53,21 @@ def check_tensors(directory: Path, manifest: PackManifest, tensors: Tensors) -> 
         raise ModelError(f"{path}: has no tensor {FREQUENCIES} of one axis, in {_FLOATS}; {REMEDY}")
 
 
-def _expected(directory: Path, manifest: PackManifest) -> Iterator[_Expected]:
-    shape = manifest.shape
+def _expected(directory: Path, facts: PackFacts) -> Iterator[_Expected]:
+    shape = facts.shape
     yield PAIRS, _FLOATS, (_BYTE_VALUES, 2)
     yield SCALE_LEVELS, _FLOATS, (_BYTE_VALUES,)
-    for name in dict.fromkeys((manifest.embedding, manifest.head)):
+    for name in dict.fromkeys((facts.embedding, facts.head)):
         yield name, _FLOATS, (shape.vocabulary, shape.width)
     layers: dict[str, set[str]] = {}
     for module in shape.linear:
         yield from _packed(module)
-        layer, _, own = module.name.removeprefix(f"{manifest.blocks}.").partition(".")
+        layer, _, own = module.name.removeprefix(f"{facts.blocks}.").partition(".")
         layers.setdefault(layer, set()).add(own)
     alike = all(own == layers.get("0") for own in layers.values())
     if not alike or len(layers) != shape.layers or any(str(index) not in layers for index in range(len(layers))):
         raise ModelError(
-            f"{directory}: the linear layers of its manifest are not those of {shape.layers} blocks that are alike; "
+            f"{directory}: the linear layers of its facts are not those of {shape.layers} blocks that are alike; "
             f"{REMEDY}"
         )
 

@@ -1,10 +1,11 @@
 """Writing edge packs, with torch, on the machine that owns the base model.
 
-manifest = write_pack(ModelSettings("/models/SmolLM2-135M"), Path("packs/SmolLM2-135M"))
+facts = write_pack(ModelSettings("/models/SmolLM2-135M"), Path("packs/SmolLM2-135M"))
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from safetensors.torch import save_file
 from fedtune.core.adapter.layout import AdaptedModule
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
-from fedtune.core.protocol.model_manifest import digest_file
+from fedtune.core.protocol.model_manifest import MANIFEST, PACK_FORMAT, PACK_KIND, Manifest, list_files
 from fedtune.data.examples import start_tokens
-from fedtune.data.job_inputs import PACK_MANIFEST
+from fedtune.data.job_inputs import PACK_FACTS
 from fedtune.edge.blocks import TracedBlock, block_parameters, head_function, unpacking_tables
 from fedtune.edge.graph_export import export
 from fedtune.edge.pack_contents import FREQUENCIES
-from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, PackManifest
+from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, PackFacts
 from fedtune.model.base_model import BaseModel, linear_modules, load_base
 from fedtune.model.shape import ModelShape, shape_of
 
@@ -32,7 +33,7 @@ OLDEST_ONNXRUNTIME = "1.19"  # the first for numpy 2; the graphs' own format nee
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on a text's length
 
 
-def write_pack(settings: ModelSettings, directory: Path) -> PackManifest:
+def write_pack(settings: ModelSettings, directory: Path) -> PackFacts:
     """Loads a base model and writes its pack to a new directory, which gets its name when the pack is whole.
 
     Raises:
@@ -50,9 +51,9 @@ def write_pack(settings: ModelSettings, directory: Path) -> PackManifest:
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as unfinished:
         written = Path(unfinished) / "pack"
         written.mkdir()
-        manifest = _write(base, written)
+        facts = _write(base, written)
         written.replace(directory)
-    return manifest
+    return facts
 
 
 def check_supported(base: BaseModel) -> None:
@@ -76,15 +77,29 @@ def check_supported(base: BaseModel) -> None:
         raise ModelError(f"{base.name}: its blocks differ ({', '.join(sorted(kinds))}); expected blocks that are alike")
 
 
-def _write(base: BaseModel, directory: Path) -> PackManifest:
+def _write(base: BaseModel, directory: Path) -> PackFacts:
     block = TracedBlock(base)
     for function, name in ((block.forward, FORWARD), (block.backward, BACKWARD), (head_function(base), HEAD)):
         export(function, directory / name)
     save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
     base.tokenizer.save_pretrained(directory)
-    manifest = _manifest(base, directory)
-    (directory / PACK_MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-    return manifest
+    facts = _facts(base, directory)
+    (directory / PACK_FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts)))
+    manifest = Manifest(
+        kind=PACK_KIND,
+        name=released_name(base.name),
+        format=PACK_FORMAT,
+        provenance={"base": base.name, "digest": base.digest, "architecture": facts.architecture},
+        files=list_files(directory),
+        start_tokens=facts.start_tokens,
+    )
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest.to_json())))
+    return facts
+
+
+def released_name(base: str) -> str:
+    """Returns the name under which the fleet's owner releases the pack of a base: the last part of its path or id."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", Path(base).name).lstrip("._-")[:64] or "base"
 
 
 def _tensors(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -106,11 +121,11 @@ def _tied(base: BaseModel) -> bool:
     return base.head.get_parameter("weight") is base.network.get_input_embeddings().weight
 
 
-def _manifest(base: BaseModel, directory: Path) -> PackManifest:
+def _facts(base: BaseModel, directory: Path) -> PackFacts:
     network, prefix = base.network.base_model, base.network.base_model_prefix
     config = base.network.config.get_text_config()
     end: Any = base.tokenizer.eos_token_id
-    return PackManifest(
+    return PackFacts(
         architecture=config.model_type,
         base_digest=base.digest,
         onnxruntime=OLDEST_ONNXRUNTIME,
@@ -123,7 +138,6 @@ def _manifest(base: BaseModel, directory: Path) -> PackManifest:
         start_tokens=tuple(start_tokens(base.tokenizer)),
         end_token=int(end),
         shape=_shape(base, directory),
-        files={path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.is_file()},
     )
 
 

@@ -26,9 +26,7 @@ def pack(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="A new directory for the pack.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the pack's manifest as JSON, and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the pack's facts as JSON, and nothing else.")] = False,
 ) -> None:
     """Write a base model as an edge pack, on which devices train with onnxruntime and numpy alone.
 
@@ -41,7 +39,8 @@ def pack(
 
         fedtune edge pack /models/SmolLM2-135M --out packs/SmolLM2-135M
 
-    Copy the whole directory to the devices; they check every file in it before they train.
+    Copy the whole directory to the devices, or let them pull it: write it to packs/NAME/edge in the server's folder and
+    release packs/NAME with fedtune fleet publish. They check every file in it before they train.
     """
     from fedtune.core.job.settings import ModelSettings
 
@@ -51,10 +50,10 @@ def pack(
         from fedtune.edge.pack_writer import write_pack
     except ModuleNotFoundError as error:
         raise MissingExtraError("fedtune edge pack", "export", error.name or "of the export") from None
-    manifest = write_pack(ModelSettings(base), out)
+    facts = write_pack(ModelSettings(base), out)
     if as_json:
-        print(json.dumps(asdict(manifest), indent=2))
+        print(json.dumps(asdict(facts), indent=2))
     elif not quiet:
-        size = sum(entry.bytes for entry in manifest.files.values())
-        print(f"{out}: {manifest.architecture}, {manifest.shape.layers} blocks, {size / 1e6:.1f} MB")
-        print(f"base {manifest.base_digest}")
+        size = sum(path.stat().st_size for path in out.iterdir())
+        print(f"{out}: {facts.architecture}, {facts.shape.layers} blocks, {size / 1e6:.1f} MB")
+        print(f"base {facts.base_digest}")

@@ -115,7 +115,7 @@ def offer(
     release: Annotated[Path, typer.Argument(metavar="FILE", help="The NAME.release of the fleet's owner.")],
     home: Home = None,
 ) -> None:
-    """Offer a finished job's exported model to devices, as the owner has released it with fedtune fleet publish."""
+    """Offer a job's model or an edge pack to devices, once the owner has released it with fedtune fleet publish."""
     from fedtune.core.host.private_files import read_bounded
     from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
     from fedtune.server.live.model_registry import ModelRegistry

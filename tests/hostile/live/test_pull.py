@@ -32,7 +32,7 @@ from fedtune.core.manifest.fleet_log import replay
 from fedtune.core.manifest.joining import load_node_key, make_node_key
 from fedtune.core.manifest.model_release import ModelRelease
 from fedtune.core.protocol.messages import PROTOCOL_VERSION, encode
-from fedtune.core.protocol.model_manifest import MANIFEST, Manifest, list_files, verify
+from fedtune.core.protocol.model_manifest import MANIFEST, PACK_FORMAT, PACK_KIND, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
     MAX_PIECE_BYTES,
@@ -63,14 +63,27 @@ def offered(endpoint: Endpoint) -> Iterator[Endpoint]:
     offer(endpoint, "first", "int4", BIG)
     finish(endpoint, "first", 1)
     yield endpoint
-    for folder in ("runs", "jobs/finished"):
-        for path in (endpoint.home.path / folder).iterdir():
+    for folder in ("runs", "jobs/finished", "packs"):
+        for path in (endpoint.home.path / folder).glob("*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def offer(endpoint: Endpoint, job: str, form: str, size: int, seed: int = 0, kind: str = "model") -> Path:
     """Writes an exported directory of a run, which is not a model but is pulled like one."""
-    directory = endpoint.home.path / "runs" / job / "onnx" / form
+    return fill(endpoint.home.path / "runs" / job / "onnx" / form, job, form, size, seed, kind)
+
+
+def offer_pack(endpoint: Endpoint, name: str, size: int = 10, seed: int = 0, kind: str = PACK_KIND) -> Path:
+    """Writes an edge pack, which is none but is pulled like one, and has the owner release it."""
+    folder = endpoint.home.path / "packs" / name
+    shutil.rmtree(folder / PACK_FORMAT, ignore_errors=True)
+    fill(folder / PACK_FORMAT, name, PACK_FORMAT, size, seed, kind)
+    made = release_model(owner_of(endpoint.home), folder)
+    ModelRegistry(endpoint.home).take(made.data)
+    return folder
+
+
+def fill(directory: Path, job: str, form: str, size: int, seed: int, kind: str) -> Path:
     (directory / "deep").mkdir(parents=True)
     (directory / "model.onnx.data").write_bytes(bytes([seed]) * size)
     (directory / "deep" / "tokenizer.json").write_bytes(b"{}" * 50_000)
@@ -156,12 +169,57 @@ def test_what_is_not_there_is_refused_with_what_is(line: Line, versions: Version
         ("none", None, "job none: no model is released; jobs with one: first"),
         ("running", None, "job running: no model is released"),
         ("first", "int8", "job first was not released as int8; it was as int4, fp32"),
-        ("first", "int3", "--format int3: unknown; expected one of int4, int8, fp16, fp32"),
+        ("first", "int3", "--format int3: unknown; expected one of int4, int8, fp16, fp32, edge"),
+        ("first", PACK_FORMAT, "first: no edge pack of this name is released; packs: none yet"),
     ):
         with pytest.raises(InputError, match=words):
             pull(line, versions, job, form)
     with pytest.raises(PeerError, match="400"):
         pull(line, versions, "../first")
+    assert versions.current is None
+
+
+def test_a_pack_is_pulled_by_its_name_and_counts_by_itself(offered: Endpoint, line: Line, tmp_path: Path) -> None:
+    offer_pack(offered, "small", BIG)
+    offer_pack(offered, "wide")
+    finish(offered, "first", 1)  # the model is released after the packs
+    small, wide, models = (Versions(tmp_path / name) for name in ("small", "wide", "models"))
+    pulled = pull(line, wide, "wide", PACK_FORMAT)
+    assert pulled.path.name.startswith("wide-edge-")
+    assert pulled.manifest.kind == PACK_KIND
+    assert pull(line, models).path.name.startswith("first-int4-")
+    first = pull(line, small, "small", PACK_FORMAT)
+    assert first.received == first.total
+    for job, words in (("first", "small, wide|wide, small"), ("other", "no edge pack of this name")):
+        with pytest.raises(InputError, match=words):
+            pull(line, small, job, PACK_FORMAT)
+    offer_pack(offered, "small", BIG, seed=1)
+    second = pull(line, small, "small", PACK_FORMAT)
+    assert (small.current, small.previous) == (second.path, first.path)
+
+
+def test_a_pack_from_before_the_one_that_is_here_is_refused(offered: Endpoint, line: Line, versions: Versions) -> None:
+    folder = offer_pack(offered, "small")
+    old = (folder / "release.json").read_bytes()
+    offer_pack(offered, "small")
+    pull(line, versions, "small", PACK_FORMAT)
+    (folder / "release.json").write_bytes(old)
+    with pytest.raises(PeerError, match="this device has installed release"):
+        pull(line, versions, "small", PACK_FORMAT)
+    offer_pack(offered, "small")
+    with pytest.raises(InputError, match="does not come after"):
+        ModelRegistry(offered.home).take(old)
+
+
+def test_a_model_is_no_pack_and_a_pack_no_model(offered: Endpoint, line: Line, versions: Versions) -> None:
+    offer_pack(offered, "small", kind="model")
+    with pytest.raises(PeerError, match="model in edge; expected edge-pack in edge"):
+        pull(line, versions, "small", PACK_FORMAT)
+    shutil.rmtree(offered.home.path / "runs" / "first" / "onnx")
+    offer(offered, "first", "int4", 10, kind=PACK_KIND)
+    release(offered, "first")
+    with pytest.raises(PeerError, match="edge-pack in int4; expected model in int4"):
+        pull(line, versions, "first")
     assert versions.current is None
 
 
@@ -387,8 +445,8 @@ def test_a_name_that_leads_outside_is_refused(versions: Versions, name: str) -> 
     [
         (Liar(b"\xff"), "not a manifest"),
         (Liar(b"[" * 100_000), "not a manifest"),
-        (Liar(manifest_of({"a": 1}, kind="adapter")), "expected a model"),
-        (Liar(manifest_of({"a": 1}, format="fp32")), "expected a model"),
+        (Liar(manifest_of({"a": 1}, kind="adapter")), "expected model in int4"),
+        (Liar(manifest_of({"a": 1}, format="fp32")), "expected model in int4"),
         (Liar(manifest_of({"a": 1}, name="\x1b[2J")), "printable text"),
         (Liar(manifest_of({"a": 1}, start_tokens=[float("inf")])), "not a manifest"),
         (Liar(manifest_of({f"{n}": 0 for n in range(5000)})), "5000 files"),

@@ -35,7 +35,7 @@ from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import DEMO, ModelSettings
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
-from fedtune.edge.pack_manifest import read_manifest
+from fedtune.edge.pack_facts import read_facts
 from fedtune.model.shape import shape_of
 from fedtune.server.live.server_home import ServerConfig
 
@@ -105,7 +105,7 @@ def test_what_was_measured_corrects_the_next_plan_of_a_pack(demo_pack: Path, tmp
 
 
 def test_kappa_of_a_pack_gives_the_measured_peak(demo_pack: Path) -> None:
-    shape, choices = read_manifest(demo_pack).shape, Choices("mapped", "fp32", 8, 64, 256, True)
+    shape, choices = read_facts(demo_pack).shape, Choices("mapped", "fp32", 8, 64, 256, True)
     kappa = kappa_of(shape, choices, 90_000_000, target_share=0.4)
     assert predict_memory(shape, choices, target_share=0.4, kappa=kappa).training == pytest.approx(90_000_000, abs=2)
 
@@ -157,7 +157,7 @@ def test_plans_for_what_a_device_brings_leave_out_what_it_cannot_train(
 
 def demo_terms(demo_pack: Path, **training: Any) -> JobTerms:
     job = load_job(None, [*JOB, "training.precision=fp32", *(f"training.{key}={training[key]}" for key in training)])
-    return JobTerms(job, Base(DEMO, read_manifest(demo_pack).base_digest, "nf4", 4, 8.0, ("all-linear",), 64))
+    return JobTerms(job, Base(DEMO, read_facts(demo_pack).base_digest, "nf4", 4, 8.0, ("all-linear",), 64))
 
 
 def work_of(
@@ -243,7 +243,7 @@ def test_a_device_whose_packs_are_of_other_bases_says_which_it_has(
     other = JobTerms(terms.job, Base("/srv/other", "0" * 64, "nf4", 4, 8.0, ("all-linear",), 64))
     with pytest.raises(ModelError, match=rf"this device has {demo_pack} \(digest [0-9a-f]{{16}}…\), {damaged}"):
         work.take_on(other)
-    assert any("not the manifest of an edge pack" in note for note in notes)
+    assert any("not the facts of an edge pack" in note for note in notes)
     assert work.take_on(terms).trainer == "onnxruntime"
     work, _ = work_of(tmp_path, [make_model("llama")], data, torch=False)
     with pytest.raises(MissingExtraError, match="needs the package torch"):

@@ -12,7 +12,7 @@ from fedtune.core.job.settings import DEMO
 from fedtune.data.examples import prepare, start_tokens
 from fedtune.data.job_inputs import source_of
 from fedtune.data.records import Message, Record
-from fedtune.edge.pack_manifest import read_manifest
+from fedtune.edge.pack_facts import read_facts
 from fedtune.model.base_model import load_tokenizer
 
 RECORDS = [
@@ -43,4 +43,4 @@ def test_it_renders_text_only(demo_pack: Path) -> None:
 
 
 def of_pack(directory: Path) -> EdgeTokenizer:
-    return EdgeTokenizer(directory, read_manifest(directory))
+    return EdgeTokenizer(directory, read_facts(directory))

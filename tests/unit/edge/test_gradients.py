@@ -71,7 +71,7 @@ def test_loss_and_gradient_are_torch_s(
 ) -> None:
     directory = make_biased(architecture, **options)
     pack = open_pack(pack_of(str(directory)))
-    assert pack.manifest.architecture == architecture
+    assert pack.facts.architecture == architecture
     for settings in (LORA, CORE):
         model = torch_model(directory, settings)
         network = EdgeNetwork(pack, pack.layout(settings))
@@ -106,7 +106,7 @@ def test_unpacked_weights_are_torch_s_to_the_bit(make_biased: MakeModel, pack_of
     pack = open_pack(pack_of(str(directory)))
     layers = dict(linear_modules(torch_model(directory, LORA).base.network))
     originals = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
-    for module in pack.manifest.shape.linear:
+    for module in pack.facts.shape.linear:
         layer = originals[module.name]
         assert isinstance(layer, PackedLinear)
         assert np.array_equal(pack.weight(module), layer.dense().numpy())

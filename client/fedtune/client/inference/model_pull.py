@@ -1,4 +1,4 @@
-"""The pull of a finished job's exported model from the fleet's server.
+"""The pull of a finished job's exported model, or of a base model's edge pack, from the fleet's server.
 
     line = PatientLine(ModelLine(server, authority, node_key))
     path = pull(line, Versions(home / "models"), key_after)
@@ -30,6 +30,8 @@ from fedtune.core.protocol.messages import PROTOCOL_VERSION
 from fedtune.core.protocol.model_manifest import (
     FORMATS,
     MANIFEST,
+    PACK_FORMAT,
+    PACK_KIND,
     FileEntry,
     Manifest,
     digest_file,
@@ -78,8 +80,8 @@ def pull(
     """Downloads a released model and makes it the current version; the current one becomes the previous.
 
     Args:
-        job: a finished job; None for the one of the newest release.
-        form: "int4", ...; None for the smallest available.
+        job: a finished job, or a pack's name; None for the one of the newest release.
+        form: "int4", ...; None for the smallest available; "edge" for a pack.
 
     Raises:
         InputError: there is no such model or format, the device is unknown, or another process pulls.
@@ -87,11 +89,11 @@ def pull(
             from those announced, and were removed.
         RunError: the network was down for too long, or the disk is full; the next pull resumes.
     """
-    if form not in (None, *FORMATS):
-        raise InputError(f"--format {form}: unknown; expected one of {', '.join(FORMATS)}")
+    if form not in (None, *FORMATS, PACK_FORMAT):
+        raise InputError(f"--format {form}: unknown; expected one of {', '.join((*FORMATS, PACK_FORMAT))}")
     with versions.changing(), _kept(versions):
         offer = line.describe(job, form)
-        version = _admitted(offer, versions, key_after)
+        version = _admitted(offer, PACK_KIND if form == PACK_FORMAT else "model", versions, key_after)
         if (job or version.release.name, form or offer.format) != (version.release.name, offer.format):
             raise PeerError(f"the server offers {version.release.name} as {offer.format}, which was not requested")
         received = 0
@@ -184,8 +186,8 @@ class _Pace:
             self.size = max(self.size // 2, SHORTEST_PIECE)
 
 
-def _admitted(offer: ModelDescription, versions: Versions, key_after: KeyAfter) -> _Version:
-    """Holds an offer against what the fleet's owner has signed.
+def _admitted(offer: ModelDescription, kind: str, versions: Versions, key_after: KeyAfter) -> _Version:
+    """Holds an offer of this kind against what the fleet's owner has signed.
 
     Raises:
         PeerError: the owner has not released it, or it may not be installed any more.
@@ -202,10 +204,9 @@ def _admitted(offer: ModelDescription, versions: Versions, key_after: KeyAfter) 
         manifest = parse_manifest(offer.manifest, "the server's offer")
     except ExportError as error:
         raise PeerError(str(error)) from None
-    if manifest.kind != "model" or manifest.format != offer.format:
-        raise PeerError(
-            f"the server's offer is {manifest.kind} in {manifest.format}; expected a model in {offer.format}"
-        )
+    if manifest.kind != kind or manifest.format != offer.format:
+        found = f"{manifest.kind} in {manifest.format}"
+        raise PeerError(f"the server's offer is {found}; expected {kind} in {offer.format}")
     return _Version(offer, release, manifest, digest)
 
 

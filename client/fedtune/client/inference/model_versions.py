@@ -6,7 +6,7 @@
     models/.incoming-VERSION/     the received part of a version; without a manifest, so that it cannot be loaded
 
 A version gets its name when it is whole, and `current` moves between versions atomically: a reader of `models/current`
-always finds a whole model.
+always finds a whole model. The edge packs of each base model are kept in the same way, in packs/NAME.
 
 The device's own owner may go back to the previous version. That leaves the last release as it is: what a server offers
 must still be that one or a newer one.

@@ -56,7 +56,7 @@ from fedtune.data.job_inputs import is_pack
 
 ENVIRONMENT = "FEDTUNE_CLIENT_HOME"
 KEPT_JOBS = 3
-MODELS = "models"
+MODELS, PACKS = "models", "packs"
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
 _LOG = "fleet.jsonl"
@@ -183,6 +183,20 @@ class ClientHome:
     def models(self) -> Versions:
         """The pulled models."""
         return Versions(self.path / MODELS)
+
+    def packs(self, name: str) -> Versions:
+        """The pulled edge packs of a base model.
+
+        Args:
+            name: name of the pack, under which the fleet's owner has released it.
+        """
+        return Versions(self.path / PACKS / name)
+
+    @property
+    def bases(self) -> list[Path]:
+        """The base models that the device brings: those that its owner has named, and the pulled packs."""
+        pulled = [self.packs(folder.name).current for folder in sorted((self.path / PACKS).glob("*"))]
+        return [*map(Path, self.config.bases), *(path for path in pulled if path is not None)]
 
     @property
     def lock(self) -> ServiceLock:

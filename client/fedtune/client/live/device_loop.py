@@ -68,7 +68,7 @@ def serve(home: ClientHome, planner: DevicePlanner, show: Callable[[str], None])
     remove_unfinished(home.path)
     config = home.config
     report = DeviceReport(home.path, config.name, config.server, show, SYSTEM_CLOCK)
-    planned = PlannedWork(tuple(map(Path, config.bases)), Path(config.data), planner)
+    planned = PlannedWork(tuple(home.bases), Path(config.data), planner)
     link = FleetLink(config.server, home.authority, home.node_key)
     ask = AskToJoin(home, report)
     DeviceLoop(home, link, RegisteredDevice(home, planned, report), report, ask_to_join=ask).run()

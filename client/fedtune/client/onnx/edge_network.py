@@ -26,7 +26,7 @@ from fedtune.core.errors import ModelError
 from fedtune.data.batches import Batch
 from fedtune.edge.pack import EdgePack
 from fedtune.edge.pack_contents import FREQUENCIES, PAIRS, SCALE_LEVELS
-from fedtune.edge.pack_manifest import BACKWARD, FORWARD, HEAD, REMEDY
+from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, REMEDY
 from fedtune.model.shape import PACK_CHUNK_LOGITS
 
 _NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
@@ -63,7 +63,7 @@ class EdgeNetwork:
         self._forward, self._backward, self._head = (
             _session(pack, name, threads) for name in (FORWARD, BACKWARD, HEAD)
         )
-        prefix = f"{pack.manifest.norm}."
+        prefix = f"{pack.facts.norm}."
         self._norm = {name.removeprefix(prefix): each for name, each in pack.tensors.items() if name.startswith(prefix)}
         self._shared = {
             PAIRS: pack.tensors[PAIRS],
@@ -71,7 +71,7 @@ class EdgeNetwork:
             "scaling": np.asarray(layout.scaling, dtype=np.float32),
         }
         self._extents = _extents(layout)
-        self._weights = [pack.block(layer) for layer in range(pack.manifest.shape.layers)]
+        self._weights = [pack.block(layer) for layer in range(pack.facts.shape.layers)]
         self.load(np.zeros(layout.size, dtype=np.float32))
         self._check_inputs()
 
@@ -82,7 +82,7 @@ class EdgeNetwork:
     def load(self, vector: Vector) -> None:
         """Takes the adapter's values from a flat vector, float32, (layout.size,), without a copy."""
         self.layout.check(vector)
-        self._blocks = [self._block(layer, vector) for layer in range(self.pack.manifest.shape.layers)]
+        self._blocks = [self._block(layer, vector) for layer in range(self.pack.facts.shape.layers)]
 
     def add_gradient(self, batch: Batch, scale: float, factors: Factors, gradient: Vector) -> float:
         """Adds the gradient of scale · Σ cross-entropies to `gradient`, and returns the sum of the cross-entropies.
@@ -129,10 +129,10 @@ class EdgeNetwork:
 
     def _states(self, ids: npt.NDArray[np.int64]) -> Iterator[Vector]:
         """Yields the input of each block, then the last one's output: float32, (batch, length, d)."""
-        manifest = self.pack.manifest
-        states = self.pack.tensors[manifest.embedding][ids]
-        if manifest.embedding_scale != 1.0:
-            states = states * np.float32(manifest.embedding_scale)
+        facts = self.pack.facts
+        states = self.pack.tensors[facts.embedding][ids]
+        if facts.embedding_scale != 1.0:
+            states = states * np.float32(facts.embedding_scale)
         yield states
         for block in self._blocks:
             (states,) = self._run(self._forward, ["y"], block, states)
@@ -144,7 +144,7 @@ class EdgeNetwork:
         Raises:
             ModelError: an input of a graph has no tensor, or one of another shape or type.
         """
-        states = np.zeros((1, 2, self.pack.manifest.shape.width), dtype=np.float32)
+        states = np.zeros((1, 2, self.pack.facts.shape.width), dtype=np.float32)
         for block in self._blocks:
             feeds = self._feeds(block, states)
             _check(self.pack, FORWARD, self._forward, feeds)
@@ -169,26 +169,26 @@ class EdgeNetwork:
         return {"x": x, "cosines": cosines, "sines": sines, **self._shared, **block.weights, **block.factors}
 
     def _head_feeds(self, states: Vector, targets: npt.NDArray[np.int64]) -> dict[str, Array]:
-        return {"x": states, "targets": targets, "head": self.pack.tensors[self.pack.manifest.head], **self._norm}
+        return {"x": states, "targets": targets, "head": self.pack.tensors[self.pack.facts.head], **self._norm}
 
     def _rotations(self, length: int) -> tuple[Vector, Vector]:
         """Returns the rotary embedding's cosines and sines: float32, (1, length, head width)."""
         angles = np.arange(length, dtype=np.float32)[:, None] * self.pack.tensors[FREQUENCIES]
         angles = np.concatenate([angles, angles], axis=1)[None]
-        scale = np.float32(self.pack.manifest.rope_scale)
+        scale = np.float32(self.pack.facts.rope_scale)
         return np.cos(angles) * scale, np.sin(angles) * scale
 
     def _chunks(self, batch: Batch) -> Iterator[slice]:
-        size = max(1, PACK_CHUNK_LOGITS // self.pack.manifest.shape.vocabulary)
+        size = max(1, PACK_CHUNK_LOGITS // self.pack.facts.shape.vocabulary)
         for start in range(0, len(batch.targets), size):
             yield slice(start, start + size)
 
     def _block(self, layer: int, vector: Vector) -> _Block:
         """Returns a block with the adapter's factors; a layer that is not adapted gets B = 0."""
-        rank, prefix = self.layout.rank, f"{self.pack.manifest.blocks}.{layer}."
+        rank, prefix = self.layout.rank, f"{self.pack.facts.blocks}.{layer}."
         factors: dict[str, Array] = {}
         extents: dict[str, Extent] = {}
-        for module in self.pack.manifest.shape.linear:
+        for module in self.pack.facts.shape.linear:
             if not module.name.startswith(prefix):
                 continue
             own = module.name.removeprefix(prefix)
@@ -212,9 +212,9 @@ def check_runtime(pack: EdgePack, version: str) -> None:
     """Checks that an onnxruntime of this version runs the pack's graphs.
 
     Raises:
-        ModelError: it is older than the manifest says.
+        ModelError: it is older than the facts say.
     """
-    needed = pack.manifest.onnxruntime
+    needed = pack.facts.onnxruntime
     if _numbers(version) < _numbers(needed):
         raise ModelError(
             f"{pack.directory}: needs onnxruntime {needed} or later, and {version} is installed; "

@@ -1,6 +1,6 @@
 """The tokenizer of an edge pack, with those methods of transformers' tokenizers that prepare examples.
 
-examples, report = prepare(records, EdgeTokenizer(directory, manifest), sequence_length=256)
+examples, report = prepare(records, EdgeTokenizer(directory, facts), sequence_length=256)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from fedtune.core.errors import ModelError
 from fedtune.data.chat_template import read_chat_template
-from fedtune.edge.pack_manifest import REMEDY, TOKENIZER, PackManifest
+from fedtune.edge.pack_facts import REMEDY, TOKENIZER, PackFacts
 
 
 class EdgeTokenizer:
@@ -20,7 +20,7 @@ class EdgeTokenizer:
 
     Args:
         directory: the pack's, with a `tokenizer.json`.
-        manifest: the pack's.
+        facts: the pack's.
 
     Raises:
         ModelError: the tokenizer cannot be read.
@@ -31,7 +31,7 @@ class EdgeTokenizer:
         eos_token_id: the token that ends a text.
     """
 
-    def __init__(self, directory: Path, manifest: PackManifest) -> None:
+    def __init__(self, directory: Path, facts: PackFacts) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
         except Exception as error:  # the library's errors are of this type itself
@@ -39,9 +39,9 @@ class EdgeTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.chat_template = read_chat_template(directory)
-        start = manifest.start_tokens
+        start = facts.start_tokens
         self.bos_token_id = start[0] if start else None
-        self.eos_token_id = manifest.end_token
+        self.eos_token_id = facts.end_token
 
     def __call__(
         self, texts: str | list[str], /, *, add_special_tokens: bool = True, verbose: bool = True

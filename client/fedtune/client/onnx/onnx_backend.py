@@ -18,7 +18,7 @@ from fedtune.client.plan.meter import KeptMeter
 from fedtune.client.plan.step_costs import Choices, Form
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
-from fedtune.edge.pack_manifest import read_manifest
+from fedtune.edge.pack_facts import read_facts
 from fedtune.model.shape import ModelShape, Precision
 
 QUANTIZATION = "nf4"  # of all packs
@@ -38,14 +38,14 @@ class OnnxBackend:
         return ()
 
     def shape(self, model: ModelSettings) -> ModelShape:
-        """Returns the sizes in a pack's manifest.
+        """Returns the sizes in a pack's facts.
 
         Raises:
             ModelError: it is no pack, or the job quantizes the base otherwise.
         """
         if model.quantization != QUANTIZATION:
             raise ModelError(f"{model.base}: an edge pack is in {QUANTIZATION}; the job wants {model.quantization}")
-        return replace(read_manifest(Path(model.base)).shape, name=model.base)
+        return replace(read_facts(Path(model.base)).shape, name=model.base)
 
     def tokenizer(self, base: str) -> EdgeTokenizer:
         """Returns a pack's tokenizer.
@@ -53,7 +53,7 @@ class OnnxBackend:
         Raises:
             ModelError: it is no pack, or its tokenizer cannot be read.
         """
-        return EdgeTokenizer(Path(base), read_manifest(Path(base)))
+        return EdgeTokenizer(Path(base), read_facts(Path(base)))
 
     def best_precision(self) -> Precision:
         """Returns fp32, in which the graphs of packs compute."""

@@ -42,7 +42,7 @@ class OnnxTrainer:
     def __init__(self, network: EdgeNetwork, limits: Limits = UNLIMITED) -> None:
         self.network = network
         self.limits = limits
-        self._tokenizer = EdgeTokenizer(network.pack.directory, network.pack.manifest)
+        self._tokenizer = EdgeTokenizer(network.pack.directory, network.pack.facts)
 
     @property
     def layout(self) -> AdapterLayout:
@@ -52,12 +52,12 @@ class OnnxTrainer:
     @property
     def digest(self) -> str:
         """The base model's."""
-        return self.network.pack.manifest.base_digest
+        return self.network.pack.facts.base_digest
 
     @property
     def name(self) -> str:
         """The directory or hub id of the base model that was packed."""
-        return self.network.pack.manifest.shape.name
+        return self.network.pack.facts.shape.name
 
     @property
     def tokenizer(self) -> EdgeTokenizer:
@@ -119,6 +119,6 @@ def open_trainer(directory: Path, adapter: AdapterSettings, digest: str | None =
         ModelError: it is no whole pack, onnxruntime is too old for it, or the adapter does not fit the base.
     """
     pack = open_pack(directory)
-    if digest is not None and pack.manifest.base_digest != digest:
-        raise WrongBaseError(pack.manifest.base_digest)
+    if digest is not None and pack.facts.base_digest != digest:
+        raise WrongBaseError(pack.facts.base_digest)
     return OnnxTrainer(EdgeNetwork(pack, pack.layout(adapter), threads))

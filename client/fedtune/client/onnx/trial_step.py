@@ -34,7 +34,7 @@ def run_case(case: Case) -> Measured:
 def _load(case: Case) -> trial.Loaded:
     trainer = open_trainer(Path(case.model.base), case.adapter, threads=case.threads)
     network = trainer.network
-    return trial.Loaded(trainer.layout, network.pack.manifest.shape.vocabulary, partial(train_on_pack, network))
+    return trial.Loaded(trainer.layout, network.pack.facts.shape.vocabulary, partial(train_on_pack, network))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from fedtune.core.protocol.messages import Base, TrainRequest
 from fedtune.core.round_timing import done_share
 from fedtune.data.examples import Example, load_examples
 from fedtune.data.job_inputs import is_pack
-from fedtune.edge.pack_manifest import read_manifest
+from fedtune.edge.pack_facts import read_facts
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class PlannedWork:
         found = {}
         for path in filter(is_pack, self._bases):
             try:
-                found[str(path)] = read_manifest(path).base_digest
+                found[str(path)] = read_facts(path).base_digest
             except ModelError as error:
                 self._planner.note(str(error))
                 found[str(path)] = ""

@@ -1,11 +1,11 @@
-"""The release of an exported model: what a fleet's owner has signed, and without which no device installs it.
+"""The release of an exported model or an edge pack: what a fleet's owner signs; devices install nothing else.
 
     release = ModelRelease.sign(key, 3, "first", {"int4": digest}, expires)       # the owner, who holds the export
     release = ModelRelease.read(data, fleet_key, now)                             # a device, when it pulls
 
 Releases of one owner are numbered, and a device installs none below the last that it installed: a server can hold a
 release back until it expires, and can neither write one nor bring an old one back. To return a fleet to an older model,
-its owner releases that model again, under a new number.
+its owner releases that model again, under a new number. The packs of each base model are counted by themselves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from fedtune.core.errors import PeerError
 from fedtune.core.manifest.signed import Signed
-from fedtune.core.protocol.model_manifest import FORMATS
+from fedtune.core.protocol.model_manifest import FORMATS, PACK_FORMAT
 from fedtune.core.protocol.model_requests import MAX_RELEASE_BYTES
 from fedtune.core.secagg.identity import Identity
 
 KIND = "model release"
 DAYS = 90.0  # for which a release is valid unless its signer says otherwise
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RELEASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_NUMBER = 1 << 53
 _FIELDS = {"number", "name", "models", "expires"}
@@ -35,7 +35,7 @@ class ModelRelease:
 
     Args:
         number: number of the release, which grows.
-        name: name of the job whose model it is.
+        name: name of the job whose model it is, or of a base model.
         models: format -> SHA-256 of the export's manifest, in hexadecimal digits.
         expires: seconds since 1970 after which no device installs it; a device that has it goes on using it.
         data: the signed statement as bytes.
@@ -46,6 +46,11 @@ class ModelRelease:
     models: Mapping[str, str]
     expires: float
     data: bytes
+
+    @property
+    def is_pack(self) -> bool:
+        """True for the release of an edge pack."""
+        return PACK_FORMAT in self.models
 
     @classmethod
     def sign(cls, key: Identity, number: int, name: str, models: Mapping[str, str], expires: float) -> ModelRelease:
@@ -90,10 +95,11 @@ class ModelRelease:
         number, name, models, expires = (content[field] for field in ("number", "name", "models", "expires"))
         if type(number) is not int or not 0 < number <= _MAX_NUMBER:
             raise PeerError(f"a {KIND} has a number from 1 to {_MAX_NUMBER}")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise PeerError(f"a {KIND} is of a job: 1 to 64 letters, digits, '.', '_' or '-', got {str(name)[:80]!r}")
+        if not isinstance(name, str) or not RELEASE_NAME.fullmatch(name):
+            raise PeerError(f"a {KIND} has a name: 1 to 64 letters, digits, '.', '_' or '-', got {str(name)[:80]!r}")
         if not _are_models(models) or not isinstance(expires, int | float):
-            raise PeerError(f"a {KIND} has the digest of each format ({', '.join(FORMATS)}), and the time it expires")
+            forms = f"({', '.join(FORMATS)}, or {PACK_FORMAT} alone)"
+            raise PeerError(f"a {KIND} has the digest of each format {forms}, and the time it expires")
         return cls(number, name, models, expires, data)
 
 
@@ -101,6 +107,6 @@ def _are_models(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and value.keys() <= set(FORMATS)
+        and (value.keys() <= set(FORMATS) or value.keys() == {PACK_FORMAT})
         and all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in value.values())
     )

@@ -22,7 +22,8 @@ MANIFEST = "fedtune.json"
 CARD = "MODEL_CARD.md"
 ADAPTER_SUFFIX = ".onnx_adapter"
 Format = Literal["int4", "int8", "fp16", "fp32"]
-FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16", "fp32")  # the smallest first
+FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16", "fp32")  # of exported models, the smallest first
+PACK_KIND, PACK_FORMAT = "edge-pack", "edge"  # of edge packs, see fedtune.edge.pack_facts
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
@@ -48,9 +49,10 @@ class Manifest:
     """An exported directory's `fedtune.json`.
 
     Args:
-        kind: "model" (adapter merged), "adapter-base" (the base, with the adapter's factors as inputs) or "adapter".
+        kind: "model" (adapter merged), "adapter-base" (the base, with the adapter's factors as inputs), "adapter" or
+            "edge-pack".
         name: name under which the model is served.
-        format: "int4", "int8", "fp16" or "fp32".
+        format: "int4", "int8", "fp16" or "fp32"; "edge" for an edge pack.
         provenance: base, adapter, job, rounds, clients, gate results, licence, versions: for people and audits.
         files: relative name with forward slashes -> its digest and size.
         start_tokens: tokens at the beginning of every prompt; chat templates write their own.

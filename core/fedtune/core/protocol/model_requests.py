@@ -1,4 +1,4 @@
-"""The requests with which a device pulls an exported model from its server, and their answers.
+"""The requests with which a device pulls an exported model or an edge pack from its server, and their answers.
 
     POST /v1/device/describe-release  DescribeModel -> ModelDescription
     POST /v1/device/read-model        ReadModel -> bytes of one file
@@ -25,7 +25,7 @@ MAX_FLEET_BYTES = 16 << 20
 MAX_DESCRIPTION_BYTES = MAX_MANIFEST_BYTES + MAX_RELEASE_BYTES + MAX_FLEET_BYTES + 4096
 
 _Job = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
-_Format = Annotated[str, Meta(pattern=r"^(int4|int8|fp16|fp32)\Z")]
+_Format = Annotated[str, Meta(pattern=r"^(int4|int8|fp16|fp32|edge)\Z")]
 _Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -33,7 +33,7 @@ class DescribeModel(Payload, frozen=True, array_like=True, tag=True, forbid_unkn
     """A request for the description of an exported model.
 
     Args:
-        job: name of a finished job; None for the one of the newest release.
+        job: name of a finished job, or of an edge pack; None for the one of the newest release.
         format: format of the export; None for the smallest that the job has.
     """
 

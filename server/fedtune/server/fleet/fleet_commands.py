@@ -165,7 +165,8 @@ def publish(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL_DIR", help="A job's exported model: runs/first/onnx with all its formats, or one of them."
+            metavar="DIR",
+            help="A job's exported model: runs/first/onnx with all its formats, or one of them; or an edge pack.",
         ),
     ],
     name: Annotated[
@@ -178,7 +179,7 @@ def publish(
     home: _Home = None,
     server_home: _Server = None,
 ) -> None:
-    """Release a job's exported model to devices: check its files, and sign what they are under the next number.
+    """Release an exported model or an edge pack to devices: check its files, and sign them under the next number.
 
     Devices install only what is released, and nothing from before the release they have. To return the fleet to an
     older model, publish that one again. Try a model before you sign it: fedtune chat MODEL_DIR

@@ -1,7 +1,9 @@
-"""The exported models that the fleet's owner has released, offered by two calls between the guard and Flower's app.
+"""The models and edge packs that the fleet's owner has released, offered by two calls before Flower's app.
 
     runs/JOB/onnx/FORMAT/         an exported directory
     runs/JOB/onnx/release.json    the owner's release of the formats that it names
+    packs/NAME/edge/              an edge pack of a base model
+    packs/NAME/release.json       the owner's release of it
 
 A device reads a file in pieces, each with a signed request, so that it can continue after a broken connection or a
 restart of either side. Only files in a released export's manifest can be read.
@@ -24,6 +26,7 @@ from fedtune.core.protocol.model_manifest import (
     FORMATS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    PACK_FORMAT,
     Manifest,
     manifest_digest,
     parse_manifest,
@@ -43,6 +46,7 @@ from fedtune.server.live.job_queue import Jobs
 from fedtune.server.live.server_home import ServerHome
 
 FOLDER = "onnx"  # the folder in a run directory
+PACKS = "packs"
 RELEASE = "release.json"
 _CHUNK_BYTES = 256 << 10  # read at once; small, so that many slow devices need little memory
 _NAMED = 10  # jobs in a refusal
@@ -53,7 +57,7 @@ class NoSuchModelError(FedtuneError):
 
 
 class ModelRegistry:
-    """The models that a server offers: what the owner has released of `runs/JOB/onnx` of finished jobs."""
+    """The models and packs that a server offers: what the owner has released of those that are here."""
 
     def __init__(self, home: ServerHome) -> None:
         self._home = home
@@ -64,12 +68,21 @@ class ModelRegistry:
 
         Args:
             job: None for the one of the newest release.
+            form: None for the job's smallest; packs have a format of their own.
 
         Raises:
             NoSuchModelError: there is no such model.
         """
-        released = sorted(self._released(), key=lambda release: release.number, reverse=True)
+        pack = form == PACK_FORMAT
+        released = sorted(self._released(pack), key=lambda release: release.number, reverse=True)
         release = next((one for one in released if job in (None, one.name)), None)
+        if release is None and pack:
+            known = ", ".join([one.name for one in released][:_NAMED]) or "none yet"
+            raise NoSuchModelError(
+                f"{job}: no edge pack of this name is released; packs: {known}. On the server: fedtune edge pack BASE "
+                f"--out {self._home.path / PACKS / 'NAME' / PACK_FORMAT}; the fleet's owner releases it with: fedtune "
+                "fleet publish PACK_DIR"
+            )
         if release is None:
             known = ", ".join([one.name for one in released][:_NAMED]) or "none yet"
             asked = f"job {job}" if job else "finished jobs"
@@ -78,16 +91,16 @@ class ModelRegistry:
                 "names, or later, on the server: fedtune export RUN_DIR; the fleet's owner releases it with: fedtune "
                 "fleet publish MODEL_DIR"
             )
-        forms = [form for form in FORMATS if form in release.models]
+        forms = [form for form in (*FORMATS, PACK_FORMAT) if form in release.models]
         if form is not None and form not in forms:
             raise NoSuchModelError(f"job {release.name} was not released as {form}; it was as {', '.join(forms)}")
         chosen = form or forms[0]
-        return release, chosen, self._path(release.name, chosen)
+        return release, chosen, self._folder(release) / chosen
 
     def take(self, data: bytes) -> ModelRelease:
         """Takes a release from the fleet's owner, and offers its models to devices from now on; raises as `check`."""
         release = self.check(data)
-        write_private(self._path(release.name, RELEASE), data)
+        write_private(self._folder(release) / RELEASE, data)
         return release
 
     def check(self, data: bytes) -> ModelRelease:
@@ -100,29 +113,38 @@ class ModelRegistry:
             release = ModelRelease.read(data, Devices.load(self._home).fleet.key, time.time())
         except PeerError as error:
             raise InputError(str(error)) from None
-        newest = max(self._released(), key=lambda one: one.number, default=release)
+        compared = [one for one in self._released(release.is_pack) if not one.is_pack or one.name == release.name]
+        newest = max(compared, key=lambda one: one.number, default=release)
         if newest.number >= release.number and newest.data != data:
             raise InputError(
                 f"release {release.number} does not come after {newest.number}, which is here, so devices would refuse "
-                f"it; copy {self._path(newest.name, RELEASE)} into the owner's folder and release the model again"
+                f"it; copy {self._folder(newest) / RELEASE} into the owner's folder and release the model again"
             )
-        if release.name not in self._jobs.finished():
+        if not release.is_pack and release.name not in self._jobs.finished():
             raise InputError(f"{release.name}: no finished job has this name; fedtune fleet publish takes --name")
         for form, digest in release.models.items():
-            path = self._path(release.name, form)
+            path = self._folder(release) / form
             with suppress(OSError):
                 if manifest_digest(path) == digest:
                     continue
             raise InputError(f"{path}: not the {form} that was released; expected an export of SHA-256 {digest[:12]}…")
         return release
 
-    def _released(self) -> Iterator[ModelRelease]:
-        for name in self._jobs.finished():
+    def _released(self, packs: bool) -> Iterator[ModelRelease]:
+        """Yields the releases of packs, or those of finished jobs' models."""
+        folders = [self._home.path / "runs" / name / FOLDER for name in self._jobs.finished()]
+        if packs:
+            folders = sorted((self._home.path / PACKS).glob("*"))
+        for folder in folders:
             with suppress(InputError, PeerError):  # without a release, or with one of a format to come
-                yield ModelRelease.unchecked(read_bounded(self._path(name, RELEASE), "a release", MAX_RELEASE_BYTES))
+                release = ModelRelease.unchecked(read_bounded(folder / RELEASE, "a release", MAX_RELEASE_BYTES))
+                if self._folder(release) == folder:
+                    yield release
 
-    def _path(self, name: str, part: str) -> Path:
-        return self._home.path / "runs" / name / FOLDER / part
+    def _folder(self, release: ModelRelease) -> Path:
+        if release.is_pack:
+            return self._home.path / PACKS / release.name
+        return self._home.path / "runs" / release.name / FOLDER
 
 
 class ModelEndpoints:

@@ -1,17 +1,18 @@
-"""The manifest of an edge pack, `edge.json`, which is written last.
+"""The facts of an edge pack, `edge.json`: its base model, and its sizes, from which a device plans without its weights.
 
-    manifest = read_manifest(Path("packs/SmolLM2-135M"))
-    manifest.shape.layers
+    facts = read_facts(Path("packs/SmolLM2-135M"))
+    facts.shape.layers
 
-It has the sizes of the base model, from which a device plans without its weights, and the SHA-256 of every other file:
+Beside it are:
 
     forward.onnx           one block: x -> y
     backward.onnx          one block: x and ∂L/∂y -> ∂L/∂x and the gradients of the adapter's factors
     head.onnx              final norm and language-model head: hidden states and targets -> losses and ∂L/∂hidden
     weights.safetensors    the weights of all blocks, linear ones in NF4, and the tables that unpack them
     tokenizer.json, ...    the tokenizer, as transformers saves it
+    fedtune.json           the manifest, with the SHA-256 of every other file, as exported models have one; written last
 
-The manifest does not prove its own authenticity: a device holds the base's digest against the one that its job names.
+No file proves its own authenticity: the fleet's owner signs the manifest's digest of a pack that devices pull.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from pathlib import Path
 import msgspec
 
 from fedtune.core.errors import ModelError
-from fedtune.core.protocol.model_manifest import FileEntry
-from fedtune.data.job_inputs import PACK_MANIFEST
+from fedtune.data.job_inputs import PACK_FACTS
 from fedtune.model.shape import ModelShape
 
 FORWARD = "forward.onnx"
@@ -33,13 +33,13 @@ HEAD = "head.onnx"
 GRAPHS = (FORWARD, BACKWARD, HEAD)
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-SCHEMA = 1
-MAX_MANIFEST_BYTES = 4 << 20
+SCHEMA = 2
+_MAX_BYTES = 4 << 20
 REMEDY = "pull the pack again, or write it again with: fedtune edge pack BASE --out DIR"
 
 
 @dataclass(frozen=True)
-class PackManifest:
+class PackFacts:
     """The contents of `edge.json`.
 
     Args:
@@ -55,7 +55,6 @@ class PackManifest:
         start_tokens: ids of the tokens that the tokenizer puts in front of a text.
         end_token: id of the token that ends a text.
         shape: sizes of the base model, with its directory or hub id, and the bytes of the weight file.
-        files: name -> digest and size of every other file.
     """
 
     architecture: str
@@ -70,30 +69,24 @@ class PackManifest:
     start_tokens: tuple[int, ...]
     end_token: int
     shape: ModelShape
-    files: dict[str, FileEntry]
     schema: int = SCHEMA
 
 
-def read_manifest(directory: Path) -> PackManifest:
-    """Reads a pack's manifest, and none of the other files.
+def read_facts(directory: Path) -> PackFacts:
+    """Reads a pack's facts, and none of the other files.
 
     Raises:
         ModelError: it is no pack, or another version's; the message names the file and the remedy.
     """
-    path = directory / PACK_MANIFEST
+    path = directory / PACK_FACTS
     if not path.is_file():
-        raise ModelError(f"{directory}: not a whole edge pack: it has no {PACK_MANIFEST}; {REMEDY}")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ModelError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected the manifest of an edge pack")
+        raise ModelError(f"{directory}: not a whole edge pack: it has no {PACK_FACTS}; {REMEDY}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ModelError(f"{path}: larger than {_MAX_BYTES} bytes; expected the facts of an edge pack")
     try:
         text = path.read_bytes()
         if (schema := json.loads(text)["schema"]) != SCHEMA:
             raise ModelError(f"{path}: has schema {schema}; expected {SCHEMA}: fedtune and the pack differ in version")
-        manifest = msgspec.json.decode(text, type=PackManifest)
+        return msgspec.json.decode(text, type=PackFacts)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not the manifest of an edge pack: {error}; {REMEDY}") from error
-    if not {*GRAPHS, WEIGHTS, TOKENIZER} <= set(manifest.files):
-        raise ModelError(f"{path}: lists only a part of an edge pack's files; {REMEDY}")
-    if outside := [name for name in manifest.files if Path(name).name != name]:
-        raise ModelError(f"{path}: {outside[0]!r} is not a file's name inside the directory")
-    return manifest
+        raise ModelError(f"{path}: not the facts of an edge pack: {error}; {REMEDY}") from error
