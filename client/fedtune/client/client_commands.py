@@ -232,6 +232,8 @@ def pull(
     from fedtune.client.inference.model_line import ModelLine, PatientLine
     from fedtune.client.inference.model_pull import pull as run
     from fedtune.client.live.device_home import where
+    from fedtune.client.live.signed_http import SignedHttp
+    from fedtune.core.host.trusted_server import ServerClock
     from fedtune.core.manifest.model_release import RELEASE_NAME
     from fedtune.core.protocol.model_manifest import PACK_FORMAT
 
@@ -240,12 +242,12 @@ def pull(
     if pack and not (job and RELEASE_NAME.fullmatch(job)):
         raise InputError("--format edge: expected the name of an edge pack: fedtune client pull NAME --format edge")
     versions = device.packs(job or "") if pack else device.models
-    line = ModelLine(device.config.server, device.authority, device.node_key)
+    http = SignedHttp(device.config.server, device.authority, device.node_key, ServerClock())
     try:
         with nullcontext() if quiet or as_json else _showing("pulling") as progress:
-            pulled = run(PatientLine(line), versions, device.owner_key_after, job, form, progress)
+            pulled = run(PatientLine(ModelLine(http)), versions, device.owner_key_after, job, form, progress)
     finally:
-        line.close()
+        http.close()
     path, previous = versions.folder / "current", versions.previous
     if as_json:
         found = {

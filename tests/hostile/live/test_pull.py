@@ -26,6 +26,7 @@ from fedtune.client.inference.model_line import PAUSES, ModelLine, PatientLine
 from fedtune.client.inference.model_pull import Progress, Pulled
 from fedtune.client.inference.model_pull import pull as pull_released
 from fedtune.client.inference.model_versions import Versions
+from fedtune.client.live.signed_http import SignedHttp, UnknownDeviceError
 from fedtune.core.errors import InputError, PeerError, RunError
 from fedtune.core.host.trusted_server import ServerClock
 from fedtune.core.manifest.fleet_log import replay
@@ -35,6 +36,7 @@ from fedtune.core.protocol.messages import PROTOCOL_VERSION, encode
 from fedtune.core.protocol.model_manifest import MANIFEST, PACK_FORMAT, PACK_KIND, Manifest, list_files, verify
 from fedtune.core.protocol.model_requests import (
     DESCRIBE,
+    MAX_DESCRIPTION_BYTES,
     MAX_PIECE_BYTES,
     READ,
     DescribeModel,
@@ -110,6 +112,13 @@ class Line(ModelLine):
     """A device's link, and the fleet key that the device pins."""
 
     fleet_key = OWNER.public
+
+    def __init__(self, server: str, authority: bytes, node_key: str, clock: ServerClock | None = None) -> None:
+        self.http = SignedHttp(server, authority, node_key, clock or ServerClock())
+        super().__init__(self.http)
+
+    def close(self) -> None:
+        self.http.close()
 
 
 def line_of(bundle: Enrolled, server: str, clock: ServerClock | None = None) -> Line:
@@ -350,14 +359,14 @@ def test_an_answer_that_unpacks_to_more_than_it_is_on_the_wire_is_refused(
 
 def test_only_enrolled_devices_may_ask(offered: Endpoint, versions: Versions, tmp_path: Path) -> None:
     line = line_of(replace(offered.bundles["ada"], node_key=make_node_key()), offered.public)
-    with pytest.raises(InputError, match="does not know this device"):
+    with pytest.raises(UnknownDeviceError, match="does not know this device"):
         pull(line, versions)
     line.close()
     late = enroll(offered.home, "late")
     line = line_of(late, offered.public)
     assert pull(line, versions).received
     revoke(offered.home, "late")
-    with pytest.raises(InputError, match="was it revoked"):
+    with pytest.raises(UnknownDeviceError, match="it was revoked"):
         pull(line, versions)
     line.close()
 
@@ -499,7 +508,7 @@ def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(line: Line, monk
     described = line.describe(None, None)
     digest = hashlib.sha256(described.manifest).hexdigest()
     wanted = ReadModel(PROTOCOL_VERSION, "first", "int4", digest, "model.onnx.data", 0, 1000)
-    honest, shown = httpx.Response.iter_bytes, 0
+    honest, shown = httpx.Response.iter_raw, 0
 
     def ever_more(response: httpx.Response, size: int | None = None) -> Iterator[bytes]:
         nonlocal shown
@@ -508,11 +517,11 @@ def test_a_server_that_sends_more_than_was_asked_for_is_cut_off(line: Line, monk
             shown += 1
             yield b"x" * 65_536
 
-    monkeypatch.setattr(httpx.Response, "iter_bytes", ever_more)
-    with pytest.raises(PeerError, match="more than was asked for"):
+    monkeypatch.setattr(httpx.Response, "iter_raw", ever_more)
+    with pytest.raises(PeerError, match="more than 1000 bytes"):
         list(line.read(wanted))
     assert shown == 1
-    with pytest.raises(PeerError, match="offer is larger than"):
+    with pytest.raises(PeerError, match=f"more than {MAX_DESCRIPTION_BYTES} bytes"):
         line.describe(None, None)
     assert shown < 400
 

@@ -66,6 +66,7 @@ JOINING = (
 DECODERS = ("tests/hostile/test_decoders.py",)
 GUARD = ("tests/hostile/live/test_guard.py",)
 LIAR = ("tests/hostile/live/test_lying_line.py",)
+CONTRACT = ("tests/live/test_flower_contract.py",)
 REQUESTS = ("tests/unit/core/test_signed_requests.py", *GUARD)
 PULL = ("tests/hostile/live/test_pull.py",)
 CONNECTIONS = ("tests/unit/core/test_connections.py",)
@@ -690,11 +691,19 @@ MUTANTS = (
         LIVE_CLIENT,
         suites=LIAR,
     ),
+    Mutant(
+        "link: the last answer of a device that leaves",
+        "mailboxes.py",
+        "letter.answered and not letter.collected",
+        "False",
+        FLOWER,
+        suites=CONTRACT,
+    ),
     Mutant("link: progress of an upload", "fleet_link.py", "there <= before", "False", LIVE_CLIENT, suites=LIAR),
     Mutant(
         "link: size of an answer",
         "signed_http.py",
-        "len(content) > MAX_ANSWER_BYTES",
+        "received > limit",
         "False",
         LIVE_CLIENT,
         suites=LIAR,
@@ -702,8 +711,8 @@ MUTANTS = (
     Mutant(
         "link: no compression",
         "signed_http.py",
-        'response.headers.get("content-encoding", "identity") != "identity"',
-        "False",
+        '!= "identity":',
+        "== 0:",
         LIVE_CLIENT,
         suites=LIAR,
     ),
@@ -999,14 +1008,15 @@ MUTANTS = (
     Mutant("serve: origin", "http_api.py", ', ("origin", 403, ""))', ",)", PULLS, suites=SERVE),
     Mutant("serve: one host", "http_api.py", '(name == "host" and len(values) != 1) or ', "", PULLS, suites=SERVE),
     # pulls
-    Mutant("pull: nothing that unpacks", "model_line.py", '!= "identity":', "== 0:", PULLS, suites=PULL),
-    Mutant("pull: no more than was asked for", "model_line.py", "if left < 0:", "if False:", PULLS, suites=PULL),
+    Mutant("pull: nothing that unpacks", "signed_http.py", '!= "identity":', "== 0:", LIVE_CLIENT, suites=PULL),
+    Mutant("pull: no more than was asked for", "signed_http.py", "received > limit", "False", LIVE_CLIENT, suites=PULL),
+    Mutant("pull: a pack is no model", "model_pull.py", "manifest.kind != kind or ", "", PULLS, suites=PULL),
     Mutant(
-        "pull: size of an offer",
-        "model_line.py",
-        "if len(content) > MAX_DESCRIPTION_BYTES:",
-        "if False:",
-        PULLS,
+        "pull: packs by their names",
+        "model_registry.py",
+        " if not one.is_pack or one.name == release.name",
+        "",
+        LIVE_SERVER,
         suites=PULL,
     ),
     # jobs that a server takes

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from fedtune.client.live.signed_http import NotAdmittedError, SignedHttp, UnknownDeviceError, UnreachableError
+from fedtune.client.live.signed_http import NotAdmittedError, SignedHttp, UnreachableError
 from fedtune.core.errors import FedtuneError, PeerError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Backoff, Clock
 from fedtune.core.host.trusted_server import ServerClock
@@ -109,12 +109,7 @@ class FleetLink:
         Raises:
             UnknownDeviceError, NotAdmittedError, UnreachableError, UntrustedError.
         """
-        try:
-            self._http.post(CONNECT, b"")
-        except UnknownDeviceError:
-            if not self._http.clock.correct():
-                raise
-            self._http.post(CONNECT, b"")
+        self._http.post(CONNECT, b"")
 
     def leave(self) -> None:
         """Tells the server that this device is offline; ignores failures."""

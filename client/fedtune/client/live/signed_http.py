@@ -2,11 +2,14 @@
 
 http = SignedHttp(server, authority, node_key, ServerClock())
 content = http.post(TAKE, b"")
+for chunk in http.stream(READ, wanted, 4 << 20):        # an answer that need not be in memory
+    file.write(chunk)
 """
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 
 import httpx
 
@@ -19,7 +22,8 @@ from fedtune.core.text import one_line
 
 CALL_SECONDS = 20.0
 MAX_ANSWER_BYTES = MAX_PIECE_BYTES + 4096
-_SHOWN = 300  # characters of an error's text
+_CHUNK = 64 << 10
+_SHOWN = 2000  # bytes of an error's text
 
 
 class UnreachableError(FedtuneError):
@@ -28,6 +32,18 @@ class UnreachableError(FedtuneError):
 
 class UntrustedError(UnreachableError):
     """The answer is not from this fleet's server, or its certificate is not valid now."""
+
+
+class NothingThereError(UnreachableError):
+    """There is nothing at this address.
+
+    Args:
+        reason: the server's own words; empty where it has none, as a server of another release.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the server at this address is not a fedtune server of this release")
+        self.reason = reason
 
 
 class UnknownDeviceError(FedtuneError):
@@ -68,42 +84,50 @@ class SignedHttp:
         self._client.close()
 
     def post(self, path: str, body: bytes, seconds: float = CALL_SECONDS) -> bytes:
-        """Returns the answer to a request.
+        """Returns the answer to a request, as `stream` does."""
+        return b"".join(self.stream(path, body, MAX_ANSWER_BYTES, seconds))
+
+    def stream(self, path: str, body: bytes, limit: int, seconds: float = CALL_SECONDS) -> Iterator[bytes]:
+        """Yields the answer to a request as it arrives; a device whose clock is wrong signs again by the server's.
 
         Args:
+            limit: most bytes of an answer; httpx alone reads any number.
             seconds: limit for the connection, and for each pause of the answer.
 
         Raises:
             UnreachableError, UntrustedError, UnknownDeviceError, NotAdmittedError, RunOverError, PeerError: the call
                 failed, or its answer cannot be used.
         """
+        try:
+            yield from self._once(path, body, limit, seconds)
+        except UnknownDeviceError:
+            if not self.clock.correct():
+                raise
+            yield from self._once(path, body, limit, seconds)
+
+    def _once(self, path: str, body: bytes, limit: int, seconds: float) -> Iterator[bytes]:
         headers = {**sign(self._key, path, self.clock.now(), body), "accept-encoding": "identity"}
         try:
             with self._client.stream("POST", path, content=body, headers=headers, timeout=seconds) as response:
                 self.clock.note(response.headers.get("date"))
-                content = _read(response)
+                if (coding := response.headers.get("content-encoding", "identity")) != "identity":
+                    raise PeerError(f"the server's answer is compressed ({coding[:40]!r}), which was not requested")
                 if response.status_code != 200:
-                    raise _meaning(response.status_code, content)
-                return content
+                    raise _meaning(response.status_code, next(response.iter_raw(_SHOWN), b""))
+                received = 0
+                for chunk in response.iter_raw(_CHUNK):
+                    received += len(chunk)
+                    if received > limit:
+                        raise PeerError(f"the server's answer has more than {limit} bytes")
+                    yield chunk
         except httpx.TransportError as error:
             raise _transport(error) from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise UnreachableError(f"the server's answer cannot be read: {error}") from error
 
 
-def _read(response: httpx.Response) -> bytes:
-    """Returns an answer's bytes; httpx alone reads any number."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise PeerError("the server's answer is compressed, which was not requested")
-    content = bytearray()
-    for chunk in response.iter_raw():
-        content += chunk
-        if len(content) > MAX_ANSWER_BYTES:
-            raise PeerError(f"the server's answer has more than {MAX_ANSWER_BYTES} bytes")
-    return bytes(content)
-
-
 def _meaning(status: int, content: bytes) -> FedtuneError:
+    text = one_line(content.decode("utf-8", "replace"))
     match status:
         case 401:
             return UnknownDeviceError(
@@ -118,10 +142,11 @@ def _meaning(status: int, content: bytes) -> FedtuneError:
                 f"uses its keys, or one did until less than {2 * HEARTBEAT_SECONDS:.0f} s ago (wait)"
             )
         case 404 | 405:
-            return UnreachableError("the server at this address is not a fedtune server of this release")
+            return NothingThereError(text)
+        case 400:
+            return PeerError(f"the server refuses the request with status 400: {text}")
         case 413:
             return PeerError("the server refuses a message of this size")
-    text = one_line(content[:_SHOWN].decode("utf-8", "replace"))
     return UnreachableError(f"the server answered {status}: {text}")
 
 
