@@ -62,7 +62,7 @@ def measured(options: argparse.Namespace) -> tuple[float, float, float]:
     group = limited(options.pack, options.limit * 1_000_000) if options.limit else None
     trainer = open_trainer(options)
     random = np.random.default_rng(0)
-    vocabulary = open_pack(options.pack).manifest.shape.vocabulary
+    vocabulary = open_pack(options.pack).facts.shape.vocabulary
     examples = [
         Example(random.integers(0, vocabulary, options.tokens, dtype=np.int32), options.tokens // 2)
         for _ in range(options.steps)

@@ -29,6 +29,8 @@ from fedtune.core.protocol.device_calls import (
 from fedtune.core.protocol.messages import encode
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
+_CALLS = 200  # after which the server stops lying: a device that would ask for ever fails its test instead
+
 
 @dataclass
 class Liar:
@@ -55,7 +57,7 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
             self.rfile.read(int(self.headers["content-length"]))
             made.asked.append(self.path)
             body = made.answers.get(self.path, b"")
-            self.send_response(made.status)
+            self.send_response(made.status if len(made.asked) < _CALLS else 500)
             for name, value in {**made.headers, "content-length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
