@@ -2,9 +2,10 @@
 
     fedtune edge pack demo --out packs/demo
     python benchmarks/edge/trainers.py --base demo --pack packs/demo
+    python benchmarks/edge/trainers.py --base demo --pack packs/demo --tokens 64 128 256 --threads 1 2
 
-Each trainer takes the same steps, of one example of random tokens each, in a process of its own on one thread: LoRA of
-rank 8 on all linear layers, float32. Memory is the process's peak resident set, mapped weights included; with --limit
+Each trainer takes the same steps, of one example of random tokens each, in a process of its own: LoRA of rank 8 on all
+linear layers, float32. Memory is the process's peak resident set, mapped weights included; with --limit
 MB it is the peak of a control group of that size, file pages included, which the pack's files enter from the disk.
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +29,15 @@ from fedtune.edge.pack import open_pack
 
 ADAPTER = AdapterSettings(rank=8)
 TRAINERS = ("torch, packed", "torch, dequantized", "onnxruntime")
-COLUMNS = ("trainer", "seconds a step", "tokens/s", "peak memory, MB", "loss of all steps")
+COLUMNS = ("trainer", "threads", "tokens", "seconds a step", "tokens/s", "peak memory, MB", "loss of all steps")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="demo", help="the base model's directory, or demo")
     parser.add_argument("--pack", type=Path, required=True, help="its edge pack")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of a step")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128], help="tokens of a step")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of a trainer")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=int, metavar="MB", help="memory of a control group, without swap, for each")
     parser.add_argument("--only", choices=TRAINERS, action="append", help="one trainer; may be given again")
@@ -44,16 +47,18 @@ def main() -> None:
         print(json.dumps(measured(options)))
         return
     print("\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS))))
-    for trainer in options.only or TRAINERS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer]
+    for threads, tokens, trainer in product(options.threads, options.tokens, options.only or TRAINERS):
+        row = (trainer, str(threads), str(tokens))
+        one = ("--trainer", trainer, "--threads", str(threads), "--tokens", str(tokens))
+        command = [sys.executable, __file__, *sys.argv[1:], *one]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if options.limit:
             group_of(os.getpid()).rmdir()
         if done.returncode:
-            print(f"| {trainer} | ended with status {done.returncode} | | | |", flush=True)
+            print(f"| {' | '.join(row)} | ended with status {done.returncode} | | | |", flush=True)
             continue
         seconds, megabytes, loss = json.loads(done.stdout)
-        cells = (trainer, f"{seconds:.3f}", f"{options.tokens / seconds:.0f}", f"{megabytes:.0f}", f"{loss:.6f}")
+        cells = (*row, f"{seconds:.3f}", f"{tokens / seconds:.0f}", f"{megabytes:.0f}", f"{loss:.6f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -62,15 +67,14 @@ def measured(options: argparse.Namespace) -> tuple[float, float, float]:
     group = limited(options.pack, options.limit * 1_000_000) if options.limit else None
     trainer = open_trainer(options)
     random = np.random.default_rng(0)
+    (tokens,) = options.tokens
     vocabulary = open_pack(options.pack).facts.shape.vocabulary
     examples = [
-        Example(random.integers(0, vocabulary, options.tokens, dtype=np.int32), options.tokens // 2)
-        for _ in range(options.steps)
+        Example(random.integers(0, vocabulary, tokens, dtype=np.int32), tokens // 2) for _ in range(options.steps)
     ]
     received = trainer.layout.initial(0)
     first, whole = (
-        TrainingSettings(local_steps=steps, learning_rate=1e-3, batch_tokens=options.tokens)
-        for steps in (1, options.steps)
+        TrainingSettings(local_steps=steps, learning_rate=1e-3, batch_tokens=tokens) for steps in (1, options.steps)
     )
     trainer.train(examples, received, LocalTask(0, local_work(first)))
     result = trainer.train(examples, received, LocalTask(0, local_work(whole)))
@@ -99,17 +103,18 @@ def group_of(process: int) -> Path:
 
 
 def open_trainer(options: argparse.Namespace) -> Trainer:
+    (threads,) = options.threads
     if options.trainer == "onnxruntime":
         from fedtune.client.onnx import onnx_trainer
 
-        return onnx_trainer.open_trainer(options.pack, ADAPTER)
+        return onnx_trainer.open_trainer(options.pack, ADAPTER, threads=threads)
     import torch
 
     from fedtune.client.torch.torch_trainer import TorchTrainer
     from fedtune.model.adapted_model import adapt
     from fedtune.model.base_model import load_base
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     weights = "packed" if options.trainer == "torch, packed" else "dequantized"
     return TorchTrainer(adapt(load_base(ModelSettings(options.base), precision="fp32", weights=weights), ADAPTER))
 
