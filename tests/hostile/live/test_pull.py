@@ -220,6 +220,13 @@ def test_a_pack_from_before_the_one_that_is_here_is_refused(offered: Endpoint, l
         ModelRegistry(offered.home).take(old)
 
 
+def test_the_release_of_a_pack_is_taken_after_a_later_one_of_another_pack(offered: Endpoint) -> None:
+    offer_pack(offered, "small")
+    signed = release_model(owner_of(offered.home), offered.home.path / "packs" / "small")
+    offer_pack(offered, "wide")
+    assert ModelRegistry(offered.home).take(signed.data) == signed
+
+
 def test_a_model_is_no_pack_and_a_pack_no_model(offered: Endpoint, line: Line, versions: Versions) -> None:
     offer_pack(offered, "small", kind="model")
     with pytest.raises(PeerError, match="model in edge; expected edge-pack in edge"):
