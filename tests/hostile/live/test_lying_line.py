@@ -29,7 +29,7 @@ from fedtune.core.protocol.device_calls import (
 from fedtune.core.protocol.messages import encode
 from fedtune.server.live.certificates import make_authority, make_server_certificate
 
-_CALLS = 200  # after which the server stops lying: a device that would ask for ever fails its test instead
+_CALLS = 200  # after which the server stops lying: a device that would ask without end fails its test instead
 
 
 @dataclass
