@@ -250,6 +250,22 @@ def test_a_device_whose_packs_are_of_other_bases_says_which_it_has(
         work.take_on(other)
 
 
+def test_where_one_pack_is_damaged_the_next_one_of_the_same_base_is_taken(
+    demo_pack: Path, data: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(demo_pack, tmp_path / "damaged"))
+    (damaged / "weights.safetensors").write_bytes(b"")
+    terms = demo_terms(demo_pack)
+    work, notes = work_of(tmp_path, [damaged, demo_pack], data, torch=False)
+    work.take_on(terms)
+    assert isinstance(work.open_trainer(terms.base), OnnxTrainer)
+    assert any("weights.safetensors: was changed" in note for note in notes)
+    work, _ = work_of(tmp_path, [damaged], data, torch=False)
+    work.take_on(terms)
+    with pytest.raises(ModelError, match=r"weights.safetensors: .*pull the pack again"):
+        work.open_trainer(terms.base)
+
+
 def test_a_model_that_torch_holds_is_loaded_again_where_the_plan_turns_to_the_pack(
     demo_pack: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from fedtune.client.plan.device_plan import DevicePlanner, Link, Outcome, Trial,
 from fedtune.client.plan.planner import NoPlanError, megabytes
 from fedtune.client.plan.step_costs import Choices, kappa_of
 from fedtune.client.trainer import Limits, Trainer
-from fedtune.core.errors import ModelError, PeerError, RunError
+from fedtune.core.errors import FedtuneError, ModelError, PeerError, RunError
 from fedtune.core.job.settings import DEMO, AdapterSettings, Job, ModelSettings
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base, TrainRequest
@@ -142,12 +142,12 @@ class PlannedWork:
         if terms != self._terms:
             self._terms, self._plans, self.took = terms, {}, Took()
         self._plans = {source: plan for source, plan in self._plans.items() if isinstance(plan, Outcome)}
-        refusal: NoPlanError | None = None
+        refusal: FedtuneError | None = None
         for source in self._sources(terms.base):
             self._source = source
             try:
                 outcome = self._plan(source)
-            except NoPlanError as error:
+            except (NoPlanError, ModelError) as error:
                 refusal = error
                 continue
             if self._held and self._held.source == source:
@@ -163,18 +163,18 @@ class PlannedWork:
 
         Raises:
             PeerError: it is not the base that was planned for.
-            ModelError: no directory holds it.
+            ModelError: no directory holds it, or the one that does is damaged.
             NoPlanError: it does not fit.
         """
         if self._terms is None or base != self._terms.base:
             raise PeerError("asked for another base model or adapter than at the registration")
         self._held = None  # free the old one before the new one is loaded
         start, found = time.monotonic(), []
-        refusal: NoPlanError | None = None
+        refusal: FedtuneError | None = None
         for source in self._sources(base):
             try:
                 outcome = self._plan(source)
-            except NoPlanError as error:
+            except (NoPlanError, ModelError) as error:
                 refusal = error
                 continue
             backend = self._planner.backends.of(source)
@@ -184,6 +184,10 @@ class PlannedWork:
                 trainer = backend.open(settings, _adapter(base), choices, base.digest)
             except WrongBaseError as error:
                 found.append(f"{source} (digest {error.digest[:16]}…)")
+                continue
+            except ModelError as error:  # a damaged one; another may be whole
+                self._planner.note(str(error))
+                refusal = error
                 continue
             trainer.limits = _limits(outcome)
             self._held, self._source, self._gauge.runtime = _Held(source, base, trainer, choices), source, runtime
