@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 LOCK := env -u UV_INDEX -u UV_EXTRA_INDEX_URL $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--default-index https://pypi.org/simple --constraint constraints.txt --generate-hashes --no-header --no-annotate
 
-.PHONY: demo test test-slow lint format house bench-simulation bench-inference table locks clean
+.PHONY: demo test test-slow lint format house reference bench-simulation bench-inference table locks clean
 
 demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
@@ -32,6 +32,9 @@ format: $(READY)  ## Bring the code into its style.
 
 house: $(READY)  ## Draw the packages and their imports into docs/architecture.md.
 	$(BIN)/python tools/house.py
+
+reference: $(READY)  ## Write docs/job-keys.md and docs/commands.md from the code.
+	$(BIN)/python tools/reference.py
 
 bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower's LLM example.
 	$(BIN)/python benchmarks/simulation/run.py

@@ -41,8 +41,9 @@ class TrainingSettings:
         learning_rate: learning rate of the optimizer in round 1. Where it is not set, the run sets it by the adapter's
             kind and the base model's width (fedtune.core.job.learning_rates).
         schedule: decay of the learning rate to 0 over the job's rounds; the server sends each round's value.
+        weight_decay: share of a weight, times the learning rate, that each step takes off it.
         max_gradient_norm: norm to which longer gradients are scaled down.
-        proximal: μ of FedProx, as in `LocalWork`.
+        proximal: the μ of FedProx (Li et al. 2020), which pulls each step back to the received adapter; 0 for none.
         precision: format of the arithmetic; "auto" takes bf16 where the hardware has it, fp16 on older GPUs, else fp32.
         weights: format of the reference base on a device: "packed" (least memory), "dequantized" (fastest), or "auto".
         gradient_checkpointing: whether activations are computed twice instead of kept.

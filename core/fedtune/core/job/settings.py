@@ -51,10 +51,12 @@ class AdapterSettings:
             base: far fewer numbers, whose mean over clients is exact (LoRA-XS). "lora" trains both factors of
             ΔW = alpha / sqrt(rank) · B · A. A job file that does not say gets "core", or "lora" where its [federation]
             treats the factors apart.
-        rank: R, the largest rank that any device trains. A job file that does not say gets CORE_RANK or LORA_RANK.
+        rank: R, the largest rank that any device trains. A job file that does not say gets 40 for a core, and 16 for
+            LoRA.
+        alpha: scale of the adapter in these formulas.
         tiers: numbers of rank indices that a device may train in a round, ascending to the rank; 4, 8, 16, … where not
             set. A device's plan decides its tier; without plans all clients train all rank indices.
-        target_modules: "all-linear", or the endings of the names of the modules to adapt.
+        target_modules: "all-linear", or the endings of the names of the modules to adapt, such as ["q_proj", "v_proj"].
     """
 
     kind: AdapterKind = "lora"
@@ -99,6 +101,7 @@ class FederationSettings:
 
     Args:
         run: number of the run; a device serves every round of a job once, so a job that runs again needs another one.
+        rounds: number of rounds.
         clients_per_round: number of clients, or a share of the population between 0 and 1.
         selection: policy that chooses the cohort: "uniform"; "deadline", which uses the times that devices or a
             simulated fleet predict and asks more clients than wanted, all of them able to answer in time; or "utility",
@@ -108,14 +111,19 @@ class FederationSettings:
             weight. Only simulated fleets have stale updates yet.
         minimum_clients: number of survivors below which the round leaves the adapter as it is.
         deadline: seconds after which a round goes on without the clients that have not answered; "auto" waits for all.
-        aggregation: way to combine client updates (fedtune.strategies.aggregation).
+        aggregation: way to combine client updates. "fedavg" is their mean, factor by factor. The others are for LoRA:
+            "alternating" trains B and A in turn, and "ffa" B alone, so that the mean of factors is that of products;
+            "fedrot" turns each client's factors towards the received ones before the mean; "flexlora" takes the mean
+            of the products themselves and reduces it to the rank, and "flora" also keeps the rest on the server.
         rebalance_every: rounds after which both factors are brought to the same share of every direction; 0 for never.
             The product stays as it is; the next request carries the whole adapter, at 8 bits.
-        server_optimizer: step of the server along the aggregate (fedtune.strategies.server_optimizers).
+        server_optimizer: step of the server along the aggregate: "none" adds it as it is, "momentum" follows its
+            running sum, and "adam", "yogi" and "adagrad" also scale every number by its history (Reddi et al. 2021).
         server_learning_rate: its η; without it 1 for "none" and "momentum", 0.01 for the others.
-        robust: a rule in place of the mean that a few hostile updates cannot steer; under secure aggregation one over
-            the means of its groups: "median", "trimmed-mean", or "group-testing", which finds over rounds which clients
-            make their groups stand apart, and leaves them out.
+        robust: a rule in place of the mean that a few hostile updates cannot steer: "median" and "trimmed-mean" of
+            each number, or "multi-krum", which leaves out the updates that are farthest from the others. Under secure
+            aggregation one over the means of its groups: "median", "trimmed-mean", or "group-testing", which finds over
+            rounds which clients make their groups stand apart, and leaves them out.
         robust_share: share of the clients, or groups, that may be hostile: cut off at either end, or left out.
         clip_norm: in the clear, the norm to which longer updates are scaled down.
         weight: weight of a client's update: the same for all clients, or in the clear its examples or target tokens.
@@ -241,13 +249,15 @@ class SimulationSettings:
             and as memory allows. The number does not change the result.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on a machine's number of cores, and because small models gain more from workers than from threads.
-        fleet: file of kinds of device (fedtune.core.job.device_kinds), "bundled", or "" for devices that are all alike.
+        fleet: TOML file of kinds of device, as core/fedtune/demo/fleet.toml, which "bundled" stands for; or "" for
+            devices that are all alike.
         ranks: without a fleet, the rank of each client in the order of names, again from the first where there are more
             clients; empty for the adapter's rank.
         dropout: probability that a client of the cohort vanishes in a round; under secure aggregation before any of the
             round's exchanges.
         failing: probability that a client of the cohort raises an exception in a round.
         slow: probability that a client of the cohort sleeps `slow_seconds` before it answers.
+        slow_seconds: how long such a client sleeps.
     """
 
     backend: Literal["local", "ray"] = "local"
