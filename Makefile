@@ -42,7 +42,7 @@ bench-simulation: $(READY)  ## Measure simulation against the pattern of Flower'
 bench-inference: $(READY)  ## Measure exported models against transformers' generate: about ten minutes on two cores.
 	$(BIN)/python benchmarks/inference/run.py
 
-table: $(READY)  ## Measure the README's table: about ten minutes on two cores.
+table: $(READY)  ## Measure the demo's table in docs/results.md: about ten minutes on two cores.
 	$(BIN)/python benchmarks/demo/run.py
 
 locks: $(READY)  ## Write deploy/locks again, after pyproject.toml or constraints.txt changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FOLDERS = ("core", "strategies", "client", "server", "tests", "tools", "benchmarks", "docs", "examples", "deploy")
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+SYMPTOM = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 LABEL = re.compile(r'F\("([a-z_ ]+)"|KDF\([^"]*(?:""[^"]*)?"([a-z_ ]+)"')
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -95,9 +97,35 @@ def test_the_glossary_is_in_alphabetical_order_and_has_each_term_once() -> None:
     assert terms == sorted(set(terms))
 
 
+def said() -> Iterator[str]:
+    """Yields every text of the code, adjacent ones joined; "…" stands for the values that are put into it."""
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_that_the_troubleshooting_page_explains_is_one_of_the_code() -> None:
+    """All that a symptom has beside "…" is in one text of the code."""
+    texts = [text.split("…") for text in said() if len(text) > 8]
+    symptoms = SYMPTOM.findall((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(symptoms) > 40
+    for symptom in symptoms:
+        own = [part.strip() for part in symptom.split("…") if len(part.strip()) > 3]
+        assert any(all(any(part in text for text in parts) for part in own) for parts in texts), symptom
+
+
 def test_the_labels_of_secure_aggregation_are_those_of_the_code() -> None:
     document = (ROOT / "docs" / "secure-aggregation.md").read_text(encoding="utf-8")
     labels = {label for pair in LABEL.findall(document) for label in pair if label}
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "core/fedtune/core/secagg").glob("*.py"))
     called = set(re.findall(r'(?:derive|digest|framed)\([^"]*?(?:b"", )?"([a-z_ ]+)"', code))
     assert labels == called
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1600
