@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 LOCK := env -u UV_INDEX -u UV_EXTRA_INDEX_URL $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--default-index https://pypi.org/simple --constraint constraints.txt --generate-hashes --no-header --no-annotate
 
-.PHONY: demo test test-slow lint format house reference bench-simulation bench-inference table locks clean
+.PHONY: demo test test-slow lint docs format house reference bench-simulation bench-inference table locks clean
 
 demo: $(READY)  ## Run the bundled federation: under five minutes on two cores.
 	$(BIN)/fedtune simulate
@@ -25,6 +25,9 @@ lint: $(READY)  ## Check style, spelling, prose and types: under a minute on two
 	$(BIN)/codespell
 	$(BIN)/python tools/prose.py
 	$(BIN)/mypy
+
+docs: $(READY)  ## Build the documentation site into site/; broken links, anchors and stray pages are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(READY)  ## Bring the code into its style.
 	$(BIN)/ruff check --fix .
