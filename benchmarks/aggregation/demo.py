@@ -31,6 +31,7 @@ from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter import tiers
 from fedtune.core.adapter.layout import Vector
+from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.methods import method_of
 from fedtune.core.job.settings import Job
@@ -90,6 +91,8 @@ def main() -> None:
 def run(name: str, row: Row, seed: int, overrides: list[str]) -> list[float]:
     """Returns exact match and loss after the job's last round, and the bytes up per client-round."""
     settings = [
+        "adapter.kind=lora",  # the methods and the ranks are LoRA's
+        f"adapter.rank={max(RANKS)}",
         "secure_aggregation.enabled=false",
         "export.formats=[]",
         "compression.preset=none",
@@ -131,7 +134,7 @@ class Alone(TorchTrainer):
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
         seen, every = received.copy(), np.arange(self.layout.rank)
-        for _, lora_b in self.layout.views(seen).values():
+        for _, lora_b in lora_layout(self.layout).pairs(seen).values():  # views into `seen`
             lora_b[:, np.setdiff1d(every, task.owned or every)] = 0
         return super().train(examples, seen, task)
 
