@@ -13,11 +13,12 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from run import COHORT, HERE, job_paths
+from privacy_jobs import COHORT, job_paths
 
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import LocalTask
@@ -35,6 +36,7 @@ from fedtune.data.examples import prepare
 from fedtune.server.job_model import open_model
 from fedtune.server.preflight import check_simulation
 
+HERE = Path(__file__).parent
 REPEATS = 7
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
 COLUMNS = ("task", "numbers", "ε", "training, s", "encoding without, s", "with noise, s", "more of the round", "bits")
@@ -80,11 +82,11 @@ def rows(task: str, job: Job) -> list[tuple[str, ...]]:
     context = RoundContext(seed=0, count=model.layout.size, clip=clip, n_max=COHORT)
     plain = MaskableCodec(Compression.of(job).bits)
     without = best(lambda: plain.encode(updates[0], 1, context))
-    found = []
+    found: list[tuple[str, ...]] = []
     for epsilon in EPSILONS:
         private = dataclasses.replace(job, privacy=dataclasses.replace(job.privacy, epsilon=epsilon))
         codec = NoisedCodec(rho_of_round(private.privacy), sum(certainly_noised(private, (COHORT,))))
-        noisy = best(lambda codec=codec: codec.encode(updates[0], 1, context))  # type: ignore[misc]
+        noisy = best(partial(codec.encode, updates[0], 1, context))
         found.append(
             (
                 *(task, f"{context.count:,}", f"{epsilon:g}", f"{training:.3f}", f"{without:.4f}", f"{noisy:.4f}"),

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_wrapper import FlowersPrivacy
+from privacy_jobs import COHORT, job_paths
 from report import publish
 
 from fedtune.core.adapter.layout import AdapterLayout
@@ -54,7 +55,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "lora": ("adapter.kind=lora", "adapter.rank=16"),
     "ffa": ("adapter.kind=lora", "adapter.rank=16", "federation.aggregation=ffa"),
 }
-COHORT = 100
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,6 @@ def _trusting_epsilon(row: Row, private: Job) -> float:
     if row.noise in ("none", "distributed"):
         return row.epsilon
     return epsilon_of(_summed_rho(private, row.clients) * private.privacy.participations, private.privacy.delta)
-
-
-def job_paths(base: Path | None, task: Path | None) -> dict[str, tuple[str, ...]]:
-    """Returns the tasks that can be run, each with the overrides that name its files."""
-    if base is None or task is None:
-        return {"demo": ()}
-    files = f"model.base={base}", f"data.train={task / 'train.jsonl'}", f"data.evaluation={task / 'eval.jsonl'}"
-    return {"demo": (), "wordnet": files}
 
 
 def _basis(row: Row) -> dict[str, Any]:

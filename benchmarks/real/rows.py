@@ -20,7 +20,7 @@ from fedtune.strategies.assembly import NO_PARTS, Parts
 
 HERE = Path(__file__).parent
 COHORT = 10
-RATES = tuple(2.5e-4 * 2**power for power in range(10))  # the one grid of all rows: 0.00025 to 0.128
+RATES = tuple(2.5e-4 * 2.0**power for power in range(10))  # the one grid of all rows: 0.00025 to 0.128
 ONCE = "once"
 
 IN_THE_CLEAR = ("secure_aggregation.enabled=false",)

@@ -38,7 +38,7 @@ from pathlib import Path
 
 from book import Book, next_of
 from measure import TEST, TimeIsUpError, measure
-from report import publish
+from real_results import publish
 from rows import SCENES, Place, Row, planned
 
 from fedtune.core.errors import FedtuneError, InputError

@@ -88,7 +88,10 @@ def build_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=END)
+    # transformers gives its constructor no types
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=END
+    )
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from flower_round import flower_round
-from measure import Clock, Cost
+from round_cost import Clock, Cost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from compare import BITS, make_updates, our_round
-from measure import Cost
+from round_cost import Cost
 
 from fedtune.core.codec.packing import pack, packed_size, unpack
 from fedtune.core.secagg import Identity, Roster, choose_thresholds

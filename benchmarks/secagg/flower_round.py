@@ -28,8 +28,8 @@ from flwr.common.secure_aggregation.quantization import dequantize, quantize
 from flwr.common.secure_aggregation.secaggplus_constants import Key
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen, share_keys_plaintext_concat
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
-from measure import Clock, Cost
 from numpy.typing import NDArray
+from round_cost import Clock, Cost
 
 CLIPPING, TARGET, MODULUS, MAX_WEIGHT = 8.0, 1 << 22, 1 << 32, 1000  # the workflow's defaults
 

@@ -58,7 +58,7 @@ READING = (
 
 def table(book: Book, measured: Mapping[Row, Outcomes]) -> str:
     """Returns the scene's table, by participation and then by bytes."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines: list[Sequence[str]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in sorted(measured, key=lambda row: _place(row, measured[row])):
         reference = measured.get(Row(row.scene, REFERENCE, row.participation), {})
         lines.append(_cells(book, row, measured[row], reference))
