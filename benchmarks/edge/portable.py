@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def computed(pack: Path, model: Path, folder: Path) -> dict[str, Any]:
     part("first adapter", lambda: _digest(received.tobytes()))
     part("fixed factors", lambda: layout.fixed_digest)
     for form in sorted(FORMS):
-        part(f"update, {form}", lambda form=form: payload(form))
+        part(f"update, {form}", partial(payload, form))
     part("update, ring with noise", lambda: payload("ring", 0.01))
     held = rounded(layout, received, received + update, 4)
     part("downlink", lambda: _digest(encode_change(received, held)))

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def open_trainer(options: argparse.Namespace) -> Trainer:
     from fedtune.model.base_model import load_base
 
     torch.set_num_threads(threads)
-    weights = "packed" if options.trainer == "torch, packed" else "dequantized"
+    weights: Literal["packed", "dequantized"] = "packed" if options.trainer == "torch, packed" else "dequantized"
     return TorchTrainer(adapt(load_base(ModelSettings(options.base), precision="fp32", weights=weights), ADAPTER))
 
 

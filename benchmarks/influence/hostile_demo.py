@@ -152,7 +152,8 @@ class Hostile(Device):
             case "together":
                 return at_norm(-self._pooled(request).mean(axis=0), clip)
             case "a little back":
-                return -self._pooled(request).mean(axis=0) / 2
+                back: Vector = -self._pooled(request).mean(axis=0) / 2
+                return back
             case "one direction":
                 return at_norm(random_direction(own.size), clip)
             case "noise":

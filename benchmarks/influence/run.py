@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from fedtune.core.codec import ClipRange, MaskableCodec, RingUpdate, RoundContext
 from fedtune.core.codec.clipping import LEAST_SHARE
+from fedtune.core.codec.maskable import DecodedSum
 from fedtune.core.codec.quantization import dequantize_sum, public_range
 from fedtune.core.codec.ring import AUXILIARY_ONE
 from fedtune.core.codec.rotation import unrotate
@@ -95,7 +96,7 @@ class Round:
             decoded = self.codec.decode_sum(self.others, self.clients - 1, self.context)
         else:
             decoded = self.codec.decode_sum(self.codec.add(self.others, last, self.context), self.clients, self.context)
-        return decoded.update, decoded.mean_norm
+        return decoded.update, norm_of(decoded)
 
     def aggregate(self, last: RingUpdate | None, rule: Rule) -> tuple[Vector, float]:
         """Returns the rule's aggregate over the groups, and the clip for the next round."""
@@ -121,12 +122,19 @@ class Round:
         return RingUpdate(words, norm)
 
 
+def norm_of(decoded: DecodedSum) -> float:
+    """Returns the mean norm, which a sum of this codec always tells."""
+    assert decoded.mean_norm is not None
+    return decoded.mean_norm
+
+
 def update(random: np.random.Generator, common: Vector) -> Vector:
     """Returns an honest client's update."""
     own = random.standard_normal(COUNT).astype(np.float32)
     own /= np.float32(np.linalg.norm(own))
     mixed = SHARED * common + np.sqrt(1 - SHARED**2) * own
-    return (NORM * mixed / np.linalg.norm(mixed)).astype(np.float32)
+    scaled: Vector = (NORM * mixed / np.linalg.norm(mixed)).astype(np.float32)
+    return scaled
 
 
 def open_round(number: int, row: Row, clip: float, common: Vector) -> Round:
@@ -144,7 +152,7 @@ def open_round(number: int, row: Row, clip: float, common: Vector) -> Round:
     means = []
     for group in range(1, row.groups):
         decoded = codec.decode_sum(summed(range(group * row.size, (group + 1) * row.size)), row.size, context)
-        means.append((decoded.update, decoded.mean_norm))
+        means.append((decoded.update, norm_of(decoded)))
     return Round(codec, context, last, tuple(means))
 
 

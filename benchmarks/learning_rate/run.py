@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.host.process import prepare_environment
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.learning_rates import default_learning_rate
@@ -30,7 +31,7 @@ from fedtune.server.simulation.simulate import simulate
 
 HERE = Path(__file__).parent
 POINTS = HERE / "points.jsonl"
-KINDS = ("lora", "core")
+KINDS: tuple[AdapterKind, ...] = ("lora", "core")
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the default
 RANKS = {"lora": 16, "core": 32}
 FIXED = (
@@ -56,7 +57,7 @@ class Point:
 
     base: str
     width: int
-    kind: str
+    kind: AdapterKind
     rank: int
     learning_rate: float
     rounds: int

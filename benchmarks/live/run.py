@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,8 +80,8 @@ def main() -> None:
             print(_row(rows[-1]), flush=True)
     for clients in SECURE_CLIENTS:
         with tempfile.TemporaryDirectory() as folder:
-            seconds, overhead = secure_rounds(Path(folder), clients)
-        rounds.append((str(clients), f"{seconds:.2f}", f"{overhead:.2f}"))
+            whole, overhead = secure_rounds(Path(folder), clients)
+        rounds.append((str(clients), f"{whole:.2f}", f"{overhead:.2f}"))
         print(_row(rounds[-1]), flush=True)
     text = [
         "# Live: the time of an exchange, against Flower's way of running apps",
@@ -179,7 +179,8 @@ def fleet(folder: Path, clients: int) -> tuple[ServerHome, list[Path]]:
         invitation = Invitation.load(home.path / INVITATION)
         device = ClientHome.join(folder / f"device-{data.stem}", invitation, data.stem, data)
         devices.append(device.path)
-        requests.append(device.request)
+        if request := device.request:
+            requests.append(request)
     owner.approve(requests)
     publish(home, owner.log)
     return home, devices
@@ -219,7 +220,8 @@ def measure_flower(folder: Path, clients: int) -> dict[str, list[float]]:
         subprocess.run(run, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
         wait(out.exists, lambda: _output(folder))
         time.sleep(1.0)  # the file is written at once
-    return json.loads(out.read_text())
+    measured: dict[str, list[float]] = json.loads(out.read_text())
+    return measured
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def processes(
                 process.wait()
 
 
-def wait(condition, explain=lambda: "it did not happen"):  # type: ignore[no-untyped-def]
+def wait(condition: Callable[[], object], explain: Callable[[], str] = lambda: "it did not happen") -> None:
     """Waits until a condition holds."""
     end = time.monotonic() + WAIT_SECONDS
     while not condition():

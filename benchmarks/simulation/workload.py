@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedtune.demo import BASE_DIRECTORY
 
@@ -44,6 +45,7 @@ def make_large_base(folder: Path) -> str:
     config = AutoConfig.from_pretrained(BASE_DIRECTORY)
     config.update({**LARGE, "num_key_value_heads": LARGE["num_attention_heads"]})
     torch.manual_seed(SEED)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    network: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers has no type
+    network.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE_DIRECTORY).save_pretrained(folder)
     return str(folder)

@@ -1,0 +1,1 @@
+from benchmarks.real.book import *

@@ -1,0 +1,1 @@
+from benchmarks.secagg.compare import *

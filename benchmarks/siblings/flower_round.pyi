@@ -1,0 +1,1 @@
+from benchmarks.secagg.flower_round import *

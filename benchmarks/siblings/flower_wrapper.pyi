@@ -1,0 +1,1 @@
+from benchmarks.privacy.flower_wrapper import *

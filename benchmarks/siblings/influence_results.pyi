@@ -1,0 +1,1 @@
+from benchmarks.influence.influence_results import *

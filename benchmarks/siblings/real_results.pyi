@@ -1,0 +1,1 @@
+from benchmarks.real.real_results import *

@@ -1,0 +1,1 @@
+from benchmarks.privacy.report import *

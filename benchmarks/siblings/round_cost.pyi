@@ -1,0 +1,1 @@
+from benchmarks.secagg.round_cost import *

@@ -1,0 +1,1 @@
+from benchmarks.real.rows import *

@@ -1,0 +1,1 @@
+from benchmarks.compression.tables import *
