@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector
+from fedtune.core.errors import UpdateError
 from fedtune.core.job.local_work import LocalWork
 from fedtune.core.round_records import Evaluation
 from fedtune.data.examples import Example
@@ -59,6 +60,19 @@ class LocalResult:
     steps: int
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class ClientTask:
+    """One client's training: the arguments of `Trainer.train`."""
+
+    examples: Sequence[Example]
+    received: Vector
+    task: LocalTask
+
+
+Outcome = LocalResult | UpdateError
+"""The result of a client's training, or the reason why it gave none that may be sent."""
 
 
 @dataclass(frozen=True)

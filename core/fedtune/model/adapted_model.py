@@ -3,14 +3,16 @@
     model = adapt(base, job.adapter)
     model.load(vector)          # swaps the adapter: one copy
     vector = model.vector()
+    with model.side_by_side(adapters, rows): ...    # many adapters at once in place of the one
 
 The kinds of adapters are in `fedtune.model.lora` and `fedtune.model.core_adapter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from fedtune.model.core_adapter import attach_core, reference_weight
 from fedtune.model.lora import attach_lora
 from fedtune.model.loss import LanguageModelHead
 from fedtune.model.shape import adapted_modules
+from fedtune.model.side_by_side_layers import CurrentRows, ManyAdapters, core_side_by_side, lora_side_by_side
 
 Layout = TypeVar("Layout", bound=AdapterLayout)
 Attach = Callable[[Any, Layout, Tensor, Tensor], Mapping[Factor, Sequence[nn.Parameter]]]
@@ -32,6 +35,9 @@ Attach = Callable[[Any, Layout, Tensor, Tensor], Mapping[Factor, Sequence[nn.Par
 
 Values and gradients are flat tensors, float32, (layout.size,), and the parameters are views of them.
 """
+
+Multiply = Callable[[Any, Layout, ManyAdapters, CurrentRows], Mapping[str, nn.Module]]
+"""Makes layers of many adapters: (network, layout, adapters, rows) -> a layer in place of each adapted one, by name."""
 
 
 class AdaptedModel:
@@ -41,14 +47,16 @@ class AdaptedModel:
         base: base model, which must not be adapted a second time.
         layout: layout of the flat vector.
         attach: adds the layers of this kind of adapter.
+        multiply: makes layers of many adapters of this kind.
     """
 
-    def __init__(self, base: BaseModel, layout: Layout, attach: Attach[Layout]) -> None:
+    def __init__(self, base: BaseModel, layout: Layout, attach: Attach[Layout], multiply: Multiply[Layout]) -> None:
         self.base = base
         self.layout: AdapterLayout = layout
         self.parameters = torch.zeros(layout.size, dtype=torch.float32, device=base.device)
         self.gradient = torch.zeros_like(self.parameters)
         self._factors = attach(base.network, layout, self.parameters, self.gradient)
+        self._multiply = partial(multiply, base.network, layout)
         base.network.requires_grad_(False)
         self.train_factors(layout.factors)
 
@@ -77,6 +85,24 @@ class AdaptedModel:
             for parameter in parameters:
                 parameter.requires_grad_(letter in factors)
 
+    @contextmanager
+    def side_by_side(self, adapters: ManyAdapters, rows: CurrentRows) -> Iterator[Mapping[str, nn.Module]]:
+        """Puts layers of many adapters in the places of the adapted ones, and the latter back afterwards.
+
+        Yields:
+            The layers by name.
+        """
+        many = self._multiply(adapters, rows)
+        network = self.base.network
+        ones = {name: network.get_submodule(name) for name in many}
+        try:
+            for name, layer in many.items():
+                network.set_submodule(name, layer)
+            yield many
+        finally:
+            for name, layer in ones.items():
+                network.set_submodule(name, layer)
+
 
 def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
     """Attaches an adapter, all zeros, to the base model.
@@ -86,8 +112,8 @@ def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
             adapter is over the smaller side of a layer.
     """
     if settings.kind == "core":
-        return AdaptedModel(base, _core_layout(base, settings), attach_core)
-    return AdaptedModel(base, _lora_layout(base, settings), attach_lora)
+        return AdaptedModel(base, _core_layout(base, settings), attach_core, core_side_by_side)
+    return AdaptedModel(base, _lora_layout(base, settings), attach_lora, lora_side_by_side)
 
 
 def adapter_layout(base: BaseModel, settings: AdapterSettings) -> AdapterLayout:

@@ -100,6 +100,12 @@ def completion_loss(lm_head: LanguageModelHead, batch: DeviceBatch) -> Tensor:
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, batch.targets, lm_head))  # type: ignore[no-untyped-call]
 
 
+def target_losses(lm_head: LanguageModelHead, batch: DeviceBatch) -> Tensor:
+    """Returns the cross-entropy of each of a batch's targets: float32, (targets,), differentiable."""
+    hidden = lm_head.hidden(batch)
+    return cast(Tensor, _ChunkedCrossEntropies.apply(hidden, batch.targets, lm_head))  # type: ignore[no-untyped-call]
+
+
 @torch.no_grad()
 def score(lm_head: LanguageModelHead, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
     """Returns per target its cross-entropy, float32, and whether it is the likeliest token, bool; both (targets,)."""
@@ -129,6 +135,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (by_hidden,) = ctx.saved_tensors
         return (by_hidden * gradient).to(by_hidden.dtype), None, None
+
+
+class _ChunkedCrossEntropies(torch.autograd.Function):
+    """The same with a loss for each target, so that each may have a weight of its own in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm_head: LanguageModelHead) -> Tensor:
+        losses, gradients = [], []
+        for rows, wanted in _chunks(lm_head, hidden, targets):
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                loss = nn.functional.cross_entropy(lm_head.logits(leaf), wanted, reduction="none")
+            gradients.append(torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0])
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (by_hidden,) = ctx.saved_tensors
+        return (by_hidden * gradient[:, None]).to(by_hidden.dtype), None, None
 
 
 def _chunks(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -54,7 +54,7 @@ def train_locally(model: AdaptedModel, examples: Sequence[Example], received: Ve
     scaler = torch.amp.GradScaler(model.base.device.type, enabled=model.base.precision == "fp16")
     done: list[StepSums] = []
     skipped = 0
-    with _training(model, task):
+    with training_mode(model, task.seed, work.gradient_checkpointing):
         for step in local_steps(examples, task):
             trained.grad.zero_()
             done.append(_accumulate(model, step, task, scaler))
@@ -111,19 +111,19 @@ def _accumulate(
 
 
 @contextmanager
-def _training(model: AdaptedModel, task: LocalTask) -> Iterator[None]:
+def training_mode(model: AdaptedModel, seed: int, checkpointing: bool) -> Iterator[None]:
     """Switches to training mode with a separate random stream for dropout, and to evaluation mode afterwards."""
     network = model.base.network
     model.lm_head  # noqa: B018  # its self-check needs evaluation mode
     devices = [model.base.device] if model.base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(task.seed)
+        torch.manual_seed(seed)
         network.train()
-        if task.work.gradient_checkpointing:
+        if checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
         try:
             yield
         finally:
-            if task.work.gradient_checkpointing:
+            if checkpointing:
                 network.activation_checkpointing_disable()
             network.eval()
