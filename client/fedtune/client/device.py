@@ -1,6 +1,7 @@
 """A device that answers training and evaluation requests of its clients with one base model in memory.
 
-A live device has one client; in a simulation a thousand clients take turns on one device and one base model.
+A live device has one client; in a simulation a thousand clients take turns on one device and one base model, or train
+side by side on it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -108,6 +110,8 @@ class Device:
         agreed: returns the terms that requests must follow from; a request that differs is refused before any of the
             client's examples are read.
         noise: gives the seeds of noise, which must be unforeseeable for it to hide anything.
+        turns: entered for each request, by default a lock. Requests that `fedtune.client.rendezvous` lets meet in the
+            trainer already take turns everywhere else, and need none.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Device:
         forms: Mapping[str, UpdateForm] = FORMS,
         agreed: Agreed = no_terms,
         noise: NoiseSeed = of_entropy,
+        turns: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._open_trainer = open_trainer
         self._load_examples = load_examples
@@ -133,7 +138,7 @@ class Device:
         self._rebasing: tuple[str, dict[str, Basis] | None] = ("", None)
         self._trainer: tuple[Base, Trainer] | None = None
         self._splits: OrderedDict[tuple[str, Base, float, int], _Split] = OrderedDict()
-        self._lock = threading.Lock()
+        self._turns = threading.Lock() if turns is None else turns
 
     def train(self, client: str, request: TrainRequest) -> TrainReply:
         """Trains the received adapter on the client's examples.
@@ -144,7 +149,7 @@ class Device:
             ModelError: this device has another base model.
             UpdateError: training gave no update that may be sent.
         """
-        with self._lock:
+        with self._turns:
             form = self._forms.get(request.uplink.form)
             if form is None:
                 asked = f"an update of the form {request.uplink.form!r} is asked for"
@@ -169,7 +174,7 @@ class Device:
 
     def contribute(self, client: str, request: TrainRequest) -> Contribution:
         """Trains as `train` does, and returns words that can be masked; no earlier round enters them."""
-        with self._lock:
+        with self._turns:
             made = self._train(client, request)
             return Contribution(made.result, made.terms, self._encoded(client, request, made, RING.contribute))
 
@@ -179,7 +184,7 @@ class Device:
         Raises:
             PeerError, ModelError: as in `train`.
         """
-        with self._lock:
+        with self._turns:
             return adapter_digest(self._receive(self._accept(request), request.adapter, request.job_seed))
 
     @property
@@ -190,7 +195,7 @@ class Device:
 
     def terms(self, request: TrainRequest) -> tuple[FactorTerms, ...]:
         """Returns the codec's terms for each factor that a round trains, all slices of it; raises as `hold` does."""
-        with self._lock:
+        with self._turns:
             layout = self._accept(request).layout
         return factor_terms(request.uplink, layout, request.work.factors, request.job_seed, request.round)
 
@@ -201,7 +206,7 @@ class Device:
             PeerError, ModelError: as in `train`.
             UpdateError: the client has no held-out examples.
         """
-        with self._lock:
+        with self._turns:
             if (terms := self._agreed()) is not None:
                 check_base(terms, request.base)
                 check_evaluation(terms, request)
