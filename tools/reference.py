@@ -63,6 +63,7 @@ TRIED: Mapping[str, Sequence[Any]] = {
     "secure_aggregation.groups": (2, 4, 13),
     "simulation.workers": (2,),
     "simulation.threads": (2,),
+    "simulation.together": (2,),
     "simulation.fleet": ("fleet.toml",),
     "simulation.ranks": ([5], [8]),
     "export.formats": (["int4"],),
@@ -77,6 +78,7 @@ UNUSUAL: Sequence[str] = (
     "federation.clients_per_round=50",
     "data.sequence_length=2048",
     "data.holdout=0.6",
+    "simulation.together=30",
 )
 SURROUNDINGS = Surroundings(width=576, positions=1024, evaluated=20, clients=20, example_tokens=400)
 

@@ -120,7 +120,7 @@ def simulate_row(job: Job, path: Path, row: Row) -> dict[str, Any]:
     """
     padded = row.ranks == "zero-padded"
     prefixes = patch.object(tiers, "_order", lambda *drawn: np.arange(drawn[-1])) if padded else nullcontext()
-    context = SimulationContext.begin(job, path / CLIENTS, make_trainer=Alone if padded else TorchTrainer)
+    context = SimulationContext.begin(job, path / CLIENTS, make_trainer=Alone if padded else None)
     parts = Parts(aggregator=ZeroPadded(method_of(job.federation))) if padded else NO_PARTS
     with (
         closing(RunDirectory.create(path, job, context.base.digest)) as directory,

@@ -35,6 +35,7 @@ class Outgoing:
         action: its message type.
         group: the round's number, as text.
         node: the destination node.
+        beside: the nodes of all messages that are submitted with this one, itself included, in the order of submission.
         pack: serialises it; called when the executor reaches it, so that a waiting cohort shares one copy of the
             adapter.
     """
@@ -43,6 +44,7 @@ class Outgoing:
     group: str
     node: int
     pack: Callable[[], WireMessage]
+    beside: Sequence[int] = ()
 
 
 class Executor(Protocol):
@@ -121,10 +123,9 @@ class InProcessGrid(Grid):
         """Submits the messages to the executor, except to clients that fail."""
         numbered = [identified(message, f"message-{next(self._numbers)}") for message in messages]
         outgoing = [_outgoing(message) for message in numbered]
-        return [
-            self._push(message, each, fate)
-            for message, each, fate in zip(numbered, outgoing, self._failures(outgoing), strict=True)
-        ]
+        fates = list(zip(numbered, outgoing, self._failures(outgoing), strict=True))
+        beside = [each.node for _, each, fate in fates if fate is None or fate.works_on]
+        return [self._push(message, fate, beside) for message, _, fate in fates]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are there by now, each once.
@@ -152,15 +153,15 @@ class InProcessGrid(Grid):
         wait([self._pending[message_id][1] for message_id in message_ids], timeout)
         return list(self.pull_messages(message_ids))
 
-    def _push(self, message: Message, outgoing: Outgoing, failure: Failure | None) -> str:
+    def _push(self, message: Message, failure: Failure | None, beside: Sequence[int]) -> str:
         """Records a message as pushed; returns the id under which its reply is pulled."""
         message_id = message.metadata.message_id
         if failure is None:
-            self._pending[message_id] = (message, self._executor.submit(outgoing))
+            self._pending[message_id] = (message, self._executor.submit(_outgoing(message, beside)))
             return message_id
         if failure.works_on:
             late = identified(message, f"{message_id}-late")
-            self._pending[late.metadata.message_id] = (late, self._executor.submit(_outgoing(late)))
+            self._pending[late.metadata.message_id] = (late, self._executor.submit(_outgoing(late, beside)))
             self._late.append(late.metadata.message_id)
         failed: Future[WireMessage] = Future()
         failed.set_exception(failure.error)
@@ -168,9 +169,9 @@ class InProcessGrid(Grid):
         return message_id
 
 
-def _outgoing(message: Message) -> Outgoing:
+def _outgoing(message: Message, beside: Sequence[int] = ()) -> Outgoing:
     told = message.metadata
-    return Outgoing(told.message_type, told.group_id, told.dst_node_id, lambda: to_wire(message))
+    return Outgoing(told.message_type, told.group_id, told.dst_node_id, lambda: to_wire(message), beside)
 
 
 def _reply(message: Message, future: Future[WireMessage], most: int) -> Message:

@@ -40,6 +40,16 @@ def test_a_tiny_evaluation_set_is_uncertain() -> None:
     )
 
 
+@pytest.mark.parametrize(("cohort", "limit"), [("8", 8), ("0.5", 5), ("40", 10)])
+def test_passes_of_more_clients_than_a_round_has_are_unusual(cohort: str, limit: int) -> None:
+    job = load_job(None, [f"simulation.together={limit + 1}", f"federation.clients_per_round={cohort}"])
+    found = [line for line in unusual(job, Surroundings(clients=10)) if "together" in line]
+    assert len(found) == 1
+    assert f"usual is at most {limit}, the clients of a round" in found[0]
+    job = load_job(None, [f"simulation.together={limit}", f"federation.clients_per_round={cohort}"])
+    assert not any("together" in line for line in unusual(job, Surroundings(clients=10)))
+
+
 @pytest.mark.parametrize("known", [SMOLLM2, Surroundings(), Surroundings(256, 512, 240, 24.0)])
 def test_nothing_is_said_about_defaults_and_what_is_not_known(known: Surroundings) -> None:
     assert unusual(Job(), known) == []

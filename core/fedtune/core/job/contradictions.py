@@ -60,6 +60,11 @@ def contradictions(job: Job) -> list[str]:
             f"simulation.workers is {simulation.workers} and simulation.threads is {simulation.threads}: threads do "
             'not survive a fork; expected threads = 1, workers = 1 or backend = "ray"'
         )
+    if simulation.backend == "ray" and simulation.together not in ("auto", 1):
+        problems.append(
+            f'simulation.together is {simulation.together}, but simulation.backend is "ray", whose actors train one '
+            'client after another; expected together = 1 or backend = "local"'
+        )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
     problems += _tier_problems(job) + _kind_problems(job) + aggregation_problems(job) + _insecure(job)

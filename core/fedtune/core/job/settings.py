@@ -249,6 +249,9 @@ class SimulationSettings:
             and as memory allows. The number does not change the result.
         threads: torch threads of each worker, 0 for all cores. One is the default because results then do not depend
             on a machine's number of cores, and because small models gain more from workers than from threads.
+        together: clients that a worker trains in one pass over the base model, with "local" only. "auto" takes as many
+            as memory and the size of their steps allow, at least 1, and the run's job.toml then has the number. Above
+            1, small steps cost less time each, and the adapter differs from that of 1 by rounding.
         fleet: TOML file of kinds of device, as core/fedtune/demo/fleet.toml, which "bundled" stands for; or "" for
             devices that are all alike.
         ranks: without a fleet, the rank of each client in the order of names, again from the first where there are more
@@ -263,6 +266,7 @@ class SimulationSettings:
     backend: Literal["local", "ray"] = "local"
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     threads: Annotated[int, Field(ge=0, le=4096)] = 1
+    together: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = 1
     fleet: str = ""
     ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0

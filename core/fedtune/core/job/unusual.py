@@ -123,6 +123,18 @@ def _holdout(job: Job, _: Surroundings) -> str | None:
     return f"data.holdout = {job.data.holdout:g}; usual is 0 to {MOST_KEPT_BACK:g}: clients train on the rest alone"
 
 
+def _together(job: Job, known: Surroundings) -> str | None:
+    together, wanted, clients = job.simulation.together, job.federation.clients_per_round, known.clients
+    if together == "auto" or clients is None:
+        return None
+    cohort = max(1, min(clients, wanted if isinstance(wanted, int) else round(wanted * clients)))
+    if together <= cohort:
+        return None
+    return (
+        f"simulation.together = {together}; usual is at most {cohort}, the clients of a round: a pass cannot have more"
+    )
+
+
 _ROWS: Sequence[Callable[[Job, Surroundings], str | None]] = (
     _learning_rate,
     _rank,
@@ -132,4 +144,5 @@ _ROWS: Sequence[Callable[[Job, Surroundings], str | None]] = (
     _clients_per_round,
     _sequence_length,
     _holdout,
+    _together,
 )

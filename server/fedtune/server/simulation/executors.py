@@ -27,9 +27,10 @@ from fedtune.core.errors import RunError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.protocol.messages import Handler
 from fedtune.data.examples import CleaningReport
-from fedtune.flower.envelope import WireMessage, answer_wire
+from fedtune.flower.envelope import WireMessage
 from fedtune.flower.in_process_grid import Executor, Outgoing
 from fedtune.model.scoring import Piece
+from fedtune.server.simulation.passes import Answers, Passes, answer_together
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.spreading import compute_piece, spread_over
 
@@ -45,10 +46,12 @@ class WorkerReport:
     Args:
         peak_rss_mb: peak memory in MB, without that of the parent process.
         cleaning: client that ran there -> the counts of its records after cleaning.
+        notes: what people should know about the training there.
     """
 
     peak_rss_mb: float
     cleaning: dict[str, CleaningReport]
+    notes: tuple[str, ...] = ()
 
 
 class WorkerPool(Executor, Protocol):
@@ -65,7 +68,7 @@ class WorkerPool(Executor, Protocol):
 
 
 class LocalExecutor:
-    """Runs every client on one thread, one message at a time, in the order of submission.
+    """Runs every client on one thread, one pass at a time, in the order of submission.
 
     Args:
         simulation_context: makes the handler of the clients' messages.
@@ -76,11 +79,12 @@ class LocalExecutor:
         self._simulation_context = simulation_context
         self._handler = simulation_context.handler()
         self._clients = clients
+        self._passes = Passes(simulation_context.together)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-client")
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client."""
-        return self._thread.submit(self._run, message)
+        return self._passes.submit(message, lambda _: 0, lambda messages: self._thread.submit(self._run, messages))
 
     def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
         """Computes the pieces on the clients' thread, so that nothing else uses the model meanwhile."""
@@ -88,14 +92,15 @@ class LocalExecutor:
 
     def workers(self) -> Sequence[WorkerReport]:
         """Returns the report of one worker, which is this process."""
-        return [WorkerReport(0.0, self._simulation_context.cleaning)]
+        return [WorkerReport(0.0, self._simulation_context.cleaning, tuple(self._simulation_context.notes))]
 
     def close(self) -> None:
         """Drops the messages that still wait."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, message: Outgoing) -> WireMessage:
-        return answer_wire(message.pack(), self._clients[message.node], self._handler)
+    def _run(self, messages: Sequence[Outgoing]) -> Answers:
+        asked = [(message.pack(), self._clients[message.node]) for message in messages]
+        return answer_together(asked, self._handler, self._simulation_context)
 
     def _compute(self, _: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
         return compute_piece(self._simulation_context.model, adapter, piece)
@@ -126,6 +131,7 @@ class ForkedExecutor:
             self._workers.append((process, ours))
         # One thread a worker, which only waits for its answers; the threads start after the last fork.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="forked-worker") for _ in self._workers]
+        self._passes = Passes(simulation_context.together)
         self._round = ""
         self._places: dict[int, int] = {}
         self._latest: dict[int, Future[WireMessage]] = {}
@@ -133,7 +139,9 @@ class ForkedExecutor:
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's worker."""
         worker = self._find_place(message)
-        self._latest[message.node] = self._threads[worker].submit(self._run, worker, message)
+        self._latest[message.node] = self._passes.submit(
+            message, self.place, lambda messages: self._threads[worker].submit(self._run, worker, messages)
+        )
         return self._latest[message.node]
 
     def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
@@ -167,22 +175,25 @@ class ForkedExecutor:
                 process.join()
 
     def _find_place(self, message: Outgoing) -> int:
-        """Returns a client's worker, for a new one that with the fewest clients; it keeps the client and its secrets.
+        """Returns a client's worker, which keeps the client and its secrets.
 
-        A client stays for the round, and longer while it is busy, so that no client works in two workers at once.
+        New clients of a block go to that with the fewest clients. A client stays for the round, and longer while it is
+        busy, so that no client works in two workers at once.
         """
         if message.group != self._round:
             self._round = message.group
             busy = {node_id for node_id, future in self._latest.items() if not future.done()}
             self._places = {node_id: place for node_id, place in self._places.items() if node_id in busy}
             self._latest = {node_id: future for node_id, future in self._latest.items() if node_id in busy}
-        load = Counter(self._places.values())
-        fewest = min(range(len(self._workers)), key=lambda worker: load[worker])
-        return self._places.setdefault(message.node, fewest)
+        if new := [node for node in self._passes.blocks.of(message) if node not in self._places]:
+            load = Counter(self._places.values())
+            fewest = min(range(len(self._workers)), key=lambda worker: load[worker])
+            self._places.update(dict.fromkeys(new, fewest))
+        return self._places[message.node]
 
-    def _run(self, worker: int, message: Outgoing) -> WireMessage:
-        reply = self._ask(worker, _Message(message.pack(), message.node))
-        assert isinstance(reply, WireMessage)
+    def _run(self, worker: int, messages: Sequence[Outgoing]) -> Answers:
+        reply = self._ask(worker, _Messages([(message.pack(), message.node) for message in messages]))
+        assert isinstance(reply, list)
         return reply
 
     def _compute(self, worker: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
@@ -231,18 +242,20 @@ class _Report:
     """Asks for the fork's report."""
 
     def answer(self, fork: _Fork) -> object:
-        return WorkerReport(_own_peak_mb(), fork.simulation_context.cleaning)
+        context = fork.simulation_context
+        return WorkerReport(_own_peak_mb(), context.cleaning, tuple(context.notes))
 
 
 @dataclass(frozen=True)
-class _Message:
-    """A message to one of the fork's clients."""
+class _Messages:
+    """The messages of one pass, each with the node of the fork's client that it is for."""
 
-    wire: WireMessage
-    node: int
+    wires: Sequence[tuple[WireMessage, int]]
 
     def answer(self, fork: _Fork) -> object:
-        return answer_wire(self.wire, fork.clients[self.node], fork.handler)
+        asked = [(wire, fork.clients[node]) for wire, node in self.wires]
+        answers = answer_together(asked, fork.handler, fork.simulation_context)
+        return [_sendable(each) if isinstance(each, Exception) else each for each in answers]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ All user input is checked first; torch, transformers and Flower are imported onl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
     from fedtune.server.simulation.simulated_run import open_context, run_job
 
     context = open_context(inputs, path, display)
-    resolved = with_learning_rate(job, context.model.layout)
+    rated = with_learning_rate(job, context.model.layout)
+    resolved = replace(rated, simulation=replace(rated.simulation, together=context.together))
     directory = RunDirectory.create(path, resolved, context.base.digest, force)
     try:
         summary = run_job(context, directory, display)

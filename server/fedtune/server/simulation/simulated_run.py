@@ -26,8 +26,9 @@ from fedtune.data.examples import CleaningReport
 from fedtune.data.job_inputs import JobInputs
 from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.flower.strategy import AdapterStrategy
-from fedtune.model.base_model import BaseModel
-from fedtune.model.shape import adapted_modules, shape_of
+from fedtune.model.base_model import BaseModel, best_precision
+from fedtune.model.scoring import evaluation_tokens
+from fedtune.model.shape import Precision, Weights, adapted_modules, shape_of
 from fedtune.server.evaluation import HeldOutEvaluator
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
@@ -54,7 +55,8 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     job = inputs.job
-    context = SimulationContext.begin(job, path / CLIENTS, inputs)
+    together = clients_together(job, len(inputs.population.names))
+    context = SimulationContext.begin(job, path / CLIENTS, inputs, together=together)
     adapted_modules(context.shape.linear, job.adapter)  # refuses a wrong adapter before the weights are loaded
     _ = context.devices, context.held_out  # reports mistakes in their files before anything is written
     for warning in _warnings(context):
@@ -64,7 +66,7 @@ def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationC
     display.note(
         f"base {model.base.name} ({job.model.quantization}, {model.base.weights}, {model.base.precision}), "
         f"adapter of {model.layout.size:,} parameters, learning rate {rate:g}, "
-        f"{counted(len(inputs.population.names), 'client')}"
+        f"{counted(len(inputs.population.names), 'client')}" + (f", {together} in a pass" if together > 1 else "")
     )
     return context
 
@@ -104,7 +106,12 @@ def run_job(
     evaluator = HeldOutEvaluator(simulation_context.held_out, executor.spread)
     try:
         summary = run_rounds(
-            strategy, directory, grid, evaluator, display, lambda: _facts(executor, simulation_context, directory)
+            strategy,
+            directory,
+            grid,
+            evaluator,
+            display,
+            lambda: _facts(executor, simulation_context, directory, display),
         )
     finally:
         executor.close()
@@ -122,8 +129,12 @@ def _course(virtual: list[dict[str, Any]]) -> str:
     return f"virtual  {format_seconds(seconds)} in {rounds} of the fleet; updates: {shares or 'none'}"
 
 
-def _facts(executor: WorkerPool, simulation_context: SimulationContext, directory: RunDirectory) -> Facts:
+def _facts(
+    executor: WorkerPool, simulation_context: SimulationContext, directory: RunDirectory, display: Display
+) -> Facts:
     reports = executor.workers()
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        display.note(note)
     cleaning = {client: part for report in reports for client, part in report.cleaning.items()}
     for client in sorted(_readers(directory.rounds()) - cleaning.keys()):  # they read before the run was resumed
         simulation_context.examples(client, simulation_context.trainer, simulation_context.job.data.sequence_length)
@@ -140,7 +151,8 @@ def _readers(rounds: list[dict[str, Any]]) -> set[str]:
 
 
 def _executor(simulation_context: SimulationContext, clients: dict[int, str]) -> WorkerPool:
-    workers = worker_count(simulation_context.job, simulation_context.model.base, len(clients))
+    job, base, together = simulation_context.job, simulation_context.model.base, simulation_context.together
+    workers = worker_count(job, base, len(clients), together)
     if simulation_context.job.simulation.backend == "ray":
         from fedtune.server.simulation.ray_executor import RayExecutor
 
@@ -152,10 +164,13 @@ def _executor(simulation_context: SimulationContext, clients: dict[int, str]) ->
     )
 
 
-def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[], Machine] = probe) -> int:
-    """Returns the number of workers: the job's, or one a core or GPU, at most the cohort's size, within free memory.
+def worker_count(
+    job: Job, base: BaseModel, population: int, together: int = 1, probe: Callable[[], Machine] = probe
+) -> int:
+    """Returns the number of workers: the job's, or one a core or GPU, at most the cohort's passes, within free memory.
 
     Args:
+        together: clients in a pass.
         probe: measures the machine.
 
     Raises:
@@ -170,22 +185,60 @@ def worker_count(job: Job, base: BaseModel, population: int, probe: Callable[[],
     if settings.backend == "local" and (on_gpu or settings.threads != 1):
         return 1
     machine = probe()
-    places = torch.cuda.device_count() if on_gpu else min(int(machine.cores), _that_fit(job, base, machine.memory_free))
-    return max(1, min(places, cohort_size(job.federation.clients_per_round, population)))
+    fit = _that_fit(job, base, machine.memory_free, together)
+    places = torch.cuda.device_count() if on_gpu else min(int(machine.cores), fit)
+    return max(1, min(places, -(-cohort_size(job.federation.clients_per_round, population) // together)))
 
 
-def _that_fit(job: Job, base: BaseModel, free: int) -> int:
+def clients_together(job: Job, population: int, probe: Callable[[], Machine] = probe) -> int:
+    """Returns the number of clients that a worker trains in one pass: the job's, or for "auto" as many as fit.
+
+    A pass has at most the tokens that are computed fastest at once, and no more clients than a worker's share of the
+    cohort. Of the free memory, the planner's formula gives the base model its part and the clients the rest.
+
+    Args:
+        probe: measures the machine.
+    """
+    settings = job.simulation
+    if settings.together != "auto":
+        return settings.together
+    if settings.backend == "ray":
+        return 1
+    machine = probe()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    cohort = cohort_size(job.federation.clients_per_round, population)
+    workers: int = 1 if on_gpu or settings.threads != 1 else max(1, min(int(machine.cores), cohort))
+    if settings.workers != "auto":
+        workers = settings.workers
+    precision = best_precision(device) if job.training.precision == "auto" else job.training.precision
+    packed = job.training.weights == "packed"
+    predicted = predict_memory(
+        shape_of(job.model), _choices(job, "packed" if packed else "dequantized", precision, on_gpu)
+    )
+    free = torch.cuda.mem_get_info()[0] if on_gpu else machine.memory_free
+    client = predicted.training - predicted.weights
+    fit = int((free * (1 - RESERVE) - predicted.weights) / (workers * client))
+    return max(1, min(fit, evaluation_tokens(device) // job.training.batch_tokens, -(-cohort // workers)))
+
+
+def _that_fit(job: Job, base: BaseModel, free: int, together: int) -> int:
     """Returns how many workers fit into the free memory by the planner's formula."""
-    choices = Choices(
-        weights=base.weights,
-        precision=base.precision,
+    predicted = predict_memory(shape_of(job.model), _choices(job, base.weights, base.precision))
+    actor, fork = PROGRAM_BYTES + predicted.peak, together * (predicted.training - predicted.weights)
+    return int(free * (1 - RESERVE) / (actor if job.simulation.backend == "ray" else fork))
+
+
+def _choices(job: Job, weights: Weights, precision: Precision, cuda: bool = False) -> Choices:
+    """Returns the choices by which the planner predicts the memory of one client's steps."""
+    return Choices(
+        weights=weights,
+        precision=precision,
         rank=job.adapter.rank,
         sequence_length=job.data.sequence_length,
         tokens=job.training.batch_tokens,
         checkpointing=job.training.gradient_checkpointing,
+        cuda=cuda,
         kind=job.adapter.kind,
         quantization=job.model.quantization,
     )
-    predicted = predict_memory(shape_of(job.model), choices)
-    actor, fork = PROGRAM_BYTES + predicted.peak, predicted.training - predicted.weights
-    return int(free * (1 - RESERVE) / (actor if job.simulation.backend == "ray" else fork))

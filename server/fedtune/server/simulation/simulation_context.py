@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from fedtune.client.client_store import ClientStore
 from fedtune.client.device import Device, all_of_it
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
+from fedtune.client.rendezvous import Rendezvous, one_by_one
 from fedtune.client.secure_rounds import Credentials
+from fedtune.client.torch.joint_training import JointTraining
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.codec.noise_seeds import from_seed
@@ -37,6 +40,7 @@ from fedtune.server.simulation.simulated_fleet import SimulatedFleet
 from fedtune.strategies.assembly import Clients
 
 Wrap = Callable[[Handler], Handler]
+MakeTrainer = Callable[[AdaptedModel], Trainer]
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,24 @@ class SimulationContext:
     Args:
         inputs: the contents of the job's files.
         folder: the folder of the clients' state between rounds; the processes of a simulation share it.
-        make_trainer: model -> the trainer of every client.
+        make_trainer: model -> the trainer of every client, for one after another; by default torch's, for many at once.
         wrap: makes another handler out of that of the clients' messages, for clients that misbehave.
+        together: clients that are trained in one pass; by default the job's number, and 1 where that is "auto".
     """
 
     def __init__(
         self,
         inputs: JobInputs,
         folder: Path,
-        make_trainer: Callable[[AdaptedModel], Trainer] = TorchTrainer,
+        make_trainer: MakeTrainer | None = None,
         wrap: Wrap | None = None,
+        together: int | None = None,
     ) -> None:
         self.inputs, self.folder = inputs, folder
+        asked = inputs.job.simulation.together
+        self.together: int = together or (1 if asked == "auto" else asked)
+        self.notes: list[str] = []
+        """What people should know about the training in this process."""
         self._make_trainer, self._wrap = make_trainer, wrap
         self._cleaning: dict[str, CleaningReport] = {}
 
@@ -103,8 +113,9 @@ class SimulationContext:
         job: Job,
         folder: Path,
         inputs: JobInputs | None = None,
-        make_trainer: Callable[[AdaptedModel], Trainer] = TorchTrainer,
+        make_trainer: MakeTrainer | None = None,
         wrap: Wrap | None = None,
+        together: int | None = None,
     ) -> SimulationContext:
         """Makes this process a part of the simulation; from then on torch computes with the job's number of threads.
 
@@ -113,7 +124,7 @@ class SimulationContext:
         """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
-        return cls(inputs or JobInputs(job), folder, make_trainer, wrap)
+        return cls(inputs or JobInputs(job), folder, make_trainer, wrap, together)
 
     @property
     def job(self) -> Job:
@@ -141,9 +152,13 @@ class SimulationContext:
         return open_model(self.job)
 
     @cached_property
-    def trainer(self) -> Trainer:
-        """The trainer of every client."""
-        return self._make_trainer(self.model)
+    def trainer(self) -> Rendezvous:
+        """The trainer of every client, which trains those together that ask at once."""
+        if self._make_trainer is not None:
+            own = self._make_trainer(self.model)
+            return Rendezvous(own, one_by_one(own))
+        trainer = TorchTrainer(self.model)
+        return Rendezvous(trainer, JointTraining(trainer, self.together, self.notes.append))
 
     @cached_property
     def base(self) -> Base:
@@ -187,7 +202,15 @@ class SimulationContext:
         store = ClientStore(self.folder)
         share = self.devices.work if self.devices else all_of_it
         noise = from_seed(self.terms.seed)
-        device = Device(lambda _: self.trainer, self.examples, store, share, agreed=lambda: self.terms, noise=noise)
+        device = Device(
+            lambda _: self.trainer,
+            self.examples,
+            store,
+            share,
+            agreed=lambda: self.terms,
+            noise=noise,
+            turns=nullcontext() if self.together > 1 else None,
+        )
         secure, simulation = self.job.secure_aggregation.enabled, self.job.simulation
         if secure:
             handler = handle_under_secure_aggregation(device, self.enrolment.credentials)

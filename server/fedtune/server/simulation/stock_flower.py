@@ -71,6 +71,11 @@ def _job(config: RunConfig) -> Job:
     if job.secure_aggregation.enabled:
         problem = "secure_aggregation.enabled is true, but Flower's engine makes new clients for every message"
         problems.append(f"{problem}; put secure_aggregation.enabled=false into the run configuration's set")
+    if job.simulation.together != 1:
+        problem = (
+            f"simulation.together is {job.simulation.together}, but Flower's engine gives out one message at a time"
+        )
+        problems.append(f"{problem}; expected 1")
     if job.simulation.fleet:
         problem = "simulation.fleet is set, but Flower's engine has no virtual clock"
         problems.append(f"{problem}; run it with fedtune simulate, or say simulation.ranks instead")
