@@ -23,6 +23,7 @@ from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
 from fedtune.server.privacy_plan import plan_privacy
 from fedtune.server.privacy_statement import privacy_summary
+from fedtune.server.round_reports import RoundReports
 from fedtune.server.run_directory import (
     CANCELLED,
     FAILED,
@@ -141,16 +142,18 @@ def run_rounds(
         due = number == job.federation.rounds or (every > 0 and number % every == 0)
         return evaluator.evaluate(adapter, shown_as(display, EVALUATING)) if due else None
 
-    for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
-        checkpoint = Checkpoint(
-            state,
-            checkpoint.base_digest,
-            checkpoint.terms_digest,
-            spent_before + time.monotonic() - started,
-            checkpoint.eval_before,
-            checkpoint.answers_before,
-        )
-        directory.acknowledge(checkpoint, record)
+    with RoundReports(directory.path) as reports:
+        for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
+            checkpoint = Checkpoint(
+                state,
+                checkpoint.base_digest,
+                checkpoint.terms_digest,
+                spent_before + time.monotonic() - started,
+                checkpoint.eval_before,
+                checkpoint.answers_before,
+            )
+            directory.acknowledge(checkpoint, record)
+            reports.after_round()
     answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
     summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
     display.end(summary)
