@@ -60,7 +60,9 @@ def test_a_running_job_is_cancelled_with_its_adapter_and_the_next_one_runs(
     )
     code, said = fedtune(fleet, "cancel", "long")
     assert (code, said) == (0, "long: the server ends it now; see fedtune server show long\n")
-    eventually(lambda: fedtune(fleet, "show", "long")[1].count("cancelled after"), complaint=fleet.logs)
+    eventually(
+        lambda: json.loads(fedtune(fleet, "show", "long", "--json")[1])["state"] == "cancelled", complaint=fleet.logs
+    )
     rounds = len(read_rounds(run))
     assert f"cancelled after {rounds} of 500 rounds" in fedtune(fleet, "show", "long")[1]
     summary = read_summary(run)

@@ -114,6 +114,8 @@ def test_a_job_with_rounds_that_is_cancelled_while_the_server_is_down_is_closed_
         0,
         "first: cancelled after 3 of 20 rounds; the server writes its adapter when it starts again",
     )
+    shown = run(capsys, "server", "show", "first", "--home", str(home.path))[1]
+    assert "ending: cancelled after 3 of 20 rounds" in shown
     submit(home, "urgent", 2, 9)
     jobs = Jobs(home)
     assert jobs.next() == job  # before all others

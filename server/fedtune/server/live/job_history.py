@@ -158,7 +158,9 @@ def print_job(console: Console, record: JobRecord) -> None:
     rounds = f"{record.rounds_done} of {'?' if record.rounds is None else record.rounds}"
     facts = {
         "job": f"{record.name}, number {record.number}, priority {record.priority}",
-        "state": f"failed: {record.reason}" if record.state == "failed" else record.reason or record.state,
+        "state": f"{record.state}: {record.reason}"
+        if record.state in ("failed", "ending")
+        else record.reason or record.state,
         "rounds": rounds,
         "submitted": _date(record.submitted),
         "began": _date(record.began),
