@@ -90,5 +90,7 @@ def test_a_base_larger_than_the_memory_trains_to_the_same_bits(
     expected = trained(pack, group)
     most = group.peak()
     assert most > weights
-    group.limit(most - weights // 2)  # half of the weights must be read again in every pass
+    # A third of the weights must be read again in every pass. With half of them a busy machine, which reads libraries
+    # again on the group's account, has ended the process.
+    group.limit(most - weights // 3)
     assert trained(pack, group) == expected

@@ -87,7 +87,7 @@ def test_an_environment_without_torch_pulls_serves_and_chats(offering: Endpoint,
             server.terminate()
     assert server.returncode in (0, -15)
 
-    (tmp_path / "job.toml").touch()
+    (tmp_path / "job.toml").write_text('model.base = "demo"\ndata.train = "demo"\n')
     for arguments, extra in (
         (["export", str(tmp_path)], "export"),
         (["client", "start"], "client"),
