@@ -129,7 +129,7 @@ def test_an_owner_and_a_server_are_told_what_devices_would_refuse(
     finished(home, "first", 1)
     adapters = export(home.path, "base", "int4", kind="adapter-base")
     said = run("fleet", "publish", str(adapters), "--home", owner, status=2)
-    assert "an export of kind adapter-base; expected a model" in said
+    assert "an export of kind adapter-base; devices can install a model or an edge pack" in said
     assert "not an exported directory" in run("fleet", "publish", str(tmp_path), "--home", owner, status=2)
 
     run(*publish, "--out", "old.release")
