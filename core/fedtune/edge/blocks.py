@@ -1,6 +1,6 @@
 """The functions that an edge pack's graphs compute: one block forward, one block backward, and the head.
 
-Per adapted linear layer with input x of shape (n, d_in), and packed weight Ŵ of shape (d_out, d_in):
+Per adapted linear layer with input x of shape (n, d_in), and weight Ŵ of shape (d_out, d_in), which a device unpacks:
 
     y = x Ŵᵀ + bias + s ((x Aᵀ) Rᵀ) Bᵀ          A: (r, d_in), R: (r, r), B: (d_out, r)
 
@@ -17,16 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.edge.pack_contents import BLOCK, GROUP, PAIRS, SCALE_LEVELS
+from fedtune.edge.pack_contents import BLOCK, PAIRS, SCALE_LEVELS
 from fedtune.model.base_model import BaseModel
 from fedtune.model.nf4 import LEVELS, NF4Weight, scale_map
 from fedtune.model.packed import PackedLinear
 
 FACTORS = ("lora_a", "core", "lora_b")
 SCALING = "scaling"
-_SHARED = {"pairs": PAIRS, "scale_levels": SCALE_LEVELS, "scaling": SCALING}  # of all linear layers of a block
 _TRACED_BATCH, _TRACED_LENGTH, _TRACED_RANK = 3, 24, 5  # sizes that no other dimension of a model has
-_BYTE_VALUES = 256
 
 Named = Mapping[str, Tensor]
 
@@ -75,28 +73,18 @@ class TracedLinear(nn.Module):
             "core": torch.zeros(_TRACED_RANK, _TRACED_RANK),
             "lora_b": torch.zeros(d_out, _TRACED_RANK),
         }
-        shared = {name: torch.zeros(()) for name in _SHARED}
         self.biased = layer.bias is not None
-        for name, tensor in {**packed_tensors(layer), **factors, **shared}.items():
+        bias = {"bias": layer.bias.detach()} if layer.bias is not None else {}
+        tensors = {"weight": torch.zeros(self.shape), **bias, **factors, SCALING: torch.zeros(())}
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""
         bias = self.get_buffer("bias") if self.biased else None
-        lora_a, core, lora_b, scaling = (self.get_buffer(name) for name in (*FACTORS, SCALING))
+        weight, lora_a, core, lora_b, scaling = (self.get_buffer(name) for name in ("weight", *FACTORS, SCALING))
         thin = (x @ lora_a.T) @ core.T
-        return nn.functional.linear(x, self._dense(), bias) + scaling * (thin @ lora_b.T)
-
-    def _dense(self) -> Tensor:
-        """Returns Ŵ, (d_out, d_in), with the operations of `fedtune.model.nf4.dequantize`, so with the same bits."""
-        codes, pairs = self.get_buffer("codes"), self.get_buffer("pairs")
-        scale_codes, scale_levels = self.get_buffer("scale_codes"), self.get_buffer("scale_levels")
-        steps, mean = self.get_buffer("scale_steps"), self.get_buffer("scale_mean")
-        blocks, (d_out, d_in) = len(scale_codes), self.shape
-        steps = steps[:, None].expand(-1, GROUP).reshape(-1)[:blocks]
-        scales = nn.functional.embedding(scale_codes.int(), scale_levels[:, None])[:, 0] * steps + mean
-        levels = nn.functional.embedding(codes.int(), pairs).reshape(blocks, BLOCK)
-        return (levels * scales[:, None]).reshape(-1)[: d_out * d_in].reshape(d_out, d_in)
+        return nn.functional.linear(x, weight, bias) + scaling * (thin @ lora_b.T)
 
 
 class TracedBlock:
@@ -118,7 +106,7 @@ class TracedBlock:
         sliding = "full_attention" not in (getattr(config, "layer_types", None) or ())
         self._window = getattr(config, "sliding_window", None) if sliding else None
         self._factors = [f"{name}.{factor}" for name in self._linear for factor in FACTORS]
-        shared = {f"{linear}.{name}" for linear in self._linear for name in _SHARED}
+        shared = {f"{linear}.{SCALING}" for linear in self._linear}
         tensors = {**dict(self._layer.named_parameters()), **dict(self._layer.named_buffers())}
         self._own = [name for name in tensors if name not in shared]
         states = torch.zeros(_TRACED_BATCH, _TRACED_LENGTH, int(config.hidden_size))
@@ -127,7 +115,6 @@ class TracedBlock:
             "x": states,
             "cosines": cosines,
             "sines": sines,
-            **unpacking_tables(),
             SCALING: torch.ones(()),
             **{name: tensors[name].detach() for name in self._own},
         }
@@ -160,9 +147,8 @@ class TracedBlock:
 
     def _block(self, inputs: Named) -> Tensor:
         x = inputs["x"]
-        shared = {own: inputs[name] for own, name in _SHARED.items()}
         replaced = {name: inputs[name] for name in self._own}
-        replaced |= {f"{linear}.{own}": tensor for linear in self._linear for own, tensor in shared.items()}
+        replaced |= {f"{linear}.{SCALING}": inputs[SCALING] for linear in self._linear}
         rows = torch.arange(x.shape[1])
         visible = rows[None, :] <= rows[:, None]
         if self._window is not None:

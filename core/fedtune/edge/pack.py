@@ -28,7 +28,7 @@ from fedtune.core.job.settings import AdapterSettings
 from fedtune.core.protocol.model_manifest import PACK_KIND, verify
 from fedtune.data.job_inputs import PACK_FACTS
 from fedtune.edge.graph_files import check_self_contained
-from fedtune.edge.pack_contents import BLOCK, GROUP, PAIRS, SCALE_LEVELS, Tensors, check_tensors
+from fedtune.edge.pack_contents import BLOCK, GROUP, PACKED_PARTS, PAIRS, SCALE_LEVELS, Tensors, check_tensors
 from fedtune.edge.pack_facts import GRAPHS, REMEDY, TOKENIZER, WEIGHTS, PackFacts, read_facts
 from fedtune.model.shape import adapted_modules
 
@@ -53,18 +53,23 @@ class EdgePack:
         prefix = f"{self.facts.blocks}.{layer}."
         return {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
 
-    def weight(self, module: AdaptedModule) -> Vector:
+    def weight(self, module: AdaptedModule, room: Vector | None = None) -> Vector:
         """Returns the unpacked weight of a linear layer: float32, (d_out, d_in), the bits that torch devices have.
 
-        Ŵ_i = level[q_i] · (map[u_k] · t_g + m), see `fedtune.model.nf4`.
+        Ŵ_i = level[q_i] · (map[u_k] · t_g + m), see `fedtune.model.nf4`. A byte of codes is two weights, which are
+        looked up as one number of eight bytes.
+
+        Args:
+            room: memory for it, float32, (two for each byte of codes,); None for new memory.
         """
-        codes, scale_codes, steps, mean = (
-            self.tensors[f"{module.name}.{part}"] for part in ("codes", "scale_codes", "scale_steps", "scale_mean")
-        )
-        levels = self.tensors[PAIRS][codes].reshape(-1, BLOCK)
+        codes, scale_codes, steps, mean = (self.tensors[f"{module.name}.{part}"] for part in PACKED_PARTS)
+        levels = np.empty(2 * len(codes), dtype=np.float32) if room is None else room
+        pairs = np.ascontiguousarray(self.tensors[PAIRS]).view(np.uint64)[:, 0]
+        np.take(pairs, codes, out=levels.view(np.uint64), mode="clip")  # clipping takes no second copy; none is clipped
         scales = self.tensors[SCALE_LEVELS][scale_codes] * np.repeat(steps, GROUP)[: len(scale_codes)] + mean
-        dense = (levels * scales[:, None]).reshape(-1)[: module.d_out * module.d_in]
-        return np.asarray(dense.reshape(module.d_out, module.d_in), dtype=np.float32)
+        blocks = levels.reshape(-1, BLOCK)
+        np.multiply(blocks, scales[:, None], out=blocks)
+        return levels[: module.d_out * module.d_in].reshape(module.d_out, module.d_in)
 
     def layout(self, settings: AdapterSettings) -> AdapterLayout:
         """Returns the layout of an adapter on this base, as torch devices compute it.
@@ -81,6 +86,32 @@ class EdgePack:
             settings.alpha,
             lambda name: round_to_bfloat16(self.weight(modules[name])),
         )
+
+
+class UnpackedBlock:
+    """The base model's tensors of one block at a time, unpacked into memory that all blocks share.
+
+    That takes a tenth of the time in which a graph would unpack them, and no page of memory is new.
+    """
+
+    def __init__(self, pack: EdgePack) -> None:
+        self._pack = pack
+        layers = range(pack.facts.shape.layers)
+        self._others = [
+            {name: each for name, each in pack.block(layer).items() if name.rpartition(".")[2] not in PACKED_PARTS}
+            for layer in layers
+        ]
+        self._linear: list[list[tuple[str, AdaptedModule]]] = [[] for _ in layers]
+        for module in pack.facts.shape.linear:
+            layer, _, own = module.name.removeprefix(f"{pack.facts.blocks}.").partition(".")
+            self._linear[int(layer)].append((own, module))
+        sizes = {own: 2 * len(pack.tensors[f"{module.name}.codes"]) for own, module in self._linear[0]}
+        self._room = {own: np.empty(size, dtype=np.float32) for own, size in sizes.items()}
+
+    def weights(self, layer: int) -> dict[str, npt.NDArray[Any]]:
+        """Returns the tensors of a block by the names that its graphs have for them; the next call overwrites them."""
+        unpacked = {f"{own}.weight": self._pack.weight(module, self._room[own]) for own, module in self._linear[layer]}
+        return self._others[layer] | unpacked
 
 
 def open_pack(directory: Path) -> EdgePack:

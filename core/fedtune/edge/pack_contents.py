@@ -21,6 +21,7 @@ from fedtune.edge.pack_facts import REMEDY, WEIGHTS, PackFacts
 
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a step
+PACKED_PARTS = ("codes", "scale_codes", "scale_steps", "scale_mean")  # of a linear layer
 PAIRS = "nf4.pairs"
 SCALE_LEVELS = "nf4.scale_levels"
 FREQUENCIES = "rope.frequencies"

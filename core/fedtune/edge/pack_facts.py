@@ -33,7 +33,7 @@ HEAD = "head.onnx"
 GRAPHS = (FORWARD, BACKWARD, HEAD)
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-SCHEMA = 2
+SCHEMA = 3
 _MAX_BYTES = 4 << 20
 REMEDY = "pull the pack again, or write it again with: fedtune edge pack BASE --out DIR"
 

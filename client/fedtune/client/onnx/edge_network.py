@@ -5,7 +5,7 @@
     loss = network.add_gradient(batch, 1 / targets, "ab", gradient)
 
 A training pass keeps the input of each block; the block's backward graph computes its activations again. So the memory
-is one block's activations, its inputs once per layer, and the weights, which stay packed and mapped.
+is one block's activations and unpacked weights, its inputs once per layer, and the packed weights, which are mapped.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fedtune.core.adapter.layout import AdapterLayout, Extent, Factor, Factors, 
 from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.errors import ModelError
 from fedtune.data.batches import Batch
-from fedtune.edge.pack import EdgePack
-from fedtune.edge.pack_contents import FREQUENCIES, PAIRS, SCALE_LEVELS
+from fedtune.edge.pack import EdgePack, UnpackedBlock
+from fedtune.edge.pack_contents import FREQUENCIES
 from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, REMEDY
 from fedtune.model.shape import PACK_CHUNK_LOGITS
 
@@ -37,9 +37,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One block's inputs: its weights and factors by name, and the extent of each factor in the adapter's vector."""
+    """One block: its number, the adapter's factors by name, and the extent of each of them in the adapter's vector."""
 
-    weights: dict[str, Array]
+    layer: int
     factors: dict[str, Array]
     extents: dict[str, Extent]
 
@@ -65,13 +65,9 @@ class EdgeNetwork:
         )
         prefix = f"{pack.facts.norm}."
         self._norm = {name.removeprefix(prefix): each for name, each in pack.tensors.items() if name.startswith(prefix)}
-        self._shared = {
-            PAIRS: pack.tensors[PAIRS],
-            SCALE_LEVELS: pack.tensors[SCALE_LEVELS],
-            "scaling": np.asarray(layout.scaling, dtype=np.float32),
-        }
+        self._scaling = np.asarray(layout.scaling, dtype=np.float32)
         self._extents = _extents(layout)
-        self._weights = [pack.block(layer) for layer in range(pack.facts.shape.layers)]
+        self._unpacked = UnpackedBlock(pack)
         self.load(np.zeros(layout.size, dtype=np.float32))
         self._check_inputs()
 
@@ -166,7 +162,8 @@ class EdgeNetwork:
 
     def _feeds(self, block: _Block, x: Vector) -> dict[str, Array]:
         cosines, sines = self._rotations(x.shape[1])
-        return {"x": x, "cosines": cosines, "sines": sines, **self._shared, **block.weights, **block.factors}
+        shared = {"x": x, "cosines": cosines, "sines": sines, "scaling": self._scaling}
+        return shared | self._unpacked.weights(block.layer) | block.factors
 
     def _head_feeds(self, states: Vector, targets: npt.NDArray[np.int64]) -> dict[str, Array]:
         return {"x": states, "targets": targets, "head": self.pack.tensors[self.pack.facts.head], **self._norm}
@@ -202,7 +199,7 @@ class EdgeNetwork:
             factors |= {f"{own}.lora_a": lora_a, f"{own}.core": np.eye(rank, dtype=np.float32), f"{own}.lora_b": lora_b}
             factors |= {name: vector[extent.where].reshape(extent.shape) for name, extent in trained.items()}
             extents |= trained
-        return _Block(self._weights[layer], factors, extents)
+        return _Block(layer, factors, extents)
 
     def _fixed(self, module: str) -> tuple[Vector, Vector] | None:
         return self.layout.fixed.pairs.get(module) if isinstance(self.layout, CoreLayout) else None
