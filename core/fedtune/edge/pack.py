@@ -91,7 +91,7 @@ class EdgePack:
 class UnpackedBlock:
     """The base model's tensors of one block at a time, unpacked into memory that all blocks share.
 
-    That takes a tenth of the time in which a graph would unpack them, and no page of memory is new.
+    A graph that unpacked them would take several times as long, and new pages of memory for each.
     """
 
     def __init__(self, pack: EdgePack) -> None:
