@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,15 @@ class UnpackedBlock:
     """The base model's tensors of one block at a time, unpacked into memory that all blocks share.
 
     A graph that unpacked them would take several times as long, and new pages of memory for each.
+
+    Args:
+        pack: base model.
+        threads: number of threads, each of which unpacks some of a block's matrices.
     """
 
-    def __init__(self, pack: EdgePack) -> None:
+    def __init__(self, pack: EdgePack, threads: int = 1) -> None:
         self._pack = pack
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="unpacking")
         layers = range(pack.facts.shape.layers)
         self._others = [
             {name: each for name, each in pack.block(layer).items() if name.rpartition(".")[2] not in PACKED_PARTS}
@@ -107,11 +113,16 @@ class UnpackedBlock:
             self._linear[int(layer)].append((own, module))
         sizes = {own: 2 * len(pack.tensors[f"{module.name}.codes"]) for own, module in self._linear[0]}
         self._room = {own: np.empty(size, dtype=np.float32) for own, size in sizes.items()}
+        for linear in self._linear:  # the largest first, so that the threads end together
+            linear.sort(key=lambda named: -named[1].d_in * named[1].d_out)
 
     def weights(self, layer: int) -> dict[str, npt.NDArray[Any]]:
         """Returns the tensors of a block by the names that its graphs have for them; the next call overwrites them."""
-        unpacked = {f"{own}.weight": self._pack.weight(module, self._room[own]) for own, module in self._linear[layer]}
-        return self._others[layer] | unpacked
+        return self._others[layer] | dict(self._workers.map(self._unpacked, self._linear[layer]))
+
+    def _unpacked(self, linear: tuple[str, AdaptedModule]) -> tuple[str, Vector]:
+        own, module = linear
+        return f"{own}.weight", self._pack.weight(module, self._room[own])
 
 
 def open_pack(directory: Path) -> EdgePack:

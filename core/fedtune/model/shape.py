@@ -25,6 +25,7 @@ Precision = Literal["fp32", "bf16", "fp16"]  # precision of the arithmetic
 Weights = Literal["packed", "dequantized", "mapped"]  # format of the linear weights; "mapped": in an edge pack's file
 MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
 PACK_CHUNK_LOGITS = 1 << 22  # the same on an edge pack: 16 MiB, three times
+SMALL_MODEL = 50_000_000  # parameters; smaller models run slower with threads, above all on a busy machine
 _LISTED_ENDINGS = 20  # how many existing names an error lists
 
 
@@ -66,6 +67,11 @@ class ModelShape:
     def linear_parameters(self) -> int:
         """N_lin, the number of parameters of all linear layers."""
         return sum(module.d_in * module.d_out for module in self.linear)
+
+    @property
+    def parameters(self) -> int:
+        """N, the number of parameters; shared ones count once."""
+        return self.linear_parameters + self.other_parameters
 
     @property
     def largest_linear(self) -> int:

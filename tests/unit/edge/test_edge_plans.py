@@ -104,6 +104,18 @@ def test_what_was_measured_corrects_the_next_plan_of_a_pack(demo_pack: Path, tmp
     assert again.seconds_per_step == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize(("parameters", "cores", "threads"), [(0, 4.0, 1), (10**8, 4.0, 4), (10**8, 0.5, 1)])
+def test_a_large_model_trains_on_all_cores_and_a_small_one_on_one(
+    demo_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: int, cores: float, threads: int
+) -> None:
+    shape = read_facts(demo_pack).shape
+    monkeypatch.setattr(OnnxBackend, "shape", lambda self, model: replace(shape, other_parameters=parameters))
+    machine = replace(probe(), cores=cores)
+    planner = DevicePlanner(INSTALLED, CalibrationStore(tmp_path), probe=lambda: machine)
+    outcome = planner.plan(load_job(None, [*JOB, f"model.base={demo_pack}"]), trial="never")
+    assert outcome.plan.choices.threads == threads
+
+
 def test_kappa_of_a_pack_gives_the_measured_peak(demo_pack: Path) -> None:
     shape, choices = read_facts(demo_pack).shape, Choices("mapped", "fp32", 8, 64, 256, True)
     kappa = kappa_of(shape, choices, 90_000_000, target_share=0.4)

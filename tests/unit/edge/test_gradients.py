@@ -16,7 +16,7 @@ from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import Batch, collate
 from fedtune.data.examples import Example
-from fedtune.edge.pack import open_pack
+from fedtune.edge.pack import UnpackedBlock, open_pack
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import linear_modules, load_base
 from fedtune.model.loss import completion_loss, on_device, score
@@ -110,6 +110,19 @@ def test_unpacked_weights_are_torch_s_to_the_bit(make_biased: MakeModel, pack_of
         layer = originals[module.name]
         assert isinstance(layer, PackedLinear)
         assert np.array_equal(pack.weight(module), layer.dense().numpy())
+
+
+def test_threads_unpack_the_block_that_was_asked_for(make_biased: MakeModel, pack_of: PackOf) -> None:
+    pack = open_pack(pack_of(str(make_biased("llama", **ODD))))
+    unpacked = UnpackedBlock(pack, threads=3)
+    for _ in range(5):
+        for layer in (1, 0):
+            prefix = f"{pack.facts.blocks}.{layer}."
+            modules = [module for module in pack.facts.shape.linear if module.name.startswith(prefix)]
+            found = unpacked.weights(layer)
+            assert modules
+            for module in modules:
+                assert np.array_equal(found[f"{module.name.removeprefix(prefix)}.weight"], pack.weight(module))
 
 
 def test_only_the_factors_and_modules_that_are_asked_for_get_gradients(make_biased: MakeModel, pack_of: PackOf) -> None:

@@ -50,7 +50,7 @@ class EdgeNetwork:
     Args:
         pack: base model.
         layout: layout of the adapter's vector.
-        threads: number of onnxruntime's threads.
+        threads: number of threads of onnxruntime, and of those that unpack weights.
 
     Raises:
         ModelError: onnxruntime is too old for the pack's graphs or cannot load them, or they do not fit its tensors.
@@ -67,7 +67,7 @@ class EdgeNetwork:
         self._norm = {name.removeprefix(prefix): each for name, each in pack.tensors.items() if name.startswith(prefix)}
         self._scaling = np.asarray(layout.scaling, dtype=np.float32)
         self._extents = _extents(layout)
-        self._unpacked = UnpackedBlock(pack)
+        self._unpacked = UnpackedBlock(pack, threads)
         self.load(np.zeros(layout.size, dtype=np.float32))
         self._check_inputs()
 

@@ -27,7 +27,7 @@ _PRODUCT_SECONDS = 0.2
 
 
 class OnnxBackend:
-    """Implements `fedtune.client.plan.backend.Backend` with onnxruntime, on one thread as in training."""
+    """Implements `fedtune.client.plan.backend.Backend` with onnxruntime."""
 
     name = "onnxruntime"
     forms: tuple[Form, ...] = (("mapped", True),)
@@ -60,7 +60,7 @@ class OnnxBackend:
         return "fp32"
 
     def native_unpacking(self) -> bool:
-        """Returns false: the graphs unpack the weights."""
+        """Returns false: numpy unpacks the weights."""
         return False
 
     def held_bytes(self) -> int:
@@ -69,8 +69,7 @@ class OnnxBackend:
         return int(memory.rss - memory.shared)
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
-        """Measures the operations of products of the model's size in numpy, for each second of one core."""
-        del choices
+        """Measures the operations of products of the model's size in numpy: those of one core, times threads."""
         largest = max(shape.linear, key=lambda module: module.d_in * module.d_out)
         left = np.ones((_PRODUCT_ROWS, largest.d_in), dtype=np.float32)
         right = np.ones((largest.d_in, largest.d_out), dtype=np.float32)
@@ -78,7 +77,8 @@ class OnnxBackend:
         while time.perf_counter() - start < _PRODUCT_SECONDS:
             left @ right
             done += 1
-        return 2.0 * _PRODUCT_ROWS * largest.d_in * largest.d_out * done / (time.process_time() - busy)
+        of_one_core = 2.0 * _PRODUCT_ROWS * largest.d_in * largest.d_out * done / (time.process_time() - busy)
+        return of_one_core * choices.threads
 
     def warm_up(self) -> None:
         """Does nothing: onnxruntime and numpy are loaded with this module."""
@@ -99,4 +99,4 @@ class OnnxBackend:
             ModelError: it is no whole pack, or the adapter does not fit the base.
         """
         assert choices.weights == "mapped"
-        return open_trainer(Path(model.base), adapter, digest)
+        return open_trainer(Path(model.base), adapter, digest, choices.threads)

@@ -41,14 +41,12 @@ class Case:
         adapter: rank and alpha, on all linear layers.
         choices: the plan's choices; their tokens are whole examples of their sequence length.
         target_share: share of the tokens that the loss counts.
-        threads: number of threads of the library.
     """
 
     model: ModelSettings
     adapter: AdapterSettings
     choices: Choices
     target_share: float = 1.0
-    threads: int = 1
 
     @property
     def micro_batch(self) -> int:
@@ -188,5 +186,4 @@ def case_from_json(content: dict[str, Any]) -> Case:
         adapter=AdapterSettings(**adapter),
         choices=Choices(**content["choices"]),
         target_share=content["target_share"],
-        threads=content["threads"],
     )

@@ -30,7 +30,7 @@ from fedtune.core.job.settings import (
 )
 from fedtune.data.examples import Example, load_examples
 from fedtune.data.job_inputs import own_data_file
-from fedtune.model.shape import ModelShape
+from fedtune.model.shape import SMALL_MODEL, ModelShape
 
 ROOMY = 2.0  # predictions err by less than this factor: with as much room, no trial step would change the plan
 
@@ -111,6 +111,7 @@ class Outcome:
                 "weights": choices.weights,
                 "quantization": choices.quantization,
                 "precision": choices.precision,
+                "threads": choices.threads,
                 "native_nf4": self.native_unpacking,
                 "rank": choices.rank,
                 "tier": plan.tier,
@@ -229,7 +230,7 @@ class DevicePlanner:
         machine = replace(self._probe(), gpus=backend.gpus())
         runtime = int(psutil.Process().memory_info().rss) if runtime is None else runtime
         budget = self._budget(backend, machine, memory, runtime)
-        constraints = _constraints(backend, job, lengths, link)
+        constraints = replace(_constraints(backend, job, lengths, link), threads=_threads(backend, shape, machine))
         question = _Question(backend, machine, shape, constraints, budget, target_share)
         answer = self._answer(job, question, trial)
         plan, steps = answer.plan, question.constraints.local_steps
@@ -317,8 +318,13 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
     sizes = hashlib.sha256(repr(replace(shape, name="", file_bytes=0)).encode()).hexdigest()
     choices = plan.choices
     packed = f"{choices.quantization} " if choices.weights == "packed" else ""
-    form = f"{packed}{choices.weights} {choices.precision} {choices.checkpointing}"
+    form = f"{packed}{choices.weights} {choices.precision} {choices.checkpointing} {choices.threads}"
     return f"{machine.processor}|{machine.cores}|{machine.memory_total}|{gpu}|{sizes}|{form}"
+
+
+def _threads(backend: Backend, shape: ModelShape, machine: Machine) -> int:
+    """Returns the number of threads that train a model: all cores, and one where threads make training slower."""
+    return 1 if backend.on_gpu or shape.parameters < SMALL_MODEL else max(1, int(machine.cores))
 
 
 def _constraints(backend: Backend, job: Job, lengths: Sequence[int], link: Link) -> Constraints:

@@ -30,7 +30,7 @@ def print_plan(console: Console, outcome: Outcome) -> None:
     table.add_section()
     table.add_row("trainer", outcome.trainer)
     table.add_row("weights", _weights(outcome))
-    table.add_row("arithmetic", choices.precision)
+    table.add_row("arithmetic", f"{choices.precision}, {counted(choices.threads, 'thread')}")
     table.add_row("rank", f"{plan.tier} of {choices.rank}")
     longest = f"{choices.sequence_length} tokens, the longest example"
     cut = f"{plan.sequence_length} tokens, to which examples are cut"

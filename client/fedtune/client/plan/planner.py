@@ -58,6 +58,7 @@ class Constraints:
         checkpointing: whether the job requires it.
         kind: kind of the adapter.
         forms: the forms that the device's library offers.
+        threads: number of the library's threads.
     """
 
     quantization: str
@@ -75,6 +76,7 @@ class Constraints:
     checkpointing: bool = False
     kind: AdapterKind = "lora"
     forms: Sequence[Form] = UNPACKING_FORMS
+    threads: int = 1
 
     @classmethod
     def of(cls, job: Job, precision: Precision) -> Constraints:
@@ -233,6 +235,7 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
                     cuda=constraints.cuda,
                     kind=constraints.kind,
                     quantization=constraints.quantization,
+                    threads=constraints.threads,
                 ),
             )
         if length // 2 < SHORTEST_SEQUENCE:

@@ -67,7 +67,7 @@ Form = tuple[Weights, bool]
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of a plan that determine memory.
+    """The choices of a plan that determine memory and time.
 
     Args:
         rank: rank of the loaded adapter; a lower tier freezes part of it, and the memory stays.
@@ -75,6 +75,7 @@ class Choices:
         tokens: n, tokens of a micro-batch, padding included.
         kind: kind of the adapter.
         quantization: the base's format, "nf4", "int4" or "none".
+        threads: number of the library's threads on a processor.
     """
 
     weights: Weights
@@ -86,6 +87,7 @@ class Choices:
     cuda: bool = False
     kind: AdapterKind = "lora"
     quantization: str = "nf4"
+    threads: int = 1
 
 
 @dataclass(frozen=True)

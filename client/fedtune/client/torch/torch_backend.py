@@ -70,9 +70,9 @@ class TorchBackend:
         return torch.cuda.memory_reserved() if self.on_gpu else int(psutil.Process().memory_info().rss)
 
     def product_rate(self, shape: ModelShape, choices: Choices) -> float:
-        """Measures the operations per second of products of the model's size, on one thread, as in training."""
+        """Measures the operations per second of products of the model's size, on the threads of the choices."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(choices.threads)
         try:
             return _product_rate(shape, choices)
         finally:
@@ -100,6 +100,8 @@ class TorchBackend:
         loaded = load(model, choices, self._device)
         if loaded.digest != digest:
             raise WrongBaseError(loaded.digest)
+        if not self.on_gpu:
+            torch.set_num_threads(choices.threads)
         return TorchTrainer(adapt(loaded, adapter))
 
 

@@ -35,7 +35,7 @@ def measure(case: Case) -> Measured:
 
 def run_case(case: Case) -> Measured:
     """Measures in this process; `measure` calls it in a new one, where the figures are meaningful."""
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(case.choices.threads)
     device = device_of(case.choices)
     warm_up(case.choices.precision, device)
     return trial.measured_steps(case, meter_for(device), lambda: _load(case))

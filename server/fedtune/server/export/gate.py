@@ -29,6 +29,7 @@ import torch
 from fedtune.core.errors import InputError
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
+from fedtune.model.shape import SMALL_MODEL
 from fedtune.server.export.grid_graph import Progress
 from fedtune.server.export.onnx_model import Ids, OnnxModel, Values, running
 
@@ -36,7 +37,6 @@ FP32_LOGIT_ERROR = 1e-3
 GENERATED_PROMPTS = 8
 GENERATED_TOKENS = 32
 SPEED_TOKENS = 64
-SMALL_MODEL = 50_000_000  # parameters; smaller models run slower with threads, above all on a busy machine
 
 
 @dataclass(frozen=True)
