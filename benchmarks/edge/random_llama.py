@@ -33,7 +33,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    network = LlamaForCausalLM(config).bfloat16()  # type: ignore[no-untyped-call]
+    network = LlamaForCausalLM(config).bfloat16()
     network.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"{options.out}: {network.num_parameters():,} parameters")
