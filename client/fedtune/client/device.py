@@ -31,6 +31,7 @@ from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.manifest.round_terms import check_base, check_evaluation, check_training
 from fedtune.core.protocol.messages import Base, Downlink, EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedtune.core.seeds import derive_seed
+from fedtune.core.spans import span
 from fedtune.data.examples import Example, hold_out
 
 CACHED_CLIENTS = 64  # clients whose tokenised examples stay in memory; those of others are read and tokenised again
@@ -155,12 +156,13 @@ class Device:
                 asked = f"an update of the form {request.uplink.form!r} is asked for"
                 raise PeerError(f"{asked}; this device knows {', '.join(self._forms)}")
             made = self._train(client, request)
-            if request.uplink.error_feedback:
-                made = replace(made, updates=self._compensated(client, request, made))
-            parts = self._encoded(client, request, made, form.encode)
-            if request.uplink.error_feedback:
-                sent = [form.decode(part, each) for part, each in zip(parts, made.terms, strict=True)]
-                self._keep(client, request, made, sent)
+            with span("encoding", client):
+                if request.uplink.error_feedback:
+                    made = replace(made, updates=self._compensated(client, request, made))
+                parts = self._encoded(client, request, made, form.encode)
+                if request.uplink.error_feedback:
+                    sent = [form.decode(part, each) for part, each in zip(parts, made.terms, strict=True)]
+                    self._keep(client, request, made, sent)
         result = made.result
         return TrainReply(
             round=request.round,
@@ -176,7 +178,9 @@ class Device:
         """Trains as `train` does, and returns words that can be masked; no earlier round enters them."""
         with self._turns:
             made = self._train(client, request)
-            return Contribution(made.result, made.terms, self._encoded(client, request, made, RING.contribute))
+            with span("encoding", client):
+                parts = self._encoded(client, request, made, RING.contribute)
+            return Contribution(made.result, made.terms, parts)
 
     def hold(self, request: TrainRequest) -> str:
         """Receives a request's adapter, and returns the digest of the adapter that this device then holds.
@@ -226,8 +230,9 @@ class Device:
         basis = layout.initial(seed) if adapter.basis == FIRST else self._store.adapter(adapter.basis, layout.size)
         if basis is None:
             raise PeerError(f"this device no longer holds the adapter {adapter.basis[:16]}…; it needs the whole one")
-        held = receive(layout, basis, adapter)
-        self._store.keep_adapter(adapter.digest, held)
+        with span("receiving the adapter"):
+            held = receive(layout, basis, adapter)
+            self._store.keep_adapter(adapter.digest, held)
         self._held = (adapter.digest, held)
         return held
 
@@ -241,9 +246,10 @@ class Device:
         if request.rebasing and trainer.layout.kind != "lora":
             raise PeerError(f"a request about a change of basis; the adapter's kind is {trainer.layout.kind}")
         layout, seed, number = trainer.layout, request.job_seed, request.round
-        terms = factor_terms(request.uplink, layout, work.factors, seed, number, own_tier(request))
-        owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
-        task = _local_task(client, request, owned, self._share(client, request))
+        with span("planning", client):
+            terms = factor_terms(request.uplink, layout, work.factors, seed, number, own_tier(request))
+            owned = rank_indices(seed, number, layout.rank, request.tier) if request.tier else None
+            task = _local_task(client, request, owned, self._share(client, request))
         result = trainer.train(split.training, received, task)
         update = align_update(lora_layout(layout), received, result.update) if work.align else result.update
         for change in self._postprocess:
@@ -338,8 +344,9 @@ class Device:
     def _split(self, client: str, trainer: Trainer, base: Base, share: float, seed: int) -> _Split:
         key = (client, base, share, seed)
         if key not in self._splits:
-            examples = self._load_examples(client, trainer, base.sequence_length)
-            self._splits[key] = _Split(*hold_out(examples, share, derive_seed(seed, "holdout", client)))
+            with span("loading data", client):
+                examples = self._load_examples(client, trainer, base.sequence_length)
+                self._splits[key] = _Split(*hold_out(examples, share, derive_seed(seed, "holdout", client)))
             while len(self._splits) > CACHED_CLIENTS:
                 self._splits.popitem(last=False)
         self._splits.move_to_end(key)

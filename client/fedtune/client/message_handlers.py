@@ -27,6 +27,7 @@ from fedtune.core.protocol.messages import (
     encode,
     query,
 )
+from fedtune.core.spans import span
 
 _Step = Callable[[str, tuple[bytes, ...]], bytes]
 
@@ -70,6 +71,7 @@ def _dispatch(steps: Mapping[str, _Step]) -> Handler:
     def handle(client: str, request: Request) -> bytes:
         if request.action not in steps:
             raise PeerError(f"asked for {request.action}, which is no part of this job's rounds")
-        return steps[request.action](client, request.parts)
+        with span(f"exchange {request.action}", client):
+            return steps[request.action](client, request.parts)
 
     return handle

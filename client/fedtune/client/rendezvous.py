@@ -23,6 +23,7 @@ from fedtune.client.trainer import ClientTask, LocalResult, LocalTask, Outcome, 
 from fedtune.core.adapter.layout import AdapterLayout, Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.round_records import Evaluation
+from fedtune.core.spans import span
 from fedtune.data.examples import Example
 from fedtune.data.tokenizer import Tokenizer
 
@@ -90,8 +91,10 @@ class Rendezvous:
         """
         ask = _ask.get()
         if ask is None:
-            return self._trainer.train(examples, received, task)
-        outcome = ask(ClientTask(examples, received, task))
+            with span("training"):
+                return self._trainer.train(examples, received, task)
+        with span("training with others", waits=True):
+            outcome = ask(ClientTask(examples, received, task))
         if isinstance(outcome, UpdateError):
             raise outcome
         return outcome
@@ -102,7 +105,8 @@ class Rendezvous:
 
     def run(self, calls: Sequence[Callable[[], Answer]]) -> list[Answer | Exception]:
         """Runs all calls to their end; returns for each its answer, or the error that it raised."""
-        return _Meeting(calls, self._train_all).run()
+        with span("pass", waits=True):
+            return _Meeting(calls, self._train_all).run()
 
 
 class _Meeting(Generic[Answer]):
@@ -149,7 +153,8 @@ class _Meeting(Generic[Answer]):
         self._asked = {}
         outcomes: Sequence[Outcome] | Exception
         try:
-            outcomes = self._train_all([task for task, _ in waiting])
+            with span("training"):
+                outcomes = self._train_all([task for task, _ in waiting])
         except Exception as error:  # which every call raises
             outcomes = error
         for index, (_, future) in enumerate(waiting):

@@ -25,6 +25,7 @@ from fedtune.core.secagg import ClientSession, Identity, Policy, Roster, RoundLo
 from fedtune.core.secagg.exchanged import MAX_CONFIG_BYTES, RoundConfig
 from fedtune.core.secagg.exchanged import decode as decode_message
 from fedtune.core.secagg.graph import colluders
+from fedtune.core.spans import span
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class SecureRounds:
         if round_.contribution is None:
             round_.contribution = self._device.contribute(client, round_.request)
         made = round_.contribution
-        return round_.session.mask(message, masked_words(made.terms, made.parts, made.result.loss))
+        with span("masking", client):
+            return round_.session.mask(message, masked_words(made.terms, made.parts, made.result.loss))
 
     def vote(self, client: str, message: bytes) -> bytes:
         """Takes the sharers and survivors; returns this client's signature over them."""

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedtune.core.errors import InputError
 from fedtune.core.round_records import Evaluation
+from fedtune.core.spans import span
 from fedtune.data.batches import collate, micro_batches
 from fedtune.data.examples import Example, start_tokens
 from fedtune.model.adapted_model import AdaptedModel
@@ -65,12 +66,13 @@ class ScoredBatch:
     @torch.no_grad()
     def compute(self, model: AdaptedModel) -> Counts:
         """Scores the examples."""
-        model.base.network.eval()
-        device = model.base.device
-        batch = on_device(collate(self.examples), device)
-        losses, right = score(model.lm_head, batch)
-        wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
-        loss, exact = float(losses.cpu().double().sum()), int((wrong == 0).sum())
+        with span("scoring"):
+            model.base.network.eval()
+            device = model.base.device
+            batch = on_device(collate(self.examples), device)
+            losses, right = score(model.lm_head, batch)
+            wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
+            loss, exact = float(losses.cpu().double().sum()), int((wrong == 0).sum())
         return Counts(loss, len(losses), exact, len(self.examples))
 
 
@@ -87,7 +89,8 @@ class AnsweredPrompts:
 
     def compute(self, model: AdaptedModel) -> list[str]:
         """Returns the answers in the order of the prompts."""
-        return generate(model, self.prompts, self.max_new_tokens)
+        with span("answering prompts"):
+            return generate(model, self.prompts, self.max_new_tokens)
 
 
 def evaluation_tokens(device: torch.device) -> int:

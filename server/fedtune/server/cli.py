@@ -59,10 +59,10 @@ _Page = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
 
 
-def _simulate(job: Job, path: Path, display: Display, force: bool) -> dict[str, Any]:
+def _simulate(job: Job, path: Path, display: Display, force: bool, profile: bool) -> dict[str, Any]:
     from fedtune.server.simulation.simulate import simulate as run
 
-    return run(job, path, display, force=force)
+    return run(job, path, display, force=force, profile=profile)
 
 
 def _resume(path: Path, display: Display) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _export(request: ExportRequest, display: Display) -> list[Exported]:
 class Programs:
     """The functions that the long-running commands call with their options; tests pass others to `main`."""
 
-    simulate: Callable[[Job, Path, Display, bool], dict[str, Any]] = _simulate
+    simulate: Callable[[Job, Path, Display, bool, bool], dict[str, Any]] = _simulate
     resume: Callable[[Path, Display], dict[str, Any]] = _resume
     export: Callable[[ExportRequest, Display], list[Exported]] = _export
 
@@ -109,6 +109,13 @@ def simulate(
         bool,
         typer.Option("--page", help="Serve a live page of the run to browsers on this machine; prints its address."),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Measure where the time goes: a table at the end, and trace.json for ui.perfetto.dev.",
+        ),
+    ] = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -133,7 +140,7 @@ def simulate(
     resolved = job_or_demo(job, [*(overrides or []), *kinds])
     directory = out or _next_run_directory(job.stem if job else "demo")
     with _running(directory, quiet or as_json) as display, _live_page(directory, page, display) as told:
-        summary = context.obj.simulate(resolved, directory, told, force)
+        summary = context.obj.simulate(resolved, directory, told, force, profile)
     if as_json:
         print(json.dumps(summary, indent=2))
 

@@ -22,6 +22,7 @@ from fedtune.core.errors import DataError, RunError
 from fedtune.core.job.settings import Job
 from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import Evaluation
+from fedtune.core.spans import span
 from fedtune.data.examples import Example, prepare, render
 from fedtune.data.population import evaluation_records
 from fedtune.model.adapted_model import AdaptedModel
@@ -146,7 +147,8 @@ class HeldOutEvaluator:
         held_out = self._held_out
         if not held_out.batches:
             return None
-        results = self._computed(adapter, [*held_out.groups, *held_out.batches], progress)
+        with span("evaluation"):
+            results = self._computed(adapter, [*held_out.groups, *held_out.batches], progress)
         groups = len(held_out.groups)
         answers: list[str] = [answer for group in results[:groups] for answer in group]
         score = mean_score(held_out.metric, answers, held_out.references) if answers else None
@@ -160,7 +162,8 @@ class HeldOutEvaluator:
 
     def answer(self, adapter: Vector, progress: Progress) -> list[str]:
         """Returns the adapter's answers to the shown prompts."""
-        results = self._computed(adapter, self._held_out.samples, progress)
+        with span("sample answers"):
+            results = self._computed(adapter, self._held_out.samples, progress)
         return [answer for group in results for answer in group]
 
     def _computed(self, adapter: Vector, pieces: Sequence[Piece[Any]], progress: Progress) -> list[Any]:

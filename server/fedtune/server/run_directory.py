@@ -7,6 +7,8 @@
     summary.json          the final figures
     virtual.jsonl         one object a round of a simulated fleet
     report.html           self-contained
+    profile.txt           where the time went, if it was measured
+    trace.json            the same for a viewer of traces
 
 A round is acknowledged when its checkpoint appears. Its line in rounds.jsonl is written just before; a line beyond the
 newest checkpoint belongs to a round that a crash cut off, and is removed when the run is resumed.
@@ -48,6 +50,7 @@ FINISHED, FAILED, CANCELLED = "finished", "failed", "cancelled"  # values of the
 SUMMARY = "summary.json"
 VIRTUAL = "virtual.jsonl"  # only if a fleet is simulated
 REPORT = "report.html"
+PROFILE, TRACE = "profile.txt", "trace.json"  # only of a profiled simulation
 ADAPTER = "adapter"
 CLIENTS = "clients"  # the state that a simulation's clients keep between rounds
 CHECKPOINTS = "checkpoints"

@@ -18,6 +18,7 @@ from fedtune.core.host.process import versions
 from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
+from fedtune.core.spans import span
 from fedtune.core.text import counted
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
@@ -152,7 +153,8 @@ def run_rounds(
                 checkpoint.eval_before,
                 checkpoint.answers_before,
             )
-            directory.acknowledge(checkpoint, record)
+            with span("record and checkpoint"):
+                directory.acknowledge(checkpoint, record)
             reports.after_round()
     answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
     summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
@@ -189,7 +191,8 @@ def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator
         evaluator.evaluate(state.adapter, shown_as(display, EVALUATING)),
         tuple(evaluator.answer(state.adapter, shown_as(display, ANSWERING))),
     )
-    directory.acknowledge(checkpoint, None)
+    with span("record and checkpoint"):
+        directory.acknowledge(checkpoint, None)
     return checkpoint
 
 
@@ -245,11 +248,10 @@ def _finish(
         },
     }
     directory.write_summary(summary)
-    from fedtune.server.report import (
-        write_report,  # importing plotting libraries takes a second
-    )
+    with span("report"):
+        from fedtune.server.report import write_report  # importing plotting libraries takes a second
 
-    write_report(directory.path)
+        write_report(directory.path)
     return summary
 
 

@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.core.errors import RunError
 from fedtune.core.protocol.messages import HEADER_BYTES
+from fedtune.core.spans import span
 from fedtune.flower.envelope import WireMessage, from_wire, identified, to_wire
 
 _RUN_ID = 1
@@ -136,15 +137,18 @@ class InProcessGrid(Grid):
         for message_id in message_ids:
             if message_id in self._pending and self._pending[message_id][1].done():
                 message, future = self._pending.pop(message_id)
-                yield _reply(message, future, self._bounds.get(message.metadata.message_type, HEADER_BYTES))
+                with span("unpacking answers"):
+                    reply = _reply(message, future, self._bounds.get(message.metadata.message_type, HEADER_BYTES))
+                yield reply
 
     def stale_updates(self) -> Iterable[Message]:
         """Waits for the answers of clients that failed but worked on, and returns them."""
         waiting, self._late = self._late, []
         replies: list[Message] = []
-        while len(replies) < len(waiting):
-            replies += self.pull_messages(waiting)
-            time.sleep(_POLL_SECONDS)
+        with span("waiting for late clients"):
+            while len(replies) < len(waiting):
+                replies += self.pull_messages(waiting)
+                time.sleep(_POLL_SECONDS)
         return [reply for reply in replies if reply.has_content()]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -27,6 +27,7 @@ from fedtune.core.codec.uplink import Compression
 from fedtune.core.errors import JobError, PeerError, RunError
 from fedtune.core.host.clock import SYSTEM_CLOCK, Clock
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.core.spans import ROUND, span
 from fedtune.flower.envelope import seal, unseal
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.collection import Exchange
@@ -87,24 +88,31 @@ class AdapterStrategy(Strategy):
         Trackers receive a round's record once the caller asks for the next round, and so has stored this one.
         """
         for number in range(state.round + 1, last_round + 1):
-            roster = self.roster(grid)
-            training = self._open(state, self._trainable(roster))
-            self._run(grid, training, roster)
-            names = {node_id: name for name, node_id in roster.items()}
-            for reply in self.stale_updates():
-                with suppress(KeyError, PeerError):  # ignores errors, and answers of nodes that are gone
-                    training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
-            state, record = training.close()
-            self.remember(record.round, record.clients)
-            if clients_evaluate(self.federation.job, number):
+            with span(ROUND, str(number)):
+                state, record = self._round(grid, state)
+                if evaluate is not None:
+                    record = replace(record, eval=evaluate(number, state.adapter))
+                yield state, record
+                for tracker in self.federation.trackers:
+                    tracker.round(record)
+
+    def _round(self, grid: Grid, state: FederationState) -> tuple[FederationState, RoundRecord]:
+        """Runs the round after a state, and the clients' evaluation where it is due."""
+        roster = self.roster(grid)
+        training = self._open(state, self._trainable(roster))
+        self._run(grid, training, roster)
+        names = {node_id: name for name, node_id in roster.items()}
+        for reply in self.stale_updates():
+            with suppress(KeyError, PeerError):  # ignores errors, and answers of nodes that are gone
+                training.take_stale(names[reply.metadata.src_node_id], unseal(reply))
+        state, record = training.close()
+        self.remember(record.round, record.clients)
+        if clients_evaluate(self.federation.job, record.round):
+            with span("evaluation by clients"):
                 evaluation = EvaluationRound.open(self.federation, state, sorted(roster), self._broadcast)
                 self._run(grid, evaluation, roster)
                 record = replace(record, client_evaluations=evaluation.close())
-            if evaluate is not None:
-                record = replace(record, eval=evaluate(number, state.adapter))
-            yield state, record
-            for tracker in self.federation.trackers:
-                tracker.round(record)
+        return state, record
 
     def remember(self, number: int, clients: Sequence[ClientRecord]) -> None:
         """Updates the selection by a round's records; a resumed run passes its earlier rounds in order."""
@@ -122,7 +130,8 @@ class AdapterStrategy(Strategy):
         names = {node_id: name for name, node_id in roster.items()}
         for exchange in round_.exchanges():
             self.bound_replies(exchange.message_type, exchange.reply_bytes)
-            messages = _messages(exchange, roster, round_.number)
+            with span("packing requests"):
+                messages = _messages(exchange, roster, round_.number)
             seconds = None if deadline == "auto" else deadline
             _collect(round_, stream_replies(grid, messages, seconds, exchange.closing), names)
 
@@ -242,7 +251,8 @@ def _collect(round_: TrainingRound | EvaluationRound, replies: Iterable[Message]
         except PeerError as error:
             round_.give_up(name, str(error))
         else:
-            round_.take_in(name, payload)
+            with span("taking in answers", name):
+                round_.take_in(name, payload)
 
 
 def _train_metrics(record: RoundRecord) -> MetricRecord:
@@ -286,7 +296,8 @@ def stream_replies(
     """
     started, answers = clock.monotonic(), 0
     end = math.inf if deadline is None else started + deadline
-    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    with span("sending"):
+        waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
     pause = FIRST_POLL_SECONDS
     while waiting and clock.monotonic() < end:
         arrived = list(grid.pull_messages(list(waiting)))
@@ -298,7 +309,8 @@ def stream_replies(
         if arrived:
             pause = FIRST_POLL_SECONDS
         else:
-            clock.sleep(pause)
+            with span("waiting for clients"):
+                clock.sleep(pause)
             pause = min(2 * pause, LAST_POLL_SECONDS)
 
 

@@ -28,6 +28,7 @@ from fedtune.core.ledger import Ledger
 from fedtune.core.protocol.messages import Downlink, Rebasing
 from fedtune.core.round_records import ClientRecord, RoundRecord
 from fedtune.core.secagg import RoundAbortedError
+from fedtune.core.spans import span
 from fedtune.strategies.aggregation.aggregator import Aggregate, Frame, State
 from fedtune.strategies.broadcast import Broadcast
 from fedtune.strategies.cohorts.suspicion import GroupOutcome
@@ -119,11 +120,14 @@ class TrainingRound:
             population: names of the clients that can be reached now.
             broadcast: record of the versions that clients hold.
         """
-        plan = plan_round(federation, state, population)
+        with span("selection"):
+            plan = plan_round(federation, state, population)
         write = partial(train_request, federation, state, plan)
         requests = Requests(broadcast, state.held, write, plan.tiers)
         nothing = Downlink(FIRST, adapter_digest(state.held), (b"", b""))  # the downlink differs between clients
-        inputs = Inputs({name: requests.payload(name) for name in plan.tiers}, write(nothing, 0), state.stale_updates)
+        with span("writing requests"):
+            payloads = {name: requests.payload(name) for name in plan.tiers}
+        inputs = Inputs(payloads, write(nothing, 0), state.stale_updates)
         frame = Frame(
             federation.layout, plan.factors, state.adapter, state.server, plan.slices, plan.terms, state.evidence
         )
@@ -198,13 +202,15 @@ class TrainingRound:
             if self._allows(name, Event.EXCLUDE):
                 self._drop(name, Event.EXCLUDE, ABORTED)
         clients = tuple(self._records[name] for name in self.cohort)
-        collected, aborted = self._collected(clients)
+        with span("aggregation"):
+            collected, aborted = self._collected(clients)
         suspicion = self.state.suspicion.after(outcomes)
         state = replace(self.state, round=self.number)
         notes = self.plan.assignment.notes + self.plan.grouping.notes
         notes += tuple(f"a group of {len(outcome.members)} clients has no sum: {outcome.reason}" for outcome in lost)
         if collected is not None:
-            state, changes = self._rebalanced(self._after(collected.aggregate))
+            with span("server step"):
+                state, changes = self._rebalanced(self._after(collected.aggregate))
             notes += collected.notes + changes + state.evidence.notes(self.state.evidence)
         record = RoundRecord(
             round=self.number,

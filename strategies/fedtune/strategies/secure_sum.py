@@ -40,6 +40,7 @@ from fedtune.core.secagg import (
 )
 from fedtune.core.secagg.client_checks import refuses_shares
 from fedtune.core.secagg.graph import MIN_SURVIVORS
+from fedtune.core.spans import span
 from fedtune.strategies.aggregation import Aggregation, Aggregator, Frame, GroupSum
 from fedtune.strategies.cohorts.suspicion import NOBODY, GroupOutcome
 from fedtune.strategies.collection import ClientFacts, Collected, Exchange, Inputs
@@ -123,9 +124,11 @@ class SecureCollection:
         self._groups = self._open()
         self._group_of = {name: group for group in self._groups for name in group.members}
         while waiting := [group for group in self._groups if group.requests]:
-            yield self._exchange(waiting)
-            for group in waiting:
-                group.advance()
+            exchange = self._exchange(waiting)
+            yield exchange
+            with span(f"ending {exchange.message_type}"):
+                for group in waiting:
+                    group.advance()
             if all(group.failure is not None for group in self._groups):
                 failures = dict.fromkeys(str(group.failure) for group in self._groups)
                 raise RoundAbortedError("; ".join(failures))

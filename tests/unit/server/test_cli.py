@@ -186,7 +186,7 @@ def test_a_live_page_is_served_while_the_run_goes_on_and_its_address_is_beside_t
         return {"status": "finished"}
 
     programs = cli.Programs(
-        simulate=lambda job, path, display, force: look(display), resume=lambda path, display: look(display)
+        simulate=lambda job, path, display, force, profile: look(display), resume=lambda path, display: look(display)
     )
     where = ("--out", str(tmp_path / "run")) if command == "simulate" else (str(tmp_path / "run"),)
     assert run(command, "--page", "--json", *where, programs=programs) == 0
@@ -223,6 +223,18 @@ def test_runs_are_numbered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     run("simulate", "--quiet", programs=cli.Programs(simulate=note))
     assert chosen == [Path("runs/demo-2")]
+
+
+def test_a_simulation_is_profiled_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    profiled: list[bool] = []
+
+    def note(job: Job, directory: Path, display: Display, force: bool, profile: bool) -> dict[str, Any]:
+        profiled.append(profile)
+        return {}
+
+    for options in ((), ("--profile",)):
+        run("simulate", "--quiet", "--out", str(tmp_path), *options, programs=cli.Programs(simulate=note))
+    assert profiled == [False, True]
 
 
 def test_a_path_on_the_command_line_starts_at_the_job_s_folder_or_without_one_at_the_working_directory(

@@ -26,6 +26,7 @@ from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import RunError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.protocol.messages import Handler
+from fedtune.core.spans import WORKER, Place, Span, absorb, add_span, drain, now, record_in_fork
 from fedtune.data.examples import CleaningReport
 from fedtune.flower.envelope import WireMessage
 from fedtune.flower.in_process_grid import Executor, Outgoing
@@ -81,6 +82,7 @@ class LocalExecutor:
         self._clients = clients
         self._passes = Passes(simulation_context.together)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="simulated-client")
+        self._began = now()
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client."""
@@ -97,6 +99,7 @@ class LocalExecutor:
     def close(self) -> None:
         """Drops the messages that still wait."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        add_span(WORKER, "worker 1", Place(os.getpid(), "simulated-client_0"), self._began, own=False)
 
     def _run(self, messages: Sequence[Outgoing]) -> Answers:
         asked = [(message.pack(), self._clients[message.node]) for message in messages]
@@ -119,6 +122,7 @@ class ForkedExecutor:
         handler = simulation_context.handler()
         simulation_context.model  # noqa: B018  # loads it here, not in every fork
         context = get_context("fork")
+        self._began = now()
         self._workers: list[tuple[BaseProcess, Connection]] = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -173,6 +177,8 @@ class ForkedExecutor:
             if process.is_alive():
                 process.kill()
                 process.join()
+        for number, (process, _) in enumerate(self._workers, 1):
+            add_span(WORKER, f"worker {number}", _place(process), self._began, own=False)
 
     def _find_place(self, message: Outgoing) -> int:
         """Returns a client's worker, which keeps the client and its secrets.
@@ -207,18 +213,26 @@ class ForkedExecutor:
             Exception: the error with which the worker answered.
         """
         process, connection = self._workers[worker]
+        asked = now()
         try:
             connection.send(question)
-            reply = connection.recv()
+            spans, reply = connection.recv()
         except (EOFError, OSError) as error:
             process.join(_ENDING_SECONDS)
+            add_span("cut off", "", _place(process), asked)
             raise RunError(
                 f"a worker of the simulation ended with exit status {process.exitcode} (out of memory?). "
                 "Resume the run, with a lower simulation.workers in its job.toml"
             ) from error
+        absorb(spans)
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+
+def _place(process: BaseProcess) -> Place:
+    assert process.pid is not None  # it was started
+    return Place(process.pid, "MainThread")
 
 
 @dataclass(frozen=True)
@@ -283,12 +297,15 @@ def _serve(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     for theirs in inherited:
         theirs.close()
+    record_in_fork()
     while True:
         try:
             question: _Question = connection.recv()
         except EOFError:
             return
-        connection.send(_outcome(question, _Fork(handler, simulation_context, clients)))
+        outcome = _outcome(question, _Fork(handler, simulation_context, clients))
+        answer: tuple[Sequence[Span], object] = (drain(), outcome)
+        connection.send(answer)
 
 
 def _outcome(question: _Question, fork: _Fork) -> object:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from fedtune.core.protocol.messages import TRAIN, Handler
+from fedtune.core.spans import span
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Outgoing
 from fedtune.server.simulation.simulation_context import SimulationContext
@@ -111,10 +112,15 @@ def answer_together(
         asked: each message, and the client that it is for.
         simulation_context: has the trainer that the handler uses.
     """
-    calls = [partial(answer_wire, wire, client, handler) for wire, client in asked]
+    calls = [partial(_answer, wire, client, handler) for wire, client in asked]
     if len(calls) > 1:
         return simulation_context.trainer.run(calls)
     try:
         return [calls[0]()]
     except Exception as error:  # a handler may raise any type
         return [error]
+
+
+def _answer(wire: WireMessage, client: str, handler: Handler) -> WireMessage:
+    with span("unpacking and packing", client):
+        return answer_wire(wire, client, handler)

@@ -5,23 +5,31 @@ All user input is checked first; torch, transformers and Flower are imported onl
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.errors import JobError
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
+from fedtune.core.spans import span
 from fedtune.server.export.request import export_finished
 from fedtune.server.preflight import check_simulation
 from fedtune.server.run_directory import SUMMARY, RunDirectory, check_free, is_finished
 from fedtune.server.run_display import Display
 from fedtune.server.run_files import storage, write_json
+from fedtune.server.run_profile import Keep, profiling
 
 ANSWER_TOKENS = 64
 
 
-def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> dict[str, Any]:
+def simulate(job: Job, path: Path, display: Display, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
     """Runs a job from its beginning in a new run directory.
+
+    Args:
+        force: replace a run that is there.
+        profile: measure where the time goes, and write that into the run directory as well.
 
     Returns:
         The summary, as in summary.json.
@@ -31,13 +39,27 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False) -> 
         RunError: the run could not go on; it can be resumed.
     """
     check_free(path, force)
-    inputs = check_simulation(job)
-    from fedtune.server.simulation.simulated_run import open_context, run_job
+    if profile and job.simulation.backend == "ray":
+        problem = 'simulation.backend is "ray", whose actors may be on machines with clocks of their own'
+        raise JobError([f'{problem}; for --profile expected "local"'])
+    with profiling(display) if profile else nullcontext(_keep_nothing) as keep:
+        return _simulate(job, path, display, force, keep)
 
-    context = open_context(inputs, path, display)
+
+def _keep_nothing(path: Path) -> None:
+    """Takes no note of the run directory, where there is no profile."""
+
+
+def _simulate(job: Job, path: Path, display: Display, force: bool, keep: Keep) -> dict[str, Any]:
+    with span("loading model and data"):
+        inputs = check_simulation(job)
+        from fedtune.server.simulation.simulated_run import open_context, run_job
+
+        context = open_context(inputs, path, display)
     rated = with_learning_rate(job, context.model.layout)
     resolved = replace(rated, simulation=replace(rated.simulation, together=context.together))
     directory = RunDirectory.create(path, resolved, context.base.digest, force)
+    keep(path)
     try:
         summary = run_job(context, directory, display)
     finally:
@@ -77,7 +99,8 @@ def _export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: D
     from fedtune.client.inference.exported_model import ExportedModel, Sampling
     from fedtune.client.inference.scheduler import Scheduler
 
-    export_finished(job, path, summary, display)
+    with span("export"):
+        export_finished(job, path, summary, display)
     first = summary["exports"][0]
     model = ExportedModel(Path(first["path"]))
     scheduler = Scheduler(model, slots=1)
@@ -85,7 +108,8 @@ def _export_and_answer(job: Job, path: Path, summary: dict[str, Any], display: D
         for example in summary["answers"]:
             ids = model.encode(example["input"])
             sampling = Sampling(min(ANSWER_TOKENS, model.check_prompt(ids)))
-            example["exported"] = "".join(scheduler.answer(ids, sampling))
+            with span("sample answers"):
+                example["exported"] = "".join(scheduler.answer(ids, sampling))
     finally:
         scheduler.close()
     with storage(path):

@@ -8,6 +8,7 @@ from concurrent.futures import Executor, Future, as_completed
 from typing import Any
 
 from fedtune.core.adapter.layout import Vector
+from fedtune.core.spans import span
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.scoring import Piece
 
@@ -18,7 +19,8 @@ Ask = Callable[[int, Vector | None, Piece[Any]], Any]
 def compute_piece(model: AdaptedModel, adapter: Vector | None, piece: Piece[Any]) -> Any:
     """Returns the result of a piece, for this adapter, or for the one that the model holds."""
     if adapter is not None:
-        model.load(adapter)
+        with span("receiving the adapter"):
+            model.load(adapter)
     return piece.compute(model)
 
 
