@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from flwr.app import RecordDict
 
 from fedtune.core.errors import RunError
 from fedtune.flower.in_process_grid import InProcessGrid
+from fedtune.model.adapted_model import AdaptedModel
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
 from fedtune.server.simulation.executors import ForkedExecutor
@@ -58,6 +60,24 @@ def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path:
         assert push([3, 1, 2], 2) == [1, 0, 0]
     finally:
         executor.close()
+
+
+class FrozenObjects:
+    """A piece of work that counts the objects at which the garbage collector never looks."""
+
+    def compute(self, model: AdaptedModel) -> int:
+        return gc.get_freeze_count()
+
+
+def test_the_collector_of_a_fork_leaves_the_objects_alone_that_it_shares(tmp_path: Path) -> None:
+    context = SimulationContext.begin(small_job(), tmp_path)
+    executor = ForkedExecutor(context, {1: "1"}, workers=1)
+    try:
+        ((_, frozen),) = executor.spread(context.model.layout.initial(0), [FrozenObjects()])
+    finally:
+        executor.close()
+    assert frozen > 100_000, "torch and transformers alone make more"
+    assert gc.get_freeze_count() == 0, "this process collects as before"
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_reason_and_it_can_be_resumed(

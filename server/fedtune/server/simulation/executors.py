@@ -7,6 +7,7 @@ on the job and the message, so a job's adapter is the same, bit for bit, for any
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -124,15 +125,18 @@ class ForkedExecutor:
         context = get_context("fork")
         self._began = now()
         self._workers: list[tuple[BaseProcess, Connection]] = []
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            inherited = [ours, *(connection for _, connection in self._workers)]
-            process = context.Process(
-                target=_serve, args=(theirs, inherited, os.getpid(), handler, simulation_context, clients), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+        gc.freeze()  # the collector of a fork would write to every object here, and so copy all their pages
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                inherited = [ours, *(connection for _, connection in self._workers)]
+                asked = (theirs, inherited, os.getpid(), handler, simulation_context, clients)
+                process = context.Process(target=_serve, args=asked, daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+        finally:
+            gc.unfreeze()
         # One thread a worker, which only waits for its answers; the threads start after the last fork.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="forked-worker") for _ in self._workers]
         self._passes = Passes(simulation_context.together)
