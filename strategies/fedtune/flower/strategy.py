@@ -273,8 +273,8 @@ def _from_arrays(arrays: ArrayRecord, layout: AdapterLayout) -> Vector:
     return vector
 
 
-FIRST_POLL_SECONDS = 0.001
-LAST_POLL_SECONDS = 0.25
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between two looks for replies
+PAUSE_SHARE = 0.1  # of the time since the last reply; so much is lost at most between a reply and its use
 
 
 def stream_replies(
@@ -298,7 +298,7 @@ def stream_replies(
     end = math.inf if deadline is None else started + deadline
     with span("sending"):
         waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
-    pause = FIRST_POLL_SECONDS
+    last_reply = started
     while waiting and clock.monotonic() < end:
         arrived = list(grid.pull_messages(list(waiting)))
         waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
@@ -307,11 +307,11 @@ def stream_replies(
         if closing and (answers >= closing.enough or _is_late(closing, clock.monotonic() - started, answers)):
             return
         if arrived:
-            pause = FIRST_POLL_SECONDS
-        else:
-            with span("waiting for clients"):
-                clock.sleep(pause)
-            pause = min(2 * pause, LAST_POLL_SECONDS)
+            last_reply = clock.monotonic()
+            continue
+        pause = max(SHORTEST_PAUSE, PAUSE_SHARE * (clock.monotonic() - last_reply))
+        with span("waiting for clients"):
+            clock.sleep(min(pause, LONGEST_PAUSE))
 
 
 def _is_late(closing: Closing, seconds: float, answers: int) -> bool:

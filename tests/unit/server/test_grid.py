@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
 
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
 
 from fedtune.core.errors import PeerError
+from fedtune.core.host.clock import Clock
 from fedtune.core.job.settings import SimulationSettings
 from fedtune.core.protocol.messages import EVALUATE, HEADER_BYTES, Handler, Request
 from fedtune.flower.envelope import WireMessage, answer_wire, from_wire, seal, to_wire, unseal, unseal_parts
@@ -54,6 +57,25 @@ def test_every_message_gets_one_reply_from_its_node(grid: InProcessGrid) -> None
     replies = list(stream_replies(grid, messages(grid, [11, 12]), deadline=None))
     assert sorted(reply.metadata.src_node_id for reply in replies) == [11, 12]
     assert [unseal(reply) for reply in replies] == [b"cba", b"cba"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 2.0, 60.0])
+def test_a_reply_waits_for_at_most_a_tenth_of_the_time_that_it_took(grid: InProcessGrid, seconds: float) -> None:
+    time, looks = [0.0], [0]
+    clock = Clock(monotonic=lambda: time[0], sleep=lambda pause: time.append(time.pop() + pause))
+    (answered,) = grid.send_and_receive(messages(grid, [11]))
+
+    class Slow:
+        def push_messages(self, sent: Sequence[Message]) -> list[str]:
+            return [answered.metadata.reply_to_message_id]
+
+        def pull_messages(self, ids: Sequence[str]) -> list[Message]:
+            looks[0] += 1
+            return [answered] if time[0] >= seconds else []
+
+    assert len(list(stream_replies(cast(Grid, Slow()), [], None, clock=clock))) == 1
+    assert seconds <= time[0] <= 1.1 * seconds + 0.001
+    assert looks[0] <= 2 + 4 * seconds + 80
 
 
 def test_a_client_that_raises_is_an_error_reply_and_not_a_crash(grid: InProcessGrid) -> None:
