@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,17 @@ def test_a_federation_on_rows_in_memory(job: Job, tmp_path: Path) -> None:
     assert run.summary["clients"] == 3
     assert (run.adapter / "adapter_model.safetensors").is_file()
     assert run.report.is_file()
+
+
+def test_a_tracker_has_the_rounds_of_a_run_and_does_not_change_its_adapter(job: Job, tmp_path: Path) -> None:
+    plain = simulate(job, tmp_path / "plain", clients=ROWS)
+    tracked = simulate(load_job(None, **SECTIONS, tracking={"to": ["tensorboard"]}), tmp_path / "run", clients=ROWS)
+    assert tracked.summary["adapter_digest"] == plain.summary["adapter_digest"]
+    track = [sys.executable, "-m", "fedtune.server.cli", "track", str(tracked.path)]
+    subprocess.run(track, check=True)  # what the run did not wait for on a busy machine; otherwise nothing
+    state = json.loads((tracked.path / "tracking" / "tensorboard.json").read_text())
+    assert (state["done"], state["ended"]) == (2, True)
+    assert list((tracked.path / "tensorboard").glob("events.*"))
 
 
 def test_rows_and_files_give_the_same_adapter(job: Job, tmp_path: Path) -> None:

@@ -31,10 +31,12 @@ def test_a_running_job_is_cancelled_with_its_adapter_and_the_next_one_runs(
 ) -> None:
     fleet = make_fleet(3)
     fleet.join()
-    run = fleet.submit(ALL, "federation.rounds=500", name="long")
+    run = fleet.submit(ALL, "federation.rounds=500", 'tracking.to=["tensorboard"]', name="long")
     fleet.start_server()
     fleet.start_devices()
     eventually(lambda: len(read_rounds(run)) >= 2, complaint=fleet.logs)
+    tracked = run / "tracking" / "tensorboard.json"
+    eventually(lambda: tracked.is_file() and json.loads(tracked.read_text())["done"] >= 1, complaint=fleet.logs)
     after = fleet.submit(ALL, "federation.run=2", name="next")
     # A restart in between: nothing is forgotten.
     before = fleet.status()["devices"]
@@ -67,6 +69,9 @@ def test_a_running_job_is_cancelled_with_its_adapter_and_the_next_one_runs(
     assert f"cancelled after {rounds} of 500 rounds" in fedtune(fleet, "show", "long")[1]
     summary = read_summary(run)
     assert (summary["status"], summary["rounds"], summary["clients"]) == ("cancelled", rounds, 3)
+    track = [sys.executable, "-m", "fedtune.server.cli", "track", str(run)]
+    subprocess.run(track, check=True)  # what the server did not wait for on a busy machine; otherwise nothing
+    assert json.loads(tracked.read_text()) == {"run": "tensorboard", "done": rounds, "ended": True}
     assert follower.ended() == 0
     lines = follower.text.splitlines()
     assert f"job long cancelled after {rounds} of 500 rounds" in lines[-1]

@@ -23,6 +23,7 @@ from fedtune.server.fleet import fleet_commands
 from fedtune.server.init_command import init
 from fedtune.server.run_display import Display, Several, Silent, Terminal, error_console, shown
 from fedtune.server.simulation.check_command import check
+from fedtune.server.tracking.track_command import track
 
 if TYPE_CHECKING:
     from fedtune.core.job.settings import Job
@@ -266,7 +267,7 @@ def plan(
         print_plan(Console(highlight=False), outcome)
 
 
-for command in (init, check, export, serve, chat):
+for command in (track, init, check, export, serve, chat):
     app.command()(command)
 
 

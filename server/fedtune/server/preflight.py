@@ -14,6 +14,7 @@ from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.job_inputs import JobInputs, source_of
 from fedtune.server.export.request import check_export
+from fedtune.server.tracking.tracker_libraries import check_installed
 from fedtune.strategies.cohorts.selection import cohort_size
 
 
@@ -21,9 +22,10 @@ def check_server_job(job: Job) -> JobInputs:
     """Reads the inputs that a server needs for a job; devices have their own data.
 
     Raises:
-        InputError: the base model, the held-out examples or the export cannot be used.
+        InputError: the base model, the held-out examples, the export or a tracker cannot be used.
     """
     check_export(job)
+    check_installed(job.tracking.to)
     inputs = JobInputs(job)
     inputs.check_server()
     return inputs
@@ -44,12 +46,13 @@ def check_simulation(job: Job) -> JobInputs:
 def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
     """Yields the reasons why a simulation of a job cannot begin, from the job and its files alone: none when it can.
 
-    The export or the base model cannot be used; the held-out examples, a training file or the fleet cannot be read; or
-    they give fewer clients than the job asks for.
+    The export, a tracker or the base model cannot be used; the held-out examples, a training file or the fleet cannot
+    be read; or they give fewer clients than the job asks for.
     """
     job = inputs.job
     checks: tuple[Callable[[], object], ...] = (
         lambda: check_export(job),
+        lambda: check_installed(job.tracking.to),
         lambda: source_of(job.model.base),
         lambda: inputs.evaluation,
         lambda: inputs.fleet,

@@ -9,6 +9,7 @@
     report.html           self-contained
     profile.txt           where the time went, if it was measured
     trace.json            the same for a viewer of traces
+    tracking/             how far each experiment tracker has been told
 
 A round is acknowledged when its checkpoint appears. Its line in rounds.jsonl is written just before; a line beyond the
 newest checkpoint belongs to a round that a crash cut off, and is removed when the run is resumed.
@@ -278,6 +279,17 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise RunDirectoryError(f"{path / ROUNDS}: not one JSON object a line: {error}") from error
+
+
+def read_eval_before(path: Path) -> dict[str, Any] | None:
+    """Reads the untrained adapter's evaluation from a run's newest checkpoint; None if there is none."""
+    for checkpoint in sorted((path / CHECKPOINTS).glob("[0-9]*"), reverse=True):
+        try:
+            before: dict[str, Any] | None = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["eval_before"]
+        except _DAMAGE:  # or replaced by a newer one meanwhile
+            continue
+        return before
+    return None
 
 
 def read_virtual(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from fedtune.server.run_directory import (
     file_digests,
 )
 from fedtune.server.run_display import Display, describe
+from fedtune.server.tracking.run_trackers import RunTrackers
 from fedtune.strategies.cohorts.selection import cohort_size
 from fedtune.strategies.evaluation_round import pooled, scored_sets
 from fedtune.strategies.federation import Federation, initial_state
@@ -143,22 +144,24 @@ def run_rounds(
         due = number == job.federation.rounds or (every > 0 and number % every == 0)
         return evaluator.evaluate(adapter, shown_as(display, EVALUATING)) if due else None
 
-    with RoundReports(directory.path) as reports:
-        for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
-            checkpoint = Checkpoint(
-                state,
-                checkpoint.base_digest,
-                checkpoint.terms_digest,
-                spent_before + time.monotonic() - started,
-                checkpoint.eval_before,
-                checkpoint.answers_before,
-            )
-            with span("record and checkpoint"):
-                directory.acknowledge(checkpoint, record)
-            reports.after_round()
-    answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
-    summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
-    display.end(summary)
+    with RunTrackers(directory.path, job.tracking.to, display.note) as trackers:
+        with RoundReports(directory.path) as reports:
+            for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
+                checkpoint = Checkpoint(
+                    state,
+                    checkpoint.base_digest,
+                    checkpoint.terms_digest,
+                    spent_before + time.monotonic() - started,
+                    checkpoint.eval_before,
+                    checkpoint.answers_before,
+                )
+                with span("record and checkpoint"):
+                    directory.acknowledge(checkpoint, record)
+                reports.after_round()
+                trackers.after_round()
+        answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
+        summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
+        display.end(summary)
     if summary["status"] == FAILED:
         raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
     return summary
@@ -173,7 +176,8 @@ def close_run(
         return
     answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
     population = len({client for line in directory.rounds() for client in line["cohort"]})
-    display.end(_finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts))
+    with RunTrackers(directory.path, federation.job.tracking.to, display.note):
+        display.end(_finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts))
 
 
 def shown_as(display: Display, task: str) -> Progress:

@@ -21,6 +21,8 @@ SMALLEST_TIER = 4  # rank indices
 LORA_RANK = 16
 CORE_RANK = 40  # benchmarks/real: at which a base of width 256 learns as with LoRA of rank 16 at 40 times fewer bytes
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _Positive = Annotated[int, Field(ge=1)]
 _Count = Annotated[int, Field(ge=0)]
@@ -287,6 +289,19 @@ class ExportSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class TrackingSettings:
+    """[tracking]: the experiment trackers that get a run's settings, its figures by round, and its summary.
+
+    Args:
+        to: "tensorboard" (files in the run directory), "mlflow" (the store that MLFLOW_TRACKING_URI names, or a
+            database beside the run directory) and "wandb" (offline, in the run directory, without a login); none by
+            default. Each needs the extra of its name. None can stop a run, or change its result.
+    """
+
+    to: tuple[TrackerName, ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Job:
     """All settings of a run; the same job gives the same adapter."""
 
@@ -301,6 +316,7 @@ class Job:
     privacy: PrivacySettings = PrivacySettings()
     simulation: SimulationSettings = SimulationSettings()
     export: ExportSettings = ExportSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @property
     def compression_form(self) -> Literal["dense", "sparse", "ring"]:

@@ -40,6 +40,7 @@ from fedtune.server.live.webhook import JobEvents, Webhook
 from fedtune.server.run_directory import RunDirectory, is_finished, read_summary
 from fedtune.server.run_display import Display, Several
 from fedtune.server.run_rounds import Facts, close_run, run_rounds
+from fedtune.server.tracking.tracker_libraries import check_installed
 from fedtune.strategies.assembly import Clients, Parts, assemble
 from fedtune.strategies.secure_sum import SecureAggregation
 
@@ -135,6 +136,7 @@ class Service:
         """Begins or resumes a job, and runs it to its end."""
         job, path = queued.load(), self.jobs.run_path(queued)
         check_export(job)
+        check_installed(job.tracking.to)
         self.board.job = JobStatus(queued.name, "loading the base model", rounds=job.federation.rounds)
         if not is_finished(path):
             self._train(queued, job, path)
