@@ -67,6 +67,7 @@ TRIED: Mapping[str, Sequence[Any]] = {
     "simulation.fleet": ("fleet.toml",),
     "simulation.ranks": ([5], [8]),
     "export.formats": (["int4"],),
+    "budget.money": (1.0,),
 }
 
 # Unusual values, each of which gives a warning with the base and the data of SURROUNDINGS.

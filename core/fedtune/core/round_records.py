@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from fedtune.core.ledger import Ledger
 from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
@@ -127,12 +127,39 @@ class SecureRecord:
     smallest: int = 0
 
 
+WorkPurpose = Literal["training", "aggregation", "evaluation"]
+WORK_PURPOSES: tuple[WorkPurpose, ...] = get_args(WorkPurpose)
+EnergySource = Literal["measured", "estimated", "stated"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a round for one purpose, and of training for one tier; its bytes are in the traffic.
+
+    Args:
+        tier: number of rank indices that the clients could train; None where work has no tier.
+        flops: floating-point operations, counted from the model's sizes (`fedtune.model.flops`).
+        tokens: tokens computed, padding included.
+        seconds: wall-clock time of the machine that runs the rounds.
+        joules: energy of that machine; None where nothing tells it.
+    """
+
+    purpose: WorkPurpose
+    tier: int | None = None
+    flops: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    joules: float | None = None
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """One line of rounds.jsonl.
 
     Args:
         notes: further decisions of the round, one sentence each, such as tiers that were merged or sat out.
+        work: the work since the round before was stored, or since the run began; counted when this round is stored.
+        energy: source of the work's joules; None without joules.
     """
 
     round: int
@@ -146,6 +173,8 @@ class RoundRecord:
     client_evaluations: tuple[ClientEvaluation, ...] = field(default=())
     secure: SecureRecord | None = None
     notes: tuple[str, ...] = ()
+    work: tuple[Work, ...] = ()
+    energy: EnergySource | None = None
 
     @property
     def survivors(self) -> tuple[ClientRecord, ...]:
@@ -193,6 +222,8 @@ class RoundRecord:
                 }
                 for part in self.client_evaluations
             ],
+            "work": [dataclasses.asdict(part) for part in self.work],
+            "energy": self.energy,
         }
 
 

@@ -23,9 +23,11 @@ from fedtune.core.job.settings import Job
 from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import Evaluation
 from fedtune.core.spans import span
+from fedtune.data.batches import LENGTH_STEP
 from fedtune.data.examples import Example, prepare, render
 from fedtune.data.population import evaluation_records
 from fedtune.model.adapted_model import AdaptedModel
+from fedtune.model.flops import ExampleLengths
 from fedtune.model.scoring import (
     AnsweredPrompts,
     Piece,
@@ -101,6 +103,15 @@ class HeldOut:
         ]
 
     @property
+    def lengths(self) -> ExampleLengths | None:
+        """The mean length of the examples, as they are computed; None without examples."""
+        count = len(self.examples)
+        if not count:
+            return None
+        padded = sum(-(-len(one.ids) // LENGTH_STEP) * LENGTH_STEP for one in self.examples)
+        return ExampleLengths(padded / count, sum(one.target_tokens for one in self.examples) / count)
+
+    @property
     def example_tokens(self) -> float | None:
         """The mean number of tokens of an example; None without examples."""
         return sum(len(one.ids) for one in self.examples) / len(self.examples) if self.examples else None
@@ -137,6 +148,11 @@ class HeldOutEvaluator:
     def shown(self) -> Sequence[ShownPrompt]:
         """The prompts to show."""
         return self._held_out.shown
+
+    @property
+    def lengths(self) -> ExampleLengths | None:
+        """The mean length of the held-out examples."""
+        return self._held_out.lengths
 
     def evaluate(self, adapter: Vector, progress: Progress) -> Evaluation | None:
         """Scores an adapter; returns None if the job has no evaluation data.

@@ -13,6 +13,7 @@ from fedtune.core.errors import InputError, JobError
 from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.data.job_inputs import JobInputs, source_of
+from fedtune.server.costs.power import check_energy
 from fedtune.server.export.request import check_export
 from fedtune.server.tracking.tracker_libraries import check_installed
 from fedtune.strategies.cohorts.selection import cohort_size
@@ -22,10 +23,12 @@ def check_server_job(job: Job) -> JobInputs:
     """Reads the inputs that a server needs for a job; devices have their own data.
 
     Raises:
-        InputError: the base model, the held-out examples, the export or a tracker cannot be used.
+        InputError: the base model, the held-out examples, the export or a tracker cannot be used, or a budget has no
+            meter.
     """
     check_export(job)
     check_installed(job.tracking.to)
+    check_energy(job)
     inputs = JobInputs(job)
     inputs.check_server()
     return inputs
@@ -46,13 +49,14 @@ def check_simulation(job: Job) -> JobInputs:
 def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
     """Yields the reasons why a simulation of a job cannot begin, from the job and its files alone: none when it can.
 
-    The export, a tracker or the base model cannot be used; the held-out examples, a training file or the fleet cannot
-    be read; or they give fewer clients than the job asks for.
+    The export, a tracker or the base model cannot be used; a budget of joules has no meter; the held-out examples, a
+    training file or the fleet cannot be read; or they give fewer clients than the job asks for.
     """
     job = inputs.job
     checks: tuple[Callable[[], object], ...] = (
         lambda: check_export(job),
         lambda: check_installed(job.tracking.to),
+        lambda: check_energy(job),
         lambda: source_of(job.model.base),
         lambda: inputs.evaluation,
         lambda: inputs.fleet,

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from fedtune.core.ledger import PURPOSES
+from fedtune.core.metrics import EXACT
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
 from fedtune.core.text import counted
+from fedtune.server.costs.cost_statement import cost_sentences, rich_cost_table
 from fedtune.server.privacy_statement import guarantee
 
 INTERRUPTED = 130  # the exit status that a shell reports for a command that Ctrl-C ended
@@ -285,6 +287,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"scores from: {summary['scores_from']}", markup=False)
     console.print(_traffic_table(summary["traffic"]))
+    if costs := summary.get("costs"):
+        console.print(rich_cost_table(costs))
+        for sentence in cost_sentences(costs, after["metric"] if after else EXACT):
+            console.print(sentence, markup=False)
     if len(summary["tiers"]) > 1:
         console.print(_tier_table(summary["tiers"]))
     console.print(what_the_server_saw(summary["secure_aggregation"]), markup=False)

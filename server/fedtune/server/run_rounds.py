@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from fedtune.core.adapter.layout import AdapterLayout, Vector, adapter_digest
 from fedtune.core.errors import RunDirectoryError, RunError
 from fedtune.core.host.process import versions
+from fedtune.core.job.cost_settings import BudgetSettings
 from fedtune.core.job.settings import LORA_RANK, Job
 from fedtune.core.ledger import Ledger
 from fedtune.core.round_records import ClientEvaluation, ClientRecord, Evaluation
@@ -22,6 +23,12 @@ from fedtune.core.spans import span
 from fedtune.core.text import counted
 from fedtune.flower.stock_apps import Grid
 from fedtune.flower.strategy import AdapterStrategy
+from fedtune.model.flops import ExampleLengths, Flops
+from fedtune.model.shape import shape_of
+from fedtune.server.costs.budget import exhausted
+from fedtune.server.costs.cost_ledger import CostLedger, costs_json
+from fedtune.server.costs.power import meter_of
+from fedtune.server.costs.work_counter import WorkCounter
 from fedtune.server.privacy_plan import plan_privacy
 from fedtune.server.privacy_statement import privacy_summary
 from fedtune.server.round_reports import RoundReports
@@ -78,12 +85,30 @@ class ShownPrompt:
     expected: str
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """The evaluator's answers and score at a run's end.
+
+    Args:
+        answers: the answer to each prompt.
+        score: the score, where the last round has none since a budget ended the run.
+    """
+
+    prompts: Sequence[ShownPrompt]
+    answers: Sequence[str]
+    score: Evaluation | None = None
+
+
 class Evaluator(Protocol):
     """The interface of evaluators: the server's own examples, and the model to score an adapter on them."""
 
     @property
     def shown(self) -> Sequence[ShownPrompt]:
         """Returns the prompts to show; none if the job has no evaluation data."""
+
+    @property
+    def lengths(self) -> ExampleLengths | None:
+        """Returns the mean length of the examples; None if the job has no evaluation data."""
 
     def evaluate(self, adapter: Vector, progress: Progress) -> Evaluation | None:
         """Scores an adapter; returns None if the job has no evaluation data."""
@@ -100,7 +125,7 @@ def run_rounds(
     display: Display,
     facts: Callable[[], Facts],
 ) -> dict[str, Any]:
-    """Runs or resumes a job until its last round, and writes the run directory's files.
+    """Runs or resumes a job until its last round, or until a budget is spent, and writes the run directory's files.
 
     Args:
         facts: called at the end.
@@ -115,7 +140,68 @@ def run_rounds(
     job = federation.job
     started = time.monotonic()
     population = len(strategy.roster(grid))
-    cohort = cohort_size(job.federation.clients_per_round, population)
+
+    def evaluate(number: int, adapter: Vector) -> Evaluation | None:
+        every = job.federation.evaluate_every
+        due = number == job.federation.rounds or (every > 0 and number % every == 0)
+        return evaluator.evaluate(adapter, shown_as(display, EVALUATING)) if due else None
+
+    def stop() -> bool:
+        return _ended_by_budget(job, directory.rounds) is not None
+
+    with meter_of(job) as meter:
+        counter = WorkCounter(job, Flops.of(shape_of(job.model), job.adapter), evaluator.lengths, meter)
+        checkpoint = _opened(strategy, directory, evaluator, display, population)
+        if not checkpoint.state.round and checkpoint.eval_before is not None:
+            counter.scored(checkpoint.eval_before)
+        spent_before = checkpoint.seconds
+        with RunTrackers(directory.path, job.tracking.to, display.note) as trackers:
+            with RoundReports(directory.path) as reports:
+                for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate, stop):
+                    seconds = spent_before + time.monotonic() - started
+                    checkpoint = replace(checkpoint, state=state, seconds=seconds)
+                    with span("record and checkpoint"):
+                        directory.acknowledge(checkpoint, counter.counted(record))
+                    reports.after_round()
+                    trackers.after_round()
+            if checkpoint.state.round < job.federation.rounds:
+                display.note(f"the run ends here: {_ended_by_budget(job, directory.rounds)}")
+            ending = _ending(checkpoint, evaluator, display, scored=bool(directory.rounds()[-1]["eval"]))
+            summary = _finish(federation, directory, ending, checkpoint, population, facts())
+            display.end(summary)
+    if summary["status"] == FAILED:
+        raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
+    return summary
+
+
+def close_run(
+    federation: Federation, directory: RunDirectory, evaluator: Evaluator, display: Display, facts: Facts
+) -> None:
+    """Writes adapter, summary and report of a run that ends before its last round; one without rounds has none."""
+    checkpoint = directory.restore()
+    if checkpoint is None or not checkpoint.state.round:
+        return
+    population = len({client for line in directory.rounds() for client in line["cohort"]})
+    ending = _ending(checkpoint, evaluator, display, scored=True)  # whoever cancels a run does not wait for its score
+    with RunTrackers(directory.path, federation.job.tracking.to, display.note):
+        display.end(_finish(federation, directory, ending, checkpoint, population, facts))
+
+
+def shown_as(display: Display, task: str) -> Progress:
+    """Returns a progress that the display shows under a name."""
+    return lambda done, count: display.progress(task, done, count)
+
+
+def _opened(
+    strategy: AdapterStrategy, directory: RunDirectory, evaluator: Evaluator, display: Display, population: int
+) -> Checkpoint:
+    """Returns the checkpoint from which the run goes on, and shows where it stands.
+
+    Raises:
+        RunDirectoryError: the run began on another base model or on other terms.
+    """
+    federation = strategy.federation
+    job = federation.job
     if job.privacy.mode != "off":
         for advice in plan_privacy(job, federation.layout, population).advice:
             display.note(f"privacy  {advice}")
@@ -130,59 +216,27 @@ def run_rounds(
             f"{directory.path}: the run began on other terms than its {JOB} has now, or with an earlier release, whose "
             "clients drew other random numbers; begin a new run"
         )
-    for line in directory.rounds():
+    rounds = directory.rounds()
+    for line in rounds:
         strategy.remember(line["round"], [ClientRecord.from_json(client) for client in line["clients"]])
-    spent_before = checkpoint.seconds
     display.note(f"scores from: {scored_sets(job)}")
     if checkpoint.eval_before is not None:
         display.note(f"before training: {describe(checkpoint.eval_before)}")
-    moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in directory.rounds())
+    moved = sum(sum(line["bytes"][way] for way in ("up", "down")) for line in rounds)
+    cohort = cohort_size(job.federation.clients_per_round, population)
     display.begin(checkpoint.state.round, job.federation.rounds, cohort, moved)
-
-    def evaluate(number: int, adapter: Vector) -> Evaluation | None:
-        every = job.federation.evaluate_every
-        due = number == job.federation.rounds or (every > 0 and number % every == 0)
-        return evaluator.evaluate(adapter, shown_as(display, EVALUATING)) if due else None
-
-    with RunTrackers(directory.path, job.tracking.to, display.note) as trackers:
-        with RoundReports(directory.path) as reports:
-            for state, record in strategy.rounds(grid, checkpoint.state, job.federation.rounds, evaluate):
-                checkpoint = Checkpoint(
-                    state,
-                    checkpoint.base_digest,
-                    checkpoint.terms_digest,
-                    spent_before + time.monotonic() - started,
-                    checkpoint.eval_before,
-                    checkpoint.answers_before,
-                )
-                with span("record and checkpoint"):
-                    directory.acknowledge(checkpoint, record)
-                reports.after_round()
-                trackers.after_round()
-        answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
-        summary = _finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts())
-        display.end(summary)
-    if summary["status"] == FAILED:
-        raise RunError(f"{directory.path}: {_why_nothing_came(directory.rounds())}")
-    return summary
+    return checkpoint
 
 
-def close_run(
-    federation: Federation, directory: RunDirectory, evaluator: Evaluator, display: Display, facts: Facts
-) -> None:
-    """Writes adapter, summary and report of a run that ends before its last round; one without rounds has none."""
-    checkpoint = directory.restore()
-    if checkpoint is None or not checkpoint.state.round:
-        return
-    answers = evaluator.answer(checkpoint.state.adapter, shown_as(display, ANSWERING))
-    population = len({client for line in directory.rounds() for client in line["cohort"]})
-    with RunTrackers(directory.path, federation.job.tracking.to, display.note):
-        display.end(_finish(federation, directory, evaluator.shown, answers, checkpoint, population, facts))
+def _ended_by_budget(job: Job, rounds: Callable[[], Sequence[dict[str, Any]]]) -> str | None:
+    """Returns the reason why the run ends before its next round; None where it has no budget, or some left."""
+    return exhausted(CostLedger.read(rounds()), job) if job.budget != BudgetSettings() else None
 
 
-def shown_as(display: Display, task: str) -> Progress:
-    """Returns a progress that the display shows under a name."""
-    return lambda done, count: display.progress(task, done, count)
+def _ending(checkpoint: Checkpoint, evaluator: Evaluator, display: Display, scored: bool) -> _Ending:
+    adapter = checkpoint.state.adapter
+    score = None if scored else evaluator.evaluate(adapter, shown_as(display, EVALUATING))
+    return _Ending(evaluator.shown, evaluator.answer(adapter, shown_as(display, ANSWERING)), score)
 
 
 def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator, display: Display) -> Checkpoint:
@@ -203,8 +257,7 @@ def _begin(directory: RunDirectory, federation: Federation, evaluator: Evaluator
 def _finish(
     federation: Federation,
     directory: RunDirectory,
-    shown: Sequence[ShownPrompt],
-    answers: Sequence[str],
+    ending: _Ending,
     checkpoint: Checkpoint,
     population: int,
     facts: Facts,
@@ -214,19 +267,22 @@ def _finish(
     last = rounds[-1]
     up, down = (sum(line["bytes"][direction] for line in rounds) for direction in ("up", "down"))
     whole = checkpoint.state.round == federation.job.federation.rounds
+    ended = None if whole else _ended_by_budget(federation.job, lambda: rounds)
     rank = reference_rank(federation.layout)
     baseline = fp32_fedavg_bytes(lora_size(federation.layout, rank), rounds)
     summary: dict[str, Any] = {
-        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED if whole else CANCELLED,
+        "status": FAILED if all(line["aborted"] for line in rounds) else FINISHED if whole or ended else CANCELLED,
+        "ended": ended,
         "rounds": checkpoint.state.round,
         "clients": population,
         "eval_before": checkpoint.eval_before.to_json() if checkpoint.eval_before else None,
-        "eval_after": last["eval"],
+        "eval_after": ending.score.to_json() if ending.score else last["eval"],
         "scores_from": scored_sets(federation.job),
         "client_evaluation": _pooled_json(last["client_evaluations"]),
         "bytes": {"up": up, "down": down, "total": up + down},
         "traffic": sum((Ledger.from_json(line["traffic"]) for line in rounds), Ledger()).to_json(),
         "secure_aggregation": secure_summary(federation.job, rounds),
+        "costs": costs_json(CostLedger.read(rounds), federation.job.cost),
         "privacy": privacy_summary(federation.job, rounds, facts.seeded_noise),
         "tiers": tier_summary(rounds),
         "fp32_fedavg_bytes": baseline,
@@ -243,7 +299,7 @@ def _finish(
         "files": file_digests(directory.path, [*sorted(adapter_path.iterdir()), directory.path / ROUNDS]),
         "answers": [
             {**asdict(prompt), "before": before, "after": after}
-            for prompt, before, after in zip(shown, checkpoint.answers_before, answers, strict=True)
+            for prompt, before, after in zip(ending.prompts, checkpoint.answers_before, ending.answers, strict=True)
         ],
         "paths": {
             "adapter": str(adapter_path),

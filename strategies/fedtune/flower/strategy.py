@@ -81,13 +81,23 @@ class AdapterStrategy(Strategy):
         return _to_arrays(initial_state(self.federation).adapter)
 
     def rounds(
-        self, grid: Grid, state: FederationState, last_round: int, evaluate: Evaluate | None = None
+        self,
+        grid: Grid,
+        state: FederationState,
+        last_round: int,
+        evaluate: Evaluate | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[FederationState, RoundRecord]]:
         """Runs the rounds after `state.round` up to `last_round`, yielding each one's state and record as it ends.
 
         Trackers receive a round's record once the caller asks for the next round, and so has stored this one.
+
+        Args:
+            stop: asked before each round; True ends the rounds.
         """
         for number in range(state.round + 1, last_round + 1):
+            if stop():
+                return
             with span(ROUND, str(number)):
                 state, record = self._round(grid, state)
                 if evaluate is not None:

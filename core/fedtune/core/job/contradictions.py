@@ -67,6 +67,11 @@ def contradictions(job: Job) -> list[str]:
         )
     if job.model.quantization == "none" and job.training.weights == "packed":
         problems.append('training.weights is "packed", but model.quantization is "none": nothing is packed')
+    if job.budget.money is not None and not job.cost.priced:
+        problems.append(
+            f"budget.money is {job.budget.money:g}, but [cost] has no price; expected one of cost.kwh, cost.gb_up, "
+            "cost.gb_down, cost.hour and cost.device_hour"
+        )
     problems += _tier_problems(job) + _kind_problems(job) + aggregation_problems(job) + _insecure(job)
     return problems + _privacy_problems(job)
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from fedtune.core.adapter.layout import AdapterKind
+from fedtune.core.job.cost_settings import BudgetSettings, CostSettings
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.methods import AGGREGATIONS, RULE
 from fedtune.core.metrics import EXACT, MetricName
@@ -317,6 +318,8 @@ class Job:
     simulation: SimulationSettings = SimulationSettings()
     export: ExportSettings = ExportSettings()
     tracking: TrackingSettings = TrackingSettings()
+    cost: CostSettings = CostSettings()
+    budget: BudgetSettings = BudgetSettings()
 
     @property
     def compression_form(self) -> Literal["dense", "sparse", "ring"]:

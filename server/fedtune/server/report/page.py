@@ -17,8 +17,11 @@ from fedtune.core.errors import InputError, MissingExtraError, RunError
 from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
 from fedtune.core.round_records import Evaluation
 from fedtune.core.text import counted
+from fedtune.server.costs.cost_ledger import costs_json
+from fedtune.server.costs.cost_statement import cost_sentences, cost_table
 from fedtune.server.privacy_statement import guarantee
 from fedtune.server.report.comparison import comparison_plots
+from fedtune.server.report.cost_plots import cost_plots
 from fedtune.server.report.plots import run_plots
 from fedtune.server.report.reading import Run, clean, clean_line, read_run
 from fedtune.server.run_directory import REPORT
@@ -60,6 +63,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     data = read_run(run)
     reasons = Counter(clean_line(reason, REASON_LENGTH) for _, _, reason in data.dropouts)
     notes = Counter(clean_line(note, REASON_LENGTH) for _, note in data.notes)
+    costs = costs_json(data.ledger, data.prices)
     return _write(
         out or run / REPORT,
         "report.html.j2",
@@ -71,6 +75,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
         guarantee=guarantee(data.summary.privacy) if data.summary and data.summary.privacy else None,
         plots=run_plots(data),
+        costs=cost_table(costs) if data.ledger.total.flops else None,
+        cost_sentences=list(cost_sentences(costs, data.metric)),
+        cost_plots=cost_plots(data),
         notes=notes.most_common(LISTED_NOTES),
         aborted=[line for line in data.rounds if line.aborted is not None],
         asked=sum(len(line.clients) for line in data.rounds),

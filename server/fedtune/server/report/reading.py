@@ -16,10 +16,13 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
+from pydantic import TypeAdapter, ValidationError
 
 from fedtune.core.errors import RunDirectoryError
+from fedtune.core.job.cost_settings import CostSettings
 from fedtune.core.metrics import EXACT, MetricName
 from fedtune.core.round_records import ClientEvaluation, Evaluation
+from fedtune.server.costs.cost_ledger import CostedRound, CostLedger
 from fedtune.server.run_directory import JOB, ROUNDS, SUMMARY, VIRTUAL, read_rounds, read_summary, read_virtual
 from fedtune.strategies.evaluation_round import pooled
 
@@ -169,6 +172,7 @@ class Summary(msgspec.Struct, frozen=True):
     adapter_digest: str
     answers: tuple[Answer, ...]
     privacy: dict[str, Any] | None = None
+    ended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ class Run:
         settings: the job's settings as "section.key" -> value.
         rounds: the rounds in order.
         summary: the summary; None while the run is in progress.
+        ledger: the costs of the rounds.
+        prices: the job's [cost].
         virtual: the rounds on a simulated fleet's virtual clock; empty without a fleet.
     """
 
@@ -189,6 +195,8 @@ class Run:
     settings: dict[str, Any]
     rounds: tuple[Round, ...]
     summary: Summary | None
+    ledger: CostLedger
+    prices: CostSettings
     virtual: tuple[VirtualRound, ...] = ()
 
     @property
@@ -269,10 +277,12 @@ def read_run(path: Path) -> Run:
         settings = dict(_flat(tomllib.loads(job)))
     except tomllib.TOMLDecodeError as error:
         raise RunDirectoryError(f"{path / JOB}: not TOML: {error}") from error
-    rounds = _checked(read_rounds(path), tuple[Round, ...], path / ROUNDS)
+    lines = read_rounds(path)
+    rounds = _checked(lines, tuple[Round, ...], path / ROUNDS)
+    ledger = CostLedger.of(_checked(lines, tuple[CostedRound, ...], path / ROUNDS))
     summary = _checked(read_summary(path), Summary, path / SUMMARY) if (path / SUMMARY).exists() else None
     virtual = _checked(read_virtual(path / VIRTUAL), tuple[VirtualRound, ...], path / VIRTUAL)
-    return Run(path.resolve().name, job, settings, rounds, summary, virtual)
+    return Run(path.resolve().name, job, settings, rounds, summary, ledger, _prices(settings, path / JOB), virtual)
 
 
 def clean(text: str, limit: int) -> str:
@@ -295,6 +305,16 @@ def names(records: Sequence[Round]) -> list[str]:
 
 
 _T = TypeVar("_T")
+
+
+def _prices(settings: dict[str, Any], source: Path) -> CostSettings:
+    """Returns the job's [cost]; a run of an earlier release has none."""
+    section = "cost."
+    found = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
+    try:
+        return TypeAdapter(CostSettings).validate_json(json.dumps(found, default=str))
+    except ValidationError as error:
+        raise RunDirectoryError(f"{source}: not what a run writes: {error}") from error
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
