@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import get_args
 
 from house import DOCUMENT, ROOT, rewritten
 
 from fedtune.client.live import device_status
-from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord, SecureRecord
+from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord, SecureRecord, Work
 from fedtune.core.secagg import client_session, server_session
 from fedtune.strategies.round import TRANSITIONS
 
@@ -71,12 +72,14 @@ def test_the_table_of_a_live_device_is_the_one_that_is_executed() -> None:
 
 def test_the_keys_of_a_round_are_those_that_a_run_writes() -> None:
     score = Evaluation(loss=1.0, exact_match=0.5, examples=2, tokens=3)
-    written = RoundRecord(1, 2.0, "ab", 1e-3, (), None, eval=score, secure=SecureRecord(3, 3, 3)).to_json()
+    record = RoundRecord(1, 2.0, "ab", 1e-3, (), None, eval=score, secure=SecureRecord(3, 3, 3))
+    written = replace(record, work=(Work("training"),)).to_json()
     table = rows("Keys of an object in `rounds.jsonl`:")
     assert named(row[0] for row in table) == set(written)
     inner = {row[0].strip("`"): named(row[1:]) for row in table}
     assert inner["clients"] == set(ClientRecord("a").to_json())
     assert all(inner[key] == set(written[key]) for key in ("bytes", "eval", "secure"))
+    assert inner["work"] == set(written["work"][0])
 
 
 def test_the_keys_of_the_summary_are_those_that_a_run_writes() -> None:

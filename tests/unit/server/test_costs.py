@@ -36,7 +36,7 @@ MASKED = CLEAR.sent("keys", 500).received("keys", 200).received("unmasking", 90)
 
 
 def client(name: str, tier: int, **facts: Any) -> ClientRecord:
-    known = {"answered": 3.0, "traffic": MASKED} | facts
+    known: dict[str, Any] = {"answered": 3.0, "traffic": MASKED} | facts
     return ClientRecord(name, tier, tier, **known)
 
 
@@ -139,13 +139,15 @@ def test_the_cost_to_a_target_is_all_that_was_spent_until_it_was_first_reached()
     assert (reached.round, reached.cost) == (2, costs.until()[2])
     near_best = cost_to_target(costs)
     assert near_best is not None
-    assert (near_best.target, near_best.round) == (pytest.approx(0.72), 3)
+    assert near_best.target == pytest.approx(0.72)
+    assert near_best.round == 3
     assert cost_to_target(costs, 0.95) is None
 
 
 def test_without_a_meter_joules_are_absent() -> None:
     costs = ledger(*MIXED, watts=None)
-    assert costs.total.joules is costs.energy is None
+    assert costs.total.joules is None
+    assert costs.energy is None
     assert not any("energy" in column for column in cost_table(costs_json(costs, CostSettings())).columns)
 
 
@@ -182,8 +184,8 @@ def test_amounts_are_short(value: float, shown: str) -> None:
         ("seconds=24", "budget.seconds = 24 is spent: 24 after 3 rounds"),
         ("seconds=31", "budget.seconds = 31 does not suffice for another round: 3 rounds took 24, one of them 8"),
         ("seconds=32", None),
-        ("bytes=10000", "budget.bytes = 10000 is spent"),
-        ("joules=3000", "budget.joules = 3000 does not suffice"),
+        ("bytes=10000", "budget.bytes = 10,000 is spent: "),
+        ("joules=3000", "budget.joules = 3,000 does not suffice"),
         ("money=0.0001", "budget.money = 0.0001 is spent"),
         ("money=1.0", None),
     ],

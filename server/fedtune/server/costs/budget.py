@@ -4,7 +4,8 @@
         ...                                     # the run ends, with all of its files
 
 A round is not begun if one as costly as the mean of those so far would exceed a limit. The first round of a run always
-begins, since nothing tells its cost; so it may exceed a budget that is smaller than one round.
+begins, since nothing tells its cost. So a budget may be exceeded by what a round costs more than the mean, or by the
+first one: in that, devices receive no trained adapter yet, and the second moves more bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from fedtune.core.job.settings import Job
 from fedtune.core.text import counted
 from fedtune.server.costs.cost_ledger import CostLedger, money
+
+_WHOLE_FROM = 1000.0  # amounts without decimals
 
 
 def exhausted(ledger: CostLedger, job: Job) -> str | None:
@@ -25,11 +28,11 @@ def exhausted(ledger: CostLedger, job: Job) -> str | None:
         if spent is None:  # a meter that fails does not stop a run
             continue
         if spent >= limit:
-            return f"budget.{key} = {limit:g} is spent: {spent:,.4g} after {counted(rounds, 'round')}"
+            return f"budget.{key} = {_shown(limit)} is spent: {_shown(spent)} after {counted(rounds, 'round')}"
         if spent + spent / rounds > limit:
             return (
-                f"budget.{key} = {limit:g} does not suffice for another round: {counted(rounds, 'round')} took "
-                f"{spent:,.4g}, one of them {spent / rounds:,.4g} in the mean"
+                f"budget.{key} = {_shown(limit)} does not suffice for another round: {counted(rounds, 'round')} took "
+                f"{_shown(spent)}, one of them {_shown(spent / rounds)} in the mean"
             )
     return None
 
@@ -47,3 +50,7 @@ def _limits(ledger: CostLedger, job: Job) -> Iterator[tuple[str, float, float | 
         limit = getattr(budget, key)
         if limit is not None:
             yield key, limit, amount
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.4g}"

@@ -5,7 +5,7 @@ The terminal and the report show the same, from the costs of a summary (`fedtune
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class CostTable:
 def cost_table(costs: Mapping[str, Any]) -> CostTable:
     """Returns the costs by purpose, of each tier where there are several, and in all; without what nothing tells."""
     total = costs["total"]
-    cells = {
+    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "operations": lambda cost: amount(cost["flops"], "FLOP"),
         "tokens": lambda cost: f"{cost['tokens']:,}",
         "time": lambda cost: f"{cost['seconds']:,.1f} s",

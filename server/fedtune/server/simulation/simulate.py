@@ -16,7 +16,7 @@ from fedtune.core.job.settings import Job
 from fedtune.core.spans import span
 from fedtune.server.export.request import export_finished
 from fedtune.server.preflight import check_simulation
-from fedtune.server.run_directory import SUMMARY, RunDirectory, check_free, is_finished
+from fedtune.server.run_directory import SUMMARY, RunDirectory, check_free, is_finished, read_summary
 from fedtune.server.run_display import Display
 from fedtune.server.run_files import storage, write_json
 from fedtune.server.run_profile import Keep, profiling
@@ -76,7 +76,9 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
         inputs = check_simulation(job)
         from fedtune.server.simulation.simulated_run import open_context, run_job
 
-        if is_finished(path):
+        if is_finished(path) and read_summary(path).get("ended"):
+            display.note("a budget has ended the run; it goes on if the limit in its job.toml was raised since")
+        elif is_finished(path):
             display.note("all rounds are done already; only what follows from them is written again")
         summary = run_job(open_context(inputs, path, display), directory, display)
     finally:
