@@ -61,7 +61,7 @@ COLUMNS = (
 TARGET_COLUMNS = ("", "rounds", "operations", "energy", "seconds", "bytes", "money")
 READING = (
     "A point is a hundredth of exact match, over an untrained adapter's 0%. Operations are counted from the model's "
-    "sizes; seconds are those of both processor cores in rounds. Money is for energy at {kwh:g} {currency} a "
+    "sizes; seconds are wall-clock time in rounds. Money is for energy at {kwh:g} {currency} a "
     "kilowatt-hour and traffic at {gb_up:g} {currency} for 10^9 bytes either way, which are examples. Compute is the "
     "energy's share of the money. All figures are means over seeds."
 )
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--watts", type=float, help="the machine's power, instead of a meter's")
     parser.add_argument("--only", default="", help="rows with this in their name")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="further overrides")
+    parser.add_argument("--note", default="", help="a sentence for RESULTS.md, for example about what else ran")
     parser.add_argument("--dry", action="store_true", help="run nothing; write the table")
     options = parser.parse_args()
     prepare_environment()
@@ -88,7 +89,7 @@ def main() -> None:
             lines.append({"basis": basis, "outcome": measure(basis["settings"])})
             with RUNS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-    publish([line for line in lines if line["basis"]["job"] == _job_keys()])
+    publish([line for line in lines if line["basis"]["job"] == _job_keys()], options.note)
 
 
 def measure(settings: Sequence[str]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def trained(ledger: CostLedger) -> CostLedger:
     return CostLedger(kept, ledger.scores, ledger.rounds, ledger.energy)
 
 
-def publish(lines: Sequence[Mapping[str, Any]]) -> None:
+def publish(lines: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Prints the tables and writes them beside this program."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -136,8 +137,8 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
     print("\n\n".join(texts))
     how = (
         f"`python benchmarks/cost/run.py` on {datetime.date.today():%Y-%m-%d}: {os.cpu_count()} cores; joules are "
-        f"{' and '.join(sources)} (see docs/costs.md)."
-    )
+        f"{' and '.join(sources)} (see docs/costs.md). {note}"
+    ).strip()
     parts = [
         "# What a point of exact match costs on the demo",
         how,

@@ -12,7 +12,8 @@ layers with F values of A and B at rank r, of which P are trained, and examples 
 A multiplication and an addition count as two; attention counts all pairs of tokens, as kernels without a causal mask
 compute them. With gradient checkpointing the forward pass of the blocks counts twice. Norms, activation functions, the
 optimizer, and unpacking of quantized weights are left out: they have no products of matrices. The first block's layers
-also need no gradient through their adapters, which this leaves in: 2·r of each of their d inputs.
+also need no gradient through their adapters, which this leaves in: 2·r of each of their d inputs; nor does an MLP that
+stands beside the first attention, as in GPT-NeoX.
 """
 
 from __future__ import annotations

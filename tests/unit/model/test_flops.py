@@ -56,7 +56,7 @@ def torch_counts(compute: Callable[[], object]) -> int:
 def test_a_training_step_has_the_operations_that_torch_counts(
     make_model: MakeModel, architecture: str, kind: Any, factors: Factors
 ) -> None:
-    model, flops = adapted(make_model(architecture), AdapterSettings(kind, 4))
+    model, flops = adapted(make_model(architecture, num_key_value_heads=4), AdapterSettings(kind, 4))
     model.train_factors(factors)
     head, rows = model.lm_head, batch()  # the head's self-check computes, too
 
@@ -65,7 +65,7 @@ def test_a_training_step_has_the_operations_that_torch_counts(
         logits = head.logits(head.hidden(rows))
         torch.autograd.backward(torch.nn.functional.cross_entropy(logits, rows.targets))
 
-    assert EXAMPLES * flops.trained(LENGTHS, factors) == pytest.approx(torch_counts(step), rel=0.02)
+    assert EXAMPLES * flops.trained(LENGTHS, factors) == pytest.approx(torch_counts(step), rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
