@@ -30,7 +30,7 @@ def test_torch_unpacks_to_the_bits_that_bitsandbytes_unpacks_to(shape: tuple[int
     assert torch.equal(dequantize(packed, dtype), nf4.bitsandbytes_dequantize(packed, dtype))
 
 
-@pytest.mark.parametrize("shape", [*WHOLE_BLOCKS[1:], (64, 96)])
+@pytest.mark.parametrize("shape", [*WHOLE_BLOCKS[1:], (64, 96), (513, 1024)])  # the last is more than two chunks
 def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     weight = weights(shape)
     codes, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
@@ -39,6 +39,18 @@ def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     # Scales midway between two levels may differ by one level, since the mean's sums are rounded differently.
     assert (packed.scale_codes.int() - state.absmax.int()).abs().max() <= 1
     assert torch.equal(nf4.scale_map(), bnb.create_dynamic_map())  # type: ignore[no-untyped-call]
+
+
+def test_a_value_beside_or_at_a_midpoint_gets_the_nearest_level_or_the_lower_one() -> None:
+    levels = torch.tensor(nf4.LEVELS)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    edges = torch.arange(-nf4._BINS, nf4._BINS + 1) / nf4._BINS
+    special = torch.cat([levels, midpoints, edges])
+    beside = [torch.nextafter(special, torch.tensor(end)).clamp(-1, 1) for end in (-2.0, 2.0)]
+    values = torch.cat([special, *beside, torch.linspace(-1, 1, 100_001), torch.tensor([-0.0])])
+    expected = (values[:, None] > midpoints).sum(dim=1)
+    assert torch.equal(nf4._nearest_level(values).long(), expected)
+    assert (midpoints[:, None] - edges).abs().min() > 1e-6, "adding 1 may round a value up to the next bin's edge"
 
 
 @settings(max_examples=50, deadline=None)
