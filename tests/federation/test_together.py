@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_helpers import SECURE, Simulate, go_on, small_job, without_pictures
-from flwr.app import RecordDict
+from federation_helpers import SECURE, Simulate, go_on, places_of_cohort, small_job, without_pictures
 
 from fedtune.core.job.job_file import load_job
 from fedtune.flower.in_process_grid import InProcessGrid
@@ -99,12 +98,7 @@ def test_the_number_of_workers_changes_no_bit_of_passes_either(kind: tuple[str, 
 def test_blocks_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
     job = small_job("simulation.together=2", "simulation.slow=1.0", "simulation.slow_seconds=3600.0")
     executor = ForkedExecutor(SimulationContext.begin(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
-    grid = InProcessGrid(executor, range(9))
-
-    def push(nodes: Sequence[int], number: int) -> list[int]:
-        grid.push_messages(grid.create_message(RecordDict(), "train", node, str(number)) for node in nodes)
-        return [executor.place(node) for node in nodes]
-
+    push = partial(places_of_cohort, executor, InProcessGrid(executor, range(9)))
     try:
         assert push([1, 3, 5, 7], 1) == [0, 0, 1, 1]
         assert push([5, 7, 1, 2], 2) == [1, 1, 0, 0]

@@ -19,7 +19,7 @@ from fedtune.core.job.settings import TrackerName
 from fedtune.data.job_inputs import JobInputs
 from fedtune.server.preflight import check_server_job, simulation_problems
 from fedtune.server.tracking.run_trackers import RunTrackers
-from fedtune.server.tracking.tracked_figures import Setting
+from fedtune.server.tracking.tracked_figures import Setting, round_figures
 from fedtune.server.tracking.tracker_libraries import Target, check_installed
 from fedtune.server.tracking.tracker_process import Follower, without_secrets
 
@@ -76,6 +76,17 @@ def ended() -> threading.Event:
     event = threading.Event()
     event.set()
     return event
+
+
+def test_costs_are_told_as_far_as_a_round_has_them(make_run: MakeRun) -> None:
+    line = json.loads((make_run(rounds=1) / "rounds.jsonl").read_text().splitlines()[0])
+    line["work"] = [{"flops": 3e9, "joules": None}, {"flops": 1e9, "joules": None}]
+    assert round_figures(line)["cost/flops"] == 4e9
+    assert "cost/joules" not in round_figures(line)
+    line |= {"work": [{"flops": 3e9, "joules": 5.0}, {"flops": 1e9, "joules": 2.0}], "energy": "stated"}
+    assert round_figures(line)["cost/joules"] == 7.0
+    del line["work"]
+    assert not any(name.startswith("cost/") for name in round_figures(line))
 
 
 def test_a_tracker_gets_settings_rounds_and_summary_under_standard_names(make_run: MakeRun) -> None:

@@ -1,7 +1,7 @@
 """The settings and figures that experiment trackers get, under standard names: all from the files of the run.
 
-Names of figures by round: eval/*, client_eval/*, train/*, round/*; of the whole run: summary/*. Nothing is about a
-single client, and a figure that was not measured is left out.
+Names of figures by round: eval/*, client_eval/*, train/*, round/*, cost/*; of the whole run: summary/*. Nothing is
+about a single client, and a figure that was not measured is left out.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def round_figures(line: Mapping[str, Any]) -> dict[str, float]:
         "round/bytes_down": line["bytes"]["down"],
         "round/bytes_secagg": line["bytes"]["secagg"],
     }
+    work = line.get("work", ())  # earlier releases had none
+    if work:
+        figures["cost/flops"] = sum(part["flops"] for part in work)
+        figures["cost/joules"] = sum(part["joules"] for part in work) if line["energy"] else None
     clients = evaluation_figures(held_out.to_json() if held_out else None, "client_eval")
     return evaluation_figures(line["eval"]) | clients | _measured(figures)
 
