@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
-from fedtune.model.formats import FORMATS, Format
+from fedtune.model.formats import FORMATS
 from fedtune.model.packed import PackedLinear
 from fedtune.model.shape import Precision
 
@@ -107,8 +107,13 @@ def load_base(
         dense_bytes = sum(module.weight.numel() for module in linear.values()) * dtype.itemsize
         if weights == "packed" or (weights == "auto" and dense_bytes > DENSE_SHARE * _free_bytes(device)):
             held = "packed"
+        place = device if form.quantizes_on(device.type) else torch.device("cpu")
         for name, module in linear.items():
-            _quantize_in_place(network, name, module, form, held, dtype)
+            packed = form.quantize(module.weight.to(place))
+            if held == "packed":
+                _replace(network, name, PackedLinear(packed, module.bias, dtype, form.unpack))
+            else:
+                module.weight = nn.Parameter(form.dequantize(packed, dtype), requires_grad=False)
         head = network.get_output_embeddings()
         head.weight.data = form.head_values(head.weight.data, dtype)
     for parameter in network.parameters():  # but not buffers: rotary frequencies and scales of scales stay float32
@@ -223,16 +228,6 @@ def _straighten(network: nn.Module) -> None:
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent), leaf, module)
-
-
-def _quantize_in_place(
-    network: nn.Module, name: str, module: nn.Linear, form: Format, held: Held, dtype: torch.dtype
-) -> None:
-    packed = form.quantize(module.weight)
-    if held == "packed":
-        _replace(network, name, PackedLinear(packed, module.bias, dtype, form.unpack))
-    else:
-        module.weight = nn.Parameter(form.dequantize(packed, dtype), requires_grad=False)
 
 
 def _float32_attention(

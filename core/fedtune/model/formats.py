@@ -24,6 +24,7 @@ class Format:
     Args:
         recipe: the sentence about it that enters the base's digest; it changes whenever the values do.
         quantize: packs a matrix of shape (d_out, d_in).
+        quantizes_on: whether it gives on a type of device the bits that it gives on the CPU.
         dequantize: returns the dense matrix in a dtype; the reference.
         unpack: the same values, in the fastest way that works on the device.
         head_values: returns the values of the head, and so of the embedding where the two are tied.
@@ -31,9 +32,14 @@ class Format:
 
     recipe: str
     quantize: Callable[[Tensor], Any]
+    quantizes_on: Callable[[str], bool]
     dequantize: Callable[[Any, torch.dtype], Tensor]
     unpack: Callable[[Any, torch.dtype], Tensor]
     head_values: Callable[[Tensor, torch.dtype], Tensor]
+
+
+def _on_cpu(device_type: str) -> bool:
+    return device_type == "cpu"
 
 
 def _original_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,6 +53,6 @@ def _served_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 FORMATS: Mapping[str, Format] = {
-    "nf4": Format(nf4.RECIPE, nf4.quantize, nf4.dequantize, nf4.unpack_fastest, _original_head),
-    "int4": Format(int4.RECIPE, int4.quantize, int4.dequantize, int4.dequantize, _served_head),
+    "nf4": Format(nf4.RECIPE, nf4.quantize, nf4.quantizes_alike, nf4.dequantize, nf4.unpack_fastest, _original_head),
+    "int4": Format(int4.RECIPE, int4.quantize, _on_cpu, int4.dequantize, int4.dequantize, _served_head),
 }

@@ -10,8 +10,9 @@ with m the mean of all c and t_g = max |c - m| over a group of 256 blocks: 4.127
 2023, section 3); the 8-bit levels are those of 8-bit Optimizers via Block-wise Quantization (Dettmers et al. 2022). The
 byte layout is that of bitsandbytes.
 
-Quantization always runs in this module and on the CPU, so that a base has the same values on every machine;
-bitsandbytes, where it works, unpacks them faster than torch does.
+Quantization always runs in this module, so that a base has the same values on every machine: on the CPU, or on a GPU
+that computes a small matrix to the same bits. Its operations are rounded as IEEE 754 says on either, and the one sum is
+taken on the CPU. bitsandbytes, where it works, unpacks faster than torch does.
 """
 
 from __future__ import annotations
@@ -76,13 +77,14 @@ Unpack = Callable[[NF4Weight, torch.dtype], Tensor]
 
 
 def quantize(weight: Tensor) -> NF4Weight:
-    """Packs a matrix of shape (d_out, d_in) and any float dtype, on the CPU.
+    """Packs a matrix of shape (d_out, d_in) and any float dtype, on its device.
 
     Raises:
         ModelError: a weight is not finite.
     """
     d_out, d_in = weight.shape
-    parts = [_quantize_chunk(chunk) for chunk in torch.split(weight.detach().cpu().reshape(-1), _CHUNK * BLOCK)]
+    size = _CHUNK * BLOCK if weight.device.type == "cpu" else max(weight.numel(), 1)
+    parts = [_quantize_chunk(chunk) for chunk in torch.split(weight.detach().reshape(-1), size)]
     codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
     if not bool(torch.isfinite(scales).all()):
         raise ModelError("the base model has a weight that is not finite")
@@ -90,10 +92,10 @@ def quantize(weight: Tensor) -> NF4Weight:
     if d_out * d_in % 2:
         codes[-1] &= 0xF0
     # In float64: a float32 mean would depend on how many threads share the sum.
-    mean = torch.tensor(np.mean(scales.numpy(), dtype=np.float64), dtype=torch.float32)
+    mean = torch.tensor(np.mean(scales.cpu().numpy(), dtype=np.float64), dtype=torch.float32, device=scales.device)
     groups = _cut(scales - mean, GROUP)
     steps = groups.abs().amax(dim=1)
-    scale_codes = _nearest(groups / steps.clamp(min=_SMALLEST_SCALE)[:, None], scale_map())
+    scale_codes = _nearest(groups / steps.clamp(min=_SMALLEST_SCALE)[:, None], scale_map().to(scales.device))
     return NF4Weight(
         (d_out, d_in),
         codes=codes,
@@ -147,6 +149,18 @@ def bitsandbytes_works(device_type: str) -> bool:
     return unpacks_alike(bitsandbytes_dequantize, device_type)
 
 
+@functools.cache
+def quantizes_alike(device_type: str) -> bool:
+    """Returns whether this kind of device packs a small matrix to the bits that the CPU packs it to."""
+    weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK + 5).sin()[:, None]
+    try:
+        packed = quantize(weight.to(device_type)).to("cpu")
+    except Exception:  # as in `unpacks_alike`
+        return False
+    expected = quantize(weight)
+    return all(torch.equal(packed.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
 def unpacks_alike(unpack: Unpack, device_type: str) -> bool:
     """Returns whether a function unpacks a small matrix on this kind of device to the same values as torch."""
     weight = torch.linspace(-1, 1, 3 * GROUP * BLOCK).sin().reshape(-1, 2 * BLOCK)
@@ -189,12 +203,12 @@ def _pairs() -> Tensor:
 
 
 @functools.cache
-def _bins() -> tuple[Tensor, Tensor]:
+def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns per bin of [-1, 1] the level below the first midpoint that is in or after it, and that midpoint."""
     levels = torch.tensor(LEVELS, dtype=torch.float32)
     midpoints = torch.cat([(levels[:-1] + levels[1:]) / 2, torch.tensor([math.inf])])
     below = torch.bucketize(torch.arange(-_BINS, _BINS + 1) / _BINS, midpoints)
-    return below.to(torch.uint8), midpoints[below]
+    return below.to(device, torch.uint8), midpoints[below].to(device)
 
 
 def _quantize_chunk(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +225,7 @@ def _nearest_level(values: Tensor) -> Tensor:
     Args:
         values: float32, from -1 to 1; the codes of NaN are of no use.
     """
-    below, midpoints = _bins()
+    below, midpoints = _bins(values.device)
     bins = ((values + 1) * _BINS).int().clamp_(0, 2 * _BINS).reshape(-1)
     codes = below.index_select(0, bins) + (values.reshape(-1) > midpoints.index_select(0, bins))
     return codes.reshape(values.shape)

@@ -53,6 +53,19 @@ def test_a_value_beside_or_at_a_midpoint_gets_the_nearest_level_or_the_lower_one
     assert (midpoints[:, None] - edges).abs().min() > 1e-6, "adding 1 may round a value up to the next bin's edge"
 
 
+def test_a_device_that_quantizes_to_other_bits_or_not_at_all_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = nf4.quantizes_alike.__wrapped__
+    assert asked("cpu")
+    assert not asked("meta")
+    rounded, calls = nf4._nearest_level, iter([True, False])
+
+    def differing(values: torch.Tensor) -> torch.Tensor:
+        return rounded(values).clamp_(max=14) if next(calls, False) else rounded(values)
+
+    monkeypatch.setattr(nf4, "_nearest_level", differing)
+    assert not asked("cpu")
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.integers(1, 9),
