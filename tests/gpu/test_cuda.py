@@ -1,4 +1,4 @@
-"""What a GPU computes: the bits of a base, updates near those of the CPU, and many clients in one pass.
+"""On a GPU a base has the bits of the CPU, updates are near those of the CPU, and a pass trains many clients.
 
 pytest -m cuda
 """
