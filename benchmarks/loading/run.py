@@ -24,12 +24,13 @@ WAYS = ("fedtune, packed", "fedtune, dequantized", "transformers + bitsandbytes,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the base model's directory")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measured(options.way, options.base, options.threads)))
+        print(json.dumps(measured(options.way, options.base, options.device, options.threads)))
         return
     print("| way | seconds | peak memory, MB |\n| --- | --- | --- |")
     for way in WAYS:
@@ -42,7 +43,7 @@ def main() -> None:
         print(f"| {way} | {seconds:.2f} | {peak / 1e6:.0f} |", flush=True)
 
 
-def measured(way: str, base: Path, threads: int) -> dict[str, float]:
+def measured(way: str, base: Path, device: str, threads: int) -> dict[str, float]:
     """Loads once in this process, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -52,10 +53,11 @@ def measured(way: str, base: Path, threads: int) -> dict[str, float]:
     from fedtune.model.base_model import load_base
 
     torch.set_num_threads(threads)
+    torch.zeros(1, device=device)
     start = time.perf_counter()
     if way.startswith("fedtune"):
         held = "packed" if way.endswith("packed") else "dequantized"
-        load_base(ModelSettings(str(base)), weights=held, precision="bf16", device="cpu")  # type: ignore[arg-type]
+        load_base(ModelSettings(str(base)), weights=held, precision="bf16", device=device)  # type: ignore[arg-type]
     else:
         quantized = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
@@ -66,9 +68,11 @@ def measured(way: str, base: Path, threads: int) -> dict[str, float]:
         AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,
-            device_map="cpu",
+            device_map=device,
             quantization_config=quantized if way.endswith("packed") else None,
         )
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
 
