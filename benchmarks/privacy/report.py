@@ -81,14 +81,16 @@ def publish(lines: Sequence[Mapping[str, Any]]) -> None:
 def write_losses(groups: Mapping[Key, Sequence[Mapping[str, Any]]]) -> None:
     """Writes what noise cost, by its size and with the best clip, to where `fedtune privacy plan` reads it."""
     losses: dict[str, dict[float, float]] = {}
+    scores: dict[str, float] = {}
     for (task, kind, noise, _, _, _), outcomes in groups.items():
         without = groups.get((task, kind, "none", 0.0, 100, CLIP))
         if kind == "core" and noise in ("distributed", "central") and without:
             lost = round(100 * (_mean(without, "exact_match") - _mean(outcomes, "exact_match")), 1)
             found = losses.setdefault(TITLES[task], {})
+            scores[TITLES[task]] = round(100 * _mean(without, "exact_match"), 1)
             size = round(outcomes[0]["noise"], 4)
             found[size] = min(lost, found.get(size, lost))
-    table = {task: sorted(found.items()) for task, found in sorted(losses.items())}
+    table = {task: {"without": scores[task], "lost": sorted(found.items())} for task, found in sorted(losses.items())}
     MEASURED.write_text(json.dumps(table, indent=1) + "\n")
 
 

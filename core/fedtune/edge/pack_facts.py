@@ -23,7 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from fedtune.core.errors import ModelError
+from fedtune.core.errors import ExportError, ModelError
+from fedtune.core.protocol.model_manifest import verify_sizes
 from fedtune.data.job_inputs import PACK_FACTS
 from fedtune.model.shape import ModelShape
 
@@ -73,10 +74,10 @@ class PackFacts:
 
 
 def read_facts(directory: Path) -> PackFacts:
-    """Reads a pack's facts, and none of the other files.
+    """Reads a pack's facts, and of the other files only whether they are there in their whole length.
 
     Raises:
-        ModelError: it is no pack, or another version's; the message names the file and the remedy.
+        ModelError: it is no pack, not a whole one, or another version's; the message names the file and the remedy.
     """
     path = directory / PACK_FACTS
     if not path.is_file():
@@ -87,6 +88,11 @@ def read_facts(directory: Path) -> PackFacts:
         text = path.read_bytes()
         if (schema := json.loads(text)["schema"]) != SCHEMA:
             raise ModelError(f"{path}: has schema {schema}; expected {SCHEMA}: fedtune and the pack differ in version")
-        return msgspec.json.decode(text, type=PackFacts)
+        facts = msgspec.json.decode(text, type=PackFacts)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not the facts of an edge pack: {error}; {REMEDY}") from error
+    try:
+        verify_sizes(directory)
+    except ExportError as error:
+        raise ModelError(f"{error}; {REMEDY}") from error
+    return facts

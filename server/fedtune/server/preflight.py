@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from fedtune.core.errors import InputError, JobError
 from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
+from fedtune.core.privacy.budget import participation_problems
 from fedtune.data.job_inputs import JobInputs, source_of
 from fedtune.server.costs.power import check_energy
 from fedtune.server.export.request import check_export
@@ -73,7 +74,7 @@ def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
 
 
 def _check_cohort(job: Job, clients: int) -> None:
-    if job.secure_aggregation.enabled:
-        cohort = cohort_size(job.federation.clients_per_round, clients)
-        if problems := grouped_cohort_problems(job, cohort):
-            raise JobError(problems)
+    cohort = cohort_size(job.federation.clients_per_round, clients)
+    problems = grouped_cohort_problems(job, cohort) if job.secure_aggregation.enabled else []
+    if problems := [*problems, *participation_problems(job, cohort, clients)]:
+        raise JobError(problems)

@@ -30,19 +30,24 @@ def plan(
 ) -> None:
     """Show the noise of a job's rounds for several epsilons, and what would lower it.
 
-    Reads the sizes of the base model and nothing else of it. Example, a thousand clients of which a hundred train:
+    Reads the sizes of the base model and nothing else of it. Noise depends on all of the job: clients, participations,
+    delta, the adapter's rank, secure_aggregation.max_dropout. So give it the whole job. Examples:
 
-        fedtune privacy plan --clients 1000 --set privacy.mode=distributed --set privacy.participations=2
-            --set federation.clients_per_round=100
+        fedtune privacy plan job.toml --clients 1000
+
+        fedtune privacy plan benchmarks/privacy/demo.toml       # in a clone: the job whose cost README tells
     """
     from dataclasses import asdict
 
     from fedtune.core.text import counted
     from fedtune.data.job_inputs import job_or_demo
+    from fedtune.server.privacy_plan import check_private
+
+    resolved = job_or_demo(job, overrides or [])
+    check_private(resolved)
     from fedtune.model.shape import layout_of_sizes, shape_of
     from fedtune.server.privacy_plan import plan_privacy
 
-    resolved = job_or_demo(job, overrides or [])
     layout = layout_of_sizes(shape_of(resolved.model).linear, resolved.adapter)
     made = plan_privacy(resolved, layout, clients or resolved.data.clients)
     if as_json:

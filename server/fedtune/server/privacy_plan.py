@@ -65,6 +65,16 @@ class PrivacyPlan:
     advice: tuple[str, ...]
 
 
+def check_private(job: Job) -> None:
+    """Checks that there is anything to plan.
+
+    Raises:
+        JobError: the job has no privacy.
+    """
+    if job.privacy.mode == "off":
+        raise JobError(['privacy.mode is "off"; expected "distributed" or "central"'])
+
+
 def plan_privacy(job: Job, layout: AdapterLayout, population: int) -> PrivacyPlan:
     """Returns the plan of a job with [privacy].
 
@@ -75,9 +85,8 @@ def plan_privacy(job: Job, layout: AdapterLayout, population: int) -> PrivacyPla
     Raises:
         JobError: the job has no privacy, more rounds than its clients may take part in, or noise beyond what fits.
     """
+    check_private(job)
     settings, rounds = job.privacy, job.federation.rounds
-    if settings.mode == "off":
-        raise JobError(['privacy.mode is "off"; expected "distributed" or "central"'])
     clients = cohort_size(job.federation.clients_per_round, population)
     if problems := participation_problems(job, clients, population):
         raise JobError(problems)

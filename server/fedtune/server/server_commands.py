@@ -85,7 +85,8 @@ def init(
     print(f"made {made.path}: keys, certificate and server.toml, for this user only")
     print(f"it will listen on {config.listen}:{config.port}")
     print(f"the fleet's key: {fingerprint(key)}")
-    print(f"next: fedtune server start, and on each device: fedtune client join {made.path / INVITATION} --data FILE")
+    join = f"fedtune client join {made.path / INVITATION} --data FILE"
+    print(f"next: fedtune server start{_where(made.path)}, and on each device: {join}")
 
 
 @app.command()
@@ -209,6 +210,7 @@ def submit(
 
     Example: fedtune server submit job.toml --set federation.rounds=40 --wait
     """
+    from fedtune.core.errors import JobError
     from fedtune.data.job_inputs import job_or_demo
     from fedtune.server.live.enrolled_devices import Devices
     from fedtune.server.live.job_queue import CANCELLED, FAILED, Jobs
@@ -219,13 +221,21 @@ def submit(
     resolved = job_or_demo(job, overrides or [])
     inputs = check_server_job(resolved)  # reports mistakes here rather than in the server's log
     from fedtune.core.job.unusual import Surroundings, unusual
-    from fedtune.model.shape import adapted_modules, shape_of
+    from fedtune.model.shape import adapted_modules, layout_of_sizes, shape_of
+    from fedtune.server.privacy_plan import plan_privacy
 
     shape = shape_of(resolved.model)
     adapted_modules(shape.linear, resolved.adapter)
     for warning in unusual(resolved, Surroundings(shape.width, shape.positions, len(inputs.evaluation))):
         print(warning)
     wanted, devices = resolved.federation.clients_per_round, len(Devices.load(server).fleet.devices)
+    if resolved.privacy.mode != "off":
+        try:
+            advice = plan_privacy(resolved, layout_of_sizes(shape.linear, resolved.adapter), max(devices, 1)).advice
+        except JobError as error:  # of the devices that are there now; more may come
+            advice = error.problems
+        for sentence in advice:
+            print(sentence)
     if isinstance(wanted, int) and wanted > devices:
         print(
             f"federation.clients_per_round is {wanted}, and the fleet has {counted(devices, 'device')} now: all that "
@@ -239,7 +249,7 @@ def submit(
     if not manifest:
         print("signed here: this machine plays the fleet's owner too, which is good for a try-out")
     if server.lock.holder() is None:
-        print("the server is not running; start it with: fedtune server start")
+        print(f"the server is not running; start it with: fedtune server start{_where(server.path)}")
     elif not wait:
         print(f"the server works on it when its turn comes; watch it with: fedtune server show {queued.name}")
     while wait and queued.name not in jobs.finished():
@@ -359,3 +369,10 @@ def _given(path: Path) -> JobManifest:
         return JobManifest.unchecked(read_bounded(path, "a job's manifest", MAX_MANIFEST_BYTES))
     except PeerError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _where(path: Path) -> str:
+    """Returns the option that names a server's folder in a command; empty for the default one."""
+    from fedtune.server.live.server_home import default_home
+
+    return "" if path == default_home() else f" --home {path}"

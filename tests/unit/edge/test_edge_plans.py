@@ -266,7 +266,8 @@ def test_where_one_pack_is_damaged_the_next_one_of_the_same_base_is_taken(
     demo_pack: Path, data: Path, tmp_path: Path
 ) -> None:
     damaged = Path(shutil.copytree(demo_pack, tmp_path / "damaged"))
-    (damaged / "weights.safetensors").write_bytes(b"")
+    weights = damaged / "weights.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # of the right length, so that only reading it tells
     terms = demo_terms(demo_pack)
     work, notes = work_of(tmp_path, [damaged, demo_pack], data, torch=False)
     work.take_on(terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -78,7 +79,7 @@ def test_a_changed_file_is_refused(copied: Path, name: str) -> None:
 
 def test_a_file_cut_short_is_refused(copied: Path) -> None:
     (copied / WEIGHTS).write_bytes((copied / WEIGHTS).read_bytes()[:-1])
-    with pytest.raises(ModelError, match=rf"{WEIGHTS}: was changed .*{REMEDY}"):
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: is incomplete, or was changed .*{REMEDY}"):
         open_pack(copied)
 
 
@@ -86,6 +87,13 @@ def test_a_missing_file_is_refused(copied: Path) -> None:
     (copied / BACKWARD).unlink()
     with pytest.raises(ModelError, match=rf"{BACKWARD}: cannot be read: .*{REMEDY}"):
         open_pack(copied)
+
+
+def test_a_pack_that_was_half_copied_is_refused_before_its_weights_are_read(copied: Path) -> None:
+    weights = copied / WEIGHTS
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: is incomplete, or was changed .*{REMEDY}"):
+        read_facts(copied)
 
 
 def test_a_pack_without_a_manifest_is_half_written(copied: Path) -> None:

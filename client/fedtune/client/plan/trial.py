@@ -23,13 +23,14 @@ import numpy as np
 from fedtune.client.plan.backend import Case, Measured, Meter, case_from_json
 from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import AdapterLayout, Vector
-from fedtune.core.errors import RunError
+from fedtune.core.errors import ModelError, RunError
 from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.data.examples import Example
 
 STEPS = 5  # until glibc's heap has settled
 _SECONDS_ALLOWED = 900
 _FIRST_TO_KILL = "1000"
+_REFUSED = "refused"  # key of an answer that is the reason why the model cannot be used
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def measure(module: str, case: Case) -> Measured:
     if done.returncode < 0:
         raise RunError(f"the calibration step was killed by signal {-done.returncode}, as a process out of memory is")
     try:
-        return Measured(**json.loads(done.stdout.splitlines()[-1]))
+        answered = json.loads(done.stdout.splitlines()[-1])
+        if isinstance(answered, dict) and _REFUSED in answered:
+            raise ModelError(answered[_REFUSED])
+        return Measured(**answered)
     except (IndexError, ValueError, TypeError) as error:
         last = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
         raise RunError(f"the calibration step failed: {last}") from error
@@ -80,7 +84,11 @@ def answer(run_case: Callable[[Case], Measured]) -> None:
     """Reads a case from standard input, and prints what `run_case` measures."""
     with suppress(OSError):  # makes the kernel kill this process first where memory runs out, not its caller
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL)
-    print(json.dumps(asdict(run_case(case_from_json(json.load(sys.stdin))))))
+    try:
+        answered = asdict(run_case(case_from_json(json.load(sys.stdin))))
+    except ModelError as error:
+        answered = {_REFUSED: str(error)}
+    print(json.dumps(answered))
 
 
 def measured_steps(case: Case, meter: Meter, load: Callable[[], Loaded]) -> Measured:

@@ -23,9 +23,10 @@ def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
         off = "or set secure_aggregation.enabled = false"
         return [f"secure_aggregation: {problem}, {off}" for problem in error.problems]
     if minimum < MIN_SURVIVORS:
+        lower = " or lower secure_aggregation.max_dropout" if cohort >= MIN_SURVIVORS else ""
         problem = (
             f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "
-            f"least {MIN_SURVIVORS}. Raise federation.clients_per_round or lower secure_aggregation.max_dropout"
+            f"least {MIN_SURVIVORS}. Raise federation.clients_per_round{lower}"
         )
         return [problem]
     return []

@@ -142,7 +142,7 @@ def verify(directory: Path) -> Manifest:
     Raises:
         ExportError: a file is missing, changed or not in the manifest; the message names it.
     """
-    manifest = read_manifest(directory)
+    manifest = verify_sizes(directory)
     for name, entry in manifest.files.items():
         path = directory / name
         try:
@@ -156,6 +156,27 @@ def verify(directory: Path) -> Manifest:
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
     for name in sorted(present - set(manifest.files) - {MANIFEST}):
         raise ExportError(f"{directory / name}: is not part of the export; {MANIFEST} does not list it")
+    return manifest
+
+
+def verify_sizes(directory: Path) -> Manifest:
+    """Checks that every file of a manifest is there in its whole length, without reading it; returns the manifest.
+
+    Raises:
+        ExportError: a file is missing, incomplete or longer; the message names it.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        path = directory / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise ExportError(f"{path}: cannot be read: {error.strerror}; {MANIFEST} lists it") from error
+        if found != entry.bytes:
+            shorter = "is incomplete, or " if found < entry.bytes else ""
+            raise ExportError(
+                f"{path}: {shorter}was changed after the export: {found:,} bytes, expected {entry.bytes:,}"
+            )
     return manifest
 
 

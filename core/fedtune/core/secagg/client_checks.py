@@ -82,8 +82,8 @@ def check_budget(spent: float, policy: Policy) -> None:
         raise PolicyError("configuration: the job has no differential privacy, and this client a budget of it")
     if spent + policy.rho > policy.most_rho * _ROUNDING:
         raise PolicyError(
-            f"configuration: the privacy budget is spent: rho {spent:.3g} of {policy.most_rho:.3g}, and a sum of this "
-            f"job takes {policy.rho:.3g}"
+            "configuration: what is left of the owner's privacy budget (--max-epsilon) does not suffice: a sum of this "
+            f"job takes rho {policy.rho:.3g}; {spent:.3g} of {policy.most_rho:.3g} is spent"
         )
 
 
