@@ -63,6 +63,22 @@ def test_alternating_moves_half_of_what_fedavg_sends_up(simulate: Simulate, aggr
     assert share == pytest.approx(1.0 if aggregation == "fedavg" else 0.5, abs=0.15)
 
 
+def test_balanced_training_changes_the_adapter_and_no_count_of_a_client(simulate: Simulate, tmp_path: Path) -> None:
+    for client in range(2):
+        rows = [
+            {"prompt": f"{client} lamp {row} =>", "completion": " on", "kind": "rare" if row < 3 else "usual"}
+            for row in range(15)
+        ]
+        (tmp_path / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = (f"data.train={tmp_path}/*.jsonl", "federation.rounds=1", "data.evaluation=", "data.holdout=0.2")
+    plain = simulate(*small, name="plain")
+    one, other = (simulate(*small, "data.balance=kind", name=name) for name in ("one", "other"))
+    assert one["adapter_digest"] == other["adapter_digest"] != plain["adapter_digest"]
+    for name in ("plain", "one"):
+        [line] = read_rounds(tmp_path / name)
+        assert [client["examples"] for client in line["clients"]] == [12, 12]
+
+
 def test_clients_that_vanish_or_raise_are_written_down_and_the_run_goes_on(simulate: Simulate, tmp_path: Path) -> None:
     summary = simulate("simulation.dropout=0.3", "simulation.failing=0.3", "federation.rounds=6", "data.evaluation=")
     assert summary["status"] == "finished"

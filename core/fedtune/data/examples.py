@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedtune.core.errors import DataError, ModelError
 from fedtune.core.seeds import generator
 from fedtune.core.text import nfc
-from fedtune.data.records import Message, Record, read_records
+from fedtune.data.records import Message, Record, check_field, read_records
 from fedtune.data.tokenizer import Tokenizer
 
 
@@ -34,10 +34,12 @@ class Example:
     Args:
         ids: int32, (tokens,).
         first_target: index of the first token that the loss counts, at least 1; the loss counts all later tokens too.
+        label: number of its class among the client's, by which local training is balanced; 0 where it is not.
     """
 
     ids: npt.NDArray[np.int32]
     first_target: int
+    label: int = 0
 
     @property
     def target_tokens(self) -> int:
@@ -80,16 +82,21 @@ class CleaningReport:
 
 
 def load_examples(
-    path: Path, tokenizer: Tokenizer, sequence_length: int, *, skip_bad: bool = False
+    path: Path, tokenizer: Tokenizer, sequence_length: int, *, skip_bad: bool = False, balance: str | None = None
 ) -> tuple[list[Example], CleaningReport]:
     """Reads and prepares the examples of one file.
 
+    Args:
+        balance: see `prepare`.
+
     Raises:
-        DataError: `read_records` raises it, or no record is usable.
+        DataError: `read_records` raises it, a record lacks the field to balance by, or no record is usable.
     """
     records, bad = read_records(path, skip_bad=skip_bad)
+    if balance is not None:
+        check_field(records, balance, path)
     try:
-        examples, report = prepare(records, tokenizer, sequence_length)
+        examples, report = prepare(records, tokenizer, sequence_length, balance)
     except ModelError as error:
         raise DataError(path, str(error)) from error
     report += CleaningReport(read=bad, bad=bad)
@@ -99,7 +106,7 @@ def load_examples(
 
 
 def prepare(
-    records: Sequence[Record], tokenizer: Tokenizer, sequence_length: int
+    records: Sequence[Record], tokenizer: Tokenizer, sequence_length: int, balance: str | None = None
 ) -> tuple[list[Example], CleaningReport]:
     """Cleans and tokenises records.
 
@@ -109,6 +116,7 @@ def prepare(
 
     Args:
         sequence_length: largest number of tokens of an example.
+        balance: field, which every record has, whose values are the classes of the examples; None for one class.
 
     Raises:
         ModelError: there are conversations, but the tokenizer has no chat template.
@@ -116,10 +124,11 @@ def prepare(
     cleaned, report = _clean(records)
     prompts, completions = render(cleaned, tokenizer)
     start, end = start_tokens(tokenizer), _end_token(tokenizer)
+    labels = _labels(cleaned, balance)
     examples: list[Example] = []
     counts: Counter[str] = Counter()
-    for record, prompt, completion in zip(
-        cleaned, _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer), strict=True
+    for record, label, prompt, completion in zip(
+        cleaned, labels, _tokenise(prompts, tokenizer), _tokenise(completions, tokenizer), strict=True
     ):
         front = [] if record.messages else start  # a template writes its own start tokens
         # A template also writes text after the end of a turn, which would never be generated.
@@ -135,7 +144,7 @@ def prepare(
             pieces = _pieces(front, target, sequence_length)
             counts["empty"] += not pieces
             counts["continued"] += max(len(pieces) - 1, 0)
-        examples += pieces
+        examples += [dataclasses.replace(piece, label=label) for piece in pieces]
     return examples, report + CleaningReport(kept=len(examples), **counts)
 
 
@@ -203,6 +212,7 @@ def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
             completion=nfc(record.completion),
             prompt=nfc(record.prompt),
             messages=tuple(Message(turn.role, nfc(turn.content)) for turn in record.messages),
+            fields=record.fields,
         )
         identity = (normal.prompt, normal.completion, normal.messages)
         if not normal.completion.strip():
@@ -213,6 +223,15 @@ def _clean(records: Sequence[Record]) -> tuple[list[Record], CleaningReport]:
             seen.add(identity)
             kept.append(normal)
     return kept, CleaningReport(read=len(records), empty=empty, duplicate=duplicate)
+
+
+def _labels(records: Sequence[Record], balance: str | None) -> list[int]:
+    """Returns the number of each record's class, in the order of their names."""
+    if balance is None:
+        return [0] * len(records)
+    names = [record.fields[balance] for record in records]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return [numbers[name] for name in names]
 
 
 def _converse(record: Record, tokenizer: Tokenizer) -> tuple[str, str]:

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from fedtune.core.errors import DataError, JobError
 from fedtune.core.job.settings import DEMO, DataSettings
 from fedtune.core.seeds import generator
-from fedtune.data.records import Record, read_records
-from fedtune.demo import Household, make_evaluation, make_households
+from fedtune.data.records import Record, check_field, read_records
+from fedtune.demo import Household, Row, make_evaluation, make_households
 
 Dealt = dict[str, list[Record]]
 
@@ -45,7 +45,8 @@ class Population:
         shared_bad_lines: bad lines that were skipped in files whose records are dealt to clients.
 
     Raises:
-        DataError: nothing matches `data.train`, or a file cannot be partitioned.
+        DataError: nothing matches `data.train`, or a record lacks the field of `data.balance`.
+        JobError: the records cannot be partitioned.
     """
 
     def __init__(self, data: DataSettings, seed: int) -> None:
@@ -59,13 +60,15 @@ class Population:
             households = make_households(data.clients, seed, data.examples_per_client)
             width = max(3, len(str(data.clients - 1)))
             self._households = {f"{household.index:0{width}d}": household for household in households}
+            if data.balance is not None:
+                check_field(map(_of_household, households[0].rows), data.balance, DEMO_SOURCE)
         elif data.partition == "by-file":
             self._paths = _named(training_files(data))
             for name in self._paths:  # a problem in any file is reported now, not in round 17
                 self.records(name)
         else:
             files = training_files(data)
-            found = [read_records(path, skip_bad=data.skip_bad) for path in files]
+            found = [self._read(path) for path in files]
             records = [record for good, _ in found for record in good]
             self.shared_bad_lines = sum(bad for _, bad in found)
             self._parts = partition_records(records, data.partition, data.clients, seed)
@@ -84,9 +87,9 @@ class Population:
             DataError: its file is missing, empty or broken.
         """
         if self._households:
-            return [Record(row["completion"], row["prompt"]) for row in self._households[name].rows]
+            return [_of_household(row) for row in self._households[name].rows]
         if self._paths:
-            records, self._bad_lines[name] = read_records(self._paths[name], skip_bad=self._data.skip_bad)
+            records, self._bad_lines[name] = self._read(self._paths[name])
             return records
         return self._parts[name]
 
@@ -98,6 +101,12 @@ class Population:
         """Returns all records of at most this many clients, spread evenly over the names."""
         step = -(-len(self.names) // clients)
         return [record for name in self.names[::step] for record in self.records(name)]
+
+    def _read(self, path: Path) -> tuple[list[Record], int]:
+        records, bad = read_records(path, skip_bad=self._data.skip_bad)
+        if self._data.balance is not None:
+            check_field(records, self._data.balance, path)
+        return records, bad
 
 
 def evaluation_records(data: DataSettings) -> list[Record]:
@@ -165,6 +174,10 @@ def matching_files(pattern: str) -> list[Path]:
     if not paths:
         raise DataError(Path(pattern), "no such file; expected a data file, or a pattern that matches some")
     return paths
+
+
+def _of_household(row: Row) -> Record:
+    return Record(row["completion"], row["prompt"], fields={"skill": row["skill"]})
 
 
 def _named(paths: list[Path]) -> dict[str, Path]:

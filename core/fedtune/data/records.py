@@ -6,15 +6,15 @@ Each line or row is one object:
     {"messages": [{"role": "user", "content": "..."}, ...]} loss on the last message, which the assistant says
     {"text": "..."}                                         loss on everything
 
-Further keys are kept as text, for partitions by a field.
+Further keys are kept as text, for partitions and balance by a field.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ class Record:
         prompt: text before it; empty for plain text.
         messages: turns before the completion; empty where there is no conversation.
         fields: other scalar values of the line, as text.
+        line: number of the line in its file, from 1, for messages; 0 for a record of no file.
     """
 
     completion: str
     prompt: str = ""
     messages: tuple[Message, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+    line: int = field(default=0, compare=False)
 
     @property
     def asked(self) -> str:
@@ -95,13 +97,28 @@ def read_lines(path: Path) -> Iterator[Record | DataError]:
             try:
                 if isinstance(value, _BadLineError):
                     raise value
-                yield _record(value)
+                yield replace(_record(value), line=line)
             except _BadLineError as error:
                 yield DataError(path, str(error), line)
     except OSError as error:
         raise DataError(path, f"cannot be read: {error.strerror}; expected a data file") from error
     if empty:
         raise DataError(path, "is empty; expected one object a line")
+
+
+def check_field(records: Iterable[Record], name: str, source: Path) -> None:
+    """Checks that every record has the field by which a job balances.
+
+    Raises:
+        DataError: one lacks it; the error names the line, the fields that it has, and the remedy.
+    """
+    for record in records:
+        if name not in record.fields:
+            known = ", ".join(f'"{key}"' for key in record.fields)
+            only = f", only {known}" if known else ""
+            remedy = "add it to every record, with a text or a number as its value, or leave data.balance out"
+            problem = f'data.balance is "{name}", but the record has no such field{only}; {remedy}'
+            raise DataError(source, problem, record.line or None)
 
 
 class _BadLineError(Exception):

@@ -252,7 +252,8 @@ def _hints(data: DataSet) -> list[str]:
     hints = ['evaluation = "FILE" would name examples that the server scores, too; an export needs them.']
     if data.fields:
         named = ", ".join(f'"{field}" ({values} values)' for field, values in data.fields.items())
-        hints.append(f'Fields of the records: {named}; partition = "by-field:NAME" makes each value a client.')
+        hints.append(f'Fields of the records: {named}; partition = "by-field:NAME" makes each value a client,')
+        hints.append('and balance = "NAME" lets each client train equally often on every value that it has.')
     return hints
 
 

@@ -28,7 +28,7 @@ def through_json(held: JobTerms) -> tuple[Any, Any]:
 CHANGES = (
     *("training.learning_rate=0.02", "training.seed=1", "training.local_steps=21", "training.schedule=cosine"),
     *("federation.run=2", "federation.rounds=21", "federation.clients_per_round=11", "federation.deadline=60.0"),
-    *("adapter.rank=32", "adapter.tiers=[8, 40]", "data.holdout=0.2", "compression.bits=4"),
+    *("adapter.rank=32", "adapter.tiers=[8, 40]", "data.holdout=0.2", "data.balance=kind", "compression.bits=4"),
     *("secure_aggregation.max_corrupt=0.2", "secure_aggregation.enabled=false", "model.quantization=int4"),
 )
 
@@ -37,6 +37,11 @@ CHANGES = (
 def test_a_change_that_devices_notice_changes_digest_and_randomness(change: str) -> None:
     assert terms(change).digest != terms().digest
     assert terms(change).seed != terms().seed
+
+
+def test_terms_without_balance_are_those_that_earlier_releases_read() -> None:
+    assert "balance" not in terms().settings["data"]
+    assert terms("data.balance=kind").settings["data"]["balance"] == "kind"
 
 
 @pytest.mark.parametrize(

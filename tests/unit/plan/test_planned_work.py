@@ -27,7 +27,7 @@ from fedtune.client.torch.torch_backend import TorchBackend
 from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.torch.training import train_locally
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.errors import ModelError, PeerError, RunError
+from fedtune.core.errors import DataError, ModelError, PeerError, RunError
 from fedtune.core.job.local_work import TrainingSettings
 from fedtune.core.job.settings import (
     AdapterSettings,
@@ -144,6 +144,22 @@ def test_with_memory_to_spare_a_device_trains_what_a_simulation_does_bit_for_bit
     assert (outcome.plan.choices.weights, outcome.plan.choices.tokens) == ("dequantized", 250)
     assert outcome.plan.sequence_length == 96
     assert np.array_equal(fixture.update(terms), simulated(folder, data))
+
+
+def test_a_device_balances_by_the_field_of_the_signed_terms_or_refuses_the_job(
+    fixture: Fixture, folder: Path, data: Path
+) -> None:
+    plain = terms_for(folder)
+    job = replace(plain.job, data=replace(plain.job.data, balance="kind"))
+    terms = replace(plain, job=job)
+    with pytest.raises(DataError, match=r'mine\.jsonl:1: data\.balance is "kind", but the record has no such field;'):
+        fixture.work.take_on(terms)
+    rows = [json.loads(line) | {"kind": number < 4} for number, line in enumerate(data.read_text().splitlines())]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixture.work.take_on(terms)
+    trainer = fixture.work.open_trainer(terms.base)
+    labels = [example.label for example in fixture.work.load_examples("", trainer, terms.base.sequence_length)]
+    assert labels == [1] * 4 + [0] * 20
 
 
 def test_short_of_memory_it_packs_cuts_steps_and_checkpoints_and_trains_the_same_up_to_rounding(

@@ -360,7 +360,8 @@ def _lengths(job: Job, data: Path | Sequence[Example] | None, backend: Backend) 
 
 def _read(job: Job, data: Path, backend: Backend) -> list[Example]:
     file, tokenizer = own_data_file(data), backend.tokenizer(job.model.base)
-    return load_examples(file, tokenizer, job.data.sequence_length, skip_bad=job.data.skip_bad)[0]
+    own = job.data
+    return load_examples(file, tokenizer, own.sequence_length, skip_bad=own.skip_bad, balance=own.balance)[0]
 
 
 def _case(job: Job, plan: Plan, target_share: float) -> Case:

@@ -201,7 +201,8 @@ class PlannedWork:
         del client  # a device has one client
         start = time.monotonic()
         length = min(sequence_length, self._current().plan.sequence_length)
-        examples, report = load_examples(self._data, trainer.tokenizer, length, skip_bad=True)
+        balance = self._terms.job.data.balance if self._terms else None
+        examples, report = load_examples(self._data, trainer.tokenizer, length, skip_bad=True, balance=balance)
         self._planner.note(f"data: {report}")
         self._preparing += time.monotonic() - start
         return examples

@@ -83,6 +83,9 @@ class DataSettings:
             own data; the scores are then those of the clients' held-out shares.
         holdout: share of each client's examples that it keeps back for its own evaluation.
         sequence_length: tokens; longer prompts are cut at the beginning, examples with longer completions are dropped.
+        balance: field of the records, such as "category", whose values should appear equally often in a client's local
+            training; without it they appear as often as the client has them. An epoch keeps its size: frequent values
+            are drawn less often, and rare ones up to four times an epoch. Held-out examples stay as they are.
         skip_bad: whether broken lines are counted and skipped; otherwise the first file with one is an error.
     """
 
@@ -95,6 +98,7 @@ class DataSettings:
     evaluation: str = DEMO
     holdout: _Share = 0.1
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
+    balance: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     skip_bad: bool = False
 
 

@@ -31,7 +31,7 @@ _DEFAULTS = dataclasses.asdict(Job())
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "model": ("quantization",),
     "adapter": ALL,
-    "data": ("sequence_length", "holdout"),
+    "data": ("sequence_length", "holdout", "balance"),
     "training": ALL,
     "federation": ("run", "rounds", "clients_per_round", "deadline", "aggregation", "rebalance_every"),
     "compression": ALL,

@@ -226,7 +226,7 @@ class SimulationContext:
         if self.devices is not None:
             sequence_length = self.devices.sequence_length(client, sequence_length)
         bad = self.population.bad_lines(client)
-        examples, report = prepare(records, trainer.tokenizer, sequence_length)
+        examples, report = prepare(records, trainer.tokenizer, sequence_length, self.job.data.balance)
         report += CleaningReport(read=bad, bad=bad)
         self._cleaning[client] = report
         if not examples:
