@@ -44,3 +44,8 @@ METRICS: Mapping[MetricName, Metric] = {
     LOSS: Metric("loss", False, False, "how surprised the model is by the right answer, in nats a token"),
 }
 """The value of evaluation.metric -> its declaration."""
+
+
+def custom_figure(value: float) -> str:
+    """Returns the figure of a user's own metric for people: "0.9", "12.35"; nothing is known of its range."""
+    return f"{value:.4g}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 from fedtune.core.ledger import Ledger
-from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
+from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName, custom_figure
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Evaluation:
         tokens: number of their target tokens.
         metric: metric that the run is judged by, a key of `fedtune.core.metrics.METRICS`.
         score: mean of that metric over examples with a prompt, if it compares generated answers; otherwise None.
+        custom: name -> mean over examples with a prompt, of the metrics of the user's own (`fedtune.api.simulate`).
     """
 
     loss: float
@@ -31,6 +32,12 @@ class Evaluation:
     tokens: int
     metric: MetricName = EXACT
     score: float | None = None
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> bool:
+        """It is true if answers were generated for this evaluation."""
+        return self.score is not None or bool(self.custom)
 
     @property
     def perplexity(self) -> float:
@@ -44,9 +51,10 @@ class Evaluation:
         return self.score if metric == self.metric else None
 
     def figures(self) -> list[tuple[str, str]]:
-        """Returns label and figure of the run's own metric, then of exact match and loss, each once."""
+        """Returns label and figure of the run's own metric, then of exact match, loss and custom metrics, each once."""
         values = {metric: self.value(metric) for metric in dict.fromkeys((self.metric, EXACT, LOSS))}
-        return [(METRICS[key].label, METRICS[key].shown(value)) for key, value in values.items() if value is not None]
+        named = [(METRICS[key].label, METRICS[key].shown(value)) for key, value in values.items() if value is not None]
+        return named + [(name, custom_figure(value)) for name, value in self.custom.items()]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the values that a report needs."""
@@ -55,7 +63,8 @@ class Evaluation:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
         """Reads what `to_json` wrote."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        known = {"custom": {}} | dict(values)  # earlier releases had no custom metrics
+        return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)

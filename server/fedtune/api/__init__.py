@@ -1,6 +1,6 @@
 """fedtune from Python: make a job, simulate it on data in memory or in files, look at its rounds, and export its model.
 
-    from fedtune.api import export, load_job, load_run, simulate
+    from fedtune.api import export, load_job, load_run, resume, simulate
 
     job = load_job("job.toml", training={"local_steps": 5}, federation={"rounds": 8})
     run = simulate(job, "runs/first", clients={"kitchen": rows, "hall": frame}, on_round=print)
@@ -13,12 +13,14 @@ there, and the other way round.
 
 from fedtune.api.frames import rounds_frame
 from fedtune.api.rows import Rows
-from fedtune.api.runs import Run, export, load_job, load_run, simulate
+from fedtune.api.runs import Run, export, load_job, load_run, resume, simulate
 from fedtune.core.errors import FedtuneError, InputError, JobError, RunError
 from fedtune.core.job.settings import Job
 from fedtune.core.round_records import RoundRecord
+from fedtune.server.custom_metrics import AnswerMetric
 
 __all__ = [
+    "AnswerMetric",
     "FedtuneError",
     "InputError",
     "Job",
@@ -30,6 +32,7 @@ __all__ = [
     "export",
     "load_job",
     "load_run",
+    "resume",
     "rounds_frame",
     "simulate",
 ]

@@ -13,7 +13,7 @@ def rounds_frame(lines: Sequence[Mapping[str, Any]]) -> Any:
     """Returns one row for each line of rounds.jsonl, with the round's number as the index.
 
     Columns: seconds, train_loss, loss and exact_match where the server evaluated, clients, survivors, bytes_up,
-    bytes_down, aborted.
+    bytes_down, aborted; then evaluation.metric, if it compares generated answers, and custom metrics by their names.
 
     Raises:
         InputError: pandas is not installed.
@@ -22,12 +22,22 @@ def rounds_frame(lines: Sequence[Mapping[str, Any]]) -> Any:
         pandas = import_module("pandas")
     except ImportError as error:
         raise InputError("a DataFrame needs pandas. Install it with: pip install pandas") from error
-    return pandas.DataFrame([_row(line) for line in lines], columns=["round", *_COLUMNS]).set_index("round")
+    answered = [_answered(line["eval"] or {}) for line in lines]
+    columns = dict.fromkeys(("round", *COLUMNS, *(name for figures in answered for name in figures)))
+    rows = [_row(line) | figures for line, figures in zip(lines, answered, strict=True)]
+    return pandas.DataFrame(rows, columns=list(columns)).set_index("round")
 
 
-_COLUMNS = (
+COLUMNS = (
     *("seconds", "train_loss", "loss", "exact_match", "clients", "survivors", "bytes_up", "bytes_down", "aborted"),
 )
+"""The columns that every frame has."""
+
+
+def _answered(scored: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the figures of generated answers."""
+    custom: dict[str, float] = scored.get("custom", {})  # earlier releases had none
+    return custom if scored.get("score") is None else {scored["metric"]: scored["score"], **custom}
 
 
 def _row(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,16 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedtune.api.frames import rounds_frame
+from fedtune.api.frames import COLUMNS, rounds_frame
 from fedtune.api.rows import Rows, write_clients, write_rows
 from fedtune.core.errors import InputError
 from fedtune.core.job import job_file
 from fedtune.core.job.settings import Job
 from fedtune.core.round_records import RoundRecord
+from fedtune.server.custom_metrics import AnswerMetric, CustomMetrics
 from fedtune.server.export.request import ONNX, ExportOptions, ExportRequest
 from fedtune.server.export.request import export as export_run
 from fedtune.server.run_directory import JOB, REPORT, check_free, read_rounds, read_summary
 from fedtune.server.run_display import Display, Silent
+from fedtune.server.simulation.simulate import resume as resume_job
 from fedtune.server.simulation.simulate import simulate as simulate_job
 
 
@@ -82,6 +84,7 @@ def simulate(
     *,
     clients: Mapping[str, Rows] | None = None,
     evaluation: Rows | None = None,
+    metrics: Mapping[str, AnswerMetric] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     display: Display | None = None,
     force: bool = False,
@@ -93,21 +96,47 @@ def simulate(
         clients: name -> the client's rows, in place of the job's training data; written into a folder beside `out`
             whose name ends in "-data".
         evaluation: the server's held-out rows, in place of the job's.
+        metrics: name -> a function (prompt, expected, answer) -> float of your own. Every evaluation by the server
+            generates answers to its held-out prompts, of at most evaluation.answer_tokens tokens, and has each
+            function's mean beside loss and exact match: in `RoundRecord.eval.custom`, `Run.rounds()`, summary and
+            report. Each is tried once before training. Prompts are as the model sees them, without special tokens.
         on_round: called with the record of every round, when it is on the disk; what it raises ends the run, which can
             be resumed.
         display: told of the run's events beside that; None for silence.
         force: replace the run, and the data folder, that are there.
 
     Raises:
-        InputError: the job, its data or its model cannot be used, or the path is taken; nothing was trained.
-        RunError: the run could not go on; it can be resumed.
+        InputError: the job, its data, its model or a metric cannot be used, or the path is taken; nothing was trained.
+        RunError: the run could not go on, such as where a metric fails on an example; it can be resumed.
     """
-    path = Path(out)
+    path, custom = Path(out), _custom(metrics)
     check_free(path, force)
     if clients is not None or evaluation is not None:
         job = _with_data(job, path.with_name(f"{path.name}-data"), clients, evaluation, force)
-    simulate_job(job, path, _Calls(display or Silent(), on_round), force=force)
+    simulate_job(job, path, _Calls(display or Silent(), on_round), force=force, metrics=custom)
     return Run(path)
+
+
+def resume(
+    run: Run,
+    *,
+    metrics: Mapping[str, AnswerMetric] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Goes on with an interrupted simulation, to the result of one that was not interrupted, and returns the run.
+
+    Args:
+        metrics: as for `simulate`; a run does not keep functions.
+        on_round: as for `simulate`, with the remaining rounds.
+        display: as for `simulate`.
+
+    Raises:
+        InputError: the run or a metric cannot be used.
+        RunError: the run could not go on.
+    """
+    resume_job(run.path, _Calls(display or Silent(), on_round), _custom(metrics))
+    return Run(run.path)
 
 
 def load_run(path: str | Path) -> Run:
@@ -135,6 +164,10 @@ def export(run: Run, form: str = "int4", out: str | Path | None = None) -> Path:
     request = ExportRequest(run.path, (form,), Path(out) if out else run.path / ONNX, ExportOptions(force=True))
     (done,) = export_run(request, Silent())
     return done.path
+
+
+def _custom(metrics: Mapping[str, AnswerMetric] | None) -> CustomMetrics:
+    return CustomMetrics(metrics or {}, taken=("round", *COLUMNS))
 
 
 def _with_data(job: Job, folder: Path, clients: Mapping[str, Rows] | None, evaluation: Rows | None, force: bool) -> Job:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.errors import DataError, RunError
+from fedtune.core.errors import DataError, InputError, RunError
 from fedtune.core.job.settings import Job
 from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import Evaluation
@@ -39,6 +39,7 @@ from fedtune.model.scoring import (
     total,
 )
 from fedtune.server.answer_metrics import mean_score, require_metrics
+from fedtune.server.custom_metrics import NO_METRICS, CustomMetrics
 from fedtune.server.run_rounds import SHOWN_PROMPTS, Progress, ShownPrompt
 
 Spread = Callable[[Vector, Sequence[Piece[Any]]], Iterator[tuple[int, Any]]]
@@ -66,22 +67,29 @@ class HeldOut:
     Args:
         model: the model that will score them.
         job: the job, whose data settings name the examples.
+        custom: metrics beside the job's.
 
     Raises:
-        DataError: the examples cannot be read, none is usable, or none has a prompt that the job's metric could have
-            answered.
+        DataError: the examples cannot be read, none is usable, or none has a prompt that a metric could have answered.
+        InputError: there are custom metrics but no examples, or one fails on the first example's expected answer.
         MissingExtraError: the package that computes the job's metric is missing.
     """
 
-    def __init__(self, model: AdaptedModel, job: Job) -> None:
+    def __init__(self, model: AdaptedModel, job: Job, custom: CustomMetrics = NO_METRICS) -> None:
         self._tokenizer = model.base.tokenizer
         self._records, path = evaluation_records(job.data), Path(job.data.evaluation)
-        self.metric = job.evaluation.metric
+        self.metric, self.custom = job.evaluation.metric, custom
         self.examples: Sequence[Example] = ()
         self.batches: Sequence[ScoredBatch] = ()
         self.groups: Sequence[AnsweredPrompts] = ()
+        self.prompts: Sequence[str] = ()
         self.references: Sequence[str] = ()
         if not self._records:
+            if custom:
+                raise InputError(
+                    "custom metrics compare answers to the server's held-out examples, but there are none; expected "
+                    "evaluation rows, or a file as data.evaluation"
+                )
             return
         self.examples, report = prepare(self._records, self._tokenizer, job.data.sequence_length)
         if not self.examples:
@@ -89,6 +97,7 @@ class HeldOut:
         self.batches = scored_batches(self.examples, evaluation_tokens(model.base.device))
         if METRICS[self.metric].generated:
             require_metrics(self.metric)
+        if METRICS[self.metric].generated or custom:
             self._ask(path, job.evaluation.answer_tokens)
 
     @cached_property
@@ -122,15 +131,18 @@ class HeldOut:
         return answered_prompts(prompt_ids([shown.input for shown in self.shown], self._tokenizer), together=1)
 
     def _ask(self, path: Path, answer_tokens: int) -> None:
-        """Prepares the pieces that generate an answer to every example with a prompt."""
+        """Prepares the pieces that generate an answer to every example with a prompt, and tries custom metrics once."""
         asked = sorted((one for one in self.examples if one.first_target > 1), key=lambda one: one.first_target)
         if not asked:
-            problem = f'no example has a prompt, but evaluation.metric is "{self.metric}", which compares answers'
+            metric = "there are custom metrics" if self.custom else f'evaluation.metric is "{self.metric}"'
+            problem = f"no example has a prompt, but {metric}, which compares answers"
             raise DataError(path, f'{problem}; expected {{"prompt", "completion"}} or {{"messages"}}')
         prompts = [one.ids[: one.first_target].tolist() for one in asked]
         self.groups = answered_prompts(prompts, answer_tokens)
+        self.prompts = self._tokenizer.batch_decode(prompts, skip_special_tokens=True)
         completions = [one.ids[one.first_target :].tolist() for one in asked]
         self.references = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        self.custom.try_once(self.prompts[0], self.references[0])
 
 
 class HeldOutEvaluator:
@@ -158,7 +170,7 @@ class HeldOutEvaluator:
         """Scores an adapter; returns None if the job has no evaluation data.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss is not finite, or a custom metric fails or is not finite on an example.
         """
         held_out = self._held_out
         if not held_out.batches:
@@ -167,14 +179,16 @@ class HeldOutEvaluator:
             results = self._computed(adapter, [*held_out.groups, *held_out.batches], progress)
         groups = len(held_out.groups)
         answers: list[str] = [answer for group in results[:groups] for answer in group]
-        score = mean_score(held_out.metric, answers, held_out.references) if answers else None
+        judged = METRICS[held_out.metric].generated
+        score = mean_score(held_out.metric, answers, held_out.references) if judged else None
         scored = total(results[groups:])
         if not math.isfinite(scored.loss):
             raise RunError(
                 "the held-out examples have no finite loss: the base model or its adapter gives logits that are no "
                 "numbers; expected a smaller training.learning_rate, or another base model"
             )
-        return replace(scored, metric=held_out.metric, score=score)
+        custom = held_out.custom.means(held_out.prompts, held_out.references, answers)
+        return replace(scored, metric=held_out.metric, score=score, custom=custom)
 
     def answer(self, adapter: Vector, progress: Progress) -> list[str]:
         """Returns the adapter's answers to the shown prompts."""

@@ -23,7 +23,6 @@ from typing import cast
 
 from fedtune.core.adapter.layout import Factors
 from fedtune.core.job.settings import Job
-from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord, Work, WorkPurpose
 from fedtune.model.flops import ExampleLengths, Flops
 from fedtune.server.costs.power import Meter
@@ -92,7 +91,7 @@ class WorkCounter:
         """Returns the cost of an evaluation; generated answers are counted at their full length."""
         lengths = replace(self._lengths, targets=score.tokens / max(score.examples, 1))
         one = _Counted(self._flops.scored(lengths), round(lengths.tokens))
-        if answer_tokens and METRICS[score.metric].generated:
+        if answer_tokens and score.answered:
             prompt = max(self._lengths.tokens - self._lengths.targets, 0.0)
             answered = ExampleLengths(prompt + answer_tokens, answer_tokens)
             one += _Counted(self._flops.scored(answered), round(answered.tokens))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.errors import InputError, MissingExtraError, RunError
-from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName
+from fedtune.core.metrics import EXACT, LOSS, METRICS, MetricName, custom_figure
 from fedtune.core.round_records import Evaluation
 from fedtune.core.text import counted
 from fedtune.server.costs.cost_ledger import costs_json
@@ -72,6 +72,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         planned=data.settings.get("federation.rounds"),
         facts=headline(data),
         metric=METRICS[data.metric] if METRICS[data.metric].generated else None,
+        custom=list(dict.fromkeys(name for _, score in data.evaluations for name in score.custom)),
         saw=what_the_server_saw(data.summary.secure_aggregation) if data.summary else None,
         guarantee=guarantee(data.summary.privacy) if data.summary and data.summary.privacy else None,
         plots=run_plots(data),
@@ -146,6 +147,9 @@ def _quality(run: Run) -> list[Fact]:
         note = f"{'before → ' if before else ''}after {counted(number, 'round')}; {counted(after.examples, 'example')}"
         for place, metric in enumerate(dict.fromkeys((after.metric, EXACT, LOSS))):
             facts.append(Fact(METRICS[metric].title, _change(before, after, metric), "" if place else note))
+        for name, value in after.custom.items():
+            values = [*([before.custom[name]] if before and name in before.custom else []), value]
+            facts.append(Fact(name, " → ".join(map(custom_figure, values)), "mean over answers"))
     elif trained := [line for line in run.rounds if line.train_loss is not None]:
         first, end = trained[0], trained[-1]
         note = f"training, round {first.round} → {end.round}; the server holds no examples out"

@@ -14,6 +14,7 @@ from fedtune.core.errors import JobError
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.spans import span
+from fedtune.server.custom_metrics import NO_METRICS, CustomMetrics
 from fedtune.server.export.request import export_finished
 from fedtune.server.preflight import check_simulation
 from fedtune.server.run_directory import SUMMARY, RunDirectory, check_free, is_finished, read_summary
@@ -24,18 +25,27 @@ from fedtune.server.run_profile import Keep, profiling
 ANSWER_TOKENS = 64
 
 
-def simulate(job: Job, path: Path, display: Display, *, force: bool = False, profile: bool = False) -> dict[str, Any]:
+def simulate(
+    job: Job,
+    path: Path,
+    display: Display,
+    *,
+    force: bool = False,
+    profile: bool = False,
+    metrics: CustomMetrics = NO_METRICS,
+) -> dict[str, Any]:
     """Runs a job from its beginning in a new run directory.
 
     Args:
         force: replace a run that is there.
         profile: measure where the time goes, and write that into the run directory as well.
+        metrics: the user's own metrics.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        InputError: the job, its data or its model cannot be used, or the path is taken; nothing was written.
+        InputError: the job, its data, its model or a metric cannot be used, or the path is taken; nothing was written.
         RunError: the run could not go on; it can be resumed.
     """
     check_free(path, force)
@@ -43,19 +53,21 @@ def simulate(job: Job, path: Path, display: Display, *, force: bool = False, pro
         problem = 'simulation.backend is "ray", whose actors may be on machines with clocks of their own'
         raise JobError([f'{problem}; for --profile expected "local"'])
     with profiling(display) if profile else nullcontext(_keep_nothing) as keep:
-        return _simulate(job, path, display, force, keep)
+        return _simulate(job, path, display, force, keep, metrics)
 
 
 def _keep_nothing(path: Path) -> None:
     """Takes no note of the run directory, where there is no profile."""
 
 
-def _simulate(job: Job, path: Path, display: Display, force: bool, keep: Keep) -> dict[str, Any]:
+def _simulate(
+    job: Job, path: Path, display: Display, force: bool, keep: Keep, metrics: CustomMetrics
+) -> dict[str, Any]:
     with span("loading model and data"):
         inputs = check_simulation(job)
         from fedtune.server.simulation.simulated_run import open_context, run_job
 
-        context = open_context(inputs, path, display)
+        context = open_context(inputs, path, display, metrics)
     rated = with_learning_rate(job, context.model.layout)
     resolved = replace(rated, simulation=replace(rated.simulation, together=context.together))
     directory = RunDirectory.create(path, resolved, context.base.digest, force)
@@ -68,7 +80,7 @@ def _simulate(job: Job, path: Path, display: Display, force: bool, keep: Keep) -
     return summary
 
 
-def resume(path: Path, display: Display) -> dict[str, Any]:
+def resume(path: Path, display: Display, metrics: CustomMetrics = NO_METRICS) -> dict[str, Any]:
     """Resumes an interrupted run; its result equals an uninterrupted run's bit for bit."""
     directory = RunDirectory.open(path)
     try:
@@ -80,7 +92,7 @@ def resume(path: Path, display: Display) -> dict[str, Any]:
             display.note("a budget has ended the run; it goes on if the limit in its job.toml was raised since")
         elif is_finished(path):
             display.note("all rounds are done already; only what follows from them is written again")
-        summary = run_job(open_context(inputs, path, display), directory, display)
+        summary = run_job(open_context(inputs, path, display, metrics), directory, display)
     finally:
         directory.close()
     _export_and_answer(job, path, summary, display)

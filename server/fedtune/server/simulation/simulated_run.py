@@ -29,6 +29,7 @@ from fedtune.flower.strategy import AdapterStrategy
 from fedtune.model.base_model import BaseModel, best_precision
 from fedtune.model.scoring import evaluation_tokens
 from fedtune.model.shape import Precision, Weights, adapted_modules, shape_of
+from fedtune.server.custom_metrics import NO_METRICS, CustomMetrics
 from fedtune.server.evaluation import HeldOutEvaluator
 from fedtune.server.run_directory import CLIENTS, VIRTUAL, RunDirectory, read_virtual
 from fedtune.server.run_display import Display, format_seconds
@@ -43,20 +44,23 @@ from fedtune.strategies.secure_sum import SecureAggregation
 FIRST_NODE_ID = 1000
 
 
-def open_context(inputs: JobInputs, path: Path, display: Display) -> SimulationContext:
+def open_context(
+    inputs: JobInputs, path: Path, display: Display, metrics: CustomMetrics = NO_METRICS
+) -> SimulationContext:
     """Loads the model and data that the processes of a simulation share.
 
     Args:
         inputs: the job's checked inputs.
         path: the run directory.
+        metrics: the user's own metrics.
 
     Raises:
-        InputError: the model or the fleet cannot be used.
+        InputError: the model, the fleet, the held-out examples or a metric cannot be used.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     job = inputs.job
     together = clients_together(job, len(inputs.population.names))
-    context = SimulationContext.begin(job, path / CLIENTS, inputs, together=together)
+    context = SimulationContext.begin(job, path / CLIENTS, inputs, together=together, metrics=metrics)
     adapted_modules(context.shape.linear, job.adapter)  # refuses a wrong adapter before the weights are loaded
     _ = context.devices, context.held_out  # reports mistakes in their files before anything is written
     for warning in _warnings(context):

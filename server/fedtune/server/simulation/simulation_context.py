@@ -33,6 +33,7 @@ from fedtune.data.job_inputs import JobInputs
 from fedtune.data.population import Population
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.shape import ModelShape, shape_of
+from fedtune.server.custom_metrics import NO_METRICS, CustomMetrics
 from fedtune.server.evaluation import HeldOut
 from fedtune.server.job_model import describe_base, open_model
 from fedtune.server.simulation.faults import with_faults
@@ -89,6 +90,7 @@ class SimulationContext:
         make_trainer: model -> the trainer of every client, for one after another; by default torch's, for many at once.
         wrap: makes another handler out of that of the clients' messages, for clients that misbehave.
         together: clients that are trained in one pass; by default the job's number, and 1 where that is "auto".
+        metrics: the user's own metrics; only the process that evaluates needs them.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class SimulationContext:
         make_trainer: MakeTrainer | None = None,
         wrap: Wrap | None = None,
         together: int | None = None,
+        metrics: CustomMetrics = NO_METRICS,
     ) -> None:
         self.inputs, self.folder = inputs, folder
         asked = inputs.job.simulation.together
         self.together: int = together or (1 if asked == "auto" else asked)
         self.notes: list[str] = []
         """What people should know about the training in this process."""
-        self._make_trainer, self._wrap = make_trainer, wrap
+        self._make_trainer, self._wrap, self._metrics = make_trainer, wrap, metrics
         self._cleaning: dict[str, CleaningReport] = {}
 
     @classmethod
@@ -116,6 +119,7 @@ class SimulationContext:
         make_trainer: MakeTrainer | None = None,
         wrap: Wrap | None = None,
         together: int | None = None,
+        metrics: CustomMetrics = NO_METRICS,
     ) -> SimulationContext:
         """Makes this process a part of the simulation; from then on torch computes with the job's number of threads.
 
@@ -124,7 +128,7 @@ class SimulationContext:
         """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
-        return cls(inputs or JobInputs(job), folder, make_trainer, wrap, together)
+        return cls(inputs or JobInputs(job), folder, make_trainer, wrap, together, metrics)
 
     @property
     def job(self) -> Job:
@@ -173,7 +177,7 @@ class SimulationContext:
     @cached_property
     def held_out(self) -> HeldOut:
         """The server's own examples, on which it scores adapters."""
-        return HeldOut(self.model, self.job)
+        return HeldOut(self.model, self.job, self._metrics)
 
     @cached_property
     def enrolment(self) -> Enrolment:

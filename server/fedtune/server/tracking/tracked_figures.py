@@ -35,6 +35,7 @@ def evaluation_figures(score: Mapping[str, Any] | None, group: str = "eval") -> 
     figures = {"loss": score["loss"], "exact_match": score["exact_match"]}
     if score["score"] is not None:  # of generated answers
         figures[score["metric"]] = score["score"]
+    figures |= score.get("custom", {})  # earlier releases had none
     return _measured({f"{group}/{name}": value for name, value in figures.items()})
 
 
