@@ -41,12 +41,11 @@ def plan(
 
     from fedtune.core.text import counted
     from fedtune.data.job_inputs import job_or_demo
-    from fedtune.server.privacy_plan import check_private
+    from fedtune.server.privacy_plan import check_private, plan_privacy
 
     resolved = job_or_demo(job, overrides or [])
     check_private(resolved)
     from fedtune.model.shape import layout_of_sizes, shape_of
-    from fedtune.server.privacy_plan import plan_privacy
 
     layout = layout_of_sizes(shape_of(resolved.model).linear, resolved.adapter)
     made = plan_privacy(resolved, layout, clients or resolved.data.clients)

@@ -22,9 +22,9 @@ from fedtune.core.job.cost_settings import CostSettings
 from fedtune.core.ledger import PROTOCOL
 from fedtune.core.metrics import METRICS
 from fedtune.core.round_records import WORK_PURPOSES, ClientEvaluation, EnergySource, Evaluation, Work, WorkPurpose
+from fedtune.server.costs.power_process import JOULES_PER_KWH
 from fedtune.strategies.evaluation_round import pooled
 
-JOULES_PER_KWH = 3.6e6
 BYTES_PER_GB = 1e9
 SECONDS_PER_HOUR = 3600.0
 NEAR_BEST = 0.9  # share of the best quality whose cost is told where a job names no target
