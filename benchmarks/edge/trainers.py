@@ -22,14 +22,20 @@ from typing import Literal
 
 import numpy as np
 
-from fedtune.client.trainer import LocalTask, Trainer
+from fedtune.client.trainer import Limits, LocalTask, Trainer
 from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example
 from fedtune.edge.pack import open_pack
 
 ADAPTER = AdapterSettings(rank=8)
-TRAINERS = ("torch, packed", "torch, dequantized", "onnxruntime")
+TORCH: dict[str, Literal["packed", "dequantized"]] = {"torch, packed": "packed", "torch, dequantized": "dequantized"}
+ONNX = {  # weights, and whether activations are computed again: the forms of a plan, from the largest to the smallest
+    "onnxruntime, unpacked": ("unpacked", False),
+    "onnxruntime": ("mapped", False),
+    "onnxruntime, checkpointed": ("mapped", True),
+}
+TRAINERS = (*TORCH, *ONNX)
 COLUMNS = ("trainer", "threads", "tokens", "seconds a step", "tokens/s", "peak memory, MB", "loss of all steps")
 
 
@@ -105,10 +111,13 @@ def group_of(process: int) -> Path:
 
 def open_trainer(options: argparse.Namespace) -> Trainer:
     (threads,) = options.threads
-    if options.trainer == "onnxruntime":
+    if options.trainer in ONNX:
         from fedtune.client.onnx import onnx_trainer
 
-        return onnx_trainer.open_trainer(options.pack, ADAPTER, threads=threads)
+        weights, checkpointing = ONNX[options.trainer]
+        trainer = onnx_trainer.open_trainer(options.pack, ADAPTER, threads=threads, unpacked=weights == "unpacked")
+        trainer.limits = Limits(checkpointing=checkpointing)
+        return trainer
     import torch
 
     from fedtune.client.torch.torch_trainer import TorchTrainer
@@ -116,8 +125,8 @@ def open_trainer(options: argparse.Namespace) -> Trainer:
     from fedtune.model.base_model import load_base
 
     torch.set_num_threads(threads)
-    weights: Literal["packed", "dequantized"] = "packed" if options.trainer == "torch, packed" else "dequantized"
-    return TorchTrainer(adapt(load_base(ModelSettings(options.base), precision="fp32", weights=weights), ADAPTER))
+    base = load_base(ModelSettings(options.base), precision="fp32", weights=TORCH[options.trainer])
+    return TorchTrainer(adapt(base, ADAPTER))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_two_devices_with_torch_and_two_without_give_one_adapter_under_secure_ag
     assert [line["secure"]["summed"] for line in rounds] == [4, 4]
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     for name in fleet.names:
-        trainer, weights = ("torch", "dequantized") if name in with_torch else ("onnxruntime", "mapped")
+        trainer, weights = ("torch", "dequantized") if name in with_torch else ("onnxruntime", "unpacked")
         assert fleet.device_status(name)["plan"]["plan"]["trainer"] == trainer
         assert fleet.status()["devices"][name]["plan"]["weights"] == weights
         assert f"trainer: {trainer}" in said_by_status(fleet, name)

@@ -467,6 +467,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         "dequantized": "dequantized once",
         "packed": f"packed, unpacked by {unpacking}",
         "mapped": f"edge pack, {_mb(predicted['mapped'])} of weights mapped",
+        "unpacked": f"edge pack, {_mb(predicted['mapped'])} of weights unpacked once",
     }[chosen["weights"]]
     rank = f"rank {chosen['tier']} of {chosen['rank']}"
     passes = f"{chosen['micro_batch_tokens']} at once, {counted(chosen['accumulation'], 'time')} a step"

@@ -1,8 +1,8 @@
-"""The functions that an edge pack's graphs compute: one block forward, one block backward, and the head.
+"""The functions that an edge pack's graphs compute: one block with its gradients, and the head.
 
 Per adapted linear layer with input x of shape (n, d_in), and weight Ŵ of shape (d_out, d_in), which a device unpacks:
 
-    y = x Ŵᵀ + bias + s ((x Aᵀ) Rᵀ) Bᵀ          A: (r, d_in), R: (r, r), B: (d_out, r)
+    y = x Ŵᵀ + bias + (s (x Aᵀ) Rᵀ) Bᵀ          A: (r, d_in), R: (r, r), B: (d_out, r)
 
 Every tensor is an input, by name, so that one graph serves all blocks, all adapters and all ranks. LoRA has R = I.
 """
@@ -24,6 +24,7 @@ from fedtune.model.packed import PackedLinear
 
 FACTORS = ("lora_a", "core", "lora_b")
 SCALING = "scaling"
+X, Y, Y_GRADIENT = "x", "y", "y_gradient"
 _TRACED_BATCH, _TRACED_LENGTH, _TRACED_RANK = 3, 24, 5  # sizes that no other dimension of a model has
 
 Named = Mapping[str, Tensor]
@@ -83,8 +84,10 @@ class TracedLinear(nn.Module):
         """Maps x: (..., d_in) -> (..., d_out)."""
         bias = self.get_buffer("bias") if self.biased else None
         weight, lora_a, core, lora_b, scaling = (self.get_buffer(name) for name in ("weight", *FACTORS, SCALING))
-        thin = (x @ lora_a.T) @ core.T
-        return nn.functional.linear(x, weight, bias) + scaling * (thin @ lora_b.T)
+        rows = x.reshape(-1, x.shape[-1])  # once, instead of around every product
+        thin = scaling * ((rows @ lora_a.T) @ core.T)
+        y = nn.functional.linear(rows, weight, bias) + thin @ lora_b.T
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class TracedBlock:
@@ -127,23 +130,18 @@ class TracedBlock:
         }
 
     @property
-    def forward(self) -> GraphFunction:
-        """The block's outputs y, (batch, length, d)."""
-        return GraphFunction(lambda inputs: [self._block(inputs)], self._inputs, ("y",), self._dynamic)
-
-    @property
-    def backward(self) -> GraphFunction:
-        """The gradients of x and of every factor, given the gradient of y; the block is computed again."""
+    def step(self) -> GraphFunction:
+        """The block's outputs y, (batch, length, d), and given their gradient, those of x and of every factor."""
 
         def compute(inputs: Named) -> Sequence[Tensor]:
             leaves = {name: inputs[name].detach().requires_grad_() for name in ("x", *self._factors)}
-            return torch.autograd.grad(
-                self._block({**inputs, **leaves}), list(leaves.values()), inputs["y_gradient"], materialize_grads=True
-            )
+            y = self._block({**inputs, **leaves})
+            given = inputs[Y_GRADIENT]
+            return y.detach(), *torch.autograd.grad(y, list(leaves.values()), given, materialize_grads=True)
 
-        outputs = tuple(f"{name}_gradient" for name in ("x", *self._factors))
-        inputs = {"y_gradient": torch.zeros_like(self._inputs["x"]), **self._inputs}
-        return GraphFunction(compute, inputs, outputs, {"y_gradient": (0, 1), **self._dynamic})
+        outputs = (Y, *(f"{name}_gradient" for name in ("x", *self._factors)))
+        inputs = {**self._inputs, Y_GRADIENT: torch.zeros_like(self._inputs["x"])}
+        return GraphFunction(compute, inputs, outputs, {**self._dynamic, Y_GRADIENT: (0, 1)})
 
     def _block(self, inputs: Named) -> Tensor:
         x = inputs["x"]

@@ -89,18 +89,20 @@ class EdgePack:
         )
 
 
-class UnpackedBlock:
-    """The base model's tensors of one block at a time, unpacked into memory that all blocks share.
+class UnpackedBlocks:
+    """The base model's tensors block by block, unpacked into memory that all blocks share, or kept of each.
 
     A graph that unpacked them would take several times as long, and new pages of memory for each.
 
     Args:
         pack: base model.
         threads: number of threads, each of which unpacks some of a block's matrices.
+        keep: whether to unpack each block once only.
     """
 
-    def __init__(self, pack: EdgePack, threads: int = 1) -> None:
+    def __init__(self, pack: EdgePack, threads: int = 1, *, keep: bool = False) -> None:
         self._pack = pack
+        self._kept: dict[int, dict[str, npt.NDArray[Any]]] | None = {} if keep else None
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="unpacking")
         layers = range(pack.facts.shape.layers)
         self._others = [
@@ -112,17 +114,27 @@ class UnpackedBlock:
             layer, _, own = module.name.removeprefix(f"{pack.facts.blocks}.").partition(".")
             self._linear[int(layer)].append((own, module))
         sizes = {own: 2 * len(pack.tensors[f"{module.name}.codes"]) for own, module in self._linear[0]}
-        self._room = {own: np.empty(size, dtype=np.float32) for own, size in sizes.items()}
+        self._room = {} if keep else {own: np.empty(size, dtype=np.float32) for own, size in sizes.items()}
         for linear in self._linear:  # the largest first, so that the threads end together
             linear.sort(key=lambda named: -named[1].d_in * named[1].d_out)
 
     def weights(self, layer: int) -> dict[str, npt.NDArray[Any]]:
-        """Returns the tensors of a block by the names that its graphs have for them; the next call overwrites them."""
+        """Returns the tensors of a block by the names that its graphs have for them.
+
+        If blocks are not kept, the next call overwrites them.
+        """
+        if self._kept is None:
+            return self._unpack(layer)
+        if layer not in self._kept:
+            self._kept[layer] = self._unpack(layer)
+        return self._kept[layer]
+
+    def _unpack(self, layer: int) -> dict[str, npt.NDArray[Any]]:
         return self._others[layer] | dict(self._workers.map(self._unpacked, self._linear[layer]))
 
     def _unpacked(self, linear: tuple[str, AdaptedModule]) -> tuple[str, Vector]:
         own, module = linear
-        return f"{own}.weight", self._pack.weight(module, self._room[own])
+        return f"{own}.weight", self._pack.weight(module, self._room.get(own))
 
 
 def open_pack(directory: Path) -> EdgePack:

@@ -34,7 +34,7 @@ HEAD = "head.onnx"
 GRAPHS = (FORWARD, BACKWARD, HEAD)
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-SCHEMA = 3
+SCHEMA = 4
 _MAX_BYTES = 4 << 20
 REMEDY = "pull the pack again, or write it again with: fedtune edge pack BASE --out DIR"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
@@ -21,8 +22,9 @@ from fedtune.core.job.settings import ModelSettings
 from fedtune.core.protocol.model_manifest import MANIFEST, PACK_FORMAT, PACK_KIND, Manifest, list_files
 from fedtune.data.examples import start_tokens
 from fedtune.data.job_inputs import PACK_FACTS
-from fedtune.edge.blocks import TracedBlock, block_parameters, head_function, unpacking_tables
-from fedtune.edge.graph_export import export
+from fedtune.edge.blocks import Y_GRADIENT, TracedBlock, X, Y, block_parameters, head_function, unpacking_tables
+from fedtune.edge.graph_cut import halves
+from fedtune.edge.graph_export import exported
 from fedtune.edge.pack_contents import FREQUENCIES
 from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, PackFacts
 from fedtune.model.base_model import BaseModel, linear_modules, load_base
@@ -78,9 +80,9 @@ def check_supported(base: BaseModel) -> None:
 
 
 def _write(base: BaseModel, directory: Path) -> PackFacts:
-    block = TracedBlock(base)
-    for function, name in ((block.forward, FORWARD), (block.backward, BACKWARD), (head_function(base), HEAD)):
-        export(function, directory / name)
+    forward, backward = halves(exported(TracedBlock(base).step), X, Y, Y_GRADIENT)
+    for graph, name in ((forward, FORWARD), (backward, BACKWARD), (exported(head_function(base)), HEAD)):
+        ir.save(graph, directory / name)
     save_file({name: tensor.contiguous() for name, tensor in _tensors(base).items()}, directory / WEIGHTS)
     base.tokenizer.save_pretrained(directory)
     facts = _facts(base, directory)

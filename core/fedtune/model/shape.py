@@ -22,7 +22,8 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.job_inputs import source_of
 
 Precision = Literal["fp32", "bf16", "fp16"]  # precision of the arithmetic
-Weights = Literal["packed", "dequantized", "mapped"]  # format of the linear weights; "mapped": in an edge pack's file
+Weights = Literal["packed", "dequantized", "mapped", "unpacked"]
+"""Format of the linear weights. The last two are of an edge pack: in its file, or unpacked once into memory."""
 MAX_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB of float32
 PACK_CHUNK_LOGITS = 1 << 22  # the same on an edge pack: 16 MiB, three times
 SMALL_MODEL = 50_000_000  # parameters; smaller models run slower with threads, above all on a busy machine

@@ -85,7 +85,7 @@ def planner_of(tmp_path: Path, measured: Callable[[Case], Measured] = never, **o
 def test_a_pack_is_planned_measured_and_foretold_within_a_factor_of_two(demo_pack: Path, tmp_path: Path) -> None:
     job = load_job(None, [*JOB, f"model.base={demo_pack}"])
     outcome = DevicePlanner(INSTALLED, CalibrationStore(tmp_path)).plan(job)
-    assert (outcome.trainer, outcome.plan.choices.weights) == ("onnxruntime", "mapped")
+    assert (outcome.trainer, outcome.plan.choices.weights) == ("onnxruntime", "unpacked")
     assert (outcome.plan.choices.precision, outcome.machine.gpus) == ("fp32", ())
     assert outcome.plan.memory.mapped == (demo_pack / "weights.safetensors").stat().st_size
     assert outcome.measured is not None
@@ -122,9 +122,21 @@ def test_kappa_of_a_pack_gives_the_measured_peak(demo_pack: Path) -> None:
     assert predict_memory(shape, choices, target_share=0.4, kappa=kappa).training == pytest.approx(90_000_000, abs=2)
 
 
-def test_mapped_weights_may_be_larger_than_the_budget_but_no_batch_is_widened_at_their_cost(
+def test_memory_decides_whether_activations_are_kept_and_weights_are_unpacked_once(
     demo_pack: Path, tmp_path: Path
 ) -> None:
+    job = load_job(None, [*JOB, f"model.base={demo_pack}"])
+    planner, shape = planner_of(tmp_path, reserve=0.0), read_facts(demo_pack).shape
+    for weights, checkpointing in OnnxBackend.forms:
+        peak = predict_memory(shape, Choices(weights, "fp32", 4, 64, 64, checkpointing)).peak
+        found = planner.plan(job, trial="never", memory=peak + 1, runtime=0).plan.choices
+        assert (found.weights, found.checkpointing) == (weights, checkpointing)
+
+
+def test_mapped_weights_may_be_larger_than_the_budget_but_no_batch_is_widened_at_their_cost(
+    demo_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxBackend, "forms", (("mapped", True),))
     job = load_job(None, [*JOB, f"model.base={demo_pack}"])
     roomy = planner_of(tmp_path).plan(job, trial="never")
     shape, one = roomy.shape, replace(roomy.plan.choices, tokens=64)
@@ -144,7 +156,7 @@ def test_mapped_weights_may_be_larger_than_the_budget_but_no_batch_is_widened_at
 @pytest.mark.parametrize("wanted", ["training.weights=packed", "training.precision=bf16"])
 def test_a_job_that_wants_another_form_is_refused_by_a_plan(demo_pack: Path, tmp_path: Path, wanted: str) -> None:
     job = load_job(None, [*JOB, f"model.base={demo_pack}", wanted])
-    with pytest.raises(NoPlanError, match="this device can hold the base model mapped, and the job wants"):
+    with pytest.raises(NoPlanError, match="this device can hold the base model mapped or unpacked, and the job wants"):
         planner_of(tmp_path).plan(job, trial="never")
 
 
@@ -311,7 +323,7 @@ def test_plan_and_join_run_where_torch_cannot_be_imported(demo_pack: Path, data:
     command = [*run, *join, "--base", str(demo_pack), "--home", str(tmp_path / "device")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert f"plan for {demo_pack}: edge pack, 3 MB of weights mapped, fp32" in done.stdout
+    assert f"plan for {demo_pack}: edge pack, 3 MB of weights unpacked once, fp32" in done.stdout
     assert "trainer: onnxruntime" in done.stdout
     assert "one step:" in done.stdout
     done = subprocess.run(

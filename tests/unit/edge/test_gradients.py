@@ -16,7 +16,7 @@ from fedtune.core.adapter.layout import Vector
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import Batch, collate
 from fedtune.data.examples import Example
-from fedtune.edge.pack import UnpackedBlock, open_pack
+from fedtune.edge.pack import UnpackedBlocks, open_pack
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import linear_modules, load_base
 from fedtune.model.loss import completion_loss, on_device, score
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_torch_s(
     assert pack.facts.architecture == architecture
     for settings in (LORA, CORE):
         model = torch_model(directory, settings)
-        network = EdgeNetwork(pack, pack.layout(settings))
+        network = EdgeNetwork(pack, pack.layout(settings), unpacked=settings is CORE)
         vector = random_vector(model.layout.size)
         model.load(vector)
         network.load(vector)
@@ -83,6 +83,9 @@ def test_loss_and_gradient_are_torch_s(
             found = np.zeros_like(vector)
             assert network.add_gradient(batch, 1 / 8, model.layout.factors, found) == pytest.approx(loss, rel=1e-5)
             assert distance(found, gradient) < TOLERANCE
+            again = np.zeros_like(vector)
+            network.add_gradient(batch, 1 / 8, model.layout.factors, again, checkpointing=True)
+            assert np.array_equal(again, found)
             losses, right = score(model.lm_head, on_device(batch, model.base.device))
             our_losses, our_right = network.score(batch)
             np.testing.assert_allclose(our_losses, losses.numpy(), rtol=1e-5, atol=1e-5)
@@ -112,9 +115,10 @@ def test_unpacked_weights_are_torch_s_to_the_bit(make_biased: MakeModel, pack_of
         assert np.array_equal(pack.weight(module), layer.dense().numpy())
 
 
-def test_threads_unpack_the_block_that_was_asked_for(make_biased: MakeModel, pack_of: PackOf) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_threads_unpack_the_block_that_was_asked_for(make_biased: MakeModel, pack_of: PackOf, keep: bool) -> None:
     pack = open_pack(pack_of(str(make_biased("llama", **ODD))))
-    unpacked = UnpackedBlock(pack, threads=3)
+    unpacked = UnpackedBlocks(pack, threads=3, keep=keep)
     for _ in range(5):
         for layer in (1, 0):
             prefix = f"{pack.facts.blocks}.{layer}."

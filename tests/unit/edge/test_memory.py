@@ -27,12 +27,13 @@ for path in pack.iterdir():
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 import numpy as np
 from fedtune.client.onnx.onnx_trainer import open_trainer
-from fedtune.client.trainer import LocalTask
+from fedtune.client.trainer import Limits, LocalTask
 from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.core.job.settings import AdapterSettings
 from fedtune.data.examples import Example
 
 trainer = open_trainer(pack, AdapterSettings(kind="lora", rank=4))
+trainer.limits = Limits(checkpointing=True)
 work = local_work(TrainingSettings(learning_rate=1e-3, local_steps=2, batch_tokens=64), "ab")
 examples = [Example(np.arange(3, 67, dtype=np.int32), 32)]
 result = trainer.train(examples, trainer.layout.initial(0), LocalTask(0, work))

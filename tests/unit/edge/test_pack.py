@@ -108,7 +108,7 @@ def test_a_pack_with_one_more_file_is_refused(copied: Path) -> None:
         open_pack(copied)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 3}', '{"schema": 3, "layers": "two"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 4}', '{"schema": 4, "layers": "two"}'])
 def test_facts_that_are_none_are_refused(copied: Path, text: str) -> None:
     (copied / PACK_FACTS).write_text(text, encoding="utf-8")
     list_again(copied)
@@ -241,7 +241,7 @@ def test_a_manifest_of_something_else_or_with_names_outside_is_refused(copied: P
 def test_a_pack_of_another_version_is_refused(copied: Path) -> None:
     edit(copied / PACK_FACTS, schema=1)
     list_again(copied)
-    with pytest.raises(ModelError, match="has schema 1; expected 3"):
+    with pytest.raises(ModelError, match="has schema 1; expected 4"):
         open_pack(copied)
 
 

@@ -4,14 +4,14 @@
     network.load(vector)
     loss = network.add_gradient(batch, 1 / targets, "ab", gradient)
 
-A training pass keeps the input of each block; the block's backward graph computes its activations again. So the memory
-is one block's activations and unpacked weights, its inputs once per layer, and the packed weights, which are mapped.
+A training pass keeps what the blocks' backward graphs need, or only the input of each block, from which the forward
+graph then computes it again. In the second case the memory is one block's activations and unpacked weights, its inputs
+once per layer, and the packed weights, which are mapped.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ from fedtune.core.adapter.layout import AdapterLayout, Extent, Factor, Factors, 
 from fedtune.core.adapter.lora_layout import lora_layout
 from fedtune.core.errors import ModelError
 from fedtune.data.batches import Batch
-from fedtune.edge.pack import EdgePack, UnpackedBlock
+from fedtune.edge.pack import EdgePack, UnpackedBlocks
 from fedtune.edge.pack_contents import FREQUENCIES
 from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, REMEDY
 from fedtune.model.shape import PACK_CHUNK_LOGITS
 
 _NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
+Y, Y_GRADIENT = "y", "y_gradient"  # the block's output in the forward graph; its gradient in the backward graph
 _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}  # onnxruntime's names
 
 Array = npt.NDArray[Any]
@@ -44,6 +45,15 @@ class _Block:
     extents: dict[str, Extent]
 
 
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A block's forward pass: its input, and the values that were kept of it; none where they are computed again."""
+
+    block: _Block
+    x: Vector
+    kept: list[Array]
+
+
 class EdgeNetwork:
     """Computes losses and gradients.
 
@@ -51,23 +61,25 @@ class EdgeNetwork:
         pack: base model.
         layout: layout of the adapter's vector.
         threads: number of threads of onnxruntime, and of those that unpack weights.
+        unpacked: whether to keep the unpacked weights of all blocks, instead of unpacking each for every use.
 
     Raises:
         ModelError: onnxruntime is too old for the pack's graphs or cannot load them, or they do not fit its tensors.
     """
 
-    def __init__(self, pack: EdgePack, layout: AdapterLayout, threads: int = 1) -> None:
+    def __init__(self, pack: EdgePack, layout: AdapterLayout, threads: int = 1, *, unpacked: bool = False) -> None:
         check_runtime(pack, onnxruntime.__version__)
         self.pack = pack
         self.layout = layout
         self._forward, self._backward, self._head = (
             _session(pack, name, threads) for name in (FORWARD, BACKWARD, HEAD)
         )
+        self._kept = [each.name for each in self._forward.get_outputs() if each.name != Y]
         prefix = f"{pack.facts.norm}."
         self._norm = {name.removeprefix(prefix): each for name, each in pack.tensors.items() if name.startswith(prefix)}
         self._scaling = np.asarray(layout.scaling, dtype=np.float32)
         self._extents = _extents(layout)
-        self._unpacked = UnpackedBlock(pack, threads)
+        self._unpacked = UnpackedBlocks(pack, threads, keep=unpacked)
         self.load(np.zeros(layout.size, dtype=np.float32))
         self._check_inputs()
 
@@ -80,15 +92,22 @@ class EdgeNetwork:
         self.layout.check(vector)
         self._blocks = [self._block(layer, vector) for layer in range(self.pack.facts.shape.layers)]
 
-    def add_gradient(self, batch: Batch, scale: float, factors: Factors, gradient: Vector) -> float:
+    def add_gradient(
+        self, batch: Batch, scale: float, factors: Factors, gradient: Vector, *, checkpointing: bool = False
+    ) -> float:
         """Adds the gradient of scale · Σ cross-entropies to `gradient`, and returns the sum of the cross-entropies.
 
         Args:
             factors: factors whose gradients are computed.
             gradient: float32, (layout.size,), changed in place.
+            checkpointing: whether activations are computed again instead of kept.
         """
-        inputs = [*self._states(batch.ids)]
-        states = inputs.pop()
+        states, passes = self._embedded(batch.ids), []
+        for block in self._blocks:
+            keep = bool(block.extents) and not checkpointing
+            results = self._run(self._forward, [Y, *self._kept] if keep else [Y], self._feeds(block, states))
+            passes.append(_Pass(block, states, results[1:]))
+            states = results[0]
         flat = states.reshape(-1, states.shape[-1])
         backward = np.zeros_like(flat)
         loss = 0.0
@@ -101,21 +120,26 @@ class EdgeNetwork:
         y_gradient = backward.reshape(states.shape)
         first = next(index for index, block in enumerate(self._blocks) if block.extents)
         for layer in range(len(self._blocks) - 1, first - 1, -1):
-            block = self._blocks[layer]
-            trained = [name for name in block.extents if name.rpartition(".")[2] in wanted]
+            done = passes.pop()
+            trained = [name for name in done.block.extents if name.rpartition(".")[2] in wanted]
             outputs = [f"{name}_gradient" for name in trained]
             if layer > first:
                 outputs.append("x_gradient")
-            results = self._run(self._backward, outputs, block, inputs.pop(), y_gradient)
+            feeds = self._feeds(done.block, done.x)
+            kept = done.kept or self._run(self._forward, self._kept, feeds)
+            feeds |= {Y_GRADIENT: y_gradient, **dict(zip(self._kept, kept, strict=True))}
+            results = self._run(self._backward, outputs, feeds)
             if layer > first:
                 y_gradient = results.pop()
             for name, values in zip(trained, results, strict=True):
-                gradient[block.extents[name].where] += values.reshape(-1)
+                gradient[done.block.extents[name].where] += values.reshape(-1)
         return loss
 
     def score(self, batch: Batch) -> tuple[Vector, npt.NDArray[np.bool_]]:
         """Returns per target its cross-entropy, float32, and whether it is the likeliest token; both (targets,)."""
-        states = deque(self._states(batch.ids), maxlen=1).pop()
+        states = self._embedded(batch.ids)
+        for block in self._blocks:
+            (states,) = self._run(self._forward, [Y], self._feeds(block, states))
         flat = states.reshape(-1, states.shape[-1])
         results = [
             self._run_head(["losses", "right"], flat[batch.positions[rows]], batch.targets[rows])
@@ -123,16 +147,11 @@ class EdgeNetwork:
         ]
         return np.concatenate([losses for losses, _ in results]), np.concatenate([right for _, right in results])
 
-    def _states(self, ids: npt.NDArray[np.int64]) -> Iterator[Vector]:
-        """Yields the input of each block, then the last one's output: float32, (batch, length, d)."""
+    def _embedded(self, ids: npt.NDArray[np.int64]) -> Vector:
+        """Returns the input of the first block: float32, (batch, length, d)."""
         facts = self.pack.facts
         states = self.pack.tensors[facts.embedding][ids]
-        if facts.embedding_scale != 1.0:
-            states = states * np.float32(facts.embedding_scale)
-        yield states
-        for block in self._blocks:
-            (states,) = self._run(self._forward, ["y"], block, states)
-            yield states
+        return states * np.float32(facts.embedding_scale) if facts.embedding_scale != 1.0 else states
 
     def _check_inputs(self) -> None:
         """Checks that the graphs take the tensors that this network has.
@@ -144,21 +163,15 @@ class EdgeNetwork:
         for block in self._blocks:
             feeds = self._feeds(block, states)
             _check(self.pack, FORWARD, self._forward, feeds)
-            _check(self.pack, BACKWARD, self._backward, {**feeds, "y_gradient": states})
+            _check(self.pack, BACKWARD, self._backward, {**feeds, Y_GRADIENT: states}, self._kept)
         _check(self.pack, HEAD, self._head, self._head_feeds(states[0], np.zeros(2, dtype=np.int64)))
 
-    def _run(
-        self, session: Any, outputs: Sequence[str], block: _Block, x: Vector, y_gradient: Vector | None = None
-    ) -> list[Vector]:
-        feeds = self._feeds(block, x)
-        if y_gradient is not None:
-            feeds["y_gradient"] = y_gradient
-        results: list[Vector] = session.run(outputs, feeds, _only_needed())
+    def _run(self, session: Any, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        results: list[Array] = session.run(outputs, feeds, _only_needed())
         return results
 
     def _run_head(self, outputs: Sequence[str], states: Vector, targets: npt.NDArray[np.int64]) -> list[Array]:
-        results: list[Array] = self._head.run(outputs, self._head_feeds(states, targets), _only_needed())
-        return results
+        return self._run(self._head, outputs, self._head_feeds(states, targets))
 
     def _feeds(self, block: _Block, x: Vector) -> dict[str, Array]:
         cosines, sines = self._rotations(x.shape[1])
@@ -176,8 +189,10 @@ class EdgeNetwork:
         return np.cos(angles) * scale, np.sin(angles) * scale
 
     def _chunks(self, batch: Batch) -> Iterator[slice]:
-        size = max(1, PACK_CHUNK_LOGITS // self.pack.facts.shape.vocabulary)
-        for start in range(0, len(batch.targets), size):
+        """Yields the fewest equal parts of the targets whose logits may exist at once."""
+        most, count = max(1, PACK_CHUNK_LOGITS // self.pack.facts.shape.vocabulary), len(batch.targets)
+        size = -(-count // max(1, -(-count // most)))
+        for start in range(0, count, size):
             yield slice(start, start + size)
 
     def _block(self, layer: int, vector: Vector) -> _Block:
@@ -237,9 +252,9 @@ def _session(pack: EdgePack, name: str, threads: int) -> Any:
         raise ModelError(f"{pack.directory / name}: onnxruntime cannot load it: {reason}") from error
 
 
-def _check(pack: EdgePack, name: str, session: Any, feeds: Mapping[str, Array]) -> None:
+def _check(pack: EdgePack, name: str, session: Any, feeds: Mapping[str, Array], computed: Collection[str] = ()) -> None:
     path = pack.directory / name
-    inputs = {each.name: each for each in session.get_inputs()}
+    inputs = {each.name: each for each in session.get_inputs() if each.name not in computed}
     if inputs.keys() != feeds.keys():
         differing = ", ".join(sorted(inputs.keys() ^ feeds.keys()))
         raise ModelError(f"{path}: the graph and the pack's tensors differ in {differing}; {REMEDY}")

@@ -86,6 +86,8 @@ def _accumulate(network: EdgeNetwork, examples: list[Example], task: LocalTask, 
     loss, tokens = 0.0, 0
     for part in micro_batches(examples, task.micro_batch_tokens or task.work.batch_tokens):
         batch = collate(part)
-        loss += network.add_gradient(batch, 1.0 / targets, task.work.factors, gradient)
+        loss += network.add_gradient(
+            batch, 1.0 / targets, task.work.factors, gradient, checkpointing=task.work.gradient_checkpointing
+        )
         tokens += batch.ids.size
     return StepSums(loss, targets, tokens)

@@ -15,7 +15,7 @@ from fedtune.client.onnx.trial_step import measure
 from fedtune.client.plan.backend import Case, Measured
 from fedtune.client.plan.machine import Gpu
 from fedtune.client.plan.meter import KeptMeter
-from fedtune.client.plan.step_costs import Choices, Form
+from fedtune.client.plan.step_costs import PACK_WEIGHTS, Choices, Form
 from fedtune.core.errors import ModelError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.edge.pack_facts import read_facts
@@ -30,7 +30,7 @@ class OnnxBackend:
     """Implements `fedtune.client.plan.backend.Backend` with onnxruntime."""
 
     name = "onnxruntime"
-    forms: tuple[Form, ...] = (("mapped", True),)
+    forms: tuple[Form, ...] = (("unpacked", False), ("mapped", False), ("mapped", True))
     on_gpu = False
 
     def gpus(self) -> tuple[Gpu, ...]:
@@ -98,5 +98,5 @@ class OnnxBackend:
             WrongBaseError: its base's digest differs from `digest`.
             ModelError: it is no whole pack, or the adapter does not fit the base.
         """
-        assert choices.weights == "mapped"
-        return open_trainer(Path(model.base), adapter, digest, choices.threads)
+        assert choices.weights in PACK_WEIGHTS
+        return open_trainer(Path(model.base), adapter, digest, choices.threads, unpacked=choices.weights == "unpacked")

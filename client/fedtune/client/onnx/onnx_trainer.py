@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from fedtune.client.onnx.edge_network import EdgeNetwork
@@ -35,8 +36,7 @@ class OnnxTrainer:
 
     Args:
         network: base model with an adapter, which is swapped; the trainer must be its only user.
-        limits: memory limits; they shrink where memory runs out, and a plan may set others. Activations are always
-            computed again.
+        limits: memory limits; they shrink where memory runs out, and a plan may set others.
     """
 
     def __init__(self, network: EdgeNetwork, limits: Limits = UNLIMITED) -> None:
@@ -65,18 +65,20 @@ class OnnxTrainer:
         return self._tokenizer
 
     def train(self, examples: Sequence[Example], received: Vector, task: LocalTask) -> LocalResult:
-        """Trains under the limits, and retries once with a quarter of the micro-batch where memory ran out.
-
-        The smaller micro-batch stays the limit.
+        """Trains under the limits, and retries once where memory ran out: with a quarter of the micro-batch, and with
+        activations computed again, which then stay the limits.
 
         Raises:
             UpdateError: as in `train_on_pack`, and where memory ran out again; the message has the sizes tried.
         """
         first = self.limits.at_once(task.micro_batch_tokens or task.work.batch_tokens)
-        for tokens in (first, max(1, first // SHRINK)):
-            self.limits = self.limits if tokens == first else replace(self.limits, tokens=tokens)
+        checkpointing = task.work.gradient_checkpointing or self.limits.checkpointing
+        for limits in (self.limits, Limits(max(1, first // SHRINK), checkpointing=True)):
+            self.limits = limits
+            work = msgspec.structs.replace(task.work, gradient_checkpointing=checkpointing or limits.checkpointing)
+            limited = replace(task, work=work, micro_batch_tokens=limits.at_once(first))
             try:
-                return train_on_pack(self.network, examples, received, replace(task, micro_batch_tokens=tokens))
+                return train_on_pack(self.network, examples, received, limited)
             except Exception as error:  # onnxruntime's errors share no base class
                 if not is_out_of_memory(error):
                     raise
@@ -107,12 +109,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
-def open_trainer(directory: Path, adapter: AdapterSettings, digest: str | None = None, threads: int = 1) -> OnnxTrainer:
+def open_trainer(
+    directory: Path, adapter: AdapterSettings, digest: str | None = None, threads: int = 1, *, unpacked: bool = False
+) -> OnnxTrainer:
     """Opens an edge pack for training.
 
     Args:
         digest: digest of the base model that is expected; None for any.
         threads: number of onnxruntime's threads.
+        unpacked: whether to unpack the weights once, where memory permits, instead of for every use.
 
     Raises:
         WrongBaseError: the pack's base has another digest.
@@ -121,4 +126,4 @@ def open_trainer(directory: Path, adapter: AdapterSettings, digest: str | None =
     pack = open_pack(directory)
     if digest is not None and pack.facts.base_digest != digest:
         raise WrongBaseError(pack.facts.base_digest)
-    return OnnxTrainer(EdgeNetwork(pack, pack.layout(adapter), threads))
+    return OnnxTrainer(EdgeNetwork(pack, pack.layout(adapter), threads, unpacked=unpacked))

@@ -32,7 +32,10 @@ def run_case(case: Case) -> Measured:
 
 
 def _load(case: Case) -> trial.Loaded:
-    trainer = open_trainer(Path(case.model.base), case.adapter, threads=case.choices.threads)
+    choices = case.choices
+    trainer = open_trainer(
+        Path(case.model.base), case.adapter, threads=choices.threads, unpacked=choices.weights == "unpacked"
+    )
     network = trainer.network
     return trial.Loaded(trainer.layout, network.pack.facts.shape.vocabulary, partial(train_on_pack, network))
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.planner import megabytes
+from fedtune.client.plan.step_costs import PACK_WEIGHTS
 from fedtune.core.text import counted
 
 
@@ -66,8 +67,9 @@ def print_plan(console: Console, outcome: Outcome) -> None:
 
 def _weights(outcome: Outcome) -> str:
     choices = outcome.plan.choices
-    if choices.weights == "mapped":
-        return f"{choices.quantization}, mapped from an edge pack"
+    if choices.weights in PACK_WEIGHTS:
+        use = "mapped" if choices.weights == "mapped" else "unpacked once"
+        return f"{choices.quantization}, {use} from an edge pack"
     if choices.quantization == "none":
         return "as they are"
     if choices.weights == "dequantized":

@@ -284,8 +284,10 @@ class PlannedWork:
         corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
         self._planner.store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
         job, form = _job(self._terms, held.source), held.choices
-        weights = job.training.weights if form.weights == "mapped" else form.weights
-        job = replace(job, training=replace(job.training, weights=weights, precision=form.precision))
+        training = replace(job.training, precision=form.precision)
+        if form.weights == "packed" or form.weights == "dequantized":  # a pack in another form is soon open again
+            training = replace(training, weights=form.weights)
+        job = replace(job, training=training)
         self.took = replace(self.took, peak_bytes=None)
         try:
             replanned = self._make(job, "never")

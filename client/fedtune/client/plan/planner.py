@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedtune.client.plan.step_costs import Choices, Form, MemoryPrediction, predict_memory
+from fedtune.client.plan.step_costs import PACK_WEIGHTS, Choices, Form, MemoryPrediction, predict_memory
 from fedtune.core.adapter.layout import AdapterKind
 from fedtune.core.errors import InputError
 from fedtune.core.job.settings import Job, rank_tiers
@@ -219,7 +219,7 @@ def _candidates(shape: ModelShape, constraints: Constraints) -> Iterator[tuple[i
         for weights, checkpointing in constraints.forms:
             if weights == "packed" and constraints.quantization == "none":
                 continue
-            if weights == "mapped" and constraints.precision != "fp32":
+            if weights in PACK_WEIGHTS and constraints.precision != "fp32":
                 continue
             if constraints.weights not in ("auto", weights) or (constraints.checkpointing and not checkpointing):
                 continue
@@ -254,7 +254,7 @@ def _no_form(constraints: Constraints) -> str:
     offered = " or ".join(sorted({weights for weights, _ in constraints.forms}))
     return (
         f"this device can hold the base model {offered}, and the job wants training.weights = "
-        f'"{constraints.weights}" in {constraints.precision}; mapped weights are computed with in fp32 only'
+        f'"{constraints.weights}" in {constraints.precision}; edge packs are computed with in fp32 only'
     )
 
 

@@ -18,11 +18,14 @@ A base in an edge pack is computed block by block, with attention's matrices, in
 weights are mapped from a file: the kernel drops their pages where memory is short and reads them again, so they count
 beside the peak and not in it. With H heads and examples of s tokens:
 
-    inputs         4·(L + 4)·n·d                      of every block, and the states and gradients between them
-    block          2.5 · n · one layer of the above + 2·4·n·s·H + 4·4·N_lin/L       its backward pass, weights unpacked
+    resident       4·N_lin                            where the weights are unpacked once
+    activations    4·(L + 4)·n·d                      of every block, and the states and gradients between them
+      and          L·n·4·(2f + d + 2q + 2k + s·H)     where they are kept, see `fedtune.edge.graph_cut`
+    block          2.5 · n · one layer of the above + 2·4·n·s·H         its backward pass
+      and          4·N_lin/L                          one block's weights, where each is unpacked for every use
     head           12 · chunk · V                     of at most PACK_CHUNK_LOGITS logits
     adapter        26P, the fixed factors, and TOKENIZER·V
-    peak           adapter + SESSIONS + κ·(inputs + block + head)
+    peak           resident + adapter + SESSIONS + κ·(activations + block + head)
 
 The constants were fitted to measurements, see benchmarks/plan: glibc's heap does not give a phase's blocks back to the
 next, so on CPUs the phases add up, and fragmentation costs a factor HEAP. On GPUs attention works in β. κ is a device's
@@ -32,7 +35,7 @@ correction, measured over predicted, from one trial step. Time is operations ove
     backward  2·N_lin + 2·V·d·share + 8·L·s·q     input gradients only; frozen weights have none
     recompute the forward pass of the blocks, where activations are checkpointed
     adapter   2·P + 4·F
-    unpacking 2·UNPACKING·N_lin, once a micro-batch instead of a token, where weights are mapped
+    unpacking 2·UNPACKING·N_lin, once a micro-batch instead of a token, where weights of a pack are not unpacked once
 
 A step is slower than its largest product alone; benchmarks/plan measured EFFICIENCY. One trial step
 replaces the whole estimate of time, per device and model. The constants of mapped weights were fitted by hand to steps
@@ -56,10 +59,12 @@ QUANTIZER_BYTES = 20  # per parameter of the layer that is being packed
 EFFICIENCY = 0.35
 PACKED_SLOWDOWN = 1.3  # of unpacking the weights for every product on CPUs
 SESSIONS = 16 << 20  # an edge pack's graphs, and blocks of the heap that their first runs leave
-BLOCK_COPIES, ATTENTION_COPIES, WEIGHT_COPIES = 2.5, 2.0, 4.0  # of a block's values in its backward pass
+BLOCK_COPIES, ATTENTION_COPIES = 2.5, 2.0  # of a block's values in its backward pass
 TOKENIZER, TOKENIZER_FILE = 300, 800  # bytes of a token, held and while the tokenizer is read
 UNPACKING = 400.0  # operations in the time of unpacking one weight of an edge pack
 PACK_EFFICIENCY = 1.3  # onnxruntime's products are faster than those of numpy that are measured
+
+PACK_WEIGHTS: tuple[Weights, ...] = ("mapped", "unpacked")  # of edge packs
 
 Form = tuple[Weights, bool]
 """A format of the linear weights, and whether activations are computed again instead of kept."""
@@ -100,7 +105,7 @@ class MemoryPrediction:
         activations: activations kept for the backward pass.
         working: a layer's backward pass, the head, and the allocator's overhead.
         loading: the peak while the model is read and packed.
-        mapped: weights that are mapped from a file, in none of the others; the kernel may drop them at any time.
+        mapped: weights in a file that is mapped, in none of the others; the kernel may drop them at any time.
     """
 
     weights: int
@@ -130,8 +135,8 @@ def predict_memory(
         target_share: share of tokens that the loss counts; only those have logits.
         kappa: κ of this device and model.
     """
-    if choices.weights == "mapped":
-        return _predict_mapped(shape, choices, target_share, kappa)
+    if choices.weights in PACK_WEIGHTS:
+        return _predict_pack(shape, choices, target_share, kappa)
     beta = VALUE_BYTES[choices.precision]
     tokens, width = choices.tokens, shape.width
     linear_bytes = PACKED_BYTES[choices.quantization] if choices.weights == "packed" else beta
@@ -159,23 +164,29 @@ def predict_memory(
     )
 
 
-def _predict_mapped(shape: ModelShape, choices: Choices, target_share: float, kappa: float) -> MemoryPrediction:
+def _predict_pack(shape: ModelShape, choices: Choices, target_share: float, kappa: float) -> MemoryPrediction:
     beta, tokens, width = VALUE_BYTES["fp32"], choices.tokens, shape.width
     core = choices.kind == "core"
     fixed = beta * shape.factor_parameters(choices.rank) if core else 0
     computed = FACTORISER_BYTES * shape.largest_linear if core else 0
     adapter = 26 * shape.adapter_parameters(choices.kind, choices.rank) + fixed + TOKENIZER * shape.vocabulary
-    inputs = beta * (shape.layers + 4) * tokens * width
+    weights = beta * shape.linear_parameters if choices.weights == "unpacked" else 0
+    activations = beta * (shape.layers + 4) * tokens * width
+    if not choices.checkpointing:
+        attention = 2 * (shape.query_width + shape.kv_width) + shape.heads * choices.sequence_length
+        activations += beta * shape.layers * tokens * ((2 if shape.gated else 1) * shape.mlp_width + width + attention)
     block = (
         BLOCK_COPIES * tokens * layer_bytes_per_token(shape, beta)
         + ATTENTION_COPIES * beta * tokens * choices.sequence_length * shape.heads
-        + WEIGHT_COPIES * beta * shape.linear_parameters / shape.layers
+        + (0 if weights else beta * shape.linear_parameters / shape.layers)
     )
     chunk = min(max(1.0, tokens * target_share), max(1, PACK_CHUNK_LOGITS // shape.vocabulary))
     head = 12 * chunk * shape.vocabulary
-    working = kappa * (inputs + block + head) - inputs + SESSIONS
-    loading = SESSIONS + fixed + max(computed, TOKENIZER_FILE * shape.vocabulary)
-    return MemoryPrediction(0, round(adapter), round(inputs), round(working), round(loading), shape.file_bytes)
+    working = kappa * (activations + block + head) - activations + SESSIONS
+    loading = SESSIONS + weights + fixed + max(computed, TOKENIZER_FILE * shape.vocabulary)
+    return MemoryPrediction(
+        weights, round(adapter), round(activations), round(working), round(loading), shape.file_bytes
+    )
 
 
 def layer_bytes_per_token(shape: ModelShape, beta: int, cuda: bool = False) -> int:
@@ -208,7 +219,8 @@ def operations_per_token(shape: ModelShape, choices: Choices, target_share: floa
 def step_seconds(shape: ModelShape, choices: Choices, rate: float, tokens: int, target_share: float = 1.0) -> float:
     """Returns the seconds of a step of `tokens` tokens on a device whose products reach `rate` operations a second."""
     operations = tokens * operations_per_token(shape, choices, target_share)
-    if choices.weights == "mapped":
-        return (operations + 2 * UNPACKING * shape.linear_parameters) / (rate * PACK_EFFICIENCY)
+    if choices.weights in PACK_WEIGHTS:
+        unpacking = 2 * UNPACKING * shape.linear_parameters if choices.weights == "mapped" else 0.0
+        return (operations + unpacking) / (rate * PACK_EFFICIENCY)
     seconds = operations / (rate * EFFICIENCY)
     return seconds * (PACKED_SLOWDOWN if choices.weights == "packed" else 1.0)

@@ -63,7 +63,7 @@ def warm_up(precision: Precision, device: torch.device) -> None:
 
 def load(model: ModelSettings, choices: Choices, device: torch.device) -> BaseModel:
     """Loads a base model in the form that a plan chose."""
-    assert choices.weights != "mapped"  # only an edge pack is
+    assert choices.weights == "packed" or choices.weights == "dequantized"
     return load_base(model, weights=choices.weights, precision=choices.precision, device=device)
 
 

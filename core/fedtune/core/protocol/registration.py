@@ -55,7 +55,7 @@ class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_
         accelerator: name of a GPU, or "".
         sits_out: one of its owner's conditions for taking part that does not hold now, or "".
         rank: number of rank indices that it trains: its tier.
-        weights: format of the base's weights on the device; "mapped" is an edge pack's.
+        weights: format of the base's weights on the device; "mapped" and "unpacked" are an edge pack's.
         sequence_length: length to which it cuts examples, in tokens.
         peak_mb: predicted peak memory of training, without the program itself.
         seconds: predicted duration of a round.
@@ -69,7 +69,7 @@ class RegistrationReply(Payload, frozen=True, array_like=True, tag=True, forbid_
     accelerator: _Short
     sits_out: _Short
     rank: Annotated[int, Meta(ge=1, le=1024)]
-    weights: Literal["packed", "dequantized", "mapped"]
+    weights: Literal["packed", "dequantized", "mapped", "unpacked"]
     sequence_length: Annotated[int, Meta(ge=8, le=1 << 20)]
     peak_mb: Annotated[int, Meta(ge=1, le=1 << 30)]
     seconds: Annotated[float, Meta(gt=0, le=1e7)]
