@@ -1,6 +1,6 @@
 """Interleaved rANS: symbols with known probabilities, in numpy, with the states of many coders side by side.
 
-    coded, rest = encode_symbols(indices, frequencies, raw)     # raw bytes ride along, as many as there is room for
+    coded, rest = encode_symbols(indices, frequencies, raw)  # raw bytes ride along, as many as there is room for
     indices, raw = decode_symbols(body, models, frequencies)    # those that did, and zeros in what room was left
 
 Asymmetric numeral systems (Duda 2013) keep everything written so far in one number x. With the frequency f of a symbol
@@ -13,7 +13,7 @@ bits move into the stream, and a decoder takes them back at the same place. Symb
 that one step of numpy moves them all, each on its way; the encoder goes from the last symbol to the first.
 
 A way begins with 2^16 and 16 bits of the caller's own, so that only its end is a loss: a state of four bytes holds on
-average 24 bits. There is a way for every WAY_BITS of the symbols' information.
+average 24 bits. There is a way for every WAY_BITS of the symbols' information; more ways cost bits, and fewer time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def quantized(weights: NDArray[np.int64]) -> Frequencies:
     return scaled.astype(np.uint32)
 
 
-def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tuple[bytes, bytes]:
+def encode_symbols(
+    indices: Indices, frequencies: Frequencies, raw: bytes, way_bits: float = WAY_BITS
+) -> tuple[bytes, bytes]:
     """Returns the coded symbols, and what of `raw` the ways had no room for.
 
     The coded symbols are the number of ways, their states, the number of 16-bit words, and the words.
@@ -55,24 +57,26 @@ def encode_symbols(indices: Indices, frequencies: Frequencies, raw: bytes) -> tu
     Args:
         indices: a symbol's place in `frequencies`, which holds one model after the other, each with a sum of 2^M.
         frequencies: shape (models, symbols).
+        way_bits: bits of information for each way.
     """
     flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
-    inverse = 1 / np.maximum(flat, 1)
-    ways = _ways(np.bincount(indices, minlength=flat.size), inverse)
+    ways = _ways(np.bincount(indices, minlength=flat.size), flat, way_bits)
     inside = raw[: 2 * ways].ljust(2 * ways, b"\0")
     states = np.frombuffer(inside, dtype="<u2").astype(np.uint32) + np.uint32(_LEAST)
+    frequency = flat.take(indices)
+    most = ((frequency.astype(np.uint64) << _FULL) - 1).astype(np.uint32)  # of a state that needs not move
+    others, below = np.uint32(_ONE) - frequency, before.take(indices)
     moved: list[NDArray[np.uint32]] = []
     for start in reversed(range(0, indices.size, ways)):
-        row = indices[start : start + ways]
-        state, frequency = states[: row.size], flat.take(row)
-        full = (state >> _FULL) >= frequency
+        row = slice(start, start + ways)
+        state = states[: indices.size - start]
+        full = state > most[row]
         moved.append(state[full])
-        state >>= np.multiply(full, 16, dtype=np.uint32)
-        quotient = ((state + 0.5) * inverse.take(row)).astype(
-            np.uint32
-        )  # rounded down: no whole number is within the error
-        state += quotient * (np.uint32(_ONE) - frequency)
-        state += before.take(row)
+        np.right_shift(state, 16, out=state, where=full)
+        quotient = state // frequency[row]
+        quotient *= others[row]
+        state += quotient
+        state += below[row]
     words = np.concatenate([np.zeros(0, np.uint32), *reversed(moved)]).astype("<u2")  # the lower 16 bits
     head = ways.to_bytes(2, "little") + states.astype("<u4").tobytes()
     return head + len(words).to_bytes(3, "little") + words.tobytes(), raw[2 * ways :]
@@ -97,19 +101,18 @@ def decode_symbols(
     if (states < _LEAST).any():
         raise PeerError("payload: a coder's state is below its range")
     flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
-    slots = np.repeat(np.arange(flat.size), flat)  # 2^M for each model: whose range a slot is in
-    origins, found, at = models << PRECISION, np.empty(count, dtype=np.uint16), 0
+    symbols = np.repeat(np.arange(flat.size), flat)  # 2^M places for each model: whose range a place is in
+    frequency = flat.take(symbols)
+    above = np.tile(np.arange(_ONE, dtype=np.uint32), len(frequencies)) - before.take(symbols)
+    places, at = models << PRECISION, 0
     for start in range(0, count, ways):
-        origin = origins[start : start + ways]
-        state = states[: origin.size]
-        slot = state & np.uint32(_ONE - 1)
-        index = slots.take(origin + slot)
-        found[start : start + ways] = index
+        place = places[start : start + ways]
+        state = states[: place.size]
+        place += state & np.uint32(_ONE - 1)
         state >>= np.uint32(PRECISION)
-        state *= flat.take(index)
-        state += slot
-        state -= before.take(index)
-        low = np.flatnonzero(state < _LEAST)
+        state *= frequency.take(place)
+        state += above.take(place)
+        low = (state < _LEAST).nonzero()[0]
         taken = words[at : at + low.size]
         if taken.size != low.size:
             raise PeerError("payload: fewer coded words than its symbols take")
@@ -118,14 +121,14 @@ def decode_symbols(
     raw = states - np.uint32(_LEAST)
     if at != words.size or (raw >= _LEAST).any():
         raise PeerError("payload: more coded words than its symbols take")
-    return found - (models * frequencies.shape[1]).astype(np.uint16), raw.astype("<u2").tobytes()
+    return (symbols.take(places) - models * frequencies.shape[1]).astype(np.uint16), raw.astype("<u2").tobytes()
 
 
 def _sums_before(frequencies: Frequencies) -> Frequencies:
     return (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint32)
 
 
-def _ways(counts: NDArray[np.intp], inverse: NDArray[np.float64]) -> int:
+def _ways(counts: NDArray[np.intp], frequencies: Frequencies, way_bits: float) -> int:
     """Returns the number of ways for symbols that occur so often, each of log2(2^M/f) bits."""
-    bits = float(counts @ (PRECISION + np.log2(inverse)))
-    return max(1, int(bits / WAY_BITS), -(-int(counts.sum()) // MOST_STEPS))
+    bits = float(counts @ (PRECISION - np.log2(np.maximum(frequencies, 1))))
+    return max(1, int(bits / way_bits), -(-int(counts.sum()) // MOST_STEPS))
