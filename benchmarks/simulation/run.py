@@ -172,6 +172,7 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
     settings = [
         *backend,
         f"model.base={workload.base}",
+        "adapter.kind=lora",
         f"adapter.rank={RANK}",
         f"adapter.alpha={ALPHA}",
         f"data.clients={workload.clients}",
@@ -181,6 +182,7 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
         f"training.local_steps={workload.local_steps}",
         f"training.batch_tokens={BATCH_TOKENS}",
         f"training.learning_rate={LEARNING_RATE}",
+        "training.optimizer=adamw",
         f"training.seed={SEED}",
         f"federation.rounds={workload.rounds}",
         f"federation.clients_per_round={workload.cohort}",

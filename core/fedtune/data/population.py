@@ -60,8 +60,12 @@ class Population:
             households = make_households(data.clients, seed, data.examples_per_client)
             width = max(3, len(str(data.clients - 1)))
             self._households = {f"{household.index:0{width}d}": household for household in households}
+            try:
+                rows = households[0].rows  # a number that is too large is reported now, not in round 17
+            except ValueError as error:
+                raise JobError([f"data.examples_per_client = {data.examples_per_client:,}: {error}"]) from None
             if data.balance is not None:
-                check_field(map(_of_household, households[0].rows), data.balance, DEMO_SOURCE)
+                check_field(map(_of_household, rows), data.balance, DEMO_SOURCE)
         elif data.partition == "by-file":
             self._paths = _named(training_files(data))
             for name in self._paths:  # a problem in any file is reported now, not in round 17

@@ -39,11 +39,30 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Household:
-    """One client of the demo: the devices that it owns (names of federated skills) and the requests to them."""
+    """One client of the demo: the devices that it owns, which are federated skills, and the requests to them.
+
+    The requests follow from the rest; a thousand households that kept them would take 80 MB.
+    """
 
     index: int
-    devices: tuple[str, ...]
-    rows: tuple[Row, ...]
+    owned: tuple[Skill, ...]
+    seed: int
+    examples: int
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of its devices."""
+        return tuple(skill.name for skill in self.owned)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Its requests, made anew by every call.
+
+        Raises:
+            ValueError: there are not so many different ones.
+        """
+        rng = random.Random(f"{self.seed}/household/{self.index}")
+        return tuple(_rows(rng, self.owned, self.examples, held_out=False))
 
 
 def make_households(count: int, seed: int, examples_each: int = EXAMPLES_PER_HOUSEHOLD) -> list[Household]:
@@ -53,13 +72,9 @@ def make_households(count: int, seed: int, examples_each: int = EXAMPLES_PER_HOU
     1,000 households own every skill about equally often.
     """
     deal = _deal_skills(random.Random(f"{seed}/devices"))
-    households = []
-    for index in range(count):
-        owned = _distinct(deal, DEVICES_PER_HOUSEHOLD)
-        rng = random.Random(f"{seed}/household/{index}")
-        rows = _rows(rng, owned, examples_each, held_out=False)
-        households.append(Household(index, tuple(skill.name for skill in owned), tuple(rows)))
-    return households
+    return [
+        Household(index, tuple(_distinct(deal, DEVICES_PER_HOUSEHOLD)), seed, examples_each) for index in range(count)
+    ]
 
 
 def make_evaluation(size: int = EVALUATION_SIZE, seed: int = 0) -> list[Row]:
