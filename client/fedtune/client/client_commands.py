@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.client import model_commands
+from fedtune.client.device_option import Home, open_device
 from fedtune.client.owner_bounds import DEFAULT_BOUNDS, Bounds
 from fedtune.client.plan.eligibility import CAUTIOUS, DEFAULT_REQUIREMENTS, Consent, Requirements
 from fedtune.core.errors import InputError, MissingExtraError, install_line
@@ -22,17 +23,12 @@ from fedtune.core.text import counted
 
 if TYPE_CHECKING:  # the class is imported when a command runs
     from fedtune.client.live.device_home import ClientHome
+    from fedtune.client.live.device_status import Status
     from fedtune.core.manifest.joining import JoinRequest
 
 app = typer.Typer(help="Make this machine a device of a fleet.", no_args_is_help=True, suggest_commands=False)
 
 STOP_SECONDS = 60.0
-_PARTS = 10  # parts of a pull, each reported by one line where there is no terminal
-
-_Home = Annotated[
-    Path | None,
-    typer.Option("--home", envvar="FEDTUNE_CLIENT_HOME", help="The device's folder; by default ~/.fedtune/client."),
-]
 
 
 @app.command()
@@ -118,7 +114,7 @@ def join(
     try_step: Annotated[
         bool, typer.Option("--try/--no-try", help="Check the plan with one real training step.")
     ] = True,
-    home: _Home = None,
+    home: Home = None,
 ) -> None:
     """Make this machine a device, if it can train: make its keys, print its plan, and ask the fleet's owner.
 
@@ -133,14 +129,24 @@ def join(
 
 
 @app.command()
-def start(home: _Home = None) -> None:
+def start(
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            "--metrics",
+            metavar="FILE.prom",
+            help="Keep figures for Prometheus in this file, which node_exporter reads: a device opens no port.",
+        ),
+    ] = None,
+    home: Home = None,
+) -> None:
     """Serve the fleet in the foreground until stopped; a service manager keeps it running."""
     from fedtune.client.live.device_home import CALIBRATIONS
 
     def show(line: str) -> None:
         print(line, flush=True)
 
-    device = _open(home)
+    device = open_device(home)
     with device.lock:  # status shows "starting" from here on, since loading torch takes seconds
         try:
             from fedtune.client.live.device_loop import serve
@@ -153,25 +159,36 @@ def start(home: _Home = None) -> None:
                 planner.backends.of(base)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-        serve(device, planner, show)
+        serve(device, planner, show, _metrics(metrics))
+
+
+def _metrics(path: Path | None) -> list[Callable[[Status], None]]:
+    """Returns, in a list, what keeps the figures in the file; nothing without one."""
+    if path is None:
+        return []
+    try:
+        from fedtune.client.live.device_metrics import metrics_file
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--metrics", "client", error.name or "prometheus-client") from None
+    return [metrics_file(path)]
 
 
 @app.command()
-def stop(home: _Home = None) -> None:
+def stop(home: Home = None) -> None:
     """Stop the running device process; its keys and state stay."""
-    process = _open(home).lock.stop_holder(STOP_SECONDS)
+    process = open_device(home).lock.stop_holder(STOP_SECONDS)
     print(f"stopped process {process}" if process else "it was not running")
 
 
 @app.command()
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
-    home: _Home = None,
+    home: Home = None,
 ) -> None:
     """Show whether this device runs, what it does, and its last problem; the exit status is 0 if it runs, else 1."""
     from fedtune.core.host.private_files import read_json
 
-    device = _open(home)
+    device = open_device(home)
     holder = device.lock.holder()
     found: dict[str, Any] = {"name": device.config.name, "server": device.config.server, "data": device.config.data}
     found["bounds"] = asdict(device.config.bounds)
@@ -194,96 +211,12 @@ def status(
         raise typer.Exit(1)
 
 
-@app.command()
-def pull(
-    job: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME]", help="A finished job, by default the owner's newest release; or the name of an edge pack."
-        ),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            "-f",
-            help="int4, int8, fp16 or fp32, by default the smallest available; or edge, for the edge pack of a base.",
-        ),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the version that was pulled as JSON, and nothing else.")
-    ] = False,
-    home: _Home = None,
-) -> None:
-    """Download a model that the fleet's owner has released, to answer with it, or an edge pack, to train on it.
-
-    A model needs the extra [inference] for fedtune serve and fedtune chat, a pack the extra [edge]; neither needs
-    torch. The device trains on its packs from its next start on. It refuses what the owner has not signed, and
-    releases from before the one it has. Every file is checked before the new model replaces the old one, which is kept
-    for fedtune client rollback. An interrupted pull resumes when it is started again. Examples:
-
-        fedtune client pull
-
-        fedtune client pull first --format fp16
-
-        fedtune client pull SmolLM2-135M --format edge
-    """
-    from fedtune.client.inference.model_line import ModelLine, PatientLine
-    from fedtune.client.inference.model_pull import pull as run
-    from fedtune.client.live.device_home import where
-    from fedtune.client.live.signed_http import SignedHttp
-    from fedtune.core.host.trusted_server import ServerClock
-    from fedtune.core.manifest.model_release import RELEASE_NAME
-    from fedtune.core.protocol.model_manifest import PACK_FORMAT
-
-    device = _open(home)
-    pack = form == PACK_FORMAT
-    if pack and not (job and RELEASE_NAME.fullmatch(job)):
-        raise InputError("--format edge: expected the name of an edge pack: fedtune client pull NAME --format edge")
-    versions = device.packs(job or "") if pack else device.models
-    http = SignedHttp(device.config.server, device.authority, device.node_key, ServerClock())
-    try:
-        with nullcontext() if quiet or as_json else _showing("pulling") as progress:
-            pulled = run(PatientLine(ModelLine(http)), versions, device.owner_key_after, job, form, progress)
-    finally:
-        http.close()
-    path, previous = versions.folder / "current", versions.previous
-    if as_json:
-        found = {
-            "version": pulled.path.name,
-            "release": pulled.release.number,
-            "path": str(path),
-            "received": pulled.received,
-            "total": pulled.total,
-            "previous": previous.name if previous else None,
-        }
-        print(json.dumps(found, indent=2))
-    elif not quiet:
-        print(
-            f"{pulled.path.name}, release {pulled.release.number} of the fleet's owner: {pulled.total:,} bytes, "
-            f"{pulled.received:,} of them received now; every file checked"
-        )
-        if pack:
-            print(f"train on it: fedtune client start{where(device.path)}; one that runs takes it when it starts again")
-        else:
-            print(f"answer with it: fedtune serve {path}, or: fedtune chat {path}")
+for command in (model_commands.pull, model_commands.rollback):
+    app.command()(command)
 
 
 @app.command()
-def rollback(home: _Home = None) -> None:
-    """Return to the model that was current before; a second call undoes the first. Then restart fedtune serve.
-
-    Going back is the device owner's to decide. The next pull installs the fleet's newest release again.
-    """
-    models = _open(home).models
-    with models.changing():
-        path = models.roll_back()
-    print(f"{path.name} is the current model again; restart fedtune serve to answer with it")
-
-
-@app.command()
-def leave(home: _Home = None) -> None:
+def leave(home: Home = None) -> None:
     """Stop the device, and remove its keys and state; the data file stays, and the log of the rounds it has served."""
     from fedtune.client.live.device_home import (
         ROUNDS,
@@ -409,33 +342,6 @@ def _print(found: dict[str, Any]) -> None:
         print(f"last problem, {time.time() - found['problem_time']:.0f} s ago: {found['problem']}")
 
 
-@contextmanager
-def _showing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows progress, to be called with the received and the total bytes.
-
-    It moves a bar on a terminal, and prints a line at every tenth elsewhere.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    if sys.stderr.isatty():
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        shown = 0
-
-        def tell(done: int, total: int) -> None:
-            nonlocal shown
-            part = _PARTS * done // max(total, 1)
-            if part > shown:
-                shown = part
-                print(f"{what}: {done:,} of {total:,} bytes", file=sys.stderr, flush=True)
-
-        yield tell
-
-
 def _plans(bases: tuple[Path, ...], data: Path, calibrations: Path, try_step: bool) -> list[dict[str, Any]]:
     """Returns a plan for each base model that can be trained here; none on a machine that can only answer."""
     try:
@@ -490,9 +396,3 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 
 def _mb(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
-
-
-def _open(home: Path | None) -> ClientHome:
-    from fedtune.client.live.device_home import ClientHome, default_home
-
-    return ClientHome(home or default_home())

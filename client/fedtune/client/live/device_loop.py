@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from fedtune.client.live.device_home import ClientHome
-from fedtune.client.live.device_status import DeviceReport, Write
+from fedtune.client.live.device_status import DeviceReport, Status, Write
 from fedtune.client.live.fleet_link import Answer, FleetLink, note_of, recalled
 from fedtune.client.live.joining_call import hand_in
 from fedtune.client.live.registered_device import RegisteredDevice
@@ -57,17 +57,23 @@ class Work(Protocol):
         """Records the seconds that the upload of an answer took."""
 
 
-def serve(home: ClientHome, planner: DevicePlanner, show: Callable[[str], None]) -> None:
+def serve(
+    home: ClientHome,
+    planner: DevicePlanner,
+    show: Callable[[str], None],
+    also: Sequence[Callable[[Status], None]] = (),
+) -> None:
     """Runs the device of a folder until SIGTERM or Ctrl-C.
 
     Args:
         home: the folder, whose lock this process holds.
         planner: plans for this device, and opens the models it trains.
         show: prints a line to the owner.
+        also: receive every status of the device.
     """
     remove_unfinished(home.path)
     config = home.config
-    report = DeviceReport(home.path, config.name, config.server, show, SYSTEM_CLOCK)
+    report = DeviceReport(home.path, config.name, config.server, show, SYSTEM_CLOCK, also=also)
     planned = PlannedWork(tuple(home.bases), Path(config.data), planner)
     link = FleetLink(config.server, home.authority, home.node_key)
     ask = AskToJoin(home, report)

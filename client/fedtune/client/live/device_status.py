@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ class DeviceReport:
         folder: the device's folder.
         show: prints a line to the owner.
         write: replaces a file's content.
+        also: receive every status, too.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class DeviceReport:
         show: Callable[[str], None],
         clock: Clock,
         write: Write = write_private,
+        also: Sequence[Callable[[Status], None]] = (),
     ) -> None:
         self._path, self._show, self._clock, self._write = folder / STATUS, show, clock, write
+        self._also = also
         self._status = Status(os.getpid(), name, server)
         self._lock = threading.Lock()
 
@@ -127,6 +130,8 @@ class DeviceReport:
             self._status = replace(self._status, **changes, written=self._clock.now())
             with suppress(OSError):  # a full disk must not stop the device
                 self._write(self._path, json.dumps(asdict(self._status), indent=1) + "\n")
+            for receive in self._also:
+                receive(self._status)
 
     def show(self, text: str) -> None:
         """Shows a line, in which text from the server is made safe."""
