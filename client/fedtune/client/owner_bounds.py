@@ -19,7 +19,7 @@ class Bounds:
         max_devices: most devices of the fleet; None for no bound.
         max_rounds: most sums of one job that the device takes part in; None for no bound.
         min_difference: fewest clients by which two different sets of survivors of one job must differ; 0 for no bound.
-        max_epsilon: ε at δ = EPSILON_DELTA that all jobs together may spend; the device then refuses jobs without
+        max_epsilon: ε at δ = OWNER_DELTA that all jobs together may spend; the device then refuses jobs without
             differential privacy. None for no bound.
     """
 
@@ -37,4 +37,3 @@ class Bounds:
 
 
 DEFAULT_BOUNDS = Bounds()
-EPSILON_DELTA = 1e-6

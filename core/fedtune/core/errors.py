@@ -87,8 +87,10 @@ class ExportError(InputError):
 class MissingExtraError(InputError):
     """A command needs packages of an extra that is not installed."""
 
-    def __init__(self, command: str, extra: str, missing: str) -> None:
-        super().__init__(f"{command} needs the package {missing}. Install it with: {install_line(extra)}")
+    def __init__(self, command: str, extra: str, *missing: str) -> None:
+        packages = f"packages {' and '.join(missing)}" if len(missing) > 1 else f"package {missing[0]}"
+        them = "them" if len(missing) > 1 else "it"
+        super().__init__(f"{command} needs the {packages}. Install {them} with: {install_line(extra)}")
 
 
 def install_line(extra: str) -> str:

@@ -40,19 +40,19 @@ def jobs(as_json: AsJson = False, home: Home = None) -> None:
 
 
 def show(name: JobName, as_json: AsJson = False, home: Home = None) -> None:
-    """Show one job: its state and times, its last rounds, its reason if it failed, and what can be done next.
+    """Show one job: its state and times, its last rounds and costs, its reason if it failed, and what can be done next.
 
     Example: fedtune server show demo-1
     """
     from rich.console import Console
 
-    from fedtune.server.live.job_history import one_job, print_job
+    from fedtune.server.live.job_history import costs_of, one_job, print_job
     from fedtune.server.live.job_queue import Jobs
 
     server = open_server(home)
     record = one_job(Jobs(server), name, _current(server))
     if as_json:
-        print(json.dumps(record.to_json(), indent=2))
+        print(json.dumps(record.to_json() | {"costs": costs_of(record)}, indent=2))
     else:
         print_job(Console(highlight=False), record)
 

@@ -282,7 +282,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run_with_the_reme
     for package in ("mlflow", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     job = load_job(None, ['tracking.to=["mlflow", "wandb", "mlflow"]'])
-    expected = r"\[tracking\] needs the package mlflow and wandb\. Install it with: pip install .*\[mlflow,wandb\]"
+    expected = r"\[tracking\] needs the packages mlflow and wandb\. Install them with: pip install .*\[mlflow,wandb\]"
     (problem,) = simulation_problems(JobInputs(job))
     assert isinstance(problem, MissingExtraError)
     with pytest.raises(MissingExtraError, match=expected):

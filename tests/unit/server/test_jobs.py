@@ -13,12 +13,12 @@ from owner import make_server, owner_of
 
 from fedtune.core.errors import InputError, RunCancelledError
 from fedtune.core.host.private_files import write_private
-from fedtune.core.job.job_file import load_job
+from fedtune.core.job.job_file import dump_job, load_job
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.protocol.messages import Base
-from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord
+from fedtune.core.round_records import ClientRecord, Evaluation, RoundRecord, Work
 from fedtune.server import cli
 from fedtune.server.live.job_desk import Ending, JobDesk
 from fedtune.server.live.job_history import all_jobs
@@ -46,10 +46,13 @@ def write_rounds(home: ServerHome, job: QueuedJob, count: int, scored: bool = Tr
     """Writes the run directory of a job that has done some rounds."""
     run = Jobs(home).run_path(job)
     run.mkdir()
-    (run / "job.toml").write_text("")
+    (run / "job.toml").write_text(dump_job(job.load()))
     clients = (ClientRecord("ann"), ClientRecord("bob", dropped="gone"))
     score = Evaluation(loss=0.5, exact_match=0.75, examples=4, tokens=9) if scored else None
-    lines = [RoundRecord(1 + number, 2.0, "R", 0.1, clients, 1.5, eval=score).to_json() for number in range(count)]
+    work = (Work("training", 4, flops=5e9, tokens=10, seconds=1.5),)
+    lines = [
+        RoundRecord(1 + number, 2.0, "R", 0.1, clients, 1.5, eval=score, work=work).to_json() for number in range(count)
+    ]
     (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -164,7 +167,11 @@ def test_jobs_and_show_tell_what_happened_to_every_job(home: ServerHome, capsys:
         listed: list[dict[str, Any]] = json.loads(printed)
         _, table = run(capsys, "server", "jobs", "--home", str(home.path))
         _, shown = run(capsys, "server", "show", "current", "--home", str(home.path))
+        one = json.loads(run(capsys, "server", "show", "current", "--json", "--home", str(home.path))[1])
+        none = json.loads(run(capsys, "server", "show", "next", "--json", "--home", str(home.path))[1])
     assert code == 0
+    assert one["costs"]["total"]["flops"] == 12 * 5e9
+    assert none["costs"] is None
     assert [(job["number"], job["name"], job["state"], job["rounds_done"]) for job in listed] == [
         (1, "done", "finished", 16),
         (2, "broken", "failed", 0),

@@ -19,7 +19,7 @@ from fedtune.client.device import Device
 from fedtune.client.live.device_home import ClientHome, JobMemory
 from fedtune.client.live.device_status import DeviceReport
 from fedtune.client.message_handlers import handle_in_the_clear, handle_under_secure_aggregation
-from fedtune.client.owner_bounds import EPSILON_DELTA, Bounds
+from fedtune.client.owner_bounds import Bounds
 from fedtune.client.plan.device_plan import Outcome
 from fedtune.client.plan.eligibility import Sensors, not_now
 from fedtune.client.plan.machine import sense
@@ -34,7 +34,7 @@ from fedtune.core.manifest.job_manifest import JobManifest
 from fedtune.core.manifest.job_terms import JobTerms
 from fedtune.core.manifest.joining import fingerprint
 from fedtune.core.privacy.budget import rho_of_round
-from fedtune.core.privacy.guarantee import largest_rho
+from fedtune.core.privacy.guarantee import OWNER_DELTA, largest_rho
 from fedtune.core.protocol.messages import EVALUATE, OPEN, TRAIN, VOTE, Handler, Refusal, Request, decode, encode, query
 from fedtune.core.protocol.registration import (
     ACTION,
@@ -225,7 +225,7 @@ def policy_of(bounds: Bounds, terms: JobTerms | None) -> Policy:
         max_sums=min((most for most in allowed if most is not None), default=None),
         min_difference=bounds.min_difference,
         rho=rho_of_round(privacy) if privacy.mode == "distributed" else 0.0,
-        most_rho=None if bounds.max_epsilon is None else largest_rho(bounds.max_epsilon, EPSILON_DELTA),
+        most_rho=None if bounds.max_epsilon is None else largest_rho(bounds.max_epsilon, OWNER_DELTA),
     )
 
 

@@ -146,6 +146,8 @@ def _sentence(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(str(section) if len(detail["loc"]) > 1 else None)
         return f"unknown key; expected one of {', '.join(known)}"
+    if detail["type"] in ("tuple_type", "list_type") and isinstance(detail["input"], str | int | float):
+        return f"expected a list, such as [{json.dumps(detail['input'])}], got {detail['input']!r}"
     message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("String should ")
     return f"expected {message}, got {detail['input']!r}"
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 from functools import cache
 from math import exp, inf, log, log1p, pi, sqrt
 
+OWNER_DELTA = 1e-6  # δ of the ε that a device's owner allows all jobs together
 _LEAST_ORDER, _MOST_ORDER = 1e-6, 1e6  # of α - 1
 _HALVINGS = 200
 _GOLDEN = (sqrt(5.0) - 1.0) / 2.0

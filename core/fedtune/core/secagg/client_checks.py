@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from fedtune.core.errors import PolicyError, ServerFaultError, UpdateError
+from fedtune.core.privacy.guarantee import OWNER_DELTA, epsilon_of
 from fedtune.core.secagg import shamir
 from fedtune.core.secagg.config import Policy, config_problems, policy_problems, segments_of, shortfall
 from fedtune.core.secagg.exchanged import KeyEntry, KeyList, Quorum, RoundConfig, increasing, pieces
@@ -81,9 +82,10 @@ def check_budget(spent: float, policy: Policy) -> None:
     if not policy.rho:
         raise PolicyError("configuration: the job has no differential privacy, and this client a budget of it")
     if spent + policy.rho > policy.most_rho * _ROUNDING:
+        now, then, most = (epsilon_of(rho, OWNER_DELTA) for rho in (spent, spent + policy.rho, policy.most_rho))
         raise PolicyError(
-            "configuration: what is left of the owner's privacy budget (--max-epsilon) does not suffice: a sum of this "
-            f"job takes rho {policy.rho:.3g}; {spent:.3g} of {policy.most_rho:.3g} is spent"
+            f"configuration: the owner's privacy budget (--max-epsilon) is {most:.3g}; {now:.3g} of it is spent, and a "
+            f"sum of this job would make it {then:.3g}"
         )
 
 

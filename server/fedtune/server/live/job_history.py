@@ -12,13 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fedtune.core.errors import InputError
+from fedtune.core.job.job_file import recorded_job
 from fedtune.core.round_records import ClientEvaluation, Evaluation
 from fedtune.core.text import counted
+from fedtune.server.costs.cost_ledger import CostLedger, costs_json
+from fedtune.server.costs.cost_statement import rich_cost_table
 from fedtune.server.live.job_queue import WAITING, Jobs, QueuedJob
 from fedtune.server.run_directory import JOB, read_rounds
 from fedtune.server.run_display import describe, format_bytes, format_seconds
@@ -86,6 +90,15 @@ def one_job(jobs: Jobs, name: str, current: str | None) -> JobRecord:
         InputError: there is none of this name.
     """
     return _record(jobs, *jobs.find(name), current)
+
+
+def costs_of(record: JobRecord) -> dict[str, Any] | None:
+    """Returns the costs of a job's rounds so far, as a summary has them; None without any."""
+    run = Path(record.run)
+    rounds = _rounds(run)
+    with suppress(InputError, msgspec.ValidationError):
+        return costs_json(CostLedger.read(rounds), recorded_job(run / JOB).cost) if rounds else None
+    return None
 
 
 def how_far(jobs: Jobs, job: QueuedJob) -> str:
@@ -176,6 +189,8 @@ def print_job(console: Console, record: JobRecord) -> None:
         console.print(f"{counted(left_out, 'earlier round')} in {Path(record.run) / 'rounds.jsonl'}", soft_wrap=True)
     for line in lines[-SHOWN_ROUNDS:]:
         console.print(f"  {_round_text(line)}", markup=False, soft_wrap=True)
+    if costs := costs_of(record):
+        console.print(rich_cost_table(costs))
     console.print(f"next: {_next(record)}", markup=False, soft_wrap=True)
 
 

@@ -78,7 +78,7 @@ def check_installed(trackers: Sequence[TrackerName]) -> None:
         MissingExtraError: packages are not installed; the message names all of them.
     """
     if missing := [name for name in dict.fromkeys(trackers) if not _installed(name)]:
-        raise MissingExtraError("[tracking]", ",".join(missing), " and ".join(PACKAGES[name] for name in missing))
+        raise MissingExtraError("[tracking]", ",".join(missing), *(PACKAGES[name] for name in missing))
 
 
 def _installed(name: TrackerName) -> bool:
