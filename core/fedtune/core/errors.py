@@ -88,9 +88,11 @@ class MissingExtraError(InputError):
     """A command needs packages of an extra that is not installed."""
 
     def __init__(self, command: str, extra: str, *missing: str) -> None:
-        packages = f"packages {' and '.join(missing)}" if len(missing) > 1 else f"package {missing[0]}"
-        them = "them" if len(missing) > 1 else "it"
-        super().__init__(f"{command} needs the {packages}. Install {them} with: {install_line(extra)}")
+        if len(missing) == 1:
+            needed = f"needs the package {missing[0]}. Install it with: {install_line(extra)}"
+        else:
+            needed = f"needs the packages {' and '.join(missing)}. Install them with: {install_line(extra)}"
+        super().__init__(f"{command} {needed}")
 
 
 def install_line(extra: str) -> str:

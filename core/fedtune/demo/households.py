@@ -56,7 +56,7 @@ class Household:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Its requests, made anew by every call.
+        """Its requests, made again by every call.
 
         Raises:
             ValueError: there are not so many different ones.
