@@ -8,12 +8,15 @@ Each check uses the function with which the run itself reads the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from fedtune.core.errors import InputError, JobError
 from fedtune.core.job.secure_cohorts import grouped_cohort_problems
 from fedtune.core.job.settings import Job
 from fedtune.core.privacy.budget import participation_problems
-from fedtune.data.job_inputs import JobInputs, source_of
+from fedtune.data.job_inputs import JobInputs, named_source, source_of
+from fedtune.model.shape import adapted_modules
+from fedtune.model.weight_headers import linear_layers
 from fedtune.server.costs.power import check_energy
 from fedtune.server.export.request import check_export
 from fedtune.server.tracking.tracker_libraries import check_installed
@@ -32,6 +35,7 @@ def check_server_job(job: Job) -> JobInputs:
     check_energy(job)
     inputs = JobInputs(job)
     inputs.check_server()
+    _check_adapter(job)
     return inputs
 
 
@@ -59,6 +63,7 @@ def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
         lambda: check_installed(job.tracking.to),
         lambda: check_energy(job),
         lambda: source_of(job.model.base),
+        lambda: _check_adapter(job),
         lambda: inputs.evaluation,
         lambda: inputs.fleet,
         lambda: _check_cohort(job, len(inputs.population.names)),
@@ -71,6 +76,13 @@ def simulation_problems(inputs: JobInputs) -> Iterator[InputError]:
     if job.federation.selection != "uniform" and not job.simulation.fleet:
         reason = "simulation.fleet names no fleet; there is one: --fleet bundled"
         yield JobError([f'federation.selection is "{job.federation.selection}", but {reason}'])
+
+
+def _check_adapter(job: Job) -> None:
+    """Checks, where the base's files tell it, that the adapter fits; once more with every base when it is loaded."""
+    linear = linear_layers(Path(named_source(job.model.base)))
+    if linear is not None:
+        adapted_modules(linear, job.adapter)
 
 
 def _check_cohort(job: Job, clients: int) -> None:
