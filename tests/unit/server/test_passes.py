@@ -116,8 +116,8 @@ def together(*overrides: str, cores: float = 2.0, memory_free: int = 64 * GIB) -
 def test_auto_takes_as_many_clients_as_memory_the_cohort_and_the_size_of_steps_allow() -> None:
     many = ("federation.clients_per_round=40",)
     assert together(*many) == 8
-    assert together("federation.clients_per_round=10") == 5
-    assert together(*many, "simulation.workers=10") == 4
+    assert together("federation.clients_per_round=10") == 3
+    assert together(*many, "simulation.workers=10") == 2
     assert together(*many, "training.batch_tokens=256") == 2
     assert together(*many, "training.batch_tokens=4096") == 1
     assert 1 <= together(*many, memory_free=GIB // 4) < 8

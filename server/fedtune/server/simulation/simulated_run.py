@@ -197,8 +197,9 @@ def worker_count(
 def clients_together(job: Job, population: int, probe: Callable[[], Machine] = probe) -> int:
     """Returns the number of clients that a worker trains in one pass: the job's, or for "auto" as many as fit.
 
-    A pass has at most the tokens that are computed fastest at once, and no more clients than a worker's share of the
-    cohort. Of the free memory, the planner's formula gives the base model its part and the clients the rest.
+    A pass has at most the tokens that are computed fastest at once, and of several workers each has two passes, so that
+    the server takes in the answers of one during the next. Of the free memory, the planner's formula gives the base
+    model its part and the clients the rest.
 
     Args:
         probe: measures the machine.
@@ -223,7 +224,8 @@ def clients_together(job: Job, population: int, probe: Callable[[], Machine] = p
     free = torch.cuda.mem_get_info()[0] if on_gpu else machine.memory_free
     client = predicted.training - predicted.weights
     fit = int((free * (1 - RESERVE) - predicted.weights) / (workers * client))
-    return max(1, min(fit, evaluation_tokens(device) // job.training.batch_tokens, -(-cohort // workers)))
+    passes = workers if workers == 1 else 2 * workers
+    return max(1, min(fit, evaluation_tokens(device) // job.training.batch_tokens, -(-cohort // passes)))
 
 
 def _that_fit(job: Job, base: BaseModel, free: int, together: int) -> int:
