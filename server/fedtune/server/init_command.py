@@ -45,6 +45,7 @@ def init(
         fedtune init first --model ./base --data all.csv --clients 20
     """
     from fedtune.data.job_inputs import named_source
+    from fedtune.model.weight_headers import linear_layers
     from fedtune.server.job_proposal import Inputs, Tokens, look_at, propose, propose_clients
     from fedtune.server.run_files import write_text
 
@@ -55,7 +56,8 @@ def init(
     dealt = propose_clients(found, clients)
     tokens = Tokens.of(found.records, _tokenizer(source))
     inputs = Inputs(_seen_from(path.parent, model) if Path(model).is_dir() else model, _seen_from(path.parent, data))
-    text = propose(inputs, found, tokens, dealt, _positions(source))
+    sides = [min(module.d_in, module.d_out) for module in linear_layers(Path(source)) or ()]
+    text = propose(inputs, found, tokens, dealt, _positions(source), min(sides, default=None))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.core.errors import DataError, JobError
 from fedtune.core.job.secure_cohorts import secure_cohort_problems
-from fedtune.core.job.settings import Job
+from fedtune.core.job.settings import CORE_RANK, Job
 from fedtune.data.lengths import MOST_MEASURED, places, token_lengths
 from fedtune.data.population import matching_files, partition_records
 from fedtune.data.records import Record, read_lines
@@ -189,11 +189,19 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def propose(inputs: Inputs, data: DataSet, tokens: Tokens, clients: Clients, positions: int | None = None) -> str:
+def propose(
+    inputs: Inputs,
+    data: DataSet,
+    tokens: Tokens,
+    clients: Clients,
+    positions: int | None = None,
+    narrowest: int | None = None,
+) -> str:
     """Returns a job file in which every line has a comment.
 
     Args:
         positions: longest sequence that the base supports; None where it is not known.
+        narrowest: the smaller side of the base's narrowest linear layer; None where it is not known.
     """
     length = propose_length(tokens, data.is_text, positions)
     batch = propose_batch(tokens, length)
@@ -202,8 +210,10 @@ def propose(inputs: Inputs, data: DataSet, tokens: Tokens, clients: Clients, pos
     counted = "tokens" if tokens.counted else f"tokens, estimated as {CHARACTERS} characters each"
     middle, high, longest = (tokens.lengths[place] for place in places(len(tokens.lengths)))
     lengths = f"to which examples are cut, in {counted}: median {middle}, 95% up to {high}, longest {longest}"
+    rank = min(narrowest or CORE_RANK, CORE_RANK)
     sections = [
         _section("model", [("base", inputs.base, "the model, which stays as it is: only an adapter is trained")]),
+        *([_section("adapter", [("rank", rank, "as wide as the base's narrowest layer")])] if rank < CORE_RANK else []),
         _section(
             "data",
             [

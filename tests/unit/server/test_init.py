@@ -98,6 +98,7 @@ def test_text_is_cut_into_pieces_no_longer_than_the_base_supports(
     job = proposed("--data", "all.jsonl", model=str(make_model()))
     assert job.data.sequence_length == 256
     assert job.training.batch_tokens >= 256
+    assert (job.adapter.kind, job.adapter.rank) == ("core", 32)  # its narrowest layer has 32 outputs
 
 
 def test_without_the_bases_tokenizer_lengths_are_estimated(tmp_path: Path) -> None:
