@@ -38,8 +38,9 @@ correction, measured over predicted, from one trial step. Time is operations ove
     unpacking 2·UNPACKING·N_lin, once a micro-batch instead of a token, where weights of a pack are not unpacked once
 
 A step is slower than its largest product alone; benchmarks/plan measured EFFICIENCY. One trial step
-replaces the whole estimate of time, per device and model. The constants of mapped weights were fitted by hand to steps
-on two bases, the demo's and SmolLM2-135M: within 15%, and on the demo within a factor of two, where the heap decides.
+replaces the whole estimate of time, per device and model. The constants of edge packs were fitted by hand to steps on
+three bases, the demo's, SmolLM2-135M and one of 520 million parameters: 2% too little to 32% too much on the larger
+two, most with few tokens, and on the demo 13% too little to 44% too much, where the heap decides.
 """
 
 from __future__ import annotations
