@@ -146,7 +146,7 @@ def start(
     def show(line: str) -> None:
         print(line, flush=True)
 
-    device = open_device(home)
+    device, also = open_device(home), _metrics(metrics)
     with device.lock:  # status shows "starting" from here on, since loading torch takes seconds
         try:
             from fedtune.client.live.device_loop import serve
@@ -159,7 +159,7 @@ def start(
                 planner.backends.of(base)
         except ModuleNotFoundError as error:
             raise MissingExtraError("fedtune client start", "client", error.name or "of the device") from None
-        serve(device, planner, show, _metrics(metrics))
+        serve(device, planner, show, also)
 
 
 def _metrics(path: Path | None) -> list[Callable[[Status], None]]:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.edge.pack_contents import BLOCK, PAIRS, SCALE_LEVELS
+from fedtune.edge.pack_facts import Y_GRADIENT, Y
 from fedtune.model.base_model import BaseModel
 from fedtune.model.nf4 import LEVELS, NF4Weight, scale_map
 from fedtune.model.packed import PackedLinear
 
 FACTORS = ("lora_a", "core", "lora_b")
 SCALING = "scaling"
-X, Y, Y_GRADIENT = "x", "y", "y_gradient"
 _TRACED_BATCH, _TRACED_LENGTH, _TRACED_RANK = 3, 24, 5  # sizes that no other dimension of a model has
 
 Named = Mapping[str, Tensor]

@@ -5,8 +5,8 @@
 
 Beside it are:
 
-    forward.onnx           one block: x -> y
-    backward.onnx          one block: x and ∂L/∂y -> ∂L/∂x and the gradients of the adapter's factors
+    forward.onnx           one block: x -> y, and the values that its gradients need
+    backward.onnx          one block: x, these values and ∂L/∂y -> ∂L/∂x and the gradients of the adapter's factors
     head.onnx              final norm and language-model head: hidden states and targets -> losses and ∂L/∂hidden
     weights.safetensors    the weights of all blocks, linear ones in NF4, and the tables that unpack them
     tokenizer.json, ...    the tokenizer, as transformers saves it
@@ -34,6 +34,7 @@ HEAD = "head.onnx"
 GRAPHS = (FORWARD, BACKWARD, HEAD)
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+X, Y, Y_GRADIENT = "x", "y", "y_gradient"  # a block's input and output in its graphs, and the output's gradient
 SCHEMA = 4
 _MAX_BYTES = 4 << 20
 REMEDY = "pull the pack again, or write it again with: fedtune edge pack BASE --out DIR"

@@ -22,11 +22,11 @@ from fedtune.core.job.settings import ModelSettings
 from fedtune.core.protocol.model_manifest import MANIFEST, PACK_FORMAT, PACK_KIND, Manifest, list_files
 from fedtune.data.examples import start_tokens
 from fedtune.data.job_inputs import PACK_FACTS
-from fedtune.edge.blocks import Y_GRADIENT, TracedBlock, X, Y, block_parameters, head_function, unpacking_tables
+from fedtune.edge.blocks import TracedBlock, block_parameters, head_function, unpacking_tables
 from fedtune.edge.graph_cut import halves
 from fedtune.edge.graph_export import exported
 from fedtune.edge.pack_contents import FREQUENCIES
-from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, PackFacts
+from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, TOKENIZER, WEIGHTS, Y_GRADIENT, PackFacts, X, Y
 from fedtune.model.base_model import BaseModel, linear_modules, load_base
 from fedtune.model.shape import ModelShape, shape_of
 

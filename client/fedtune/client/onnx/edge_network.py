@@ -26,11 +26,10 @@ from fedtune.core.errors import ModelError
 from fedtune.data.batches import Batch
 from fedtune.edge.pack import EdgePack, UnpackedBlocks
 from fedtune.edge.pack_contents import FREQUENCIES
-from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, REMEDY
+from fedtune.edge.pack_facts import BACKWARD, FORWARD, HEAD, REMEDY, Y_GRADIENT, Y
 from fedtune.model.shape import PACK_CHUNK_LOGITS
 
 _NAMES: dict[Factor, str] = {"a": "lora_a", "b": "lora_b", "r": "core"}  # of a factor's input in the graphs
-Y, Y_GRADIENT = "y", "y_gradient"  # the block's output in the forward graph; its gradient in the backward graph
 _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}  # onnxruntime's names
 
 Array = npt.NDArray[Any]
