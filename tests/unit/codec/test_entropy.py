@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.core.codec.entropy import PIECE, decode_levels, encode_levels, max_coded_size
+from fedtune.core.codec.entropy import CLASS_WAY_BITS, PIECE, decode_levels, encode_levels, max_coded_size
 from fedtune.core.codec.quantization import MAX_LEVEL
 from fedtune.core.codec.rans import MOST_STEPS, PRECISION, WAY_BITS, decode_symbols, encode_symbols, quantized
 from fedtune.core.codec.wire import Reader
@@ -63,10 +63,12 @@ def reference_frequencies(table: list[int]) -> list[int]:
     return scaled
 
 
-def reference_coder(symbols: list[tuple[int, list[int]]], raw: bytes) -> tuple[bytes, bytes]:
+def reference_coder(
+    symbols: list[tuple[int, list[int]]], raw: bytes, way_bits: float = WAY_BITS
+) -> tuple[bytes, bytes]:
     """Returns the coded symbols, each with the frequencies of its model, by whole numbers, and the rest of `raw`."""
     bits = sum(PRECISION - log2(frequencies[symbol]) for symbol, frequencies in symbols)
-    ways = max(1, int(bits / WAY_BITS), -(-len(symbols) // MOST_STEPS))
+    ways = max(1, int(bits / way_bits), -(-len(symbols) // MOST_STEPS))
     states = [65536 + int.from_bytes(raw[2 * way : 2 * way + 2], "little") for way in range(ways)]
     rows: list[list[int]] = []
     for start in reversed(range(0, len(symbols), ways)):
@@ -102,7 +104,9 @@ def reference_encode(levels: list[int]) -> bytes:
     for bits in range(4, 25):
         low += reference_bits([m - (1 << bits) for m in padded if m >= 16 and m.bit_length() == bits + 1], bits)
     rest = reference_bits([int(level < 0) for level in levels if level], 1) + low
-    first, _ = reference_coder([(owner, reference_frequencies(tables[0])) for owner in classes], b"")
+    first, rest = reference_coder(
+        [(owner, reference_frequencies(tables[0])) for owner in classes], rest, CLASS_WAY_BITS
+    )
     second, rest = reference_coder(coded, rest) if coded else (b"", rest)
     return b"".join([*(bytes([len(table), *table]) for table in tables), first, second, rest])
 

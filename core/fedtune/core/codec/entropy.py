@@ -32,7 +32,7 @@ from fedtune.core.errors import PeerError
 PIECE = 1 << 20
 BLOCK = 128
 DIRECT = 16
-CLASS_WAY_BITS = 400.0  # there are few classes: with as many bits a way as magnitudes they took half of the time
+CLASS_WAY_BITS = 100.0  # there are few classes: in as few ways as magnitudes they took half of the time
 
 _DIRECT_BITS = DIRECT.bit_length() - 1
 _MAX_SYMBOLS = DIRECT + MAX_LEVEL.bit_length() - _DIRECT_BITS
@@ -76,8 +76,10 @@ def _encode_piece(levels: NDArray[np.int32]) -> bytes:
     table = _encode_table(classes)
     used = _used_classes(table)
     tables = [_encode_table(symbols[classes == each].reshape(-1)) for each in used]
-    coded_classes, _ = encode_symbols(classes.astype(np.int64), _models([table]), b"", CLASS_WAY_BITS)
-    coded, rest = [coded_classes], signs.tobytes() + low_bits
+    coded_classes, rest = encode_symbols(
+        classes.astype(np.int64), _models([table]), signs.tobytes() + low_bits, CLASS_WAY_BITS
+    )
+    coded = [coded_classes]
     if used:
         active, models = classes > 0, _models(tables)
         rows = np.searchsorted(used, classes[active]) * models.shape[1]
@@ -93,12 +95,12 @@ def _decode_piece(body: Reader, count: int) -> NDArray[np.int32]:
     used = _used_classes(table)
     tables = [_take_table(body, _MAX_SYMBOLS) for _ in used]
     magnitudes = np.zeros((blocks, BLOCK), dtype=np.int32)
-    classes, _ = decode_symbols(body, np.zeros(blocks, dtype=np.intp), _models([table]))
-    inside = b""
+    classes, inside = decode_symbols(body, np.zeros(blocks, dtype=np.intp), _models([table]))
     if used:
         active = classes > 0
         models = np.repeat(np.searchsorted(used, classes[active]), BLOCK)
-        decoded, inside = decode_symbols(body, models, _models(tables))
+        decoded, more = decode_symbols(body, models, _models(tables))
+        inside += more
         magnitudes[active] = decoded.reshape(-1, BLOCK)
     levels, padding = magnitudes.reshape(-1)[:count], magnitudes.reshape(-1)[count:]
     present = np.flatnonzero(levels)

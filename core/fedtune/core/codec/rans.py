@@ -34,6 +34,7 @@ _FULL = 32 - PRECISION
 
 Indices = NDArray[np.int64]
 Frequencies = NDArray[np.uint32]
+States = NDArray[np.uint32]
 
 
 def quantized(weights: NDArray[np.int64]) -> Frequencies:
@@ -63,21 +64,29 @@ def encode_symbols(
     ways = _ways(np.bincount(indices, minlength=flat.size), flat, way_bits)
     inside = raw[: 2 * ways].ljust(2 * ways, b"\0")
     states = np.frombuffer(inside, dtype="<u2").astype(np.uint32) + np.uint32(_LEAST)
-    frequency = flat.take(indices)
-    most = ((frequency.astype(np.uint64) << _FULL) - 1).astype(np.uint32)  # of a state that needs not move
-    others, below = np.uint32(_ONE) - frequency, before.take(indices)
+    most = ((flat.astype(np.uint64) << _FULL) - 1).astype(np.uint32)  # of a state that needs not move
+    terms = [each.take(indices) for each in (most, flat, np.uint32(_ONE) - flat, before)]
     moved: list[NDArray[np.uint32]] = []
-    for start in reversed(range(0, indices.size, ways)):
-        row = slice(start, start + ways)
-        state = states[: indices.size - start]
-        full = state > most[row]
-        moved.append(state[full])
-        np.right_shift(state, 16, out=state, where=full)
-        quotient = state // frequency[row]
-        quotient *= others[row]
-        state += quotient
-        state += below[row]
-    words = np.concatenate([np.zeros(0, np.uint32), *reversed(moved)]).astype("<u2")  # the lower 16 bits
+    quotients, above = np.empty(ways, dtype=np.uint32), np.empty(ways, dtype=np.bool_)
+    # Arrays of no dimension and positional outputs: at this size numpy takes longer to read a call than to compute it.
+    sixteen = np.array(16, dtype=np.uint32)
+
+    def step(state: States, most: States, frequency: States, other: States, before: States) -> None:
+        quotient = quotients[: state.size]
+        full = np.greater(state, most, above[: state.size]).nonzero()[0]
+        leaving = state[full]
+        moved.append(leaving)
+        state[full] = leaving >> sixteen
+        np.floor_divide(state, frequency, quotient)
+        np.multiply(quotient, other, quotient)
+        np.add(state, quotient, state)
+        np.add(state, before, state)
+
+    whole = indices.size // ways * ways
+    step(states[: indices.size - whole], *(each[whole:] for each in terms))
+    for row in zip(*(each[:whole].reshape(-1, ways)[::-1] for each in terms), strict=True):
+        step(states, *row)
+    words = np.concatenate(moved[::-1]).astype("<u2")  # the lower 16 bits
     head = ways.to_bytes(2, "little") + states.astype("<u4").tobytes()
     return head + len(words).to_bytes(3, "little") + words.tobytes(), raw[2 * ways :]
 
@@ -96,32 +105,47 @@ def decode_symbols(
     count, ways = models.size, body.take_number(2, "the number of ways")
     if not 1 <= ways <= max(count, 1) <= ways * MOST_STEPS:
         raise PeerError(f"payload: {ways} ways for {count} symbols")
-    states = np.frombuffer(body.take(4 * ways, "the coder's states"), dtype="<u4").astype(np.uint32)
-    words = np.frombuffer(body.take(2 * body.take_number(3, "the word count"), "the coded words"), dtype="<u2")
+    states = np.frombuffer(body.take(4 * ways, "the coder's states"), dtype="<u4").astype(np.int64)
+    packed = body.take(2 * body.take_number(3, "the word count"), "the coded words")
+    words = np.frombuffer(packed, dtype="<u2").astype(np.int64)
     if (states < _LEAST).any():
         raise PeerError("payload: a coder's state is below its range")
-    flat, before = frequencies.reshape(-1), _sums_before(frequencies).reshape(-1)
-    symbols = np.repeat(np.arange(flat.size), flat)  # 2^M places for each model: whose range a place is in
-    frequency = flat.take(symbols)
-    above = np.tile(np.arange(_ONE, dtype=np.uint32), len(frequencies)) - before.take(symbols)
+    flat, (rows, width) = frequencies.reshape(-1), frequencies.shape
+    # Each model has 2^M places; these are the symbol of a place's range, its frequency and the place within the range.
+    symbols = np.repeat(np.tile(np.arange(width, dtype=np.uint16), rows), flat)
+    frequency = np.repeat(flat, flat).astype(np.int64)
+    above = np.tile(np.arange(_ONE), rows) - np.repeat(_sums_before(frequencies).reshape(-1), flat)
     places, at = models << PRECISION, 0
-    for start in range(0, count, ways):
-        place = places[start : start + ways]
-        state = states[: place.size]
-        place += state & np.uint32(_ONE - 1)
-        state >>= np.uint32(PRECISION)
-        state *= frequency.take(place)
-        state += above.take(place)
-        low = (state < _LEAST).nonzero()[0]
-        taken = words[at : at + low.size]
-        if taken.size != low.size:
+    scratch, below = np.empty(ways, dtype=np.int64), np.empty(ways, dtype=np.bool_)
+    ones, precision, least, sixteen = map(np.array, (_ONE - 1, PRECISION, _LEAST, 16))  # see encode_symbols
+
+    def step(place: Indices, state: Indices, term: Indices, low: NDArray[np.bool_]) -> None:
+        nonlocal at
+        np.bitwise_and(state, ones, term)
+        np.add(place, term, place)
+        np.right_shift(state, precision, state)
+        frequency.take(place, 0, term, "clip")
+        np.multiply(state, term, state)
+        above.take(place, 0, term, "clip")
+        np.add(state, term, state)
+        short = np.less(state, least, low).nonzero()[0]
+        end = at + short.size
+        if end > words.size:
             raise PeerError("payload: fewer coded words than its symbols take")
-        state[low] = (state[low] << np.uint32(16)) | taken
-        at += low.size
-    raw = states - np.uint32(_LEAST)
+        refilled = np.left_shift(state[short], sixteen)
+        np.bitwise_or(refilled, words[at:end], refilled)
+        state[short] = refilled
+        at = end
+
+    whole = count // ways * ways
+    for row in places[:whole].reshape(-1, ways):
+        step(row, states, scratch, below)
+    rest = count - whole
+    step(places[whole:], states[:rest], scratch[:rest], below[:rest])
+    raw = states - _LEAST
     if at != words.size or (raw >= _LEAST).any():
         raise PeerError("payload: more coded words than its symbols take")
-    return (symbols.take(places) - models * frequencies.shape[1]).astype(np.uint16), raw.astype("<u2").tobytes()
+    return symbols.take(places), raw.astype("<u2").tobytes()
 
 
 def _sums_before(frequencies: Frequencies) -> Frequencies:

@@ -21,7 +21,7 @@ from zlib import crc32
 
 from fedtune.core.errors import PeerError
 
-VERSION = 2
+VERSION = 3
 FRAME_SIZE = 16
 MAX_COUNT = 1 << 30  # coordinates of one segment: 4 GiB of float32
 
