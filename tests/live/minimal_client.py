@@ -198,7 +198,7 @@ def patiently(step: Callable[[], bool]) -> None:
 
 
 def frame(count: int, body: bytes) -> bytes:
-    head = b"fu" + struct.pack("<BBII", 2, EXACT, count, len(body))
+    head = b"fu" + struct.pack("<BBII", 3, EXACT, count, len(body))
     return head + struct.pack("<I", zlib.crc32(head + body)) + body
 
 
