@@ -2,7 +2,7 @@
 
     trainer = Rendezvous(TorchTrainer(model), train_all)
     device = Device(lambda base: trainer, ..., turns=nullcontext())
-    answers = trainer.run([partial(handler, client, request) for client, request in asked])
+    trainer.run([partial(handler, client, request) for client, request in asked], answered)
 
 Each call of `run` has a thread of its own, of which one runs at a time: a call goes on until it waits in `train` or
 ends, and then the next one does, so that nothing besides the trainer need expect several at once. The tasks of those
@@ -28,6 +28,9 @@ from fedtune.data.examples import Example
 from fedtune.data.tokenizer import Tokenizer
 
 Answer = TypeVar("Answer")
+Answered = Callable[[int, Answer | Exception], None]
+"""(index of a call, its answer or the error that it raised): told as soon as the call has ended."""
+
 TrainAll = Callable[[Sequence[ClientTask]], Sequence[Outcome]]
 """Trains the tasks; returns an outcome for each."""
 
@@ -103,22 +106,25 @@ class Rendezvous:
         """Scores an adapter."""
         return self._trainer.evaluate(adapter, examples)
 
-    def run(self, calls: Sequence[Callable[[], Answer]]) -> list[Answer | Exception]:
-        """Runs all calls to their end; returns for each its answer, or the error that it raised."""
+    def run(self, calls: Sequence[Callable[[], Answer]], answered: Answered[Answer]) -> None:
+        """Runs all calls to their end, and tells `answered` of each.
+
+        Args:
+            answered: called in the call's thread, before the next call goes on.
+        """
         with span("pass", waits=True):
-            return _Meeting(calls, self._train_all).run()
+            _Meeting(calls, self._train_all, answered).run()
 
 
 class _Meeting(Generic[Answer]):
     """The calls of one `run`, of which one runs at a time."""
 
-    def __init__(self, calls: Sequence[Callable[[], Answer]], train_all: TrainAll) -> None:
-        self._calls, self._train_all = calls, train_all
-        self._answers: dict[int, Answer | Exception] = {}
+    def __init__(self, calls: Sequence[Callable[[], Answer]], train_all: TrainAll, answered: Answered[Answer]) -> None:
+        self._calls, self._train_all, self._answered = calls, train_all, answered
         self._asked: dict[int, tuple[ClientTask, Future[Outcome]]] = {}
         self._paused: SimpleQueue[None] = SimpleQueue()  # an item each time a call ends or begins to wait
 
-    def run(self) -> list[Answer | Exception]:
+    def run(self) -> None:
         threads = [
             Thread(target=self._call, args=(index, call), name=f"client-{index}", daemon=True)
             for index, call in enumerate(self._calls)
@@ -130,7 +136,6 @@ class _Meeting(Generic[Answer]):
             self._train()
         for thread in threads:
             thread.join()
-        return [self._answers[index] for index in range(len(self._calls))]
 
     def _call(self, index: int, call: Callable[[], Answer]) -> None:
         def ask(task: ClientTask) -> Outcome:
@@ -144,8 +149,10 @@ class _Meeting(Generic[Answer]):
             answer: Answer | Exception = call()
         except Exception as error:  # a handler may raise any type
             answer = error
-        self._answers[index] = answer
-        self._paused.put(None)
+        try:
+            self._answered(index, answer)
+        finally:
+            self._paused.put(None)
 
     def _train(self) -> None:
         """Trains the tasks of all calls that wait, and lets one after another of these go on."""

@@ -57,6 +57,12 @@ def task(seed: int, steps: int = 1) -> ClientTask:
     return ClientTask([], ZEROS, local_task(seed, local_steps=steps, learning_rate=0.1))
 
 
+def answers_of(trainer: Rendezvous, calls: Sequence[Callable[[], int]]) -> list[int | Exception]:
+    answers: dict[int, int | Exception] = {}
+    trainer.run(calls, answers.__setitem__)
+    return [answers[index] for index in range(len(calls))]
+
+
 def train_call(trainer: Rendezvous, seed: int) -> Callable[[], int]:
     return lambda: trainer.train([], ZEROS, task(seed).task).examples
 
@@ -64,7 +70,7 @@ def train_call(trainer: Rendezvous, seed: int) -> Callable[[], int]:
 def test_calls_train_together_in_their_order_and_in_the_callers_thread() -> None:
     recorder = Recorder()
     trainer = Rendezvous(NumpyTrainer(), recorder)
-    assert trainer.run([train_call(trainer, seed) for seed in (5, 3, 4)]) == [5, 3, 4]
+    assert answers_of(trainer, [train_call(trainer, seed) for seed in (5, 3, 4)]) == [5, 3, 4]
     assert recorder.passes == [[5, 3, 4]]
     assert recorder.threads == [threading.get_ident()]
 
@@ -76,7 +82,9 @@ def test_a_call_that_fails_or_never_trains_does_not_hold_up_the_others() -> None
     def fail() -> int:
         raise ConnectionError("vanished")
 
-    failed, idle, trained, astray = trainer.run([fail, lambda: 0, train_call(trainer, 1), train_call(trainer, 7)])
+    failed, idle, trained, astray = answers_of(
+        trainer, [fail, lambda: 0, train_call(trainer, 1), train_call(trainer, 7)]
+    )
     assert isinstance(failed, ConnectionError)
     assert (idle, trained, str(astray)) == (0, 1, "seven")
     assert recorder.passes == [[1, 7]]
@@ -98,7 +106,7 @@ def test_one_call_runs_at_a_time() -> None:
         running.release()
         return seed
 
-    assert trainer.run([partial(call, seed) for seed in range(4)]) == [0, 1, 2, 3]
+    assert answers_of(trainer, [partial(call, seed) for seed in range(4)]) == [0, 1, 2, 3]
 
 
 def test_a_call_may_train_twice() -> None:
@@ -108,7 +116,7 @@ def test_a_call_may_train_twice() -> None:
     def twice() -> int:
         return train_call(trainer, 1)() + train_call(trainer, 2)()
 
-    assert trainer.run([twice, train_call(trainer, 3)]) == [3, 3]
+    assert answers_of(trainer, [twice, train_call(trainer, 3)]) == [3, 3]
     assert recorder.passes == [[1, 3], [2]]
 
 
@@ -117,7 +125,20 @@ def test_an_error_of_the_training_reaches_every_call() -> None:
         raise RuntimeError("broken")
 
     trainer = Rendezvous(NumpyTrainer(), broken)
-    assert [str(each) for each in trainer.run([train_call(trainer, seed) for seed in (1, 2)])] == ["broken", "broken"]
+    answers = answers_of(trainer, [train_call(trainer, seed) for seed in (1, 2)])
+    assert [str(each) for each in answers] == ["broken", "broken"]
+
+
+def test_an_answer_is_told_before_the_next_call_goes_on() -> None:
+    trainer, told = Rendezvous(NumpyTrainer(), Recorder()), list[str]()
+
+    def call(seed: int) -> int:
+        train_call(trainer, seed)()
+        told.append(f"call {seed} ends")
+        return seed
+
+    trainer.run([partial(call, seed) for seed in (1, 2)], lambda index, answer: told.append(f"{index}: {answer}"))
+    assert told == ["call 1 ends", "0: 1", "call 2 ends", "1: 2"]
 
 
 def test_outside_a_run_the_single_trainer_trains() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from fedtune.client.plan.machine import probe
+from fedtune.client.rendezvous import Answered
 from fedtune.core.errors import JobError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.messages import TRAIN
 from fedtune.flower.envelope import WireMessage
 from fedtune.flower.in_process_grid import Outgoing
-from fedtune.server.simulation.passes import Answers, Blocks, Passes, evenly
+from fedtune.server.simulation.passes import Blocks, Passes, evenly
 from fedtune.server.simulation.simulated_run import clients_together
 from fedtune.server.simulation.stock_flower import _job
 
@@ -31,16 +32,18 @@ def outgoing(node: int, beside: Sequence[int], group: str = "1", action: str = T
 
 
 class Started:
-    """Keeps the nodes of each pass that is started, and the futures of their answers."""
+    """Keeps the nodes of each pass that is started, what is told of its answers, and its end."""
 
     def __init__(self) -> None:
         self.passes: list[list[int]] = []
-        self.futures: list[Future[Answers]] = []
+        self.answered: list[Answered[WireMessage]] = []
+        self.ends: list[Future[None]] = []
 
-    def __call__(self, messages: Sequence[Outgoing]) -> Future[Answers]:
+    def __call__(self, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> Future[None]:
         self.passes.append([message.node for message in messages])
-        self.futures.append(Future())
-        return self.futures[-1]
+        self.answered.append(answered)
+        self.ends.append(Future())
+        return self.ends[-1]
 
 
 def submit(passes: Passes, started: Started, messages: Sequence[Outgoing], worker_of: Any = lambda _: 0) -> list[Any]:
@@ -71,10 +74,15 @@ def test_a_pass_starts_with_its_last_message_and_each_future_gets_its_own_answer
     futures += submit(passes, started, [outgoing(node, [1, 2, 3, 4]) for node in (4, 2)])
     assert started.passes == [[3, 4], [1, 2]]
     answer: Any = object()
-    started.futures[0].set_result([answer, ValueError("four")])
-    started.futures[1].set_exception(RuntimeError("ended"))
+    started.answered[0](1, ValueError("four"))
+    assert [future.done() for future in futures] == [False, False, True, False]
+    started.answered[0](0, answer)
+    started.ends[0].set_result(None)
+    started.answered[1](1, answer)
+    started.ends[1].set_exception(RuntimeError("ended"))
     assert futures[1].result() is answer
-    assert [str(futures[index].exception()) for index in (0, 2, 3)] == ["ended", "four", "ended"]
+    assert futures[3].result() is answer
+    assert [str(futures[index].exception()) for index in (0, 2)] == ["ended", "four"]
 
 
 def test_messages_that_ask_for_no_training_are_never_held_back() -> None:
@@ -103,8 +111,8 @@ def test_only_members_that_are_asked_and_on_the_same_worker_are_waited_for() -> 
 def test_a_cancelled_pass_cancels_the_answers_of_all() -> None:
     passes, started = Passes(2), Started()
     futures = submit(passes, started, [outgoing(node, [1, 2]) for node in (1, 2)])
-    started.futures[0].cancel()
-    started.futures[0].set_running_or_notify_cancel()
+    started.ends[0].cancel()
+    started.ends[0].set_running_or_notify_cancel()
     assert all(future.cancelled() for future in futures)
 
 

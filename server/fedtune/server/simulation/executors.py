@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import psutil  # type: ignore[import-untyped]
 
+from fedtune.client.rendezvous import Answered
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import RunError
 from fedtune.core.host.process import peak_rss_mb
@@ -32,7 +33,7 @@ from fedtune.data.examples import CleaningReport
 from fedtune.flower.envelope import WireMessage
 from fedtune.flower.in_process_grid import Executor, Outgoing
 from fedtune.model.scoring import Piece
-from fedtune.server.simulation.passes import Answers, Passes, answer_together
+from fedtune.server.simulation.passes import Passes, answer_together
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.spreading import compute_piece, spread_over
 
@@ -87,7 +88,7 @@ class LocalExecutor:
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client."""
-        return self._passes.submit(message, lambda _: 0, lambda messages: self._thread.submit(self._run, messages))
+        return self._passes.submit(message, lambda _: 0, lambda *asked: self._thread.submit(self._run, *asked))
 
     def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
         """Computes the pieces on the clients' thread, so that nothing else uses the model meanwhile."""
@@ -102,9 +103,9 @@ class LocalExecutor:
         self._thread.shutdown(wait=True, cancel_futures=True)
         add_span(WORKER, "worker 1", Place(os.getpid(), "simulated-client_0"), self._began, own=False)
 
-    def _run(self, messages: Sequence[Outgoing]) -> Answers:
+    def _run(self, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> None:
         asked = [(message.pack(), self._clients[message.node]) for message in messages]
-        return answer_together(asked, self._handler, self._simulation_context)
+        answer_together(asked, self._handler, self._simulation_context, answered)
 
     def _compute(self, _: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
         return compute_piece(self._simulation_context.model, adapter, piece)
@@ -148,7 +149,7 @@ class ForkedExecutor:
         """Queues the message for its client's worker."""
         worker = self._find_place(message)
         self._latest[message.node] = self._passes.submit(
-            message, self.place, lambda messages: self._threads[worker].submit(self._run, worker, messages)
+            message, self.place, lambda *asked: self._threads[worker].submit(self._run, worker, *asked)
         )
         return self._latest[message.node]
 
@@ -201,16 +202,17 @@ class ForkedExecutor:
             self._places.update(dict.fromkeys(new, fewest))
         return self._places[message.node]
 
-    def _run(self, worker: int, messages: Sequence[Outgoing]) -> Answers:
-        reply = self._ask(worker, _Messages([(message.pack(), message.node) for message in messages]))
-        assert isinstance(reply, list)
-        return reply
+    def _run(self, worker: int, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> None:
+        self._ask(worker, _Messages([(message.pack(), message.node) for message in messages]), answered)
 
     def _compute(self, worker: int, adapter: Vector | None, piece: Piece[Any]) -> Any:
         return self._ask(worker, _Compute(adapter, piece))
 
-    def _ask(self, worker: int, question: _Question) -> object:
+    def _ask(self, worker: int, question: _Question, answered: Answered[Any] | None = None) -> object:
         """Sends a question and returns its answer, on the worker's own thread, so that both come in pairs.
+
+        Args:
+            answered: told of what the worker sends ahead of its answer.
 
         Raises:
             RunError: the worker has ended.
@@ -220,7 +222,9 @@ class ForkedExecutor:
         asked = now()
         try:
             connection.send(question)
-            spans, reply = connection.recv()
+            while isinstance(received := connection.recv(), _Ahead):
+                assert answered is not None
+                answered(received.index, received.answer)
         except (EOFError, OSError) as error:
             process.join(_ENDING_SECONDS)
             add_span("cut off", "", _place(process), asked)
@@ -228,6 +232,7 @@ class ForkedExecutor:
                 f"a worker of the simulation ended with exit status {process.exitcode} (out of memory?). "
                 "Resume the run, with a lower simulation.workers in its job.toml"
             ) from error
+        spans, reply = received
         absorb(spans)
         if isinstance(reply, Exception):
             raise reply
@@ -240,12 +245,25 @@ def _place(process: BaseProcess) -> Place:
 
 
 @dataclass(frozen=True)
+class _Ahead:
+    """The answer to one of a question's messages, which a fork sends before its answer to the question."""
+
+    index: int
+    answer: WireMessage | Exception
+
+
+@dataclass(frozen=True)
 class _Fork:
-    """The inside of a fork, by which it answers questions."""
+    """The inside of a fork, by which it answers questions.
+
+    Args:
+        send_ahead: sends the answer to one of a question's messages.
+    """
 
     handler: Handler
     simulation_context: SimulationContext
     clients: Mapping[int, str]
+    send_ahead: Answered[WireMessage]
 
 
 class _Question(Protocol):
@@ -272,8 +290,8 @@ class _Messages:
 
     def answer(self, fork: _Fork) -> object:
         asked = [(wire, fork.clients[node]) for wire, node in self.wires]
-        answers = answer_together(asked, fork.handler, fork.simulation_context)
-        return [_sendable(each) if isinstance(each, Exception) else each for each in answers]
+        answer_together(asked, fork.handler, fork.simulation_context, fork.send_ahead)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,12 +320,17 @@ def _serve(
     for theirs in inherited:
         theirs.close()
     record_in_fork()
+
+    def send_ahead(index: int, answer: WireMessage | Exception) -> None:
+        connection.send(_Ahead(index, _sendable(answer) if isinstance(answer, Exception) else answer))
+
+    fork = _Fork(handler, simulation_context, clients, send_ahead)
     while True:
         try:
             question: _Question = connection.recv()
         except EOFError:
             return
-        outcome = _outcome(question, _Fork(handler, simulation_context, clients))
+        outcome = _outcome(question, fork)
         answer: tuple[Sequence[Span], object] = (drain(), outcome)
         connection.send(answer)
 

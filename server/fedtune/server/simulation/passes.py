@@ -1,8 +1,10 @@
 """The passes of a simulation: which clients of a round a worker trains together, and the answers of all of them.
 
     passes = Passes(together=4)
-    future = passes.submit(message, worker_of, start)   # start([messages of one pass]) -> future of their answers
-    answers = answer_together(asked, handler, context)  # in the worker
+    future = passes.submit(message, worker_of, start)   # start([messages of one pass], answered) -> its end
+    answer_together(asked, handler, context, answered)  # in the worker; answered(index, answer) for each
+
+An answer is handed on as soon as its client has made it: the server takes it in while the worker makes the next.
 
 The clients of a round are cut into blocks of almost equal sizes, at most K, in the order of the round's first messages.
 A block stays together for the round, so that the cut depends on the cohort alone, and not on the number of workers.
@@ -15,14 +17,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from fedtune.client.rendezvous import Answered
 from fedtune.core.protocol.messages import TRAIN, Handler
 from fedtune.core.spans import span
 from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Outgoing
 from fedtune.server.simulation.simulation_context import SimulationContext
 
-Answers = Sequence[WireMessage | Exception]
-Start = Callable[[Sequence[Outgoing]], Future[Answers]]
+Start = Callable[[Sequence[Outgoing], Answered[WireMessage]], Future[None]]
+"""(messages of one pass, told of each answer) -> done when all were told, or with the error that kept some from one."""
 
 
 class Blocks:
@@ -84,41 +87,50 @@ class Passes:
         if len(waiting) == len(members):
             del self._waiting[members]
             futures = [each for _, each in waiting]
-            start([each for each, _ in waiting]).add_done_callback(partial(_hand_out, futures))
+            start([each for each, _ in waiting], partial(_hand_out, futures)).add_done_callback(partial(_end, futures))
         return future
 
 
-def _hand_out(futures: Sequence[Future[WireMessage]], done: Future[Answers]) -> None:
-    """Gives each future its answer, or the error that kept all of them from one."""
-    if done.cancelled():
-        for future in futures:
+def _hand_out(futures: Sequence[Future[WireMessage]], index: int, answer: WireMessage | Exception) -> None:
+    """Gives a future its answer."""
+    if isinstance(answer, Exception):
+        futures[index].set_exception(answer)
+    else:
+        futures[index].set_result(answer)
+
+
+def _end(futures: Sequence[Future[WireMessage]], done: Future[None]) -> None:
+    """Cancels the futures that have no answer, or gives them the error that kept them from one."""
+    for future in (each for each in futures if not each.done()):
+        if done.cancelled():
             future.cancel()
-        return
-    error = done.exception()
-    answers = done.result() if error is None else [error] * len(futures)
-    for future, answer in zip(futures, answers, strict=True):
-        if isinstance(answer, BaseException):
-            future.set_exception(answer)
         else:
-            future.set_result(answer)
+            future.set_exception(done.exception())
 
 
 def answer_together(
-    asked: Sequence[tuple[WireMessage, str]], handler: Handler, simulation_context: SimulationContext
-) -> list[WireMessage | Exception]:
+    asked: Sequence[tuple[WireMessage, str]],
+    handler: Handler,
+    simulation_context: SimulationContext,
+    answered: Answered[WireMessage],
+) -> None:
     """Answers the messages of one pass by the clients' handler, so that all who train do it together.
 
     Args:
         asked: each message, and the client that it is for.
         simulation_context: has the trainer that the handler uses.
+        answered: told of each answer as soon as it is there.
     """
     calls = [partial(_answer, wire, client, handler) for wire, client in asked]
     if len(calls) > 1:
-        return simulation_context.trainer.run(calls)
+        simulation_context.trainer.run(calls, answered)
+        return
+    answer: WireMessage | Exception
     try:
-        return [calls[0]()]
+        answer = calls[0]()
     except Exception as error:  # a handler may raise any type
-        return [error]
+        answer = error
+    answered(0, answer)
 
 
 def _answer(wire: WireMessage, client: str, handler: Handler) -> WireMessage:
