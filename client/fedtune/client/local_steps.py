@@ -22,7 +22,7 @@ from fedtune.data.examples import Example
 
 
 class StepSums(NamedTuple):
-    """The sums of one step: its loss over all targets, its targets and its tokens, padding included."""
+    """The sums of one step: its loss over all targets, its targets and the tokens that were computed."""
 
     loss: float
     targets: int

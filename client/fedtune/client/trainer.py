@@ -49,7 +49,7 @@ class LocalResult:
         target_tokens: number of tokens in them that the loss counts; another possible weight.
         loss: mean over the target tokens of all steps, each measured before its own step.
         steps: optimizer steps taken.
-        tokens: tokens computed, padding included.
+        tokens: tokens computed, with padding where there was some.
         seconds: duration from receiving the task to the result.
     """
 

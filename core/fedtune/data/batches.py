@@ -6,6 +6,7 @@ target tokens of the whole step, so the gradient does not depend on the cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,13 @@ LENGTH_STEP = 8  # padded lengths are multiples of it, so that there are few dis
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples as arrays, padded on the right, where causal attention cannot see the padding.
+    """Examples as arrays: each a row, padded on the right, where causal attention cannot see it; or all in one row.
 
     Args:
-        ids: int64, (examples, length).
-        positions: int64, (targets,): flat indices into (examples · length) of the tokens *before* each target.
+        ids: int64, (examples, length), or (1, tokens) without padding.
+        positions: int64, (targets,): indices into the flattened ids of the tokens *before* each target.
         targets: int64, (targets,).
-        owners: int64, (targets,): row of each target.
+        owners: int64, (targets,): example of each target.
     """
 
     ids: npt.NDArray[np.int64]
@@ -75,10 +76,27 @@ def collate(examples: Sequence[Example]) -> Batch:
     ids = np.zeros((len(examples), length), dtype=np.int64)
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
+    return _batch(examples, ids, [row * length for row in range(len(examples))])
+
+
+def concatenate(examples: Sequence[Example]) -> Batch:
+    """Collates examples to one row without padding, one after another."""
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)[np.newaxis]
+    return _batch(examples, ids, [0, *itertools.accumulate(len(example.ids) for example in examples)])
+
+
+def padding(examples: Sequence[Example]) -> int:
+    """Returns how many tokens of a padded batch would be padding."""
+    longest = max(map(_padded_length, examples))
+    return sum(longest - len(example.ids) for example in examples)
+
+
+def _batch(examples: Sequence[Example], ids: npt.NDArray[np.int64], starts: Sequence[int]) -> Batch:
+    """Returns the batch of examples whose first tokens are at `starts` in the flattened ids."""
     positions = np.concatenate(
         [
-            np.arange(row * length + example.first_target - 1, row * length + len(example.ids) - 1)
-            for row, example in enumerate(examples)
+            np.arange(start + example.first_target - 1, start + len(example.ids) - 1)
+            for start, example in zip(starts, examples, strict=False)
         ]
     )
     owners = np.repeat(np.arange(len(examples)), [example.target_tokens for example in examples])

@@ -21,8 +21,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +29,7 @@ from fedtune.core.job.settings import ModelSettings
 from fedtune.data.job_inputs import source_of
 from fedtune.model.formats import FORMATS
 from fedtune.model.packed import PackedLinear
+from fedtune.model.padding_free import ATTENTION
 from fedtune.model.shape import Precision
 
 Held = Literal["packed", "dequantized"]  # format of the linear weights in memory
@@ -39,7 +38,6 @@ Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DENSE_SHARE = 0.25  # share of the free memory that unpacked weights may take before "auto" packs them
 _AMPERE = (8, 0)  # the first CUDA compute capability with bf16 units
-_FLOAT32_ATTENTION = "fedtune_float32_attention"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +96,7 @@ def load_base(
         source = source_of(settings.base)
         config = load_config(source)
         tokenizer = load_tokenizer(source)
-        network = _load_network(source, config, precision, device)
+        network = _load_network(source, config, device)
     digest = _digest(network, settings.quantization)
     _straighten(network)
     dtype, linear = DTYPES[precision], dict(linear_modules(network))
@@ -180,7 +178,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _load_network(source: str, config: Any, precision: Precision, device: torch.device) -> Network:
+def _load_network(source: str, config: Any, device: torch.device) -> Network:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **_options(source)
@@ -195,8 +193,8 @@ def _load_network(source: str, config: Any, precision: Precision, device: torch.
             raise ModelError(
                 f"{source}: {name} has values that are NaN or infinite; expected another copy of the model"
             )
-    if device.type == "cpu" and precision != "fp32" and network.config._attn_implementation == "sdpa":
-        network.set_attn_implementation(_FLOAT32_ATTENTION)
+    if device.type == "cpu" and network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation(ATTENTION)
     return network
 
 
@@ -228,24 +226,6 @@ def _straighten(network: nn.Module) -> None:
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent), leaf, module)
-
-
-def _float32_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Computes attention in float32 between half-precision layers.
-
-    On CPUs with bf16 units the backward pass of torch's bf16 attention takes 12 times as long as in float32, more than
-    bf16 saves in the linear layers.
-    """
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
-    return output.to(query.dtype), None
-
-
-transformers.AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
-AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from fedtune.core.errors import InputError
 from fedtune.core.round_records import Evaluation
 from fedtune.core.spans import span
-from fedtune.data.batches import collate, micro_batches
+from fedtune.data.batches import micro_batches
 from fedtune.data.examples import Example, start_tokens
 from fedtune.model.adapted_model import AdaptedModel
-from fedtune.model.loss import on_device, score
+from fedtune.model.loss import score
 
 ANSWERED_TOGETHER = 16
 ANSWER_TOKENS = 64
@@ -69,9 +69,9 @@ class ScoredBatch:
         with span("scoring"):
             model.base.network.eval()
             device = model.base.device
-            batch = on_device(collate(self.examples), device)
+            batch = model.lm_head.batch(self.examples)
             losses, right = score(model.lm_head, batch)
-            wrong = torch.zeros(len(batch.ids), device=device).index_add_(0, batch.owners, (~right).float())
+            wrong = torch.zeros(len(self.examples), device=device).index_add_(0, batch.owners, (~right).float())
             loss, exact = float(losses.cpu().double().sum()), int((wrong == 0).sum())
         return Counts(loss, len(losses), exact, len(self.examples))
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from fedtune.data.batches import LENGTH_STEP, Batch, collate, micro_batches, steps_of_epoch
+from fedtune.data.batches import LENGTH_STEP, Batch, collate, concatenate, micro_batches, padding, steps_of_epoch
 from fedtune.data.examples import Example
 
 
@@ -66,13 +66,25 @@ def test_micro_batches_hold_the_whole_step_within_the_budget(lengths: list[int],
     assert all(len(part) == 1 or padded_tokens(part) <= budget for part in parts)
 
 
-@given(lengths=lengths)
-def test_a_batch_points_from_the_token_before_to_each_target(lengths: list[int]) -> None:
-    examples = make(lengths)
-    batch: Batch = collate(examples)
-    assert batch.ids.shape[1] % LENGTH_STEP == 0
-    flat = batch.ids.reshape(-1)
+def check_targets(batch: Batch, examples: list[Example]) -> None:
     expected = [(row, token) for row, e in enumerate(examples) for token in e.ids[e.first_target :].tolist()]
     assert list(zip(batch.owners.tolist(), batch.targets.tolist(), strict=True)) == expected
     before = [token for e in examples for token in e.ids[e.first_target - 1 : -1].tolist()]
-    assert flat[batch.positions].tolist() == before
+    assert batch.ids.reshape(-1)[batch.positions].tolist() == before
+
+
+@given(lengths=lengths)
+def test_a_batch_points_from_the_token_before_to_each_target(lengths: list[int]) -> None:
+    examples = make(lengths)
+    batch = collate(examples)
+    assert batch.ids.shape[1] % LENGTH_STEP == 0
+    check_targets(batch, examples)
+
+
+@given(lengths=lengths)
+def test_a_batch_without_padding_has_every_token_once_and_the_same_targets(lengths: list[int]) -> None:
+    examples = make(lengths)
+    batch = concatenate(examples)
+    assert batch.ids.tolist() == [[token for example in examples for token in example.ids.tolist()]]
+    assert collate(examples).ids.size == batch.ids.size + padding(examples)
+    check_targets(batch, examples)

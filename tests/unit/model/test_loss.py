@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from fedtune.client.torch.training import training_mode
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
 from fedtune.model.loss import LanguageModelHead, completion_loss, on_device, score
+from fedtune.model.padding_free import PLACES
 
 MakeModel = Callable[..., Path]
 # Architectures with something between head and logits, and one whose split the language-model head cannot know.
@@ -57,6 +59,52 @@ def loss_and_gradient(model: AdaptedModel, compute: Callable[[], torch.Tensor]) 
     loss = compute()
     torch.autograd.backward(loss)
     return float(loss.detach()), model.gradient.clone()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_padding_loss_and_gradient_are_the_plain_ones(
+    make_model: MakeModel, architecture: str, precision: str
+) -> None:
+    model = load_adapted(make_model(architecture), precision)
+    batch = model.lm_head.batch(examples())
+    assert batch.ids.shape == (1, sum(len(example.ids) for example in examples()))
+    loss, gradient = loss_and_gradient(model, lambda: completion_loss(model.lm_head, batch))
+    expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(model.base.network))
+    assert loss == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 1e-3)
+    difference = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+    assert difference < (1e-5 if precision == "fp32" else 0.02)
+
+
+def test_without_padding_checkpointed_gradients_are_the_same(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"))
+    batch = model.lm_head.batch(examples())
+    _, expected = loss_and_gradient(model, lambda: completion_loss(model.lm_head, batch))
+    with training_mode(model, 0, checkpointing=True):
+        _, gradient = loss_and_gradient(model, lambda: completion_loss(model.lm_head, batch))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_examples_are_padded_where_little_is_padding_or_one_exceeds_a_window(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("mistral", sliding_window=16))
+    longer = model.lm_head.batch(examples())
+    assert longer.places is None
+    expected = plain_loss(model.base.network).detach()
+    assert float(completion_loss(model.lm_head, longer).detach()) == pytest.approx(float(expected), rel=1e-5)
+    shorter = [Example(example.ids[:16], 1) for example in examples()]
+    assert model.lm_head.batch(shorter).places is None  # 11 tokens of padding
+    assert model.lm_head.batch(shorter * 4).places is not None
+
+
+@pytest.mark.parametrize("dropped", ["position_ids", PLACES])
+def test_an_architecture_that_ignores_where_tokens_are_gets_padding(make_model: MakeModel, dropped: str) -> None:
+    network = (model := load_adapted(make_model("gpt2"))).base.network
+    forward = network.base_model.forward
+    network.base_model.forward = lambda *ids, **options: forward(*ids, **{**options, dropped: None})
+    assert LanguageModelHead(model.base).padding_free == 0
+    network.base_model.forward = forward
+    assert LanguageModelHead(model.base).padding_free
+    network.set_attn_implementation("eager")
+    assert LanguageModelHead(model.base).padding_free == 0
 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 24, 2000, 1])

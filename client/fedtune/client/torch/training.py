@@ -21,10 +21,10 @@ from fedtune.client.trainer import LocalResult, LocalTask
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.local_work import LocalWork
-from fedtune.data.batches import collate, micro_batches
+from fedtune.data.batches import micro_batches
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel
-from fedtune.model.loss import completion_loss, on_device
+from fedtune.model.loss import completion_loss
 
 _MAX_SKIPPED_STEPS = 16  # in a row: fp16's loss scale starts at 2**16 and halves with each, down to 1
 
@@ -102,7 +102,7 @@ def _accumulate(
     targets = sum(example.target_tokens for example in examples)
     loss, tokens = torch.zeros((), device=model.base.device), 0
     for part in micro_batches(examples, task.micro_batch_tokens or task.work.batch_tokens):
-        batch = on_device(collate(part), model.base.device)
+        batch = model.lm_head.batch(part)
         part_loss = completion_loss(model.lm_head, batch)
         torch.autograd.backward(scaler.scale(part_loss / targets))
         loss += part_loss.detach()
