@@ -11,7 +11,7 @@ Matrix = npt.NDArray[np.float64]
 def thin_svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """Returns U (m, k), the singular values (k,) in falling order and Vᵀ (k, n), with k = min(m, n).
 
-    LAPACK's divide and conquer, which numpy calls, gives up on a rare finite matrix: one of 256 by 256 did, in the
+    LAPACK's gesdd, which numpy calls, gives up on a rare finite matrix: one of 256 by 256 did, in the
     aggregation of a federation's products. The transpose has the same singular values, and other roundings on the way.
 
     Args:

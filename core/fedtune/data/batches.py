@@ -18,6 +18,7 @@ from fedtune.data.balance import balanced_epoch
 from fedtune.data.examples import Example
 
 LENGTH_STEP = 8  # padded lengths are multiples of it, so that there are few distinct shapes to prepare kernels for
+_ROW_LENGTHS = 8  # of rows of many examples, from one power of two to the next, for the same reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Batch:
     """Examples as arrays: each a row, padded on the right, where causal attention cannot see it; or all in one row.
 
     Args:
-        ids: int64, (examples, length), or (1, tokens) without padding.
+        ids: int64, (examples, length), or (1, length) with little padding after the last example.
         positions: int64, (targets,): indices into the flattened ids of the tokens *before* each target.
         targets: int64, (targets,).
         owners: int64, (targets,): example of each target.
@@ -80,15 +81,23 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def concatenate(examples: Sequence[Example]) -> Batch:
-    """Collates examples to one row without padding, one after another."""
-    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)[np.newaxis]
+    """Collates examples to one row, one after another, and as little padding after them as gives few lengths."""
+    tokens = sum(len(example.ids) for example in examples)
+    ids = np.zeros((1, row_length(tokens)), dtype=np.int64)
+    ids[0, :tokens] = np.concatenate([example.ids for example in examples])
     return _batch(examples, ids, [0, *itertools.accumulate(len(example.ids) for example in examples)])
 
 
-def padding(examples: Sequence[Example]) -> int:
-    """Returns how many tokens of a padded batch would be padding."""
+def row_length(tokens: int) -> int:
+    """Returns the length of a row for so many tokens of several examples."""
+    step = max(LENGTH_STEP, (1 << tokens.bit_length() - 1) // _ROW_LENGTHS)
+    return -(-tokens // step) * step
+
+
+def saved_by_concatenating(examples: Sequence[Example]) -> int:
+    """Returns how many tokens less the row of these examples has than their padded batch."""
     longest = max(map(_padded_length, examples))
-    return sum(longest - len(example.ids) for example in examples)
+    return len(examples) * longest - row_length(sum(len(example.ids) for example in examples))
 
 
 def _batch(examples: Sequence[Example], ids: npt.NDArray[np.int64], starts: Sequence[int]) -> Batch:

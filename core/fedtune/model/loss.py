@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedtune.data.batches import Batch, collate, concatenate, padding
+from fedtune.data.batches import Batch, collate, concatenate, saved_by_concatenating
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
 from fedtune.model.padding_free import ATTENTION, NO_MASK, PLACES, Places
@@ -25,7 +25,7 @@ from fedtune.model.shape import MAX_CHUNK_LOGITS
 
 _CHECKED_TOKENS = 8
 _AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
-_LEAST_PADDING = 32  # tokens, from which on a batch takes less time without padding; measured on the demo
+_LEAST_SAVED = 32  # tokens, from which on a batch takes less time without padding; measured on the demo
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,10 @@ class LanguageModelHead:
         """Returns a batch of examples where the model computes, without padding if that is possible and faster."""
         device = self._network.device
         lengths = [len(example.ids) for example in examples]
-        if max(lengths) > self.padding_free or padding(examples) < _LEAST_PADDING:
+        if max(lengths) > self.padding_free or saved_by_concatenating(examples) < _LEAST_SAVED:
             return on_device(collate(examples), device)
-        return on_device(concatenate(examples), device, Places.of(lengths))
+        batch = concatenate(examples)
+        return on_device(batch, device, Places.of(lengths, batch.ids.size))
 
     def hidden(self, batch: DeviceBatch) -> Tensor:
         """Returns the states before the batch's targets, (targets, d); with gradient where it is enabled."""
@@ -127,7 +128,7 @@ class LanguageModelHead:
             return 0
         rows = torch.arange(2 * _CHECKED_TOKENS).view(2, -1) % self._vocabulary
         try:
-            found = self._states(rows.view(1, -1), Places.of([_CHECKED_TOKENS] * 2))
+            found = self._states(rows.view(1, -1), Places.of([_CHECKED_TOKENS] * 2, rows.numel()))
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
             return 0
         expected = self._states(rows).view(found.shape)

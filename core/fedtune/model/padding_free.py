@@ -1,6 +1,6 @@
 """Attention on processors: in float32, and over examples that lie one after another without padding between them.
 
-    places = Places.of(lengths)                              # of a batch's examples, sorted by length
+    places = Places.of(lengths, ids.numel())                 # of a batch's examples, sorted by length
     network(ids, position_ids=places.positions, attention_mask=NO_MASK, **{PLACES: places})
 
 A step's examples differ in length: padded to the longest, a third of the demo's tokens are padding, which costs as much
@@ -71,28 +71,33 @@ class Places:
 
     Args:
         parts: the batches.
-        positions: int64, (1, T): the index of each token in its example.
+        rest: tokens after the last example, which are in none of them.
+        positions: int64, (1, T): the index of each token in its example; 0 for the rest.
     """
 
     parts: Sequence[_Part]
+    rest: int
     positions: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Places:
-        """Returns the places of the tokens of examples of these lengths, one example after another."""
+    def of(cls, lengths: Sequence[int], tokens: int) -> Places:
+        """Returns the places of this many tokens of examples of these lengths, one example after another."""
         half = len(lengths) // 2
         halves = [each for each in (lengths[:half], lengths[half:]) if each]
         positions = [torch.cat([torch.arange(length) for length in each]) for each in halves]
-        return cls([_Part.of(*each) for each in zip(positions, halves, strict=True)], torch.cat(positions)[None])
+        rest = torch.zeros(tokens - sum(lengths), dtype=torch.int64)
+        parts = [_Part.of(*each) for each in zip(positions, halves, strict=True)]
+        return cls(parts, len(rest), torch.cat([*positions, rest])[None])
 
     def pad(self, values: Tensor) -> list[Tensor]:
         """Moves the values of tokens, (1, H, T, D), to each part's batch, float32, (b, H, L, D)."""
-        own = torch.split(values[0], [len(part.flat) for part in self.parts], dim=1)
-        return [part.pad(each) for part, each in zip(self.parts, own, strict=True)]
+        own = torch.split(values[0], [*(len(part.flat) for part in self.parts), self.rest], dim=1)
+        return [part.pad(each) for part, each in zip(self.parts, own, strict=False)]
 
     def unpad(self, values: Sequence[Tensor]) -> Tensor:
-        """Moves values of each part's batch, (b, L, H, D), to the tokens, (1, T, H, D)."""
-        return torch.cat([part.unpad(each) for part, each in zip(self.parts, values, strict=True)])[None]
+        """Moves values of each part's batch, (b, L, H, D), to the tokens, (1, T, H, D), with 0 for the rest."""
+        own = [part.unpad(each) for part, each in zip(self.parts, values, strict=True)]
+        return torch.cat([*own, own[0].new_zeros(self.rest, *own[0].shape[1:])])[None]
 
 
 def _attention(

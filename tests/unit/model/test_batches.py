@@ -6,7 +6,16 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from fedtune.data.batches import LENGTH_STEP, Batch, collate, concatenate, micro_batches, padding, steps_of_epoch
+from fedtune.data.batches import (
+    LENGTH_STEP,
+    Batch,
+    collate,
+    concatenate,
+    micro_batches,
+    row_length,
+    saved_by_concatenating,
+    steps_of_epoch,
+)
 from fedtune.data.examples import Example
 
 
@@ -82,9 +91,17 @@ def test_a_batch_points_from_the_token_before_to_each_target(lengths: list[int])
 
 
 @given(lengths=lengths)
-def test_a_batch_without_padding_has_every_token_once_and_the_same_targets(lengths: list[int]) -> None:
+def test_a_row_has_every_token_once_and_the_same_targets(lengths: list[int]) -> None:
     examples = make(lengths)
     batch = concatenate(examples)
-    assert batch.ids.tolist() == [[token for example in examples for token in example.ids.tolist()]]
-    assert collate(examples).ids.size == batch.ids.size + padding(examples)
+    tokens = [token for example in examples for token in example.ids.tolist()]
+    assert batch.ids.shape == (1, row_length(len(tokens)))
+    assert batch.ids[0].tolist() == tokens + [0] * (batch.ids.size - len(tokens))
+    assert collate(examples).ids.size == batch.ids.size + saved_by_concatenating(examples)
     check_targets(batch, examples)
+
+
+@given(st.integers(2, 1 << 20))
+def test_a_row_is_little_longer_than_its_tokens_and_there_are_few_lengths(tokens: int) -> None:
+    assert tokens <= row_length(tokens) < tokens + max(LENGTH_STEP, tokens / 8)
+    assert len({row_length(each) for each in range(4096, 8192)}) <= 9
