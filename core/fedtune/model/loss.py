@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedtune.data.batches import Batch, collate, concatenate, saved_by_concatenating
+from fedtune.data.batches import Batch, collate, concatenate, row_length, saved_by_concatenating
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
 from fedtune.model.padding_free import ATTENTION, NO_MASK, PLACES, Places
@@ -94,7 +94,9 @@ class LanguageModelHead:
         """Maps hidden states (n, d) to float32 logits (n, vocabulary)."""
         if not self.split:
             return hidden.float()
-        logits = cast(Tensor, self._head(hidden)).float()
+        count = min(row_length(len(hidden)), max(self.chunk, len(hidden)))  # few, for which kernels are prepared once
+        padded = nn.functional.pad(hidden, (0, 0, 0, count - len(hidden)))
+        logits = cast(Tensor, self._head(padded))[: len(hidden)].float()
         if self._scale != 1.0:
             logits = logits * self._scale
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
@@ -110,9 +112,9 @@ class LanguageModelHead:
     @torch.no_grad()
     def _agrees(self, device: torch.device) -> bool:
         ids = torch.arange(_CHECKED_TOKENS, device=device)[None] % self._vocabulary
-        whole = self._network(input_ids=ids, use_cache=False).logits.float()
+        whole = self._network(input_ids=ids, use_cache=False).logits[0].float()
         try:
-            split = self.logits(self._states(ids))
+            split = self.logits(self._states(ids)[0])
         except (AttributeError, TypeError, RuntimeError):
             return False
         return split.shape == whole.shape and bool((split - whole).abs().max() <= _AGREEMENT * whole.abs().max())
