@@ -167,8 +167,14 @@ def ray(workers: int) -> list[str]:
     return ["simulation.backend=ray", f"simulation.workers={workers}"]
 
 
-def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str = "none") -> Outcome:
-    """Runs the command that a user would type."""
+def measure_fedtune(
+    workload: Workload, backend: Sequence[str], compression: str = "none", python: str = sys.executable
+) -> Outcome:
+    """Runs the command that a user would type.
+
+    Args:
+        python: interpreter of the environment whose fedtune is measured.
+    """
     settings = [
         *backend,
         f"model.base={workload.base}",
@@ -193,7 +199,7 @@ def measure_fedtune(workload: Workload, backend: Sequence[str], compression: str
     ]
     with tempfile.TemporaryDirectory() as folder:
         overrides = [part for setting in settings for part in ("--set", setting)]
-        command = [sys.executable, "-m", "fedtune.server.cli", "simulate", *overrides, "--out", f"{folder}/run"]
+        command = [python, "-m", "fedtune.server.cli", "simulate", *overrides, "--out", f"{folder}/run"]
         outcome = measure(command, workload)
         later = [client for line in read_rounds(Path(folder) / "run")[1:] for client in line["clients"]]
         return replace(outcome, training_seconds=statistics.fmean(client["seconds"] for client in later))

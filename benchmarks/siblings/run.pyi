@@ -1,0 +1,1 @@
+from benchmarks.simulation.run import *
