@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from contestants import CROWD, Outcome, local, markdown_row, measure_fedtune
 from facts import machine_facts
-from run import CROWD, Outcome, local, markdown_row, measure_fedtune
 from workload import Workload
 
 HERE = Path(__file__).parent

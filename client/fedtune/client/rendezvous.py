@@ -146,12 +146,13 @@ class _Meeting(Generic[Answer]):
 
         _ask.set(ask)  # this thread's own
         try:
-            answer: Answer | Exception = call()
-        except Exception as error:  # a handler may raise any type
-            answer = error
-        try:
+            answer: Answer | Exception
+            try:
+                answer = call()
+            except Exception as error:  # a handler may raise any type
+                answer = error
             self._answered(index, answer)
-        finally:
+        finally:  # whatever has ended the thread, the others go on
             self._paused.put(None)
 
     def _train(self) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 Matrix = npt.NDArray[np.float64]
 
 
-def thin_svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+def svd(matrix: Matrix, *, full_matrices: bool) -> tuple[Matrix, Matrix, Matrix]:
     """Returns U (m, k), the singular values (k,) in falling order and Vᵀ (k, n), with k = min(m, n).
 
     LAPACK's gesdd, which numpy calls, gives up on a rare finite matrix: one of 256 by 256 did, in the
@@ -16,10 +16,14 @@ def thin_svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
 
     Args:
         matrix: (m, n), finite.
+        full_matrices: return all of U (m, m) and Vᵀ (n, n).
+
+    Raises:
+        LinAlgError: neither the matrix nor its transpose has been decomposed.
     """
     try:
-        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        left, values, right = np.linalg.svd(matrix, full_matrices=full_matrices)
     except np.linalg.LinAlgError:
-        right, values, left = np.linalg.svd(matrix.T, full_matrices=False)
+        right, values, left = np.linalg.svd(matrix.T, full_matrices=full_matrices)
         left, right = left.T, right.T
     return left, values, right

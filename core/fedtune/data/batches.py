@@ -90,7 +90,7 @@ def concatenate(examples: Sequence[Example]) -> Batch:
 
 def row_length(tokens: int) -> int:
     """Returns the length of a row for so many tokens of several examples."""
-    step = max(LENGTH_STEP, (1 << tokens.bit_length() - 1) // _ROW_LENGTHS)
+    step = max(LENGTH_STEP, (1 << max(tokens, 1).bit_length() - 1) // _ROW_LENGTHS)
     return -(-tokens // step) * step
 
 

@@ -193,7 +193,9 @@ def _load_network(source: str, config: Any, device: torch.device) -> Network:
             raise ModelError(
                 f"{source}: {name} has values that are NaN or infinite; expected another copy of the model"
             )
-    if device.type == "cpu" and network.config._attn_implementation == "sdpa":
+    # Some architectures choose tokens by a mask that they compute for attention of the name "sdpa" alone.
+    chooses = getattr(network.config.get_text_config(), "index_topk", None)
+    if device.type == "cpu" and network.config._attn_implementation == "sdpa" and not chooses:
         network.set_attn_implementation(ATTENTION)
     return network
 

@@ -25,6 +25,7 @@ from fedtune.model.shape import MAX_CHUNK_LOGITS
 
 _CHECKED_TOKENS = 8
 _AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
+_EQUAL = 1e-4  # relative, between states of the same numbers, computed alike
 _LEAST_SAVED = 32  # tokens, from which on a batch takes less time without padding; measured on the demo
 
 
@@ -128,13 +129,13 @@ class LanguageModelHead:
         """
         if self._network.config._attn_implementation != ATTENTION:
             return 0
-        rows = torch.arange(2 * _CHECKED_TOKENS).view(2, -1) % self._vocabulary
+        rows = torch.arange(_CHECKED_TOKENS).view(2, -1) % self._vocabulary
         try:
-            found = self._states(rows.view(1, -1), Places.of([_CHECKED_TOKENS] * 2, rows.numel()))
-        except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
+            found = self._states(rows.view(1, -1), Places.of([rows.shape[1]] * 2, rows.numel()))
+        except Exception:  # an architecture that takes no such keywords may raise any type
             return 0
         expected = self._states(rows).view(found.shape)
-        if not (found - expected).abs().max() <= _AGREEMENT * expected.abs().max():
+        if not (found - expected).abs().max() <= _EQUAL * expected.abs().max():
             return 0
         windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min(window or sys.maxsize for window in windows)

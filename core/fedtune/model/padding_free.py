@@ -101,7 +101,7 @@ class Places:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Computes attention in float32, also between half-precision layers.
 
@@ -110,12 +110,14 @@ def _attention(
     """
     dtype, places = query.dtype, options.pop(PLACES, None)
     if places is not None:
+        if attention_mask is not NO_MASK:
+            raise ValueError("this architecture has a mask of its own, which is for padded examples")
         parts = zip(places.pad(query), places.pad(key), places.pad(value), strict=True)
         outputs = [sdpa_attention_forward(module, *each, None, **options)[0] for each in parts]
         return places.unpad(outputs).to(dtype), None
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return output.to(dtype), None
 
 

@@ -141,6 +141,18 @@ def test_an_answer_is_told_before_the_next_call_goes_on() -> None:
     assert told == ["call 1 ends", "0: 1", "call 2 ends", "1: 2"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_by_no_ordinary_error_does_not_hold_up_the_others() -> None:
+    trainer = Rendezvous(NumpyTrainer(), Recorder())
+
+    def panic() -> int:
+        raise BaseException("a panic of a compiled library")
+
+    answers: dict[int, int | Exception] = {}
+    trainer.run([panic, train_call(trainer, 1)], answers.__setitem__)
+    assert answers == {1: 1}
+
+
 def test_outside_a_run_the_single_trainer_trains() -> None:
     recorder, single = Recorder(), Seeded()
     trainer = Rendezvous(single, recorder)

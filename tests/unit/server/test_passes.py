@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.client.plan.machine import probe
 from fedtune.client.rendezvous import Answered
-from fedtune.core.errors import JobError
+from fedtune.core.errors import JobError, RunError
 from fedtune.core.job.job_file import load_job
 from fedtune.core.protocol.messages import TRAIN
 from fedtune.flower.envelope import WireMessage
@@ -83,6 +83,17 @@ def test_a_pass_starts_with_its_last_message_and_each_future_gets_its_own_answer
     assert futures[1].result() is answer
     assert futures[3].result() is answer
     assert [str(futures[index].exception()) for index in (0, 2)] == ["ended", "four"]
+
+
+def test_a_pass_that_ends_without_an_answer_is_an_error_and_never_no_answer() -> None:
+    passes, started = Passes(2), Started()
+    futures = submit(passes, started, [outgoing(node, [1, 2]) for node in (1, 2)])
+    answer: Any = object()
+    started.answered[0](0, answer)
+    started.ends[0].set_result(None)
+    assert futures[0].result() is answer
+    with pytest.raises(RunError, match="without the answer"):
+        futures[1].result(0)
 
 
 def test_messages_that_ask_for_no_training_are_never_held_back() -> None:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from fedtune.core.adapter.layout import Factor, Vector
 from fedtune.core.adapter.lora_layout import LoraLayout
-from fedtune.core.decomposition import thin_svd
+from fedtune.core.decomposition import svd
 
 FRESH_ROW = 3.0**-0.5  # norm of a row of d values of the initial A, U(±1/sqrt(d))
 _NEGLIGIBLE = 1e-7  # relative to the largest singular value; the factors are float32
@@ -123,7 +123,7 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
     rank = len(lora_a)
     q_b, r_b = np.linalg.qr(lora_b)
     q_a, r_a = np.linalg.qr(lora_a.T)
-    left, values, right = thin_svd(r_b @ r_a.T)
+    left, values, right = svd(r_b @ r_a.T, full_matrices=True)
     if not values.size or values[0] == 0:
         return lora_a, lora_b, Basis(np.eye(rank), np.eye(rank))
     # The sign of a pair of singular vectors differs between libraries; that of the change must be the same everywhere.
@@ -145,6 +145,6 @@ def _rebalance_module(lora_a: Matrix, lora_b: Matrix) -> tuple[Matrix, Matrix, B
 def _alignment(own_a: Vector, own_b: Vector, global_a: Vector, global_b: Vector) -> np.ndarray:
     """Computes Q of one module, float64, (R, R)."""
     own_a64, own_b64 = own_a.astype(np.float64), own_b.astype(np.float64)
-    left, _, right = thin_svd(own_b64.T @ global_b + own_a64 @ global_a.T)
+    left, _, right = svd(own_b64.T @ global_b + own_a64 @ global_a.T, full_matrices=True)
     turn: np.ndarray = left @ right
     return turn

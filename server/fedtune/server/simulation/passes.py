@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from fedtune.client.rendezvous import Answered
+from fedtune.core.errors import RunError
 from fedtune.core.protocol.messages import TRAIN, Handler
 from fedtune.core.spans import span
 from fedtune.flower.envelope import WireMessage, answer_wire
@@ -105,7 +106,7 @@ def _end(futures: Sequence[Future[WireMessage]], done: Future[None]) -> None:
         if done.cancelled():
             future.cancel()
         else:
-            future.set_exception(done.exception())
+            future.set_exception(done.exception() or RunError("a pass ended without the answer of one of its clients"))
 
 
 def answer_together(

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.decomposition import thin_svd
+from fedtune.core.decomposition import svd
 
 RIDGE = 0.05  # λ, against 1/k of a client's share in each of its groups' means
 DOUBTING, CONDEMNING = 2.0, 3.5  # distance above which a client is doubted, and condemned
@@ -168,7 +168,7 @@ def _fitted(memberships: _Memberships, scores: Values) -> Values:
     """
     test, count = memberships.test, int(memberships.test[-1]) + 1
     spread = [memberships.spread(np.where(test == place, scores, 0.0)) for place in range(count)]
-    factors = thin_svd(np.array(spread))[0][:, 0]
+    factors = svd(np.array(spread), full_matrices=False)[0][:, 0]
     for _ in range(_FITS):
         if not (norm := float(np.linalg.norm(factors))):
             break  # no score differs from another

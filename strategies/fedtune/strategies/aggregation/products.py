@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedtune.core.adapter.basis import FRESH_ROW
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.adapter.lora_layout import lora_layout
-from fedtune.core.decomposition import thin_svd
+from fedtune.core.decomposition import svd
 from fedtune.core.errors import UpdateError
 from fedtune.core.job.methods import Method
 from fedtune.strategies.aggregation.aggregator import NOTHING, Aggregate, Frame, Update
@@ -120,7 +120,7 @@ def factors_of(product: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     Where the product has a lower rank, a column of B is zero and the row of A is a new one, orthogonal to the others,
     so that training can use it.
     """
-    left, values, right = thin_svd(product)
+    left, values, right = svd(product, full_matrices=False)
     lora_a, lora_b = np.zeros((rank, product.shape[1])), np.zeros((product.shape[0], rank))
     kept = min(rank, len(values))
     roots = np.sqrt(values[:kept])

@@ -1,0 +1,1 @@
+from benchmarks.simulation.contestants import *
