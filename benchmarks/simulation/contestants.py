@@ -150,11 +150,6 @@ def measure(command: Sequence[str], workload: Workload) -> Outcome:
     )
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """Formats cells as a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
 @contextmanager
 def _peak_memory(pid: int) -> Iterator[list[float]]:
     """Keeps in a list's one element the highest proportional set size, in bytes, of a process and its descendants."""

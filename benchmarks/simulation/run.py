@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import CROWD, Outcome, local, markdown_row, measure, measure_fedtune, peer_command, ray
-from facts import machine_facts
+from contestants import CROWD, Outcome, local, measure, measure_fedtune, peer_command, ray
+from facts import machine_facts, markdown_row
 from workload import ALPHA, RANK, Workload, make_large_base
 
 from fedtune.demo import BASE_DIRECTORY

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from facts import machine_facts
+from facts import markdown_row, write_table
 from workload import SEED
 
 from fedtune.core.job.job_file import load_job
@@ -33,6 +32,7 @@ from fedtune.server.simulation.simulate import simulate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "TOGETHER.md"
+TITLE = "Clients side by side: client-rounds a second against one after another"
 TOGETHER = ("1", "4", "8", "auto")
 KINDS = {"core, Muon": ("adapter.kind=core",), "LoRA, AdamW": ("adapter.kind=lora",)}
 BATCHES = {64: "1", 112: "2"}  # tokens a step: an example of the demo has 25 to 57, padded to a multiple of 8
@@ -103,7 +103,13 @@ def main() -> None:
                 lines.append(markdown_row([kind, str(tokens), examples, named, *figures]))
                 print(lines[-1], flush=True)
     if not options.dry:
-        write_results(lines)
+        write_table(
+            RESULTS,
+            "Clients side by side: client-rounds a second against one after another",
+            "benchmarks/simulation/together.py",
+            lines,
+            __doc__ or "",
+        )
 
 
 def measure(settings: Sequence[str], options: argparse.Namespace) -> dict[str, Outcome]:
@@ -151,22 +157,6 @@ def measure_once(settings: Sequence[str], options: argparse.Namespace) -> Outcom
         for each in (clock.ends, clock.worked)
     )
     return Outcome(options.clients / seconds, worked / options.clients, together)
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """Formats cells as a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def write_results(lines: Sequence[str]) -> None:
-    """Writes the table beside this program."""
-    text = [
-        "# Clients side by side: client-rounds a second against one after another",
-        machine_facts("benchmarks/simulation/together.py", sys.argv[1:]),
-        "\n".join(lines),
-        (__doc__ or "").partition("\n\n")[2].strip(),
-    ]
-    RESULTS.write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

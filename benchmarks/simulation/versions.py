@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from contestants import CROWD, Outcome, local, markdown_row, measure_fedtune
-from facts import machine_facts
+from contestants import CROWD, Outcome, local, measure_fedtune
+from facts import markdown_row, write_table
 from workload import Workload
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "VERSIONS.md"
+TITLE = "Simulation: client-rounds an hour and memory, against an earlier commit"
 COLUMNS = ("clients", "a round", "local steps", "checkout", "client-rounds/h", "against before", "CPU s", "peak MiB")
 WORKLOADS = (*(Workload(clients, 10, 5, steps) for steps in (1, 5) for clients in (10, 100)), CROWD)
 
@@ -48,7 +49,13 @@ def main() -> None:
             lines.append(markdown_row([*sizes, name, *figures]))
             print(lines[-1], flush=True)
     if not options.dry:
-        write_results(lines)
+        write_table(
+            RESULTS,
+            "Simulation: client-rounds an hour and memory, against an earlier commit",
+            "benchmarks/simulation/versions.py",
+            lines,
+            __doc__ or "",
+        )
 
 
 def measure_in_turns(workload: Workload, pythons: Sequence[str], options: argparse.Namespace) -> list[Outcome]:
@@ -59,17 +66,6 @@ def measure_in_turns(workload: Workload, pythons: Sequence[str], options: argpar
             outcome = measure_fedtune(workload, local(options.workers), python=python)
             best[python] = max(outcome, best.get(python, outcome), key=lambda each: each.rate)
     return [best[python] for python in pythons]
-
-
-def write_results(lines: Sequence[str]) -> None:
-    """Writes the table beside this program."""
-    text = [
-        "# Simulation: client-rounds an hour and memory, against an earlier commit",
-        machine_facts("benchmarks/simulation/versions.py", sys.argv[1:]),
-        "\n".join(lines),
-        (__doc__ or "").partition("\n\n")[2].strip(),
-    ]
-    RESULTS.write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
