@@ -13,8 +13,8 @@ bits move into the stream, and a decoder takes them back at the same place. Symb
 that one step of numpy moves them all, each on its way; the encoder goes from the last symbol to the first.
 
 A way begins with 2^16 and 16 bits of the caller's own, so that only its end is a loss: a state of four bytes holds on
-average 24 bits. There is by default a way for every WAY_BITS of the symbols' information; more ways cost bits, and fewer
-time.
+average 24 bits. There is by default a way for every WAY_BITS of the symbols' information; more ways cost bits, and
+fewer time.
 """
 
 from __future__ import annotations
