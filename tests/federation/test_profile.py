@@ -15,7 +15,7 @@ from traces import read_trace
 from fedtune.core.errors import JobError, RunError
 from fedtune.server.run_directory import PROFILE, TRACE
 from fedtune.server.run_display import Silent
-from fedtune.server.simulation.simulate import simulate
+from fedtune.server.simulation.simulate import resume, simulate
 
 WORKERS = "simulation.workers=2"
 SHORT = ("federation.rounds=2", "training.local_steps=1")
@@ -90,6 +90,19 @@ def test_an_interrupted_run_leaves_the_profile_of_its_rounds(workers: tuple[str,
     spans = read_trace(tmp_path / "run" / TRACE)
     assert sum(span["name"] == "round" for span in spans) == 1
     assert "1 round," in (tmp_path / "run" / PROFILE).read_text(encoding="utf-8")
+    assert_adds_up(tmp_path / "run" / PROFILE)
+
+
+def test_a_resumed_run_leaves_the_profile_of_the_rounds_that_were_left(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), without_pictures():
+        simulate(small_job(*SHORT), tmp_path / "run", Interrupted())
+    assert not (tmp_path / "run" / PROFILE).exists()
+    with without_pictures():
+        summary = resume(tmp_path / "run", Silent(), profile=True)
+    assert summary["adapter_digest"] == plain(tmp_path / "plain")["adapter_digest"]
+    spans = read_trace(tmp_path / "run" / TRACE)
+    assert sum(span["name"] == "round" for span in spans) == 1
+    assert "loading model and data" in works(spans, "server")
     assert_adds_up(tmp_path / "run" / PROFILE)
 
 

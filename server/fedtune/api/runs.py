@@ -135,7 +135,7 @@ def resume(
         InputError: the run or a metric cannot be used.
         RunError: the run could not go on.
     """
-    resume_job(run.path, _Calls(display or Silent(), on_round), _custom(metrics))
+    resume_job(run.path, _Calls(display or Silent(), on_round), metrics=_custom(metrics))
     return Run(run.path)
 
 

@@ -57,6 +57,12 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but e
 _Page = Annotated[
     bool, typer.Option("--page", help="Serve a live page of the run to browsers on this machine; prints its address.")
 ]
+_Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile", help="Measure where the time goes: a table at the end, and trace.json for ui.perfetto.dev."
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON at the end, and nothing else.")]
 
 
@@ -66,10 +72,10 @@ def _simulate(job: Job, path: Path, display: Display, force: bool, profile: bool
     return run(job, path, display, force=force, profile=profile)
 
 
-def _resume(path: Path, display: Display) -> dict[str, Any]:
+def _resume(path: Path, display: Display, profile: bool) -> dict[str, Any]:
     from fedtune.server.simulation.simulate import resume as run
 
-    return run(path, display)
+    return run(path, display, profile=profile)
 
 
 def _export(request: ExportRequest, display: Display) -> list[Exported]:
@@ -83,7 +89,7 @@ class Programs:
     """The functions that the long-running commands call with their options; tests pass others to `main`."""
 
     simulate: Callable[[Job, Path, Display, bool, bool], dict[str, Any]] = _simulate
-    resume: Callable[[Path, Display], dict[str, Any]] = _resume
+    resume: Callable[[Path, Display, bool], dict[str, Any]] = _resume
     export: Callable[[ExportRequest, Display], list[Exported]] = _export
 
 
@@ -110,13 +116,7 @@ def simulate(
         bool,
         typer.Option("--page", help="Serve a live page of the run to browsers on this machine; prints its address."),
     ] = False,
-    profile: Annotated[
-        bool,
-        typer.Option(
-            "--profile",
-            help="Measure where the time goes: a table at the end, and trace.json for ui.perfetto.dev.",
-        ),
-    ] = False,
+    profile: _Profile = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -151,6 +151,7 @@ def resume(
     context: typer.Context,
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted run.")],
     page: _Page = False,
+    profile: _Profile = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -159,7 +160,7 @@ def resume(
     Example: fedtune resume runs/demo-1
     """
     with _running(run_directory, quiet or as_json) as display, _live_page(run_directory, page, display) as told:
-        summary = context.obj.resume(run_directory, told)
+        summary = context.obj.resume(run_directory, told, profile)
     if as_json:
         print(json.dumps(summary, indent=2))
 

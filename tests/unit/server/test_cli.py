@@ -186,7 +186,8 @@ def test_a_live_page_is_served_while_the_run_goes_on_and_its_address_is_beside_t
         return {"status": "finished"}
 
     programs = cli.Programs(
-        simulate=lambda job, path, display, force, profile: look(display), resume=lambda path, display: look(display)
+        simulate=lambda job, path, display, force, profile: look(display),
+        resume=lambda path, display, profile: look(display),
     )
     where = ("--out", str(tmp_path / "run")) if command == "simulate" else (str(tmp_path / "run"),)
     assert run(command, "--page", "--json", *where, programs=programs) == 0
@@ -232,9 +233,15 @@ def test_a_simulation_is_profiled_only_where_that_is_asked_for(tmp_path: Path) -
         profiled.append(profile)
         return {}
 
+    def note_rest(directory: Path, display: Display, profile: bool) -> dict[str, Any]:
+        profiled.append(profile)
+        return {}
+
+    programs = cli.Programs(simulate=note, resume=note_rest)
     for options in ((), ("--profile",)):
-        run("simulate", "--quiet", "--out", str(tmp_path), *options, programs=cli.Programs(simulate=note))
-    assert profiled == [False, True]
+        run("simulate", "--quiet", "--out", str(tmp_path), *options, programs=programs)
+        run("resume", "--quiet", str(tmp_path), *options, programs=programs)
+    assert profiled == [False, False, True, True]
 
 
 def test_a_path_on_the_command_line_starts_at_the_job_s_folder_or_without_one_at_the_working_directory(

@@ -5,7 +5,7 @@ All user input is checked first; torch, transformers and Flower are imported onl
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,15 @@ def simulate(
         RunError: the run could not go on; it can be resumed.
     """
     check_free(path, force)
-    if profile and job.simulation.backend == "ray":
+    with _profiling(job, display) if profile else nullcontext(_keep_nothing) as keep:
+        return _simulate(job, path, display, force, keep, metrics)
+
+
+def _profiling(job: Job, display: Display) -> AbstractContextManager[Keep]:
+    if job.simulation.backend == "ray":
         problem = 'simulation.backend is "ray", whose actors may be on machines with clocks of their own'
         raise JobError([f'{problem}; for --profile expected "local"'])
-    with profiling(display) if profile else nullcontext(_keep_nothing) as keep:
-        return _simulate(job, path, display, force, keep, metrics)
+    return profiling(display)
 
 
 def _keep_nothing(path: Path) -> None:
@@ -70,31 +74,40 @@ def _simulate(
         context = open_context(inputs, path, display, metrics)
     rated = with_learning_rate(job, context.model.layout)
     resolved = replace(rated, simulation=replace(rated.simulation, together=context.together))
-    directory = RunDirectory.create(path, resolved, context.base.digest, force)
-    keep(path)
-    try:
+    with closing(RunDirectory.create(path, resolved, context.base.digest, force)) as directory:
+        keep(path)
         summary = run_job(context, directory, display)
-    finally:
-        directory.close()
     _export_and_answer(job, path, summary, display)
     return summary
 
 
-def resume(path: Path, display: Display, metrics: CustomMetrics = NO_METRICS) -> dict[str, Any]:
-    """Resumes an interrupted run; its result equals an uninterrupted run's bit for bit."""
-    directory = RunDirectory.open(path)
-    try:
-        job = directory.job()
-        inputs = check_simulation(job)
-        from fedtune.server.simulation.simulated_run import open_context, run_job
+def resume(
+    path: Path, display: Display, *, profile: bool = False, metrics: CustomMetrics = NO_METRICS
+) -> dict[str, Any]:
+    """Resumes an interrupted run; its result equals an uninterrupted run's bit for bit.
 
-        if is_finished(path) and read_summary(path).get("ended"):
-            display.note("a budget has ended the run; it goes on if the limit in its job.toml was raised since")
-        elif is_finished(path):
-            display.note("all rounds are done already; only what follows from them is written again")
-        summary = run_job(open_context(inputs, path, display, metrics), directory, display)
-    finally:
-        directory.close()
+    Args:
+        profile: measure where the time of the rest goes; a profile of an earlier part is replaced.
+    """
+    with closing(RunDirectory.open(path)) as directory:
+        job = directory.job()
+    with _profiling(job, display) if profile else nullcontext(_keep_nothing) as keep:
+        keep(path)
+        return _resume(job, path, display, metrics)
+
+
+def _resume(job: Job, path: Path, display: Display, metrics: CustomMetrics) -> dict[str, Any]:
+    with closing(RunDirectory.open(path)) as directory:
+        with span("loading model and data"):
+            inputs = check_simulation(job)
+            from fedtune.server.simulation.simulated_run import open_context, run_job
+
+            if is_finished(path) and read_summary(path).get("ended"):
+                display.note("a budget has ended the run; it goes on if the limit in its job.toml was raised since")
+            elif is_finished(path):
+                display.note("all rounds are done already; only what follows from them is written again")
+            context = open_context(inputs, path, display, metrics)
+        summary = run_job(context, directory, display)
     _export_and_answer(job, path, summary, display)
     return summary
 
