@@ -80,12 +80,30 @@ def collate(examples: Sequence[Example]) -> Batch:
     return _batch(examples, ids, [row * length for row in range(len(examples))])
 
 
-def concatenate(examples: Sequence[Example]) -> Batch:
-    """Collates examples to one row, one after another, and as little padding after them as gives few lengths."""
-    tokens = sum(len(example.ids) for example in examples)
-    ids = np.zeros((1, row_length(tokens)), dtype=np.int64)
-    ids[0, :tokens] = np.concatenate([example.ids for example in examples])
-    return _batch(examples, ids, [0, *itertools.accumulate(len(example.ids) for example in examples)])
+def concatenate(*clients: Sequence[Example]) -> Batch:
+    """Collates the examples of one or several clients to one row, as `row_starts` says."""
+    starts, stretches = row_starts([[len(example.ids) for example in own] for own in clients])
+    examples = list(itertools.chain(*clients))
+    ids = np.zeros((1, sum(stretches)), dtype=np.int64)
+    for start, example in zip(starts, examples, strict=True):
+        ids[0, start : start + len(example.ids)] = example.ids
+    return _batch(examples, ids, starts)
+
+
+def row_starts(lengths: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Returns where in a row examples of these lengths begin, and how many of the row's tokens each client has.
+
+    A client's examples lie one after another, with as little padding after them as gives few numbers of tokens.
+    """
+    stretches = [row_length(sum(own)) if own else 0 for own in lengths]
+    firsts = [0, *itertools.accumulate(stretches)]
+    starts = [
+        start
+        for first, own in zip(firsts, lengths, strict=False)
+        for start in itertools.accumulate(own[:-1], initial=first)
+        if own
+    ]
+    return starts, stretches
 
 
 def row_length(tokens: int) -> int:
@@ -94,10 +112,11 @@ def row_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def saved_by_concatenating(examples: Sequence[Example]) -> int:
+def saved_by_concatenating(*clients: Sequence[Example]) -> int:
     """Returns how many tokens less the row of these examples has than their padded batch."""
-    longest = max(map(_padded_length, examples))
-    return len(examples) * longest - row_length(sum(len(example.ids) for example in examples))
+    examples = list(itertools.chain(*clients))
+    _, stretches = row_starts([[len(example.ids) for example in own] for own in clients])
+    return len(examples) * max(map(_padded_length, examples)) - sum(stretches)
 
 
 def _batch(examples: Sequence[Example], ids: npt.NDArray[np.int64], starts: Sequence[int]) -> Batch:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedtune.data.batches import Batch, collate, concatenate, row_length, saved_by_concatenating
+from fedtune.data.batches import Batch, collate, concatenate, row_length, row_starts, saved_by_concatenating
 from fedtune.data.examples import Example
 from fedtune.model.base_model import BaseModel
 from fedtune.model.padding_free import ATTENTION, NO_MASK, PLACES, Places
@@ -26,7 +26,7 @@ from fedtune.model.shape import MAX_CHUNK_LOGITS
 _CHECKED_TOKENS = 8
 _AGREEMENT = 2e-2  # relative, between two roundings of one logit in bf16
 _EQUAL = 1e-4  # relative, between states of the same numbers, computed alike
-_LEAST_SAVED = 32  # tokens, from which on a batch takes less time without padding; measured on the demo
+_LEAST_SAVED = 32  # tokens a client, from which on a batch takes less time without padding; measured on the demo
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,8 @@ class DeviceBatch:
     """A batch as tensors on one device; the shapes are those of `Batch`.
 
     Args:
-        places: where the tokens would be in a padded batch; None if this is one.
+        places: where the tokens are in the padded batches of attention; None if the batch is padded itself.
+        stretches: tokens of each client in the row of a batch without padding; none of a padded one.
     """
 
     ids: Tensor
@@ -42,13 +43,14 @@ class DeviceBatch:
     targets: Tensor
     owners: Tensor
     places: Places | None = None
+    stretches: Sequence[int] = ()
 
 
-def on_device(batch: Batch, device: torch.device, places: Places | None = None) -> DeviceBatch:
+def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copies a batch to where the model computes."""
     arrays = (batch.ids, batch.positions, batch.targets, batch.owners)
     ids, positions, targets, owners = (torch.from_numpy(array).to(device) for array in arrays)
-    return DeviceBatch(ids, positions, targets, owners, places)
+    return DeviceBatch(ids, positions, targets, owners)
 
 
 class LanguageModelHead:
@@ -77,14 +79,19 @@ class LanguageModelHead:
         self.padding_free = self._longest_without_padding(config)
         """Tokens of the longest example that can be computed without padding; 0 where none can."""
 
-    def batch(self, examples: Sequence[Example]) -> DeviceBatch:
-        """Returns a batch of examples where the model computes, without padding if that is possible and faster."""
+    def batch(self, *clients: Sequence[Example]) -> DeviceBatch:
+        """Returns a batch where the model computes, without padding if that is possible and faster.
+
+        Args:
+            clients: the examples of one or several clients, which lie client after client.
+        """
         device = self._network.device
-        lengths = [len(example.ids) for example in examples]
-        if max(lengths) > self.padding_free or saved_by_concatenating(examples) < _LEAST_SAVED:
-            return on_device(collate(examples), device)
-        batch = concatenate(examples)
-        return on_device(batch, device, Places.of(lengths, batch.ids.size))
+        lengths = [[len(example.ids) for example in own] for own in clients]
+        longest, saved = max(map(max, filter(None, lengths))), saved_by_concatenating(*clients)
+        if longest > self.padding_free or saved < _LEAST_SAVED * len(clients):
+            return on_device(collate([example for own in clients for example in own]), device)
+        batch = on_device(concatenate(*clients), device)
+        return replace(batch, places=Places.of(lengths), stretches=row_starts(lengths)[1])
 
     def hidden(self, batch: DeviceBatch) -> Tensor:
         """Returns the states before the batch's targets, (targets, d); with gradient where it is enabled."""
@@ -131,7 +138,7 @@ class LanguageModelHead:
             return 0
         rows = torch.arange(_CHECKED_TOKENS).view(2, -1) % self._vocabulary
         try:
-            found = self._states(rows.view(1, -1), Places.of([rows.shape[1]] * 2, rows.numel()))
+            found = self._states(rows.view(1, -1), Places.of([[rows.shape[1]] * 2]))
         except Exception:  # an architecture that takes no such keywords may raise any type
             return 0
         expected = self._states(rows).view(found.shape)
@@ -169,12 +176,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm_head: LanguageModelHead) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = []
-        for rows, wanted in _chunks(lm_head, hidden, targets):
-            with torch.enable_grad():
-                leaf = rows.detach().requires_grad_()
-                loss = nn.functional.cross_entropy(lm_head.logits(leaf), wanted, reduction="sum")
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
-            total += loss.detach()
+        for losses, gradient in _by_chunk(lm_head, hidden, targets):
+            total += losses.sum()
+            gradients.append(gradient)
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
@@ -189,13 +193,7 @@ class _ChunkedCrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm_head: LanguageModelHead) -> Tensor:
-        losses, gradients = [], []
-        for rows, wanted in _chunks(lm_head, hidden, targets):
-            with torch.enable_grad():
-                leaf = rows.detach().requires_grad_()
-                loss = nn.functional.cross_entropy(lm_head.logits(leaf), wanted, reduction="none")
-            gradients.append(torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0])
-            losses.append(loss.detach())
+        losses, gradients = zip(*_by_chunk(lm_head, hidden, targets), strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
@@ -203,6 +201,21 @@ class _ChunkedCrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (by_hidden,) = ctx.saved_tensors
         return (by_hidden * gradient[:, None]).to(by_hidden.dtype), None, None
+
+
+def _by_chunk(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the cross-entropy of each target and its gradient with respect to the hidden state, chunk by chunk.
+
+    That with respect to the logits is softmax(z) minus 1 at the target.
+    """
+    for rows, wanted in _chunks(lm_head, hidden, targets):
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            logits = lm_head.logits(leaf)
+        values = nn.functional.log_softmax(logits.detach(), dim=1)
+        losses = -values.gather(1, wanted[:, None])[:, 0]
+        values.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(values[:, :1]))
+        yield losses, torch.autograd.grad(logits, leaf, values)[0]
 
 
 def _chunks(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,27 +1,32 @@
 """Attention on processors: in float32, and over examples that lie one after another without padding between them.
 
-    places = Places.of(lengths, ids.numel())                 # of a batch's examples, sorted by length
+    places = Places.of([[7, 9], [12]])                       # lengths of a batch's examples, by client
     network(ids, position_ids=places.positions, attention_mask=NO_MASK, **{PLACES: places})
 
 A step's examples differ in length: padded to the longest, a third of the demo's tokens are padding, which costs as much
 as any other token in every linear layer. Without padding the T tokens of B examples are one row of the network's input.
-Every layer but attention treats each token alone; attention moves its inputs to padded batches, one of the first half
-of the examples and one of the second, so that there is little padding in either, and its outputs back.
+Every layer but attention treats each token alone; attention moves its inputs to a few padded batches of examples of
+similar length, so that there is little padding in each, and its outputs back.
 
-    tokens (1, H, T, D) --pad--> (B/2, H, L, D) twice --causal attention--> (B/2, L, H, D) --unpad--> (1, T, H, D)
+    tokens (1, H, T, D) --pad--> (b, H, L, D) of each batch --causal attention--> (b, L, H, D) --unpad--> (1, T, H, D)
+
+A place that needs no value has a finite one of the same client, so that values that are not finite stay with theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fedtune.data.batches import row_starts
 
 ATTENTION = "fedtune_attention"
 """The name of this attention for transformers."""
@@ -33,71 +38,101 @@ NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """A mask of four dimensions, which transformers hands on as it is; without one it would compute its own."""
 
 
+_EXAMPLES = 8  # of a padded batch: fewer leave less padding, and take more calls; measured on the demo
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some examples.
+    """A padded batch of b examples, of which the longest has L tokens.
 
     Args:
-        examples: b of them.
-        length: L, tokens of the longest.
-        flat: int64, (t,): the index of each token in (b · L).
+        shape: (b, L).
+        tokens: int64, (b · L,): the token of the row at each place; at those after an example's end its last one.
+        fillers: int64: the places after an example's end.
     """
 
-    examples: int
-    length: int
-    flat: Tensor
+    shape: tuple[int, int]
+    tokens: Tensor
+    fillers: Tensor
 
-    @classmethod
-    def of(cls, positions: Tensor, lengths: Sequence[int]) -> _Part:
-        """Returns the part of examples of these lengths, whose tokens have these positions, (t,), in them."""
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        return cls(len(lengths), max(lengths), rows * max(lengths) + positions)
-
-    def pad(self, values: Tensor) -> Tensor:
-        """Moves values (H, t, D) to where they are in a batch: float32, (b, H, L, D), else 0."""
-        rows = values.transpose(0, 1)
-        padded = torch.zeros(self.examples * self.length, *rows.shape[1:], device=rows.device)
-        padded = padded.index_copy(0, self.flat, rows.float())
-        return padded.view(self.examples, self.length, *rows.shape[1:]).transpose(1, 2)
-
-    def unpad(self, values: Tensor) -> Tensor:
-        """Moves values of a batch, (b, L, H, D), to the tokens, (t, H, D)."""
-        return values.flatten(0, 1).index_select(0, self.flat)
+    def pad(self, rows: Tensor) -> Tensor:
+        """Moves rows (T, H, D) to this batch: float32, (b, L, H, D)."""
+        return rows.index_select(0, self.tokens).float().view(*self.shape, *rows.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The places of tokens without padding in batches with padding.
+    """The places of the tokens of a row in padded batches.
 
     Args:
         parts: the batches.
-        rest: tokens after the last example, which are in none of them.
+        places: int64, (T,): the place of each token in all batches one after another; of a token that belongs to no
+            example, that of a token of the same client.
+        rest: int64: the tokens that belong to no example.
         positions: int64, (1, T): the index of each token in its example; 0 for the rest.
     """
 
     parts: Sequence[_Part]
-    rest: int
+    places: Tensor
+    rest: Tensor
     positions: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], tokens: int) -> Places:
-        """Returns the places of this many tokens of examples of these lengths, one example after another."""
-        half = len(lengths) // 2
-        halves = [each for each in (lengths[:half], lengths[half:]) if each]
-        positions = [torch.cat([torch.arange(length) for length in each]) for each in halves]
-        rest = torch.zeros(tokens - sum(lengths), dtype=torch.int64)
-        parts = [_Part.of(*each) for each in zip(positions, halves, strict=True)]
-        return cls(parts, len(rest), torch.cat([*positions, rest])[None])
+    def of(cls, lengths: Sequence[Sequence[int]]) -> Places:
+        """Returns the places of a row of examples of these lengths, by client, as `concatenate` makes it."""
+        starts, stretches = row_starts(lengths)
+        firsts, counts = np.array(starts), np.concatenate([np.array(own, np.int64) for own in lengths])
+        places, positions = np.full(sum(stretches), -1), np.zeros(sum(stretches), np.int64)
+        parts: list[_Part] = []
+        before = 0
+        for chosen in np.array_split(np.argsort(counts, kind="stable"), max(1, len(counts) // _EXAMPLES)):
+            indices = np.arange(counts[chosen].max())
+            real = (indices < counts[chosen, None]).reshape(-1)
+            tokens = (firsts[chosen, None] + np.minimum(indices, counts[chosen, None] - 1)).reshape(-1)
+            places[tokens[real]] = before + np.flatnonzero(real)
+            positions[tokens[real]] = np.tile(indices, len(chosen))[real]
+            fillers = torch.from_numpy(np.flatnonzero(~real))
+            parts.append(_Part((len(chosen), len(indices)), torch.from_numpy(tokens), fillers))
+            before += len(tokens)
+        rest = np.flatnonzero(places < 0)
+        owners = np.repeat(np.cumsum(stretches) - stretches, stretches)  # the first token of each token's client
+        places[rest] = places[owners[rest]]
+        kept, left, at = (torch.from_numpy(each) for each in (places, rest, positions[None]))
+        return cls(parts, kept, left, at)
 
-    def pad(self, values: Tensor) -> list[Tensor]:
-        """Moves the values of tokens, (1, H, T, D), to each part's batch, float32, (b, H, L, D)."""
-        own = torch.split(values[0], [*(len(part.flat) for part in self.parts), self.rest], dim=1)
-        return [part.pad(each) for part, each in zip(self.parts, own, strict=False)]
 
-    def unpad(self, values: Sequence[Tensor]) -> Tensor:
-        """Moves values of each part's batch, (b, L, H, D), to the tokens, (1, T, H, D), with 0 for the rest."""
-        own = [part.unpad(each) for part, each in zip(self.parts, values, strict=True)]
-        return torch.cat([*own, own[0].new_zeros(self.rest, *own[0].shape[1:])])[None]
+class _Pad(torch.autograd.Function):
+    """Moves the values of tokens, (1, H, T, D), to each batch, float32, (b, H, L, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Places) -> tuple[Tensor, ...]:
+        ctx.places, ctx.dtype = places, values.dtype
+        rows = values[0].transpose(0, 1)
+        return tuple(part.pad(rows).transpose(1, 2) for part in places.parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        places: Places = ctx.places
+        joined = torch.cat([each.transpose(1, 2).flatten(0, 1).to(ctx.dtype) for each in gradients])
+        rows = joined.index_select(0, places.places).index_fill_(0, places.rest, 0.0)
+        return rows.transpose(0, 1)[None], None
+
+
+class _Unpad(torch.autograd.Function):
+    """Moves values of each batch, (b, L, H, D), to the tokens, (1, T, H, D), in another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Places, dtype: torch.dtype, *values: Tensor) -> Tensor:
+        ctx.places = places
+        joined = torch.cat([each.flatten(0, 1).to(dtype) for each in values])
+        return joined.index_select(0, places.places)[None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        padded = [part.pad(gradient[0]) for part in ctx.places.parts]
+        for part, each in zip(ctx.places.parts, padded, strict=True):
+            each.flatten(0, 1).index_fill_(0, part.fillers, 0.0)
+        return (None, None, *padded)
 
 
 def _attention(
@@ -112,9 +147,10 @@ def _attention(
     if places is not None:
         if attention_mask is not NO_MASK:
             raise ValueError("this architecture has a mask of its own, which is for padded examples")
-        parts = zip(places.pad(query), places.pad(key), places.pad(value), strict=True)
-        outputs = [sdpa_attention_forward(module, *each, None, **options)[0] for each in parts]
-        return places.unpad(outputs).to(dtype), None
+        padded = [cast(Sequence[Tensor], _Pad.apply(each, places)) for each in (query, key, value)]  # type: ignore[no-untyped-call]
+        parts = zip(*padded, strict=True)
+        outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts]
+        return cast(Tensor, _Unpad.apply(places, dtype, *outputs)), None  # type: ignore[no-untyped-call]
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)

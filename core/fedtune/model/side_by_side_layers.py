@@ -1,21 +1,25 @@
 """The layers of K adapters on one base model, so that K clients' examples go through the frozen weights in one pass.
 
-    with model.side_by_side(values, gradients, rows):      # values: factor -> float32 (K, values of the factor)
-        losses = target_losses(model.lm_head, batch)       # row block g of the batch has the factors of client rows[g]
+    with model.side_by_side(adapters, rows):               # values and gradients of K adapters
+        rows.rows = PaddedRows.of([2, 1], device)          # or Stretches(batch.stretches): whose each token is
+        losses = target_losses(model.lm_head, batch)
 
 Per adapted layer with the inputs x_g of shape (n, d_in) of block g, whose client is k:
 
-    y_g = x_g Wᵀ + s (x_g A_kᵀ) B_kᵀ                LoRA: batched products over (G, n, R)
-    y_g = x_g Wᵀ + s ((x_g Aᵀ) R_kᵀ) Bᵀ             core: A and B are all clients', so that R alone is batched
+    y_g = x_g Wᵀ + s (x_g A_kᵀ) B_kᵀ                LoRA
+    y_g = x_g Wᵀ + s ((x_g Aᵀ) R_kᵀ) Bᵀ             core: A and B are all clients', so that R alone differs
+
+A block is one or several rows of a padded batch, and the products are batched over (G, n, R); without padding it is all
+that a client has, n differs, and each client has a product of its own.
 
 Nothing in a layer mixes blocks: values of one client that are not finite reach no other client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +33,37 @@ class MixedRowsError(RuntimeError):
     """A layer's input does not have the batch's rows in their order, as the experts of a mixture have it."""
 
 
+class ClientRows(Protocol):
+    """The clients of a batch's tokens, which lie client after client, and products with the factors of each."""
+
+    def split(self, values: Tensor) -> Tensor:
+        """Returns the values (..., d) of all tokens as the products take them.
+
+        Raises:
+            MixedRowsError: they are of other tokens than the batch's.
+        """
+        ...
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """Returns the factors of the clients, (K, m, n), as the products take them."""
+        ...
+
+    def times(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Returns x F of each token's values x and its client's factor F."""
+        ...
+
+    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
+        """Returns base + s x F of each token's values x and its client's factor F."""
+        ...
+
+    def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+        """Adds s Lᵀ R of each client's values L, (tokens, m), and R, (tokens, n), to its sum in (K, m, n)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class ClientRows:
-    """The clients of a batch's rows, which lie client after client.
+class PaddedRows:
+    """The clients of a padded batch's rows.
 
     Args:
         rows: B, rows of the batch.
@@ -46,7 +78,7 @@ class ClientRows:
     lengths: Tensor
 
     @classmethod
-    def of(cls, counts: Sequence[int], device: torch.device) -> ClientRows:
+    def of(cls, counts: Sequence[int], device: torch.device) -> PaddedRows:
         """Returns the blocks of a batch with these numbers of rows, of which some may be 0, for each client.
 
         A client's rows are one block where all clients have equally many, and otherwise each row is a block.
@@ -60,11 +92,7 @@ class ClientRows:
         return cls(sum(counts), sum(blocks), owners, lengths)
 
     def split(self, values: Tensor) -> Tensor:
-        """Returns the values (B, length, d) or (B · length, d) as (G, n, d).
-
-        Raises:
-            MixedRowsError: they have other rows than the batch.
-        """
+        """Returns the values (B, length, d) or (B · length, d) as (G, n, d)."""
         if values.shape[0] % self.rows or (values.dim() == 3 and values.shape[0] != self.rows):
             raise MixedRowsError(f"a layer's input has the shape {tuple(values.shape)}; the batch has {self.rows} rows")
         return values.reshape(self.blocks, -1, values.shape[-1])
@@ -73,11 +101,74 @@ class ClientRows:
         """Returns the factors (K, ...) of the clients as those of the blocks, (G, ...)."""
         return factors if self.owners is None else factors.index_select(0, self.owners)
 
+    def times(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Multiplies (G, n, a) by (G, a, b)."""
+        return torch.bmm(values, factors)
+
+    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
+        """Multiplies (G, n, a) by (G, a, b) and adds (G, n, b)."""
+        return torch.baddbmm(base, values, factors, alpha=scaling)
+
+    def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+        """Adds the products of the blocks in their order."""
+        sums.add_(self.collect(torch.bmm(left.mT, right)), alpha=scaling)
+
     def collect(self, gradients: Tensor) -> Tensor:
         """Returns the sums (K, ...) of the blocks' gradients (G, ...), added in the blocks' order."""
         if self.owners is None:
             return gradients
         return torch.segment_reduce(gradients.float(), "sum", lengths=self.lengths, axis=0, unsafe=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Stretches:
+    """The clients of a row without padding, of which each has a stretch.
+
+    Args:
+        lengths: tokens of each client's stretch, K of them, 0 for a client that has none.
+    """
+
+    lengths: Sequence[int]
+
+    def split(self, values: Tensor) -> Tensor:
+        """Returns the values (1, T, d) or (T, d) as (T, d)."""
+        tokens = sum(self.lengths)
+        if values.numel() != tokens * values.shape[-1]:
+            shape = tuple(values.shape)
+            raise MixedRowsError(f"a layer's input has the shape {shape}; the batch has {tokens} tokens")
+        return values.reshape(tokens, values.shape[-1])
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """Returns the factors as they are."""
+        return factors
+
+    def times(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Multiplies (T, a) by the (a, b) of each stretch's client."""
+        product = values.new_empty(len(values), factors.shape[2])
+        for rows, own, factor in self._each(values, product, clients=factors):
+            torch.mm(rows, factor, out=own)
+        return product
+
+    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
+        """Multiplies (T, a) by the (a, b) of each stretch's client and adds (T, b)."""
+        total = torch.empty_like(base)
+        for rows, before, own, factor in self._each(values, base, total, clients=factors):
+            torch.addmm(before, rows, factor, alpha=scaling, out=own)
+        return total
+
+    def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+        """Adds each stretch's product."""
+        for one, other, own in self._each(left, right, clients=sums):
+            own.add_(one.T @ other, alpha=scaling)
+
+    def _each(self, *values: Tensor, clients: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yields the values of each stretch that is not empty, and what its client has."""
+        used = [index for index, length in enumerate(self.lengths) if length]
+        yield from zip(
+            *(torch.split(each, [self.lengths[index] for index in used]) for each in values),
+            (clients[index] for index in used),
+            strict=True,
+        )
 
 
 @dataclass
@@ -206,10 +297,10 @@ class _ManyLowRankSums(torch.autograd.Function):
     ) -> Tensor:
         inputs = rows.split(x)
         a, b = rows.spread(lora_a.to(x.dtype)), rows.spread(lora_b.to(x.dtype))
-        thin = torch.bmm(inputs, a.mT)
+        thin = rows.times(inputs, a.mT)
         ctx.save_for_backward(inputs, thin, a, b)
         ctx.scaling, ctx.rows, ctx.gradients = scaling, rows, (lora_a.grad, lora_b.grad)
-        return torch.baddbmm(rows.split(base), thin, b.mT, alpha=scaling).view(base.shape)
+        return rows.add_times(rows.split(base), thin, b.mT, scaling).view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,13 +311,13 @@ class _ManyLowRankSums(torch.autograd.Function):
         by_a, by_b = ctx.gradients
         to_x = None
         if needs_x or needs_a:
-            thin_gradient = torch.bmm(split, b).mul_(ctx.scaling)
+            thin_gradient = rows.times(split, b).mul_(ctx.scaling)
         if needs_x:
-            to_x = torch.bmm(thin_gradient, a).view(*gradient.shape[:-1], a.shape[2])
+            to_x = rows.times(thin_gradient, a).view(*gradient.shape[:-1], a.shape[2])
         if needs_a:
-            by_a.add_(rows.collect(torch.bmm(thin_gradient.mT, inputs)))
+            rows.add_outer(by_a, thin_gradient, inputs)
         if needs_b:
-            by_b.add_(rows.collect(torch.bmm(split.mT, thin)), alpha=ctx.scaling)
+            rows.add_outer(by_b, split, thin, ctx.scaling)
         return gradient, to_x, None, None, None, None
 
 
@@ -248,7 +339,7 @@ class _ManyCoreSums(torch.autograd.Function):
         thin = rows.split(x.reshape(-1, x.shape[-1]) @ lora_a.T)
         ctx.save_for_backward(thin, held, lora_a, lora_b)
         ctx.scaling, ctx.rows, ctx.gradient = scaling, rows, cores.grad
-        turned = torch.bmm(thin, held.mT).view(-1, held.shape[1])
+        turned = rows.times(thin, held.mT).view(-1, held.shape[1])
         return torch.addmm(base.reshape(-1, base.shape[-1]), turned, lora_b.T, alpha=scaling).view(base.shape)
 
     @staticmethod
@@ -259,8 +350,8 @@ class _ManyCoreSums(torch.autograd.Function):
         thin_gradient = rows.split((gradient.reshape(-1, gradient.shape[-1]) @ lora_b).mul_(ctx.scaling))
         to_x = None
         if needs_x:
-            turned = torch.bmm(thin_gradient, held).view(-1, held.shape[2])
+            turned = rows.times(thin_gradient, held).view(-1, held.shape[2])
             to_x = (turned @ lora_a).view(*gradient.shape[:-1], lora_a.shape[1])
         if needs_cores:
-            ctx.gradient.add_(rows.collect(torch.bmm(thin_gradient.mT, thin)))
+            rows.add_outer(ctx.gradient, thin_gradient, thin)
         return gradient, to_x, None, None, None, None, None

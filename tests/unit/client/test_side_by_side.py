@@ -23,9 +23,10 @@ from fedtune.core.errors import UpdateError
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
+from fedtune.model import loss
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
-from fedtune.model.side_by_side_layers import ClientRows, MixedRowsError
+from fedtune.model.side_by_side_layers import ClientRows, MixedRowsError, PaddedRows, Stretches
 
 MakeModel = Callable[..., Path]
 WITHOUT_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
@@ -38,6 +39,14 @@ LORA = AdapterSettings(rank=4)
 def load(make_model: MakeModel, architecture: str = "llama", settings: AdapterSettings = LORA) -> AdaptedModel:
     directory = make_model(architecture, **WITHOUT_DROPOUT.get(architecture, {}))
     return adapt(load_base(ModelSettings(str(directory)), precision="fp32"), settings)
+
+
+@pytest.fixture(autouse=True, params=["padded", "without padding"])
+def padding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has every pass computed in one of the two ways, whatever would be faster; most tests look at both."""
+    monkeypatch.setattr(loss, "_LEAST_SAVED", 10**9 if request.param == "padded" else -(10**9))
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture(scope="module")
@@ -218,24 +227,41 @@ def test_dropout_and_fp16_are_reasons_to_train_one_after_another(make_model: Mak
 
 
 def test_a_layer_whose_input_has_other_rows_is_refused() -> None:
-    rows = ClientRows.of([2, 0, 1], torch.device("cpu"))
+    rows = PaddedRows.of([2, 0, 1], torch.device("cpu"))
     assert rows.split(torch.zeros(3, 5, 7)).shape == (3, 5, 7)
     assert rows.split(torch.zeros(15, 7)).shape == (3, 5, 7)
     for shape in ((2, 5, 7), (14, 7)):
         with pytest.raises(MixedRowsError, match="the batch has 3 rows"):
             rows.split(torch.zeros(shape))
+    stretches = Stretches([10, 0, 5])
+    assert stretches.split(torch.zeros(1, 15, 7)).shape == stretches.split(torch.zeros(15, 7)).shape == (15, 7)
+    with pytest.raises(MixedRowsError, match="the batch has 15 tokens"):
+        stretches.split(torch.zeros(1, 14, 7))
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2, 2], [2, 0, 2], [3, 1, 2], [0, 0, 3]])
-def test_factors_are_spread_over_blocks_and_gradients_collected_by_client(counts: list[int]) -> None:
-    rows = ClientRows.of(counts, torch.device("cpu"))
-    clients = torch.arange(3.0)[:, None].expand(3, 2).contiguous()
-    spread = rows.spread(clients)
-    whole = spread.repeat_interleave(sum(counts) // rows.blocks, 0)
-    assert whole[:, 0].tolist() == [client for client, count in enumerate(counts) for _ in range(count)]
-    collected = rows.collect(torch.ones(rows.blocks, 2))
-    assert (collected[:, 0] > 0).tolist() == [count > 0 for count in counts]
-    assert float(collected[:, 0].sum()) == rows.blocks
+def test_each_token_is_multiplied_by_its_clients_factors(counts: list[int], padding: str) -> None:
+    """Against plain products, client by client; in whole numbers, so that they are exact."""
+    length = 5
+    rows: ClientRows = PaddedRows.of(counts, torch.device("cpu"))
+    if padding != "padded":
+        rows = Stretches([length * count for count in counts])
+    tokens = length * sum(counts)
+    draw = torch.Generator().manual_seed(0)
+    values, base, factors, sums = (
+        torch.randint(-4, 5, shape, generator=draw).float()
+        for shape in ((tokens, 2), (tokens, 3), (3, 2, 3), (3, 2, 3))
+    )
+    owners = [client for client, count in enumerate(counts) for _ in range(length * count)]
+    products = torch.stack([value @ factors[owner] for value, owner in zip(values, owners, strict=True)])
+    split, held = rows.split(values), rows.spread(factors)
+    assert rows.times(split, held).reshape(tokens, 3).equal(products)
+    assert rows.add_times(rows.split(base), split, held, 2.0).reshape(tokens, 3).equal(base + 2 * products)
+    expected = sums.clone()
+    for value, other, owner in zip(values, base, owners, strict=True):
+        expected[owner] += 2 * torch.outer(value, other)
+    rows.add_outer(sums, split, rows.split(base), 2.0)
+    assert sums.equal(expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])

@@ -20,6 +20,7 @@ from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate, steps_of_epoch
 from fedtune.data.examples import Example, prepare
 from fedtune.data.records import Record
+from fedtune.demo import BASE_DIRECTORY
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
 from fedtune.model.loss import completion_loss, on_device
@@ -107,6 +108,28 @@ def test_the_loop_is_adamw_on_the_mean_loss_with_clipping(make_model: MakeModel)
         optimizer.step()
     np.testing.assert_allclose(result.update, model.vector() - received, rtol=1e-3, atol=1e-6)
     assert result.loss == pytest.approx(losses / tokens)
+
+
+def test_in_fp16_a_step_whose_scaled_gradient_overflows_is_skipped_and_the_next_is_that_of_fp32() -> None:
+    """The processor computes fp16 as a GPU without bf16 does, only slowly; the bundled base's gradients need it."""
+    halves, exact = load_adapted(BASE_DIRECTORY, "fp16"), load_adapted(BASE_DIRECTORY, "fp32")
+    examples, received = examples_of(halves, "lamp"), start_of(halves)
+    task = changed(TASK, local_steps=1, batch_tokens=64)
+    skipped = train_locally(halves, examples, received, task)
+    assert math.isfinite(skipped.loss)
+    assert not skipped.update.any()
+    second = steps_of_epoch(examples, task.work.batch_tokens, task.seed, 0)[1]
+    expected = train_locally(exact, second, received, task).update
+    update = train_locally(halves, examples, received, changed(task, local_steps=2)).update
+    assert np.linalg.norm(update - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_in_fp16_a_gradient_that_overflows_at_every_scale_ends_the_training(make_model: MakeModel) -> None:
+    model = load_adapted(make_model("llama"), "fp16")
+    factor: Any = model.matrices("a")[0]
+    factor.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(UpdateError, match=r"the gradient's norm is .* at local step 17"):
+        train_locally(model, examples_of(model, "lamp"), start_of(model), changed(TASK, local_steps=20))
 
 
 def test_training_and_answering_say_nothing_on_the_terminal(

@@ -13,6 +13,7 @@ from fedtune.data.batches import (
     concatenate,
     micro_batches,
     row_length,
+    row_starts,
     saved_by_concatenating,
     steps_of_epoch,
 )
@@ -99,6 +100,21 @@ def test_a_row_has_every_token_once_and_the_same_targets(lengths: list[int]) -> 
     assert batch.ids[0].tolist() == tokens + [0] * (batch.ids.size - len(tokens))
     assert collate(examples).ids.size == batch.ids.size + saved_by_concatenating(examples)
     check_targets(batch, examples)
+
+
+@given(groups=st.lists(st.lists(st.integers(2, 40), max_size=5), min_size=1, max_size=4).filter(any))
+def test_in_a_row_of_several_clients_each_has_a_stretch_of_its_own(groups: list[list[int]]) -> None:
+    clients = [make(own) if own else [] for own in groups]
+    starts, stretches = row_starts(groups)
+    batch = concatenate(*clients)
+    assert stretches == [concatenate(own).ids.size if own else 0 for own in clients]
+    first, places = 0, iter(starts)
+    for own, stretch in zip(clients, stretches, strict=True):
+        if own:
+            assert batch.ids[0, first : first + stretch].tolist() == concatenate(own).ids[0].tolist()
+            assert [next(places) for _ in own].index(first) == 0
+        first += stretch
+    check_targets(batch, [example for own in clients for example in own])
 
 
 @given(st.integers(2, 1 << 20))

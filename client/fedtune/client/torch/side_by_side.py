@@ -30,11 +30,11 @@ from fedtune.client.torch.training import training_mode
 from fedtune.client.trainer import ClientTask, LocalResult, Outcome
 from fedtune.core.adapter.layout import Factor, Factors, Vector, factor_letters
 from fedtune.core.errors import UpdateError
-from fedtune.data.batches import collate, micro_batches
+from fedtune.data.batches import micro_batches
 from fedtune.data.examples import Example
 from fedtune.model.adapted_model import AdaptedModel
-from fedtune.model.loss import on_device, target_losses
-from fedtune.model.side_by_side_layers import ClientRows, CurrentRows, ManyAdapters
+from fedtune.model.loss import target_losses
+from fedtune.model.side_by_side_layers import CurrentRows, ManyAdapters, PaddedRows, Stretches
 
 _EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
@@ -171,8 +171,8 @@ class _Pass:
         tokens = [0] * len(steps)
         for number in range(max(map(len, cut))):
             parts = [own[number] if number < len(own) else [] for own in cut]
-            batch = on_device(collate([example for part in parts for example in part]), device)
-            rows.rows = ClientRows.of([len(part) for part in parts], device)
+            batch = model.lm_head.batch(*parts)
+            rows.rows = Stretches(batch.stretches) if batch.stretches else PaddedRows.of(list(map(len, parts)), device)
             counts = [sum(example.target_tokens for example in part) for part in parts]
             each = target_losses(model.lm_head, batch)
             weights = [1 / whole if whole else 0.0 for whole in targets]
@@ -181,7 +181,7 @@ class _Pass:
             torch.autograd.backward(each, per_target)
             losses += torch.segment_reduce(each.detach(), "sum", lengths=lengths, unsafe=True)
             for index, part in enumerate(parts):
-                tokens[index] += len(part) * batch.ids.shape[1]
+                tokens[index] += batch.stretches[index] if batch.stretches else len(part) * batch.ids.shape[1]
         for done, whole, computed in zip(self._done, targets, tokens, strict=True):
             if computed:
                 done.append(StepSums(0.0, whole, computed))
