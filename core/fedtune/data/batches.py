@@ -26,7 +26,7 @@ class Batch:
     """Examples as arrays: each a row, padded on the right, where causal attention cannot see it; or all in one row.
 
     Args:
-        ids: int64, (examples, length), or (1, length) with little padding after the last example.
+        ids: int64, (examples, length), or (1, length) with little padding after each client's last example.
         positions: int64, (targets,): indices into the flattened ids of the tokens *before* each target.
         targets: int64, (targets,).
         owners: int64, (targets,): example of each target.

@@ -3,8 +3,8 @@
     L = Σ_t  logsumexp(z_t) - z_t[target_t],     z_t = language-model head(hidden state before token t), float32
 
 The head is frozen, so the backward pass needs only the gradient with respect to the hidden states. It is computed chunk
-by chunk in the forward pass, and a chunk's logits are dropped before the next chunk. The peak memory is one chunk of
-logits.
+by chunk in the forward pass, and a chunk's logits are dropped before the next chunk. The peak memory is a few tensors
+of one chunk's size.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LanguageModelHead:
         device = self._network.device
         lengths = [[len(example.ids) for example in own] for own in clients]
         longest, saved = max(map(max, filter(None, lengths))), saved_by_concatenating(*clients)
-        if longest > self.padding_free or saved < _LEAST_SAVED * len(clients):
+        if longest > self.padding_free or saved < _LEAST_SAVED * sum(map(bool, lengths)):
             return on_device(collate([example for own in clients for example in own]), device)
         batch = on_device(concatenate(*clients), device)
         return replace(batch, places=Places.of(lengths), stretches=row_starts(lengths)[1])
@@ -204,18 +204,20 @@ class _ChunkedCrossEntropies(torch.autograd.Function):
 
 
 def _by_chunk(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the cross-entropy of each target and its gradient with respect to the hidden state, chunk by chunk.
-
-    That with respect to the logits is softmax(z) minus 1 at the target.
-    """
+    """Yields the cross-entropy of each target and its gradient with respect to the hidden state, chunk by chunk."""
     for rows, wanted in _chunks(lm_head, hidden, targets):
-        with torch.enable_grad():
-            leaf = rows.detach().requires_grad_()
-            logits = lm_head.logits(leaf)
-        values = nn.functional.log_softmax(logits.detach(), dim=1)
-        losses = -values.gather(1, wanted[:, None])[:, 0]
-        values.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(values[:, :1]))
-        yield losses, torch.autograd.grad(logits, leaf, values)[0]
+        yield _cross_entropies(lm_head, rows, wanted)  # at whose end a chunk's logits are dropped
+
+
+def _cross_entropies(lm_head: LanguageModelHead, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the same of one chunk; the gradient with respect to the logits is softmax(z) minus 1 at the target."""
+    with torch.enable_grad():
+        leaf = rows.detach().requires_grad_()
+        logits = lm_head.logits(leaf)
+    values = nn.functional.log_softmax(logits.detach(), dim=1)
+    losses = -values.gather(1, wanted[:, None])[:, 0]
+    values.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(values[:, :1]))
+    return losses, torch.autograd.grad(logits, leaf, values)[0]
 
 
 def _chunks(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,8 @@ similar length, so that there is little padding in each, and its outputs back.
 
     tokens (1, H, T, D) --pad--> (b, H, L, D) of each batch --causal attention--> (b, L, H, D) --unpad--> (1, T, H, D)
 
-A place that needs no value has a finite one of the same client, so that values that are not finite stay with theirs.
+A place that needs no value has one of the same client, so that values that are not finite stay with theirs. Nothing may
+use the states of tokens that belong to no example: the backward pass takes their gradients for zeros.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """A mask of four dimensions, which transformers hands on as it is; without one it would compute its own."""
 
 
-_EXAMPLES = 8  # of a padded batch: fewer leave less padding, and take more calls; measured on the demo
+_EXAMPLES = 8  # at most, of a padded batch: fewer leave less padding, and take more calls; measured on the demo
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ class Places:
         places, positions = np.full(sum(stretches), -1), np.zeros(sum(stretches), np.int64)
         parts: list[_Part] = []
         before = 0
-        for chosen in np.array_split(np.argsort(counts, kind="stable"), max(1, len(counts) // _EXAMPLES)):
+        number = max(min(2, len(counts)), -(-len(counts) // _EXAMPLES))
+        for chosen in np.array_split(np.argsort(counts, kind="stable"), number):
             indices = np.arange(counts[chosen].max())
             real = (indices < counts[chosen, None]).reshape(-1)
             tokens = (firsts[chosen, None] + np.minimum(indices, counts[chosen, None] - 1)).reshape(-1)

@@ -30,14 +30,17 @@ from fedtune.core.adapter.lora_layout import LoraLayout
 
 
 class MixedRowsError(RuntimeError):
-    """A layer's input does not have the batch's rows in their order, as the experts of a mixture have it."""
+    """A layer's input is not of as many tokens as the batch, as that of a mixture's experts."""
 
 
 class ClientRows(Protocol):
-    """The clients of a batch's tokens, which lie client after client, and products with the factors of each."""
+    """The clients of a batch's tokens, which lie client after client, and products with the factors of each.
+
+    The products take values as `split` returns them, and factors as `spread` does; sums are one for each client.
+    """
 
     def split(self, values: Tensor) -> Tensor:
-        """Returns the values (..., d) of all tokens as the products take them.
+        """Returns the values (..., d) of all tokens for the products.
 
         Raises:
             MixedRowsError: they are of other tokens than the batch's.
@@ -45,7 +48,7 @@ class ClientRows(Protocol):
         ...
 
     def spread(self, factors: Tensor) -> Tensor:
-        """Returns the factors of the clients, (K, m, n), as the products take them."""
+        """Returns the factors of the clients, (K, m, n), for the products."""
         ...
 
     def times(self, values: Tensor, factors: Tensor) -> Tensor:

@@ -226,6 +226,14 @@ def test_dropout_and_fp16_are_reasons_to_train_one_after_another(make_model: Mak
     assert "fp16" in (reason_against(halves) or "")
 
 
+def test_positions_that_follow_from_a_batchs_longest_example_are_a_reason_to_train_one_after_another(
+    make_model: MakeModel,
+) -> None:
+    rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    dynamic = make_model("llama", rope_parameters=rotation)
+    assert "dynamic" in (reason_against(adapt(load_base(ModelSettings(str(dynamic)), precision="fp32"), LORA)) or "")
+
+
 def test_a_layer_whose_input_has_other_rows_is_refused() -> None:
     rows = PaddedRows.of([2, 0, 1], torch.device("cpu"))
     assert rows.split(torch.zeros(3, 5, 7)).shape == (3, 5, 7)

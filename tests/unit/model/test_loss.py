@@ -75,6 +75,20 @@ def test_without_padding_loss_and_gradient_are_the_plain_ones(
     assert difference < (1e-5 if precision == "fp32" else 0.02)
 
 
+def test_whether_a_client_s_examples_are_padded_does_not_follow_from_clients_without_examples(
+    make_model: MakeModel,
+) -> None:
+    model = load_adapted(make_model("llama"))
+    alone, beside = model.lm_head.batch(examples()), model.lm_head.batch([], examples(), [], [])
+    assert alone.places is not None
+    assert beside.places is not None
+    assert beside.stretches == [0, 72, 0, 0]
+    assert beside.ids.equal(alone.ids)
+    several = model.lm_head.batch(*[[each] for each in examples()])
+    assert several.places is None, "each saves little"
+    assert several.stretches == ()
+
+
 def test_without_padding_checkpointed_gradients_are_the_same(make_model: MakeModel) -> None:
     model = load_adapted(make_model("llama"))
     batch = model.lm_head.batch(examples())

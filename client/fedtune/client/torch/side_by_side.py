@@ -36,6 +36,7 @@ from fedtune.model.adapted_model import AdaptedModel
 from fedtune.model.loss import target_losses
 from fedtune.model.side_by_side_layers import CurrentRows, ManyAdapters, PaddedRows, Stretches
 
+_OF_THE_LONGEST = {"dynamic", "longrope"}
 _EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
@@ -45,6 +46,8 @@ def reason_against(model: AdaptedModel) -> str | None:
         return "in fp16 a loss scale follows the gradients of one client"
     if _drops_out(model.base.network):
         return "the base model has dropout, whose random numbers follow from a client's own seed"
+    if kinds := _rotations(model.base.network) & _OF_THE_LONGEST:
+        return f"the base model's rotary positions ({min(kinds)}) follow from the longest example of a batch"
     return None
 
 
@@ -214,6 +217,15 @@ def _by_letter(model: AdaptedModel, factors: Factors, values: Tensor) -> dict[Fa
     start = model.layout.segment(factors).start
     places = {letter: model.layout.segment(letter) for letter in factor_letters(factors)}
     return {letter: values[:, where.start - start : where.stop - start] for letter, where in places.items()}
+
+
+def _rotations(network: nn.Module) -> set[str]:
+    """Returns the kinds of rotary positions of a network's layers, by transformers' names."""
+    kinds = [getattr(module, "rope_type", None) for module in network.modules()]
+    named = [
+        list(kind.values()) if isinstance(kind, dict) else [kind] for kind in kinds
+    ]  # some have one a kind of layer
+    return {str(kind) for each in named for kind in each if kind}
 
 
 def _drops_out(network: nn.Module) -> bool:
