@@ -49,13 +49,7 @@ def main() -> None:
             lines.append(markdown_row([*sizes, name, *figures]))
             print(lines[-1], flush=True)
     if not options.dry:
-        write_table(
-            RESULTS,
-            "Simulation: client-rounds an hour and memory, against an earlier commit",
-            "benchmarks/simulation/versions.py",
-            lines,
-            __doc__ or "",
-        )
+        write_table(RESULTS, TITLE, "benchmarks/simulation/versions.py", lines, __doc__ or "")
 
 
 def measure_in_turns(workload: Workload, pythons: Sequence[str], options: argparse.Namespace) -> list[Outcome]:

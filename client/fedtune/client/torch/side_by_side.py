@@ -220,12 +220,9 @@ def _by_letter(model: AdaptedModel, factors: Factors, values: Tensor) -> dict[Fa
 
 
 def _rotations(network: nn.Module) -> set[str]:
-    """Returns the kinds of rotary positions of a network's layers, by transformers' names."""
-    kinds = [getattr(module, "rope_type", None) for module in network.modules()]
-    named = [
-        list(kind.values()) if isinstance(kind, dict) else [kind] for kind in kinds
-    ]  # some have one a kind of layer
-    return {str(kind) for each in named for kind in each if kind}
+    """Returns the kinds of rotary positions in a network, by transformers' names; layers may differ."""
+    said = [getattr(module, "rope_type", None) for module in network.modules()]
+    return {str(kind) for each in said if each for kind in (each.values() if isinstance(each, dict) else [each])}
 
 
 def _drops_out(network: nn.Module) -> bool:
