@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
-from flwr.app import RecordDict
 from matplotlib.figure import Figure
 
 from fedtune.core.job.job_file import load_job
 from fedtune.core.job.settings import Job
-from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.server.run_directory import CLIENTS, RunDirectory
 from fedtune.server.run_display import Display, Silent
-from fedtune.server.simulation.executors import ForkedExecutor
 from fedtune.server.simulation.simulate import resume, simulate
 from fedtune.server.simulation.simulated_run import run_job
 from fedtune.server.simulation.simulation_context import SimulationContext, Wrap
@@ -129,9 +126,3 @@ def _begin_or_resume(path: Path, overrides: tuple[str, ...]) -> None:
         go_on(path)
     else:
         run(small_job(*overrides), path, force=True)
-
-
-def places_of_cohort(executor: ForkedExecutor, grid: InProcessGrid, nodes: Sequence[int], number: int) -> list[int]:
-    """Sends an empty request of a round to nodes; returns the worker of each."""
-    grid.push_messages(grid.create_message(RecordDict(), "train", node, str(number)) for node in nodes)
-    return [executor.place(node) for node in nodes]

@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from federation_helpers import SECURE, SMALL, FinishedRun, Simulate, fork, go_on, places_of_cohort, run, small_job
+from federation_helpers import SECURE, SMALL, FinishedRun, Simulate, fork, go_on, run, small_job
 
 from fedtune.core.errors import RunError
-from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.model.adapted_model import AdaptedModel
 from fedtune.server.run_directory import read_rounds
 from fedtune.server.run_display import Silent
@@ -43,17 +41,6 @@ def test_the_number_of_workers_changes_no_bit(kind: tuple[str, ...], simulate: S
         ]
 
     assert told("spread") == told("alone")
-
-
-def test_cohorts_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
-    job = small_job("simulation.slow=1.0", "simulation.slow_seconds=3600.0")
-    executor = ForkedExecutor(SimulationContext.begin(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
-    push = partial(places_of_cohort, executor, InProcessGrid(executor, range(9)))
-    try:
-        assert push([1, 3, 5, 7], 1) == [0, 1, 0, 1]
-        assert push([3, 1, 2], 2) == [1, 0, 0]
-    finally:
-        executor.close()
 
 
 class FrozenObjects:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_helpers import SECURE, Simulate, go_on, places_of_cohort, small_job, without_pictures
+from federation_helpers import SECURE, Simulate, go_on, small_job, without_pictures
 
 from fedtune.core.job.job_file import load_job
-from fedtune.flower.in_process_grid import InProcessGrid
 from fedtune.server.run_directory import RunDirectory, read_rounds
 from fedtune.server.run_display import Silent
-from fedtune.server.simulation.executors import ForkedExecutor
 from fedtune.server.simulation.simulate import simulate as simulate_job
 from fedtune.server.simulation.simulation_context import SimulationContext
 
@@ -93,17 +90,6 @@ def test_the_number_of_workers_changes_no_bit_of_passes_either(kind: tuple[str, 
     alone, spread = simulate(*kind, FOUR, name="alone"), simulate(*kind, FOUR, WORKERS, name="spread")
     assert spread["adapter_digest"] == alone["adapter_digest"]
     assert spread["bytes"] == alone["bytes"]
-
-
-def test_blocks_are_spread_evenly_and_a_late_client_stays_where_it_is(tmp_path: Path) -> None:
-    job = small_job("simulation.together=2", "simulation.slow=1.0", "simulation.slow_seconds=3600.0")
-    executor = ForkedExecutor(SimulationContext.begin(job, tmp_path), {node: str(node) for node in range(9)}, workers=2)
-    push = partial(places_of_cohort, executor, InProcessGrid(executor, range(9)))
-    try:
-        assert push([1, 3, 5, 7], 1) == [0, 0, 1, 1]
-        assert push([5, 7, 1, 2], 2) == [1, 1, 0, 0]
-    finally:
-        executor.close()
 
 
 def test_a_resumed_run_keeps_the_number_that_auto_chose(simulate: Simulate, tmp_path: Path) -> None:

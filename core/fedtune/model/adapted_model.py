@@ -22,7 +22,7 @@ from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import AdaptedModule, AdapterLayout, Factor, Factors, Vector
 from fedtune.core.adapter.lora_layout import LoraLayout
 from fedtune.core.job.settings import AdapterSettings
-from fedtune.model.base_model import BaseModel, linear_modules
+from fedtune.model.base_model import BaseModel, check_linear, linear_modules
 from fedtune.model.core_adapter import attach_core, reference_weight
 from fedtune.model.lora import attach_lora
 from fedtune.model.loss import LanguageModelHead
@@ -108,8 +108,8 @@ def adapt(base: BaseModel, settings: AdapterSettings) -> AdaptedModel:
     """Attaches an adapter, all zeros, to the base model.
 
     Raises:
-        ModelError: a target matches no linear layer; the message lists the existing names. Or the rank of a core
-            adapter is over the smaller side of a layer.
+        ModelError: a target matches no linear layer; the message lists the existing names. Or one is no plain linear
+            layer, or the rank of a core adapter is over the smaller side of a layer.
     """
     if settings.kind == "core":
         return AdaptedModel(base, _core_layout(base, settings), attach_core, core_side_by_side)
@@ -132,7 +132,9 @@ def _core_layout(base: BaseModel, settings: AdapterSettings) -> CoreLayout:
 
 
 def _modules(base: BaseModel, settings: AdapterSettings) -> tuple[AdaptedModule, ...]:
-    linear = [
-        AdaptedModule(name, module.in_features, module.out_features) for name, module in linear_modules(base.network)
-    ]
-    return adapted_modules(linear, settings)
+    layers = dict(linear_modules(base.network))
+    linear = [AdaptedModule(name, layer.in_features, layer.out_features) for name, layer in layers.items()]
+    chosen = adapted_modules(linear, settings)
+    for module in chosen:
+        check_linear(module.name, layers[module.name])
+    return chosen

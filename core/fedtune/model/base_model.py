@@ -37,6 +37,7 @@ Network = Any  # a transformers.PreTrainedModel, whose methods carry no types
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DENSE_SHARE = 0.25  # share of the free memory that unpacked weights may take before "auto" packs them
+_AGREEMENT = 2e-2  # relative, between two ways of computing a product in half precision
 _AMPERE = (8, 0)  # the first CUDA compute capability with bf16 units
 
 
@@ -86,7 +87,8 @@ def load_base(
         device: torch device; None takes the first GPU, or the CPU.
 
     Raises:
-        ModelError: not a model directory, not a causal LM, no tokenizer, no weights, or contradictory settings.
+        ModelError: not a model directory, not a causal LM, no tokenizer, no weights, a layer that cannot be quantized,
+            or contradictory settings.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = best_precision(device) if precision == "auto" else precision
@@ -107,6 +109,7 @@ def load_base(
             held = "packed"
         place = device if form.quantizes_on(device.type) else torch.device("cpu")
         for name, module in linear.items():
+            check_linear(name, module)
             packed = form.quantize(module.weight.to(place))
             if held == "packed":
                 _replace(network, name, PackedLinear(packed, module.bias, dtype, form.unpack))
@@ -136,6 +139,30 @@ def linear_modules(network: Network) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             yield name, module
+
+
+@torch.no_grad()
+def check_linear(name: str, layer: nn.Linear) -> None:
+    """Refuses a linear layer whose class computes something else with its weight, as some mixtures' routers do.
+
+    Raises:
+        ModelError: such a layer can neither be quantized nor adapted.
+    """
+    if type(layer).forward in (nn.Linear.forward, PackedLinear.forward):
+        return
+    rows = torch.linspace(-1.0, 1.0, 2 * layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    rows = rows.view(2, layer.in_features)
+    expected = nn.functional.linear(rows, layer.weight, layer.bias)
+    try:
+        found = layer(rows)
+        same = (found - expected).abs().max() <= _AGREEMENT * expected.abs().max()
+    except Exception:  # it may want other inputs, and raise any type
+        same = False
+    if not same:
+        raise ModelError(
+            f"{name} is a {type(layer).__name__}, which is no plain linear layer; fedtune neither quantizes nor adapts "
+            'it. Expected model.quantization = "none", and adapter.target_modules without it'
+        )
 
 
 def _options(source: str) -> dict[str, bool]:

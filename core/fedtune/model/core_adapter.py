@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import Factor, Vector
 from fedtune.core.errors import ModelError
-from fedtune.model.packed import PackedLinear
+from fedtune.model.packed import PackedLinear, dense_weight
 
 
 def attach_core(
@@ -81,36 +81,37 @@ class CoreLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""
-        inputs = (self.base_layer(x), x, self.core, self.lora_a, self.lora_b, self.scaling)
-        return cast(Tensor, _CoreSum.apply(*inputs))  # type: ignore[no-untyped-call]
+        inputs = (x, self.base_layer, self.core, self.lora_a, self.lora_b, self.scaling)
+        return cast(Tensor, _CoreProduct.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
-class _CoreSum(torch.autograd.Function):
-    """y = base + s ((x Aᵀ) Rᵀ) Bᵀ, and with G = ∂L/∂y and H = s G B:
+class _CoreProduct(torch.autograd.Function):
+    """y = x Wᵀ + s ((x Aᵀ) Rᵀ) Bᵀ (+ bias), and with G = ∂L/∂y and H = s G B:
 
-    ∂L/∂x = (H R) A (plus the gradient through base),   ∂L/∂R = Hᵀ (x Aᵀ)
+    ∂L/∂x = G W + (H R) A,   ∂L/∂R = Hᵀ (x Aᵀ)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, x: Tensor, core: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+        ctx: Any, x: Tensor, base: nn.Linear, core: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         held = core.to(x.dtype)
         thin = rows @ lora_a.T
         ctx.save_for_backward(thin, held, lora_a, lora_b)
-        ctx.scaling = scaling
-        return torch.addmm(base.reshape(-1, base.shape[-1]), thin @ held.T, lora_b.T, alpha=scaling).view(base.shape)
+        ctx.base, ctx.scaling = base, scaling
+        total = nn.functional.linear(rows, dense_weight(base), base.bias)
+        return total.addmm_(thin @ held.T, lora_b.T, alpha=scaling).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         thin, core, lora_a, lora_b = ctx.saved_tensors
-        _, needs_x, needs_core, *_ = ctx.needs_input_grad
+        needs_x, _, needs_core, *_ = ctx.needs_input_grad
         flat = gradient.reshape(-1, gradient.shape[-1])
         thin_gradient = (flat @ lora_b).mul_(ctx.scaling)
         to_x = to_core = None
         if needs_x:
-            to_x = ((thin_gradient @ core) @ lora_a).view(*gradient.shape[:-1], lora_a.shape[1])
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient @ core, lora_a).view(*gradient.shape[:-1], -1)
         if needs_core:
             to_core = (thin_gradient.T @ thin).float()
-        return gradient, to_x, to_core, None, None, None
+        return to_x, None, to_core, None, None, None

@@ -3,7 +3,7 @@
     y = x Wᵀ + s (x Aᵀ) Bᵀ          s = alpha / sqrt(R), A: (R, d_in), B: (d_out, R)
 
 LoRA (Hu et al. 2021) with the rank-stabilised scaling of rsLoRA (Kalajdzievski 2023), attached by peft. The storage of
-the values differs from peft's, and the sum above is one operation.
+the values differs from peft's, and the layer is one operation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedtune.core.adapter.layout import Factor
 from fedtune.core.adapter.lora_layout import LoraLayout
+from fedtune.model.packed import dense_weight
 
 _ADAPTER = "default"  # peft's name for the one adapter
 
@@ -45,7 +46,7 @@ def attach_lora(
 
 
 class AdaptedLinear(lora.Linear):
-    """peft's adapted layer with its sum in one operation; factors stay float32, the rest is in the input's dtype.
+    """peft's adapted layer as one operation; factors stay float32, the rest is in the input's dtype.
 
     On one core a training step of the bundled model takes about 0.7 times as long as with peft's own forward method.
     """
@@ -53,40 +54,41 @@ class AdaptedLinear(lora.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""
         lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        inputs = (self.base_layer(x), x, lora_a, lora_b, self.scaling[_ADAPTER])
-        return cast(Tensor, _LowRankSum.apply(*inputs))  # type: ignore[no-untyped-call]
+        inputs = (x, self.base_layer, lora_a, lora_b, self.scaling[_ADAPTER])
+        return cast(Tensor, _AdaptedProduct.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
-class _LowRankSum(torch.autograd.Function):
-    """y = base + s (x Aᵀ) Bᵀ, and with G = ∂L/∂y and H = s G B:
+class _AdaptedProduct(torch.autograd.Function):
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ (+ bias), and with G = ∂L/∂y and H = s G B:
 
-        ∂L/∂x = H A (plus the gradient through base),   ∂L/∂A = Hᵀ x,   ∂L/∂B = s Gᵀ (x Aᵀ)
+        ∂L/∂x = G W + H A,   ∂L/∂A = Hᵀ x,   ∂L/∂B = s Gᵀ (x Aᵀ)
 
-    This is one function instead of six recorded operations: the matrix product adds to base directly, the thin x Aᵀ is
-    the only activation kept besides x, and a frozen factor costs nothing.
+    This is one function instead of seven recorded operations: the low-rank products add to the large ones in place, the
+    thin x Aᵀ is the only activation kept besides x, and a frozen factor costs nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         thin = rows @ a.T
         ctx.save_for_backward(rows, thin, a, b)
-        ctx.scaling = scaling
-        return torch.addmm(base.reshape(-1, base.shape[-1]), thin, b.T, alpha=scaling).view(base.shape)
+        ctx.base, ctx.scaling = base, scaling
+        total = nn.functional.linear(rows, dense_weight(base), base.bias)
+        return total.addmm_(thin, b.T, alpha=scaling).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, thin, a, b = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        needs_x, _, needs_a, needs_b, _ = ctx.needs_input_grad
         flat = gradient.reshape(-1, gradient.shape[-1])
         to_x = to_a = to_b = None
         if needs_x or needs_a:
             thin_gradient = (flat @ b).mul_(ctx.scaling)
         if needs_x:
-            to_x = (thin_gradient @ a).view(*gradient.shape[:-1], a.shape[1])
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient, a).view(*gradient.shape[:-1], -1)
         if needs_a:
             to_a = (thin_gradient.T @ rows).float()
         if needs_b:
             to_b = (flat.T @ thin).float().mul_(ctx.scaling)
-        return gradient, to_x, to_a, to_b, None
+        return to_x, None, to_a, to_b, None

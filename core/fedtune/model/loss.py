@@ -210,14 +210,18 @@ def _by_chunk(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> It
 
 
 def _cross_entropies(lm_head: LanguageModelHead, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the same of one chunk; the gradient with respect to the logits is softmax(z) minus 1 at the target."""
+    """Returns the same of one chunk; the gradient with respect to the logits is p = softmax(z), minus 1 at the target.
+
+    The largest p is at least 1 over the vocabulary, so that logsumexp(z) = max z - log max p keeps its digits.
+    """
     with torch.enable_grad():
         leaf = rows.detach().requires_grad_()
         logits = lm_head.logits(leaf)
-    values = nn.functional.log_softmax(logits.detach(), dim=1)
-    losses = -values.gather(1, wanted[:, None])[:, 0]
-    values.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(values[:, :1]))
-    return losses, torch.autograd.grad(logits, leaf, values)[0]
+    shares = torch.softmax(logits.detach(), dim=1)
+    normalizers = logits.detach().amax(dim=1) - shares.amax(dim=1).log()
+    losses = normalizers - logits.detach().gather(1, wanted[:, None])[:, 0]
+    shares.scatter_add_(1, wanted[:, None], -torch.ones_like(shares[:, :1]))
+    return losses, torch.autograd.grad(logits, leaf, shares)[0]
 
 
 def _chunks(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

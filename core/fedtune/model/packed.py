@@ -90,6 +90,11 @@ class PackedLinear(nn.Linear, Generic[Weight]):
         return cast(Tensor, _UnpackedProduct.apply(x, self))  # type: ignore[no-untyped-call]
 
 
+def dense_weight(layer: nn.Linear) -> Tensor:
+    """Returns the weight of a frozen layer, (d_out, d_in), which a packed one unpacks for this call."""
+    return layer.dense() if isinstance(layer, PackedLinear) else layer.weight
+
+
 class _UnpackedProduct(torch.autograd.Function):
     """Unpacks once forward and once backward, so that autograd never holds a dense weight in between."""
 

@@ -43,37 +43,21 @@ _EXAMPLES = 8  # at most, of a padded batch: fewer leave less padding, and take 
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """A padded batch of b examples, of which the longest has L tokens.
-
-    Args:
-        shape: (b, L).
-        tokens: int64, (b · L,): the token of the row at each place; at those after an example's end its last one.
-        fillers: int64: the places after an example's end.
-    """
-
-    shape: tuple[int, int]
-    tokens: Tensor
-    fillers: Tensor
-
-    def pad(self, rows: Tensor) -> Tensor:
-        """Moves rows (T, H, D) to this batch: float32, (b, L, H, D)."""
-        return rows.index_select(0, self.tokens).float().view(*self.shape, *rows.shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
 class Places:
-    """The places of the tokens of a row in padded batches.
+    """The places of the T tokens of a row in padded batches: P places, those of one batch after those of another.
 
     Args:
-        parts: the batches.
-        places: int64, (T,): the place of each token in all batches one after another; of a token that belongs to no
-            example, that of a token of the same client.
+        shapes: (b, L) of each batch: b examples, of which the longest has L tokens.
+        tokens: int64, (P,): the token at each place; after an example's end its last one.
+        fillers: int64: the places after an example's end.
+        places: int64, (T,): the place of each token; of one that belongs to no example, that of one of the same client.
         rest: int64: the tokens that belong to no example.
         positions: int64, (1, T): the index of each token in its example; 0 for the rest.
     """
 
-    parts: Sequence[_Part]
+    shapes: Sequence[tuple[int, int]]
+    tokens: Tensor
+    fillers: Tensor
     places: Tensor
     rest: Tensor
     positions: Tensor
@@ -84,23 +68,40 @@ class Places:
         starts, stretches = row_starts(lengths)
         firsts, counts = np.array(starts), np.concatenate([np.array(own, np.int64) for own in lengths])
         places, positions = np.full(sum(stretches), -1), np.zeros(sum(stretches), np.int64)
-        parts: list[_Part] = []
+        shapes, tokens, fillers = [], [], []
         before = 0
         number = max(min(2, len(counts)), -(-len(counts) // _EXAMPLES))
         for chosen in np.array_split(np.argsort(counts, kind="stable"), number):
             indices = np.arange(counts[chosen].max())
             real = (indices < counts[chosen, None]).reshape(-1)
-            tokens = (firsts[chosen, None] + np.minimum(indices, counts[chosen, None] - 1)).reshape(-1)
-            places[tokens[real]] = before + np.flatnonzero(real)
-            positions[tokens[real]] = np.tile(indices, len(chosen))[real]
-            fillers = torch.from_numpy(np.flatnonzero(~real))
-            parts.append(_Part((len(chosen), len(indices)), torch.from_numpy(tokens), fillers))
-            before += len(tokens)
+            own = (firsts[chosen, None] + np.minimum(indices, counts[chosen, None] - 1)).reshape(-1)
+            places[own[real]] = before + np.flatnonzero(real)
+            positions[own[real]] = np.tile(indices, len(chosen))[real]
+            shapes.append((len(chosen), len(indices)))
+            tokens.append(own)
+            fillers.append(before + np.flatnonzero(~real))
+            before += len(own)
         rest = np.flatnonzero(places < 0)
         owners = np.repeat(np.cumsum(stretches) - stretches, stretches)  # the first token of each token's client
         places[rest] = places[owners[rest]]
-        kept, left, at = (torch.from_numpy(each) for each in (places, rest, positions[None]))
-        return cls(parts, kept, left, at)
+        arrays = (np.concatenate(tokens), np.concatenate(fillers), places, rest, positions[None])
+        return cls(shapes, *map(torch.from_numpy, arrays))
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Moves rows (T, H, D) to their places: float32, (P, H, D)."""
+        return rows.index_select(0, self.tokens).float()
+
+    def unpad(self, batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Moves the values (b, L, H, D) of the batches to rows of another dtype, (T, H, D)."""
+        padded = torch.empty(len(self.tokens), *batches[0].shape[2:], dtype=dtype)
+        for own, each in zip(self.batches(padded), batches, strict=True):
+            own.copy_(each)
+        return padded.index_select(0, self.places)
+
+    def batches(self, padded: Tensor) -> list[Tensor]:
+        """Returns the values (P, H, D) by batch, (b, L, H, D)."""
+        own = torch.split(padded, [examples * length for examples, length in self.shapes])
+        return [each.view(*shape, *padded.shape[1:]) for each, shape in zip(own, self.shapes, strict=True)]
 
 
 class _Pad(torch.autograd.Function):
@@ -109,15 +110,13 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, places: Places) -> tuple[Tensor, ...]:
         ctx.places, ctx.dtype = places, values.dtype
-        rows = values[0].transpose(0, 1)
-        return tuple(part.pad(rows).transpose(1, 2) for part in places.parts)
+        return tuple(each.transpose(1, 2) for each in places.batches(places.pad(values[0].transpose(0, 1))))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         places: Places = ctx.places
-        joined = torch.cat([each.transpose(1, 2).flatten(0, 1).to(ctx.dtype) for each in gradients])
-        rows = joined.index_select(0, places.places).index_fill_(0, places.rest, 0.0)
-        return rows.transpose(0, 1)[None], None
+        rows = places.unpad([each.transpose(1, 2) for each in gradients], ctx.dtype)
+        return rows.index_fill_(0, places.rest, 0.0).transpose(0, 1)[None], None
 
 
 class _Unpad(torch.autograd.Function):
@@ -126,15 +125,12 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: Places, dtype: torch.dtype, *values: Tensor) -> Tensor:
         ctx.places = places
-        joined = torch.cat([each.flatten(0, 1).to(dtype) for each in values])
-        return joined.index_select(0, places.places)[None]
+        return places.unpad(values, dtype)[None]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        padded = [part.pad(gradient[0]) for part in ctx.places.parts]
-        for part, each in zip(ctx.places.parts, padded, strict=True):
-            each.flatten(0, 1).index_fill_(0, part.fillers, 0.0)
-        return (None, None, *padded)
+        places: Places = ctx.places
+        return (None, None, *places.batches(places.pad(gradient[0]).index_fill_(0, places.fillers, 0.0)))
 
 
 def _attention(

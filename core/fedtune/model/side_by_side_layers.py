@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fedtune.core.adapter.core_layout import CoreLayout
 from fedtune.core.adapter.layout import AdapterLayout, Extent, Factor
 from fedtune.core.adapter.lora_layout import LoraLayout
+from fedtune.model.packed import dense_weight
 
 
 class MixedRowsError(RuntimeError):
@@ -40,7 +41,7 @@ class ClientRows(Protocol):
     """
 
     def split(self, values: Tensor) -> Tensor:
-        """Returns the values (..., d) of all tokens for the products.
+        """Returns the values (..., d) of all tokens for the products; a view of those that are contiguous.
 
         Raises:
             MixedRowsError: they are of other tokens than the batch's.
@@ -55,8 +56,8 @@ class ClientRows(Protocol):
         """Returns x F of each token's values x and its client's factor F."""
         ...
 
-    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
-        """Returns base + s x F of each token's values x and its client's factor F."""
+    def add_times(self, sums: Tensor, values: Tensor, factors: Tensor, scaling: float = 1.0) -> None:
+        """Adds s x F of each token's values x and its client's factor F to its sum."""
         ...
 
     def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
@@ -108,9 +109,9 @@ class PaddedRows:
         """Multiplies (G, n, a) by (G, a, b)."""
         return torch.bmm(values, factors)
 
-    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
-        """Multiplies (G, n, a) by (G, a, b) and adds (G, n, b)."""
-        return torch.baddbmm(base, values, factors, alpha=scaling)
+    def add_times(self, sums: Tensor, values: Tensor, factors: Tensor, scaling: float = 1.0) -> None:
+        """Multiplies (G, n, a) by (G, a, b) and adds to (G, n, b)."""
+        sums.baddbmm_(values, factors, alpha=scaling)
 
     def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
         """Adds the products of the blocks in their order."""
@@ -152,12 +153,10 @@ class Stretches:
             torch.mm(rows, factor, out=own)
         return product
 
-    def add_times(self, base: Tensor, values: Tensor, factors: Tensor, scaling: float) -> Tensor:
-        """Multiplies (T, a) by the (a, b) of each stretch's client and adds (T, b)."""
-        total = torch.empty_like(base)
-        for rows, before, own, factor in self._each(values, base, total, clients=factors):
-            torch.addmm(before, rows, factor, alpha=scaling, out=own)
-        return total
+    def add_times(self, sums: Tensor, values: Tensor, factors: Tensor, scaling: float = 1.0) -> None:
+        """Multiplies (T, a) by the (a, b) of each stretch's client and adds to (T, b)."""
+        for rows, own, factor in self._each(values, sums, clients=factors):
+            own.addmm_(rows, factor, alpha=scaling)
 
     def add_outer(self, sums: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
         """Adds each stretch's product."""
@@ -253,8 +252,8 @@ class ManyLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""
-        inputs = (self.base_layer(x), x, self.lora_a, self.lora_b, self.scaling, self._rows.now())
-        return cast(Tensor, _ManyLowRankSums.apply(*inputs))  # type: ignore[no-untyped-call]
+        inputs = (x, self.base_layer, self.lora_a, self.lora_b, self.scaling, self._rows.now())
+        return cast(Tensor, _ManyAdaptedProducts.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 class ManyCoreLinear(nn.Module):
@@ -284,54 +283,57 @@ class ManyCoreLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x: (..., d_in) -> (..., d_out)."""
-        inputs = (self.base_layer(x), x, self.cores, *self._fixed, self.scaling, self._rows.now())
-        return cast(Tensor, _ManyCoreSums.apply(*inputs))  # type: ignore[no-untyped-call]
+        inputs = (x, self.base_layer, self.cores, *self._fixed, self.scaling, self._rows.now())
+        return cast(Tensor, _ManyCoreProducts.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
-class _ManyLowRankSums(torch.autograd.Function):
-    """The sum of `fedtune.model.lora` and its gradients, with A_k and B_k for each block.
+class _ManyAdaptedProducts(torch.autograd.Function):
+    """The product of `fedtune.model.lora` and its gradients, with A_k and B_k for each block.
 
     It adds the gradients of the factors to where they are kept: autograd itself would want them dense.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, rows: ClientRows
+        ctx: Any, x: Tensor, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float, rows: ClientRows
     ) -> Tensor:
         inputs = rows.split(x)
         a, b = rows.spread(lora_a.to(x.dtype)), rows.spread(lora_b.to(x.dtype))
         thin = rows.times(inputs, a.mT)
         ctx.save_for_backward(inputs, thin, a, b)
-        ctx.scaling, ctx.rows, ctx.gradients = scaling, rows, (lora_a.grad, lora_b.grad)
-        return rows.add_times(rows.split(base), thin, b.mT, scaling).view(base.shape)
+        ctx.base, ctx.scaling, ctx.rows, ctx.gradients = base, scaling, rows, (lora_a.grad, lora_b.grad)
+        total = nn.functional.linear(x, dense_weight(base), base.bias)
+        rows.add_times(rows.split(total), thin, b.mT, scaling)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, thin, a, b = ctx.saved_tensors
         rows: ClientRows = ctx.rows
-        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         split = rows.split(gradient)
         by_a, by_b = ctx.gradients
         to_x = None
         if needs_x or needs_a:
             thin_gradient = rows.times(split, b).mul_(ctx.scaling)
         if needs_x:
-            to_x = rows.times(thin_gradient, a).view(*gradient.shape[:-1], a.shape[2])
+            to_x = gradient @ dense_weight(ctx.base)
+            rows.add_times(rows.split(to_x), thin_gradient, a)
         if needs_a:
             rows.add_outer(by_a, thin_gradient, inputs)
         if needs_b:
             rows.add_outer(by_b, split, thin, ctx.scaling)
-        return gradient, to_x, None, None, None, None
+        return to_x, None, None, None, None, None
 
 
-class _ManyCoreSums(torch.autograd.Function):
-    """The sum of `fedtune.model.core_adapter` and its gradients, with R_k for each block; as above."""
+class _ManyCoreProducts(torch.autograd.Function):
+    """The product of `fedtune.model.core_adapter` and its gradients, with R_k for each block; as above."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        base: Tensor,
         x: Tensor,
+        base: nn.Linear,
         cores: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -339,22 +341,25 @@ class _ManyCoreSums(torch.autograd.Function):
         rows: ClientRows,
     ) -> Tensor:
         held = rows.spread(cores.to(x.dtype))
-        thin = rows.split(x.reshape(-1, x.shape[-1]) @ lora_a.T)
+        inputs = x.reshape(-1, x.shape[-1])
+        thin = rows.split(inputs @ lora_a.T)
         ctx.save_for_backward(thin, held, lora_a, lora_b)
-        ctx.scaling, ctx.rows, ctx.gradient = scaling, rows, cores.grad
+        ctx.base, ctx.scaling, ctx.rows, ctx.gradient = base, scaling, rows, cores.grad
         turned = rows.times(thin, held.mT).view(-1, held.shape[1])
-        return torch.addmm(base.reshape(-1, base.shape[-1]), turned, lora_b.T, alpha=scaling).view(base.shape)
+        total = nn.functional.linear(inputs, dense_weight(base), base.bias)
+        return total.addmm_(turned, lora_b.T, alpha=scaling).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         thin, held, lora_a, lora_b = ctx.saved_tensors
         rows: ClientRows = ctx.rows
-        _, needs_x, needs_cores, *_ = ctx.needs_input_grad
-        thin_gradient = rows.split((gradient.reshape(-1, gradient.shape[-1]) @ lora_b).mul_(ctx.scaling))
+        needs_x, _, needs_cores, *_ = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        thin_gradient = rows.split((flat @ lora_b).mul_(ctx.scaling))
         to_x = None
         if needs_x:
             turned = rows.times(thin_gradient, held).view(-1, held.shape[2])
-            to_x = (turned @ lora_a).view(*gradient.shape[:-1], lora_a.shape[1])
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(turned, lora_a).view(*gradient.shape[:-1], -1)
         if needs_cores:
             rows.add_outer(ctx.gradient, thin_gradient, thin)
-        return gradient, to_x, None, None, None, None, None
+        return to_x, None, None, None, None, None, None

@@ -182,6 +182,42 @@ def test_a_target_that_matches_nothing_lists_what_there_is(make_model: MakeModel
     assert "adapter.target_modules: q_proj" not in str(raised.value)
 
 
+class Doubling(nn.Linear):
+    """A linear layer of an architecture's own, as a mixture's router is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Plain(nn.Linear):
+    """A linear layer in other words, as Falcon's is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+def test_a_layer_that_computes_something_else_with_its_weight_is_refused_by_name(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_model("llama")
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    kind: type[nn.Linear] = Plain
+
+    def load(source: str, **options: Any) -> Any:
+        network, report = from_pretrained(source, **options)
+        network.model.layers[1].mlp.gate_proj.__class__ = kind
+        return network, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    whole = ModelSettings(str(directory), "none")
+    assert adapt(load_base(whole, precision="fp32"), ADAPTER).layout.size == load_adapted(directory).layout.size
+    kind = Doubling
+    for refused in (lambda: load_base(ModelSettings(str(directory))), lambda: adapt(load_base(whole), ADAPTER)):
+        with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.gate_proj is a Doubling, which is no plain"):
+            refused()
+    adapt(load_base(whole), NAMED)
+
+
 def test_bf16_is_within_rounding_of_float32(make_model: MakeModel, architecture: str) -> None:
     directory = make_model(architecture)
     outputs, gradients = [], []

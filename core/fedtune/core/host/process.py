@@ -1,12 +1,14 @@
 """The process itself: the environment that libraries read, the signals that end it, and the facts for a summary.
 
 prepare_environment()               # before Flower or torch is imported; child processes inherit it
+keep_freed_memory()                 # where many clients are trained, one after another
 with stopping():                    # raises Stopped on SIGTERM and Ctrl-C
     serve()
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -29,6 +31,22 @@ def prepare_environment() -> None:
     """Sets the variables that the environment does not set already."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD = 32 << 20, (1 << 31) - 1
+
+
+def keep_freed_memory() -> None:
+    """Has this process and its forks keep the memory that they free, where the C library is glibc.
+
+    By default glibc hands what is free at the end of its heap back to the kernel, after every training step some ten
+    MiB, which the kernel clears again, page by page, in the next one: a twelfth of the time on the bundled model.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None:
+        adjust(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        adjust(_M_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
 
 
 class Stopped(BaseException):

@@ -12,7 +12,6 @@ import os
 import pickle
 import signal
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from fedtune.flower.envelope import WireMessage
 from fedtune.flower.in_process_grid import Executor, Outgoing
 from fedtune.model.scoring import Piece
 from fedtune.server.simulation.passes import Passes, answer_together
+from fedtune.server.simulation.placement import Placement
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.spreading import compute_piece, spread_over
 
@@ -140,26 +140,15 @@ class ForkedExecutor:
             gc.unfreeze()
         # One thread a worker, which only waits for its answers; the threads start after the last fork.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="forked-worker") for _ in self._workers]
-        self._passes = Passes(simulation_context.together)
-        self._round = ""
-        self._places: dict[int, int] = {}
-        self._latest: dict[int, Future[WireMessage]] = {}
+        self._placement = Placement(self._threads, self._run, simulation_context.together)
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's worker."""
-        worker = self._find_place(message)
-        self._latest[message.node] = self._passes.submit(
-            message, self.place, lambda *asked: self._threads[worker].submit(self._run, worker, *asked)
-        )
-        return self._latest[message.node]
+        return self._placement.submit(message)
 
     def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
         """Spreads the pieces over the forks."""
         return spread_over(self._threads, self._compute, adapter, pieces)
-
-    def place(self, node_id: int) -> int:
-        """Returns the worker of a client that has work in this round."""
-        return self._places[node_id]
 
     def workers(self) -> Sequence[WorkerReport]:
         """Returns one report a worker."""
@@ -174,6 +163,7 @@ class ForkedExecutor:
         """Ends the workers, without waiting for clients that are still training."""
         for process, _ in self._workers:
             process.terminate()
+        self._placement.close()
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
         for process, connection in self._workers:
@@ -184,23 +174,6 @@ class ForkedExecutor:
                 process.join()
         for number, (process, _) in enumerate(self._workers, 1):
             add_span(WORKER, f"worker {number}", _place(process), self._began, own=False)
-
-    def _find_place(self, message: Outgoing) -> int:
-        """Returns a client's worker, which keeps the client and its secrets.
-
-        New clients of a block go to that with the fewest clients. A client stays for the round, and longer while it is
-        busy, so that no client works in two workers at once.
-        """
-        if message.group != self._round:
-            self._round = message.group
-            busy = {node_id for node_id, future in self._latest.items() if not future.done()}
-            self._places = {node_id: place for node_id, place in self._places.items() if node_id in busy}
-            self._latest = {node_id: future for node_id, future in self._latest.items() if node_id in busy}
-        if new := [node for node in self._passes.blocks.of(message) if node not in self._places]:
-            load = Counter(self._places.values())
-            fewest = min(range(len(self._workers)), key=lambda worker: load[worker])
-            self._places.update(dict.fromkeys(new, fewest))
-        return self._places[message.node]
 
     def _run(self, worker: int, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> None:
         self._ask(worker, _Messages([(message.pack(), message.node) for message in messages]), answered)

@@ -70,11 +70,11 @@ class Passes:
         self.blocks = Blocks(together)
         self._waiting: dict[tuple[int, ...], list[tuple[Outgoing, Future[WireMessage]]]] = {}
 
-    def submit(self, message: Outgoing, worker_of: Callable[[int], int], start: Start) -> Future[WireMessage]:
+    def submit(self, message: Outgoing, worker_of: Callable[[int], int | None], start: Start) -> Future[WireMessage]:
         """Returns the future of a message's answer; the last message of a pass starts it.
 
         Args:
-            worker_of: node -> its worker; nodes of different workers are in different passes.
+            worker_of: node -> its worker, or None without one yet; nodes of different workers are in different passes.
             start: starts the messages of one pass.
         """
         future: Future[WireMessage] = Future()

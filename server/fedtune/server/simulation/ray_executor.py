@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fedtune.client.rendezvous import Answered
 from fedtune.core.adapter.layout import Vector
 from fedtune.core.errors import MissingExtraError
 from fedtune.core.host.process import peak_rss_mb
@@ -21,6 +22,7 @@ from fedtune.flower.envelope import WireMessage, answer_wire
 from fedtune.flower.in_process_grid import Outgoing
 from fedtune.model.scoring import Piece
 from fedtune.server.simulation.executors import WorkerReport
+from fedtune.server.simulation.placement import Placement
 from fedtune.server.simulation.simulation_context import SimulationContext
 from fedtune.server.simulation.spreading import compute_piece, spread_over
 
@@ -53,14 +55,13 @@ class RayExecutor:
         self._actors: list[Any] = [
             actor.remote(simulation_context.job, simulation_context.folder) for _ in range(workers)
         ]
-        # One thread an actor, only waiting for answers. A client stays with its actor: its secrets of a secure round
-        # live there from one exchange to the next.
+        # One thread an actor, only waiting for answers.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="ray-worker") for _ in range(workers)]
+        self._placement = Placement(self._threads, self._run)
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's actor."""
-        worker = message.node % len(self._actors)
-        return self._threads[worker].submit(self._run, worker, message)
+        return self._placement.submit(message)
 
     def spread(self, adapter: Vector, pieces: Sequence[Piece[Any]]) -> Iterator[tuple[int, Any]]:
         """Spreads the pieces over the actors."""
@@ -78,14 +79,15 @@ class RayExecutor:
 
     def close(self) -> None:
         """Ends the actors and Ray."""
+        self._placement.close()
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
         self._ray.shutdown()
 
-    def _run(self, worker: int, message: Outgoing) -> WireMessage:
-        actor = self._actors[worker]
-        reply: WireMessage = self._result(actor.answer.remote(message.pack(), self._clients[message.node]))
-        return reply
+    def _run(self, worker: int, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> None:
+        for index, message in enumerate(messages):
+            handle = self._actors[worker].answer.remote(message.pack(), self._clients[message.node])
+            answered(index, self._result(handle))
 
     def _result(self, handle: Any) -> Any:
         try:

@@ -20,6 +20,7 @@ from fedtune.client.torch.torch_trainer import TorchTrainer
 from fedtune.client.trainer import Trainer
 from fedtune.core.codec.noise_seeds import from_seed
 from fedtune.core.errors import DataError
+from fedtune.core.host.process import keep_freed_memory
 from fedtune.core.job.learning_rates import with_learning_rate
 from fedtune.core.job.settings import Job
 from fedtune.core.manifest.job_terms import JobTerms
@@ -121,13 +122,16 @@ class SimulationContext:
         together: int | None = None,
         metrics: CustomMetrics = NO_METRICS,
     ) -> SimulationContext:
-        """Makes this process a part of the simulation; from then on torch computes with the job's number of threads.
+        """Makes this process a part of the simulation.
+
+        From then on torch computes with the job's number of threads, and the process keeps the memory that it frees.
 
         Args:
             inputs: the contents of the job's files, if they were read already.
         """
         if threads := job.simulation.threads:
             torch.set_num_threads(threads)
+        keep_freed_memory()
         return cls(inputs or JobInputs(job), folder, make_trainer, wrap, together, metrics)
 
     @property
