@@ -166,7 +166,7 @@ def test_who_joins_is_told_the_plan_or_refused_with_the_numbers(
     assert "demo: the base model does not fit this device: the smallest plan" in capsys.readouterr().err
     assert not home.exists()
     chosen = ["--only-charging", "--battery-reserve", "30", "--max-temperature", "70", "--unmetered-only"]
-    measured = json.dumps(asdict(Measured(0, 9, 9, 40_000_000, 0.1, 256)))
+    measured = json.dumps(asdict(Measured(0, 9, 9, 40_000_000, 0.1, 256, 1)))
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, measured, ""))
     assert run(monkeypatch, *join, *chosen) == 0
     said = capsys.readouterr().out

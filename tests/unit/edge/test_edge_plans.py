@@ -97,11 +97,12 @@ def test_a_pack_is_planned_measured_and_foretold_within_a_factor_of_two(demo_pac
 def test_what_was_measured_corrects_the_next_plan_of_a_pack(demo_pack: Path, tmp_path: Path) -> None:
     job = load_job(None, [*JOB, f"model.base={demo_pack}"])
     first = planner_of(tmp_path).plan(job, trial="never")
-    took = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens)
+    took = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens, 3)
     planner_of(tmp_path, lambda case: took).plan(job)
     again = planner_of(tmp_path).plan(job, trial="never")
     assert again.plan.memory.training == pytest.approx(2 * first.plan.memory.training, rel=1e-6)
     assert again.seconds_per_step == pytest.approx(1.5)
+    assert again.plan.choices.threads == 3
 
 
 @pytest.mark.parametrize(("parameters", "cores", "threads"), [(0, 4.0, 1), (10**8, 4.0, 4), (10**8, 0.5, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from one_backend import Only
 
+from fedtune.client.plan import trial
 from fedtune.client.plan.backend import Case, Measured
 from fedtune.client.plan.calibration import Calibration, CalibrationStore
 from fedtune.client.plan.device_plan import DevicePlanner
@@ -66,12 +68,13 @@ def test_the_demo_is_planned_measured_and_foretold_within_a_fifth(
 def test_what_was_measured_corrects_the_next_plan(tmp_path: Path) -> None:
     first = planned(tmp_path, trial="never")
     assert (first.kappa, first.measured) == (1.0, None)
-    twice = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens)
+    twice = Measured(1, 1, 1, 2 * first.plan.memory.training, 1.5, first.plan.choices.tokens, 3)
     planned(tmp_path, measured=lambda case: twice)
     again = planned(tmp_path, trial="never")
     assert again.kappa > 2
     assert again.plan.memory.training == pytest.approx(2 * first.plan.memory.training, rel=1e-6)
     assert again.seconds_per_step == pytest.approx(1.5)
+    assert again.plan.choices.threads == 3
 
 
 def test_a_step_that_takes_more_than_may_be_used_is_planned_again(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_a_step_that_takes_more_than_may_be_used_is_planned_again(tmp_path: Path
     def hungry(case: Case) -> Measured:
         tried.append(case)
         tokens = case.choices.tokens
-        return Measured(1, 1, 1, 30_000_000 + 3_000_000 * tokens, 0.1, tokens)
+        return Measured(1, 1, 1, 30_000_000 + 3_000_000 * tokens, 0.1, tokens, 1)
 
     free = 1000
     own = planned(tmp_path / "none", trial="never").runtime // 1_000_000
@@ -109,15 +112,68 @@ def test_the_data_decides_length_and_share_of_targets(tmp_path: Path) -> None:
 def test_a_calibration_that_is_damaged_or_absurd_is_as_good_as_none(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
     assert store.get("key") is None
-    store.keep("key", Calibration(1.25, 0.01))
-    assert store.get("key") == Calibration(1.25, 0.01)
+    store.keep("key", Calibration(1.25, 0.01, 2))
+    assert store.get("key") == Calibration(1.25, 0.01, 2)
     assert store.get("other") is None
-    store.keep("key", Calibration(1000.0, 0.01))
+    store.keep("key", Calibration(1000.0, 0.01, 2))
     assert store.get("key") is None
     (path,) = tmp_path.iterdir()
-    for text in ("", "[]", '{"kappa": 1}', '{"kappa": NaN, "seconds_per_token": 1}', "{"):
+    whole: dict[str, Any] = {"kappa": 1, "seconds_per_token": 1, "threads": 1}
+    wrong: list[dict[str, Any]] = [
+        {"kappa": math.nan},
+        {"threads": 0},
+        {"threads": 10**6},
+        {"threads": math.inf},
+        {"threads": None},
+    ]
+    texts = [json.dumps(whole | each) for each in wrong]
+    for text in ("", "[]", '{"kappa": 1, "seconds_per_token": 1}', *texts, "{"):
         path.write_text(text)
         assert store.get("key") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found", "tried"),
+    [
+        ({8: 1.0, 4: 2.0, 2: 0.1, 1: 0.1}, 8, {8, 4}),
+        ({8: 2.0, 4: 1.0, 2: 1.5, 1: 0.1}, 4, {8, 4, 2}),
+        ({8: 4.0, 4: 3.0, 2: 3.0, 1: 1.0}, 1, {8, 4, 2, 1}),
+        ({3: 2.0, 1: 3.0}, 3, {3, 1}),
+        ({1: 1.0}, 1, set()),
+    ],
+)
+def test_threads_are_halved_while_that_is_no_slower(seconds: dict[int, float], found: int, tried: set[int]) -> None:
+    asked: set[int] = set()
+
+    def took(threads: int) -> float:
+        asked.add(threads)
+        return seconds[threads]
+
+    assert trial.fastest(took, max(seconds)) == found
+    assert asked == tried
+
+
+def test_a_trial_measures_memory_before_it_tries_other_numbers_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    class Noting:
+        def reset(self) -> int:
+            return 0
+
+        def peak(self) -> int:
+            events.append("peak")
+            return 7
+
+    def step(loaded: trial.Loaded, case: Case) -> float:
+        return 1.0 if events[-1] == 2 else 3.0
+
+    monkeypatch.setattr(trial, "take_step", step)
+    loaded: Any = None
+    case = Case(ModelSettings(), AdapterSettings(), Choices("packed", "bf16", 16, 64, 128, False, threads=4), cores=4)
+    found = trial.measured_steps(case, Noting(), lambda: loaded, events.append)
+    assert (found.threads, found.step_seconds, found.training) == (2, 1.0, 7)
+    assert events == ["peak", "peak", 2, 1]
+    assert trial.measured_steps(case, Noting(), lambda: loaded).threads == 4, "a library that cannot change it"
 
 
 def test_a_step_that_fails_says_why(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_without_a_path(fixture: F
 
 def measured_as_predicted(case: Case) -> Measured:
     took = predict_memory(shape_of(case.model), case.choices, target_share=case.target_share).training
-    return Measured(0, 0, 0, took, 0.1, case.choices.tokens)
+    return Measured(0, 0, 0, took, 0.1, case.choices.tokens, case.choices.threads)
 
 
 def test_a_real_step_is_tried_once_and_only_where_it_could_change_the_plan(fixture: Fixture, folder: Path) -> None:

@@ -41,12 +41,14 @@ class Case:
         adapter: rank and alpha, on all linear layers.
         choices: the plan's choices; their tokens are whole examples of their sequence length.
         target_share: share of the tokens that the loss counts.
+        cores: the most threads that are tried.
     """
 
     model: ModelSettings
     adapter: AdapterSettings
     choices: Choices
     target_share: float = 1.0
+    cores: int = 1
 
     @property
     def micro_batch(self) -> int:
@@ -65,6 +67,7 @@ class Measured:
         training: peak of the steps.
         step_seconds: the shortest of all steps but the first.
         tokens: tokens of a step.
+        threads: the number with which it took so long, the fastest of those that were tried.
     """
 
     runtime: int
@@ -73,6 +76,7 @@ class Measured:
     training: int
     step_seconds: float
     tokens: int
+    threads: int
 
     @property
     def peak(self) -> int:
@@ -186,4 +190,5 @@ def case_from_json(content: dict[str, Any]) -> Case:
         adapter=AdapterSettings(**adapter),
         choices=Choices(**content["choices"]),
         target_share=content["target_share"],
+        cores=content["cores"],
     )

@@ -1,6 +1,6 @@
 """Calibrations: a device's record of how far predictions were off in trial steps, and of the time of a token.
 
-store.keep(key, Calibration(kappa=..., seconds_per_token=...))
+store.keep(key, Calibration(kappa=..., seconds_per_token=..., threads=...))
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LIKELY_KAPPA = (0.2, 5.0)
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class Calibration:
     Args:
         kappa: measured over predicted memory, of the part that a plan can change.
         seconds_per_token: time per token of a training step.
+        threads: the number of threads with which it takes that time, and with which models are trained.
     """
 
     kappa: float
     seconds_per_token: float
+    threads: int
 
 
 class CalibrationStore:
@@ -40,11 +43,13 @@ class CalibrationStore:
         """Returns the stored calibration; None where it is missing, damaged or impossible."""
         try:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
-            calibration = Calibration(float(found["kappa"]), float(found["seconds_per_token"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            numbers = float(found["kappa"]), float(found["seconds_per_token"])
+            calibration = Calibration(*numbers, int(found["threads"]))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
         low, high = LIKELY_KAPPA
-        return calibration if low <= calibration.kappa <= high and 0 < calibration.seconds_per_token < 3600 else None
+        likely = low <= calibration.kappa <= high and 0 < calibration.seconds_per_token < 3600
+        return calibration if likely and 1 <= calibration.threads <= _MOST_THREADS else None
 
     def keep(self, key: str, calibration: Calibration) -> None:
         """Stores a calibration."""

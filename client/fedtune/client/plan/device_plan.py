@@ -147,15 +147,18 @@ class _Question:
     budget: int
     target_share: float
 
-    def choose(self, kappa: float) -> Plan:
-        return choose(self.shape, self.constraints, self.budget, target_share=self.target_share, kappa=kappa)
+    def choose(self, known: Calibration | None = None) -> Plan:
+        kappa, constraints = 1.0, self.constraints
+        if known:
+            kappa, constraints = known.kappa, replace(constraints, threads=known.threads)
+        return choose(self.shape, constraints, self.budget, target_share=self.target_share, kappa=kappa)
 
     def predicted_peak(self, choices: Choices, kappa: float) -> int:
         return predict_memory(self.shape, choices, target_share=self.target_share, kappa=kappa).peak
 
     def calibration(self, choices: Choices, measured: Measured) -> Calibration:
         kappa = kappa_of(self.shape, choices, measured.training, target_share=self.target_share)
-        return Calibration(kappa, measured.step_seconds / measured.tokens)
+        return Calibration(kappa, measured.step_seconds / measured.tokens, measured.threads)
 
 
 @dataclass(frozen=True)
@@ -271,27 +274,28 @@ class DevicePlanner:
         if answer.measured.peak <= question.budget:
             return answer
         self.note("it took more than predicted; planning again")  # a first real step may exceed the budget
-        plan = question.choose(answer.known.kappa)
+        plan = question.choose(answer.known)
         answer = replace(answer, plan=plan, kappa=answer.known.kappa)
         return self._tried(job, question, answer) if trial == "always" else answer
 
     def _by_memory(self, question: _Question) -> _Answer:
         """Chooses by the prediction, corrected by an earlier trial step of the resulting plan."""
-        plan = question.choose(1.0)
+        plan = question.choose()
         if known := self.store.get(calibration_key(question.machine, question.shape, plan)):
-            return _Answer(question.choose(known.kappa), known.kappa, known)
+            return _Answer(question.choose(known), known.kappa, known)
         return _Answer(plan, 1.0, None)
 
     def _tried(self, job: Job, question: _Question, answer: _Answer) -> _Answer:
         """Takes a trial step under the plan, and stores the resulting calibration."""
-        case = _case(job, answer.plan, question.target_share)
+        case = _case(job, answer.plan, question)
         seconds = self._seconds(question, case.choices, answer.known)
         prediction = (question.predicted_peak(case.choices, answer.kappa), seconds)
         self.note(f"trying one step of {case.micro_batch} × {case.choices.sequence_length} tokens")
         measured = question.backend.measure(case)
         known = question.calibration(case.choices, measured)
         self.store.keep(calibration_key(question.machine, question.shape, answer.plan), known)
-        return replace(answer, known=known, measured=measured, predicted_measured=prediction)
+        plan = replace(answer.plan, choices=replace(answer.plan.choices, threads=known.threads))
+        return replace(answer, plan=plan, known=known, measured=measured, predicted_measured=prediction)
 
     def _seconds(self, question: _Question, choices: Choices, known: Calibration | None) -> float:
         """Predicts the seconds of a micro-batch."""
@@ -318,12 +322,12 @@ def calibration_key(machine: Machine, shape: ModelShape, plan: Plan) -> str:
     sizes = hashlib.sha256(repr(replace(shape, name="", file_bytes=0)).encode()).hexdigest()
     choices = plan.choices
     packed = f"{choices.quantization} " if choices.weights == "packed" else ""
-    form = f"{packed}{choices.weights} {choices.precision} {choices.checkpointing} {choices.threads}"
+    form = f"{packed}{choices.weights} {choices.precision} {choices.checkpointing}"
     return f"{machine.processor}|{machine.cores}|{machine.memory_total}|{gpu}|{sizes}|{form}"
 
 
 def _threads(backend: Backend, shape: ModelShape, machine: Machine) -> int:
-    """Returns the number of threads that train a model: all cores, and one where threads make training slower."""
+    """Returns the number of threads for a model that no step was tried of: one where more are likely to be slower."""
     return 1 if backend.on_gpu or shape.parameters < SMALL_MODEL else max(1, int(machine.cores))
 
 
@@ -364,7 +368,7 @@ def _read(job: Job, data: Path, backend: Backend) -> list[Example]:
     return load_examples(file, tokenizer, own.sequence_length, skip_bad=own.skip_bad, balance=own.balance)[0]
 
 
-def _case(job: Job, plan: Plan, target_share: float) -> Case:
+def _case(job: Job, plan: Plan, question: _Question) -> Case:
     choices, base = plan.choices, job.model.base
     if base != DEMO and Path(base).is_dir():
         base = str(Path(base).absolute())
@@ -373,5 +377,6 @@ def _case(job: Job, plan: Plan, target_share: float) -> Case:
         model=ModelSettings(base, job.model.quantization),
         adapter=AdapterSettings(choices.kind, choices.rank, job.adapter.alpha),
         choices=replace(choices, tokens=examples * choices.sequence_length),
-        target_share=target_share,
+        target_share=question.target_share,
+        cores=int(question.machine.cores),
     )

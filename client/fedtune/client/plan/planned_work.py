@@ -281,7 +281,7 @@ class PlannedWork:
         held = self._held
         kappa = kappa_of(outcome.shape, choices, peak, target_share=outcome.target_share)
         tokens = outcome.local_steps * plan.accumulation * choices.tokens
-        corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens)
+        corrected = Calibration(min(max(kappa, outcome.kappa), LIKELY_KAPPA[1]), seconds / tokens, choices.threads)
         self._planner.store.keep(calibration_key(outcome.machine, outcome.shape, plan), corrected)
         job, form = _job(self._terms, held.source), held.choices
         training = replace(job.training, precision=form.precision)

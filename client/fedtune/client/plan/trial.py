@@ -28,6 +28,7 @@ from fedtune.core.job.local_work import TrainingSettings, local_work
 from fedtune.data.examples import Example
 
 STEPS = 5  # until glibc's heap has settled
+_STEPS_OF_OTHERS = 2  # with other numbers of threads, of which the shorter counts
 _SECONDS_ALLOWED = 900
 _FIRST_TO_KILL = "1000"
 _REFUSED = "refused"  # key of an answer that is the reason why the model cannot be used
@@ -91,21 +92,50 @@ def answer(run_case: Callable[[Case], Measured]) -> None:
     print(json.dumps(answered))
 
 
-def measured_steps(case: Case, meter: Meter, load: Callable[[], Loaded]) -> Measured:
-    """Measures in this process, which must have done nothing but load its libraries."""
+def measured_steps(
+    case: Case, meter: Meter, load: Callable[[], Loaded], set_threads: Callable[[int], None] | None = None
+) -> Measured:
+    """Measures in this process, which must have done nothing but load its libraries.
+
+    Args:
+        set_threads: sets the library's number of threads, where that can be done with a loaded model.
+    """
     runtime = meter.reset()
     loaded = load()
     loading = meter.peak()
     resident = meter.reset()
-    seconds = [take_step(loaded, case) for _ in range(STEPS)]
+    seconds = {case.choices.threads: min([take_step(loaded, case) for _ in range(STEPS)][1:])}
+    peak = meter.peak()
+
+    def took(threads: int) -> float:
+        assert set_threads is not None
+        if threads not in seconds:
+            set_threads(threads)
+            seconds[threads] = min(take_step(loaded, case) for _ in range(_STEPS_OF_OTHERS))
+        return seconds[threads]
+
+    threads = fastest(took, case.cores) if set_threads else case.choices.threads
     return Measured(
         runtime=runtime,
         loading=loading - runtime,
         resident=resident - runtime,
-        training=meter.peak() - runtime,
-        step_seconds=min(seconds[1:]),
+        training=peak - runtime,
+        step_seconds=seconds[threads],
         tokens=case.choices.tokens,
+        threads=threads,
     )
+
+
+def fastest(seconds: Callable[[int], float], most: int) -> int:
+    """Returns the number of threads that is fastest, of `most` and its halves down to the first that is slower.
+
+    Args:
+        seconds: number of threads -> seconds.
+    """
+    found = max(1, most)
+    while found > 1 and seconds(found // 2) <= seconds(found):
+        found //= 2
+    return found
 
 
 def take_step(loaded: Loaded, case: Case) -> float:

@@ -38,7 +38,8 @@ def run_case(case: Case) -> Measured:
     torch.set_num_threads(case.choices.threads)
     device = device_of(case.choices)
     warm_up(case.choices.precision, device)
-    return trial.measured_steps(case, meter_for(device), lambda: _load(case))
+    set_threads = None if case.choices.cuda else torch.set_num_threads
+    return trial.measured_steps(case, meter_for(device), lambda: _load(case), set_threads)
 
 
 def device_of(choices: Choices) -> torch.device:
