@@ -80,7 +80,7 @@ class Placement:
         """Forgets the clients that have answered; the others keep their worker, or get one now."""
         self._round = group
         while self._waiting:
-            self._place([message.node for message in self._waiting[0].messages])
+            self._place(self._passes.blocks.of(self._waiting[0].messages[0]))
         self._latest = {node: future for node, future in self._latest.items() if not future.done()}
         self._places = {node: place for node, place in self._places.items() if node in self._latest}
 
