@@ -6,9 +6,8 @@ Measured on flwr 1.41: 100 lockstep messages take 0.16 s here, serialisation inc
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +23,7 @@ from fedtune.core.spans import span
 from fedtune.flower.envelope import WireMessage, from_wire, identified, to_wire
 
 _RUN_ID = 1
-_POLL_SECONDS = 0.005
+_LONGEST_WAIT = 0.25  # seconds
 _FRAMING_BYTES = 8192  # of Flower's objects around a payload
 
 
@@ -141,14 +140,19 @@ class InProcessGrid(Grid):
                     reply = _reply(message, future, self._bounds.get(message.metadata.message_type, HEADER_BYTES))
                 yield reply
 
+    def wait_for_reply(self, message_ids: Iterable[str], seconds: float) -> None:
+        """Returns when a reply is there that was not pulled yet, or after so many seconds."""
+        pending = [self._pending[message_id][1] for message_id in message_ids if message_id in self._pending]
+        wait(pending, seconds, FIRST_COMPLETED)
+
     def stale_updates(self) -> Iterable[Message]:
         """Waits for the answers of clients that failed but worked on, and returns them."""
         waiting, self._late = self._late, []
         replies: list[Message] = []
         with span("waiting for late clients"):
             while len(replies) < len(waiting):
+                self.wait_for_reply(waiting, _LONGEST_WAIT)
                 replies += self.pull_messages(waiting)
-                time.sleep(_POLL_SECONDS)
         return [reply for reply in replies if reply.has_content()]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

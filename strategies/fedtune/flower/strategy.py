@@ -296,7 +296,8 @@ def stream_replies(
 ) -> Iterator[Message]:
     """Sends the messages and yields their replies in order of arrival, each once, so that only one is held at a time.
 
-    Flower's `Grid.send_and_receive` returns with the last reply, holding them all, and sleeps 3 s between polls.
+    Flower's `Grid.send_and_receive` returns with the last reply, holding them all, and sleeps 3 s between polls. A grid
+    that has `wait_for_reply`, as that of a simulation, is not polled.
 
     Args:
         grid: grid to send them through.
@@ -319,9 +320,12 @@ def stream_replies(
         if arrived:
             last_reply = clock.monotonic()
             continue
-        pause = max(SHORTEST_PAUSE, PAUSE_SHARE * (clock.monotonic() - last_reply))
         with span("waiting for clients"):
-            clock.sleep(min(pause, LONGEST_PAUSE))
+            if hasattr(grid, "wait_for_reply"):
+                grid.wait_for_reply(waiting, LONGEST_PAUSE)
+            else:
+                pause = max(SHORTEST_PAUSE, PAUSE_SHARE * (clock.monotonic() - last_reply))
+                clock.sleep(min(pause, LONGEST_PAUSE))
 
 
 def _is_late(closing: Closing, seconds: float, answers: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Timer
 from typing import cast
 
 import pytest
@@ -76,6 +77,30 @@ def test_a_reply_waits_for_at_most_a_tenth_of_the_time_that_it_took(grid: InProc
     assert len(list(stream_replies(cast(Grid, Slow()), [], None, clock=clock))) == 1
     assert seconds <= time[0] <= 1.1 * seconds + 0.001
     assert looks[0] <= 2 + 4 * seconds + 80
+
+
+def test_a_simulation_s_grid_is_looked_at_only_when_a_reply_is_there() -> None:
+    answers: dict[int, Future[WireMessage]] = {node: Future() for node in (11, 12)}
+
+    class Promises:
+        def submit(self, message: Outgoing) -> Future[WireMessage]:
+            def answer(node: int) -> None:
+                answers[node].set_result(answer_wire(message.pack(), str(node), echo))
+
+            Timer(0.3 * (message.node - 10), answer, [message.node]).start()
+            return answers[message.node]
+
+    looks = []
+
+    class Looked(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            looks.append(len(list(message_ids)))
+            return super().pull_messages(message_ids)
+
+    grid = Looked(Promises(), [11, 12])
+    replies = [reply.metadata.src_node_id for reply in stream_replies(grid, messages(grid, [11, 12]), deadline=None)]
+    assert replies == [11, 12]
+    assert len(looks) < 10, "0.6 seconds are three of the longest waits"
 
 
 def test_a_client_that_raises_is_an_error_reply_and_not_a_crash(grid: InProcessGrid) -> None:
