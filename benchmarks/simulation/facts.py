@@ -44,6 +44,6 @@ def write_table(path: Path, title: str, program: str, lines: Sequence[str], expl
         f"# {title}",
         machine_facts(program, sys.argv[1:]),
         "\n".join(lines),
-        explanation.partition("\n\n")[2].strip(),
+        explanation.partition("\n\n")[2].strip("\n"),
     ]
     path.write_text("\n\n".join(text) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 # A live federation on this machine: a server and three devices, each a process of its own, over TLS on loopback. Then
 # the same job is simulated, and the two adapters are compared: they are the same, bit for bit.
 #
-#     examples/live-loopback/run.sh [FOLDER]          # with fedtune on the PATH; two minutes on two cores
+#     examples/live-loopback/run.sh [FOLDER]          # with fedtune on the PATH; one to two minutes on two cores
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

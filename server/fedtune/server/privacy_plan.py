@@ -72,7 +72,8 @@ def check_private(job: Job) -> None:
         JobError: the job has no privacy.
     """
     if job.privacy.mode == "off":
-        raise JobError(['privacy.mode is "off"; expected "distributed" or "central"'])
+        remedy = "as by --set privacy.mode=distributed"
+        raise JobError([f'privacy.mode is "off"; expected "distributed" or "central", {remedy}'])
 
 
 def plan_privacy(job: Job, layout: AdapterLayout, population: int) -> PrivacyPlan:

@@ -17,13 +17,14 @@ FEWEST_TESTED = 6  # fewest groups among which one direction can be told from th
 def secure_cohort_problems(job: Job, cohort: int) -> list[str]:
     """Returns the reasons why a cohort of this size cannot have one sum as the job asks; empty when it can."""
     secure = job.secure_aggregation
+    off = "or set secure_aggregation.enabled = false"
     try:
-        minimum = choose_thresholds(cohort, secure.max_corrupt, secure.max_dropout).minimum
+        thresholds = choose_thresholds(max(cohort, MIN_SURVIVORS), secure.max_corrupt, secure.max_dropout)
     except JobError as error:
-        off = "or set secure_aggregation.enabled = false"
         return [f"secure_aggregation: {problem}, {off}" for problem in error.problems]
+    minimum = min(cohort, thresholds.minimum)
     if minimum < MIN_SURVIVORS:
-        lower = " or lower secure_aggregation.max_dropout" if cohort >= MIN_SURVIVORS else ""
+        lower = " or lower secure_aggregation.max_dropout" if cohort >= MIN_SURVIVORS else f", {off}"
         problem = (
             f"secure_aggregation: of {cohort} clients a round, {minimum} may be left; a sum hides an update among at "
             f"least {MIN_SURVIVORS}. Raise federation.clients_per_round{lower}"
