@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,8 @@ def init(
     print(f"{path}: written for {dealt.number:,} clients; files {len(found.files):,}, records {len(found.records):,}")
     if found.bad:
         print(f"lines among them that are no record: {found.bad:,}; the check names them")
+    if not tomllib.loads(text).get("secure_aggregation", {}).get("enabled", True):
+        print("secure aggregation is off, so the server sees every update: clients are too few to hide in a sum")
     print(f"next: fedtune check {path}, then fedtune simulate {path}")
 
 

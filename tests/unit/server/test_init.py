@@ -77,11 +77,14 @@ def test_records_are_dealt_by_what_their_fields_are(
     assert len(JobInputs(job).population.names) == clients
 
 
-def test_too_few_clients_for_a_secure_sum_train_in_the_clear_and_the_file_says_so(tmp_path: Path) -> None:
+def test_too_few_clients_for_a_secure_sum_train_in_the_clear_and_both_file_and_command_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for client in range(2):
         write(tmp_path / "clients" / f"{client}.jsonl", [question(number) for number in range(30)])
     job = proposed("--data", "clients/*.jsonl")
     assert not job.secure_aggregation.enabled
+    assert "secure aggregation is off, so the server sees every update" in capsys.readouterr().out
     assert "a sum hides one from 3 clients a round on" in (tmp_path / "job.toml").read_text(encoding="utf-8")
 
 
