@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from federation_helpers import Simulate, small_job
 
 from fedtune.core.adapter.adapter_files import load_adapter
+from fedtune.core.errors import RunError
 from fedtune.server.run_directory import read_rounds
+from fedtune.server.simulation.ray_executor import RayExecutor
 from fedtune.server.simulation.simulation_context import SimulationContext
 
 pytest.importorskip("ray")
+
+
+def test_an_actor_that_is_gone_for_good_ends_the_run_with_a_remedy() -> None:
+    import ray
+
+    def get(handle: object) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    executor: Any = object.__new__(RayExecutor)
+    executor._ray = SimpleNamespace(get=get, exceptions=ray.exceptions)
+    with pytest.raises(RunError, match=r"ended 4 times .* lower simulation\.workers"):
+        executor._result(None)
 
 
 @pytest.mark.slow

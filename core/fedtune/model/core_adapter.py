@@ -101,7 +101,7 @@ class _CoreProduct(torch.autograd.Function):
         ctx.save_for_backward(thin, held, lora_a, lora_b)
         ctx.base, ctx.scaling = base, scaling
         total = nn.functional.linear(rows, dense_weight(base), base.bias)
-        return total.addmm_(thin @ held.T, lora_b.T, alpha=scaling).view(*x.shape[:-1], -1)
+        return total.addmm_(thin @ held.T, lora_b.T, alpha=scaling).view(*x.shape[:-1], lora_b.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +111,8 @@ class _CoreProduct(torch.autograd.Function):
         thin_gradient = (flat @ lora_b).mul_(ctx.scaling)
         to_x = to_core = None
         if needs_x:
-            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient @ core, lora_a).view(*gradient.shape[:-1], -1)
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient @ core, lora_a)
+            to_x = to_x.view(*gradient.shape[:-1], lora_a.shape[1])
         if needs_core:
             to_core = (thin_gradient.T @ thin).float()
         return to_x, None, to_core, None, None, None

@@ -75,7 +75,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.save_for_backward(rows, thin, a, b)
         ctx.base, ctx.scaling = base, scaling
         total = nn.functional.linear(rows, dense_weight(base), base.bias)
-        return total.addmm_(thin, b.T, alpha=scaling).view(*x.shape[:-1], -1)
+        return total.addmm_(thin, b.T, alpha=scaling).view(*x.shape[:-1], b.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +86,8 @@ class _AdaptedProduct(torch.autograd.Function):
         if needs_x or needs_a:
             thin_gradient = (flat @ b).mul_(ctx.scaling)
         if needs_x:
-            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient, a).view(*gradient.shape[:-1], -1)
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(thin_gradient, a)
+            to_x = to_x.view(*gradient.shape[:-1], a.shape[1])
         if needs_a:
             to_a = (thin_gradient.T @ rows).float()
         if needs_b:

@@ -212,14 +212,15 @@ def _by_chunk(lm_head: LanguageModelHead, hidden: Tensor, targets: Tensor) -> It
 def _cross_entropies(lm_head: LanguageModelHead, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the same of one chunk; the gradient with respect to the logits is p = softmax(z), minus 1 at the target.
 
-    The largest p is at least 1 over the vocabulary, so that logsumexp(z) = max z - log max p keeps its digits.
+    logsumexp(z) is max z - log max p, where the largest p is at least 1 over the vocabulary; the loss is added up from
+    small terms, (max z - z_target) - log max p, and so keeps the digits of a target that is almost certain.
     """
     with torch.enable_grad():
         leaf = rows.detach().requires_grad_()
         logits = lm_head.logits(leaf)
     shares = torch.softmax(logits.detach(), dim=1)
-    normalizers = logits.detach().amax(dim=1) - shares.amax(dim=1).log()
-    losses = normalizers - logits.detach().gather(1, wanted[:, None])[:, 0]
+    behind = logits.detach().amax(dim=1) - logits.detach().gather(1, wanted[:, None])[:, 0]
+    losses = behind - shares.amax(dim=1).log()
     shares.scatter_add_(1, wanted[:, None], -torch.ones_like(shares[:, :1]))
     return losses, torch.autograd.grad(logits, leaf, shares)[0]
 

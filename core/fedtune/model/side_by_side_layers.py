@@ -347,7 +347,7 @@ class _ManyCoreProducts(torch.autograd.Function):
         ctx.base, ctx.scaling, ctx.rows, ctx.gradient = base, scaling, rows, cores.grad
         turned = rows.times(thin, held.mT).view(-1, held.shape[1])
         total = nn.functional.linear(inputs, dense_weight(base), base.bias)
-        return total.addmm_(turned, lora_b.T, alpha=scaling).view(*x.shape[:-1], -1)
+        return total.addmm_(turned, lora_b.T, alpha=scaling).view(*x.shape[:-1], lora_b.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -359,7 +359,8 @@ class _ManyCoreProducts(torch.autograd.Function):
         to_x = None
         if needs_x:
             turned = rows.times(thin_gradient, held).view(-1, held.shape[2])
-            to_x = (flat @ dense_weight(ctx.base)).addmm_(turned, lora_a).view(*gradient.shape[:-1], -1)
+            to_x = (flat @ dense_weight(ctx.base)).addmm_(turned, lora_a)
+            to_x = to_x.view(*gradient.shape[:-1], lora_a.shape[1])
         if needs_cores:
             rows.add_outer(ctx.gradient, thin_gradient, thin)
         return to_x, None, None, None, None, None, None

@@ -322,7 +322,7 @@ def stream_replies(
             continue
         with span("waiting for clients"):
             if hasattr(grid, "wait_for_reply"):
-                grid.wait_for_reply(waiting, LONGEST_PAUSE)
+                grid.wait_for_reply(waiting, min(LONGEST_PAUSE, max(0.0, end - clock.monotonic())))
             else:
                 pause = max(SHORTEST_PAUSE, PAUSE_SHARE * (clock.monotonic() - last_reply))
                 clock.sleep(min(pause, LONGEST_PAUSE))

@@ -182,6 +182,20 @@ def test_a_target_that_matches_nothing_lists_what_there_is(make_model: MakeModel
     assert "adapter.target_modules: q_proj" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["lora", "core"])
+@pytest.mark.parametrize("weights", ["packed", "dequantized"])
+def test_an_adapted_layer_takes_no_tokens_at_all(make_model: MakeModel, kind: Any, weights: str) -> None:
+    """As an expert that no token was sent to."""
+    model = load_adapted(make_model("llama"), weights, AdapterSettings(kind, rank=4))
+    layer: Any = model.base.network.get_submodule(model.layout.modules[-1].name)
+    none = torch.zeros(0, model.layout.modules[-1].d_in, requires_grad=True)
+    output = layer(none)
+    torch.autograd.backward(output, torch.zeros_like(output))
+    assert output.shape == (0, model.layout.modules[-1].d_out)
+    assert none.grad is not None
+    assert none.grad.shape == none.shape
+
+
 class Doubling(nn.Linear):
     """A linear layer of an architecture's own, as a mixture's router is."""
 

@@ -15,6 +15,7 @@ from fedtune.client.torch.training import training_mode
 from fedtune.core.job.settings import AdapterSettings, ModelSettings
 from fedtune.data.batches import collate
 from fedtune.data.examples import Example
+from fedtune.model import loss as loss_module
 from fedtune.model.adapted_model import AdaptedModel, adapt
 from fedtune.model.base_model import load_base
 from fedtune.model.loss import LanguageModelHead, completion_loss, on_device, score
@@ -164,6 +165,25 @@ def test_an_architecture_that_does_something_else_falls_back_to_its_own_logits(m
     expected, expected_gradient = loss_and_gradient(model, lambda: plain_loss(network))
     assert loss == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_of_a_target_that_is_almost_certain_keeps_its_digits() -> None:
+    """At logits near 200, where a float32 has steps of 1.5e-5."""
+    rows = torch.linspace(150.0, 193.0, 64)[None] + torch.arange(4.0)[:, None]
+    rows[:, 7] = 200.0
+    wanted = torch.full((4,), 7)
+
+    class Logits:
+        chunk = 3
+
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    head: Any = Logits()
+    losses: Any = loss_module._ChunkedCrossEntropies.apply(rows, wanted, head)  # type: ignore[no-untyped-call]
+    expected = nn.functional.cross_entropy(rows.double(), wanted, reduction="none")
+    assert expected.max() < 0.1
+    torch.testing.assert_close(losses.double(), expected, rtol=5e-4, atol=0)
 
 
 def test_scores_are_per_target(make_model: MakeModel) -> None:

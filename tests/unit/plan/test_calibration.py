@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,23 +134,24 @@ def test_a_calibration_that_is_damaged_or_absurd_is_as_good_as_none(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("seconds", "found", "tried"),
+    ("seconds", "tried"),
     [
-        ({8: 1.0, 4: 2.0, 2: 0.1, 1: 0.1}, 8, {8, 4}),
-        ({8: 2.0, 4: 1.0, 2: 1.5, 1: 0.1}, 4, {8, 4, 2}),
-        ({8: 4.0, 4: 3.0, 2: 3.0, 1: 1.0}, 1, {8, 4, 2, 1}),
-        ({3: 2.0, 1: 3.0}, 3, {3, 1}),
-        ({1: 1.0}, 1, set()),
+        ({8: 1.0, 4: 2.0, 2: 0.1, 1: 0.1}, {8, 4}),
+        ({8: 2.0, 4: 1.0, 2: 1.5, 1: 0.1}, {8, 4, 2}),
+        ({8: 4.0, 4: 3.0, 2: 3.0, 1: 1.0}, {8, 4, 2, 1}),
+        ({8: math.inf}, {8}),
+        ({3: 2.0, 1: 3.0}, {3, 1}),
+        ({1: 1.0}, {1}),
     ],
 )
-def test_threads_are_halved_while_that_is_no_slower(seconds: dict[int, float], found: int, tried: set[int]) -> None:
+def test_threads_are_halved_while_that_is_no_slower(seconds: dict[int, float], tried: set[int]) -> None:
     asked: set[int] = set()
 
     def took(threads: int) -> float:
         asked.add(threads)
         return seconds[threads]
 
-    assert trial.fastest(took, max(seconds)) == found
+    trial.try_threads(took, max(seconds))
     assert asked == tried
 
 
@@ -174,6 +176,15 @@ def test_a_trial_measures_memory_before_it_tries_other_numbers_of_threads(monkey
     assert (found.threads, found.step_seconds, found.training) == (2, 1.0, 7)
     assert events == ["peak", "peak", 2, 1]
     assert trial.measured_steps(case, Noting(), lambda: loaded).threads == 4, "a library that cannot change it"
+    small = replace(case, choices=replace(case.choices, threads=1), cores=8)
+    times: dict[object, float] = {1: 1.0, 8: 1.4, 4: 1.5}
+    monkeypatch.setattr(trial, "take_step", lambda loaded, case: times.get(events[-1], 1.0))
+    events.append("before")
+    assert trial.measured_steps(small, Noting(), lambda: loaded, events.append).threads == 1
+    monkeypatch.setattr(trial, "_SECONDS_BEFORE_OTHERS", -1)
+    events.clear()
+    assert trial.measured_steps(small, Noting(), lambda: loaded, events.append).threads == 1
+    assert events == ["peak", "peak"], "a device that is so slow tries no other number"
 
 
 def test_a_step_that_fails_says_why(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from local_tasks import local_task
 from one_backend import Only
 
 from fedtune.client.plan.backend import Case, Measured, Meter
-from fedtune.client.plan.calibration import CalibrationStore
-from fedtune.client.plan.device_plan import DevicePlanner
+from fedtune.client.plan.calibration import Calibration, CalibrationStore
+from fedtune.client.plan.device_plan import DevicePlanner, calibration_key
 from fedtune.client.plan.machine import Machine, probe
 from fedtune.client.plan.planned_work import PlannedWork
 from fedtune.client.plan.planner import NoPlanError, upload_bytes
@@ -93,8 +93,8 @@ class Fixture(TorchBackend):
         self.program = int(psutil.Process().memory_info().rss)
         """The program's own memory, read once, since it falls when what other tests left is freed."""
         self.measured: Callable[[Case], Measured] = never
-        store = CalibrationStore(tmp_path / "calibration")
-        planner = DevicePlanner(Only(self), store, self.shown.append, probe=self._probe, reserve=0.0)
+        self.store = CalibrationStore(tmp_path / "calibration")
+        planner = DevicePlanner(Only(self), self.store, self.shown.append, probe=self._probe, reserve=0.0)
         self.work = PlannedWork(bases, data, planner)
         self.again = PlannedWork(bases, data, planner)
         """The same device in a restarted process."""
@@ -309,6 +309,16 @@ def test_another_format_than_the_loaded_one_is_loaded_again(fixture: Fixture, fo
     fixture.work.take_on(terms_for(folder, local_steps=5))
     assert not fixture.work.must_reload
     fixture.work.take_on(terms_for(folder, weights="packed"))
+    assert fixture.work.must_reload
+
+
+def test_a_base_is_opened_again_for_another_number_of_threads(fixture: Fixture, folder: Path) -> None:
+    terms = terms_for(folder)
+    outcome = fixture.work.take_on(terms)
+    fixture.work.open_trainer(terms.base)
+    key = calibration_key(outcome.machine, outcome.shape, outcome.plan)
+    fixture.store.keep(key, Calibration(1.0, 0.01, outcome.plan.choices.threads + 1))
+    fixture.work.take_on(terms_for(folder, local_steps=5))
     assert fixture.work.must_reload
 
 

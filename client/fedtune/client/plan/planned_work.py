@@ -368,5 +368,5 @@ def _limits(outcome: Outcome) -> Limits:
 
 
 def _same_form(held: Choices, planned: Choices) -> bool:
-    """Returns whether a plan holds the base in the form that is in memory."""
-    return (held.weights, held.precision) == (planned.weights, planned.precision)
+    """Returns whether a plan holds the base in the form that is in memory, opened for as many threads."""
+    return (held.weights, held.precision, held.threads) == (planned.weights, planned.precision, planned.threads)

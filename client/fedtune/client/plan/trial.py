@@ -10,6 +10,7 @@ dies and not the caller's.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from fedtune.data.examples import Example
 
 STEPS = 5  # until glibc's heap has settled
 _STEPS_OF_OTHERS = 2  # with other numbers of threads, of which the shorter counts
+_SECONDS_BEFORE_OTHERS = 120  # after which no other number is tried: memory, which matters more, is known by then
 _SECONDS_ALLOWED = 900
 _FIRST_TO_KILL = "1000"
 _REFUSED = "refused"  # key of an answer that is the reason why the model cannot be used
@@ -100,6 +102,7 @@ def measured_steps(
     Args:
         set_threads: sets the library's number of threads, where that can be done with a loaded model.
     """
+    start = time.perf_counter()
     runtime = meter.reset()
     loaded = load()
     loading = meter.peak()
@@ -109,12 +112,16 @@ def measured_steps(
 
     def took(threads: int) -> float:
         assert set_threads is not None
+        if threads not in seconds and time.perf_counter() - start > _SECONDS_BEFORE_OTHERS:
+            return math.inf
         if threads not in seconds:
             set_threads(threads)
             seconds[threads] = min(take_step(loaded, case) for _ in range(_STEPS_OF_OTHERS))
         return seconds[threads]
 
-    threads = fastest(took, case.cores) if set_threads else case.choices.threads
+    if set_threads:
+        try_threads(took, case.cores)
+    threads = min(seconds, key=lambda each: (seconds[each], each))
     return Measured(
         runtime=runtime,
         loading=loading - runtime,
@@ -126,16 +133,15 @@ def measured_steps(
     )
 
 
-def fastest(seconds: Callable[[int], float], most: int) -> int:
-    """Returns the number of threads that is fastest, of `most` and its halves down to the first that is slower.
+def try_threads(seconds: Callable[[int], float], most: int) -> None:
+    """Tries `most` threads and its halves, down to the first that is slower.
 
     Args:
-        seconds: number of threads -> seconds.
+        seconds: number of threads -> the seconds of a step.
     """
-    found = max(1, most)
-    while found > 1 and seconds(found // 2) <= seconds(found):
-        found //= 2
-    return found
+    threads = max(1, most)
+    while seconds(threads) < math.inf and threads > 1 and seconds(threads // 2) <= seconds(threads):
+        threads //= 2
 
 
 def take_step(loaded: Loaded, case: Case) -> float:

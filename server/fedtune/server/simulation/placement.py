@@ -6,7 +6,7 @@
 A client stays at its worker for the round, where its secrets are, and longer while it is busy, so that no client works
 at two workers at once. Those of a block have one worker. A block whose first message of a round asks to train goes to
 the first worker that is free, so that none is idle while a pass waits; any other, at once to that with the fewest
-clients: to answer such a message takes no time, and who is free then says nothing of the training that follows.
+clients, for who is free then says nothing of the training that follows.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Placement:
         self._places: dict[int, int] = {}
         self._latest: dict[int, Future[WireMessage]] = {}
         self._waiting: deque[_Waiting] = deque()
+        self._asked: set[int] = set()  # the workers that will take a pass when they are free
 
     def submit(self, message: Outgoing) -> Future[WireMessage]:
         """Queues the message for its client's worker."""
@@ -92,17 +93,25 @@ class Placement:
             self._hand(place, each)
         else:
             self._waiting.append(each)
-            for worker, thread in enumerate(self._threads):
-                thread.submit(self._take, worker)
+            for worker in range(len(self._threads)):
+                self._ask(worker)
         return each.done
+
+    def _ask(self, worker: int) -> None:
+        if worker not in self._asked:
+            self._asked.add(worker)
+            self._threads[worker].submit(self._take, worker)
 
     def _take(self, worker: int) -> None:
         """Gives a free worker the pass that has waited longest, unless others have taken all."""
         with self._lock:
+            self._asked.discard(worker)
             if not self._waiting:
                 return
             each = self._waiting.popleft()
             self._place(self._passes.blocks.of(each.messages[0]), worker)
+            if self._waiting:
+                self._ask(worker)
         self._answer(worker, each)
 
     def _place(self, nodes: Sequence[int], worker: int | None = None) -> None:
@@ -128,7 +137,7 @@ class Placement:
     def _answer(self, worker: int, each: _Waiting) -> None:
         try:
             self._run(worker, each.messages, each.answered)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, the pass is over, and the server waits for it
             each.done.set_exception(error)
         else:
             each.done.set_result(None)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedtune.client.rendezvous import Answered
 from fedtune.core.adapter.layout import Vector
-from fedtune.core.errors import MissingExtraError
+from fedtune.core.errors import MissingExtraError, RunError
 from fedtune.core.host.process import peak_rss_mb
 from fedtune.core.job.settings import Job
 from fedtune.flower.envelope import WireMessage, answer_wire
@@ -50,7 +50,10 @@ class RayExecutor:
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
         actor: Any = ray.remote(_Worker).options(
-            num_cpus=0, num_gpus=min(1.0, gpus / workers), max_restarts=RESTARTS_PER_WORKER
+            num_cpus=0,
+            num_gpus=min(1.0, gpus / workers),
+            max_restarts=RESTARTS_PER_WORKER,
+            max_task_retries=RESTARTS_PER_WORKER,  # or an actor that starts again would fail all clients meanwhile
         )
         self._actors: list[Any] = [
             actor.remote(simulation_context.job, simulation_context.folder) for _ in range(workers)
@@ -94,6 +97,11 @@ class RayExecutor:
             return self._ray.get(handle)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except self._ray.exceptions.RayActorError as error:
+            raise RunError(
+                f"a worker of the simulation ended {RESTARTS_PER_WORKER + 1} times (out of memory?). Resume the run, "
+                "with a lower simulation.workers in its job.toml"
+            ) from error
 
 
 class _Worker:
