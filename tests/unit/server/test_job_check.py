@@ -94,7 +94,7 @@ def test_bad_lines_that_the_job_skips_are_named_and_do_not_keep_it_from_running(
     [
         (["model.base=/nowhere", "data.evaluation=none.jsonl"], ["/nowhere: not a directory", "none.jsonl: cannot be"]),
         (["data.colour=x", "federation.rounds=0"], ["data.colour: unknown key", "federation.rounds: expected"]),
-        (["federation.clients_per_round=1"], ["needed, or set secure_aggregation.enabled = false"]),
+        (["federation.clients_per_round=1"], ["clients_per_round, or set secure_aggregation.enabled = false"]),
         (["federation.selection=deadline"], ["simulation.fleet names no fleet"]),
         (["data.partition=by-field:topic"], ['record 1 has no such field']),
         (["privacy.mode=distributed", "federation.rounds=20"], ["privacy.participations"]),
