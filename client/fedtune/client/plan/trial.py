@@ -112,9 +112,9 @@ def measured_steps(
 
     def took(threads: int) -> float:
         assert set_threads is not None
-        if threads not in seconds and time.perf_counter() - start > _SECONDS_BEFORE_OTHERS:
-            return math.inf
         if threads not in seconds:
+            if time.perf_counter() - start > _SECONDS_BEFORE_OTHERS:
+                return math.inf
             set_threads(threads)
             seconds[threads] = min(take_step(loaded, case) for _ in range(_STEPS_OF_OTHERS))
         return seconds[threads]

@@ -63,7 +63,7 @@ class Placement:
             block = self._passes.blocks.of(message)
             if message.action != TRAIN or any(node in self._places for node in block):
                 self._place(block)
-            self._latest[message.node] = self._passes.submit(message, self._places.get, self._start)
+            self._latest[message.node] = self._passes.submit(message, self.place, self._start)
             return self._latest[message.node]
 
     def place(self, node: int) -> int | None:
@@ -88,7 +88,7 @@ class Placement:
     def _start(self, messages: Sequence[Outgoing], answered: Answered[WireMessage]) -> Future[None]:
         """Has a pass begun by its clients' worker, or by the first that is free."""
         each = _Waiting(messages, answered, Future())
-        place = self._places.get(messages[0].node)
+        place = self.place(messages[0].node)
         if place is not None:
             self._hand(place, each)
         else:
